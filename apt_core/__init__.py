@@ -1,0 +1,36 @@
+"""APT: a micro-kernel for training transformer language models, extended by pluggy plugins.
+
+What plugin authors import is here; nothing in this module imports torch.
+"""
+
+from apt_core.errors import AptError, ConfigError, StopTraining
+from apt_core.markers import Priority, hookimpl
+from apt_core.types import (
+    FallbackEvent,
+    GenerationRequest,
+    GenerationResult,
+    ModelOutput,
+    PluginFailure,
+    PluginInfo,
+    ProviderSpec,
+    SectionSpec,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AptError",
+    "ConfigError",
+    "FallbackEvent",
+    "GenerationRequest",
+    "GenerationResult",
+    "ModelOutput",
+    "PluginFailure",
+    "PluginInfo",
+    "Priority",
+    "ProviderSpec",
+    "SectionSpec",
+    "StopTraining",
+    "__version__",
+    "hookimpl",
+]

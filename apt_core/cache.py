@@ -1,0 +1,103 @@
+"""Arrays that are computed once and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+log = logging.getLogger(__name__)
+
+DIGEST_BYTES = 32
+
+
+def cache_dir() -> Path:
+    """Where APT keeps what it can compute again: ``APT_CACHE``, else ``apt`` in the XDG cache."""
+    chosen = os.environ.get("APT_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "apt"
+
+
+def cached_array(key: str, make: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """The array that ``make()`` returns, read-only and memory-mapped from the second call on.
+
+    ``key`` must name everything that the array depends on. An entry is a .npy file with its sha256
+    after it; it is written under a temporary name, flushed and renamed, so that a reader sees a
+    whole entry or none. An entry that does not match its hash is made anew. Where the cache cannot
+    be written, the array is returned all the same, with a warning in the log. Never pickles: an
+    array of objects is a ValueError.
+    """
+    path = cache_dir() / "arrays" / f"{hashlib.sha256(key.encode()).hexdigest()}.npy"
+    stored = _read(path)
+    if stored is not None:
+        return stored
+    array = make()
+    try:
+        _write(path, array)
+    except OSError as error:
+        log.warning("cannot keep an array in the cache %s: %s", path.parent, error)
+        return array
+    stored = _read(path)
+    return array if stored is None else stored
+
+
+def _read(path: Path) -> npt.NDArray[Any] | None:
+    import numpy as np
+
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            digest = _digest_of(file, size - DIGEST_BYTES)
+            intact = size > DIGEST_BYTES and digest == file.read()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        log.warning("cannot read the cache entry %s: %s", path, error)
+        return None
+    if not intact:
+        log.warning("the cache entry %s is damaged and is made anew", path)
+        return None
+    array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array
+
+
+def _write(path: Path, array: npt.NDArray[Any]) -> None:
+    import numpy as np
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w+b") as file:
+            np.save(file, array, allow_pickle=False)
+            size = file.tell()
+            file.seek(0)
+            digest = _digest_of(file, size)
+            file.seek(size)
+            file.write(digest)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _digest_of(file: Any, size: int) -> bytes:
+    """The sha256 of the next ``size`` bytes of ``file``."""
+    digest, left = hashlib.sha256(), size
+    while left > 0:
+        chunk = file.read(min(left, 1 << 20))
+        if not chunk:
+            break
+        digest.update(chunk)
+        left -= len(chunk)
+    return digest.digest()

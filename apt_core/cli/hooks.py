@@ -1,0 +1,279 @@
+"""``apt-hooks``: which plugins, hooks and providers there are, and in what order they run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from apt_core.cli.run_command import print_json, print_table, run_command
+from apt_core.errors import ConfigError, Problem, did_you_mean
+from apt_core.inspection import (
+    Listing,
+    hook_facts,
+    hook_names,
+    implementation_rows,
+    plugin_rows,
+    provider_rows,
+    survey,
+)
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Look at plugins, hooks and providers. Without --profile and --plugin, all that is "
+    "installed is listed.",
+)
+
+Profile = Annotated[str, typer.Option("--profile", "-p", help="List what this profile activates.")]
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option("--plugin", help="Activate a plugin, as apt-train does; no:NAME leaves one out."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+@app.command("list")
+def list_(
+    profile: Profile = "",
+    plugin: Plugins = None,
+    all_: Annotated[bool, typer.Option("--all", help="Hooks that nobody implements too.")] = False,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Every implementation of every hook, in the order in which they run."""
+    listing = survey(profile, plugin or ())
+    rows = implementation_rows(listing)
+    if json:
+        return print_json(rows)
+    _warn(listing)
+    implemented = {row["hook"] for row in rows}
+    shown = [_implementation(row) for row in rows]
+    if all_:
+        missing = [name for name in hook_names(listing.manager) if name not in implemented]
+        shown += [(name, "-", "-", "-", "-") for name in missing]
+    columns = ("hook", "position", "plugin", "priority", "location")
+    print_table(columns, shown)
+    if not rows and not all_:
+        print("no plugin implements a hook; --all shows every hook, 'show HOOK' its contract")
+
+
+@app.command()
+def show(
+    hook: Annotated[str, typer.Argument(help="The hook's name.")],
+    profile: Profile = "",
+    plugin: Plugins = None,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """The contract of one hook, and who implements it."""
+    listing = survey(profile, plugin or ())
+    names = hook_names(listing.manager)
+    if hook not in names:
+        hint = did_you_mean(hook, names) or "'apt-hooks list --all' shows every hook"
+        raise ConfigError(Problem(f"there is no hook {hook!r}", hint=hint))
+    facts = hook_facts(listing.manager, hook)
+    rows = implementation_rows(listing, hook)
+    if json:
+        return print_json({**facts, "implementations": rows})
+    print(f"{facts['signature']}\n\n{facts['doc']}\n")
+    print_table(
+        ("hook", "position", "plugin", "priority", "location"), [_implementation(r) for r in rows]
+    )
+
+
+@app.command()
+def plugins(
+    profile: Profile = "", plugin: Plugins = None, json: AsJson = False, debug: Debug = False
+) -> None:
+    """Every plugin that is installed or named, and its state."""
+    listing = survey(profile, plugin or ())
+    rows = plugin_rows(listing)
+    if json:
+        return print_json(rows)
+    print_table(
+        ("name", "state", "version", "distribution", "load ms", "summary"),
+        [(r["name"], r["state"], r["version"], r["dist"], r["load_ms"], _what(r)) for r in rows],
+    )
+    _warn(listing)
+
+
+@app.command()
+def providers(
+    kind: Annotated[str, typer.Argument(help="Only this kind.")] = "",
+    profile: Profile = "",
+    plugin: Plugins = None,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Every provider, those of plugins that are installed and not active included."""
+    listing = survey(profile, plugin or ())
+    show_providers(listing, kind, as_json=json)
+
+
+def show_providers(listing: Listing, kind: str, *, as_json: bool) -> None:
+    """Print the providers of one kind, or of all."""
+    from apt_core.types import KINDS
+
+    if kind and kind not in KINDS:
+        hint = did_you_mean(kind, KINDS) or f"kinds are {', '.join(KINDS)}"
+        raise ConfigError(Problem(f"there is no kind {kind!r}", hint=hint))
+    rows = provider_rows(listing, kind or None)
+    if as_json:
+        return print_json(rows)
+    usable = {True: "yes", False: "no", None: "?"}
+    print_table(
+        ("kind", "name", "default", "plugin", "version", "usable", "reason"),
+        [
+            (
+                r["kind"],
+                r["name"],
+                "default" if r["default"] else "",
+                r["plugin"],
+                r["version"],
+                usable[r["usable"]],
+                r["reason"],
+            )
+            for r in rows
+        ],
+    )
+    _warn(listing)
+
+
+@app.command()
+def info(
+    kind: Annotated[str, typer.Argument(help="The kind: attention, ffn, …")],
+    name: Annotated[str, typer.Argument(help="The provider's name.")],
+    profile: Profile = "",
+    plugin: Plugins = None,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Everything about one provider."""
+    show_info(survey(profile, plugin or ()), kind, name, as_json=json)
+
+
+def show_info(listing: Listing, kind: str, name: str, *, as_json: bool) -> None:
+    """Print the facts of one provider."""
+    facts = listing.registry.get_info(kind, name)
+    if as_json:
+        return print_json(facts)
+    for key, value in facts.items():
+        if key == "config":
+            print(f"config: {value['section'] or '-'}")
+            for option, schema in value["schema"].get("properties", {}).items():
+                default = schema.get("default", "-")
+                print(f"  {option} (default {default}): {schema.get('description', '')}")
+        else:
+            print(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
+
+
+@app.command()
+def enable(
+    plugin: Annotated[str, typer.Argument(help="The plugin: a name, a module or a .py file.")],
+    profile: Annotated[Path, typer.Option("--profile", "-p", help="The file to edit.")],
+    debug: Debug = False,
+) -> None:
+    """Add a plugin to a profile's 'plugins:' list; everything else in the file stays."""
+    _edit(profile, plugin, present=True)
+
+
+@app.command()
+def disable(
+    plugin: Annotated[str, typer.Argument(help="The plugin.")],
+    profile: Annotated[Path, typer.Option("--profile", "-p", help="The file to edit.")],
+    debug: Debug = False,
+) -> None:
+    """Remove a plugin from a profile's 'plugins:' list; everything else in the file stays."""
+    _edit(profile, plugin, present=False)
+
+
+def _edit(profile: Path, plugin: str, *, present: bool) -> None:
+    from apt_core.config.plugin_list import edit_plugin_list
+
+    changed = edit_plugin_list(profile, plugin, present=present)
+    done = "enabled" if present else "disabled"
+    print(f"{plugin} {done} in {profile}" if changed else f"{plugin} was {done} in {profile}")
+
+
+@app.command()
+def check(
+    plugin: Annotated[str, typer.Argument(help="The plugin: a name, a module or a .py file.")],
+    json: AsJson = False,
+    debug: Debug = False,
+) -> int:
+    """Does a plugin keep its promises? Loads it, builds its providers and trains a few steps."""
+    from apt_core.testing import check_plugin
+
+    findings = check_plugin(plugin)
+    rows = [{"check": f.check, "ok": f.ok, "detail": f.detail} for f in findings]
+    if json:
+        print_json(rows)
+    else:
+        print_table(
+            ("result", "check", "detail"),
+            [("ok" if r["ok"] else "FAILED", r["check"], r["detail"]) for r in rows],
+        )
+    return 0 if all(finding.ok for finding in findings) else 1
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def trace(
+    context: typer.Context,
+) -> int:
+    """Train with timed hooks: apt-hooks trace -- -p tiny_debug --plugin my_plugin.py"""
+    from apt_core.cli.train import app as train_app
+    from apt_core.tracing import traced
+
+    arguments = [argument for argument in context.args if argument != "--"]
+    with traced() as rows:
+        code = run_command(train_app, "apt-hooks trace --", arguments)
+    print_table(
+        ("hook", "plugin", "calls", "total ms", "mean us", "max us"),
+        [(r.hook, r.plugin, r.calls, r.total_ms, r.mean_us, r.max_us) for r in rows()],
+    )
+    return code
+
+
+@app.command()
+def schema(profile: Profile = "", plugin: Plugins = None, debug: Debug = False) -> None:
+    """The JSON Schema of profiles, with the sections of plugins, for editors."""
+    from apt_core.config import json_schema
+
+    print_json(json_schema(survey(profile, plugin or ()).sections))
+
+
+@app.command()
+def docs(debug: Debug = False) -> None:
+    """The reference of every hook, as Markdown."""
+    from apt_core.hook_reference import hook_reference
+
+    print(hook_reference(), end="")
+
+
+def _implementation(row: dict[str, Any]) -> tuple[object, ...]:
+    plugin = f"{row['plugin']} (wrapper)" if row["wrapper"] else row["plugin"]
+    place = f"{row['file']}:{row['line']}"
+    return row["hook"], row["position"], plugin, row["priority"], place
+
+
+def _what(row: dict[str, Any]) -> str:
+    where = row["failures"][0]["where"] if row["failures"] else ""
+    reason = f"{row['reason']} ({where})" if where else row["reason"]
+    return reason or row["summary"]
+
+
+def _warn(listing: Listing) -> None:
+    """Say on stderr what a listing cannot show: what is wrong with plugins that were found."""
+    for problem in listing.problems:
+        print(f"warning: {problem}", file=sys.stderr)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of ``apt-hooks``."""
+    sys.exit(run_command(app, "apt-hooks", args))

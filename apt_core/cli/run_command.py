@@ -1,0 +1,85 @@
+"""How every command starts and ends: arguments, errors as one readable block, exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from apt_core.errors import AptError, ConfigError
+from apt_core.failures import one_line
+
+if TYPE_CHECKING:
+    import typer
+
+
+def run_command(app: typer.Typer, prog: str, args: Sequence[str] | None = None) -> int:
+    """Run a typer app; returns the exit code.
+
+    0 fine, 1 the run failed, 2 bad input, 130 interrupted. Errors go to stderr, without a
+    traceback unless ``--debug`` is among the arguments.
+    """
+    import typer.main
+
+    args = list(sys.argv[1:] if args is None else args)
+    try:
+        result = typer.main.get_command(app).main(args, prog_name=prog, standalone_mode=False)
+    except AptError as error:
+        return _report(error, args, error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader went away; keep the interpreter from complaining about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        usage = getattr(error, "format_message", None)
+        if usage is not None:
+            print(f"error: {usage()} (see {prog} --help)", file=sys.stderr)
+            return 2
+        return _report(error, args, 1)
+    return result if isinstance(result, int) else 0
+
+
+def _report(error: Exception, args: Sequence[str], code: int) -> int:
+    if "--debug" in args:
+        traceback.print_exception(error)
+    if isinstance(error, AptError):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        print(f"error: unexpected failure: {one_line(error)}", file=sys.stderr)
+    if isinstance(error, ConfigError):
+        return code
+    if "--debug" not in args:
+        print("(add --debug for the traceback)", file=sys.stderr)
+    return code
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout, non-ASCII text as it is."""
+    import json
+
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A plain table on stdout; in a pipe nothing is cut off or wrapped."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*(_plain(cell) for cell in row))
+    if not console.is_terminal:
+        console.width = max(console.width, console.measure(table).maximum)
+    console.print(table)
+
+
+def _plain(cell: object) -> Any:
+    from rich.text import Text
+
+    return Text("" if cell is None else str(cell))

@@ -1,0 +1,33 @@
+"""The profile: from YAML text to a validated, immutable :class:`Config`.
+
+``read_profile`` finds and reads, ``validate`` checks and reports every problem at once.
+"""
+
+from __future__ import annotations
+
+from apt_core.config.checks import check_files
+from apt_core.config.fields import Ramp, Section
+from apt_core.config.inactive import InactiveKey
+from apt_core.config.json_schema import json_schema
+from apt_core.config.loader import list_profiles, read_profile
+from apt_core.config.overrides import Override, parse_override
+from apt_core.config.schema import Config, PluginRequest
+from apt_core.config.source import Source
+from apt_core.config.validate import Validated, validate
+
+__all__ = [
+    "Config",
+    "InactiveKey",
+    "Override",
+    "PluginRequest",
+    "Ramp",
+    "Section",
+    "Source",
+    "Validated",
+    "check_files",
+    "json_schema",
+    "list_profiles",
+    "parse_override",
+    "read_profile",
+    "validate",
+]

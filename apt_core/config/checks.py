@@ -1,0 +1,282 @@
+"""Contradictions between keys: small collectors, so that all problems come at once.
+
+A collector asks its :class:`View` for values. Where a value is not known because it is wrong
+itself, the collector is left out: one mistake is reported once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+from apt_core.config.fields import Ramp
+from apt_core.config.schema import Config
+from apt_core.config.source import Source, parse_path
+from apt_core.config.switches import Switch, looks_like_switch, read_switch
+from apt_core.config.yaml_text import KeyPath
+from apt_core.errors import Problem, did_you_mean
+
+TVA_ATTENTIONS = ("tva_default", "flash_v2")
+FILE_LOADERS = ("text_default", "jsonl", "parquet", "hlbd")
+
+
+class Unknown(Exception):
+    """A collector asked for a value that is wrong itself."""
+
+
+class View:
+    """The values that are left of a profile."""
+
+    def __init__(self, config: Config, source: Source, bad: Collection[KeyPath]) -> None:
+        self.config, self.source, self.bad = config, source, bad
+
+    def __getitem__(self, key: str) -> Any:
+        path = parse_path(key)
+        if any(path[: len(bad)] == bad for bad in self.bad):
+            raise Unknown(key)
+        value: Any = self.config
+        for part in path:
+            value = getattr(value, str(part), None)
+        return value
+
+    def problem(self, message: str, keys: str, hint: str = "") -> Problem:
+        """A problem of the first of the ``keys`` (separated by spaces) that was written down."""
+        names = keys.split()
+        key = next((name for name in names if self.source.has(name)), names[0])
+        return Problem(message, key, self.source.where(key), hint)
+
+    def attention_names(self) -> tuple[str, ...]:
+        pattern: tuple[str, ...] | None = self["model.attention_pattern"]
+        return pattern or (self["model.attention_name"],)
+
+
+def find_contradictions(
+    config: Config, source: Source, bad: Collection[KeyPath] = ()
+) -> list[Problem]:
+    """Everything that single keys cannot show. ``bad`` are paths whose values are not known."""
+    view = View(config, source, bad)
+    problems: list[Problem] = []
+    for collector in COLLECTORS:
+        try:
+            problems += collector(view)
+        except Unknown:
+            continue
+    return problems
+
+
+def check_files(config: Config, source: Source) -> list[Problem]:
+    """Data files that the profile names and that are not there (relative to where it runs).
+
+    Only for loaders that read files: ``train_path`` may be a query or a data set's name to others.
+    """
+    if config.data.loader not in FILE_LOADERS:
+        return []
+    return [
+        Problem(
+            f"there is no file {path!r}",
+            f"data.{key}",
+            source.where(f"data.{key}"),
+            "paths are relative to the folder that the command runs in; without train_path, "
+            "the embedded text is used",
+        )
+        for key, path in (
+            ("train_path", config.data.train_path),
+            ("val_path", config.data.val_path),
+        )
+        if path is not None and not os.path.exists(path)
+    ]
+
+
+def _heads(view: View) -> Iterator[Problem]:
+    width, heads = view["model.d_model"], view["model.num_heads"]
+    if width % heads:
+        yield view.problem(
+            f"{width} is not divisible by the {heads} heads of model.num_heads",
+            "model.d_model model.num_heads",
+            f"{width // heads * heads or heads} and {(width // heads + 1) * heads} are",
+        )
+
+
+def _kv_heads(view: View) -> Iterator[Problem]:
+    heads, kv_heads = view["model.num_heads"], view["model.num_kv_heads"]
+    if kv_heads is not None and heads % kv_heads:
+        yield view.problem(
+            f"{kv_heads} does not divide the {heads} heads of model.num_heads",
+            "model.num_kv_heads",
+            f"choose a divisor of {heads}",
+        )
+
+
+def _tva_rank(view: View) -> Iterator[Problem]:
+    if not set(view.attention_names()) & set(TVA_ATTENTIONS):
+        return
+    width, heads = view["model.d_model"], view["model.num_heads"]
+    ratio, rank = view["model.tva.r"], view["model.tva.rank"]
+    if width % heads:
+        return
+    head = width // heads
+    head_words = f"the head dimension {head} (model.d_model / model.num_heads)"
+    if rank is not None:
+        if rank > head:
+            yield view.problem(
+                f"{rank} is more than {head_words}", "model.tva.rank", f"choose at most {head}"
+            )
+        key, remedy = "model.tva.rank", "choose an even rank"
+    else:
+        rank = head // ratio
+        if rank < 1:
+            yield view.problem(
+                f"a ratio of {ratio} leaves no rank of {head_words}",
+                "model.tva.r model.num_heads model.d_model",
+                f"choose r from 1 to {head}, or set model.tva.rank",
+            )
+        key = "model.tva.r model.num_heads model.d_model"
+        remedy = "choose another r, or set model.tva.rank to an even number"
+    if rank % 2 and rank <= head and view["model.position_name"] == "rope":
+        yield view.problem(
+            f"model.tva.r = {ratio} gives the odd rank {rank} of {head_words}, and rope turns "
+            "pairs of dimensions"
+            if key != "model.tva.rank"
+            else f"the rank {rank} is odd, and rope turns pairs of dimensions",
+            key,
+            remedy,
+        )
+
+
+def _pattern(view: View) -> Iterator[Problem]:
+    pattern, layers = view["model.attention_pattern"], view["model.num_layers"]
+    if pattern is not None and not pattern:
+        yield view.problem(
+            "must not be empty", "model.attention_pattern", "leave it out to use attention_name"
+        )
+    elif pattern is not None and len(pattern) > layers:
+        yield view.problem(
+            f"names {len(pattern)} layers, and model.num_layers is {layers}",
+            "model.attention_pattern",
+            "shorten it, or raise model.num_layers",
+        )
+
+
+def _lengths(view: View) -> Iterator[Problem]:
+    length, longest = view["data.max_length"], view["model.max_seq_len"]
+    if length is not None and length > longest:
+        yield view.problem(
+            f"{length} tokens are more than the {longest} of model.max_seq_len",
+            "data.max_length model.max_seq_len",
+            "lower it, or raise model.max_seq_len",
+        )
+
+
+def _warmup(view: View) -> Iterator[Problem]:
+    warmup, steps = view["training.warmup_steps"], view["training.max_steps"]
+    keys = ("training.warmup_steps", "training.max_steps")
+    # Shortening a run from the command line, to try something, is no mistake.
+    in_profile = all(
+        view.source.has(key) and not view.source.where(key).startswith("--") for key in keys
+    )
+    if in_profile and steps is not None and warmup >= steps:
+        yield view.problem(
+            f"a warm-up of {warmup} steps does not end within training.max_steps = {steps}",
+            "training.warmup_steps",
+            "lower it, or raise training.max_steps",
+        )
+
+
+def _sources(view: View) -> Iterator[Problem]:
+    source, path = view["data.source"], view["data.train_path"]
+    if source is not None and path is not None:
+        yield view.problem(
+            f"data.source is {source!r} and data.train_path is {path!r}: only one can be read",
+            "data.source",
+            "leave one of them out",
+        )
+
+
+def _experts(view: View) -> Iterator[Problem]:
+    moe = view["model.moe"]
+    if moe is not None and view["model.moe.top_k"] > view["model.moe.experts"]:
+        yield view.problem(
+            f"{moe.top_k} experts per token, and there are {moe.experts}",
+            "model.moe.top_k model.moe.experts",
+            "choose top_k <= experts",
+        )
+
+
+def _plugins(view: View) -> Iterator[Problem]:
+    seen: dict[str, Any] = {}
+    for request in view["plugins"]:
+        if seen.setdefault(request.name, request) != request:
+            yield view.problem(
+                f"{request.name!r} is named twice, with different options",
+                "plugins",
+                "keep one of them",
+            )
+
+
+def _ramps(view: View) -> Iterator[Problem]:
+    for key, ramp in view["schedules"].items():
+        if not isinstance(ramp, Ramp):
+            continue
+        at = f"schedules.{key}"
+        if ramp.by == "token" and ramp.until is None and ramp.warmup is None:
+            yield view.problem(
+                "a ramp by token needs its last position, since the run's length is not counted "
+                "in tokens",
+                at,
+                "add until: N, or warmup: N",
+            )
+        if ramp.until is not None and ramp.warmup is not None:
+            yield view.problem("until and warmup both say where the ramp ends", at, "keep one")
+        if ramp.shape == "exponential" and ramp.start * ramp.end <= 0:
+            yield view.problem(
+                f"an exponential ramp cannot go from {ramp.start} to {ramp.end}",
+                at,
+                "use values of the same sign, neither of them 0, or another shape",
+            )
+
+
+def _switches(view: View) -> Iterator[Problem]:
+    first: dict[tuple[str, bool], str] = {}
+    switches: dict[str, dict[bool, Switch]] = {}
+    for key, value in view["schedules"].items():
+        if not looks_like_switch(key):
+            continue
+        at = f"schedules.{key}"
+        switch = read_switch(key, value)
+        if switch is None:
+            words = "write enable_PLUGIN_at_epoch, _at_step or _at_token, or disable_…"
+            forms = [f"{key.split('_at_')[0]}_at_{unit}" for unit in ("epoch", "step", "token")]
+            yield view.problem("unknown key", at, did_you_mean(key, forms) or words)
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            yield view.problem(f"must be a whole number of at least 1, not {value!r}", at)
+            continue
+        earlier = first.setdefault((switch.plugin, switch.enables), key)
+        if earlier != key:
+            yield view.problem(f"says the same as {earlier}, in another unit", at, "keep one")
+        switches.setdefault(switch.plugin, {})[switch.enables] = switch
+    for plugin, pair in switches.items():
+        if (
+            len(pair) == 2
+            and pair[True].unit == pair[False].unit
+            and pair[False].at <= pair[True].at
+        ):
+            yield view.problem(
+                f"{plugin} is disabled before it is enabled", f"schedules.{pair[False].key}"
+            )
+
+
+COLLECTORS: tuple[Callable[[View], Iterator[Problem]], ...] = (
+    _heads,
+    _kv_heads,
+    _tva_rank,
+    _pattern,
+    _lengths,
+    _warmup,
+    _sources,
+    _experts,
+    _plugins,
+    _ramps,
+    _switches,
+)

@@ -1,0 +1,183 @@
+"""Finding and reading profiles: a path, ``./profiles``, or the profiles that come with APT."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from apt_core.config.overrides import Override
+from apt_core.config.source import Source, from_document
+from apt_core.config.yaml_text import MAX_CHARACTERS, parse_yaml
+from apt_core.errors import ConfigError, Problem, did_you_mean
+
+SUFFIXES = (".yaml", ".yml")
+LOCAL_FOLDER = Path("profiles")
+MAX_PARENTS = 20
+
+
+@dataclass(frozen=True)
+class _File:
+    """A profile that was found. ``label`` is how messages name it, ``folder`` where it lies."""
+
+    file: Path | Traversable
+    label: str
+    folder: Path | None
+
+    @property
+    def stem(self) -> str:
+        return self.file.name.rsplit(".", 1)[0] or self.file.name
+
+    @property
+    def identity(self) -> str:
+        return os.path.realpath(self.file) if isinstance(self.file, Path) else str(self.file)
+
+
+def read_profile(profile: str | Path, overrides: Sequence[Override] = ()) -> Source:
+    """Read a profile, all that it extends, and the overrides on top.
+
+    ``profile`` is a path, or a name found in ``./profiles`` or among those that come with APT;
+    ``.yaml`` may be left off. Raises ConfigError if it, or a profile that it extends, is missing
+    or cannot be read. What can be gone on from is in the result's ``problems``.
+    """
+    found = _find(str(profile), folder=None, skip=frozenset())
+    return _read(found, chain=()).with_overrides(overrides)
+
+
+def list_profiles() -> list[str]:
+    """The names that ``--profile`` takes without a path, sorted."""
+    names: set[str] = set()
+    if LOCAL_FOLDER.is_dir():
+        names.update(file.stem for file in LOCAL_FOLDER.iterdir() if file.suffix in SUFFIXES)
+    installed = _installed_folder()
+    if installed is not None:
+        files = (file.name for file in installed.iterdir())
+        names.update(Path(name).stem for name in files if name.endswith(SUFFIXES))
+    return sorted(names)
+
+
+def _read(found: _File, chain: tuple[_File, ...]) -> Source:
+    if any(found.identity == earlier.identity for earlier in chain):
+        names = " -> ".join(file.label for file in (*chain, found))
+        raise ConfigError(Problem(f"profiles extend each other in a circle: {names}", "extends"))
+    if len(chain) >= MAX_PARENTS:
+        raise ConfigError(Problem(f"more than {MAX_PARENTS} profiles extend each other", "extends"))
+    document = parse_yaml(_text_of(found), found.label)
+    if document.data is None:
+        hint = "`extends: base` alone is a complete profile"
+        raise ConfigError(Problem("the profile is empty", where=found.label, hint=hint))
+    if not isinstance(document.data, dict):
+        kind = "a list" if isinstance(document.data, list) else "a single value"
+        hint = "write sections such as `model:` and `training:`"
+        raise ConfigError(
+            Problem(f"a profile is a mapping of sections, not {kind}", where=found.label, hint=hint)
+        )
+    source = from_document(document, found.stem, found.label, found.folder)
+    parent = source.data.pop("extends", None)
+    if parent is None:
+        return source
+    where = source.where("extends")
+    if not isinstance(parent, str) or not parent:
+        raise ConfigError(Problem("must be the name or path of one profile", "extends", where))
+    # A bare name never means the file itself: ./profiles/base.yaml may extend APT's own base.
+    skip = frozenset({found.identity}) if _is_bare(parent) else frozenset()
+    try:
+        above = _find(parent, folder=found.folder, skip=skip)
+    except ConfigError as error:
+        problem = error.problems[0]
+        raise ConfigError(Problem(problem.message, "extends", where, problem.hint)) from None
+    return _read(above, (*chain, found)).inherited().below(source)
+
+
+def _text_of(found: _File) -> str:
+    try:
+        raw = found.file.read_bytes()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(Problem(f"cannot be read: {reason}", where=found.label)) from error
+    if len(raw) > 4 * MAX_CHARACTERS:
+        raise ConfigError(Problem("larger than 1 MB, which no profile is", where=found.label))
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise ConfigError(
+            Problem("not UTF-8 text", where=f"{found.label}:{line}", hint="save it as UTF-8")
+        ) from None
+
+
+def _find(profile: str, folder: Path | None, skip: frozenset[str]) -> _File:
+    """``folder`` is that of the profile which extends this one, if one does."""
+    looked: list[str] = []
+    directory = ""
+    for candidate in _candidates(profile, folder):
+        looked.append(candidate.label)
+        if candidate.identity in skip:
+            continue
+        if _is_dir(candidate.file):
+            directory = directory or candidate.label
+        elif _is_there(candidate.file):
+            return candidate
+    if directory:
+        raise ConfigError(Problem(f"{profile!r} is a directory, not a profile", where=directory))
+    known = list_profiles()
+    hint = did_you_mean(Path(profile).name.removesuffix(".yaml"), known)
+    hint = hint or f"known profiles: {', '.join(known)}"
+    raise ConfigError(
+        Problem(f"no profile {profile!r}; looked for {', '.join(dict.fromkeys(looked))}", hint=hint)
+    )
+
+
+def _candidates(profile: str, folder: Path | None) -> Iterator[_File]:
+    if not profile or "\0" in profile:
+        raise ConfigError(Problem(f"{profile!r} is no profile", hint="give a name or a path"))
+    names = [profile]
+    if not profile.endswith(SUFFIXES):
+        names += [f"{profile}{suffix}" for suffix in SUFFIXES]
+    folders = [folder or Path()] + ([LOCAL_FOLDER] if _is_bare(profile) else [])
+    for base in folders:
+        for name in names:
+            file = base / os.path.expanduser(name)
+            yield _File(file, _label(file), file.parent)
+    installed = _installed_folder() if _is_bare(profile) else None
+    if installed is not None:
+        for name in names:
+            entry = installed / name
+            if isinstance(entry, Path):
+                yield _File(entry, _label(entry), entry.parent)
+            else:
+                yield _File(entry, f"{name} (installed)", None)
+
+
+def _installed_folder() -> Traversable | None:
+    try:
+        return resources.files("profiles")
+    except ModuleNotFoundError:
+        return None
+
+
+def _is_bare(profile: str) -> bool:
+    return not any(separator in profile for separator in ("/", os.sep)) and profile not in (
+        ".",
+        "..",
+    )
+
+
+def _is_dir(file: Path | Traversable) -> bool:
+    return os.path.isdir(file) if isinstance(file, Path) else file.is_dir()
+
+
+def _is_there(file: Path | Traversable) -> bool:
+    """A pipe or a broken link counts: reading it works, or says why it does not."""
+    return os.path.lexists(file) if isinstance(file, Path) else file.is_file()
+
+
+def _label(file: Path) -> str:
+    """Short enough to read, long enough to open: relative where it lies below this folder."""
+    try:
+        return str(file.resolve().relative_to(Path.cwd()))
+    except (ValueError, OSError, RuntimeError):
+        return str(file)

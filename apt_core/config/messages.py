@@ -1,0 +1,183 @@
+"""pydantic's errors in words for the person who wrote the profile."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from apt_core.config.source import Source
+from apt_core.config.yaml_text import KeyPath, dotted
+from apt_core.errors import Problem, did_you_mean
+
+_KINDS = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a section with keys",
+    "model_type": "a section with keys",
+    "model_attributes_type": "a section with keys",
+    "finite_number": "a finite number",
+}
+_BOUNDS = {
+    "greater_than": ("gt", "more than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
+_NUMERIC = ("int_type", "float_type", "int_parsing", "float_parsing")
+_MANY_KEYS = 14
+
+
+def describe(value: Any) -> str:
+    """A value in a message: short, and safe for anything that can stand in a profile."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return "a list"
+    if isinstance(value, int) and value.bit_length() > 128:
+        return "a number of more than 38 digits"
+    if isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, str):
+        return f"the text {value[:60]!r}{'…' if len(value) > 60 else ''}"
+    return f"a {type(value).__name__}"
+
+
+def problem_of(error: ErrorDetails, path: KeyPath, source: Source) -> Problem:
+    """The problem at ``path`` that pydantic reports as ``error`` (any but an unknown key)."""
+    message, hint = _message(error)
+    return Problem(message, dotted(path), source.where(path), hint)
+
+
+def _message(error: ErrorDetails) -> tuple[str, str]:
+    kind, value, context = error["type"], error.get("input"), error.get("ctx", {})
+    shown = describe(value)
+    if kind in _KINDS:
+        hint = ""
+        if isinstance(value, str) and kind in _NUMERIC and _is_number(value):
+            hint = "write it without quotes"
+        return f"must be {_KINDS[kind]}, not {shown}", hint
+    if kind in _BOUNDS:
+        bound, words = _BOUNDS[kind]
+        return f"must be {words} {context[bound]}, not {shown}", ""
+    if kind == "literal_error":
+        expected = str(context["expected"])
+        choices = [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")]
+        return f"must be {expected}, not {shown}", did_you_mean(str(value)[:60], choices)
+    if kind == "missing":
+        return "is missing", ""
+    if kind == "string_pattern_mismatch":
+        return f"must match {context['pattern']}, not {shown}", ""
+    if kind in ("too_short", "string_too_short"):
+        return "must not be empty", ""
+    if kind.startswith("apt_"):
+        return f"{error['msg']}, not {shown}", ""
+    text = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return f"{text[:1].lower()}{text[1:]} (it is {shown})", ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+class KnownKeys:
+    """Every key that some section knows, to tell what an unknown key was meant to be."""
+
+    def __init__(self, core: type[BaseModel], sections: Mapping[str, type[BaseModel]]) -> None:
+        self.children: dict[str, set[str]] = {"": set()}
+        self._add(core, "")
+        for path, model in sections.items():
+            parts = path.split(".")
+            for depth, part in enumerate(parts):
+                self.children.setdefault(".".join(parts[:depth]), set()).add(part)
+            self._add(model, path)
+        self.places: dict[str, str] = {}
+        for section, names in sorted(self.children.items(), reverse=True):
+            for name in names:
+                self.places[name] = f"{section}.{name}" if section else name
+
+    def _add(self, model: type[BaseModel], path: str) -> None:
+        keys = self.children.setdefault(path, set())
+        for name, field in model.model_fields.items():
+            key = field.alias or name
+            keys.add(key)
+            for inner in models_in(field.annotation):
+                self._add(inner, f"{path}.{key}" if path else key)
+
+    def problem(self, path: KeyPath, source: Source) -> Problem:
+        """The problem of an unknown key at ``path``."""
+        return Problem("unknown key", dotted(path), source.where(path), self._hint(path))
+
+    def meant(self, path: KeyPath) -> KeyPath | None:
+        """The known key that an unknown one was probably meant to be."""
+        section, key = _section_of(path), str(path[-1])[:200]
+        siblings = self.children.get(section, set())
+        if key in siblings:
+            return None
+        if key in self.places:
+            return tuple(self.places[key].split("."))
+        if near := difflib.get_close_matches(key, siblings, n=1, cutoff=0.6):
+            return (*(section.split(".") if section else ()), near[0])
+        if far := difflib.get_close_matches(key, self.places, n=1, cutoff=0.8):
+            return tuple(self.places[far[0]].split("."))
+        return None
+
+    def _hint(self, path: KeyPath) -> str:
+        section = _section_of(path)
+        if meant := self.meant(path):
+            here = dotted(meant[:-1]) == section
+            return f"did you mean {meant[-1] if here else dotted(meant)!r}?"
+        siblings = sorted(self.children.get(section, ()))
+        if not section:
+            return f"known sections: {', '.join(siblings)}; a plugin's needs the plugin"
+        if siblings and len(siblings) <= _MANY_KEYS:
+            return f"known keys here: {', '.join(siblings)}"
+        return "`apt-hooks schema` lists every key"
+
+
+def _section_of(path: KeyPath) -> str:
+    return ".".join(part for part in path[:-1] if isinstance(part, str))
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that an annotation holds directly or as one of a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) in (Union, UnionType, Annotated):
+        for argument in get_args(annotation):
+            yield from models_in(argument)
+
+
+def ignored_keys(model: type[BaseModel], data: Any, path: KeyPath) -> Iterator[KeyPath]:
+    """Keys that ``model`` would ignore without a word: pydantic's default for a plugin's model."""
+    if not isinstance(data, Mapping) or model.model_config.get("extra") == "allow":
+        return
+    names: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        names[name] = names[field.alias or name] = field.annotation
+    for key, value in data.items():
+        if key not in names:
+            yield (*path, key)
+            continue
+        for inner in models_in(names[key]):
+            yield from ignored_keys(inner, value, (*path, key))

@@ -1,0 +1,429 @@
+"""The profile's sections, one pydantic model each: every key, its type, default and meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    Strict,
+    model_serializer,
+)
+
+from apt_core.config.fields import (
+    Count,
+    CountOrZero,
+    Fraction,
+    Name,
+    ScheduleEntry,
+    Section,
+    Size,
+    Text,
+    one_of,
+)
+from apt_core.config.yaml_text import ProfileDumper
+
+if TYPE_CHECKING:
+    from apt_core.types import SectionSpec
+
+Names = Annotated[tuple[Name, ...], Strict(False), Field(max_length=10_000)]
+
+
+class PluginRequest(Section):
+    """A plugin that the profile asks for: its name alone, or with options."""
+
+    name: Name = Field(description="Installed name, dotted module, or path of a .py file.")
+    priority: Annotated[int, Field(ge=0, le=100)] | None = Field(
+        default=None, description="Replaces the priority of all its hooks; 0 to 100, lower first."
+    )
+    on_failure: Literal["isolate", "required"] | None = Field(
+        default=None,
+        description="isolate: go on without it; required: any failure ends the run. Without it, "
+        "a plugin that is not found is an error, and failures when called are isolated.",
+    )
+
+    @model_serializer(mode="wrap")
+    def _short(self, handler: SerializerFunctionWrapHandler) -> Any:
+        if self.priority is None and self.on_failure is None:
+            return self.name
+        return {key: value for key, value in handler(self).items() if value is not None}
+
+
+def _name_alone(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+PluginEntry = Annotated[
+    PluginRequest, BeforeValidator(_name_alone, json_schema_input_type=str | PluginRequest)
+]
+
+
+class TVAConfig(Section):
+    """``model.tva``: the default attention."""
+
+    r: Size = Field(default=4, description="Compression ratio: rank = head dimension // r.")
+    s: Annotated[int, Field(ge=0, le=2**16)] = Field(
+        default=1, description="Number of normal directions of the compensator; 0 switches it off."
+    )
+    tau: Annotated[float, Field(ge=-1e3, le=1e3)] = Field(
+        default=0.18,
+        description="Shift of the compensator's threshold, in spreads of the residual.",
+    )
+    rank: Size | None = Field(default=None, description="The rank itself, in place of r.")
+    factored: bool = Field(
+        default=False, description="Compute by the definition (slow; the reference for tests)."
+    )
+
+
+class MoeSection(Section):
+    """``model.moe``, as long as no plugin owns it."""
+
+    enabled: bool = Field(default=True, description="Use a mixture of experts.")
+    experts: Size = Field(default=8, description="Number of experts.")
+    top_k: Size = Field(default=2, description="Experts per token.")
+    capacity: Annotated[float, Field(gt=0, le=1e6)] = Field(
+        default=1.25, description="Capacity of an expert over its fair share of tokens."
+    )
+    balance_loss: Annotated[float, Field(ge=0, le=1e6)] = Field(
+        default=0.01, description="Weight of the load-balancing loss."
+    )
+
+
+class BistateSection(Section):
+    """``model.bistate``, as long as no plugin owns it."""
+
+    alpha: Annotated[float, Field(ge=0, le=1e6)] = Field(
+        default=0.35, description="Weight of the divergence between the two states."
+    )
+    beta: Annotated[float, Field(ge=0, le=1e6)] = Field(
+        default=0.20, description="Weight of the contrastive term."
+    )
+    tau_align: Annotated[float, Field(gt=0, le=1e6)] = Field(
+        default=0.15, description="Temperature of the contrastive term."
+    )
+
+
+class VotingSection(Section):
+    """``model.voting``, as long as no plugin owns it."""
+
+    threshold: Annotated[float, Field(ge=0, le=1e6)] = Field(
+        default=2.2, description="Entropy in nats from which tokens are voted on."
+    )
+    k: Size = Field(default=3, description="Number of voters.")
+
+
+class ModelSection(Section):
+    """``model``: sizes of the network and the providers of its parts."""
+
+    d_model: Size = Field(default=128, description="Width of the residual stream.")
+    num_heads: Size = Field(default=4, description="Attention heads; divides d_model.")
+    num_layers: Annotated[int, Field(ge=1, le=2**16)] = Field(
+        default=4, description="Number of blocks."
+    )
+    d_ff: Size = Field(default=512, description="Hidden width of the feed-forward.")
+    vocab_size: Size = Field(default=256, description="Number of token ids.")
+    max_seq_len: Size = Field(default=256, description="Longest sequence in tokens.")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="Dropout probability."
+    )
+    num_kv_heads: Size | None = Field(
+        default=None,
+        description="Key/value heads of grouped-query attention; divides num_heads. "
+        "Without it, as many as num_heads.",
+    )
+    tie_embeddings: bool = Field(
+        default=True, description="Share the weights of the embedding and the output."
+    )
+    attention_name: Name = Field(default="tva_default", description="Provider of attention.")
+    attention_pattern: Names | None = Field(
+        default=None,
+        description="Attention providers repeated over the layers, in place of attention_name.",
+    )
+    ffn_name: Name = Field(default="default", description="Provider of the feed-forward.")
+    norm_name: Name = Field(default="rmsnorm", description="Provider of the norm.")
+    position_name: Name = Field(default="rope", description="Provider of the positions.")
+    backbone_name: Name = Field(default="gpt", description="Provider of the backbone.")
+    tva: TVAConfig = Field(default_factory=TVAConfig, description="Settings of tva_default.")
+    moe: MoeSection | None = Field(default=None, description="Mixture of experts.")
+    bistate: BistateSection | None = Field(default=None, description="Two-state alignment.")
+    voting: VotingSection | None = Field(default=None, description="Voting on uncertain tokens.")
+
+
+class TrainingSection(Section):
+    """``training``: the loop, the optimizer and checkpoints."""
+
+    batch_size: Size = Field(default=16, description="Sequences per micro-batch.")
+    max_epochs: Size = Field(default=10, description="Passes over the training data.")
+    max_steps: Count | None = Field(
+        default=None, description="Stop after this many optimizer steps, if that comes earlier."
+    )
+    grad_accum_steps: Size = Field(
+        default=1, description="Micro-batches whose gradients make one optimizer step."
+    )
+    learning_rate: Annotated[float, Field(gt=0, le=1e3)] = Field(
+        default=1e-3, description="Peak learning rate."
+    )
+    min_lr_ratio: Fraction = Field(
+        default=0.1, description="Final learning rate as a share of the peak."
+    )
+    warmup_steps: CountOrZero = Field(
+        default=50, description="Steps over which the learning rate rises."
+    )
+    weight_decay: Annotated[float, Field(ge=0, le=1e3)] = Field(
+        default=0.01, description="Decoupled weight decay."
+    )
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
+        Strict(False),
+    ] = Field(default=(0.9, 0.95), description="Decay of Adam's two moments.")
+    eps: Annotated[float, Field(gt=0, le=1)] = Field(default=1e-8, description="Adam's epsilon.")
+    gradient_clip: Annotated[float, Field(ge=0, le=1e9)] = Field(
+        default=1.0, description="Largest norm of the gradient; 0 does not clip."
+    )
+    optimizer_name: Name = Field(default="adamw", description="Provider of the optimizer.")
+    lr_schedule_name: Name = Field(
+        default="cosine", description="Provider of the learning-rate schedule."
+    )
+    mixed_precision: Annotated[Literal[True, False, "auto"], one_of(True, False, "auto")] = Field(
+        default="auto", description="bf16 autocast: true, false, or auto (where it is faster)."
+    )
+    amp_level: Name | None = Field(
+        default=None, description="Level of the former apex autocast; has no effect."
+    )
+    compile: bool = Field(default=False, description="Compile the model with torch.compile.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=0, description="Seed of the weights, the data order and dropout."
+    )
+    save_freq: CountOrZero = Field(
+        default=1, description="Epochs between checkpoints; 0 saves at the end only."
+    )
+    save_every_steps: Count | None = Field(
+        default=None, description="Optimizer steps between further checkpoints."
+    )
+    keep_last: CountOrZero = Field(
+        default=3, description="Number of newest checkpoints to keep; 0 keeps all."
+    )
+    checkpoint_dir: Name | None = Field(
+        default=None, description="Folder of the checkpoints when no output folder is given."
+    )
+    log_every_steps: Count = Field(
+        default=10, description="Optimizer steps between rows of metrics."
+    )
+    max_nonfinite_steps: Count = Field(
+        default=10, description="Non-finite steps in a row after which the run stops."
+    )
+
+
+class DataSection(Section):
+    """``data``: where the text comes from and how it becomes tokens."""
+
+    source: Name | None = Field(
+        default=None,
+        description="Built-in text, such as pydoc. Without it: train_path if given, else pydoc.",
+    )
+    train_path: Name | None = Field(default=None, description="File to train on.")
+    val_path: Name | None = Field(
+        default=None, description="File to evaluate on; without it the last tenth is held out."
+    )
+    loader: Name = Field(default="text_default", description="Provider that reads the files.")
+    tokenizer_name: Name = Field(default="byte", description="Provider of the tokenizer.")
+    max_length: Size | None = Field(
+        default=None, description="Tokens per training sequence; without it, model.max_seq_len."
+    )
+    truncation: bool | None = Field(default=None, description="Cut texts that are too long.")
+    padding: (
+        Annotated[
+            Literal[True, False, "max_length", "longest", "do_not_pad"],
+            one_of(True, False, "max_length", "longest", "do_not_pad"),
+        ]
+        | None
+    ) = Field(default=None, description="Fill texts that are too short.")
+
+    @property
+    def text_source(self) -> str | None:
+        """The built-in text to train on, or None where ``train_path`` is read instead."""
+        return self.source or (None if self.train_path else "pydoc")
+
+
+class EvaluationSection(Section):
+    """``evaluation``: what is measured, how often, and the sampled continuation."""
+
+    metrics: Names = Field(default=("perplexity",), description="Names of the metrics.")
+    eval_freq: CountOrZero = Field(
+        default=100,
+        description="Optimizer steps between evaluations; 0 evaluates at epoch ends only.",
+    )
+    eval_batches: Count = Field(
+        default=20, description="Batches that an evaluation of a running training looks at."
+    )
+    save_best: bool = Field(
+        default=False, description="Keep the checkpoint with the lowest validation loss."
+    )
+    sample_tokens: Annotated[int, Field(ge=0, le=2**20)] = Field(
+        default=200, description="Length of the continuation shown at the end; 0 shows none."
+    )
+    sample_prompt: Text = Field(default="The ", description="Beginning of that continuation.")
+    sample_temperature: Annotated[float, Field(ge=0, le=100)] = Field(
+        default=0.8, description="Its temperature; 0 takes the most likely token."
+    )
+
+
+class WandbSection(Section):
+    """``monitoring.wandb``."""
+
+    enabled: bool = Field(default=False, description="Log to Weights & Biases.")
+    project: Name | None = Field(default=None, description="Project to log to.")
+    tags: Names = Field(default=(), description="Tags of the run.")
+
+
+class TensorboardSection(Section):
+    """``monitoring.tensorboard``."""
+
+    enabled: bool = Field(default=False, description="Log to TensorBoard.")
+    log_dir: Name | None = Field(default=None, description="Folder of the event files.")
+
+
+class MonitoringSection(Section):
+    """``monitoring``: experiment trackers."""
+
+    wandb: WandbSection = Field(default_factory=WandbSection, description="Weights & Biases.")
+    tensorboard: TensorboardSection = Field(
+        default_factory=TensorboardSection, description="TensorBoard."
+    )
+
+
+class HardwareSection(Section):
+    """``hardware``: where the run takes place."""
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$")] = Field(
+        default="auto", description="auto, cpu, mps, cuda or cuda:N."
+    )
+    num_gpus: Annotated[int, Field(ge=0, le=2**20)] = Field(
+        default=0, description="Number of GPUs."
+    )
+    distributed: bool = Field(default=False, description="Train in several processes.")
+    backend: Literal["nccl", "gloo", "mpi"] | None = Field(
+        default=None, description="Communication between processes."
+    )
+
+
+class DebugSection(Section):
+    """``debug``: what is shown and checked."""
+
+    verbose: bool = Field(default=False, description="Say more.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field(
+        default="INFO", description="Least severity that is logged."
+    )
+    profile_memory: bool = Field(default=False, description="Measure memory.")
+    check_gradients: bool = Field(
+        default=False, description="Name parameters whose gradients are missing or not finite."
+    )
+
+
+class Config(Section):
+    """A validated profile, immutable. Sections of plugins are reached by :meth:`section`."""
+
+    name: Text = Field(default="unnamed", description="Name of the profile.")
+    version: Text = Field(default="", description="Version of the profile.")
+    description: Text = Field(default="", description="What the profile is for.")
+    plugins: Annotated[tuple[PluginEntry, ...], Strict(False), Field(max_length=10_000)] = Field(
+        default=(), description="Plugins that the run activates."
+    )
+    model: ModelSection = Field(default_factory=ModelSection, description="The network.")
+    training: TrainingSection = Field(default_factory=TrainingSection, description="The loop.")
+    schedules: dict[str, ScheduleEntry] = Field(
+        default_factory=dict,
+        description="enable_PLUGIN_at_epoch|step|token, disable_…, and values of parameters.",
+    )
+    data: DataSection = Field(default_factory=DataSection, description="The text.")
+    evaluation: EvaluationSection = Field(
+        default_factory=EvaluationSection, description="Measuring."
+    )
+    monitoring: MonitoringSection = Field(
+        default_factory=MonitoringSection, description="Trackers."
+    )
+    hardware: HardwareSection = Field(default_factory=HardwareSection, description="The machine.")
+    debug: DebugSection = Field(default_factory=DebugSection, description="Diagnosis.")
+
+    _plugin_sections: dict[str, BaseModel] = PrivateAttr(default_factory=dict)
+
+    @classmethod
+    def from_dict(
+        cls, profile: Mapping[str, Any], *, sections: Sequence[SectionSpec] = ()
+    ) -> Config:
+        """Validate a plain mapping. Raises ConfigError with every problem.
+
+        >>> Config.from_dict({"model": {"d_model": 64}}).model.d_model
+        64
+        """
+        # validate() needs Config, and this shorthand needs validate().
+        from apt_core.config.source import Source
+        from apt_core.config.validate import validate
+
+        return validate(Source.from_dict(profile), sections).require()
+
+    def with_plugin_sections(self, sections: Mapping[str, BaseModel]) -> Config:
+        """A copy that holds these sections of plugins, by dotted path."""
+        updated = self
+        for path, section in sections.items():
+            updated = _replace_placeholder(updated, path.split("."), section)
+        config = updated.model_copy()
+        config._plugin_sections = {**self._plugin_sections, **sections}
+        return config
+
+    def section(self, path: str) -> BaseModel | None:
+        """The section at a dotted path (``"model.moe"``), a plugin's or the core's, or None."""
+        if path in self._plugin_sections:
+            return self._plugin_sections[path]
+        value: Any = self
+        for key in path.split("."):
+            if not isinstance(value, BaseModel) or key not in type(value).model_fields:
+                return None
+            value = getattr(value, key)
+        return value if isinstance(value, BaseModel) else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved profile as plain data, sections of plugins included."""
+        data: dict[str, Any] = self._without_plugins().model_dump(mode="json")
+        for path, section in self._plugin_sections.items():
+            *parents, last = path.split(".")
+            place = data
+            for key in parents:
+                place = place.setdefault(key, {})
+            place[last] = section.model_dump(mode="json", by_alias=True)
+        return data
+
+    def to_yaml(self) -> str:
+        """The resolved profile as YAML text; reading it gives an equal Config."""
+        return yaml.dump(self.to_dict(), Dumper=ProfileDumper, sort_keys=False, allow_unicode=True)
+
+    def _without_plugins(self) -> Config:
+        """A copy with the core's placeholders back, which its serializer knows."""
+        config = self
+        for path in self._plugin_sections:
+            config = _replace_placeholder(config, path.split("."), None)
+        return config
+
+
+def _replace_placeholder(config: Any, path: Sequence[str], section: BaseModel | None) -> Any:
+    """Put ``section`` where the core has a field at ``path``; elsewhere return ``config``."""
+    key, rest = path[0], path[1:]
+    if not isinstance(config, BaseModel) or key not in type(config).model_fields:
+        return config
+    value = _replace_placeholder(getattr(config, key), rest, section) if rest else section
+    return config.model_copy(update={key: value})
+
+
+PLACEHOLDERS = frozenset(
+    {"model.moe", "model.bistate", "model.voting", "monitoring.wandb", "monitoring.tensorboard"}
+)
+"""Sections that the core only keeps for the plugins that own them."""
+
+CORE_SECTIONS = frozenset({*Config.model_fields, "model.tva"})
+"""Paths that no plugin may own."""

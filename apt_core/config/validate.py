@@ -1,0 +1,194 @@
+"""From what was written to a Config, with every problem at once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from apt_core.config.checks import find_contradictions
+from apt_core.config.inactive import InactiveKey, inactive_keys
+from apt_core.config.messages import KnownKeys, ignored_keys, problem_of
+from apt_core.config.schema import CORE_SECTIONS, Config
+from apt_core.config.source import Source
+from apt_core.config.yaml_text import KeyPath
+from apt_core.errors import ConfigError, Problem
+from apt_core.types import SectionSpec
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Validated:
+    """``config`` is there if there is no problem. ``inactive`` keys are valid and do nothing."""
+
+    config: Config | None
+    problems: list[Problem]
+    inactive: list[InactiveKey]
+
+    def require(self) -> Config:
+        """The config. Raises ConfigError with every problem if there is none."""
+        if self.config is None:
+            raise ConfigError(self.problems)
+        return self.config
+
+
+def validate(
+    source: Source,
+    sections: Sequence[SectionSpec] = (),
+    inert: Mapping[str, str] | None = None,
+    *,
+    active: Collection[str] | None = None,
+) -> Validated:
+    """Check a whole profile; bad input never raises.
+
+    ``sections`` are those of plugins, which validate what is written there. ``inert`` maps a
+    section of a plugin that was left out to the reason: its keys are inactive, not unknown.
+    ``active`` are the names of the active plugins, by default those that the profile names.
+    """
+    problems = list(source.problems)
+    owned, spec_problems = _owned_sections(sections)
+    problems += spec_problems
+    known = KnownKeys(Config, owned)
+    data = _copy(source.data)
+    inactive = []
+    for path, reason in (inert or {}).items():
+        if path in CORE_SECTIONS or path in owned:
+            continue
+        if _cut(data, path.split(".")) is not _ABSENT:
+            inactive.append(InactiveKey(path, reason))
+
+    parts: dict[str, BaseModel] = {}
+    # The innermost first, so that a section within another plugin's section is cut out of it.
+    for path in sorted(owned, key=lambda path: -path.count(".")):
+        written = _cut(data, path.split("."))
+        part, found = _validate_part(owned[path], written, path, source, known)
+        problems += found
+        if part is not None:
+            parts[path] = part
+
+    data.setdefault("name", source.name)
+    config, found, bad = _validate_core(data, source, known)
+    problems += found
+    problems += find_contradictions(config, source, bad)
+    names = {request.name for request in config.plugins} if active is None else active
+    inactive += inactive_keys(config, names, owned)
+    problems = list(dict.fromkeys(problems))
+    return Validated(None if problems else config.with_plugin_sections(parts), problems, inactive)
+
+
+def _owned_sections(
+    sections: Sequence[SectionSpec],
+) -> tuple[dict[str, type[BaseModel]], list[Problem]]:
+    owned: dict[str, type[BaseModel]] = {}
+    problems = []
+    for spec in sections:
+        if not spec.path or spec.model is None:
+            continue
+        if spec.path in CORE_SECTIONS:
+            problems.append(Problem("a plugin declares a section of the core", spec.path))
+        elif spec.path in owned:
+            problems.append(Problem("two plugins declare this section", spec.path))
+        else:
+            owned[spec.path] = spec.model
+    return owned, problems
+
+
+def _validate_core(
+    data: dict[str, Any], source: Source, known: KnownKeys
+) -> tuple[Config, list[Problem], set[KeyPath]]:
+    """The core's part. What is wrong is dropped, so that the rest can still be checked; the third
+    value are the paths whose values are not known therefore."""
+    problems: list[Problem] = []
+    bad: set[KeyPath] = set()
+    while True:
+        try:
+            return Config.model_validate(data), problems, bad
+        except ValidationError as error:
+            located = list(_located(error, data, (), source, known))
+        problems += [problem for _, problem in located]
+        paths = [path for path, _ in located]
+        bad.update(paths)
+        bad.update(meant for path in paths if (meant := known.meant(path)) is not None)
+        for target in {_droppable(data, path) for path in paths}:
+            _cut(data, target)
+
+
+def _validate_part(
+    model: type[BaseModel], written: Any, path: str, source: Source, known: KnownKeys
+) -> tuple[BaseModel | None, list[Problem]]:
+    """A plugin's section; where nothing is written, its defaults."""
+    at = tuple(path.split("."))
+    data = {} if written is _ABSENT or written is None else written
+    unknown = [known.problem(key, source) for key in ignored_keys(model, data, at)]
+    try:
+        part = model.model_validate(data)
+    except ValidationError as error:
+        found = [problem for _, problem in _located(error, data, at, source, known)]
+        return None, list(dict.fromkeys([*unknown, *found]))
+    except Exception as error:  # the validators of a plugin's model are foreign code
+        message = f"the plugin's own check failed: {type(error).__name__}: {error}"
+        return None, [*unknown, Problem(message, path, source.where(at))]
+    return part, unknown
+
+
+def _located(
+    error: ValidationError, data: Any, prefix: KeyPath, source: Source, known: KnownKeys
+) -> Iterator[tuple[KeyPath, Problem]]:
+    """pydantic's errors with their paths in the profile, the first at each path only: a union
+    reports one for each of its members."""
+    seen: set[KeyPath] = set()
+    for details in error.errors(include_url=False):
+        path = _path_within(details["loc"], data, missing=details["type"] == "missing")
+        if path in seen:
+            continue
+        seen.add(path)
+        full = (*prefix, *path)
+        if details["type"] == "extra_forbidden":
+            yield path, known.problem(full, source)
+        else:
+            yield path, problem_of(details, full, source)
+
+
+def _path_within(location: Sequence[str | int], data: Any, *, missing: bool) -> KeyPath:
+    """The part of pydantic's location that leads through the data: it also names union members."""
+    path: list[str | int] = []
+    for index, part in enumerate(location):
+        inside = (isinstance(data, dict) and part in data) or (
+            isinstance(data, list) and isinstance(part, int) and part < len(data)
+        )
+        if inside:
+            data = data[part]
+            path.append(part)
+        elif missing and index == len(location) - 1:
+            path.append(part)
+    return tuple(path)
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list) else value
+
+
+def _cut(data: Any, path: Sequence[str]) -> Any:
+    """Take the value at a path out of ``data``."""
+    for key in path[:-1]:
+        data = data.get(key) if isinstance(data, dict) else None
+    return data.pop(path[-1], _ABSENT) if isinstance(data, dict) else _ABSENT
+
+
+def _droppable(data: dict[str, Any], path: KeyPath) -> tuple[str, ...]:
+    """What to take out for a problem at ``path``. An item of a list takes the list with it, since
+    the others would change their places; a missing key takes the section that lacks it."""
+    keys: list[str] = []
+    section: Any = data
+    for key in path:
+        if not isinstance(key, str) or not isinstance(section, dict) or key not in section:
+            break
+        section = section[key]
+        keys.append(key)
+    assert keys, "every key of the root has a default"
+    return tuple(keys)

@@ -1,0 +1,89 @@
+"""What plugins declare when nobody runs them: for listings, and to attribute a profile's keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from apt_core.discovery import Installed, LoadError, load
+from apt_core.errors import ConfigError, Problem
+from apt_core.plugin_manager import PluginManager, PluginRecord
+from apt_core.types import PluginFailure, ProviderSpec, SectionSpec
+
+
+@dataclass
+class Declared:
+    """One plugin, asked apart from any run. ``problem`` says why it could not be asked."""
+
+    record: PluginRecord
+    providers: list[ProviderSpec] = field(default_factory=list)
+    sections: list[SectionSpec] = field(default_factory=list)
+    problem: Problem | None = None
+
+
+def declared_by(
+    reference: str, installed: Mapping[str, Installed], manager: PluginManager | None = None
+) -> Declared:
+    """Load and register one plugin and ask what it declares; never raises.
+
+    It is registered with ``manager``, by default with one of its own. A plugin that cannot be
+    loaded, registered or asked has a record in the state broken.
+    """
+    manager = manager or PluginManager()
+    entry = installed.get(reference)
+    record = PluginRecord(reference)
+    if entry is not None:
+        record.dist, record.version = entry.dist, entry.version
+    try:
+        plugin, record = load(reference, installed)
+        manager.register(plugin, record.name, record=record)
+    except LoadError as error:
+        return broken(record, error.problem, error.details)
+    except ConfigError as error:
+        return broken(record, error.problems[0])
+    record.state = "available"
+    return ask(manager, record)
+
+
+def ask(manager: PluginManager, record: PluginRecord) -> Declared:
+    """Ask one registered plugin for its sections and providers.
+
+    A plugin that fails to answer, or answers with something else, is unregistered and broken.
+    """
+    known = len(record.failures)
+    sections = manager.call_plugin(record.name, "apt_register_config")
+    providers = manager.call_plugin(record.name, "apt_register_providers")
+    failed = record.failures[known:]
+    problem = None
+    if failed:
+        problem = Problem(
+            f"{failed[0].hook} failed: {failed[0].error}",
+            key=f"plugin {record.name}",
+            where=failed[0].where,
+        )
+    for hook, answer, wanted in (
+        ("apt_register_config", sections, SectionSpec),
+        ("apt_register_providers", providers, ProviderSpec),
+    ):
+        if answer is None or problem:
+            continue
+        if not isinstance(answer, list | tuple) or not all(isinstance(a, wanted) for a in answer):
+            problem = Problem(
+                f"{hook} must return a list of {wanted.__name__}", key=f"plugin {record.name}"
+            )
+    if problem is not None:
+        manager.unregister(name=record.name)
+        return broken(record, problem)
+    return Declared(record, list(providers or ()), list(sections or ()))
+
+
+def broken(record: PluginRecord, problem: Problem, details: str = "") -> Declared:
+    """The record of a plugin that cannot be used, with the reason as its failure."""
+    record.state, record.reason = "broken", problem.message
+    if not record.failures:
+        record.failures.append(
+            PluginFailure(
+                record.name, "import", 0, problem.message, problem.where, 1, False, details
+            )
+        )
+    return Declared(record, problem=problem)

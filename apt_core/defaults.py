@@ -1,0 +1,98 @@
+"""The core's own providers, declared as any plugin declares its own.
+
+The core is not a plugin behind the guard: with no plugin at all, these make training, evaluation
+and generation work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from apt_core.types import ProviderSpec
+
+CORE = "core"
+"""What listings and manifests show as the plugin of the core's own providers."""
+
+_LAYERS = "apt_core.modeling.layers"
+
+_DECLARED = (
+    ProviderSpec(
+        kind="attention",
+        name="tva_default",
+        factory=f"{_LAYERS}.attention_tva:TVAProvider",
+        summary="TVA: attention in a shared low-rank space, fused",
+        config="apt_core.config.schema:TVAConfig",
+        section="model.tva",
+        default=True,
+    ),
+    ProviderSpec(
+        kind="ffn",
+        name="default",
+        factory=f"{_LAYERS}.ffn:SwiGLUProvider",
+        summary="SwiGLU feed-forward",
+        default=True,
+    ),
+    ProviderSpec(
+        kind="norm",
+        name="rmsnorm",
+        factory=f"{_LAYERS}.norm:RMSNormProvider",
+        summary="RMSNorm with a learned scale",
+        default=True,
+    ),
+    ProviderSpec(
+        kind="position",
+        name="rope",
+        factory=f"{_LAYERS}.rope:RoPEProvider",
+        summary="rotary position embedding",
+        default=True,
+    ),
+    ProviderSpec(
+        kind="backbone",
+        name="gpt",
+        factory="apt_core.modeling.backbones.gpt:GPTProvider",
+        summary="pre-norm decoder-only transformer",
+        default=True,
+    ),
+    ProviderSpec(
+        kind="tokenizer",
+        name="byte",
+        factory="apt_core.data.tokenizer:ByteTokenizer",
+        summary="UTF-8 bytes, exactly 256 ids",
+        default=True,
+    ),
+    ProviderSpec(
+        kind="dataset",
+        name="text_default",
+        factory="apt_core.data.loaders.text_default:TextDataset",
+        section="data",
+        summary="text files: .txt and, by suffix, .jsonl",
+        default=True,
+    ),
+    ProviderSpec(
+        kind="dataset",
+        name="pydoc",
+        factory="apt_core.data.loaders.pydoc:PydocDataset",
+        section="data",
+        summary="CPython's language reference, in every Python",
+    ),
+    ProviderSpec(
+        kind="optimizer",
+        name="adamw",
+        factory="apt_core.training.optim:AdamWProvider",
+        section="training",
+        summary="AdamW, fused where the device has it",
+        default=True,
+    ),
+    ProviderSpec(
+        kind="lr_schedule",
+        name="cosine",
+        factory="apt_core.training.optim:CosineProvider",
+        summary="linear warm-up, then cosine decay",
+        default=True,
+    ),
+)
+
+
+def core_providers(version: str) -> list[ProviderSpec]:
+    """The core's providers, stamped with the core's name and version."""
+    return [replace(spec, plugin=CORE, version=version) for spec in _DECLARED]

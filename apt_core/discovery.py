@@ -1,0 +1,212 @@
+"""Finding and loading plugins: installed entry points, dotted modules and ``.py`` files.
+
+Nothing is imported until it is asked for, and every load is on its own: a plugin that cannot be
+imported, or that exits the interpreter at import, is a :class:`LoadError` and nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from apt_core.errors import AptError, Problem, did_you_mean
+from apt_core.failures import formatted, one_line, short_path, where_raised
+from apt_core.plugin_manager import PluginRecord
+from apt_core.validation import plugin_info
+
+GROUP = "apt.plugins"
+COMMAND_GROUP = "apt.commands"
+DISABLE_VARIABLE = "APT_DISABLE_PLUGIN_AUTOLOAD"
+
+
+class LoadError(AptError):
+    """A plugin that was asked for and cannot be loaded; ``problem`` says what and where."""
+
+    exit_code = 2
+
+    def __init__(self, problem: Problem, details: str = "") -> None:
+        super().__init__(str(problem))
+        self.problem = problem
+        self.details = details
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A plugin that an installed distribution offers; more than one entry point is a clash."""
+
+    name: str
+    points: tuple[EntryPoint, ...]
+
+    @property
+    def dist(self) -> str:
+        return ", ".join(sorted({_dist_name(point) for point in self.points}))
+
+    @property
+    def version(self) -> str:
+        return ", ".join(point.dist.version for point in self.points if point.dist)
+
+
+def installed_plugins(group: str = GROUP) -> dict[str, Installed]:
+    """Every plugin that is installed, by name; none with APT_DISABLE_PLUGIN_AUTOLOAD=1."""
+    if os.environ.get(DISABLE_VARIABLE, "") not in ("", "0"):
+        return {}
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=group):
+        found.setdefault(point.name, []).append(point)
+    return {name: Installed(name, tuple(points)) for name, points in sorted(found.items())}
+
+
+def is_file_reference(reference: str) -> bool:
+    return reference.endswith(".py") or "/" in reference or os.sep in reference
+
+
+def plugin_name(reference: str, installed: Iterable[str] = ()) -> str:
+    """The plugin's name: an entry point's own, a file's stem, a dotted module's last part.
+
+    >>> plugin_name("ideas/my-idea.py")
+    'my_idea'
+    """
+    if reference in installed:
+        return reference
+    if is_file_reference(reference):
+        return Path(reference).stem.replace("-", "_")
+    return reference.rpartition(".")[2]
+
+
+def load(reference: str, installed: dict[str, Installed]) -> tuple[Any, PluginRecord]:
+    """Import the plugin behind a reference; returns the plugin and its record.
+
+    Raises LoadError when it is not there, when two distributions share its name, or when
+    importing it fails in any way.
+    """
+    name = plugin_name(reference, installed)
+    record = PluginRecord(name)
+    start = time.perf_counter()
+    if reference in installed:
+        entry = installed[reference]
+        record.dist, record.version = entry.dist, entry.version
+        plugin = _load_entry(entry)
+    elif is_file_reference(reference):
+        plugin = _load_file(Path(reference), name)
+    else:
+        plugin = _load_module(reference, name, installed)
+    record.load_ms = round((time.perf_counter() - start) * 1000, 2)
+    info = plugin_info(plugin)
+    record.summary, record.version = info.summary, info.version or record.version
+    return plugin, record
+
+
+def load_entry_point(point: EntryPoint, name: str) -> Any:
+    """Load one entry point; any failure at import is a LoadError that names the line."""
+    try:
+        return point.load()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise _import_failure(name, error, _module_file(point.module)) from None
+
+
+def _load_entry(entry: Installed) -> Any:
+    if len(entry.points) > 1:
+        both = " and ".join(sorted(_dist_name(point) for point in entry.points))
+        raise LoadError(
+            Problem(
+                f"two distributions offer a plugin of this name: {both}",
+                key=f"plugin {entry.name}",
+                hint="uninstall one of them",
+            )
+        )
+    return load_entry_point(entry.points[0], entry.name)
+
+
+def _load_file(path: Path, name: str) -> Any:
+    if not path.is_file():
+        neighbours = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise LoadError(
+            Problem(
+                f"there is no file {path}",
+                key=f"plugin {name}",
+                hint=did_you_mean(path.name, neighbours) or _remedy(name),
+            )
+        )
+    module_name = f"apt_plugin_{name}"
+    spec = importlib.util.spec_from_file_location(module_name, path.resolve())
+    if spec is None or spec.loader is None:
+        raise LoadError(Problem(f"{path} is not a Python file", key=f"plugin {name}"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        del sys.modules[module_name]
+        raise _import_failure(name, error, str(path.resolve())) from None
+    return module
+
+
+def _load_module(reference: str, name: str, installed: dict[str, Installed]) -> Any:
+    """Import a dotted module; the working directory is searched last, as python -m would."""
+    added = os.getcwd()
+    sys.path.append(added)
+    try:
+        try:
+            found = importlib.util.find_spec(reference)
+        except (ImportError, ValueError):
+            found = None
+        if found is None:
+            raise LoadError(
+                Problem(
+                    "no such plugin: not installed, not a module, not a .py file",
+                    key=f"plugin {name}",
+                    hint=did_you_mean(reference, installed) or _remedy(name),
+                )
+            )
+        return importlib.import_module(reference)
+    except (KeyboardInterrupt, LoadError):
+        raise
+    except BaseException as error:
+        raise _import_failure(name, error, _module_file(reference)) from None
+    finally:
+        sys.path.remove(added)
+
+
+def _import_failure(name: str, error: BaseException, home: str) -> LoadError:
+    what = (
+        f"it called sys.exit({error.code!r}) when imported"
+        if isinstance(error, SystemExit)
+        else f"it cannot be imported: {one_line(error)}"
+    )
+    where = where_raised(error, home)
+    return LoadError(
+        Problem(what, key=f"plugin {name}", where=where, hint=_remedy(name)), formatted(error)
+    )
+
+
+def _remedy(name: str) -> str:
+    return (
+        f"leave it out with --plugin no:{name}, or list it as "
+        f"{{name: {name}, on_failure: isolate}} to run without it"
+    )
+
+
+def _module_file(module: str) -> str:
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return ""
+    return spec.origin or "" if spec else ""
+
+
+def _dist_name(point: EntryPoint) -> str:
+    if point.dist is None:
+        return short_path(point.value)
+    return str(point.dist.metadata["Name"])

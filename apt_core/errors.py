@@ -1,0 +1,99 @@
+"""The errors that APT raises on purpose, and how a person reads them.
+
+Exit codes: 2 for bad input (:class:`ConfigError`), 1 for a run that failed (every other
+:class:`AptError`). Anything that is not an ``AptError`` is a defect of APT or of a plugin.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class AptError(Exception):
+    """A failure with a message written for the person who started the command."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with the input.
+
+    ``where`` is a place that a person can open (``tiny_debug.yaml:7``, ``command line``),
+    ``key`` the dotted profile key or plugin concerned, ``hint`` what to do about it.
+    """
+
+    message: str
+    key: str = ""
+    where: str = ""
+    hint: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.key}: {self.message}" if self.key else self.message
+        if self.where:
+            text = f"{self.where}: {text}"
+        return f"{text} ({self.hint})" if self.hint else text
+
+
+class ConfigError(AptError):
+    """Bad input: every problem that was found, at once.
+
+    >>> str(ConfigError(Problem("unknown key", key="model.d_modle")))
+    'model.d_modle: unknown key'
+    """
+
+    exit_code = 2
+
+    def __init__(self, problems: Problem | str | Iterable[Problem]) -> None:
+        if isinstance(problems, str):
+            problems = Problem(problems)
+        if isinstance(problems, Problem):
+            problems = [problems]
+        self.problems: tuple[Problem, ...] = tuple(dict.fromkeys(problems))
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        if len(self.problems) == 1:
+            return str(self.problems[0])
+        lines = "\n".join(f"  - {problem}" for problem in self.problems)
+        return f"{len(self.problems)} problems:\n{lines}"
+
+
+class PluginError(AptError):
+    """A plugin's failure that ends the run: the plugin is ``required``, or ``--strict`` is on."""
+
+    def __init__(self, message: str, *, plugin: str, hook: str, where: str = "") -> None:
+        super().__init__(message)
+        self.plugin, self.hook, self.where = plugin, hook, where
+
+
+class ProviderError(AptError):
+    """A provider could not be built or failed while weights train; names the plugin it is from."""
+
+
+class CheckpointError(AptError):
+    """A checkpoint is missing, incomplete, damaged, or does not fit the profile."""
+
+
+class TrainingError(AptError):
+    """The run cannot go on: too many non-finite steps in a row, an empty data set, …"""
+
+
+class StopTraining(Exception):
+    """Raise it in any hook to end the run cleanly, with a checkpoint; it is not a failure."""
+
+    def __init__(self, reason: str = "a plugin asked to stop") -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """A suggestion for a misspelt ``word``, or an empty string.
+
+    >>> did_you_mean("d_modle", ["d_model", "d_ff"])
+    "did you mean 'd_model'?"
+    """
+    close = difflib.get_close_matches(str(word), list(candidates), n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else ""

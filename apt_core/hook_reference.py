@@ -1,0 +1,40 @@
+"""The reference of every hook as Markdown, from the specifications themselves."""
+
+from __future__ import annotations
+
+import re
+
+from apt_core.inspection import hook_facts, hook_names
+from apt_core.plugin_manager import PluginManager
+
+HEADER = """# Hooks
+
+Generated from `apt_core/hookspecs.py` by `apt-hooks docs`. An implementation takes the parameters
+that it wants, in any order. "Dormant" says whether a hook fires for a plugin that its schedule has
+not enabled yet.
+"""
+
+
+def hook_reference() -> str:
+    """One section a hook: signature, behaviour, contract, example."""
+    manager = PluginManager()
+    parts = [HEADER]
+    for name in hook_names(manager):
+        facts = hook_facts(manager, name)
+        result = "the first result that is not None" if facts["firstresult"] else "every result"
+        limit = facts["failure_limit"]
+        after = "the first failure" if limit == 1 else f"failure {limit}"
+        parts.append(
+            f"## {name}\n\n`{facts['signature']}`\n\n"
+            f"Collects {result}. Fires for dormant plugins: {'yes' if facts['dormant'] else 'no'}. "
+            f"Quarantine after {after}.\n\n{_markdown(facts['doc'])}\n"
+        )
+    return "\n".join(parts)
+
+
+def _markdown(doc: str) -> str:
+    text, _, example = doc.partition("Example::")
+    text = re.sub(r":(?:class|func):`~?([^`]+)`", lambda m: f"`{m[1].rpartition('.')[2]}`", text)
+    text = text.replace("``", "`").strip()
+    code = "\n".join(line.removeprefix("    ") for line in example.strip("\n").splitlines())
+    return f"{text}\n\n```python\n{code.strip()}\n```"

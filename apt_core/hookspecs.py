@@ -1,0 +1,588 @@
+"""Every hook of APT, grouped by the life of a run.
+
+``apt_*`` hooks ask for something, ``on_*`` hooks tell. An implementation takes only the
+parameters that it wants. Unless a docstring says otherwise: a hook fires on every rank, on the
+main thread; what an ``on_*`` implementation returns is ignored; what it raises is caught, counted
+and reported, and the run goes on (a plugin is quarantined at its third failure; the profile's
+``on_failure: required`` and ``--strict`` make it fatal). Trainer hooks never fire per layer or per
+token. ``step`` counts optimizer steps of the whole run from 1, epochs count from 1.
+
+Every example below is a complete plugin module; the tests run each of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from apt_core.markers import hookspec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from apt_core.config import Config
+    from apt_core.types import (
+        FallbackEvent,
+        GenerationRequest,
+        GenerationResult,
+        ModelOutput,
+        PluginFailure,
+        ProviderSpec,
+        SectionSpec,
+    )
+
+# Loading -------------------------------------------------------------------------------------
+
+
+@hookspec(dormant=True, failure_limit=1)
+def apt_register_providers() -> Sequence[ProviderSpec]:
+    """Offer implementations of attention, feed-forward, tokenizer, …
+
+    When: the plugin is loaded, before the profile is checked; also for listings.
+    Returns: a list of :class:`~apt_core.ProviderSpec`, or yields them. Give the factory as
+    ``"module:attribute"`` so that listings need not import torch.
+    Raising: the plugin is broken; a run that asked for it ends with exit code 2.
+
+    Example::
+
+        from apt_core import ProviderSpec, hookimpl
+
+        @hookimpl
+        def apt_register_providers():
+            return [
+                ProviderSpec(
+                    kind="norm",
+                    name="my_rmsnorm",
+                    factory="apt_core.modeling.layers.norm:RMSNormProvider",
+                    version="1.0.0",
+                    summary="RMSNorm under another name",
+                )
+            ]
+    """
+
+
+@hookspec(dormant=True, failure_limit=1)
+def apt_register_config() -> Sequence[SectionSpec]:
+    """Declare the profile sections that the plugin owns and the schedule parameters it reads.
+
+    When: the plugin is loaded, before the profile is checked.
+    Returns: a list of :class:`~apt_core.SectionSpec`. The section is validated by the plugin's
+    pydantic model, and is read as ``config.section("my_plugin")``.
+    Raising: the plugin is broken; a run that asked for it ends with exit code 2.
+
+    Example::
+
+        from pydantic import BaseModel
+
+        from apt_core import SectionSpec, hookimpl
+
+        class Settings(BaseModel):
+            strength: float = 0.1
+
+        @hookimpl
+        def apt_register_config():
+            return [SectionSpec("my_plugin", Settings, schedule_params=("my_strength",))]
+    """
+
+
+@hookspec(dormant=True, failure_limit=1)
+def apt_configure(config: Config) -> None:
+    """Look at the whole profile before anything is built.
+
+    When: once, after the profile is merged and validated. The profile is frozen.
+    Raising: :class:`~apt_core.ConfigError` is bad input (exit code 2), reported with the plugin's
+    name; anything else is a failure of the plugin.
+
+    Example::
+
+        from apt_core import ConfigError, hookimpl
+
+        @hookimpl
+        def apt_configure(config):
+            if config.model.num_layers > 1000:
+                raise ConfigError("model.num_layers: this plugin draws at most 1000 layers")
+    """
+
+
+# Building ------------------------------------------------------------------------------------
+
+
+@hookspec(firstresult=True, dormant=True, failure_limit=1)
+def apt_build_provider(spec: ProviderSpec, config: Any) -> Any:
+    """Build a provider in place of its own factory.
+
+    When: the registry builds a provider, once per (kind, name, config).
+    Returns: the provider, or None to leave it to the next plugin and in the end to
+    ``spec.factory(config)``. The first result wins.
+    Raising: the plugin is quarantined, the next one is asked.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        @hookimpl
+        def apt_build_provider(spec, config):
+            if spec.key == "norm:rmsnorm":
+                from apt_core.modeling.layers.norm import RMSNormProvider
+
+                return RMSNormProvider(config)
+    """
+
+
+@hookspec(dormant=True, failure_limit=1)
+def apt_param_groups(model: nn.Module) -> Sequence[Mapping[str, Any]]:
+    """Choose optimizer settings for some of the parameters.
+
+    When: the optimizer is built or rebuilt.
+    Returns: a list of parameter groups, each ``{"params": [...], ...}`` with any of ``lr_scale``
+    (a factor on the scheduled learning rate) and ``weight_decay``. A parameter goes to the first
+    group that names it; the rest get the profile's settings.
+    Raising: the plugin is quarantined, its groups are not used.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        @hookimpl
+        def apt_param_groups(model):
+            norms = [p for name, p in model.named_parameters() if "norm" in name]
+            return [{"params": norms, "weight_decay": 0.0}]
+    """
+
+
+@hookspec(dormant=True, failure_limit=1, internal=True)
+def apt_transform_model(model: nn.Module, config: Config) -> Any:
+    """Change the model's structure in mid-run.
+
+    When: the plugin becomes enabled, for that plugin alone; replayed when a checkpoint is loaded.
+    This version declares the hook but does not apply transforms yet: a run with a plugin that
+    implements it is refused as bad input, so that a switch is never silently left out.
+    Returns: a ``ModelTransform``; the given model must not be touched.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        @hookimpl
+        def apt_transform_model(model, config):
+            return None
+    """
+
+
+# Training ------------------------------------------------------------------------------------
+
+
+@hookspec
+def on_plugin_enabled(plugin: str, trainer: Any) -> None:
+    """A plugin has become enabled, at load or at its schedule's moment, before ``on_epoch_start``.
+
+    ``plugin`` is its name. Every enabled plugin is told, the one concerned included. After a
+    resume it fires again for each plugin that is enabled at that position.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        enabled = []
+
+        @hookimpl
+        def on_plugin_enabled(plugin):
+            enabled.append(plugin)
+    """
+
+
+@hookspec
+def on_training_start(trainer: Any) -> None:
+    """Model, optimizer and data are ready; a resumed state is loaded; no step was taken yet.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        @hookimpl
+        def on_training_start(trainer):
+            size = sum(p.numel() for p in trainer.model.parameters())
+            print(f"{size} parameters on {trainer.device}")
+    """
+
+
+@hookspec
+def on_epoch_start(epoch: int, trainer: Any) -> None:
+    """An epoch begins. After a resume in mid-epoch it fires for the rest of that epoch.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        @hookimpl
+        def on_epoch_start(epoch, trainer):
+            print(f"epoch {epoch} of {trainer.config.training.max_epochs}")
+    """
+
+
+@hookspec
+def on_step_start(step: int, batch: Sequence[Any], trainer: Any) -> None:
+    """An optimizer step begins, before its first forward.
+
+    ``batch`` is the list of the step's micro-batches, each with ``input_ids`` [B, T] and
+    ``targets`` [B, T] (-100 where nothing is predicted).
+
+    Example::
+
+        from apt_core import hookimpl
+
+        @hookimpl
+        def on_step_start(step, batch):
+            assert batch[0].input_ids.ndim == 2
+    """
+
+
+@hookspec(failure_limit=1)
+def apt_loss_terms(trainer: Any, batch: Any, output: ModelOutput) -> Mapping[str, Tensor]:
+    """Add terms to the loss.
+
+    When: after the forward of each micro-batch, inside autograd.
+    Returns: ``{name: 0-d tensor}``, each a mean over the micro-batch in nats, already multiplied
+    by its coefficient. A term is weighted like the cross-entropy, by the micro-batch's share of
+    the step's target tokens, and logged as ``loss/<plugin>.<name>``.
+    Raising, or returning anything else: the plugin is quarantined and the step goes on without it;
+    under torch.distributed it is fatal, since the ranks would no longer agree.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        @hookimpl
+        def apt_loss_terms(output):
+            return {"z": 1e-4 * output.logits.logsumexp(-1).square().mean()}
+    """
+
+
+@hookspec
+def on_backward_end(step: int, trainer: Any) -> None:
+    """The gradients of the step are complete, before the finite check and clipping.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        @hookimpl
+        def on_backward_end(step, trainer):
+            assert any(p.grad is not None for p in trainer.model.parameters())
+    """
+
+
+@hookspec
+def on_step_end(step: int, loss: Tensor, trainer: Any) -> None:
+    """The optimizer has stepped.
+
+    ``loss`` is the step's total loss in nats per target token, a 0-d device tensor: reading it
+    (``.item()``) waits for the device, so read it seldom.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        @hookimpl
+        def on_step_end(step, loss):
+            if step % 100 == 0:
+                print(f"step {step}: loss {loss.item():.3f}")
+    """
+
+
+@hookspec
+def apt_metrics(trainer: Any) -> Mapping[str, float]:
+    """Report numbers of your own.
+
+    When: each log interval. Returns: ``{name: number}``; they are written to ``metrics.jsonl``
+    and passed to ``on_metrics`` as ``<plugin>/<name>``.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        @hookimpl
+        def apt_metrics(trainer):
+            return {"tokens_seen_millions": trainer.tokens / 1e6}
+    """
+
+
+@hookspec
+def on_metrics(metrics: Mapping[str, float], step: int) -> None:
+    """A row of metrics was written: what loggers implement. Main process only.
+
+    Training rows have ``epoch tokens loss lr grad_norm tokens_per_s``, evaluation rows
+    ``val_loss val_ppl val_bpb``.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        rows = []
+
+        @hookimpl
+        def on_metrics(metrics, step):
+            rows.append((step, dict(metrics)))
+    """
+
+
+@hookspec
+def on_evaluation_start(trainer: Any) -> None:
+    """The held-out text is about to be scored; the model is in eval mode.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        @hookimpl
+        def on_evaluation_start(trainer):
+            assert not trainer.model.training
+    """
+
+
+@hookspec
+def on_evaluation_end(trainer: Any, metrics: Mapping[str, float]) -> None:
+    """The held-out text was scored: ``val_loss`` (nats per token), ``val_ppl``, ``val_bpb``.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        @hookimpl
+        def on_evaluation_end(metrics):
+            print(f"{metrics['val_bpb']:.3f} bits per byte")
+    """
+
+
+@hookspec
+def on_epoch_end(epoch: int, trainer: Any) -> None:
+    """An epoch is over: evaluated, and saved where the profile says so.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        @hookimpl
+        def on_epoch_end(epoch, trainer):
+            if epoch == 100:
+                trainer.request_stop("a hundred epochs are enough")
+    """
+
+
+@hookspec
+def on_training_end(trainer: Any) -> None:
+    """The last step is done and the last checkpoint is on disk.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        @hookimpl
+        def on_training_end(trainer):
+            print(f"{trainer.tokens} tokens in {trainer.step} steps")
+    """
+
+
+# Checkpoints ---------------------------------------------------------------------------------
+
+
+@hookspec(dormant=True)
+def apt_state_dict(trainer: Any) -> Mapping[str, Any]:
+    """Hand over the plugin's state for the checkpoint.
+
+    When: a checkpoint is written. Returns: a mapping of JSON values and tensors, nested as you
+    like. Raising: the checkpoint is written without the plugin's state, and says so.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        seen = {"steps": 0}
+
+        @hookimpl
+        def on_step_end(step):
+            seen["steps"] = step
+
+        @hookimpl
+        def apt_state_dict(trainer):
+            return dict(seen)
+
+        @hookimpl
+        def apt_load_state_dict(trainer, state):
+            seen.update(state)
+    """
+
+
+@hookspec(dormant=True, internal=True)
+def apt_load_state_dict(trainer: Any, state: Mapping[str, Any]) -> None:
+    """Take back what ``apt_state_dict`` returned.
+
+    When: a checkpoint is loaded, before ``on_training_start``; only for a plugin whose state is
+    in the checkpoint, and with its own state alone. Raising: a failure of the plugin; the run
+    goes on with the plugin's fresh state unless it is ``required`` or ``--strict`` is on.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        restored = {}
+
+        @hookimpl
+        def apt_load_state_dict(trainer, state):
+            restored.update(state)
+    """
+
+
+@hookspec
+def on_checkpoint_saved(path: Path, trainer: Any) -> None:
+    """A checkpoint is complete on disk in the folder ``path``. Main thread, main process.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        @hookimpl
+        def on_checkpoint_saved(path):
+            assert (path / "manifest.json").is_file()
+    """
+
+
+# Trouble -------------------------------------------------------------------------------------
+
+
+@hookspec
+def on_provider_fallback(event: FallbackEvent) -> None:
+    """A provider was asked for and another is used; ``event.reason`` says why.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        @hookimpl
+        def on_provider_fallback(event):
+            print(f"{event.kind}: {event.asked} -> {event.used}: {event.reason}")
+    """
+
+
+@hookspec
+def on_plugin_failure(failure: PluginFailure) -> None:
+    """A plugin has failed. A failure in here is logged and counted, never told again.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        @hookimpl
+        def on_plugin_failure(failure):
+            print(f"{failure.plugin} failed in {failure.hook} at {failure.where}")
+    """
+
+
+@hookspec
+def on_exception(error: BaseException, trainer: Any) -> None:
+    """The run is about to die of ``error``; the last checkpoint was attempted already.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        @hookimpl
+        def on_exception(error, trainer):
+            print(f"died at step {trainer.step}: {error}")
+    """
+
+
+# Generation ----------------------------------------------------------------------------------
+
+
+@hookspec
+def apt_rewrite_prompt(request: GenerationRequest) -> str | None:
+    """Rewrite the prompt, for instance with retrieved passages.
+
+    When: a generation starts. Returns: the new prompt, or None to leave it; each implementation
+    sees what the one before made of it.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        @hookimpl
+        def apt_rewrite_prompt(request):
+            return request.prompt.rstrip()
+    """
+
+
+@hookspec
+def on_generation_start(request: GenerationRequest) -> None:
+    """A generation starts; ``request.prompt`` is final.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        @hookimpl
+        def on_generation_start(request):
+            print(f"continuing {request.prompt!r}")
+    """
+
+
+@hookspec
+def apt_logits_processors(
+    request: GenerationRequest,
+) -> Sequence[Callable[[Tensor, Tensor], Tensor]]:
+    """Change the next-token logits.
+
+    When: once per generation request. Returns: a list of callables
+    ``f(input_ids [1, T], logits [V]) -> logits [V]``, called for every token in turn; one that
+    raises counts as a failure of the plugin and is dropped for the rest of the request.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        def forbid_zero(input_ids, logits):
+            logits[0] = float("-inf")
+            return logits
+
+        @hookimpl
+        def apt_logits_processors(request):
+            return [forbid_zero]
+    """
+
+
+@hookspec(firstresult=True)
+def apt_decoder(request: GenerationRequest) -> Any:
+    """Choose the next token in place of sampling.
+
+    When: once per generation request. Returns: an object with
+    ``choose(input_ids [1, T], logits [V]) -> int``; the first result wins. If ``choose`` raises,
+    it counts as a failure of the plugin and plain sampling takes over.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        class Greedy:
+            def choose(self, input_ids, logits):
+                return int(logits.argmax())
+
+        @hookimpl
+        def apt_decoder(request):
+            return Greedy()
+    """
+
+
+@hookspec
+def on_generation_end(request: GenerationRequest, result: GenerationResult) -> None:
+    """A generation is done; ``result.text`` is the continuation.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        @hookimpl
+        def on_generation_end(request, result):
+            print(f"{len(result.tokens)} tokens")
+    """

@@ -1,0 +1,5 @@
+"""Generating text."""
+
+from apt_core.inference.generator import generate
+
+__all__ = ["generate"]

@@ -1,0 +1,120 @@
+"""Sampling a continuation, with the hooks of a generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt_core.plugin_manager import PASSES, PluginManager
+from apt_core.providers.tokenizer import TokenizerProvider
+from apt_core.types import GenerationRequest, GenerationResult
+
+Processor = Callable[[Tensor, Tensor], Tensor]
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokenizer: TokenizerProvider,
+    request: GenerationRequest,
+    manager: PluginManager,
+    *,
+    max_seq_len: int,
+    device: torch.device,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> GenerationResult:
+    """Continue ``request.prompt`` by up to ``request.max_new_tokens`` tokens.
+
+    The model sees the last ``max_seq_len`` tokens, without a cache. Sampling has a generator of
+    its own, seeded by ``request.seed``; temperature 0 takes the most likely token.
+    """
+    request = manager.chain("apt_rewrite_prompt", request, "prompt")
+    manager.hook.on_generation_start(request=request)
+    processors = _processors(manager, request)
+    decoder = _Decoder(manager, request)
+    generator = torch.Generator(device=device).manual_seed(request.seed)
+    ids = tokenizer.encode(request.prompt) or [0]
+    start = len(ids)
+    training = model.training
+    model.eval()
+    try:
+        for _ in range(request.max_new_tokens):
+            if interrupted():
+                break
+            input_ids = torch.tensor([ids[-max_seq_len:]], device=device)
+            logits = model(input_ids).logits[0, -1, : tokenizer.vocab_size].float()
+            for processor in processors:
+                logits = processor(input_ids, logits)
+            ids.append(decoder.choose(input_ids, logits, generator))
+    finally:
+        model.train(training)
+    result = GenerationResult(tokenizer.decode(ids[start:]), tuple(ids[start:]))
+    manager.hook.on_generation_end(request=request, result=result)
+    return result
+
+
+def sample(logits: Tensor, request: GenerationRequest, generator: torch.Generator) -> int:
+    """A token id from ``logits`` [V] by temperature and top-k."""
+    if request.temperature <= 0:
+        return int(logits.argmax())
+    kept = min(request.top_k, logits.numel()) if request.top_k > 0 else logits.numel()
+    values, ids = (logits / request.temperature).topk(kept)
+    choice = torch.multinomial(values.softmax(-1), 1, generator=generator)
+    return int(ids[choice])
+
+
+def _processors(manager: PluginManager, request: GenerationRequest) -> list[Processor]:
+    found: list[Processor] = []
+    for plugin, functions in manager.call_each("apt_logits_processors", request=request):
+        for function in functions if isinstance(functions, list | tuple) else [functions]:
+            found.append(_guarded(manager, plugin, function))
+    return found
+
+
+def _guarded(manager: PluginManager, plugin: str, function: Any) -> Processor:
+    """A logits processor that is dropped, and counted as its plugin's failure, when it fails."""
+    alive = True
+
+    def process(input_ids: Tensor, logits: Tensor) -> Tensor:
+        nonlocal alive
+        if not alive:
+            return logits
+        try:
+            changed = function(input_ids, logits.clone())
+            if not isinstance(changed, Tensor) or changed.shape != logits.shape:
+                raise TypeError(f"the logits processor did not return logits {list(logits.shape)}")
+            return changed
+        except PASSES:
+            raise
+        except BaseException as error:
+            alive = False
+            manager.fail(plugin, "apt_logits_processors", error)
+            return logits
+
+    return process
+
+
+class _Decoder:
+    """A plugin's decoder while it works, plain sampling otherwise."""
+
+    def __init__(self, manager: PluginManager, request: GenerationRequest) -> None:
+        self._manager, self._request = manager, request
+        self._chosen = manager.call_first("apt_decoder", request=request)
+
+    def choose(self, input_ids: Tensor, logits: Tensor, generator: torch.Generator) -> int:
+        if self._chosen is not None:
+            plugin, decoder = self._chosen
+            try:
+                token = int(decoder.choose(input_ids, logits.clone()))
+                if not 0 <= token < logits.numel():
+                    raise ValueError(f"the decoder chose token {token} of {logits.numel()}")
+                return token
+            except PASSES:
+                raise
+            except BaseException as error:
+                self._chosen = None
+                self._manager.fail(plugin, "apt_decoder", error)
+        return sample(logits, self._request, generator)

@@ -1,0 +1,172 @@
+"""What ``apt-hooks`` shows: plugins, implementations, providers and hooks, without running any."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from apt_core.config import Source, read_profile
+from apt_core.declarations import declared_by
+from apt_core.discovery import installed_plugins
+from apt_core.errors import ConfigError, Problem
+from apt_core.failures import short_path, source_of
+from apt_core.kernel import profile_folder
+from apt_core.plugin_manager import PluginManager, PluginRecord
+from apt_core.registry import Registry
+from apt_core.schedules import Schedule
+from apt_core.selection import select
+from apt_core.types import SectionSpec
+
+
+@dataclass
+class Listing:
+    """Plugins for a listing: those of a profile and the command line, or all that are installed.
+
+    ``manager`` holds the plugins that hooks are listed for, ``registry`` the providers of those
+    and of every other installed plugin; ``records`` is every plugin that is known.
+    """
+
+    manager: PluginManager
+    registry: Registry
+    records: dict[str, PluginRecord]
+    sections: list[SectionSpec] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def survey(profile: str = "", plugins: Sequence[str] = ()) -> Listing:
+    """Load plugins for a listing.
+
+    With a profile or ``--plugin``, what these name is active and everything else that is installed
+    is available; with neither, all installed plugins are listed. A plugin that cannot be loaded is
+    broken, and never an error here.
+    """
+    source = read_profile(profile) if profile else Source.from_dict({})
+    installed = installed_plugins()
+    selection = select(
+        source.data.get("plugins"), plugins, installed, folder=profile_folder(profile)
+    )
+    chosen = PluginManager()
+    everything = PluginManager()
+    listing = Listing(chosen, Registry(everything), {}, problems=list(selection.problems))
+    waiting = _scheduled_later(source)
+    for wanted in selection.wanted.values():
+        declared = declared_by(wanted.reference, installed, chosen)
+        record = declared.record
+        record.name, record.priority = wanted.name, wanted.priority
+        if record.state != "broken":
+            record.state = "dormant" if wanted.name in waiting else "active"
+            listing.sections += declared.sections
+            everything.register(chosen.get_plugin(wanted.name), wanted.name)
+        listing.records[wanted.name] = record
+    for name in selection.blocked:
+        entry = installed.get(name)
+        listing.records[name] = PluginRecord(
+            name,
+            entry.dist if entry else "",
+            entry.version if entry else "",
+            state="blocked",
+            reason=f"no:{name}",
+        )
+    for name in installed:
+        if name not in listing.records:
+            declared = declared_by(name, installed, everything)
+            listing.records[name] = declared.record
+            if not selection.wanted and not profile:
+                listing.sections += declared.sections
+    if not selection.wanted and not profile:
+        listing.manager = everything
+    listing.problems += listing.registry.refresh()
+    return listing
+
+
+def _scheduled_later(source: Source) -> set[str]:
+    """Plugins that the profile's schedule enables after the start."""
+    try:
+        schedule = Schedule(source.data)
+    except ConfigError:
+        return set()
+    return {
+        boundary.plugin
+        for boundary in schedule.boundaries()
+        if not schedule.should_enable_plugin(boundary.plugin, epoch=1, step=1, tokens=0)
+    }
+
+
+def implementation_rows(listing: Listing, hook: str | None = None) -> list[dict[str, Any]]:
+    """``{hook, plugin, priority, position, wrapper, file, line}`` in effective order."""
+    rows = []
+    for name in [hook] if hook else hook_names(listing.manager):
+        for position, call in enumerate(listing.manager.order(name), start=1):
+            file, line = source_of(call.function)
+            rows.append(
+                {
+                    "hook": name,
+                    "plugin": call.plugin,
+                    "priority": call.priority,
+                    "position": position,
+                    "wrapper": call.wrapper,
+                    "file": short_path(file),
+                    "line": line,
+                }
+            )
+    return rows
+
+
+def hook_names(manager: PluginManager) -> list[str]:
+    """Every hook, in the order of the specification file."""
+    callers = [caller for caller in vars(manager.hook).values() if caller.spec]
+    callers.sort(key=lambda caller: caller.spec.function.__code__.co_firstlineno)
+    return [caller.name for caller in callers]
+
+
+def hook_facts(manager: PluginManager, name: str) -> dict[str, Any]:
+    """Signature, behaviour and contract of one hook."""
+    spec = getattr(manager.hook, name).spec
+    return {
+        "hook": name,
+        "signature": f"{name}({', '.join(spec.argnames)})",
+        "firstresult": bool(spec.opts["firstresult"]),
+        "dormant": bool(spec.opts["dormant"]),
+        "failure_limit": spec.opts["failure_limit"],
+        "doc": inspect.getdoc(spec.function) or "",
+    }
+
+
+def plugin_rows(listing: Listing) -> list[dict[str, Any]]:
+    """``{name, dist, version, state, priority, failures, load_ms, summary}`` and the reason."""
+    return [
+        {
+            "name": record.name,
+            "dist": record.dist,
+            "version": record.version,
+            "state": record.state,
+            "priority": record.priority,
+            "failures": record.failure_rows(),
+            "load_ms": record.load_ms,
+            "summary": record.summary,
+            "reason": record.reason,
+        }
+        for record in sorted(listing.records.values(), key=lambda record: record.name)
+    ]
+
+
+def provider_rows(listing: Listing, kind: str | None = None) -> list[dict[str, Any]]:
+    """``{kind, name, plugin, version, default, requires, usable, reason}``."""
+    rows = []
+    for spec in listing.registry.specs(kind):
+        usable, reason = listing.registry.usable(spec)
+        rows.append(
+            {
+                "kind": spec.kind,
+                "name": spec.name,
+                "plugin": spec.plugin,
+                "version": spec.version,
+                "default": spec is listing.registry.default(spec.kind),
+                "requires": list(spec.requires),
+                "usable": usable,
+                "reason": reason,
+            }
+        )
+    return rows

@@ -1,0 +1,324 @@
+"""From a profile and a choice of plugins to a kernel that can run: the wiring of everything light.
+
+:func:`boot` reads the profile, loads the plugins that it and the command line name, lets them
+declare their sections, schedule parameters and providers, and checks the whole. Every problem is
+reported at once, before anything is built; nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from apt_core.config import (
+    Config,
+    InactiveKey,
+    Override,
+    Source,
+    check_files,
+    read_profile,
+    validate,
+)
+from apt_core.declarations import Declared, ask, broken, declared_by
+from apt_core.discovery import LoadError, installed_plugins, load
+from apt_core.errors import ConfigError, PluginError, Problem
+from apt_core.plugin_manager import PluginManager, PluginRecord
+from apt_core.registry import Probe, Registry
+from apt_core.schedules import Schedule, check_schedules
+from apt_core.selection import Wanted, select
+from apt_core.types import SectionSpec
+
+log = logging.getLogger("apt")
+
+NAME_KEYS = {
+    "attention": "model.attention_name",
+    "ffn": "model.ffn_name",
+    "norm": "model.norm_name",
+    "position": "model.position_name",
+    "backbone": "model.backbone_name",
+    "tokenizer": "data.tokenizer_name",
+    "dataset": "data.loader",
+    "optimizer": "training.optimizer_name",
+    "lr_schedule": "training.lr_schedule_name",
+}
+"""The profile key that names the provider of each kind."""
+
+
+@dataclass
+class Kernel:
+    """A checked profile with its plugins, providers and schedule.
+
+    ``notices`` are facts that the person should see at the start of a run; ``inactive`` the keys
+    of the profile that do nothing, with the reason.
+    """
+
+    config: Config
+    manager: PluginManager
+    registry: Registry
+    schedule: Schedule
+    schedule_params: Mapping[str, str]
+    sections: Sequence[SectionSpec] = ()
+    inactive: list[InactiveKey] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    def named_providers(self) -> list[tuple[str, str]]:
+        """``(kind, name)`` of every provider that the profile selects."""
+        return named_providers(self.config.to_dict())
+
+
+def named_providers(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """``(kind, name)`` of every provider that a profile names; data may be unchecked."""
+
+    def at(path: str) -> Any:
+        section, key = path.split(".")
+        values = data.get(section)
+        return values.get(key) if isinstance(values, Mapping) else None
+
+    def names() -> Iterator[tuple[str, Any]]:
+        for kind, path in NAME_KEYS.items():
+            yield kind, at(path)
+        yield "dataset", at("data.source")
+        pattern = at("model.attention_pattern")
+        for name in pattern if isinstance(pattern, list | tuple) else ():
+            yield "attention", name
+
+    return list(dict.fromkeys((kind, n) for kind, n in names() if isinstance(n, str) and n))
+
+
+def boot(
+    profile: str | Path | Mapping[str, Any] | Config,
+    *,
+    plugins: Sequence[str] = (),
+    overrides: Sequence[Override] = (),
+    strict: bool = False,
+    manager: PluginManager | None = None,
+    probe: Probe | None = None,
+    files: bool = True,
+) -> Kernel:
+    """Read, load, declare, check.
+
+    ``plugins`` are references as ``--plugin`` takes them: names, dotted modules, ``.py`` paths,
+    comma lists, and ``no:NAME``. ``manager`` may hold plugins that are registered already.
+    ``files=False`` leaves the data files unchecked (a dry run needs none).
+
+    Raises ConfigError with every problem that was found.
+    """
+    if isinstance(profile, Config):
+        source = Source.from_dict(profile.to_dict(), name=profile.name)
+    elif isinstance(profile, Mapping):
+        source = Source.from_dict(profile)
+    else:
+        source = read_profile(profile, overrides)
+    folder = profile_folder(profile) if isinstance(profile, str | Path) else None
+    starting = _Boot(source, manager or PluginManager(strict=strict), strict, folder)
+    starting.load_plugins(plugins)
+    starting.activate_for_providers()
+    return starting.check(probe, files)
+
+
+def profile_folder(profile: str | Path) -> Path | None:
+    """The folder of a profile that is named by its path: plugins may lie beside it."""
+    path = Path(profile)
+    return path.parent if path.is_file() else None
+
+
+class _Boot:
+    """The steps of :func:`boot`, which share the list of problems."""
+
+    def __init__(
+        self, source: Source, manager: PluginManager, strict: bool, folder: Path | None
+    ) -> None:
+        self.source = source
+        self.folder = folder
+        self.manager = manager
+        self.strict = strict
+        self.installed = installed_plugins()
+        self.problems: list[Problem] = []
+        self.notices: list[str] = []
+        self.sections: list[SectionSpec] = []
+        self.params: dict[str, str] = {}
+        self.left_out: dict[str, str] = {}
+        self.active: list[Wanted] = []
+        for record in list(manager.records.values()):
+            self._take(ask(manager, record), Wanted(record.name, record.name))
+
+    def load_plugins(self, references: Sequence[str]) -> None:
+        """Load and register what was asked for, and ask each plugin for its declarations."""
+        selection = select(
+            self.source.data.get("plugins"),
+            references,
+            self.installed,
+            where=self.source.where("plugins"),
+            folder=self.folder,
+        )
+        self.problems += selection.problems
+        for name in selection.blocked:
+            self.left_out[name] = f"plugin {name} is blocked"
+            self.manager.records[name] = PluginRecord(name, state="blocked", reason=f"no:{name}")
+        for wanted in selection.wanted.values():
+            self._load(wanted)
+
+    def _load(self, wanted: Wanted) -> None:
+        record = PluginRecord(wanted.name)
+        try:
+            plugin, record = load(wanted.reference, self.installed)
+            record.priority = wanted.priority
+            record.on_failure = wanted.on_failure or "isolate"
+            self.manager.register(plugin, wanted.name, record=record)
+            declared = ask(self.manager, record)
+        except LoadError as error:
+            declared = broken(record, error.problem, error.details)
+            log.debug("%s", error.details)
+        except ConfigError as error:
+            declared = broken(record, error.problems[0])
+            self.problems += error.problems[1:] if wanted.on_failure != "isolate" else ()
+        except PluginError as error:
+            self.manager.unregister(name=wanted.name)
+            problem = Problem(str(error), key=f"plugin {wanted.name}", where=error.where)
+            declared = broken(record, problem)
+        self._take(declared, wanted)
+
+    def _take(self, declared: Declared, wanted: Wanted) -> None:
+        """Keep what a plugin declares; a broken one is bad input unless the profile isolates it."""
+        name, record = wanted.name, declared.record
+        self.manager.records[name] = record
+        if declared.problem is None:
+            self.active.append(wanted)
+            self.sections += declared.sections
+            for section in declared.sections:
+                self.params.update(dict.fromkeys(section.schedule_params, name))
+            if self.manager.implements(name, "apt_transform_model"):
+                self.problems.append(
+                    Problem(
+                        "it implements apt_transform_model, which this version does not apply",
+                        key=f"plugin {name}",
+                        where=wanted.where,
+                        hint=f"leave it out with --plugin no:{name}",
+                    )
+                )
+            return
+        if wanted.on_failure == "isolate" and not self.strict:
+            self.left_out[name] = f"plugin {name} is broken"
+            self.notices.append(f"plugin {name} is left out: {record.reason}")
+            return
+        hint = declared.problem.hint or f"leave it out with --plugin no:{name}"
+        place = declared.problem.where or wanted.where
+        self.problems.append(replace(declared.problem, hint=hint, where=place))
+
+    def activate_for_providers(self) -> None:
+        """Activate installed plugins whose providers the profile names."""
+        self.registry = Registry(self.manager, strict=self.strict)
+        missing = [p for p in named_providers(self.source.data) if not self.registry.has(*p)]
+        if not missing:
+            return
+        for name in self.installed:
+            record = self.manager.records.get(name)
+            if record is not None and record.state != "blocked":
+                continue
+            for spec in declared_by(name, self.installed).providers:
+                if (spec.kind, spec.name) not in missing:
+                    continue
+                if record is not None:
+                    self.registry.note_blocked(spec, f"its plugin {name} is blocked")
+                elif not self.manager.has_plugin(name):
+                    self._load(Wanted(name, name, where=self.source.where(NAME_KEYS[spec.kind])))
+                    self.notices.append(f"plugin {name} activated: the profile names {spec.key}")
+        self.registry.refresh()
+
+    def check(self, probe: Probe | None, files: bool) -> Kernel:
+        """Check the profile against what the plugins declared; raise every problem at once."""
+        self.source.data["plugins"] = self._effective_plugins()
+        self.problems += self.registry.problems
+        names = {wanted.name for wanted in self.active}
+        inert, inert_params, lenient = self._attribute_left_out(names)
+        checked = validate(self.source, self.sections, inert=inert, active=names)
+        config, inactive = checked.config, list(checked.inactive)
+        self.problems += checked.problems
+        if config is not None:
+            problems, more = check_schedules(
+                config,
+                self.source,
+                plugins=names,
+                params=self.params,
+                blocked={**self.left_out, **inert_params},
+                lenient=lenient,
+            )
+            self.problems += problems
+            inactive += more
+            self.problems += self._check_providers(config)
+            if files:
+                self.problems += check_files(config, self.source)
+        if self.strict:
+            self.problems += self._strict_problems(inactive)
+        if self.problems or config is None:
+            raise ConfigError(self.problems)
+        self.registry.profile, self.registry.probe = config, probe
+        self.manager.hook.apt_configure(config=config)
+        return Kernel(
+            config=config,
+            manager=self.manager,
+            registry=self.registry,
+            schedule=Schedule(config, params=self.params),
+            schedule_params=self.params,
+            sections=self.sections,
+            inactive=inactive,
+            notices=self.notices,
+        )
+
+    def _effective_plugins(self) -> Any:
+        """The profile's list as it took effect; a list that is no list is left for the check."""
+        listed = self.source.data.get("plugins")
+        if listed is not None and not isinstance(listed, list):
+            return listed
+        bad = [item for item in listed or [] if not isinstance(item, str | Mapping)]
+        return [*(wanted.as_profile() for wanted in self.active), *bad]
+
+    def _check_providers(self, config: Config) -> list[Problem]:
+        named = named_providers(config.to_dict())
+        problems = [
+            self.registry.check_name(
+                kind, name, key=NAME_KEYS[kind], where=self.source.where(NAME_KEYS[kind])
+            )
+            for kind, name in named
+        ]
+        conflicts = self.registry.check_conflicts(f"{kind}:{name}" for kind, name in named)
+        return [problem for problem in problems if problem] + conflicts
+
+    def _attribute_left_out(self, active: set[str]) -> tuple[dict[str, str], dict[str, str], bool]:
+        """Sections and parameters of plugins that were left out, so that their keys are inactive.
+
+        Such a plugin is imported only when the profile has keys that nobody else claims, and then
+        only to be asked. The third value says that one could not be asked.
+        """
+        inert: dict[str, str] = {}
+        params: dict[str, str] = {}
+        lenient = False
+        schedules = self.source.data.get("schedules")
+        unclaimed = bool(validate(self.source, self.sections, active=active).problems) or (
+            isinstance(schedules, Mapping) and bool(schedules)
+        )
+        for name, reason in self.left_out.items() if unclaimed else ():
+            declared = declared_by(name, self.installed)
+            inert[name] = reason
+            lenient = lenient or declared.problem is not None
+            for section in declared.sections:
+                if section.path:
+                    inert[section.path] = reason
+                params.update(dict.fromkeys(section.schedule_params, reason))
+        return inert, params, lenient
+
+    def _strict_problems(self, inactive: Sequence[InactiveKey]) -> list[Problem]:
+        blocked = set(self.left_out.values())
+        return [
+            Problem(
+                f"it does nothing here: {item.reason}",
+                key=item.key,
+                where=self.source.where(item.key),
+                hint="--strict allows no inactive key",
+            )
+            for item in inactive
+            if item.reason not in blocked
+        ]

@@ -1,0 +1,70 @@
+"""Logging of a run: plain lines on the console, everything in the run folder's ``log.txt``.
+
+Every part of APT logs to a child of the logger ``apt``; plugins may do the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+ROOT = logging.getLogger("apt")
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints records through a rich console, so that lines and a live display do not mix."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        styles = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
+        try:
+            text = self.format(record)
+            if record.levelno >= logging.WARNING:
+                text = f"{record.levelname.lower()}: {text}"
+            self.console.print(
+                text, style=styles.get(record.levelno), markup=False, highlight=False
+            )
+        except Exception:
+            self.handleError(record)
+
+
+@contextmanager
+def logging_to(
+    console: Console | None = None, *, file: Path | None = None, level: str = "INFO"
+) -> Iterator[None]:
+    """Log what is at least of ``level`` to a console, a file or both while the context lasts.
+
+    The file is appended to, with times and levels.
+    """
+    handlers: list[logging.Handler] = []
+    if console is not None:
+        shown = ConsoleHandler(console)
+        shown.setLevel(level)
+        handlers.append(shown)
+    if file is not None:
+        written = logging.FileHandler(file, encoding="utf-8")
+        written.setLevel(level)
+        written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handlers.append(written)
+    previous, propagate = ROOT.level, ROOT.propagate
+    ROOT.setLevel(logging.DEBUG)
+    ROOT.propagate = console is None and propagate
+    for handler in handlers:
+        ROOT.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            ROOT.removeHandler(handler)
+            handler.close()
+        ROOT.setLevel(previous)
+        ROOT.propagate = propagate

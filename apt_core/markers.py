@@ -1,0 +1,92 @@
+"""``hookimpl`` and ``hookspec``: how functions are marked, and in what order they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any, TypeVar, overload
+
+PROJECT = "apt"
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Priority(IntEnum):
+    """Where an implementation stands among the others of its hook: lower runs earlier."""
+
+    FIRST = 0
+    EARLY = 25
+    NORMAL = 50
+    LATE = 75
+    LAST = 100
+
+
+@overload
+def hookimpl(function: F) -> F: ...
+@overload
+def hookimpl(
+    *, priority: int = ..., wrapper: bool = ..., specname: str | None = ...
+) -> Callable[[F], F]: ...
+def hookimpl(
+    function: F | None = None,
+    *,
+    priority: int = Priority.NORMAL,
+    wrapper: bool = False,
+    specname: str | None = None,
+) -> F | Callable[[F], F]:
+    """Mark a function as the implementation of the hook that it is named after.
+
+    ``priority`` is 0 to 100, lower runs earlier; ties break by plugin name. A ``wrapper`` is a
+    generator that yields once, receives the inner result from the ``yield`` and returns the
+    result to pass on (returning nothing passes the inner one on). ``specname`` implements a hook
+    of another name than the function's.
+
+    >>> @hookimpl(priority=Priority.EARLY)
+    ... def on_step_end(step, loss):
+    ...     pass
+
+    Raises ValueError for a priority outside 0 to 100.
+    """
+    if isinstance(priority, bool) or not isinstance(priority, int) or not 0 <= priority <= 100:
+        raise ValueError(f"hookimpl priority must be an integer from 0 to 100, not {priority!r}")
+
+    def mark(func: F) -> F:
+        options = {"wrapper": wrapper, "specname": specname, "priority": int(priority)}
+        setattr(func, f"{PROJECT}_impl", options)
+        return func
+
+    return mark if function is None else mark(function)
+
+
+@overload
+def hookspec(function: F) -> F: ...
+@overload
+def hookspec(
+    *, firstresult: bool = ..., dormant: bool = ..., failure_limit: int = ..., internal: bool = ...
+) -> Callable[[F], F]: ...
+def hookspec(
+    function: F | None = None,
+    *,
+    firstresult: bool = False,
+    dormant: bool = False,
+    failure_limit: int = 3,
+    internal: bool = False,
+) -> F | Callable[[F], F]:
+    """Mark a function as the specification of a hook.
+
+    ``dormant``: does it fire for a plugin whose schedule has not enabled it yet? A plugin is
+    quarantined once it has failed ``failure_limit`` times. ``internal`` hooks are called for one
+    plugin at a time by the kernel.
+    """
+
+    def mark(func: F) -> F:
+        options = {
+            "firstresult": firstresult,
+            "dormant": dormant,
+            "failure_limit": failure_limit,
+            "internal": internal,
+        }
+        setattr(func, f"{PROJECT}_spec", options)
+        return func
+
+    return mark if function is None else mark(function)

@@ -1,0 +1,157 @@
+"""The default backbone: a pre-norm decoder-only transformer (``backbone:gpt``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apt_core.modeling.init import normal_
+from apt_core.providers.attention import KeyValueCache
+from apt_core.providers.backbone import BackboneProvider
+from apt_core.types import ModelOutput
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        ffn: nn.Module,
+        norms: Sequence[nn.Module],
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.attention_norm, self.ffn_norm = norms
+        self.attention, self.ffn, self.dropout = attention, ffn, dropout
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """x [B, T, D] to [B, T, D]."""
+        normed = self.attention_norm(x)
+        x = x + self._drop(self.attention(normed, mask=mask, positions=positions, cache=cache))
+        return x + self._drop(self.ffn(self.ffn_norm(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+class GPT(nn.Module):
+    """Token embeddings, blocks, a final norm, and a projection to logits.
+
+    With ``tie_embeddings`` the embedding matrix is the projection too, and ``head`` is None: one
+    tensor under one name, for checkpoints and for models that are given memory late.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        d_model: int,
+        max_seq_len: int,
+        blocks: Sequence[nn.Module],
+        final_norm: nn.Module,
+        position: nn.Module | None = None,
+        tie_embeddings: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.d_model, self.max_seq_len, self.dropout = d_model, max_seq_len, dropout
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.position = position
+        self.blocks = nn.ModuleList(blocks)
+        self.final_norm = final_norm
+        self.head = None if tie_embeddings else nn.Linear(d_model, vocab_size, bias=False)
+
+    def init_parameter(
+        self, name: str, tensor: Tensor, generator: torch.Generator | None, *, num_layers: int
+    ) -> bool:
+        if name == "embedding.weight" or name == "head.weight":
+            normal_(tensor, 0.02, generator)
+            return True
+        return False
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        caches: Sequence[KeyValueCache] | None = None,
+    ) -> ModelOutput:
+        """input_ids int64 [B, T] to logits [B, T, V] and hidden [B, T, D].
+
+        Raises ValueError for a sequence longer than ``max_seq_len``.
+        """
+        length, start = input_ids.shape[1], 0 if caches is None else caches[0].length
+        if start + length > self.max_seq_len:
+            raise ValueError(
+                f"a sequence of {start + length} tokens is longer than model.max_seq_len "
+                f"{self.max_seq_len}: shorten it or raise the setting"
+            )
+        x = self.embedding(input_ids)
+        if self.position is not None:
+            if positions is None:
+                positions = torch.arange(start, start + length, device=input_ids.device)
+            x = x + self.position(positions)
+        if self.dropout:
+            x = F.dropout(x, self.dropout, self.training)
+        for index, block in enumerate(self.blocks):
+            cache = None if caches is None else caches[index]
+            x = block(x, mask=mask, positions=positions, cache=cache)
+        hidden = self.final_norm(x)
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return ModelOutput(F.linear(hidden, weight), hidden, self._aux())
+
+    def _aux(self) -> dict[str, Tensor]:
+        """The mean over the blocks of every tensor that a layer put into its ``aux``."""
+        found: dict[str, list[Tensor]] = {}
+        for block in self.blocks:
+            for layer in block.children():
+                aux: Mapping[str, Tensor] = getattr(layer, "aux", None) or {}
+                for name, value in aux.items():
+                    found.setdefault(name, []).append(value)
+        return {name: torch.stack(values).mean() for name, values in found.items()}
+
+
+class GPTProvider(BackboneProvider):
+    """``backbone:gpt``; it has no settings."""
+
+    name = "gpt"
+
+    def create_block(
+        self, *, attention: nn.Module, ffn: nn.Module, norms: Sequence[nn.Module], dropout: float
+    ) -> nn.Module:
+        return Block(attention, ffn, norms, dropout)
+
+    def create_model(
+        self,
+        *,
+        vocab_size: int,
+        d_model: int,
+        max_seq_len: int,
+        blocks: Sequence[nn.Module],
+        final_norm: nn.Module,
+        position: nn.Module | None = None,
+        tie_embeddings: bool = False,
+        dropout: float = 0.0,
+    ) -> nn.Module:
+        return GPT(
+            vocab_size=vocab_size,
+            d_model=d_model,
+            max_seq_len=max_seq_len,
+            blocks=blocks,
+            final_norm=final_norm,
+            position=position,
+            tie_embeddings=tie_embeddings,
+            dropout=dropout,
+        )

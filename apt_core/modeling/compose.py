@@ -1,0 +1,153 @@
+"""``ModelBuilder``: from a profile to a model, every part through the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, cast
+
+from torch import nn
+
+from apt_core.config import Config
+from apt_core.modeling.init import construction_rng, initialize_parameters
+from apt_core.providers.attention import AttentionProvider
+from apt_core.providers.backbone import BackboneProvider
+from apt_core.providers.ffn import FeedForwardProvider
+from apt_core.providers.norm import NormProvider
+from apt_core.providers.position import PositionProvider
+from apt_core.types import ProviderSpec
+
+
+class ProviderSource(Protocol):
+    """What the builder needs of a registry."""
+
+    def get(self, kind: str, name: str, config: Any = None, fallback: bool = True) -> Any:
+        """The provider of ``kind`` that is called ``name``, built with ``config``."""
+
+    def specs(self, kind: str | None = None) -> Sequence[ProviderSpec]:
+        """What is registered."""
+
+
+class ModelBuilder:
+    """Builds a model, or one part of it, from a profile.
+
+    ``config`` is a validated profile, or a plain dict with its keys
+    (``{"model": {"d_model": 64}}``; what is left out takes the profile's defaults); ``registry`` the source of providers, by default
+    the process-wide one. Every part is initialised by (seed, parameter name), with
+    ``training.seed`` unless ``seed`` is given; no global generator is drawn from or changed. Under
+    ``torch.device("meta")`` nothing is allocated or initialised. Raises ConfigError for a dict that
+    is no valid profile.
+    """
+
+    def __init__(
+        self,
+        config: Config | Mapping[str, Any],
+        registry: ProviderSource | None = None,
+        *,
+        seed: int | None = None,
+    ) -> None:
+        if registry is None:
+            from apt_core.registry import registry as default_registry
+
+            registry = cast(ProviderSource, default_registry)
+        self.config = config if isinstance(config, Config) else Config.from_dict(config)
+        self.registry = registry
+        self.model = self.config.model
+        self.seed = self.config.training.seed if seed is None else seed
+
+    def attention_names(self) -> list[str]:
+        """The attention of every layer: ``model.attention_pattern`` repeated over the layers, or
+        ``model.attention_name`` for all."""
+        pattern = self.model.attention_pattern or [self.model.attention_name]
+        return [pattern[index % len(pattern)] for index in range(self.model.num_layers)]
+
+    def build_attention(
+        self, d_model: int | None = None, num_heads: int | None = None, *, layer: int = 0
+    ) -> nn.Module:
+        """The attention of ``layer``, by default of the profile's sizes."""
+        with construction_rng(self.seed, f"blocks.{layer}.attention"):
+            built = self._attention(
+                d_model or self.model.d_model, num_heads or self.model.num_heads, layer
+            )
+        return self._initialized(built)
+
+    def build_ffn(
+        self, d_model: int | None = None, d_ff: int | None = None, *, layer: int = 0
+    ) -> nn.Module:
+        """The feed-forward of ``layer``, by default of the profile's sizes."""
+        with construction_rng(self.seed, f"blocks.{layer}.ffn"):
+            built = self._ffn(d_model or self.model.d_model, d_ff or self.model.d_ff)
+        return self._initialized(built)
+
+    def build_block(self, layer: int = 0) -> nn.Module:
+        """One block: attention, feed-forward and their norms."""
+        with construction_rng(self.seed, f"blocks.{layer}"):
+            built = self._block(layer)
+        return self._initialized(built)
+
+    def build_model(self) -> nn.Module:
+        """The whole model; it returns :class:`~apt_core.types.ModelOutput`."""
+        with construction_rng(self.seed, "model"):
+            position = self._position()
+            built = self._backbone().create_model(
+                vocab_size=self.model.vocab_size,
+                d_model=self.model.d_model,
+                max_seq_len=self.model.max_seq_len,
+                blocks=[self._block(layer) for layer in range(self.model.num_layers)],
+                final_norm=self._norm(),
+                position=position
+                and position.create_embedding(self.model.d_model, self.model.max_seq_len),
+                tie_embeddings=self.model.tie_embeddings,
+                dropout=self.model.dropout,
+            )
+        return self._initialized(built)
+
+    def _initialized(self, module: nn.Module) -> nn.Module:
+        initialize_parameters(module, self.seed, num_layers=self.model.num_layers)
+        return module
+
+    def _block(self, layer: int) -> nn.Module:
+        backbone = self._backbone()
+        with construction_rng(self.seed, f"blocks.{layer}.attention"):
+            attention = self._attention(self.model.d_model, self.model.num_heads, layer)
+        with construction_rng(self.seed, f"blocks.{layer}.ffn"):
+            ffn = self._ffn(self.model.d_model, self.model.d_ff)
+        return backbone.create_block(
+            attention=attention,
+            ffn=ffn,
+            norms=[self._norm() for _ in range(backbone.norms_per_block)],
+            dropout=self.model.dropout,
+        )
+
+    def _attention(self, d_model: int, num_heads: int, layer: int) -> nn.Module:
+        name = self.attention_names()[layer % max(1, self.model.num_layers)]
+        provider = cast(AttentionProvider, self._provider("attention", name))
+        return provider.create_layer(
+            d_model,
+            num_heads,
+            max_seq_len=self.model.max_seq_len,
+            dropout=self.model.dropout,
+            position=self._position(),
+            num_kv_heads=self.model.num_kv_heads,
+        )
+
+    def _ffn(self, d_model: int, d_ff: int) -> nn.Module:
+        name = self.model.ffn_name
+        provider = cast(FeedForwardProvider, self._provider("ffn", name))
+        return provider.create_layer(d_model, d_ff, self.model.dropout)
+
+    def _norm(self) -> nn.Module:
+        name = self.model.norm_name
+        return cast(NormProvider, self._provider("norm", name)).create_layer(self.model.d_model)
+
+    def _position(self) -> PositionProvider | None:
+        name = self.model.position_name
+        return None if name == "none" else cast(PositionProvider, self._provider("position", name))
+
+    def _backbone(self) -> BackboneProvider:
+        name = self.model.backbone_name
+        return cast(BackboneProvider, self._provider("backbone", name))
+
+    def _provider(self, kind: str, name: str) -> Any:
+        sections = [spec.section for spec in self.registry.specs(kind) if spec.name == name]
+        settings = self.config.section(sections[0]) if sections and sections[0] else None
+        return self.registry.get(kind, name, settings)

@@ -1,0 +1,82 @@
+"""The normal compensator of TVA: a correction along what the main directions of a layer miss."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apt_core.modeling.init import normal_, orthonormal_
+
+
+class NormalCompensator(nn.Module):
+    """Adds ``s`` gated directions read from the part of a token outside a learned subspace.
+
+    With n = RMSNorm(x) and Q [D, m] orthonormal: z = nQ, the normal part n - zQᵀ, its share
+    eps = sqrt(1 - |z|²/|n|²), a gate g = sigmoid((eps - theta)/w), and
+
+        y = (g * sigmoid(nAᵀ + b) * (normal part) Wᵀ) U
+
+    U starts at zero, so the layer starts as if it were absent. For an isotropic token eps is close
+    to sqrt(1 - m/D) with a spread of about sqrt(m / (2D(D+2))); theta = sqrt(1 - m/D) + spread *
+    ``threshold`` and w = spread, with ``threshold`` learned from ``tau``: measured in spreads, so
+    that it is as far as any other parameter from where it should be, at every width.
+
+    Q is ``basis`` made orthonormal in each forward (Cholesky QR, which needs no synchronisation on
+    an accelerator). Tokens do not mix.
+    """
+
+    def __init__(self, d_model: int, s: int, tau: float, rank: int | None = None) -> None:
+        super().__init__()
+        self.d_model, self.s, self.tau = d_model, s, tau
+        self.rank = max(1, d_model // 8) if rank is None else rank
+        self.center = math.sqrt(1 - self.rank / d_model)
+        self.spread = math.sqrt(self.rank / (2 * d_model * (d_model + 2)))
+        self.basis = nn.Parameter(torch.empty(d_model, self.rank))
+        self.normal_weight = nn.Parameter(torch.empty(s, d_model))
+        self.gate_weight = nn.Parameter(torch.empty(s, d_model))
+        self.gate_bias = nn.Parameter(torch.empty(s))
+        self.threshold = nn.Parameter(torch.empty(1))
+        self.out_weight = nn.Parameter(torch.empty(s, d_model))
+
+    def init_parameter(
+        self, name: str, tensor: Tensor, generator: torch.Generator | None, *, num_layers: int
+    ) -> bool:
+        if name == "basis":
+            orthonormal_(tensor, generator)
+        elif name in ("normal_weight", "gate_weight"):
+            normal_(tensor, self.d_model**-0.5, generator)
+        elif name in ("gate_bias", "out_weight"):
+            tensor.zero_()
+        elif name == "threshold":
+            tensor.fill_(self.tau)
+        else:
+            return False
+        return True
+
+    def orthonormal_basis(self) -> Tensor:
+        """Q [D, m], spanning what ``basis`` spans, in fp32 or wider."""
+        basis = self.basis.to(torch.promote_types(self.basis.dtype, torch.float32))
+        factor, _ = torch.linalg.cholesky_ex(basis.T @ basis)
+        return torch.linalg.solve_triangular(factor, basis.T, upper=False).T
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, D] to the correction [B, T, D] that is added to the attention's output."""
+        with torch.autocast(x.device.type, enabled=False):
+            # The spread of eps is smaller than a step of bf16.
+            wide = torch.promote_types(x.dtype, torch.float32)
+            q = self.orthonormal_basis().to(wide)
+            n = F.rms_norm(x.to(wide), (self.d_model,), eps=1e-6)
+            normal = self.normal_weight.to(wide)
+            normal = normal - (normal @ q) @ q.T
+            reads = torch.cat([q.T, self.gate_weight.to(wide), normal])
+            z, gate, value = F.linear(n, reads).split([self.rank, self.s, self.s], dim=-1)
+            share = z.square().sum(-1, keepdim=True) / n.square().sum(-1, keepdim=True).clamp_min(
+                1e-6
+            )
+            eps = (1 - share).clamp_min(1e-6).sqrt()
+            open_ = torch.sigmoid((eps - self.center) / self.spread - self.threshold.to(wide))
+            gated = open_ * torch.sigmoid(gate + self.gate_bias.to(wide)) * value
+            return (gated @ self.out_weight.to(wide)).to(x.dtype)

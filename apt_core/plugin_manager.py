@@ -1,0 +1,523 @@
+"""The plugin manager: order, guard, quarantine, records.
+
+A ``pluggy.PluginManager`` with one private touch-point, ``_hookexec``, which pluggy calls for every
+hook call with the hook's implementations. Instead of pluggy's own loop it runs a cached plan: the
+implementations that may run now, sorted by priority, each behind a guard that turns a failure into
+a record. The plan is rebuilt when the implementations, a priority or a plugin's state changes.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from types import GeneratorType
+from typing import Any, ClassVar, NamedTuple
+
+import pluggy
+
+from apt_core import hookspecs
+from apt_core.errors import ConfigError, PluginError, Problem, StopTraining
+from apt_core.failures import formatted, one_line, source_of, where_raised
+from apt_core.markers import PROJECT, Priority
+from apt_core.requirements import unmet
+from apt_core.types import PluginFailure, PluginInfo
+from apt_core.validation import check_plugin_object, implementation_options, plugin_info
+
+log = logging.getLogger("apt.plugins")
+
+PASSES = (StopTraining, KeyboardInterrupt, GeneratorExit, PluginError)
+"""What the guard lets through; everything else that a hook raises is a failure of its plugin."""
+
+
+@dataclass
+class PluginRecord:
+    """What is known of one plugin.
+
+    ``state`` is one of available, active, dormant (waits for its schedule), blocked, broken,
+    quarantined; ``reason`` says why for the last three. ``priority`` is the profile's override.
+    """
+
+    name: str
+    dist: str = ""
+    version: str = ""
+    priority: int | None = None
+    state: str = "available"
+    failures: list[PluginFailure] = field(default_factory=list)
+    load_ms: float = 0.0
+    summary: str = ""
+    reason: str = ""
+    on_failure: str = "isolate"
+
+    def failure_rows(self) -> list[dict[str, Any]]:
+        """The failures as the manifest and ``apt-hooks plugins --json`` show them."""
+        return [
+            {"hook": f.hook, "step": f.step, "error": f.error, "where": f.where}
+            for f in self.failures
+        ]
+
+
+class Call(NamedTuple):
+    """One implementation in a plan."""
+
+    function: Callable[..., Any]
+    argnames: tuple[str, ...]
+    plugin: str
+    hook: str
+    priority: int
+    wrapper: bool
+
+
+class Plan(NamedTuple):
+    """The implementations of one hook that run now, in order."""
+
+    methods: Sequence[Any]
+    wrappers: tuple[Call, ...]
+    calls: tuple[Call, ...]
+
+
+class PluginManager(pluggy.PluginManager):
+    """Registers plugins and calls their hooks.
+
+    ``manager.hook.on_step_end(step=…, loss=…, trainer=…)`` calls a hook as in any pluggy project.
+    ``strict`` makes the first failure of any plugin fatal. ``step`` is the position that failures
+    are recorded with; the trainer moves it.
+    """
+
+    shared_timings: ClassVar[dict[tuple[str, str], list[float]] | None] = None
+    """Seconds of every call by (hook, plugin), of all managers, while tracing is on."""
+
+    def __init__(self, *, strict: bool = False) -> None:
+        super().__init__(PROJECT)
+        self.strict = strict
+        self.step = 0
+        self.records: dict[str, PluginRecord] = {}
+        self._plans: dict[str, Plan] = {}
+        self._telling = False
+        self._pending: PluginError | None = None
+        self.add_hookspecs(hookspecs)
+
+    # Registration ----------------------------------------------------------------------------
+
+    def register(
+        self,
+        plugin: Any,
+        name: str | None = None,
+        *,
+        record: PluginRecord | None = None,
+    ) -> str:
+        """Validate and register a plugin (a module or an instance); returns its name.
+
+        Nothing is changed when it raises ConfigError: an unknown hook, parameters that would
+        never be passed, a class in place of an instance, an unmet requirement, a conflict with
+        an active plugin, a name that is taken.
+        """
+        name = name or canonical_name(plugin)
+        problems = check_plugin_object(plugin, name, self._specs())
+        if name in self._name2plugin:
+            problems.append(
+                Problem("the name is taken by another active plugin", key=f"plugin {name}")
+            )
+        taken = self.get_name(plugin)
+        if taken is not None and taken != name:
+            problems.append(Problem(f"it is active already as {taken!r}", key=f"plugin {name}"))
+        info = plugin_info(plugin)
+        problems += self._unusable(name, info)
+        if problems:
+            raise ConfigError(problems)
+        super().register(plugin, name)
+        record = record or PluginRecord(name)
+        record.state = "active"
+        record.summary = record.summary or info.summary
+        record.version = record.version or info.version
+        self.records[name] = record
+        self._plans.clear()
+        return name
+
+    def _unusable(self, name: str, info: PluginInfo) -> list[Problem]:
+        reasons = [(f"it cannot be used: {reason}", "") for reason in unmet(info.requires)]
+        reasons += [
+            (f"it conflicts with the active plugin {other!r}", f"block one: --plugin no:{other}")
+            for other, plugin in self.list_name_plugin()
+            if other != name and (other in info.conflicts or name in plugin_info(plugin).conflicts)
+        ]
+        return [Problem(reason, key=f"plugin {name}", hint=hint) for reason, hint in reasons]
+
+    def unregister(self, plugin: Any = None, name: str | None = None) -> Any:
+        name = name or self.get_name(plugin)
+        plugin = super().unregister(plugin, name)
+        self.records.pop(name or "", None)
+        self._plans.clear()
+        return plugin
+
+    def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
+        return implementation_options(plugin, name)
+
+    def _specs(self) -> dict[str, Any]:
+        return {name: caller.spec for name, caller in vars(self.hook).items() if caller.spec}
+
+    # State -----------------------------------------------------------------------------------
+
+    def set_priority(self, name: str, priority: int | None) -> None:
+        """Let all implementations of a plugin run at ``priority`` (None: their own again)."""
+        self.records[name].priority = priority
+        self._plans.clear()
+
+    def set_state(self, name: str, state: str, reason: str = "") -> None:
+        record = self.records[name]
+        record.state, record.reason = state, reason
+        self._plans.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Failures and quarantines, as JSON values, for the checkpoint."""
+        return {
+            name: {
+                "state": record.state,
+                "reason": record.reason,
+                "failures": [asdict(failure) for failure in record.failures],
+            }
+            for name, record in self.records.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take failures and quarantines back; plugins that are not active now are passed over."""
+        for name, saved in state.items():
+            if name in self.records:
+                self.records[name].failures = [PluginFailure(**f) for f in saved["failures"]]
+                if saved["state"] == "quarantined":
+                    self.set_state(name, "quarantined", saved["reason"])
+
+    # Calls -----------------------------------------------------------------------------------
+
+    def _hookexec(
+        self,
+        hook_name: str,
+        methods: Sequence[Any],
+        kwargs: Mapping[str, object],
+        firstresult: bool,
+    ) -> Any:
+        plan = self._plans.get(hook_name)
+        if plan is None or plan[0] != methods:
+            plan = self._plan(hook_name, methods)
+        if plan[1]:
+            return self._wrapped(
+                plan, kwargs, firstresult, lambda: self._all(plan, kwargs, firstresult)
+            )
+        # The same loop as in _all, without a further call: this is the path of every step.
+        results = []
+        for call in plan[2]:
+            try:
+                result = call[0](*[kwargs[name] for name in call[1]])
+                if result is None:
+                    continue
+                if type(result) is GeneratorType:
+                    result = list(result)
+            except PASSES:
+                raise
+            except BaseException as error:
+                self._failed(call, error)
+                continue
+            if firstresult:
+                return result
+            results.append(result)
+        return None if firstresult else results
+
+    def _all(
+        self,
+        plan: Plan,
+        kwargs: Mapping[str, object],
+        firstresult: bool,
+        owners: dict[int, str] | None = None,
+    ) -> Any:
+        results = []
+        for call in plan.calls:
+            result = self._guarded(call, kwargs)
+            if result is None:
+                continue
+            if owners is not None:
+                owners[id(result)] = call.plugin
+            if firstresult:
+                return result
+            results.append(result)
+        return None if firstresult else results
+
+    def _guarded(self, call: Call, kwargs: Mapping[str, object]) -> Any:
+        try:
+            result = call.function(*[kwargs[name] for name in call.argnames])
+            return list(result) if type(result) is GeneratorType else result
+        except PASSES:
+            raise
+        except BaseException as error:
+            self._failed(call, error)
+            return None
+
+    def _wrapped(
+        self,
+        plan: Plan,
+        kwargs: Mapping[str, object],
+        firstresult: bool,
+        inner: Callable[[], Any],
+        owners: dict[int, str] | None = None,
+    ) -> Any:
+        """Run ``inner`` inside the plan's wrappers.
+
+        A wrapper that fails before its yield is left out; one that fails after it leaves the
+        inner result as it was; what ends the run inside is seen by every wrapper and raised.
+        """
+        running: list[tuple[Any, Call]] = []
+        result: Any = None if firstresult else []
+        ending: BaseException | None = None
+        try:
+            for call in plan.wrappers:
+                generator = self._enter(call, kwargs)
+                if generator is not None:
+                    running.append((generator, call))
+            result = inner()
+        except BaseException as error:
+            ending = error
+        for generator, call in reversed(running):
+            try:
+                replaced = self._leave(generator, call, result, ending, firstresult)
+            except BaseException as error:
+                ending = ending or error
+                continue
+            if replaced is not None:
+                if owners is not None:
+                    for item in [replaced] if firstresult else replaced:
+                        owners.setdefault(id(item), call.plugin)
+                result = replaced
+        if ending is not None:
+            raise ending
+        return result
+
+    def _enter(self, call: Call, kwargs: Mapping[str, object]) -> Any:
+        try:
+            generator = call.function(*[kwargs[name] for name in call.argnames])
+            next(generator)
+        except PASSES:
+            raise
+        except StopIteration:
+            self._failed(call, RuntimeError("the wrapper did not yield"))
+        except BaseException as error:
+            self._failed(call, error)
+        else:
+            return generator
+        return None
+
+    def _leave(
+        self, generator: Any, call: Call, result: Any, ending: BaseException | None, first: bool
+    ) -> Any:
+        """End one wrapper; returns what it puts in the place of ``result``, or None."""
+        try:
+            if ending is not None:
+                generator.throw(ending)
+            else:
+                generator.send(result)
+            generator.close()
+        except StopIteration as stop:
+            if ending is not None or stop.value is None or first or isinstance(stop.value, list):
+                return None if ending is not None else stop.value
+            self._failed(
+                call,
+                TypeError(f"the wrapper returned {type(stop.value).__name__}, not a list"),
+            )
+            return None
+        except PASSES:
+            raise
+        except BaseException as error:
+            if error is not ending:
+                self._failed(call, error)
+            return None
+        self._failed(call, RuntimeError("the wrapper yielded more than once"))
+        return None
+
+    def call_each(self, hook_name: str, **kwargs: Any) -> list[tuple[str, Any]]:
+        """Call a list hook; returns ``(plugin, result)`` pairs in the order of the results.
+
+        An item that a wrapper added belongs to the wrapper's plugin.
+        """
+        plan = self._plan_of(hook_name)
+        owners: dict[int, str] = {}
+        results = self._wrapped(
+            plan, kwargs, False, lambda: self._all(plan, kwargs, False, owners), owners
+        )
+        return [(owners[id(result)], result) for result in results]
+
+    def call_first(self, hook_name: str, **kwargs: Any) -> tuple[str, Any] | None:
+        """Call a first-result hook; the plugin that answered and its result, or None."""
+        plan = self._plan_of(hook_name)
+        owners: dict[int, str] = {}
+        result = self._wrapped(
+            plan, kwargs, True, lambda: self._all(plan, kwargs, True, owners), owners
+        )
+        return None if result is None else (owners[id(result)], result)
+
+    def call_plugin(self, plugin: str, hook_name: str, **kwargs: Any) -> Any:
+        """Call one plugin's implementation of a hook; the first result that is not None."""
+        for call in self._plan_of(hook_name).calls:
+            if call.plugin == plugin:
+                result = self._guarded(call, kwargs)
+                if result is not None:
+                    return result
+        return None
+
+    def chain(self, hook_name: str, request: Any, attribute: str) -> Any:
+        """Pass ``request`` along the implementations: each result becomes its ``attribute``.
+
+        Returns the last request. ``request`` is a dataclass and is not changed in place.
+        """
+        plan = self._plan_of(hook_name)
+        current = request
+
+        def inner() -> Any:
+            nonlocal current
+            for call in plan.calls:
+                value = self._guarded(call, {"request": current})
+                if value is not None:
+                    current = replace(current, **{attribute: value})
+            return getattr(current, attribute)
+
+        value = self._wrapped(plan, {"request": request}, True, inner)
+        return replace(current, **{attribute: value})
+
+    # Plans -----------------------------------------------------------------------------------
+
+    def _plan_of(self, hook_name: str) -> Plan:
+        methods = getattr(self.hook, hook_name).get_hookimpls()
+        plan = self._plans.get(hook_name)
+        return plan if plan and plan.methods == methods else self._plan(hook_name, methods)
+
+    def _plan(self, hook_name: str, methods: Sequence[Any]) -> Plan:
+        calls = [
+            call
+            for call in map(lambda m: self._as_call(hook_name, m), methods)
+            if self._may_run(call)
+        ]
+        calls.sort(key=lambda call: (call.priority, call.plugin, call.function.__name__))
+        plan = Plan(
+            methods,
+            tuple(call for call in calls if call.wrapper),
+            tuple(call for call in calls if not call.wrapper),
+        )
+        self._plans[hook_name] = plan
+        return plan
+
+    def _as_call(self, hook_name: str, method: Any) -> Call:
+        record = self.records.get(method.plugin_name)
+        own = method.opts.get("priority", Priority.NORMAL)
+        priority = own if record is None or record.priority is None else record.priority
+        function = method.function
+        if self.timings is not None and not method.wrapper:
+            function = timed(function, self.timings.setdefault((hook_name, method.plugin_name), []))
+        return Call(
+            function, method.argnames, method.plugin_name, hook_name, priority, method.wrapper
+        )
+
+    def _may_run(self, call: Call) -> bool:
+        record = self.records.get(call.plugin)
+        if record is None or record.state == "active":
+            return True
+        return record.state == "dormant" and bool(self._options(call.hook)["dormant"])
+
+    def _options(self, hook_name: str) -> Mapping[str, Any]:
+        options: Mapping[str, Any] = getattr(self.hook, hook_name).spec.opts
+        return options
+
+    def implements(self, plugin: str, hook_name: str) -> bool:
+        """Does a registered plugin implement the hook, whatever its state?"""
+        methods = getattr(self.hook, hook_name).get_hookimpls()
+        return any(method.plugin_name == plugin for method in methods)
+
+    def order(self, hook_name: str) -> list[Call]:
+        """The effective order of a hook: wrappers from the outside in, then the others."""
+        plan = self._plan_of(hook_name)
+        return [*plan.wrappers, *plan.calls]
+
+    # Failures --------------------------------------------------------------------------------
+
+    def fail(self, plugin: str, hook_name: str, error: BaseException) -> None:
+        """Count a failure of something that a plugin handed over, as if the hook had raised it.
+
+        Raises PluginError where the policy says that the run must stop.
+        """
+        calls = [call for call in self.order(hook_name) if call.plugin == plugin]
+        function = calls[0].function if calls else None
+        self._failed(Call(function or self.fail, (), plugin, hook_name, 0, False), error)
+
+    def _failed(self, call: Call, error: BaseException) -> None:
+        if call.hook == "apt_configure" and isinstance(error, ConfigError):
+            raise ConfigError(
+                [replace(p, message=f"plugin {call.plugin}: {p.message}") for p in error.problems]
+            ) from error
+        record = self.records.setdefault(call.plugin, PluginRecord(call.plugin, state="active"))
+        limit = self._options(call.hook)["failure_limit"]
+        count = len(record.failures) + 1
+        in_hook = 1 + sum(failure.hook == call.hook for failure in record.failures)
+        quarantined = count >= 3 or in_hook >= limit
+        failure = PluginFailure(
+            plugin=call.plugin,
+            hook=call.hook,
+            step=self.step,
+            error=one_line(error),
+            where=where_raised(error, source_of(call.function)[0]),
+            count=count,
+            quarantined=quarantined,
+            traceback=formatted(error),
+        )
+        record.failures.append(failure)
+        at = f"plugin {failure.plugin} failed in {failure.hook} at step {failure.step}"
+        message = f"{at} ({failure.where}): {failure.error}"
+        if quarantined:
+            self.set_state(call.plugin, "quarantined", f"{failure.error} ({failure.where})")
+        outcome = "quarantined: it is not called any more" if quarantined else f"failure {count}"
+        log.warning("%s [%s]", message, outcome)
+        log.debug("%s", failure.traceback)
+        fatal = None
+        if self.strict or record.on_failure == "required":
+            because = "--strict" if self.strict else "the profile says on_failure: required"
+            fatal = PluginError(
+                f"{message}; the run stops because {because}",
+                plugin=failure.plugin,
+                hook=failure.hook,
+                where=failure.where,
+            )
+        self._tell(failure, fatal, error)
+
+    def _tell(
+        self, failure: PluginFailure, fatal: PluginError | None, error: BaseException
+    ) -> None:
+        """Fire on_plugin_failure, unless this is a failure inside it, then raise what is fatal."""
+        if self._telling:
+            self._pending = self._pending or fatal
+            return
+        self._telling = True
+        try:
+            self.hook.on_plugin_failure(failure=failure)
+        finally:
+            self._telling = False
+            pending, self._pending = self._pending, None
+        stop = fatal or pending
+        if stop is not None:
+            raise stop from error
+
+
+def canonical_name(plugin: Any) -> str:
+    """The last part of a module's name; for an instance, its class in lower case."""
+    name = getattr(plugin, "__name__", None)
+    return str(name).rpartition(".")[2] if name else type(plugin).__name__.lower()
+
+
+def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    """``function``, appending the seconds of each call; it keeps its name and source."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return function(*args)
+        finally:
+            seconds.append(time.perf_counter() - start)
+
+    return run

@@ -1,0 +1,36 @@
+"""What a provider of each kind must offer: one file a kind, and nothing here imports torch."""
+
+from apt_core.providers.align import AlignProvider
+from apt_core.providers.attention import AttentionProvider, KeyValueCache
+from apt_core.providers.backbone import BackboneProvider
+from apt_core.providers.base import Provider, read_setting
+from apt_core.providers.dataset import DatasetProvider, TextData
+from apt_core.providers.ffn import FeedForwardProvider
+from apt_core.providers.lr_schedule import LRScheduleProvider
+from apt_core.providers.norm import NormProvider
+from apt_core.providers.optimizer import OptimizerProvider
+from apt_core.providers.position import PositionProvider
+from apt_core.providers.retrieval import RetrievalProvider, RetrievedChunk
+from apt_core.providers.router import RouterProvider
+from apt_core.providers.tokenizer import TokenizerProvider, token_dtype
+
+__all__ = [
+    "AlignProvider",
+    "AttentionProvider",
+    "BackboneProvider",
+    "DatasetProvider",
+    "FeedForwardProvider",
+    "KeyValueCache",
+    "LRScheduleProvider",
+    "NormProvider",
+    "OptimizerProvider",
+    "PositionProvider",
+    "Provider",
+    "RetrievalProvider",
+    "RetrievedChunk",
+    "RouterProvider",
+    "TextData",
+    "TokenizerProvider",
+    "read_setting",
+    "token_dtype",
+]

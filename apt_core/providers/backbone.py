@@ -1,0 +1,44 @@
+"""Providers of whole models (kind ``backbone``)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from apt_core.providers.base import Provider
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class BackboneProvider(Provider, ABC):
+    """Assembles layers into a language model.
+
+    The model is called as ``model(input_ids, *, mask=None, positions=None, caches=None)`` with
+    input_ids int64 [B, T], and returns :class:`~apt_core.types.ModelOutput` with logits [B, T, V].
+    ``caches`` holds one :class:`~apt_core.providers.attention.KeyValueCache` a layer.
+    """
+
+    norms_per_block: ClassVar[int] = 2
+
+    @abstractmethod
+    def create_block(
+        self, *, attention: nn.Module, ffn: nn.Module, norms: Sequence[nn.Module], dropout: float
+    ) -> nn.Module:
+        """One block of the model from its layers; ``norms`` are as many as ``norms_per_block``."""
+
+    @abstractmethod
+    def create_model(
+        self,
+        *,
+        vocab_size: int,
+        d_model: int,
+        max_seq_len: int,
+        blocks: Sequence[nn.Module],
+        final_norm: nn.Module,
+        position: nn.Module | None = None,
+        tie_embeddings: bool = False,
+        dropout: float = 0.0,
+    ) -> nn.Module:
+        """The model around ``blocks``; ``position`` is an embedding to add, where there is one."""

@@ -1,0 +1,34 @@
+"""Providers of position-wise feed-forward layers (kind ``ffn``)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from apt_core.providers.base import Provider
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class FeedForwardProvider(Provider, ABC):
+    """Builds feed-forward layers, called as ``layer(x) -> [B, T, D]`` with x [B, T, D].
+
+    Tokens do not mix. The layer adds no residual and normalises nothing before or after: the block
+    does. ``layer.aux``, where a layer has it, is a mapping of names to 0-d tensors of the last
+    forward, to be seen in the metrics.
+    """
+
+    @abstractmethod
+    def create_layer(self, d_model: int, d_ff: int, dropout: float = 0.0) -> nn.Module:
+        """A new layer of width ``d_model`` with ``d_ff`` hidden units.
+
+        Raises ValueError, naming the setting and the remedy, for sizes that cannot be built.
+        """
+
+    def flops(self, d_model: int, d_ff: int, seq_len: int) -> int:
+        """Floating-point operations of one layer's forward for ``seq_len`` tokens.
+
+        A multiply-add counts as two. The default is that of a gated layer of three products.
+        """
+        return 6 * d_model * d_ff * seq_len

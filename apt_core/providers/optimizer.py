@@ -1,0 +1,27 @@
+"""Providers of optimizers (kind ``optimizer``)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from apt_core.providers.base import Provider
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+
+class OptimizerProvider(Provider, ABC):
+    """Builds the optimizer of a run."""
+
+    @abstractmethod
+    def create(
+        self, param_groups: Sequence[dict[str, Any]], *, learning_rate: float, weight_decay: float
+    ) -> Optimizer:
+        """An optimizer over ``param_groups`` (torch's form: ``{"params": [...], ...}``).
+
+        ``learning_rate`` is the peak: the loop multiplies each group's own rate by the factor of
+        the schedule. A group may hold its own ``lr`` and ``weight_decay``. Raises ValueError for
+        parameters that the optimizer cannot take.
+        """

@@ -1,0 +1,31 @@
+"""Providers of position information (kind ``position``)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from apt_core.providers.base import Provider
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class PositionProvider(Provider):
+    """Tells a model where its tokens stand, in one of two places.
+
+    A rotary scheme gives each attention layer a module that turns queries and keys; a learned or
+    fixed embedding gives the backbone a module whose result is added to the token embeddings. A
+    provider implements one of the two; what it leaves out stays None.
+    """
+
+    def create_rotary(self, head_dim: int, max_seq_len: int) -> nn.Module | None:
+        """A module ``rotary(x, positions=None)`` that turns x [B, T, H, head_dim], or None.
+
+        ``positions`` is int64 [T] or [B, T]; by default 0..T-1. Raises ValueError for a width
+        that cannot be turned.
+        """
+        return None
+
+    def create_embedding(self, d_model: int, max_seq_len: int) -> nn.Module | None:
+        """A module ``embedding(positions)``, int64 [T] or [B, T] to [..., d_model], or None."""
+        return None

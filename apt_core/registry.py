@@ -1,0 +1,363 @@
+"""The provider registry, derived from what ``apt_register_providers`` returned.
+
+A profile selects a provider by kind and name, never by priority. A provider that is registered but
+cannot be used here falls back to its kind's default, with the reason; a name that nobody registers
+is bad input.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from apt_core import __version__
+from apt_core.defaults import CORE, core_providers
+from apt_core.errors import AptError, ConfigError, Problem, ProviderError, did_you_mean
+from apt_core.failures import one_line
+from apt_core.markers import hookimpl
+from apt_core.plugin_manager import PluginManager
+from apt_core.requirements import unmet
+from apt_core.types import KINDS, FallbackEvent, ProviderSpec
+
+log = logging.getLogger("apt.registry")
+
+NO_FALLBACK = ("dataset", "tokenizer")
+"""Kinds without a fallback: other text, or other ids, would be another experiment."""
+
+Probe = Callable[[ProviderSpec, Any, Any], "str | None"]
+"""``probe(spec, provider, config)``: None if the provider works here, else the reason."""
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What was asked for, what is used, and why they differ (an empty reason: they do not)."""
+
+    kind: str
+    asked: str
+    used: str
+    reason: str = ""
+
+    def row(self) -> dict[str, str]:
+        """As the manifest shows it."""
+        return {"slot": self.kind, "asked": self.asked, "used": self.used, "reason": self.reason}
+
+
+class Registry:
+    """Providers by kind and name.
+
+    ``profile`` is the validated config: a provider's settings are its ``section`` there. ``probe``
+    tries a provider before it is used; without one every provider that can be built is taken.
+    ``problems`` are the specs that could not be taken, such as a name that two plugins register.
+    """
+
+    def __init__(
+        self,
+        manager: PluginManager | None = None,
+        *,
+        profile: Any = None,
+        probe: Probe | None = None,
+        strict: bool = False,
+    ) -> None:
+        self.manager = manager or PluginManager()
+        self.profile = profile
+        self.probe = probe
+        self.strict = strict
+        self.resolutions: dict[tuple[str, str], Resolution] = {}
+        self._specs: dict[tuple[str, str], ProviderSpec] = {}
+        self._blocked: dict[tuple[str, str], str] = {}
+        self._built: dict[tuple[str, str, str], Any] = {}
+        self.problems: list[Problem] = []
+        self.refresh()
+
+    # Declaring -------------------------------------------------------------------------------
+
+    def refresh(self) -> list[Problem]:
+        """Derive the registry anew from the plugins; returns (and keeps) what is wrong."""
+        specs = {(spec.kind, spec.name): spec for spec in core_providers(__version__)}
+        problems = []
+        for plugin, declared in self.manager.call_each("apt_register_providers"):
+            for spec in declared if isinstance(declared, Sequence) else [declared]:
+                problem = self._check_spec(plugin, spec, specs)
+                if problem:
+                    problems.append(problem)
+                else:
+                    specs[spec.kind, spec.name] = replace(spec, plugin=plugin)
+        self._specs, self.problems = specs, problems
+        return problems
+
+    def _check_spec(
+        self, plugin: str, spec: Any, specs: Mapping[tuple[str, str], ProviderSpec]
+    ) -> Problem | None:
+        key = f"plugin {plugin}"
+        if not isinstance(spec, ProviderSpec):
+            return Problem(
+                f"apt_register_providers returned {type(spec).__name__}, not ProviderSpec", key=key
+            )
+        if spec.kind not in KINDS:
+            hint = did_you_mean(spec.kind, KINDS) or f"kinds are {', '.join(KINDS)}"
+            return Problem(f"{spec.key} has an unknown kind", key=key, hint=hint)
+        other = specs.get((spec.kind, spec.name))
+        if other is not None:
+            return Problem(
+                f"provider {spec.key} is registered by both {other.plugin!r} and {plugin!r}",
+                key=key,
+                hint=f"rename one of them, or leave one plugin out: --plugin no:{plugin}",
+            )
+        return None
+
+    def register(
+        self,
+        kind: str,
+        name: str,
+        cls: Callable[..., Any] | str,
+        default: bool = False,
+        excludes: Sequence[str] = (),
+    ) -> None:
+        """Register one provider from a script; the same class again changes nothing.
+
+        Raises ConfigError when the name is taken by another class.
+        """
+        existing = self._specs.get((kind, name))
+        if existing is not None and existing.factory is cls:
+            return
+        spec = ProviderSpec(
+            kind, name, cls, conflicts=tuple(excludes), default=default, version=_version_of(cls)
+        )
+        plugin_name = f"script:{kind}:{name}"
+        problem = self._check_spec(plugin_name, spec, self._specs)
+        if problem:
+            raise ConfigError(problem)
+        self.manager.register(_OneSpec(spec), plugin_name)
+        self.refresh()
+
+    def note_blocked(self, spec: ProviderSpec, reason: str) -> None:
+        """Know a provider of a plugin that is not active: asking for it falls back."""
+        self._blocked[spec.kind, spec.name] = reason
+
+    # Looking ---------------------------------------------------------------------------------
+
+    def specs(self, kind: str | None = None) -> list[ProviderSpec]:
+        """Every spec, by kind in the order of KINDS, the default first."""
+        chosen = [spec for spec in self._specs.values() if kind in (None, spec.kind)]
+        return sorted(chosen, key=lambda s: (KINDS.index(s.kind), not s.default, s.name))
+
+    def list_providers(self, kind: str | None = None) -> dict[str, list[str]]:
+        """Provider names by kind."""
+        listed: dict[str, list[str]] = {}
+        for spec in self.specs(kind):
+            listed.setdefault(spec.kind, []).append(spec.name)
+        return listed
+
+    def has(self, kind: str, name: str) -> bool:
+        return (kind, name) in self._specs or (kind, name) in self._blocked
+
+    def default(self, kind: str) -> ProviderSpec | None:
+        """The kind's default: a plugin's if one declares it, else the core's."""
+        defaults = [spec for spec in self.specs(kind) if spec.default]
+        return min(defaults, key=lambda spec: spec.plugin == CORE) if defaults else None
+
+    def spec(self, kind: str, name: str) -> ProviderSpec:
+        """The spec of a registered provider; ConfigError with a suggestion for any other."""
+        problem = self.check_name(kind, name)
+        if problem:
+            raise ConfigError(problem)
+        return self._specs[kind, name]
+
+    def check_name(self, kind: str, name: str, **place: str) -> Problem | None:
+        """What is wrong with asking for this provider, if anything."""
+        if self.has(kind, name):
+            return None
+        names = [spec.name for spec in self.specs(kind)]
+        if kind not in KINDS:
+            return Problem(f"there is no kind {kind!r}", hint=did_you_mean(kind, KINDS), **place)
+        hint = did_you_mean(name, names) or f"there are: {', '.join(names) or 'none'}"
+        return Problem(f"no plugin offers {kind} provider {name!r}", hint=hint, **place)
+
+    def usable(self, spec: ProviderSpec) -> tuple[bool | None, str]:
+        """Can the provider be used here, as far as can be told without torch (None: no telling)."""
+        missing = unmet(spec.requires)
+        if missing:
+            return False, "; ".join(missing)
+        return (True, "") if spec.plugin == CORE else (None, "")
+
+    def get_info(self, kind: str, name: str) -> dict[str, Any]:
+        """Everything about one provider, as ``apt-hooks info --json`` prints it."""
+        spec = self.spec(kind, name)
+        model = _resolve(spec.config) if spec.config else None
+        return {
+            "kind": spec.kind,
+            "name": spec.name,
+            "version": spec.version,
+            "plugin": spec.plugin,
+            "dependencies": list(spec.requires),
+            "is_default": spec is self.default(kind),
+            "conflicts": list(spec.conflicts),
+            "summary": spec.summary,
+            "config": {
+                "section": spec.section,
+                "schema": model.model_json_schema() if model else {},
+            },
+        }
+
+    def check_conflicts(self, keys: Iterable[str]) -> list[Problem]:
+        """Conflicts among providers given as ``kind:name``, each pair once."""
+        chosen = [self._specs[pair] for pair in (tuple(k.split(":", 1)) for k in keys)
+                  if pair in self._specs]  # fmt: skip
+        pairs = {
+            tuple(sorted((spec.key, other.key)))
+            for spec in chosen
+            for other in chosen
+            if other is not spec and other.key in spec.conflicts
+        }
+        return [
+            Problem(f"providers {first} and {second} conflict", hint="choose one of them")
+            for first, second in sorted(pairs)
+        ]
+
+    # Getting ---------------------------------------------------------------------------------
+
+    def get(self, kind: str, name: str | None = None, config: Any = None, fallback: bool = True):  # type: ignore[no-untyped-def]
+        """The provider of this kind and name, built with ``config``.
+
+        Without ``config`` the provider's section of the profile is used, or its defaults. A
+        provider that cannot be used here is replaced by the kind's default and the reason is
+        recorded and logged; with ``fallback=False`` or ``strict`` that is an error.
+
+        Raises ConfigError for an unknown name or an invalid config, ProviderError when the
+        default itself cannot be used.
+        """
+        spec = self._asked(kind, name)
+        key = (kind, spec.name, repr(config))
+        if key not in self._built:
+            self._built[key] = self._get(spec, config, fallback)
+        return self._built[key]
+
+    def _asked(self, kind: str, name: str | None) -> ProviderSpec:
+        if name is None:
+            default = self.default(kind)
+            if default is None:
+                raise ConfigError(Problem(f"kind {kind!r} has no default provider: name one"))
+            return default
+        if (kind, name) in self._blocked and (kind, name) not in self._specs:
+            return ProviderSpec(kind, name, _blocked_factory)
+        return self.spec(kind, name)
+
+    def _get(self, spec: ProviderSpec, config: Any, fallback: bool) -> Any:
+        provider, reason = self._try(spec, self._config_for(spec, config))
+        if not reason:
+            self.resolutions[spec.kind, spec.name] = Resolution(spec.kind, spec.name, spec.name)
+            return provider
+        default = self.default(spec.kind)
+        if default is None or default.name == spec.name or spec.kind in NO_FALLBACK:
+            raise ProviderError(f"{spec.key} (plugin {spec.plugin}) cannot be used: {reason}")
+        message = f"{spec.kind}: {spec.name} not usable ({reason})"
+        if self.strict or not fallback:
+            because = "--strict is on" if self.strict else "fallback=False"
+            raise ConfigError(
+                Problem(
+                    f"{message}, and no fallback is allowed: {because}",
+                    hint=f"ask for {default.name}",
+                )
+            )
+        same_section = spec.section == default.section
+        given = self._config_for(default, config if same_section else None)
+        provider, default_reason = self._try(default, given)
+        if default_reason:
+            raise ProviderError(f"{message}; nor is the default {default.name}: {default_reason}")
+        log.warning("%s: using %s", message, default.name)
+        self.resolutions[spec.kind, spec.name] = Resolution(
+            spec.kind, spec.name, default.name, reason
+        )
+        self.manager.hook.on_provider_fallback(
+            event=FallbackEvent(spec.kind, spec.name, default.name, reason)
+        )
+        return provider
+
+    def _config_for(self, spec: ProviderSpec, given: Any) -> Any:
+        """The provider's config: what was given, else its section of the profile, else defaults."""
+        if given is None and spec.section and self.profile is not None:
+            given = self.profile.section(spec.section)
+        if spec.config is None:
+            return given
+        model = _resolve(spec.config)
+        if isinstance(given, model):
+            return given
+        from pydantic import BaseModel, ValidationError
+
+        raw = given.model_dump() if isinstance(given, BaseModel) else dict(given or {})
+        try:
+            return model.model_validate(raw)
+        except ValidationError as error:
+            raise ConfigError(
+                Problem(
+                    item["msg"],
+                    key=".".join([spec.section or spec.key, *map(str, item["loc"])]),
+                    hint=did_you_mean(str(item["loc"][-1]), model.model_fields)
+                    if item["type"] == "extra_forbidden"
+                    else "",
+                )
+                for item in error.errors()
+            ) from None
+
+    def _try(self, spec: ProviderSpec, config: Any) -> tuple[Any, str]:
+        """Build and probe; returns the provider, or the reason why it cannot be used."""
+        blocked = self._blocked.get((spec.kind, spec.name))
+        if blocked and (spec.kind, spec.name) not in self._specs:
+            return None, blocked
+        missing = unmet(spec.requires)
+        if missing:
+            return None, "; ".join(missing)
+        try:
+            provider = self.manager.hook.apt_build_provider(spec=spec, config=config)
+            if provider is None:
+                provider = _resolve(spec.factory)(config)
+        except (AptError, KeyboardInterrupt):
+            raise
+        except ImportError as error:
+            return None, one_line(error)
+        except BaseException as error:
+            if spec.plugin == CORE:
+                raise
+            self.manager.fail(spec.plugin, "apt_build_provider", error)
+            return None, f"building it failed: {one_line(error)}"
+        reason = self.probe(spec, provider, config) if self.probe else None
+        return provider, reason or ""
+
+
+class _OneSpec:
+    """The plugin behind a provider that a script registered."""
+
+    def __init__(self, spec: ProviderSpec) -> None:
+        self._spec = spec
+
+    @hookimpl
+    def apt_register_providers(self) -> list[ProviderSpec]:
+        return [self._spec]
+
+
+def _blocked_factory(config: Any) -> Any:
+    raise AssertionError("a blocked provider is never built")
+
+
+def _resolve(target: Any) -> Any:
+    """The object behind ``"module:attribute"``; anything else is returned as it is."""
+    if not isinstance(target, str):
+        return target
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _version_of(cls: Any) -> str:
+    get_version = getattr(cls, "get_version", None)
+    return str(get_version(cls)) if callable(get_version) and isinstance(cls, type) else ""
+
+
+def __getattr__(name: str) -> Any:
+    """``registry``: the process-wide default for plain scripts, made on first use."""
+    if name == "registry":
+        globals()["registry"] = Registry()
+        return globals()["registry"]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

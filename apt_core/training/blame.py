@@ -1,0 +1,47 @@
+"""Whose code failed when a forward or backward pass did."""
+
+from __future__ import annotations
+
+import traceback
+
+from apt_core.defaults import CORE
+from apt_core.errors import AptError, ProviderError
+from apt_core.failures import one_line, short_path
+from apt_core.kernel import Kernel
+from apt_core.types import ProviderSpec
+
+
+def attributed(kernel: Kernel, error: BaseException) -> BaseException:
+    """``error`` itself, or for one that passed through a plugin's layer a ProviderError that
+    names the provider and the line.
+
+    Once weights train, such a failure is fatal: another layer would be another model.
+    """
+    if isinstance(error, AptError) or not isinstance(error, Exception):
+        return error
+    found = _culprit(kernel, error)
+    if found is None:
+        return error
+    spec, where = found
+    return ProviderError(
+        f"provider {spec.key} of plugin {spec.plugin} failed at step {kernel.manager.step} "
+        f"({where}): {one_line(error)}"
+    )
+
+
+def _culprit(kernel: Kernel, error: Exception) -> tuple[ProviderSpec, str] | None:
+    used = [kernel.registry.spec(r.kind, r.used) for r in kernel.registry.resolutions.values()]
+    foreign = {_module(spec): spec for spec in used if spec.plugin != CORE}
+    frames = list(traceback.walk_tb(error.__traceback__)) if foreign else []
+    for frame, line in reversed(frames):
+        name = frame.f_globals.get("__name__", "")
+        for module, spec in foreign.items():
+            if name == module or name.startswith(module.rpartition(".")[0] + "."):
+                return spec, f"{short_path(frame.f_code.co_filename)}:{line}"
+    return None
+
+
+def _module(spec: ProviderSpec) -> str:
+    if isinstance(spec.factory, str):
+        return spec.factory.partition(":")[0]
+    return str(getattr(spec.factory, "__module__", ""))

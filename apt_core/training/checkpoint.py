@@ -1,0 +1,198 @@
+"""Checkpoints: a folder of safetensors and JSON that is complete or does not exist.
+
+``step-00001234/`` holds ``model.safetensors``, ``optimizer.safetensors`` (keyed by parameter
+name), ``plugins.safetensors``, ``state.json``, ``profile.yaml`` and ``manifest.json`` with the
+sha256 of each other file. It is written under a temporary name, fsynced, and renamed; without its
+manifest, or with a file that does not match it, it is not used. Nothing in it can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from apt_core.errors import CheckpointError
+
+log = logging.getLogger("apt.checkpoint")
+
+FORMAT = 1
+PREFIX = "step-"
+TENSOR_FILES = ("model", "optimizer", "plugins")
+TENSOR_KEY = "__tensor__"
+"""Stands, in the JSON of a plugin's state, for a tensor in ``plugins.safetensors``."""
+
+
+@dataclass
+class Snapshot:
+    """Everything that a checkpoint holds. Tensors are on the CPU, contiguous and unshared."""
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    plugins: dict[str, Tensor]
+    state: dict[str, Any]
+    profile: str
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+
+def folder_name(step: int) -> str:
+    return f"{PREFIX}{step:08d}"
+
+
+def save(root: Path, snapshot: Snapshot) -> Path:
+    """Write a checkpoint; returns its folder. Raises OSError, leaving nothing half-written."""
+    target = root / folder_name(snapshot.step)
+    temporary = root / f".{target.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        for name in TENSOR_FILES:
+            save_file(getattr(snapshot, name), temporary / f"{name}.safetensors")
+        _write_json(temporary / "state.json", snapshot.state)
+        (temporary / "profile.yaml").write_text(snapshot.profile, encoding="utf-8")
+        files = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+        _write_json(
+            temporary / "manifest.json",
+            {"format": FORMAT, "step": snapshot.step, **snapshot.manifest, "sha256": files},
+        )
+        for path in temporary.iterdir():
+            _fsync(path)
+        _fsync(temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        _fsync(root)
+    except SafetensorError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{target}: {error}") from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return target
+
+
+def load(path: Path) -> Snapshot:
+    """Read and verify a checkpoint. Raises CheckpointError naming what is wrong with it."""
+    manifest = _read_json(path / "manifest.json")
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: checkpoint format {manifest.get('format')!r}, this version reads {FORMAT}"
+        )
+    expected = manifest.get("sha256")
+    wanted = {*(f"{name}.safetensors" for name in TENSOR_FILES), "state.json", "profile.yaml"}
+    if not isinstance(expected, dict) or not wanted <= set(expected):
+        raise CheckpointError(f"{path}: its manifest does not list all of its files")
+    for name in sorted(wanted):
+        try:
+            actual = _sha256(path / name)
+        except OSError as error:
+            raise CheckpointError(f"{path / name}: {error.strerror}") from None
+        if actual != expected[name]:
+            raise CheckpointError(f"{path / name}: the file is damaged (sha256 does not match)")
+    try:
+        tensors = {name: load_file(path / f"{name}.safetensors") for name in TENSOR_FILES}
+        profile = (path / "profile.yaml").read_text(encoding="utf-8")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    state = _read_json(path / "state.json")
+    return Snapshot(
+        int(manifest["step"]), state=state, profile=profile, manifest=manifest, **tensors
+    )
+
+
+def newest_intact(root: Path) -> tuple[Path, Snapshot]:
+    """The newest checkpoint below ``root`` that verifies; says which were skipped and why.
+
+    Raises CheckpointError when there is none.
+    """
+    reasons = []
+    for path in reversed(list_checkpoints(root)):
+        try:
+            return path, load(path)
+        except CheckpointError as error:
+            reasons.append(str(error))
+            log.warning("checkpoint skipped: %s", error)
+    detail = "; ".join(reasons) or "there are none"
+    raise CheckpointError(f"no intact checkpoint in {root}: {detail}")
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Checkpoint folders below ``root``, oldest first; unfinished ones are left out."""
+    return sorted(path for path in root.glob(f"{PREFIX}*") if path.is_dir())
+
+
+def prune(root: Path, keep_last: int, keep: Path | None = None) -> None:
+    """Delete all but the newest ``keep_last`` (0: none is deleted) and ``keep``."""
+    for path in list_checkpoints(root)[:-keep_last] if keep_last else []:
+        if path != keep:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def split_tensors(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
+    """``value`` with each tensor moved into ``tensors`` and a reference left in its place.
+
+    Raises TypeError for anything that is neither JSON nor a tensor.
+    """
+    if isinstance(value, Tensor):
+        tensors[prefix] = value.detach().to("cpu", copy=True).contiguous()
+        return {TENSOR_KEY: prefix}
+    if isinstance(value, Mapping):
+        bad = [key for key in value if not isinstance(key, str)]
+        if bad:
+            raise TypeError(f"state {prefix!r} has a key that is not text: {bad[0]!r}")
+        return {k: split_tensors(v, f"{prefix}.{k}", tensors) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [split_tensors(v, f"{prefix}.{i}", tensors) for i, v in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"state {prefix!r} is a {type(value).__name__}: neither JSON nor a tensor")
+
+
+def join_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of :func:`split_tensors`."""
+    if isinstance(value, dict):
+        if set(value) == {TENSOR_KEY}:
+            return tensors[value[TENSOR_KEY]]
+        return {key: join_tensors(item, tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [join_tensors(item, tensors) for item in value]
+    return value
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: incomplete, it has no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: not a mapping")
+    return value
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

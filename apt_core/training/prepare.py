@@ -1,0 +1,141 @@
+"""Everything a run needs before its first step: text, model, optimizer, learning-rate schedule."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from apt_core.data.batches import BatchPlan
+from apt_core.data.tokens import tokenize
+from apt_core.device import autocast_dtype, resolve_device
+from apt_core.errors import ConfigError, Problem
+from apt_core.kernel import Kernel
+from apt_core.modeling.compose import ModelBuilder
+from apt_core.modeling.probe import probe_layer
+from apt_core.providers.lr_schedule import LRScheduleProvider
+from apt_core.providers.tokenizer import TokenizerProvider
+from apt_core.training.optim import parameter_groups
+
+log = logging.getLogger("apt.training")
+
+PROBED = ("attention", "ffn", "norm")
+
+
+@dataclass
+class Parts:
+    """The parts of a run. ``forward`` is the model, compiled where the profile asks for it."""
+
+    device: torch.device
+    dtype: torch.dtype | None
+    tokenizer: TokenizerProvider
+    plan: BatchPlan
+    val_tokens: npt.NDArray[Any]
+    bytes_per_token: float
+    data: dict[str, Any]
+    model: nn.Module
+    forward: nn.Module
+    optimizer: Optimizer
+    lr_schedule: LRScheduleProvider
+
+
+def prepare(kernel: Kernel, *, strict: bool = False) -> Parts:
+    """Build the parts. Raises ConfigError for input that does not fit together."""
+    config, registry = kernel.config, kernel.registry
+    device, reason = resolve_device(config.hardware.device)
+    if reason:
+        message = f"hardware.device: {config.hardware.device} not usable ({reason})"
+        if strict:
+            raise ConfigError(Problem(message, hint="--strict allows no fallback"))
+        kernel.notices.append(f"{message}: using {device.type}")
+    registry.probe = layer_probe(kernel, device)
+    tokenizer, plan, val_tokens, bytes_per_token, data = _data(kernel)
+    model = ModelBuilder(config, registry).build_model().to(device)
+    training = config.training
+    groups = parameter_groups(
+        model,
+        kernel.manager,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+    )
+    optimizer = registry.get("optimizer", training.optimizer_name).create(
+        groups, learning_rate=training.learning_rate, weight_decay=training.weight_decay
+    )
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return Parts(
+        device=device,
+        dtype=autocast_dtype(training.mixed_precision, device),
+        tokenizer=tokenizer,
+        plan=plan,
+        val_tokens=val_tokens,
+        bytes_per_token=bytes_per_token,
+        data=data,
+        model=model,
+        forward=torch.compile(model) if training.compile else model,
+        optimizer=optimizer,
+        lr_schedule=registry.get("lr_schedule", training.lr_schedule_name),
+    )
+
+
+def layer_probe(kernel: Kernel, device: torch.device) -> Any:
+    """The registry's probe: one tiny forward and backward of a layer on the run's device."""
+    model = kernel.config.model
+
+    def probe(spec: Any, provider: Any, config: Any) -> str | None:
+        if spec.kind not in PROBED:
+            return None
+        position = None
+        if spec.kind == "attention" and model.position_name != "none":
+            position = kernel.registry.get("position", model.position_name)
+        return probe_layer(
+            provider,
+            spec.kind,
+            device=device,
+            head_dim=model.d_model // model.num_heads,
+            position=position,
+        )
+
+    return probe
+
+
+def _data(
+    kernel: Kernel,
+) -> tuple[TokenizerProvider, BatchPlan, npt.NDArray[Any], float, dict[str, Any]]:
+    config, registry = kernel.config, kernel.registry
+    tokenizer: TokenizerProvider = registry.get("tokenizer", config.data.tokenizer_name)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            Problem(
+                f"is {config.model.vocab_size}, but tokenizer "
+                f"{config.data.tokenizer_name!r} has {tokenizer.vocab_size} ids",
+                key="model.vocab_size",
+                hint=f"set it to {tokenizer.vocab_size} or more",
+            )
+        )
+    text = registry.get("dataset", config.data.text_source or config.data.loader, config.data)
+    loaded = text.load()
+    log.info("data: %s", loaded.description)
+    tokens = tokenize(tokenizer, loaded.train)
+    val_tokens = tokenize(tokenizer, loaded.val)
+    plan = BatchPlan(
+        tokens,
+        seq_len=config.data.max_length or config.model.max_seq_len,
+        batch_size=config.training.batch_size,
+        grad_accum_steps=config.training.grad_accum_steps,
+        seed=config.training.seed,
+    )
+    data = {
+        "description": loaded.description,
+        "sha256": loaded.sha256,
+        "train_tokens": int(np.size(tokens)),
+        "val_tokens": int(np.size(val_tokens)),
+    }
+    val_bytes = len(loaded.val.encode("utf-8", errors="surrogatepass"))
+    return tokenizer, plan, val_tokens, val_bytes / max(1, np.size(val_tokens)), data

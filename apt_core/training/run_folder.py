@@ -1,0 +1,177 @@
+"""The folder of a run: the resolved profile, the manifest, the metrics, the log, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from apt_core import __version__
+from apt_core.errors import ConfigError, Problem
+
+PACKAGES = ("torch", "pluggy", "pydantic", "numpy", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Versions of APT, Python and the packages that decide about results."""
+    found = {"apt": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def now() -> str:
+    """UTC, to the second, as manifests have it."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def default_folder(profile_name: str) -> Path:
+    """``runs/<profile>/<UTC time>``, with a number behind it if that exists already."""
+    parent = Path("runs") / _file_name(profile_name)
+    stem = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    candidate, number = parent / stem, 1
+    while candidate.exists():
+        number += 1
+        candidate = parent / f"{stem}-{number}"
+    return candidate
+
+
+def newest_folder(profile_name: str) -> Path | None:
+    """The newest default folder of this profile that has a manifest."""
+    found = sorted((Path("runs") / _file_name(profile_name)).glob("*/manifest.json"))
+    return found[-1].parent if found else None
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name) or "unnamed"
+
+
+class RunFolder:
+    """Creates and writes a run's folder.
+
+    ``checkpoints`` is where its checkpoints are: inside it, or below the profile's
+    ``training.checkpoint_dir`` when no output folder was named.
+    """
+
+    def __init__(self, path: Path, checkpoints: Path) -> None:
+        self.path = path
+        self.checkpoints = checkpoints
+        self.manifest: dict[str, Any] = {}
+        self._metrics: Any = None
+
+    @classmethod
+    def create(
+        cls, output: Path | None, profile_name: str, checkpoint_dir: str | None
+    ) -> RunFolder:
+        """A new folder. Raises ConfigError if ``output`` is in use or cannot be written."""
+        path = output or default_folder(profile_name)
+        if (
+            output is not None
+            and output.exists()
+            and (not output.is_dir() or any(output.iterdir()))
+        ):
+            raise ConfigError(
+                Problem(
+                    "the output folder is in use",
+                    key="--output",
+                    where=str(output),
+                    hint="name another one, or add --resume to go on with the run in it",
+                )
+            )
+        checkpoints = path / "checkpoints"
+        if output is None and checkpoint_dir:
+            checkpoints = Path(checkpoint_dir) / path.name
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                Problem(f"the folder cannot be made: {error.strerror}", where=str(error.filename))
+            ) from None
+        return cls(path, checkpoints)
+
+    @classmethod
+    def existing(cls, path: Path) -> RunFolder:
+        """The folder of an earlier run. Raises ConfigError if there is no run in it."""
+        try:
+            manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+            checkpoints = manifest["checkpoint_dir"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ConfigError(
+                Problem(
+                    "there is no run to resume in this folder: no readable manifest.json",
+                    key="--resume",
+                    where=str(path),
+                    hint="give the folder of the run with --output, or leave --resume out",
+                )
+            ) from None
+        inside = path / "checkpoints"
+        folder = cls(path, inside if inside.is_dir() else Path(checkpoints))
+        folder.manifest = manifest
+        return folder
+
+    def write_profile(self, text: str) -> None:
+        write_atomically(self.path / "profile.yaml", text)
+
+    def write_manifest(self, **entries: Any) -> None:
+        """Update some entries of ``manifest.json``."""
+        self.manifest.update(entries, checkpoint_dir=str(self.checkpoints.resolve()))
+        text = json.dumps(self.manifest, indent=2, ensure_ascii=False, default=str)
+        write_atomically(self.path / "manifest.json", text + "\n")
+
+    @property
+    def log_file(self) -> Path:
+        return self.path / "log.txt"
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Forget rows of steps that a resumed run will take again."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if row.get("step", 0) <= step:
+                kept.append(line + "\n")
+        write_atomically(path, "".join(kept))
+
+    def write_metrics(self, row: Mapping[str, Any]) -> None:
+        """Append one row. A number that is not finite is written as a string, which JSON allows."""
+        if self._metrics is None:
+            self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+        clean = {
+            key: str(value) if isinstance(value, float) and not _finite(value) else value
+            for key, value in row.items()
+        }
+        self._metrics.write(json.dumps(clean, ensure_ascii=False) + "\n")
+        self._metrics.flush()
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0.0
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, sees the old text or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,117 @@
+"""Between the objects of a run and the tensors and JSON of a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from apt_core.errors import CheckpointError
+from apt_core.plugin_manager import PluginManager
+from apt_core.training.checkpoint import join_tensors, split_tensors
+
+log = logging.getLogger("apt.checkpoint")
+
+SEPARATOR = "//"
+"""Between a parameter's name and the name of its optimizer state (``exp_avg``)."""
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, a shared one under its first name only."""
+    unique: dict[int, str] = {}
+    tensors = model.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        unique.setdefault(id(tensor), name)
+    return {name: tensors[name] for name in unique.values()}
+
+
+def copy_to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
+
+
+@torch.no_grad()
+def load_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Copy weights in. Raises CheckpointError for a missing, left-over or misshapen tensor."""
+    own = model_tensors(model)
+    problems = [f"missing: {name}" for name in sorted(own.keys() - saved.keys())]
+    problems += [f"left over: {name}" for name in sorted(saved.keys() - own.keys())]
+    problems += [
+        f"{name}: {list(saved[name].shape)} in the checkpoint, {list(own[name].shape)} here"
+        for name in sorted(own.keys() & saved.keys())
+        if own[name].shape != saved[name].shape
+    ]
+    if problems:
+        raise CheckpointError(
+            "the checkpoint does not fit the profile's model: " + "; ".join(problems[:5])
+        )
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])
+
+
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as ``<parameter>//<state>`` tensors."""
+    return {
+        f"{name}{SEPARATOR}{key}": torch.as_tensor(value)
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Tensor]) -> None:
+    """Put the state back. Raises CheckpointError for state of a parameter that is not there."""
+    by_parameter: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in saved.items():
+        name, _, state = key.rpartition(SEPARATOR)
+        by_parameter.setdefault(name, {})[state] = tensor
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    unknown = by_parameter.keys() - set(ordered)
+    if unknown:
+        raise CheckpointError(
+            f"the checkpoint has optimizer state of unknown parameters: {sorted(unknown)[:5]}"
+        )
+    packed = optimizer.state_dict()
+    packed["state"] = {
+        index: by_parameter[name] for index, name in enumerate(ordered) if name in by_parameter
+    }
+    optimizer.load_state_dict(packed)
+
+
+def plugin_states(manager: PluginManager, trainer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What plugins hand over: JSON by plugin, and the tensors that it refers to."""
+    states: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for plugin, state in manager.call_each("apt_state_dict", trainer=trainer):
+        own: dict[str, Tensor] = {}
+        try:
+            states[plugin] = split_tensors(state, plugin, own)
+        except TypeError as error:
+            manager.fail(plugin, "apt_state_dict", error)
+            continue
+        tensors.update(own)
+    return states, tensors
+
+
+def restore_plugins(
+    manager: PluginManager,
+    trainer: Any,
+    states: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Give each active plugin its state back."""
+    for plugin, state in states.items():
+        if not manager.has_plugin(plugin):
+            log.warning("the checkpoint holds state of plugin %s, which is not active", plugin)
+        elif not manager.implements(plugin, "apt_load_state_dict"):
+            log.warning("plugin %s saved state but does not implement apt_load_state_dict", plugin)
+        else:
+            manager.call_plugin(
+                plugin,
+                "apt_load_state_dict",
+                trainer=trainer,
+                state=join_tensors(state, tensors),
+            )

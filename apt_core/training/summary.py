@@ -1,0 +1,76 @@
+"""What a person reads when a run is over."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from apt_core.kernel import Kernel
+from apt_core.monitor import duration
+from apt_core.plugin_manager import PluginRecord
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from apt_core.training.trainer import RunResult, Trainer
+
+
+def print_summary(console: Console, result: RunResult, kernel: Kernel) -> None:
+    """Final figures, which providers ran, which plugins failed, and a sample."""
+    for line in summary_lines(result, kernel):
+        console.print(line, markup=False)
+
+
+def summary_lines(result: RunResult, kernel: Kernel) -> list[str]:
+    """The summary, a line each."""
+    figures = result.figures
+    why = f" ({result.reason})" if result.reason else ""
+    lines = [
+        "",
+        f"{result.status}{why}: {result.step} steps, {result.tokens:,} tokens in "
+        f"{duration(figures['seconds'])}",
+    ]
+    if "val_loss" in figures:
+        started = ""
+        if "val_bpb_start" in figures:
+            started = (
+                f" (at the start: {figures['val_loss_start']:.3f}, {figures['val_bpb_start']:.3f})"
+            )
+        lines.append(
+            f"held-out text: loss {figures['val_loss']:.3f} nats per token, "
+            f"{figures['val_bpb']:.3f} bits per byte{started}, "
+            f"perplexity {figures['val_ppl']:.2f}"
+        )
+    used = [
+        f"{row.kind}:{row.used}" + (f" (asked: {row.asked}; {row.reason})" if row.reason else "")
+        for row in kernel.registry.resolutions.values()
+    ]
+    lines.append(f"providers: {', '.join(used)}")
+    lines += [f"plugin {line}" for r in kernel.manager.records.values() for line in _plugin(r)]
+    if result.sample:
+        lines += ["sample:", f"  {kernel.config.evaluation.sample_prompt}{result.sample}"]
+    lines.append(f"run folder: {result.folder}")
+    return lines
+
+
+def _plugin(record: PluginRecord) -> list[str]:
+    """One line for the state, and one for each hook that failed and how often."""
+    if not record.failures:
+        why = f" ({record.reason})" if record.reason else ""
+        return [f"{record.name}: {record.state}{why}"]
+    lines = []
+    for hook in dict.fromkeys(failure.hook for failure in record.failures):
+        failures = [failure for failure in record.failures if failure.hook == hook]
+        times = "once" if len(failures) == 1 else f"{len(failures)} times"
+        lines.append(
+            f"{record.name}: {record.state}; failed {times} in {hook} at {failures[-1].where}: "
+            f"{failures[-1].error}"
+        )
+    return lines
+
+
+def resume_hint(trainer: Trainer, again: str) -> str:
+    """How to go on with a run that did not end, or an empty string if nothing was saved."""
+    folder = getattr(trainer, "folder", None)
+    if folder is None or not trainer.saved_anything():
+        return ""
+    return f"stopped at step {trainer.step}; to go on: {again} --output {folder.path} --resume"

@@ -1,0 +1,497 @@
+"""The training loop and the life of a run around it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apt_core.config import Config
+from apt_core.data.batches import IGNORED, Batch, evaluation_batches
+from apt_core.device import autocast, peak_memory_bytes
+from apt_core.errors import PluginError, StopTraining, TrainingError
+from apt_core.evaluation.quick_eval import evaluate
+from apt_core.inference.generator import generate
+from apt_core.kernel import Kernel, boot
+from apt_core.monitor import ProgressDisplay, Throughput
+from apt_core.plugin_manager import PluginManager
+from apt_core.schedules import Horizon, Schedule
+from apt_core.training.blame import attributed
+from apt_core.training.optim import FiniteGuard
+from apt_core.training.prepare import prepare
+from apt_core.training.saving import Saving
+from apt_core.training.signals import Interrupts
+from apt_core.types import GenerationRequest, ModelOutput
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+log = logging.getLogger("apt.training")
+
+
+@dataclass
+class RunResult:
+    """How a run ended. ``status`` is finished, stopped (by a plugin) or interrupted (by a signal);
+    ``figures`` holds the final losses, ``sample`` the continuation."""
+
+    status: str
+    step: int
+    epoch: int
+    tokens: int
+    figures: dict[str, float]
+    folder: Path
+    sample: str = ""
+    reason: str = ""
+    exit_code: int = 0
+    losses: list[float] = field(default_factory=list)
+
+
+class Trainer:
+    """One training run.
+
+    ``config`` is a booted :class:`~apt_core.kernel.Kernel`, a validated profile, or a plain dict
+    with a profile's keys; ``manager`` may hold plugins that are registered already.
+    ``output`` is the run's folder (``runs/<profile>/<UTC time>`` without it); ``resume`` goes on
+    with the newest checkpoint in it, ``resume_from`` with a named one.
+
+    What hooks may use: ``config model optimizer schedule epoch step tokens device rank world_size
+    metrics rng(plugin) request_stop(reason)``. ``epoch`` counts from 1, ``step`` is the number of
+    optimizer steps taken, ``tokens`` the target tokens seen, ``metrics`` the newest row.
+    """
+
+    rank = 0
+    world_size = 1
+
+    def __init__(
+        self,
+        config: Kernel | Config | Mapping[str, Any],
+        manager: PluginManager | None = None,
+        *,
+        output: str | Path | None = None,
+        resume: bool = False,
+        resume_from: str | Path | None = None,
+        console: Console | None = None,
+        strict: bool = False,
+    ) -> None:
+        self.kernel = (
+            config if isinstance(config, Kernel) else boot(config, manager=manager, strict=strict)
+        )
+        self.strict = strict or self.kernel.manager.strict
+        self.config: Config = self.kernel.config
+        self.manager = self.kernel.manager
+        self.console = console
+        self.epoch, self.step, self.tokens = 1, 0, 0
+        self.metrics: dict[str, Any] = {}
+        self.start_scores: dict[str, float] = {}
+        self.scores: dict[str, float] = {}
+        self.best_step: int | None = None
+        self._stop_reason = ""
+        self._updating = False
+        self._interrupts = Interrupts()
+        self._throughput = Throughput()
+        self._saving = Saving(self, output, resume, resume_from)
+
+    # What hooks may use ----------------------------------------------------------------------
+
+    def rng(self, plugin: str) -> torch.Generator:
+        """A CPU generator that is the plugin's own: a function of (seed, plugin, step)."""
+        return torch.Generator().manual_seed(
+            _mix(self.config.training.seed, plugin, self.step, self.rank)
+        )
+
+    def request_stop(self, reason: str) -> None:
+        """End the run after this step, with a final evaluation and a checkpoint."""
+        self._stop_reason = self._stop_reason or reason
+
+    def saved_anything(self) -> bool:
+        """Is there a checkpoint of this run?"""
+        return self._saving.saved_step is not None
+
+    # The run ---------------------------------------------------------------------------------
+
+    def fit(self) -> RunResult:
+        """Train to the end of the profile.
+
+        Raises ConfigError for input that does not fit together, CheckpointError for a resume that
+        is not possible, and another AptError when the run fails; a checkpoint of the last whole
+        step is written first.
+        """
+        with self._interrupts.listening():
+            self.parts = prepare(self.kernel, strict=self.strict)
+            self.device = self.parts.device
+            self.model: nn.Module = self.parts.model
+            self.optimizer = self.parts.optimizer
+            self.guard = FiniteGuard(self.optimizer, self.device)
+            plan = self.parts.plan
+            horizon = Horizon(
+                self.config.training.max_epochs, plan.steps_per_epoch, plan.targets_per_epoch
+            )
+            self.schedule = Schedule(
+                self.config, params=self.kernel.schedule_params, horizon=horizon
+            )
+            self.total_steps = self.config.training.max_epochs * plan.steps_per_epoch
+            if self.config.training.max_steps is not None:
+                self.total_steps = min(self.total_steps, self.config.training.max_steps)
+            with self._saving.opened() as self.folder:
+                return self._run()
+
+    def _run(self) -> RunResult:
+        self._started = time.perf_counter()
+        self._display = ProgressDisplay(
+            self.console, self.total_steps, self.config.training.max_epochs
+        )
+        try:
+            try:
+                self._announce_plugins()
+                self.manager.hook.on_training_start(trainer=self)
+                if self.step == 0:
+                    self.start_scores = self._evaluate(self.config.evaluation.eval_batches)
+                self._display.start(self.step)
+                self._train()
+            except StopTraining as stop:
+                self.request_stop(stop.reason)
+            finally:
+                self._display.stop()
+            return self._finish()
+        except BaseException as error:
+            known = attributed(self.kernel, error)
+            self._die(known)
+            if known is error:
+                raise
+            raise known from error
+
+    def _train(self) -> None:
+        """The loop, from the current position to the end."""
+        training, evaluation = self.config.training, self.config.evaluation
+        plan, hook, device = self.parts.plan, self.manager.hook, self.device
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        max_norm = training.gradient_clip or float("inf")
+        first_epoch, first_index = divmod(self.step, plan.steps_per_epoch)
+        self.model.train()
+
+        for epoch in range(first_epoch + 1, training.max_epochs + 1):
+            if self._over():
+                return
+            self.epoch = epoch
+            self._enable_due_plugins()
+            hook.on_epoch_start(epoch=epoch, trainer=self)
+
+            for index in range(first_index, plan.steps_per_epoch):
+                if self._over():
+                    return
+                step = self.step + 1
+                self.manager.step = step
+                self._enable_due_plugins()
+                batches = [batch.to(device) for batch in plan.step_batches(epoch, index)]
+                hook.on_step_start(step=step, batch=batches, trainer=self)
+
+                targets = sum(batch.num_targets for batch in batches)
+                loss = torch.zeros((), device=device)
+                terms: dict[str, Tensor] = {}
+                self.optimizer.zero_grad(set_to_none=True)
+                for micro, batch in enumerate(batches):
+                    seed_model_generator(device, _mix(training.seed, step, micro, self.rank))
+                    with autocast(device, self.parts.dtype):
+                        output = self.parts.forward(batch.input_ids)
+                        partial = cross_entropy_sum(output, batch) / targets
+                    share = batch.num_targets / targets
+                    for name, term in self._loss_terms(batch, output):
+                        partial = partial + share * term
+                        terms[name] = terms.get(name, 0.0) + share * term.detach()
+                    partial.backward()
+                    loss += partial.detach()
+                hook.on_backward_end(step=step, trainer=self)
+
+                grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+                factor = self.parts.lr_schedule.factor(
+                    step, self.total_steps, training.warmup_steps, training.min_lr_ratio
+                )
+                for group in self.optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * factor
+                if self.config.debug.check_gradients:
+                    self._name_bad_gradients(grad_norm)
+                self._updating = True
+                self.guard.step(loss, grad_norm)
+                self.step, self.tokens = step, self.tokens + targets
+                self._updating = False
+                self._throughput.add(targets)
+                hook.on_step_end(step=step, loss=loss, trainer=self)
+
+                if step % training.log_every_steps == 0 or step == self.total_steps:
+                    self._log_step(loss, grad_norm, training.learning_rate * factor, terms)
+                ends_epoch = index + 1 == plan.steps_per_epoch
+                if evaluation.eval_freq and step % evaluation.eval_freq == 0 and not ends_epoch:
+                    self._evaluate(evaluation.eval_batches)
+                if training.save_every_steps and step % training.save_every_steps == 0:
+                    self._save()
+
+            first_index = 0
+            self._end_epoch(epoch)
+
+    def _over(self) -> bool:
+        return bool(self._stop_reason or self._interrupts or self.step >= self.total_steps)
+
+    def _end_epoch(self, epoch: int) -> None:
+        scores = self._evaluate()
+        if scores:
+            log.info(
+                "Epoch %d/%d: loss=%.3f  held out: loss=%.3f ppl=%.2f bits/byte=%.3f",
+                epoch,
+                self.config.training.max_epochs,
+                self.metrics.get("loss", float("nan")),
+                scores["val_loss"],
+                scores["val_ppl"],
+                scores["val_bpb"],
+            )
+        self.manager.hook.on_epoch_end(epoch=epoch, trainer=self)
+        save_freq = self.config.training.save_freq
+        if save_freq and epoch % save_freq == 0:
+            self._save()
+
+    def _finish(self) -> RunResult:
+        """Evaluate and save what was not yet, tell the plugins, show a sample, sum up."""
+        status = "finished"
+        if self._interrupts:
+            status = "interrupted"
+        elif self._stop_reason:
+            status = "stopped"
+        try:
+            if status != "interrupted" and self.scores.get("step") != self.step:
+                self._evaluate()
+            self._save(final=True)
+            self.manager.hook.on_training_end(trainer=self)
+            sample = "" if status == "interrupted" else self._sample()
+        except StopTraining as stop:
+            log.info("stopped: %s", stop.reason)
+            self._save(final=True)
+            sample = ""
+        result = RunResult(
+            status=status,
+            step=self.step,
+            epoch=self.epoch,
+            tokens=self.tokens,
+            figures=self._figures(),
+            folder=self.folder.path,
+            sample=sample,
+            reason=self._stop_reason,
+            exit_code=self._interrupts.exit_code if status == "interrupted" else 0,
+        )
+        self._saving.write_manifest(status, figures=result.figures, sample=sample)
+        return result
+
+    def _die(self, error: BaseException) -> None:
+        """The run ends by ``error``: keep what can be kept and tell the plugins."""
+        if isinstance(error, KeyboardInterrupt):
+            log.warning("interrupted")
+        if not self._updating and self.step > 0:
+            try:
+                self._saving.save(emergency=True)
+            except Exception as failure:
+                log.error("no checkpoint of step %d could be written: %s", self.step, failure)
+        try:
+            self.manager.hook.on_exception(error=error, trainer=self)
+        except (PluginError, StopTraining) as failure:
+            log.error("%s", failure)
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        self._saving.write_manifest(status, figures=self._figures(), error=str(error))
+
+    # Schedules -------------------------------------------------------------------------------
+
+    def _announce_plugins(self) -> None:
+        """Put plugins with a schedule to sleep and announce those that are enabled at the start."""
+        active = [r.name for r in self.manager.records.values() if r.state == "active"]
+        scheduled = {boundary.plugin for boundary in self.schedule.boundaries()}
+        self._scheduled = [name for name in active if name in scheduled]
+        for name in self._scheduled:
+            self.manager.set_state(name, "dormant", "waits for its schedule")
+        self.manager.step = self.step
+        for name in active:
+            if name not in scheduled:
+                self.manager.hook.on_plugin_enabled(plugin=name, trainer=self)
+        self._enable_due_plugins()
+
+    def _enable_due_plugins(self) -> None:
+        """Enable and disable what the schedule says for the step that comes next."""
+        for name in self._scheduled:
+            state = self.manager.records[name].state
+            due = self.schedule.should_enable_plugin(
+                name, epoch=self.epoch, step=self.step + 1, tokens=self.tokens
+            )
+            if due and state == "dormant":
+                self.manager.set_state(name, "active")
+                log.info("enabled %s (epoch %d, step %d)", name, self.epoch, self.step + 1)
+                self.manager.hook.on_plugin_enabled(plugin=name, trainer=self)
+            elif not due and state == "active":
+                self.manager.set_state(name, "dormant", "disabled by its schedule")
+                log.info("disabled %s (epoch %d, step %d)", name, self.epoch, self.step + 1)
+
+    # Loss, metrics, evaluation ---------------------------------------------------------------
+
+    def _loss_terms(self, batch: Batch, output: ModelOutput) -> Iterator[tuple[str, Tensor]]:
+        for plugin, terms in self.manager.call_each(
+            "apt_loss_terms", trainer=self, batch=batch, output=output
+        ):
+            try:
+                checked = [(f"loss/{plugin}.{name}", _scalar(term)) for name, term in terms.items()]
+            except (TypeError, ValueError, AttributeError) as error:
+                self.manager.fail(plugin, "apt_loss_terms", error)
+                continue
+            yield from checked
+
+    def _log_step(
+        self, loss: Tensor, grad_norm: Tensor, lr: float, terms: Mapping[str, Tensor]
+    ) -> None:
+        """Write a row of metrics; this is where the host waits for the device."""
+        skipped, in_a_row = self.guard.read()
+        row: dict[str, Any] = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "tokens": self.tokens,
+            "loss": loss.item(),
+            "lr": lr,
+            "grad_norm": grad_norm.item(),
+            "tokens_per_s": round(self._throughput.read(), 1),
+        }
+        row.update((name, term.item()) for name, term in terms.items())
+        if skipped:
+            row["skipped_steps"] = skipped
+        if self.config.debug.profile_memory:
+            row["peak_memory_mb"] = round(peak_memory_bytes(self.device) / 2**20, 1)
+        for plugin, metrics in self.manager.call_each("apt_metrics", trainer=self):
+            try:
+                row.update({f"{plugin}/{name}": float(v) for name, v in metrics.items()})
+            except (TypeError, ValueError, AttributeError) as error:
+                self.manager.fail(plugin, "apt_metrics", error)
+        if skipped > self.metrics.get("skipped_steps", 0):
+            log.warning(
+                "%d steps were not finite and changed nothing (to step %d)", skipped, self.step
+            )
+        self._write_row(row)
+        self._display.update(self.step, self.epoch, row)
+        if in_a_row >= self.config.training.max_nonfinite_steps:
+            raise TrainingError(
+                f"{in_a_row} steps in a row had a loss or gradient that is not finite, the last "
+                f"one step {self.step}: lower training.learning_rate (now "
+                f"{self.config.training.learning_rate:g}) or raise training.warmup_steps"
+            )
+
+    def _write_row(self, row: dict[str, Any]) -> None:
+        self.metrics = row
+        self.folder.write_metrics(row)
+        self.manager.hook.on_metrics(metrics=row, step=self.step)
+
+    def _name_bad_gradients(self, grad_norm: Tensor) -> None:
+        if not torch.isfinite(grad_norm):
+            bad = [
+                name
+                for name, parameter in self.model.named_parameters()
+                if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
+            ]
+            log.warning(
+                "step %d: gradients that are not finite in %s", self.step + 1, ", ".join(bad[:8])
+            )
+
+    def _evaluate(self, limit: int | None = None) -> dict[str, float]:
+        """Score the held-out text: at most ``limit`` batches, or all of it."""
+        self._throughput.pause()
+        self.model.eval()
+        self.manager.hook.on_evaluation_start(trainer=self)
+        scores = evaluate(
+            self.model,
+            evaluation_batches(
+                self.parts.val_tokens,
+                seq_len=self.parts.plan.seq_len,
+                batch_size=self.parts.plan.batch_size,
+                limit=limit,
+            ),
+            device=self.device,
+            bytes_per_token=self.parts.bytes_per_token,
+            metrics=self.config.evaluation.metrics,
+            dtype=self.parts.dtype,
+            interrupted=lambda: bool(self._interrupts),
+        )
+        if scores:
+            self.manager.hook.on_evaluation_end(trainer=self, metrics=scores)
+            metrics = self.metrics
+            self._write_row(
+                {"step": self.step, "epoch": self.epoch, "tokens": self.tokens, **scores}
+            )
+            self.metrics = {**metrics, **scores}
+            if limit is None:
+                self.scores = {"step": self.step, **scores}
+        self.model.train()
+        self._throughput.resume()
+        return scores
+
+    def _sample(self) -> str:
+        evaluation = self.config.evaluation
+        if not evaluation.sample_tokens:
+            return ""
+        request = GenerationRequest(
+            prompt=evaluation.sample_prompt,
+            max_new_tokens=evaluation.sample_tokens,
+            temperature=evaluation.sample_temperature,
+            seed=self.config.training.seed,
+        )
+        result = generate(
+            self.model,
+            self.parts.tokenizer,
+            request,
+            self.manager,
+            max_seq_len=self.config.model.max_seq_len,
+            device=self.device,
+            interrupted=lambda: bool(self._interrupts),
+        )
+        return result.text
+
+    def _figures(self) -> dict[str, float]:
+        final = {key: value for key, value in self.scores.items() if key != "step"}
+        start = {f"{key}_start": value for key, value in self.start_scores.items()}
+        train = {"loss": self.metrics["loss"]} if "loss" in self.metrics else {}
+        seconds = round(time.perf_counter() - self._started, 2)
+        return {"steps": self.step, "tokens": self.tokens, "seconds": seconds,
+                **train, **start, **final}  # fmt: skip
+
+    def _save(self, *, final: bool = False) -> None:
+        self._throughput.pause()
+        self._saving.save(final=final)
+        self._throughput.resume()
+
+
+def cross_entropy_sum(output: ModelOutput, batch: Batch) -> Tensor:
+    """The cross-entropy summed over the target tokens, in nats, in fp32."""
+    logits = output.logits.flatten(0, 1).float()
+    return F.cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def seed_model_generator(device: torch.device, seed: int) -> None:
+    """Seed the generator that the model's dropout draws from, and no other."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
+def _mix(*parts: int | str) -> int:
+    """A 63-bit seed from the parts, the same on every platform."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _scalar(term: Any) -> Tensor:
+    if not isinstance(term, Tensor):
+        raise TypeError(f"a loss term is a {type(term).__name__}, not a tensor")
+    if term.ndim != 0:
+        raise ValueError(f"a loss term has the shape {list(term.shape)}: reduce it to 0-d")
+    return term

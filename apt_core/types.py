@@ -1,0 +1,141 @@
+"""The small typed objects that pass between the kernel and plugins. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from torch import Tensor
+
+KINDS = (
+    "attention",
+    "ffn",
+    "norm",
+    "position",
+    "backbone",
+    "router",
+    "align",
+    "retrieval",
+    "tokenizer",
+    "dataset",
+    "optimizer",
+    "lr_schedule",
+)
+"""Every kind of provider, in the order in which listings show them."""
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """Facts about a plugin: assign one to ``PLUGIN`` in its module.
+
+    ``requires`` are PEP 508 requirements (``"faiss-cpu>=1.8"``), ``conflicts`` names of plugins
+    that cannot be active in the same run.
+    """
+
+    summary: str = ""
+    version: str = ""
+    requires: Sequence[str] = ()
+    conflicts: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class ProviderSpec:
+    """One implementation of one kind, as a plugin declares it.
+
+    ``factory(config)`` returns the provider; it is a callable or ``"module:attribute"``, resolved
+    on first use. ``config`` is the pydantic model (or ``"module:attribute"``) of its settings, and
+    ``section`` the part of the profile that holds them (``"model.tva"``). ``requires`` are PEP 508
+    requirements, ``conflicts`` other providers as ``"kind:name"``. ``plugin`` is stamped by the
+    manager.
+    """
+
+    kind: str
+    name: str
+    factory: Callable[..., Any] | str
+    version: str = ""
+    summary: str = ""
+    requires: Sequence[str] = ()
+    conflicts: Sequence[str] = ()
+    config: type[BaseModel] | str | None = None
+    section: str = ""
+    default: bool = False
+    plugin: str = ""
+
+    @property
+    def key(self) -> str:
+        return f"{self.kind}:{self.name}"
+
+
+@dataclass(frozen=True)
+class SectionSpec:
+    """A section of the profile that a plugin owns.
+
+    ``path`` is dotted (``"model.moe"``, ``"my_plugin"``), ``model`` the pydantic model that
+    validates it; ``schedule_params`` are the names of the parameters under ``schedules:`` that the
+    plugin reads. A plugin that only reads schedule parameters leaves ``path`` and ``model`` out.
+    """
+
+    path: str = ""
+    model: type[BaseModel] | None = None
+    schedule_params: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class PluginFailure:
+    """One failure of a plugin: what ``on_plugin_failure`` is told and the manifest keeps.
+
+    ``where`` is ``file:line`` of the plugin's own deepest frame, ``count`` how often the plugin
+    has failed so far, ``traceback`` the formatted text (never the exception: it would keep
+    tensors alive).
+    """
+
+    plugin: str
+    hook: str
+    step: int
+    error: str
+    where: str
+    count: int
+    quarantined: bool
+    traceback: str = field(repr=False, default="")
+
+
+@dataclass(frozen=True)
+class FallbackEvent:
+    """A provider was asked for and another is used: what ``on_provider_fallback`` is told."""
+
+    kind: str
+    asked: str
+    used: str
+    reason: str
+
+
+@dataclass
+class ModelOutput:
+    """What a backbone returns: ``logits`` [B, T, V], the last ``hidden`` states [B, T, D], and
+    ``aux``, named 0-d tensors that layers want to be seen in the metrics."""
+
+    logits: Tensor
+    hidden: Tensor
+    aux: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One generation: what the ``*_generation_*`` hooks are given."""
+
+    prompt: str
+    max_new_tokens: int = 128
+    temperature: float = 0.8
+    top_k: int = 40
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """``text`` is the continuation without the prompt; ``tokens`` its ids."""
+
+    text: str
+    tokens: Sequence[int]

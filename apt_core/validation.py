@@ -1,0 +1,157 @@
+"""Is this object a plugin that can be registered? Every problem at once, nothing evaluated.
+
+Attributes are looked up statically: a property of a plugin is never run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
+from typing import Any
+
+from apt_core.errors import Problem, did_you_mean
+from apt_core.failures import short_path, source_of
+from apt_core.markers import PROJECT
+from apt_core.types import PluginInfo
+
+log = logging.getLogger("apt.plugins")
+
+_NEVER_PASSED = {
+    inspect.Parameter.VAR_POSITIONAL: "*{}",
+    inspect.Parameter.VAR_KEYWORD: "**{}",
+    inspect.Parameter.KEYWORD_ONLY: "keyword-only {}",
+}
+
+
+def static_function(plugin: Any, name: str) -> Callable[..., Any] | None:
+    """The function behind an attribute, without running descriptors; None for anything else."""
+    attribute = inspect.getattr_static(plugin, name, None)
+    if isinstance(attribute, staticmethod | classmethod):
+        attribute = attribute.__func__
+    return attribute if inspect.isroutine(attribute) else None
+
+
+def implementation_options(plugin: Any, name: str) -> dict[str, Any] | None:
+    """The options that ``@hookimpl`` left on an attribute of the plugin, or None."""
+    options = getattr(static_function(plugin, name), f"{PROJECT}_impl", None)
+    return options if isinstance(options, dict) else None
+
+
+def plugin_info(plugin: Any) -> PluginInfo:
+    """The plugin's ``PLUGIN``, or empty facts."""
+    info = inspect.getattr_static(plugin, "PLUGIN", None)
+    return info if isinstance(info, PluginInfo) else PluginInfo()
+
+
+def check_plugin_object(plugin: Any, name: str, specs: Mapping[str, Any]) -> list[Problem]:
+    """Every reason why ``plugin`` cannot be registered; warns of unmarked functions."""
+    if inspect.isclass(plugin):
+        return [
+            Problem(
+                f"{plugin.__qualname__} is a class, not an instance",
+                key=f"plugin {name}",
+                hint=f"point the entry point at an object: plugin = {plugin.__qualname__}()",
+            )
+        ]
+    problems = []
+    info = inspect.getattr_static(plugin, "PLUGIN", None)
+    if info is not None and not isinstance(info, PluginInfo):
+        problems.append(
+            Problem(
+                f"PLUGIN is a {type(info).__name__}",
+                key=f"plugin {name}",
+                hint="PLUGIN = apt_core.PluginInfo(summary=…, version=…)",
+            )
+        )
+    for attribute, function, options in _candidates(plugin):
+        if options is not None:
+            problems += _check_implementation(plugin, name, attribute, function, options, specs)
+        elif attribute in specs and _defined_here(plugin, function):
+            file, line = source_of(function)
+            log.warning(
+                "plugin %s: %s at %s:%d has the name of a hook but is not marked with @hookimpl; "
+                "it will not be called",
+                name,
+                attribute,
+                short_path(file),
+                line,
+            )
+    return problems
+
+
+def _candidates(
+    plugin: Any,
+) -> Iterator[tuple[str, Callable[..., Any], dict[str, Any] | None]]:
+    for attribute in dir(plugin):
+        function = static_function(plugin, attribute)
+        if function is not None:
+            yield attribute, function, implementation_options(plugin, attribute)
+
+
+def _defined_here(plugin: Any, function: Callable[..., Any]) -> bool:
+    if isinstance(plugin, ModuleType):
+        return getattr(function, "__module__", None) == plugin.__name__
+    return True
+
+
+def _check_implementation(
+    plugin: Any,
+    name: str,
+    attribute: str,
+    function: Callable[..., Any],
+    options: Mapping[str, Any],
+    specs: Mapping[str, Any],
+) -> list[Problem]:
+    file, line = source_of(function)
+    hook = options.get("specname") or attribute
+    key = f"plugin {name}, {hook}"
+    where = f"{short_path(file)}:{line}" if file else ""
+
+    def problem(message: str, hint: str) -> Problem:
+        return Problem(message, key=key, where=where, hint=hint)
+
+    if hook not in specs:
+        hint = did_you_mean(hook, specs) or "'apt-hooks list --all' shows every hook"
+        return [problem("there is no hook of this name", hint)]
+    problems = []
+    if options.get("tryfirst") or options.get("trylast") or options.get("hookwrapper"):
+        problems.append(
+            problem(
+                "tryfirst, trylast and hookwrapper are not offered",
+                "use apt_core.hookimpl with priority=… or wrapper=True",
+            )
+        )
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        problems.append(problem("it is asynchronous", "hooks are plain functions: drop 'async'"))
+    if options.get("wrapper") and not inspect.isgeneratorfunction(function):
+        problems.append(problem("a wrapper must yield once", "result = yield; return result"))
+    return problems + [
+        problem(message, hint)
+        for message, hint in _check_parameters(plugin, attribute, function, specs[hook].argnames)
+    ]
+
+
+def _check_parameters(
+    plugin: Any, attribute: str, function: Callable[..., Any], offered: tuple[str, ...]
+) -> Iterator[tuple[str, str]]:
+    parameters = list(inspect.signature(function).parameters.values())
+    on_class = inspect.getattr_static(type(plugin), attribute, None)
+    if on_class is not None and not isinstance(on_class, staticmethod):
+        parameters = parameters[1:]
+    for parameter in parameters:
+        if parameter.kind in _NEVER_PASSED:
+            shown = _NEVER_PASSED[parameter.kind].format(parameter.name)
+            yield f"parameter {shown} would never be passed", "name the parameters that you want"
+        elif parameter.default is not parameter.empty:
+            yield (
+                f"parameter {parameter.name!r} has a default and would never be passed",
+                "remove the default",
+            )
+        elif parameter.name not in offered:
+            yield (
+                f"the hook has no parameter {parameter.name!r}",
+                did_you_mean(parameter.name, offered)
+                or f"it offers {', '.join(offered) or 'none'}",
+            )

@@ -1,0 +1,1 @@
+"""``attention:flash_v2``: fused TVA on the flash-attention kernel."""

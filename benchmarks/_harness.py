@@ -1,0 +1,260 @@
+"""What every benchmark shares: its flags, timing two sides in turns, and the file of figures.
+
+A benchmark is a script named for its question. It ends in ::
+
+    if __name__ == "__main__":
+        run("What does a guarded hook call cost?", measure, packages=["pluggy"])
+
+where ``measure(report, quick)`` fills the report::
+
+    def measure(report: Report, quick: bool) -> None:
+        times = interleave({"guarded": guarded, "stock": stock}, baseline="stock", rounds=50)
+        report.ratio("guarded_over_stock", times, "guarded", over="stock")
+        report.noise("stock_over_stock", times)
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import random
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import repeat
+from pathlib import Path
+from time import perf_counter_ns
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from render import facts, figure, interval
+
+RESAMPLES = 2000
+"""Bootstrap resamples behind every interval."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of two medians and its 95% interval, by bootstrap over the rounds."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Timings:
+    """``samples``: nanoseconds per call of each side, one number a round. ``again`` is a second
+    pass of the ``baseline`` in each of the same rounds, for the A/A comparison."""
+
+    samples: Mapping[str, Sequence[float]]
+    baseline: str
+    again: Sequence[float]
+    calls: int
+
+    def median(self, side: str) -> float:
+        """The median time of one call, in nanoseconds."""
+        return statistics.median(self.samples[side])
+
+    def ratio(self, side: str, over: str) -> Ratio:
+        """How many times as long ``side`` takes as ``over``."""
+        return ratio_of_medians(self.samples[side], self.samples[over])
+
+    def noise(self) -> Ratio:
+        """The baseline against itself: what an interval around 1 looks like on this machine."""
+        return ratio_of_medians(self.again, self.samples[self.baseline])
+
+
+def ratio_of_medians(side: Sequence[float], over: Sequence[float]) -> Ratio:
+    """The ratio of the medians; rounds are resampled in pairs, since both sides of a round saw
+    the same state of the machine. Raises ValueError for series that do not pair up."""
+    if not side or len(side) != len(over):
+        raise ValueError(f"needs two series with as many rounds, not {len(side)} and {len(over)}")
+    rng = random.Random(0)
+    rounds = range(len(side))
+    ratios = []
+    for _ in range(RESAMPLES):
+        drawn = rng.choices(rounds, k=len(rounds))
+        ratios.append(
+            statistics.median(side[i] for i in drawn) / statistics.median(over[i] for i in drawn)
+        )
+    ratios.sort()
+    value = statistics.median(side) / statistics.median(over)
+    return Ratio(value, ratios[int(0.025 * RESAMPLES)], ratios[int(0.975 * RESAMPLES)])
+
+
+def interleave(
+    sides: Mapping[str, Callable[[], object]],
+    *,
+    baseline: str,
+    rounds: int,
+    calls: int | None = None,
+    warmup: int = 2,
+    sample_ms: float = 2.0,
+) -> Timings:
+    """Time all ``sides`` in turns, so that a slow moment of the machine meets each of them.
+
+    Every round times each side once and the ``baseline`` twice, from another starting side each
+    round. One sample is the mean over ``calls`` calls; without ``calls``, as many as make the
+    baseline's sample last ``sample_ms`` milliseconds. ``warmup`` rounds are thrown away, and the
+    garbage collector is off while a round runs. The loop's own cost (some 10 ns a call) is in
+    every sample, so ratios of very short calls are slightly too near 1.
+
+    Raises ValueError when ``baseline`` is not one of the sides, or ``rounds`` or ``calls`` is
+    below 1.
+    """
+    if baseline not in sides:
+        raise ValueError(f"baseline {baseline!r} is not one of the sides: {', '.join(sides)}")
+    if rounds < 1 or (calls is not None and calls < 1):
+        raise ValueError(f"rounds and calls must be at least 1, not {rounds} and {calls}")
+    if calls is None:
+        calls = _calls_that_last(sides[baseline], sample_ms)
+    schedule = [*sides.items(), ("", sides[baseline])]
+    samples: dict[str, list[float]] = {name: [] for name, _ in schedule}
+    collecting = gc.isenabled()
+    try:
+        for number in range(-warmup, rounds):
+            gc.collect()
+            gc.disable()
+            start = number % len(schedule)
+            for name, call in schedule[start:] + schedule[:start]:
+                elapsed = _time(call, calls)
+                if number >= 0:
+                    samples[name].append(elapsed)
+            gc.enable()
+    finally:
+        (gc.enable if collecting else gc.disable)()
+    again = samples.pop("")
+    return Timings(samples=samples, baseline=baseline, again=again, calls=calls)
+
+
+def _time(call: Callable[[], object], calls: int) -> float:
+    started = perf_counter_ns()
+    for _ in repeat(None, calls):
+        call()
+    return (perf_counter_ns() - started) / calls
+
+
+def _calls_that_last(call: Callable[[], object], milliseconds: float) -> int:
+    calls = 1
+    while (elapsed := _time(call, calls) * calls) < milliseconds * 1e6 / 2:
+        calls *= 2
+    return max(1, round(calls * milliseconds * 1e6 / elapsed))
+
+
+@dataclass
+class Report:
+    """The figures of one benchmark. Names are stable and carry their unit (``step_ms``) unless
+    they are ratios; a benchmark may add to ``machine``, ``versions`` and ``raw``."""
+
+    question: str
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    figures: dict[str, float] = field(default_factory=dict)
+    raw: dict[str, Any] = field(default_factory=dict)
+
+    def add(
+        self,
+        name: str,
+        value: float,
+        *,
+        spread: tuple[float, float] | None = None,
+        samples: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
+        """Record a figure, with its interval and the measurements behind it where there are any.
+
+        Raises ValueError for a name that is already there.
+        """
+        if name in self.figures:
+            raise ValueError(f"figure {name!r} is there already")
+        self.figures[name] = value
+        if spread is not None:
+            self.raw.setdefault("spread", {})[name] = list(spread)
+        if samples is not None:
+            self.raw.setdefault("samples", {})[name] = {
+                side: [round(value, 1) for value in values] for side, values in samples.items()
+            }
+
+    def ratio(self, name: str, times: Timings, side: str, *, over: str) -> None:
+        """Record how many times as long ``side`` takes as ``over``."""
+        ratio = times.ratio(side, over)
+        samples = {side: times.samples[side], over: times.samples[over]}
+        self.add(name, ratio.value, spread=(ratio.low, ratio.high), samples=samples)
+
+    def noise(self, name: str, times: Timings) -> None:
+        """Record the A/A ratio of the baseline: differences within its interval mean nothing."""
+        ratio = times.noise()
+        samples = {times.baseline: times.samples[times.baseline], "again": times.again}
+        self.add(name, ratio.value, spread=(ratio.low, ratio.high), samples=samples)
+
+    def write(self, path: Path) -> None:
+        """Write the JSON that ``render.py`` reads."""
+        content = {
+            "question": self.question,
+            "machine": self.machine,
+            "versions": self.versions,
+            "figures": self.figures,
+            "raw": self.raw,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+    def show(self, console: Console) -> None:
+        """Print the figures as a table."""
+        table = Table("figure", title=self.question, title_justify="left")
+        table.add_column("value", justify="right")
+        table.add_column("95% interval", justify="right")
+        for name, value in self.figures.items():
+            table.add_row(name, figure(value), interval(self.raw.get("spread", {}).get(name)))
+        console.print(table)
+        console.print(facts(self.machine), facts(self.versions), sep="\n", style="dim")
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the figures depend on besides versions: processor, usable cores, system."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def run(
+    question: str,
+    measure: Callable[[Report, bool], None],
+    *,
+    packages: Sequence[str] = (),
+    argv: Sequence[str] | None = None,
+) -> None:
+    """The whole of a benchmark script: flags, measurement, table, JSON.
+
+    ``measure(report, quick)`` does the work; ``packages`` are the distributions whose versions
+    the figures depend on.
+    """
+    parser = argparse.ArgumentParser(description=question)
+    parser.add_argument(
+        "--quick", action="store_true", help="few rounds: shows that it works, figures are rough"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and samples there")
+    options = parser.parse_args(argv)
+    versions = {"python": platform.python_version()}
+    versions |= {package: version(package) for package in ("apt-kernel", *packages)}
+    report = Report(question=question, machine=describe_machine(), versions=versions)
+    measure(report, options.quick)
+    report.show(Console())
+    if options.json:
+        report.write(options.json)

@@ -1,0 +1,1 @@
+"""The profiles that come with APT; ``--profile NAME`` finds them by name."""

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from apt_core.cache import cache_dir, cached_array
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("APT_CACHE", str(tmp_path / "kept"))
+    return tmp_path / "kept"
+
+
+class Maker:
+    def __init__(self, values=range(1000)):
+        self.values, self.calls = values, 0
+
+    def __call__(self):
+        self.calls += 1
+        return np.array(self.values, dtype=np.uint16)
+
+
+def entry(home):
+    (path,) = (home / "arrays").iterdir()
+    return path
+
+
+def test_an_array_is_made_once_and_then_mapped(home):
+    make = Maker()
+    first, second = cached_array("key", make), cached_array("key", make)
+    assert make.calls == 1
+    assert isinstance(second, np.memmap)
+    assert not second.flags.writeable
+    assert first.tolist() == second.tolist() == list(range(1000))
+    cached_array("other key", make)
+    assert make.calls == 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: b"", lambda data: data[:-40], lambda data: data[:500] + b"?" + data[501:]],
+    ids=["emptied", "truncated", "one byte changed"],
+)
+def test_a_damaged_entry_is_made_anew(home, damage):
+    make = Maker()
+    cached_array("key", make)
+    path = entry(home)
+    path.write_bytes(damage(path.read_bytes()))
+    assert cached_array("key", make).tolist() == list(range(1000))
+    assert make.calls == 2
+    cached_array("key", make)
+    assert make.calls == 2
+
+
+def test_nothing_is_pickled(home):
+    with pytest.raises(ValueError):
+        cached_array("key", lambda: np.array([object()]))
+    assert list((home / "arrays").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_costs_the_cache_alone(home, caplog):
+    home.write_text("a file where the folder would be")
+    make = Maker()
+    assert cached_array("key", make).tolist() == list(range(1000))
+    assert "cannot keep an array in the cache" in caplog.text
+
+
+def test_the_cache_follows_xdg(monkeypatch, tmp_path):
+    monkeypatch.delenv("APT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / "apt"
