@@ -9,6 +9,7 @@ a record. The plan is rebuilt when the implementations, a priority or a plugin's
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -390,11 +391,8 @@ class PluginManager(pluggy.PluginManager):
         return plan if plan and plan.methods == methods else self._plan(hook_name, methods)
 
     def _plan(self, hook_name: str, methods: Sequence[Any]) -> Plan:
-        calls = [
-            call
-            for call in map(lambda m: self._as_call(hook_name, m), methods)
-            if self._may_run(call)
-        ]
+        calls = [self._as_call(hook_name, method) for method in methods]
+        calls = [call for call in calls if self._may_run(call)]
         calls.sort(key=lambda call: (call.priority, call.plugin, call.function.__name__))
         plan = Plan(
             methods,
@@ -409,17 +407,17 @@ class PluginManager(pluggy.PluginManager):
         own = method.opts.get("priority", Priority.NORMAL)
         priority = own if record is None or record.priority is None else record.priority
         function = method.function
-        if self.timings is not None and not method.wrapper:
-            function = timed(function, self.timings.setdefault((hook_name, method.plugin_name), []))
-        return Call(
-            function, method.argnames, method.plugin_name, hook_name, priority, method.wrapper
-        )
+        argnames = tuple(inspect.signature(function).parameters)
+        if self.shared_timings is not None and not method.wrapper:
+            key = (hook_name, method.plugin_name)
+            function = timed(function, self.shared_timings.setdefault(key, []))
+        return Call(function, argnames, method.plugin_name, hook_name, priority, method.wrapper)
 
     def _may_run(self, call: Call) -> bool:
         record = self.records.get(call.plugin)
-        if record is None or record.state == "active":
-            return True
-        return record.state == "dormant" and bool(self._options(call.hook)["dormant"])
+        if record is not None and record.state == "dormant":
+            return bool(self._options(call.hook)["dormant"])
+        return record is None or record.state in ("active", "available")
 
     def _options(self, hook_name: str) -> Mapping[str, Any]:
         options: Mapping[str, Any] = getattr(self.hook, hook_name).spec.opts

@@ -56,7 +56,6 @@ RULES = (
     Rule("model.bistate", _given, _UNOWNED),
     Rule("model.voting", _given, _UNOWNED),
     Rule("training.amp_level", _given, "torch's autocast has no levels: see mixed_precision"),
-    Rule("training.compile", _wanted, "this version does not compile the model"),
     Rule("data.truncation", _wanted, _FULL_WINDOWS),
     Rule("data.padding", lambda value: value not in (None, False, "do_not_pad"), _FULL_WINDOWS),
     Rule("monitoring.wandb.enabled", _wanted, "no active plugin is named wandb", "wandb"),

@@ -28,7 +28,7 @@ _BOOLS = {"yes": True, "no": False, "true": True, "false": False, "on": True, "o
 _BASES = {"0x": 16, "0o": 8, "0b": 2}
 
 _PLAIN_WORDS = (
-    (r"found character '\\t'", "a tab: indent with spaces"),
+    (r"found character '\t'", "a tab: indent with spaces"),
     ("mapping values are not allowed", "a ':' cannot stand here: check the indentation, or quote"),
     ("could not find expected ':'", "a key without ':'"),
     ("expected <block end>", "the indentation does not fit the lines above"),
@@ -36,7 +36,7 @@ _PLAIN_WORDS = (
     ("expected ',' or ']'", "a list that '[' opens is not closed, or a ',' is missing"),
     ("expected ',' or '}'", "a mapping that '{' opens is not closed, or a ',' is missing"),
     ("unexpected end of stream", "a quote that is never closed"),
-    ("expected a single document", "more than one document ('---'): a profile is one"),
+    ("found another document", "more than one document ('---'): a profile is one"),
 )
 
 

@@ -134,8 +134,33 @@ def init_by_type(
 
 
 def input_gain(d_model: int) -> float:
-    """g."""
-    return 1.0
+    """The constant g by which a layer multiplies the matrices that read the residual stream.
+
+    Adam moves every stored weight by about the learning rate, whatever its gradient. A matrix that
+    is stored g times smaller than it acts, moves g times faster. g falls with the width, as the
+    learning rate of hidden matrices does in muP (Yang et al. 2021), so that one learning rate
+    (about 1e-4) suits narrow and wide models.
+    """
+    return 3072 / d_model
+
+
+def read_std(d_model: int) -> float:
+    """The standard deviation of a matrix that reads the stream, as it is stored (without g)."""
+    return 1 / (input_gain(d_model) * d_model**0.5)
+
+
+def write_std(fan_in: int, num_layers: int) -> float:
+    """The standard deviation of a matrix that writes to the stream.
+
+    Small beside 1/sqrt(fan_in), for it meets embeddings of :func:`embedding_std`, and smaller with
+    depth, so that the sum over 2 * ``num_layers`` writers does not grow.
+    """
+    return 0.04 * (2 * num_layers * fan_in) ** -0.5
+
+
+def embedding_std(d_model: int) -> float:
+    """The standard deviation of token embeddings: so small that they learn as fast as the rest."""
+    return 0.04 * d_model**-0.5
 
 
 def normal_(value: Tensor, std: float, generator: torch.Generator | None) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from apt_core.modeling.layers import RoPEProvider, TVAProvider
+from apt_core.config import Config
+from apt_core.modeling.layers import RoPEProvider, TVAProvider, TVASettings
 
 
 def layer_of(num_kv_heads=None, position=True, d_model=32, num_heads=4, **settings):
@@ -200,3 +201,8 @@ def test_costs_fall_with_the_rank():
     assert full.kv_cache_bytes(64, 4, 10) == 2 * 64 * 10 * 2
     assert full.kv_cache_bytes(64, 4, 10) == 4 * quarter.kv_cache_bytes(64, 4, 10)
     assert quarter.flops(64, 4, 128) < full.flops(64, 4, 128)
+
+
+def test_the_layers_defaults_are_the_profiles():
+    profile = Config.from_dict({}).model.tva
+    assert TVASettings.read(profile) == TVASettings()

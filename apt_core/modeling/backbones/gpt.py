@@ -8,10 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apt_core.modeling.init import normal_
+from apt_core.modeling.init import embedding_std, normal_
 from apt_core.providers.attention import KeyValueCache
 from apt_core.providers.backbone import BackboneProvider
 from apt_core.types import ModelOutput
+
+
+LOGIT_GAIN = 16.0
+"""Where the gain of the final norm starts: the logits, read through small embeddings, are of the
+order of one, and follow the embeddings' steps fast."""
 
 
 class Block(nn.Module):
@@ -75,10 +80,13 @@ class GPT(nn.Module):
     def init_parameter(
         self, name: str, tensor: Tensor, generator: torch.Generator | None, *, num_layers: int
     ) -> bool:
-        if name == "embedding.weight" or name == "head.weight":
-            normal_(tensor, 0.02, generator)
-            return True
-        return False
+        if name in ("embedding.weight", "head.weight"):
+            normal_(tensor, embedding_std(self.d_model), generator)
+        elif name == "final_norm.weight":
+            tensor.fill_(LOGIT_GAIN)
+        else:
+            return False
+        return True
 
     def forward(
         self,

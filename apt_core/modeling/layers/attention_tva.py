@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt_core.errors import did_you_mean
-from apt_core.modeling.init import input_gain, normal_, orthonormal_, reset_layer
+from apt_core.modeling.init import (
+    input_gain,
+    normal_,
+    orthonormal_,
+    read_std,
+    reset_layer,
+    write_std,
+)
 from apt_core.modeling.layers.compensator import NormalCompensator
 from apt_core.providers.attention import AttentionProvider, KeyValueCache
 from apt_core.providers.base import read_setting
@@ -79,7 +86,8 @@ class TVAAttention(nn.Module):
     U are shared by the heads of the layer and start orthonormal. The layer computes it fused: V W
     is formed once a forward, so that one product gives q, k and v at width R, and W_o U gives the
     output; equal to the definition, which ``factored`` keeps as the reference. It is exactly
-    multi-head attention with head_dim R. RoPE turns q and k after the compression.
+    multi-head attention with head_dim R. RoPE turns q and k after the compression. W is
+    ``qkv_weight`` times the constant ``input_gain`` (see :func:`apt_core.modeling.init.input_gain`).
     """
 
     def __init__(
@@ -127,9 +135,9 @@ class TVAAttention(nn.Module):
         if name in ("compress", "lift"):
             orthonormal_(tensor, generator)
         elif name == "qkv_weight":
-            normal_(tensor, self.d_model**-0.5, generator)
+            normal_(tensor, read_std(self.d_model), generator)
         elif name == "out_weight":
-            normal_(tensor, (2 * num_layers * self.d_model) ** -0.5, generator)
+            normal_(tensor, write_std(self.d_model, num_layers), generator)
         elif self.compensator is not None and name.startswith("compensator."):
             name = name.removeprefix("compensator.")
             return self.compensator.init_parameter(name, tensor, generator, num_layers=num_layers)

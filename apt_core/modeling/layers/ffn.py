@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apt_core.modeling.init import input_gain, normal_, reset_layer
+from apt_core.modeling.init import input_gain, normal_, read_std, reset_layer, write_std
 from apt_core.providers.ffn import FeedForwardProvider
 
 
 class SwiGLU(nn.Module):
-    """y = (silu(x Gᵀ) * (x Uᵀ)) Dᵀ (Shazeer 2020), without biases.
+    """y = (silu(z Gᵀ) * (z Uᵀ)) Dᵀ (Shazeer 2020), z = x * ``input_gain``, without biases.
 
     G is ``gate.weight``, U ``up.weight`` [F, D], D ``down.weight`` [D, F]. One product for G and U
     together was slower on CPUs: its backward has to concatenate two gradients.
@@ -34,9 +34,9 @@ class SwiGLU(nn.Module):
         self, name: str, tensor: Tensor, generator: torch.Generator | None, *, num_layers: int
     ) -> bool:
         if name in ("gate.weight", "up.weight"):
-            normal_(tensor, self.d_model**-0.5, generator)
+            normal_(tensor, read_std(self.d_model), generator)
         elif name == "down.weight":
-            normal_(tensor, (2 * num_layers * self.d_ff) ** -0.5, generator)
+            normal_(tensor, write_std(self.d_ff, num_layers), generator)
         else:
             return False
         return True

@@ -1,0 +1,119 @@
+"""A whole training run in about a second, for tests of plugins."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apt_core.config import Override, Source, parse_override
+from apt_core.plugin_manager import PluginManager
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from apt_core.training import RunResult
+
+TINY_PROFILE: dict[str, Any] = {
+    "name": "tiny_run",
+    "model": {
+        "d_model": 16,
+        "num_heads": 2,
+        "num_layers": 1,
+        "d_ff": 32,
+        "vocab_size": 256,
+        "max_seq_len": 16,
+    },
+    "training": {
+        "batch_size": 4,
+        "max_epochs": 2,
+        "learning_rate": 1e-3,
+        "warmup_steps": 2,
+        "log_every_steps": 2,
+        "mixed_precision": False,
+    },
+    "evaluation": {"eval_freq": 4, "eval_batches": 2, "sample_tokens": 4},
+    "hardware": {"device": "cpu"},
+}
+"""A profile of a few thousand parameters that trains a dozen steps an epoch."""
+
+TEXT = "\n\n".join(
+    f"Line {n} of a small text: {n} apples and {n + 1} pears make {2 * n + 1} pieces of fruit."
+    for n in range(12)
+)
+
+
+@dataclass
+class TinyRun:
+    """What a tiny run left behind: ``weights`` by parameter name, rows of ``metrics.jsonl``, the
+    ``manifest``, and the manager with its records."""
+
+    result: RunResult
+    weights: dict[str, Tensor]
+    metrics: list[dict[str, Any]]
+    manifest: dict[str, Any]
+    manager: PluginManager
+
+    def same_weights(self, other: TinyRun) -> bool:
+        """Are all weights bit-identical?"""
+        return self.weights.keys() == other.weights.keys() and all(
+            tensor.equal(other.weights[name]) for name, tensor in self.weights.items()
+        )
+
+
+def tiny_run(
+    *plugins: Any,
+    steps: int | None = None,
+    strict: bool = True,
+    profile: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    output: Path | None = None,
+    **options: Any,
+) -> TinyRun:
+    """Train a tiny model with the given plugins (objects, or references as ``--plugin`` takes).
+
+    ``steps`` ends the run early; ``strict`` makes a plugin's failure raise; ``profile`` replaces
+    TINY_PROFILE and ``overrides`` sets dotted keys of it. ``options`` go to the Trainer. Without
+    ``output`` the run's folder is temporary.
+    """
+    from apt_core.kernel import boot
+    from apt_core.training import Trainer
+
+    with tempfile.TemporaryDirectory() as temporary:
+        data = copy.deepcopy(dict(profile if profile is not None else TINY_PROFILE))
+        if not data.get("data"):
+            text = Path(temporary) / "text.txt"
+            text.write_text(TEXT, encoding="utf-8")
+            data["data"] = {"train_path": str(text)}
+        changes = [Override(tuple(k.split(".")), v, k) for k, v in (overrides or {}).items()]
+        if steps is not None:
+            changes.append(parse_override(f"training.max_steps={steps}", where="steps"))
+        manager = PluginManager(strict=strict)
+        references = [plugin for plugin in plugins if isinstance(plugin, str)]
+        for plugin in plugins:
+            if not isinstance(plugin, str):
+                manager.register(plugin)
+        kernel = boot(
+            Source.from_dict(data).with_overrides(changes).data,
+            plugins=references,
+            manager=manager,
+            strict=strict,
+        )
+        folder = output or Path(temporary) / "run"
+        trainer = Trainer(kernel, output=folder, strict=strict, **options)
+        result = trainer.fit()
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return TinyRun(
+            result=result,
+            weights={
+                name: parameter.detach().clone()
+                for name, parameter in trainer.model.named_parameters()
+            },
+            metrics=[json.loads(line) for line in lines],
+            manifest=json.loads((folder / "manifest.json").read_text(encoding="utf-8")),
+            manager=manager,
+        )

@@ -1,0 +1,375 @@
+"""Every problem of a profile at once, each with its place, and what to do about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, field_validator
+
+from apt_core.config import (
+    Config,
+    InactiveKey,
+    Section,
+    Source,
+    check_files,
+    parse_override,
+    read_profile,
+    validate,
+)
+from apt_core.errors import ConfigError, Problem
+from apt_core.types import SectionSpec
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+def problems_of(profile: dict[str, Any], **options: Any) -> list[Problem]:
+    return validate(Source.from_dict(profile), **options).problems
+
+
+def only(profile: dict[str, Any], **options: Any) -> Problem:
+    (problem,) = problems_of(profile, **options)
+    return problem
+
+
+def test_five_mistakes_report_five(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.yaml").write_text(
+        "extends: tiny_debug\n"
+        "model:\n"
+        "  d_modle: 64\n"
+        "  num_layers: -2\n"
+        "training:\n"
+        '  batch_size: "2"\n'
+        "  model_dim: 3\n"
+        "data: {max_length: 4096}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        validate(read_profile("x.yaml")).require()
+    assert str(caught.value).startswith("5 problems:")
+    found = {problem.key: problem for problem in caught.value.problems}
+    assert {key: problem.where for key, problem in found.items()} == {
+        "model.d_modle": "x.yaml:3",
+        "model.num_layers": "x.yaml:4",
+        "training.batch_size": "x.yaml:6",
+        "training.model_dim": "x.yaml:7",
+        "data.max_length": "x.yaml:8",
+    }
+    assert found["model.d_modle"].hint == "did you mean 'd_model'?"
+    assert found["training.batch_size"].hint == "write it without quotes"
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("modle", "did you mean 'model'?"),
+        ("model.d_modle", "did you mean 'd_model'?"),
+        ("model.batch_size", "did you mean 'training.batch_size'?"),
+        ("model.tva.ranks", "did you mean 'rank'?"),
+        ("model.r", "did you mean 'model.tva.r'?"),
+        ("training.max_length", "did you mean 'data.max_length'?"),
+        ("d_model", "did you mean 'model.d_model'?"),
+        ("monitoring.wandb.enable", "did you mean 'enabled'?"),
+        ("schedules.ramp.strat", "did you mean 'start'?"),
+        ("hardware.qqq", "known keys here: backend, device, distributed, num_gpus"),
+    ],
+)
+def test_an_unknown_key_at_any_depth_gets_a_suggestion(path: str, hint: str) -> None:
+    value: Any = 1
+    profile = nested(path, value)
+    if path == "schedules.ramp.strat":
+        profile["schedules"]["ramp"].update(start=1, end=2)
+    problem = only(profile)
+    assert (problem.message, problem.key, problem.hint) == ("unknown key", path, hint)
+
+
+def test_what_an_unknown_key_stands_for_causes_no_further_problem() -> None:
+    profile = {"model": {"max_seq_length": 2048}, "data": {"max_length": 2048}}
+    assert [problem.key for problem in problems_of(profile)] == ["model.max_seq_length"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("model.d_model", "64", "a whole number, not the text '64'"),
+        ("model.d_model", True, "a whole number, not true"),
+        ("model.d_model", 64.0, "a whole number, not 64.0"),
+        ("model.d_model", None, "a whole number, not nothing (null)"),
+        ("model.d_model", [64], "a whole number, not a list"),
+        ("model.d_model", -64, "at least 1, not -64"),
+        ("model.d_model", 10**30, "at most"),
+        pytest.param(
+            "model.d_model", 10**5000, "a number of more than 38 digits", id="enormous"
+        ),
+        ("model", 5, "a section with keys, not 5"),
+        ("model", None, "a section with keys, not nothing"),
+        ("model.tva", [], "a section with keys, not a list"),
+        ("training.learning_rate", "1e-3", "a number, not the text"),
+        ("training.learning_rate", float("nan"), "a finite number"),
+        ("training.learning_rate", float("inf"), "a finite number"),
+        ("training.learning_rate", 0, "more than 0"),
+        ("training.learning_rate", True, "a number, not true"),
+        ("training.mixed_precision", 1, "true, false or 'auto', not 1"),
+        ("training.mixed_precision", "on", "true, false or 'auto', not the text 'on'"),
+        ("training.betas", [0.9], "field required"),
+        ("training.betas", [0.9, 1.0], "less than 1"),
+        ("training.seed", -1, "at least 0"),
+        ("training.compile", "yes", "true or false, not the text 'yes'"),
+        ("debug.log_level", "debug", "'DEBUG', 'INFO'"),
+        ("hardware.device", "gpu", "must match"),
+        ("plugins", "moe", "a list, not the text 'moe'"),
+        ("plugins", [{"nam": "x", "name": "y"}], "unknown key"),
+        ("plugins", [{"name": "y", "on_failure": "ignore"}], "'isolate' or 'required'"),
+        ("plugins", [{"name": "y", "priority": 101}], "at most 100"),
+        ("plugins", [3], "a section with keys, not 3"),
+        ("name", [1], "text, not a list"),
+        ("model.attention_name", "", "must not be empty"),
+        ("schedules.x", "fast", "a number or a ramp"),
+        ("schedules.x", True, "a number or a ramp"),
+        ("schedules.x", {"start": 1}, "is missing"),
+        ("schedules.x", {"start": 1, "end": 2, "by": "batch"}, "'epoch', 'step' or 'token'"),
+        ("schedules.x", {"start": 1, "end": "2"}, "a number, not the text '2'"),
+        ("schedules.x", {"start": 1, "end": 2, "by": "token"}, "needs its last position"),
+        ("schedules.x", {"start": 1, "end": 2, "until": 5, "warmup": 5}, "both say"),
+        ("schedules.x", {"start": 0, "end": 2, "shape": "exponential"}, "cannot go from"),
+        ("schedules.enable_moe_at_epoch", 2.5, "whole number"),
+        ("schedules.enable_moe_at_epoch", 0, "at least 1"),
+        ("schedules.enable_moe_at_epoch", {"start": 1, "end": 2}, "whole number"),
+        ("schedules.enable_moe_at_epcoh", 2, "unknown key"),
+        ("schedules.enable_moe", 2, "unknown key"),
+    ],
+)
+def test_a_wrong_value_says_what_is_expected(path: str, value: Any, words: str) -> None:
+    problem = only(nested(path, value))
+    assert words in problem.message
+    assert problem.key.startswith(path)
+
+
+@pytest.mark.parametrize(
+    ("profile", "key", "words"),
+    [
+        ({"model": {"d_model": 65, "num_heads": 4}}, "model.d_model", "not divisible by the 4"),
+        ({"model": {"num_heads": 7}}, "model.num_heads", "not divisible by the 7"),
+        ({"model": {"num_heads": 4, "num_kv_heads": 3}}, "model.num_kv_heads", "not divide"),
+        ({"model": {"tva": {"r": 33}}}, "model.tva.r", "leaves no rank"),
+        ({"model": {"tva": {"r": 10}}}, "model.tva.r", "odd rank 3"),
+        ({"model": {"tva": {"rank": 5}}}, "model.tva.rank", "odd"),
+        ({"model": {"tva": {"rank": 64}}}, "model.tva.rank", "more than the head dimension 32"),
+        ({"model": {"attention_pattern": []}}, "model.attention_pattern", "empty"),
+        ({"model": {"attention_pattern": ["mha"] * 5}}, "model.attention_pattern", "5 layers"),
+        ({"data": {"max_length": 257}}, "data.max_length", "more than the 256"),
+        ({"model": {"max_seq_len": 64}, "data": {"max_length": 65}}, "data.max_length", "64"),
+        (
+            {"training": {"warmup_steps": 10, "max_steps": 10}},
+            "training.warmup_steps",
+            "does not end within",
+        ),
+        ({"data": {"source": "pydoc", "train_path": "x"}}, "data.source", "only one"),
+        ({"model": {"moe": {"experts": 2, "top_k": 3}}}, "model.moe.top_k", "3 experts"),
+        ({"plugins": ["a", {"name": "a", "priority": 1}]}, "plugins", "twice"),
+        (
+            {"schedules": {"enable_a_at_epoch": 2, "enable_a_at_step": 9}},
+            "schedules.enable_a_at_step",
+            "in another unit",
+        ),
+        (
+            {"schedules": {"enable_a_at_epoch": 3, "disable_a_at_epoch": 3}},
+            "schedules.disable_a_at_epoch",
+            "before it is enabled",
+        ),
+    ],
+)
+def test_contradictions_are_found(profile: dict[str, Any], key: str, words: str) -> None:
+    problem = only(profile)
+    assert problem.key == key
+    assert words in problem.message
+
+
+def test_the_rank_of_a_ratio_names_the_key_and_the_remedy() -> None:
+    problem = only({"model": {"d_model": 64, "num_heads": 4, "tva": {"r": 17}}})
+    assert problem.key == "model.tva.r"
+    assert problem.hint == "choose r from 1 to 16, or set model.tva.rank"
+
+
+def test_tva_is_only_checked_where_it_is_used() -> None:
+    assert not problems_of({"model": {"attention_name": "mha", "tva": {"r": 33}}})
+    assert not problems_of({"model": {"position_name": "learned", "tva": {"r": 10}}})
+    assert only({"model": {"attention_pattern": ["mha", "tva_default"], "tva": {"r": 33}}})
+
+
+def test_shortening_a_run_from_the_command_line_is_no_mistake() -> None:
+    source = Source.from_dict({"training": {"warmup_steps": 10}})
+    assert not validate(source.with_overrides([parse_override("training.max_steps=3")])).problems
+
+
+def test_numbers_are_taken_for_text_where_people_write_them() -> None:
+    config = Config.from_dict({"name": 7, "version": 1.0, "description": 3})
+    assert (config.name, config.version, config.description) == ("7", "1.0", "3")
+
+
+def test_whole_numbers_are_fine_where_any_number_is() -> None:
+    assert Config.from_dict({"training": {"learning_rate": 1}}).training.learning_rate == 1.0
+
+
+def test_problems_of_reading_are_reported_with_the_others() -> None:
+    source = Source.from_dict({"model": {1: 2}, "trainng": {}})
+    assert len(validate(source).problems) == 2
+
+
+# Data files
+
+
+def test_missing_data_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("here.txt").write_text("text")
+    source = Source.from_dict({"data": {"train_path": "gone.txt", "val_path": "here.txt"}})
+    (problem,) = check_files(validate(source).require(), source)
+    assert problem.key == "data.train_path" and "'gone.txt'" in problem.message
+
+
+def test_paths_of_other_loaders_need_not_be_files() -> None:
+    source = Source.from_dict({"data": {"train_path": "user/set", "loader": "hf_datasets"}})
+    assert check_files(validate(source).require(), source) == []
+
+
+# Sections of plugins
+
+
+class Router(Section):
+    enabled: bool = True
+    experts: int = 4
+    noise: float = 0.0
+
+
+class Lenient(BaseModel):
+    size: int = 1
+    inner: Router | None = None
+
+    @field_validator("size")
+    @classmethod
+    def _check(cls, value: int) -> int:
+        if value == 13:
+            raise KeyError("a defect of the plugin")
+        return value
+
+
+MOE = SectionSpec("model.moe", Router)
+MINE = SectionSpec("mine", Lenient)
+DEEP = SectionSpec("mine.deep.part", Router)
+
+
+def test_a_plugin_replaces_the_placeholder_of_its_section() -> None:
+    profile = {"model": {"moe": {"experts": 8, "noise": 1}}}
+    config = Config.from_dict(profile, sections=[MOE])
+    assert config.section("model.moe") == Router(experts=8, noise=1.0)
+    assert config.model.moe == Router(experts=8, noise=1.0)
+
+
+def test_a_plugins_section_has_its_defaults_where_nothing_is_written() -> None:
+    assert Config.from_dict({}, sections=[MINE]).section("mine") == Lenient()
+
+
+def test_sections_are_reached_by_path() -> None:
+    config = Config.from_dict({"model": {"tva": {"r": 2}}}, sections=[MINE, DEEP])
+    tva = config.section("model.tva")
+    assert tva is config.model.tva
+    assert config.section("mine.deep.part") == Router()
+    assert config.section("model.moe") is None
+    assert config.section("model.d_model") is None
+    assert config.section("nothing.there") is None
+
+
+@pytest.mark.parametrize(
+    ("profile", "key", "hint"),
+    [
+        ({"model": {"moe": {"exprts": 1}}}, "model.moe.exprts", "did you mean 'experts'?"),
+        ({"model": {"moe": {"experts": "1"}}}, "model.moe.experts", "write it without quotes"),
+        ({"mine": {"sise": 1}}, "mine.sise", "did you mean 'size'?"),
+        ({"mine": {"inner": {"nois": 1}}}, "mine.inner.nois", "did you mean 'noise'?"),
+        ({"mine": {"deep": {"part": {"nois": 1}}}}, "mine.deep.part.nois", "did you mean 'noise'?"),
+        ({"mine": 3}, "mine", ""),
+        ({"mien": {}}, "mien", "did you mean 'mine'?"),
+    ],
+)
+def test_problems_in_plugins_sections_are_located(
+    profile: dict[str, Any], key: str, hint: str
+) -> None:
+    problem = only(profile, sections=[MOE, MINE, DEEP])
+    assert (problem.key, problem.hint) == (key, hint)
+
+
+def test_a_crash_in_a_plugins_own_check_is_its_problem() -> None:
+    problem = only({"mine": {"size": 13}}, sections=[MINE])
+    assert problem.key == "mine" and "KeyError" in problem.message
+
+
+def test_a_section_has_one_owner() -> None:
+    assert only({}, sections=[MINE, MINE]).key == "mine"
+    assert only({}, sections=[SectionSpec("training", Router)]).key == "training"
+
+
+def test_sections_of_plugins_that_were_left_out_are_inactive() -> None:
+    profile = {"mine": {"anything": "goes"}, "model": {"moe": {"noise": 3}}}
+    source = Source.from_dict(profile)
+    reasons = {"mine": "mine is blocked", "model.moe": "moe is blocked", "training": "no", "x": "-"}
+    checked = validate(source, inert=reasons)
+    assert checked.problems == []
+    assert checked.inactive == [
+        InactiveKey("mine", "mine is blocked"),
+        InactiveKey("model.moe", "moe is blocked"),
+    ]
+
+
+# Keys that do nothing yet
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("training.amp_level", "O1"),
+        ("data.truncation", True),
+        ("data.padding", "max_length"),
+        ("monitoring.wandb.enabled", True),
+        ("monitoring.tensorboard.enabled", True),
+        ("hardware.num_gpus", 4),
+        ("hardware.distributed", True),
+        ("hardware.backend", "nccl"),
+        ("evaluation.metrics", ["reasoning_quality"]),
+        ("model.moe", {"enabled": True}),
+        ("model.bistate", {}),
+        ("model.voting", {"k": 5}),
+    ],
+)
+def test_a_key_that_does_nothing_is_named_with_the_reason(path: str, value: Any) -> None:
+    checked = validate(Source.from_dict(nested(path, value)))
+    assert checked.problems == []
+    (inactive,) = checked.inactive
+    assert inactive.key == path and inactive.reason
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("data.truncation", False),
+        ("data.padding", "do_not_pad"),
+        ("monitoring.wandb", {"enabled": False, "project": "x", "tags": ["y"]}),
+        ("hardware.num_gpus", 1),
+        ("evaluation.metrics", ["perplexity", "accuracy"]),
+        ("model.moe", {"enabled": False}),
+        ("training.compile", True),
+    ],
+)
+def test_a_value_that_asks_for_nothing_is_not_inactive(path: str, value: Any) -> None:
+    assert validate(Source.from_dict(nested(path, value))).inactive == []
+
+
+def test_an_active_plugin_makes_its_keys_work() -> None:
+    tracker = Source.from_dict(nested("monitoring.wandb.enabled", True))
+    assert validate(tracker, active={"wandb"}).inactive == []
+    experts = Source.from_dict(nested("model.moe.enabled", True))
+    assert validate(experts, [MOE], active={"moe"}).inactive == []
