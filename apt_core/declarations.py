@@ -79,11 +79,19 @@ def ask(manager: PluginManager, record: PluginRecord) -> Declared:
 
 def broken(record: PluginRecord, problem: Problem, details: str = "") -> Declared:
     """The record of a plugin that cannot be used, with the reason as its failure."""
-    record.state, record.reason = "broken", problem.message
+    record.state, record.reason = "broken", _reason(record.name, problem)
     if not record.failures:
         record.failures.append(
             PluginFailure(
-                record.name, "import", 0, problem.message, problem.where, 1, False, details
+                record.name, "import", 0, record.reason, problem.where, 1, False, details
             )
         )
     return Declared(record, problem=problem)
+
+
+def _reason(name: str, problem: Problem) -> str:
+    """What is wrong, without the plugin's name; for one of its hooks, which one and the remedy."""
+    hook = problem.key.removeprefix(f"plugin {name}").removeprefix(", ")
+    if not hook:
+        return problem.message
+    return f"{hook}: {problem.message}" + (f" ({problem.hint})" if problem.hint else "")

@@ -51,7 +51,8 @@ class Installed:
 
     @property
     def version(self) -> str:
-        return ", ".join(point.dist.version for point in self.points if point.dist)
+        points = sorted(self.points, key=_dist_name)
+        return ", ".join(point.dist.version for point in points if point.dist)
 
 
 def installed_plugins(group: str = GROUP) -> dict[str, Installed]:

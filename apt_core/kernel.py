@@ -65,8 +65,11 @@ class Kernel:
     notices: list[str] = field(default_factory=list)
 
     def named_providers(self) -> list[tuple[str, str]]:
-        """``(kind, name)`` of every provider that the profile selects."""
-        return named_providers(self.config.to_dict())
+        """``(kind, name)`` of every provider that the profile uses."""
+        data = self.config.data
+        text = ("dataset", data.text_source or data.loader)
+        named = named_providers(self.config.to_dict())
+        return [pair for pair in named if pair[0] != "dataset"] + [text]
 
 
 def named_providers(data: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -200,8 +203,9 @@ class _Boot:
                     )
                 )
             return
+        # Its sections and schedules are not judged: the one problem is the plugin.
+        self.left_out[name] = f"plugin {name} is broken"
         if wanted.on_failure == "isolate" and not self.strict:
-            self.left_out[name] = f"plugin {name} is broken"
             self.notices.append(f"plugin {name} is left out: {record.reason}")
             return
         hint = declared.problem.hint or f"leave it out with --plugin no:{name}"

@@ -230,9 +230,10 @@ class Registry:
         default itself cannot be used.
         """
         spec = self._asked(kind, name)
-        key = (kind, spec.name, repr(config))
+        resolved = self._config_for(spec, config)
+        key = (kind, spec.name, repr(resolved))
         if key not in self._built:
-            self._built[key] = self._get(spec, config, fallback)
+            self._built[key] = self._get(spec, resolved, fallback)
         return self._built[key]
 
     def _asked(self, kind: str, name: str | None) -> ProviderSpec:
@@ -246,7 +247,7 @@ class Registry:
         return self.spec(kind, name)
 
     def _get(self, spec: ProviderSpec, config: Any, fallback: bool) -> Any:
-        provider, reason = self._try(spec, self._config_for(spec, config))
+        provider, reason = self._try(spec, config)
         if not reason:
             self.resolutions[spec.kind, spec.name] = Resolution(spec.kind, spec.name, spec.name)
             return provider

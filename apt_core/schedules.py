@@ -224,18 +224,23 @@ class Schedule:
         """Where a ramp starts: when its plugin is enabled, or with the run."""
         for switch in self._switches.get(self.params.get(name, ""), ()):
             if switch.enables:
-                first = self.horizon.convert(switch.at, switch.unit, ramp.by)
+                first = self.horizon.convert(*self._moment(switch), ramp.by)
                 if first is None:
                     raise ValueError(
                         f"schedules.{name} counts by {ramp.by} from {switch.key}: "
                         "the horizon must tell how long an epoch is"
                     )
-                if switch.unit == "token" and ramp.by == "step":
-                    # The conversion rounds down, to a step at which the plugin may still be off.
-                    before = self.horizon.convert(first, "step", "token")
-                    first += before is not None and before < switch.at
                 return first
         return FIRST[ramp.by]
+
+    def _moment(self, switch: Switch) -> tuple[int, Unit]:
+        """When a switch acts. A number of tokens is mostly reached within a step, so that the next
+        one is the first that the plugin takes part in."""
+        step = self.horizon.convert(switch.at, "token", "step") if switch.unit == "token" else None
+        if step is None:
+            return switch.at, switch.unit
+        before = self.horizon.convert(step, "step", "token")
+        return step + (before is not None and before < switch.at), "step"
 
     def _length(self, name: str, ramp: Ramp, first: int) -> int:
         if ramp.warmup is not None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+from apt_core.config.fields import Ramp
 from apt_core.config.source import Source
 from apt_core.config.yaml_text import KeyPath, dotted
 from apt_core.errors import Problem, did_you_mean
@@ -38,6 +39,7 @@ _BOUNDS = {
 }
 _NUMERIC = ("int_type", "float_type", "int_parsing", "float_parsing")
 _MANY_KEYS = 14
+_ANY_RAMP = "schedules.*"
 
 
 def describe(value: Any) -> str:
@@ -101,11 +103,15 @@ def _is_number(text: str) -> bool:
 
 
 class KnownKeys:
-    """Every key that some section knows, to tell what an unknown key was meant to be."""
+    """Every key that some section knows, to tell what an unknown key was meant to be.
+
+    ``children`` maps a section's dotted path to its keys; ``schedules.*`` stands for any ramp.
+    """
 
     def __init__(self, core: type[BaseModel], sections: Mapping[str, type[BaseModel]]) -> None:
         self.children: dict[str, set[str]] = {"": set()}
         self._add(core, "")
+        self._add(Ramp, _ANY_RAMP)
         for path, model in sections.items():
             parts = path.split(".")
             for depth, part in enumerate(parts):
@@ -113,8 +119,8 @@ class KnownKeys:
             self._add(model, path)
         self.places: dict[str, str] = {}
         for section, names in sorted(self.children.items(), reverse=True):
-            for name in names:
-                self.places[name] = f"{section}.{name}" if section else name
+            if section not in ("plugins", _ANY_RAMP):
+                self.places |= {name: f"{section}.{name}" if section else name for name in names}
 
     def _add(self, model: type[BaseModel], path: str) -> None:
         keys = self.children.setdefault(path, set())
@@ -130,46 +136,48 @@ class KnownKeys:
 
     def meant(self, path: KeyPath) -> KeyPath | None:
         """The known key that an unknown one was probably meant to be."""
-        section, key = _section_of(path), str(path[-1])[:200]
-        siblings = self.children.get(section, set())
+        key, siblings = str(path[-1])[:200], self._siblings(path)
         if key in siblings:
             return None
         if key in self.places:
             return tuple(self.places[key].split("."))
         if near := difflib.get_close_matches(key, siblings, n=1, cutoff=0.6):
-            return (*(section.split(".") if section else ()), near[0])
+            return (*path[:-1], near[0])
         if far := difflib.get_close_matches(key, self.places, n=1, cutoff=0.8):
             return tuple(self.places[far[0]].split("."))
         return None
 
+    def _siblings(self, path: KeyPath) -> list[str]:
+        around = [part for part in path[:-1] if isinstance(part, str)]
+        section = _ANY_RAMP if around[:1] == ["schedules"] and around[1:] else ".".join(around)
+        return sorted(self.children.get(section, ()))
+
     def _hint(self, path: KeyPath) -> str:
-        section = _section_of(path)
         if meant := self.meant(path):
-            here = dotted(meant[:-1]) == section
+            here = meant[:-1] == path[:-1]
             return f"did you mean {meant[-1] if here else dotted(meant)!r}?"
-        siblings = sorted(self.children.get(section, ()))
-        if not section:
+        siblings = self._siblings(path)
+        if len(path) == 1:
             return f"known sections: {', '.join(siblings)}; a plugin's needs the plugin"
         if siblings and len(siblings) <= _MANY_KEYS:
             return f"known keys here: {', '.join(siblings)}"
         return "`apt-hooks schema` lists every key"
 
 
-def _section_of(path: KeyPath) -> str:
-    return ".".join(part for part in path[:-1] if isinstance(part, str))
-
-
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models that an annotation holds directly or as one of a union."""
+    """The models that an annotation holds directly, in a union, or as items of a list."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-    elif get_origin(annotation) in (Union, UnionType, Annotated):
+    elif get_origin(annotation) in (Union, UnionType, Annotated, list, tuple):
         for argument in get_args(annotation):
             yield from models_in(argument)
 
 
 def ignored_keys(model: type[BaseModel], data: Any, path: KeyPath) -> Iterator[KeyPath]:
     """Keys that ``model`` would ignore without a word: pydantic's default for a plugin's model."""
+    if isinstance(data, list):
+        for index, item in enumerate(data):
+            yield from ignored_keys(model, item, (*path, index))
     if not isinstance(data, Mapping) or model.model_config.get("extra") == "allow":
         return
     names: dict[str, Any] = {}

@@ -391,7 +391,8 @@ class Config(Section):
     def to_dict(self) -> dict[str, Any]:
         """The resolved profile as plain data, sections of plugins included."""
         data: dict[str, Any] = self._without_plugins().model_dump(mode="json")
-        for path, section in self._plugin_sections.items():
+        # The outer first: a section may stand within another one.
+        for path, section in sorted(self._plugin_sections.items()):
             *parents, last = path.split(".")
             place = data
             for key in parents:
@@ -424,6 +425,3 @@ PLACEHOLDERS = frozenset(
     {"model.moe", "model.bistate", "model.voting", "monitoring.wandb", "monitoring.tensorboard"}
 )
 """Sections that the core only keeps for the plugins that own them."""
-
-CORE_SECTIONS = frozenset({*Config.model_fields, "model.tva"})
-"""Paths that no plugin may own."""

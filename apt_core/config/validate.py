@@ -10,14 +10,15 @@ from pydantic import BaseModel, ValidationError
 
 from apt_core.config.checks import find_contradictions
 from apt_core.config.inactive import InactiveKey, inactive_keys
-from apt_core.config.messages import KnownKeys, ignored_keys, problem_of
-from apt_core.config.schema import CORE_SECTIONS, Config
+from apt_core.config.messages import KnownKeys, describe, ignored_keys, problem_of
+from apt_core.config.schema import PLACEHOLDERS, Config
 from apt_core.config.source import Source
 from apt_core.config.yaml_text import KeyPath
 from apt_core.errors import ConfigError, Problem
 from apt_core.types import SectionSpec
 
 _ABSENT = object()
+_CORE = KnownKeys(Config, {}).children
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,19 @@ def validate(
     data = _copy(source.data)
     inactive = []
     for path, reason in (inert or {}).items():
-        if path in CORE_SECTIONS or path in owned:
+        if _is_core(path) or path in owned:
             continue
         if _cut(data, path.split(".")) is not _ABSENT:
             inactive.append(InactiveKey(path, reason))
 
     parts: dict[str, BaseModel] = {}
-    # The innermost first, so that a section within another plugin's section is cut out of it.
-    for path in sorted(owned, key=lambda path: -path.count(".")):
+    containers = _containers({*owned, *(inert or {})}) - set(owned)
+    # The innermost first: a section may stand within another plugin's.
+    for path in sorted({*owned, *containers}, key=lambda path: (-path.count("."), path)):
         written = _cut(data, path.split("."))
+        if path in containers:
+            problems += _leftovers(written, path, source, known)
+            continue
         part, found = _validate_part(owned[path], written, path, source, known)
         problems += found
         if part is not None:
@@ -87,13 +92,38 @@ def _owned_sections(
     for spec in sections:
         if not spec.path or spec.model is None:
             continue
-        if spec.path in CORE_SECTIONS:
+        if _is_core(spec.path):
             problems.append(Problem("a plugin declares a section of the core", spec.path))
         elif spec.path in owned:
             problems.append(Problem("two plugins declare this section", spec.path))
         else:
             owned[spec.path] = spec.model
     return owned, problems
+
+
+def _is_core(path: str) -> bool:
+    """Does the core have a key of its own there, one that no plugin may take over?"""
+    section, _, key = path.rpartition(".")
+    known = key in _CORE.get(section, ()) or section in ("plugins", "schedules")
+    return known and path not in PLACEHOLDERS
+
+
+def _containers(paths: Collection[str]) -> set[str]:
+    """What stands around sections of plugins and is no section of its own: ``mine`` of
+    ``mine.part``."""
+    keys = [path.split(".") for path in paths]
+    around = {".".join(path[:end]) for path in keys for end in range(1, len(path))}
+    return around - set(_CORE) - set(Config.model_fields)
+
+
+def _leftovers(written: Any, path: str, source: Source, known: KnownKeys) -> Iterator[Problem]:
+    """What is left in a container once the sections are cut out: nothing is known there."""
+    at = tuple(path.split("."))
+    if isinstance(written, dict):
+        yield from (known.problem((*at, key), source) for key in written)
+    elif written is not _ABSENT and written is not None:
+        message = f"must be a section with keys, not {describe(written)}"
+        yield Problem(message, path, source.where(at))
 
 
 def _validate_core(
@@ -191,4 +221,5 @@ def _droppable(data: dict[str, Any], path: KeyPath) -> tuple[str, ...]:
         section = section[key]
         keys.append(key)
     assert keys, "every key of the root has a default"
-    return tuple(keys)
+    # A ramp without one of its keys would be another ramp.
+    return tuple(keys[:2] if keys[0] == "schedules" else keys)

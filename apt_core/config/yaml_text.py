@@ -63,6 +63,14 @@ class ProfileDumper(yaml.SafeDumper):
         return True
 
 
+def _represent_text(dumper: ProfileDumper, text: str) -> yaml.ScalarNode:
+    # PyYAML writes these line ends as they are unless quoted doubly, and folds them on reading.
+    style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+    return dumper.represent_scalar(f"{_TAG}str", text, style=style)
+
+
+ProfileDumper.add_representer(str, _represent_text)
+
 _OWN = {f"{_TAG}int", f"{_TAG}float", f"{_TAG}timestamp"}
 ProfileLoader.yaml_implicit_resolvers = {
     first: [pair for pair in pairs if pair[0] not in _OWN]

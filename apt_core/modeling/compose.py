@@ -31,11 +31,11 @@ class ModelBuilder:
     """Builds a model, or one part of it, from a profile.
 
     ``config`` is a validated profile, or a plain dict with its keys
-    (``{"model": {"d_model": 64}}``; what is left out takes the profile's defaults); ``registry`` the source of providers, by default
-    the process-wide one. Every part is initialised by (seed, parameter name), with
-    ``training.seed`` unless ``seed`` is given; no global generator is drawn from or changed. Under
-    ``torch.device("meta")`` nothing is allocated or initialised. Raises ConfigError for a dict that
-    is no valid profile.
+    (``{"model": {"d_model": 64}}``; what is left out takes the profile's defaults);
+    ``registry`` the source of providers, by default the process-wide one. Every part is initialised
+    by (seed, parameter name), with ``training.seed`` unless ``seed`` is given; no global generator
+    is drawn from or changed. Under ``torch.device("meta")`` nothing is allocated or initialised.
+    Raises ConfigError for a dict that is no valid profile.
     """
 
     def __init__(

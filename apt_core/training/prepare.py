@@ -94,13 +94,15 @@ def layer_probe(kernel: Kernel, device: torch.device) -> Any:
         position = None
         if spec.kind == "attention" and model.position_name != "none":
             position = kernel.registry.get("position", model.position_name)
-        return probe_layer(
-            provider,
-            spec.kind,
-            device=device,
-            head_dim=model.d_model // model.num_heads,
-            position=position,
-        )
+        # A plan is made on the meta device; the probe computes something.
+        with torch.device("cpu"):
+            return probe_layer(
+                provider,
+                spec.kind,
+                device=device,
+                head_dim=model.d_model // model.num_heads,
+                position=position,
+            )
 
     return probe
 

@@ -261,8 +261,13 @@ def test_an_override_is_shown_as_it_was_written() -> None:
     assert parse_override("a.b=1", where="--a.b").where == "--a.b"
 
 
-@pytest.mark.parametrize("text", ["a.b", "=5", "a..b=5", ".a=5", "a.=5", "a. b=5", "a.b=",
-                                  "a.b=[1", "a.b=@x", "a.b={c: 1, c: 2}", "a.b=!!python/name:os"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("a.b", "=5", "a..b=5", ".a=5", "a.=5", "a. b=5", "a.b=", "a.b=[1", "a.b=@x"),
+        *("a.b={c: 1, c: 2}", "a.b=!!python/name:os"),
+    ],
+)
 def test_bad_overrides_are_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_override(text, where="--set")

@@ -103,9 +103,7 @@ def test_what_an_unknown_key_stands_for_causes_no_further_problem() -> None:
         ("model.d_model", [64], "a whole number, not a list"),
         ("model.d_model", -64, "at least 1, not -64"),
         ("model.d_model", 10**30, "at most"),
-        pytest.param(
-            "model.d_model", 10**5000, "a number of more than 38 digits", id="enormous"
-        ),
+        pytest.param("model.d_model", 10**5000, "a number of more than 38 digits", id="enormous"),
         ("model", 5, "a section with keys, not 5"),
         ("model", None, "a section with keys, not nothing"),
         ("model.tva", [], "a section with keys, not a list"),
@@ -116,7 +114,7 @@ def test_what_an_unknown_key_stands_for_causes_no_further_problem() -> None:
         ("training.learning_rate", True, "a number, not true"),
         ("training.mixed_precision", 1, "true, false or 'auto', not 1"),
         ("training.mixed_precision", "on", "true, false or 'auto', not the text 'on'"),
-        ("training.betas", [0.9], "field required"),
+        ("training.betas", [0.9], "is missing"),
         ("training.betas", [0.9, 1.0], "less than 1"),
         ("training.seed", -1, "at least 0"),
         ("training.compile", "yes", "true or false, not the text 'yes'"),
@@ -124,6 +122,7 @@ def test_what_an_unknown_key_stands_for_causes_no_further_problem() -> None:
         ("hardware.device", "gpu", "must match"),
         ("plugins", "moe", "a list, not the text 'moe'"),
         ("plugins", [{"nam": "x", "name": "y"}], "unknown key"),
+        ("plugins", ["x", {"priority": 3}], "is missing"),
         ("plugins", [{"name": "y", "on_failure": "ignore"}], "'isolate' or 'required'"),
         ("plugins", [{"name": "y", "priority": 101}], "at most 100"),
         ("plugins", [3], "a section with keys, not 3"),
@@ -293,6 +292,8 @@ def test_sections_are_reached_by_path() -> None:
         ({"mine": {"inner": {"nois": 1}}}, "mine.inner.nois", "did you mean 'noise'?"),
         ({"mine": {"deep": {"part": {"nois": 1}}}}, "mine.deep.part.nois", "did you mean 'noise'?"),
         ({"mine": 3}, "mine", ""),
+        ({"mine": {"deep": {"prat": {}}}}, "mine.deep.prat", "did you mean 'part'?"),
+        ({"mine": {"deep": 3}}, "mine.deep", ""),
         ({"mien": {}}, "mien", "did you mean 'mine'?"),
     ],
 )
@@ -310,7 +311,8 @@ def test_a_crash_in_a_plugins_own_check_is_its_problem() -> None:
 
 def test_a_section_has_one_owner() -> None:
     assert only({}, sections=[MINE, MINE]).key == "mine"
-    assert only({}, sections=[SectionSpec("training", Router)]).key == "training"
+    for path in ("training", "training.seed", "model.tva", "plugins", "schedules.mine", "name"):
+        assert only({}, sections=[SectionSpec(path, Router)]).key == path
 
 
 def test_sections_of_plugins_that_were_left_out_are_inactive() -> None:

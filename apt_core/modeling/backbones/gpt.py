@@ -13,7 +13,6 @@ from apt_core.providers.attention import KeyValueCache
 from apt_core.providers.backbone import BackboneProvider
 from apt_core.types import ModelOutput
 
-
 LOGIT_GAIN = 16.0
 """Where the gain of the final norm starts: the logits, read through small embeddings, are of the
 order of one, and follow the embeddings' steps fast."""

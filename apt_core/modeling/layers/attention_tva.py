@@ -35,9 +35,9 @@ class TVASettings:
     itself, ``s`` normal directions (0: no compensator) with their threshold ``tau``, and
     ``factored``, the reference path."""
 
-    r: int = 2
+    r: int = 4
     s: int = 1
-    tau: float = 0.2
+    tau: float = 0.18
     rank: int | None = None
     factored: bool = False
 
@@ -87,7 +87,7 @@ class TVAAttention(nn.Module):
     is formed once a forward, so that one product gives q, k and v at width R, and W_o U gives the
     output; equal to the definition, which ``factored`` keeps as the reference. It is exactly
     multi-head attention with head_dim R. RoPE turns q and k after the compression. W is
-    ``qkv_weight`` times the constant ``input_gain`` (see :func:`apt_core.modeling.init.input_gain`).
+    ``qkv_weight`` times the constant ``input_gain`` of :mod:`apt_core.modeling.init`.
     """
 
     def __init__(
