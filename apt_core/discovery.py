@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -149,35 +150,38 @@ def _load_file(path: Path, name: str) -> Any:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        del sys.modules[module_name]
+        sys.modules.pop(module_name, None)
         raise _import_failure(name, error, str(path.resolve())) from None
     return module
 
 
 def _load_module(reference: str, name: str, installed: dict[str, Installed]) -> Any:
-    """Import a dotted module; the working directory is searched last, as python -m would."""
-    added = os.getcwd()
-    sys.path.append(added)
+    """Import a dotted module, from the working directory if it is nowhere else.
+
+    The working directory then stays on the path, at its end: that is where the modules lie which
+    the plugin imports on first use.
+    """
+    unknown = LoadError(
+        Problem(
+            "no such plugin: not installed, not a module, not a .py file",
+            key=f"plugin {name}",
+            hint=did_you_mean(reference, installed) or _remedy(name),
+        )
+    )
+    if _top_level(reference) is None:
+        sys.path.append(os.getcwd())
+        if _top_level(reference) is None:
+            sys.path.pop()
+            raise unknown
     try:
-        try:
-            found = importlib.util.find_spec(reference)
-        except (ImportError, ValueError):
-            found = None
-        if found is None:
-            raise LoadError(
-                Problem(
-                    "no such plugin: not installed, not a module, not a .py file",
-                    key=f"plugin {name}",
-                    hint=did_you_mean(reference, installed) or _remedy(name),
-                )
-            )
         return importlib.import_module(reference)
-    except (KeyboardInterrupt, LoadError):
+    except KeyboardInterrupt:
         raise
     except BaseException as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{reference}.".startswith(f"{missing}."):
+            raise unknown from None
         raise _import_failure(name, error, _module_file(reference)) from None
-    finally:
-        sys.path.remove(added)
 
 
 def _import_failure(name: str, error: BaseException, home: str) -> LoadError:
@@ -199,11 +203,16 @@ def _remedy(name: str) -> str:
     )
 
 
-def _module_file(module: str) -> str:
+def _top_level(module: str) -> ModuleSpec | None:
+    """Where a module's first part is found. Looking for more of it would run its code."""
     try:
-        spec = importlib.util.find_spec(module)
+        return importlib.util.find_spec(module.partition(".")[0])
     except (ImportError, ValueError):
-        return ""
+        return None
+
+
+def _module_file(module: str) -> str:
+    spec = _top_level(module)
     return spec.origin or "" if spec else ""
 
 

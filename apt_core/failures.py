@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import traceback
-from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
-def source_of(function: Callable[..., Any]) -> tuple[str, int]:
-    """File and first line of a function, through decorators, partials and bound methods.
+def source_of(code: Any) -> tuple[str, int]:
+    """File and first line of a function, through decorators, partials and bound methods; of a
+    module, a class or an instance (its class) the file and 0.
 
-    Returns ``("", 0)`` for a callable that has no Python source.
+    Returns ``("", 0)`` for what has no Python source.
     """
-    function = inspect.unwrap(getattr(function, "__func__", function))
-    code = getattr(function, "__code__", None) or getattr(
-        getattr(function, "func", None), "__code__", None
-    )
-    return (code.co_filename, code.co_firstlineno) if code else ("", 0)
+    if isinstance(code, ModuleType):
+        return getattr(code, "__file__", None) or "", 0
+    if isinstance(code, functools.partial):
+        return source_of(code.func)
+    if inspect.isroutine(code):
+        function = inspect.unwrap(getattr(code, "__func__", code))
+        known = getattr(getattr(function, "__func__", function), "__code__", None)
+        return (known.co_filename, known.co_firstlineno) if known else ("", 0)
+    try:
+        return inspect.getfile(code if inspect.isclass(code) else type(code)), 0
+    except (TypeError, OSError):
+        return "", 0
 
 
 def one_line(error: BaseException) -> str:
@@ -29,7 +38,9 @@ def one_line(error: BaseException) -> str:
     """
     try:
         text = str(error)
-    except Exception:
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
         text = "(its message cannot be printed)"
     first = next((line.strip() for line in text.splitlines() if line.strip()), "")
     name = type(error).__name__
@@ -45,27 +56,28 @@ def short_path(filename: str) -> str:
         return filename
 
 
-def where_raised(error: BaseException, home: str) -> str:
-    """``file:line`` of the deepest frame in the plugin whose hook lives in the file ``home``.
+def where_raised(error: BaseException, home: str, line: int = 0) -> str:
+    """``file:line`` of the deepest frame in the plugin whose code lives in the file ``home``.
 
     For a plugin that is a package that is any file of its folder; without such a frame, the
-    deepest frame of all.
+    deepest frame of all. An error that was never raised is placed at ``home`` and ``line``.
     """
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{short_path(error.filename)}:{error.lineno or 0}"
     frames = [
-        (frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)
+        (frame.f_code.co_filename, number)
+        for frame, number in traceback.walk_tb(error.__traceback__)
     ]
+    if isinstance(error, SyntaxError) and error.filename:
+        frames.append((error.filename, error.lineno or 0))
     if not frames:
-        return short_path(home) if home else ""
+        return f"{short_path(home)}:{line}" if line else short_path(home) if home else ""
     folder = os.path.dirname(home)
     in_package = bool(folder) and os.path.exists(os.path.join(folder, "__init__.py"))
 
     def own(filename: str) -> bool:
         return filename == home or (in_package and filename.startswith(folder + os.sep))
 
-    filename, line = next((frame for frame in reversed(frames) if own(frame[0])), frames[-1])
-    return f"{short_path(filename)}:{line}"
+    filename, number = next((frame for frame in reversed(frames) if own(frame[0])), frames[-1])
+    return f"{short_path(filename)}:{number}"
 
 
 def formatted(error: BaseException) -> str:

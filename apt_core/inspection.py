@@ -135,7 +135,7 @@ def hook_facts(manager: PluginManager, name: str) -> dict[str, Any]:
 
 
 def plugin_rows(listing: Listing) -> list[dict[str, Any]]:
-    """``{name, dist, version, state, priority, failures, load_ms, summary}`` and the reason."""
+    """``{name, dist, version, state, priority, failures, load_ms, summary}``."""
     return [
         {
             "name": record.name,
@@ -146,7 +146,6 @@ def plugin_rows(listing: Listing) -> list[dict[str, Any]]:
             "failures": record.failure_rows(),
             "load_ms": record.load_ms,
             "summary": record.summary,
-            "reason": record.reason,
         }
         for record in sorted(listing.records.values(), key=lambda record: record.name)
     ]

@@ -52,7 +52,8 @@ def hookimpl(
 
     def mark(func: F) -> F:
         options = {"wrapper": wrapper, "specname": specname, "priority": int(priority)}
-        setattr(func, f"{PROJECT}_impl", options)
+        # Under @staticmethod and @classmethod it is the function that the manager looks at.
+        setattr(getattr(func, "__func__", func), f"{PROJECT}_impl", options)
         return func
 
     return mark if function is None else mark(function)

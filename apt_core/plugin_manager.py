@@ -29,6 +29,9 @@ from apt_core.validation import check_plugin_object, implementation_options, plu
 
 log = logging.getLogger("apt.plugins")
 
+Owned = tuple[str, Any]
+"""A result, after the name of the plugin that it is from."""
+
 PASSES = (StopTraining, KeyboardInterrupt, GeneratorExit, PluginError)
 """What the guard lets through; everything else that a hook raises is a failure of its plugin."""
 
@@ -83,16 +86,18 @@ class PluginManager(pluggy.PluginManager):
     """Registers plugins and calls their hooks.
 
     ``manager.hook.on_step_end(step=…, loss=…, trainer=…)`` calls a hook as in any pluggy project.
-    ``strict`` makes the first failure of any plugin fatal. ``step`` is the position that failures
-    are recorded with; the trainer moves it.
+    ``strict`` makes the first failure of any plugin fatal. ``listing`` is for showing plugins side
+    by side that no run would have together: their conflicts are not checked. ``step`` is the
+    position that failures are recorded with; the trainer moves it.
     """
 
     shared_timings: ClassVar[dict[tuple[str, str], list[float]] | None] = None
     """Seconds of every call by (hook, plugin), of all managers, while tracing is on."""
 
-    def __init__(self, *, strict: bool = False) -> None:
+    def __init__(self, *, strict: bool = False, listing: bool = False) -> None:
         super().__init__(PROJECT)
         self.strict = strict
+        self.listing = listing
         self.step = 0
         self.records: dict[str, PluginRecord] = {}
         self._plans: dict[str, Plan] = {}
@@ -142,7 +147,9 @@ class PluginManager(pluggy.PluginManager):
         reasons += [
             (f"it conflicts with the active plugin {other!r}", f"block one: --plugin no:{other}")
             for other, plugin in self.list_name_plugin()
-            if other != name and (other in info.conflicts or name in plugin_info(plugin).conflicts)
+            if not self.listing
+            and other != name
+            and (other in info.conflicts or name in plugin_info(plugin).conflicts)
         ]
         return [Problem(reason, key=f"plugin {name}", hint=hint) for reason, hint in reasons]
 
@@ -203,14 +210,16 @@ class PluginManager(pluggy.PluginManager):
         if plan is None or plan[0] != methods:
             plan = self._plan(hook_name, methods)
         if plan[1]:
-            return self._wrapped(
+            owned = self._wrapped(
                 plan, kwargs, firstresult, lambda: self._all(plan, kwargs, firstresult)
             )
+            return _values(owned, firstresult)
         # The same loop as in _all, without a further call: this is the path of every step.
         results = []
         for call in plan[2]:
+            arguments = [kwargs[name] for name in call[1]]
             try:
-                result = call[0](*[kwargs[name] for name in call[1]])
+                result = call[0](*arguments)
                 if result is None:
                     continue
                 if type(result) is GeneratorType:
@@ -225,28 +234,20 @@ class PluginManager(pluggy.PluginManager):
             results.append(result)
         return None if firstresult else results
 
-    def _all(
-        self,
-        plan: Plan,
-        kwargs: Mapping[str, object],
-        firstresult: bool,
-        owners: dict[int, str] | None = None,
-    ) -> Any:
-        results = []
+    def _all(self, plan: Plan, kwargs: Mapping[str, object], firstresult: bool) -> list[Owned]:
+        results: list[Owned] = []
         for call in plan.calls:
             result = self._guarded(call, kwargs)
-            if result is None:
-                continue
-            if owners is not None:
-                owners[id(result)] = call.plugin
-            if firstresult:
-                return result
-            results.append(result)
-        return None if firstresult else results
+            if result is not None:
+                results.append((call.plugin, result))
+                if firstresult:
+                    break
+        return results
 
     def _guarded(self, call: Call, kwargs: Mapping[str, object]) -> Any:
+        arguments = [kwargs[name] for name in call.argnames]
         try:
-            result = call.function(*[kwargs[name] for name in call.argnames])
+            result = call.function(*arguments)
             return list(result) if type(result) is GeneratorType else result
         except PASSES:
             raise
@@ -259,43 +260,44 @@ class PluginManager(pluggy.PluginManager):
         plan: Plan,
         kwargs: Mapping[str, object],
         firstresult: bool,
-        inner: Callable[[], Any],
-        owners: dict[int, str] | None = None,
-    ) -> Any:
-        """Run ``inner`` inside the plan's wrappers.
+        inner: Callable[[], list[Owned]],
+    ) -> list[Owned]:
+        """Run ``inner`` inside the plan's wrappers; the results with their owners.
 
         A wrapper that fails before its yield is left out; one that fails after it leaves the
         inner result as it was; what ends the run inside is seen by every wrapper and raised.
         """
         running: list[tuple[Any, Call]] = []
-        result: Any = None if firstresult else []
+        results: list[Owned] = []
         ending: BaseException | None = None
         try:
             for call in plan.wrappers:
                 generator = self._enter(call, kwargs)
                 if generator is not None:
                     running.append((generator, call))
-            result = inner()
+            results = inner()
         except BaseException as error:
             ending = error
         for generator, call in reversed(running):
+            result = _values(results, firstresult)
             try:
                 replaced = self._leave(generator, call, result, ending, firstresult)
             except BaseException as error:
-                ending = ending or error
+                ending = error if ending is None else ending
                 continue
             if replaced is not None:
-                if owners is not None:
-                    for item in [replaced] if firstresult else replaced:
-                        owners.setdefault(id(item), call.plugin)
-                result = replaced
-        if ending is not None:
-            raise ending
-        return result
+                results = _attributed([replaced] if firstresult else replaced, results, call.plugin)
+        try:
+            if ending is not None:
+                raise ending
+        finally:
+            del ending  # it holds this frame, which must not hold it
+        return results
 
     def _enter(self, call: Call, kwargs: Mapping[str, object]) -> Any:
+        arguments = [kwargs[name] for name in call.argnames]
         try:
-            generator = call.function(*[kwargs[name] for name in call.argnames])
+            generator = call.function(*arguments)
             next(generator)
         except PASSES:
             raise
@@ -340,20 +342,13 @@ class PluginManager(pluggy.PluginManager):
         An item that a wrapper added belongs to the wrapper's plugin.
         """
         plan = self._plan_of(hook_name)
-        owners: dict[int, str] = {}
-        results = self._wrapped(
-            plan, kwargs, False, lambda: self._all(plan, kwargs, False, owners), owners
-        )
-        return [(owners[id(result)], result) for result in results]
+        return self._wrapped(plan, kwargs, False, lambda: self._all(plan, kwargs, False))
 
     def call_first(self, hook_name: str, **kwargs: Any) -> tuple[str, Any] | None:
         """Call a first-result hook; the plugin that answered and its result, or None."""
         plan = self._plan_of(hook_name)
-        owners: dict[int, str] = {}
-        result = self._wrapped(
-            plan, kwargs, True, lambda: self._all(plan, kwargs, True, owners), owners
-        )
-        return None if result is None else (owners[id(result)], result)
+        owned = self._wrapped(plan, kwargs, True, lambda: self._all(plan, kwargs, True))
+        return owned[0] if owned else None
 
     def call_plugin(self, plugin: str, hook_name: str, **kwargs: Any) -> Any:
         """Call one plugin's implementation of a hook; the first result that is not None."""
@@ -367,21 +362,33 @@ class PluginManager(pluggy.PluginManager):
     def chain(self, hook_name: str, request: Any, attribute: str) -> Any:
         """Pass ``request`` along the implementations: each result becomes its ``attribute``.
 
-        Returns the last request. ``request`` is a dataclass and is not changed in place.
+        Returns the last request. ``request`` is a dataclass and is not changed in place; a result
+        of another type than the attribute has is a failure.
         """
         plan = self._plan_of(hook_name)
         current = request
+        wanted = type(getattr(request, attribute))
 
-        def inner() -> Any:
+        def take(plugin: str, value: Any) -> None:
             nonlocal current
+            if isinstance(value, wanted):
+                current = replace(current, **{attribute: value})
+            else:
+                wrong = f"it returned {type(value).__name__}, not {wanted.__name__}"
+                self.fail(plugin, hook_name, TypeError(wrong))
+
+        def inner() -> list[Owned]:
+            owner = ""
             for call in plan.calls:
                 value = self._guarded(call, {"request": current})
                 if value is not None:
-                    current = replace(current, **{attribute: value})
-            return getattr(current, attribute)
+                    owner = call.plugin
+                    take(owner, value)
+            return [(owner, getattr(current, attribute))]
 
-        value = self._wrapped(plan, {"request": request}, True, inner)
-        return replace(current, **{attribute: value})
+        for plugin, value in self._wrapped(plan, {"request": request}, True, inner):
+            take(plugin, value)
+        return current
 
     # Plans -----------------------------------------------------------------------------------
 
@@ -435,14 +442,19 @@ class PluginManager(pluggy.PluginManager):
 
     # Failures --------------------------------------------------------------------------------
 
-    def fail(self, plugin: str, hook_name: str, error: BaseException) -> None:
+    def fail(
+        self, plugin: str, hook_name: str, error: BaseException, *, code: Any = None
+    ) -> None:
         """Count a failure of something that a plugin handed over, as if the hook had raised it.
 
-        Raises PluginError where the policy says that the run must stop.
+        ``code`` is the function, class or module that failed where that is no implementation of
+        the hook. Raises PluginError where the policy says that the run must stop.
         """
-        calls = [call for call in self.order(hook_name) if call.plugin == plugin]
-        function = calls[0].function if calls else None
-        self._failed(Call(function or self.fail, (), plugin, hook_name, 0, False), error)
+        if code is None:
+            methods = getattr(self.hook, hook_name).get_hookimpls()
+            own = [method.function for method in methods if method.plugin_name == plugin]
+            code = own[0] if own else self.get_plugin(plugin)
+        self._failed(Call(code, (), plugin, hook_name, 0, False), error)
 
     def _failed(self, call: Call, error: BaseException) -> None:
         if call.hook == "apt_configure" and isinstance(error, ConfigError):
@@ -459,7 +471,7 @@ class PluginManager(pluggy.PluginManager):
             hook=call.hook,
             step=self.step,
             error=one_line(error),
-            where=where_raised(error, source_of(call.function)[0]),
+            where=where_raised(error, *source_of(call.function)),
             count=count,
             quarantined=quarantined,
             traceback=formatted(error),
@@ -491,14 +503,34 @@ class PluginManager(pluggy.PluginManager):
             self._pending = self._pending or fatal
             return
         self._telling = True
+        stopped = None
         try:
             self.hook.on_plugin_failure(failure=failure)
+        except StopTraining as stopping:
+            stopped = stopping
         finally:
             self._telling = False
             pending, self._pending = self._pending, None
-        stop = fatal or pending
+        stop = fatal or pending or stopped
         if stop is not None:
             raise stop from error
+
+
+def _values(owned: Sequence[Owned], firstresult: bool) -> Any:
+    """The results as a caller or a wrapper sees them."""
+    if firstresult:
+        return owned[0][1] if owned else None
+    return [value for _, value in owned]
+
+
+def _attributed(values: Sequence[Any], before: Sequence[Owned], plugin: str) -> list[Owned]:
+    """What a wrapper of ``plugin`` returned, with owners: what was there keeps its own."""
+    left = list(before)
+    owned = []
+    for value in values:
+        index = next((i for i, (_, known) in enumerate(left) if known is value), None)
+        owned.append((plugin, value) if index is None else left.pop(index))
+    return owned
 
 
 def canonical_name(plugin: Any) -> str:

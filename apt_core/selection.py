@@ -33,10 +33,11 @@ class Wanted:
 
 @dataclass
 class Selection:
-    """The plugins to activate, in order, and the names that were blocked."""
+    """The plugins to activate, in order, and those that were blocked: names, with the reference
+    by which each would be loaded."""
 
     wanted: dict[str, Wanted] = field(default_factory=dict)
-    blocked: list[str] = field(default_factory=list)
+    blocked: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -70,11 +71,13 @@ def select(
     for text in references:
         for reference in (part.strip() for part in text.split(",")):
             if reference.startswith("no:"):
-                selection.blocked.append(plugin_name(reference[3:], installed))
+                blocked = reference.removeprefix("no:").strip()
+                selection.blocked[plugin_name(blocked, installed)] = blocked
             elif reference:
                 _add(selection, reference, installed, "--plugin")
     for name in selection.blocked:
-        selection.wanted.pop(name, None)
+        if name in selection.wanted:
+            selection.blocked[name] = selection.wanted.pop(name).reference
     return selection
 
 
@@ -88,7 +91,7 @@ def _add(
 ) -> None:
     name = plugin_name(reference, installed)
     known = selection.wanted.get(name)
-    if known is not None and known.reference != reference:
+    if known is not None and not _same(known.reference, reference):
         selection.problems.append(
             Problem(
                 f"both {known.reference!r} and {reference!r} would have this name",
@@ -113,3 +116,10 @@ def _beside(reference: str, folder: Path | None) -> str:
         return reference
     beside = folder / reference
     return str(beside) if beside.exists() else reference
+
+
+def _same(one: str, other: str) -> bool:
+    """Do two references load the same plugin?"""
+    if is_file_reference(one) and is_file_reference(other):
+        return Path(one).resolve() == Path(other).resolve()
+    return one == other

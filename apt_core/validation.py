@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from types import ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from apt_core.errors import Problem, did_you_mean
@@ -27,15 +27,24 @@ _NEVER_PASSED = {
 
 def static_function(plugin: Any, name: str) -> Callable[..., Any] | None:
     """The function behind an attribute, without running descriptors; None for anything else."""
-    attribute = inspect.getattr_static(plugin, name, None)
-    if isinstance(attribute, staticmethod | classmethod):
-        attribute = attribute.__func__
-    return attribute if inspect.isroutine(attribute) else None
+    return _function(inspect.getattr_static(plugin, name, None))
 
 
 def implementation_options(plugin: Any, name: str) -> dict[str, Any] | None:
-    """The options that ``@hookimpl`` left on an attribute of the plugin, or None."""
-    options = getattr(static_function(plugin, name), f"{PROJECT}_impl", None)
+    """The options that ``@hookimpl`` left on a function of the plugin, or None."""
+    function = static_function(plugin, name)
+    return None if function is None else _mark(function)
+
+
+def _function(attribute: Any) -> Callable[..., Any] | None:
+    if isinstance(attribute, staticmethod | classmethod):
+        attribute = attribute.__func__
+    return attribute if isinstance(attribute, FunctionType | MethodType) else None
+
+
+def _mark(attribute: Any) -> dict[str, Any] | None:
+    attribute = attribute.__func__ if isinstance(attribute, MethodType) else attribute
+    options = inspect.getattr_static(attribute, f"{PROJECT}_impl", None)
     return options if isinstance(options, dict) else None
 
 
@@ -65,7 +74,20 @@ def check_plugin_object(plugin: Any, name: str, specs: Mapping[str, Any]) -> lis
                 hint="PLUGIN = apt_core.PluginInfo(summary=…, version=…)",
             )
         )
-    for attribute, function, options in _candidates(plugin):
+    for attribute in dir(plugin):
+        value = inspect.getattr_static(plugin, attribute, None)
+        function = _function(value)
+        if function is None:
+            if _mark(value) is not None:
+                problems.append(
+                    Problem(
+                        f"@hookimpl marks a {type(value).__name__}, not a function",
+                        key=f"plugin {name}, {attribute}",
+                        hint="define a function with def",
+                    )
+                )
+            continue
+        options = _mark(function)
         if options is not None:
             problems += _check_implementation(plugin, name, attribute, function, options, specs)
         elif attribute in specs and _defined_here(plugin, function):
@@ -79,15 +101,6 @@ def check_plugin_object(plugin: Any, name: str, specs: Mapping[str, Any]) -> lis
                 line,
             )
     return problems
-
-
-def _candidates(
-    plugin: Any,
-) -> Iterator[tuple[str, Callable[..., Any], dict[str, Any] | None]]:
-    for attribute in dir(plugin):
-        function = static_function(plugin, attribute)
-        if function is not None:
-            yield attribute, function, implementation_options(plugin, attribute)
 
 
 def _defined_here(plugin: Any, function: Callable[..., Any]) -> bool:
@@ -137,9 +150,11 @@ def _check_parameters(
     plugin: Any, attribute: str, function: Callable[..., Any], offered: tuple[str, ...]
 ) -> Iterator[tuple[str, str]]:
     parameters = list(inspect.signature(function).parameters.values())
-    on_class = inspect.getattr_static(type(plugin), attribute, None)
-    if on_class is not None and not isinstance(on_class, staticmethod):
-        parameters = parameters[1:]
+    if _is_method(plugin, attribute):
+        if not parameters:
+            yield "it is a method without a first parameter", "add 'self'"
+        elif parameters[0].kind not in _NEVER_PASSED:
+            parameters = parameters[1:]
     for parameter in parameters:
         if parameter.kind in _NEVER_PASSED:
             shown = _NEVER_PASSED[parameter.kind].format(parameter.name)
@@ -155,3 +170,10 @@ def _check_parameters(
                 did_you_mean(parameter.name, offered)
                 or f"it offers {', '.join(offered) or 'none'}",
             )
+
+
+def _is_method(plugin: Any, attribute: str) -> bool:
+    """Is the attribute found on the plugin's class, so that its first parameter is bound?"""
+    found = inspect.getattr_static(plugin, attribute)
+    on_class = inspect.getattr_static(type(plugin), attribute, None)
+    return found is on_class and not isinstance(found, staticmethod)

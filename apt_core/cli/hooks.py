@@ -96,9 +96,20 @@ def plugins(
     rows = plugin_rows(listing)
     if json:
         return print_json(rows)
+    reasons = {name: record.reason for name, record in listing.records.items()}
     print_table(
         ("name", "state", "version", "distribution", "load ms", "summary"),
-        [(r["name"], r["state"], r["version"], r["dist"], r["load_ms"], _what(r)) for r in rows],
+        [
+            (
+                r["name"],
+                r["state"],
+                r["version"],
+                r["dist"],
+                r["load_ms"],
+                _about(r, reasons[r["name"]]),
+            )
+            for r in rows
+        ],
     )
     _warn(listing)
 
@@ -194,11 +205,15 @@ def disable(
 
 
 def _edit(profile: Path, plugin: str, *, present: bool) -> None:
-    from apt_core.config.plugin_list import edit_plugin_list
+    from apt_core.config.plugin_list import edit_plugin_list, listed_plugins
 
-    changed = edit_plugin_list(profile, plugin, present=present)
-    done = "enabled" if present else "disabled"
-    print(f"{plugin} {done} in {profile}" if changed else f"{plugin} was {done} in {profile}")
+    if edit_plugin_list(profile, plugin, present=present):
+        print(f"{plugin} {'enabled' if present else 'disabled'} in {profile}")
+    elif present:
+        print(f"{plugin} is enabled already in {profile}")
+    else:
+        hint = did_you_mean(plugin, map(str, listed_plugins(profile)))
+        print(f"{plugin} is not listed in {profile}{f' ({hint})' if hint else ''}")
 
 
 @app.command()
@@ -262,10 +277,9 @@ def _implementation(row: dict[str, Any]) -> tuple[object, ...]:
     return row["hook"], row["position"], plugin, row["priority"], place
 
 
-def _what(row: dict[str, Any]) -> str:
+def _about(row: dict[str, Any], reason: str) -> str:
     where = row["failures"][0]["where"] if row["failures"] else ""
-    reason = f"{row['reason']} ({where})" if where else row["reason"]
-    return reason or row["summary"]
+    return f"{reason} ({where})" if reason and where else reason or row["summary"]
 
 
 def _warn(listing: Listing) -> None:

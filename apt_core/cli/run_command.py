@@ -25,7 +25,12 @@ def run_command(app: typer.Typer, prog: str, args: Sequence[str] | None = None) 
 
     args = list(sys.argv[1:] if args is None else args)
     try:
-        result = typer.main.get_command(app).main(args, prog_name=prog, standalone_mode=False)
+        # Not main(): it turns Ctrl-C and a reader that went away into exits of its own.
+        with typer.main.get_command(app).make_context(prog, list(args)) as context:
+            result = context.command.invoke(context)
+        sys.stdout.flush()
+    except typer.Exit as end:
+        return end.exit_code
     except AptError as error:
         return _report(error, args, error.exit_code)
     except KeyboardInterrupt:

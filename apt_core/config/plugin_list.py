@@ -3,112 +3,162 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from apt_core.config.loader import read_profile
+from apt_core.config.loader import LOCAL_FOLDER, SUFFIXES, read_profile
+from apt_core.config.yaml_text import parse_yaml
 from apt_core.errors import ConfigError, Problem
 
 
 def edit_plugin_list(profile: Path, plugin: str, *, present: bool) -> bool:
     """Add ``plugin`` to the list, or take it out; returns whether the file was changed.
 
-    Only the lines of the list are touched. Raises ConfigError for a file that is no profile, and
-    for a list that is written in a way that cannot be edited safely.
+    Nothing but the list is touched, to the byte. Raises ConfigError for a file that is no profile,
+    and for a list that is written in a way that cannot be edited safely.
     """
-    listed = read_profile(profile).data.get("plugins") or []
-    if not isinstance(listed, list):
-        raise ConfigError(Problem("is not a list", key="plugins", where=str(profile)))
-    names = [item.get("name") if isinstance(item, dict) else item for item in listed]
-    if (plugin in names) == present:
+    listed = listed_plugins(profile)
+    if (plugin in listed) == present:
         return False
-    text = profile.read_text(encoding="utf-8")
-    edited = _add(text, plugin) if present else _remove(text, plugin, names.index(plugin))
-    wanted = [*names, plugin] if present else [n for n in names if n != plugin]
-    if _names(edited) != wanted:
+    file = _file(profile)
+    original = edited = file.read_bytes().decode("utf-8")
+    if present:
+        edited = _add(original, plugin)
+    else:
+        # From the end, so that the places of those before stay.
+        for index in reversed([i for i, name in enumerate(listed) if name == plugin]):
+            edited = _remove(edited, index)
+    if not _is_edit(original, edited, plugin, present=present):
+        wanted = [*listed, plugin] if present else [name for name in listed if name != plugin]
         raise ConfigError(
             Problem(
-                "the list cannot be edited in place (anchors, or it is inherited)",
+                "the list cannot be edited in place (it is inherited, or uses anchors)",
                 key="plugins",
-                where=str(profile),
+                where=str(file),
                 hint=f"edit it by hand: plugins: [{', '.join(map(str, wanted))}]",
             )
         )
-    profile.write_text(edited, encoding="utf-8")
+    file.write_bytes(edited.encode("utf-8"))
     return True
 
 
-def _node(text: str) -> yaml.SequenceNode | yaml.ScalarNode | None:
-    """The node behind the key ``plugins``, if the file has the key."""
+def listed_plugins(profile: Path) -> list[Any]:
+    """What the list of a profile names, in its order. Raises ConfigError if there is no list."""
+    source = read_profile(profile)
+    listed = source.data.get("plugins") or []
+    if not isinstance(listed, list):
+        raise ConfigError(Problem("is not a list", key="plugins", where=source.where("plugins")))
+    return [_name(item) for item in listed]
+
+
+def _file(profile: Path) -> Path:
+    """The file of a profile that can be read; those that come with APT are not to be edited."""
+    names = [profile, *(Path(f"{profile}{suffix}") for suffix in SUFFIXES)]
+    local = [LOCAL_FOLDER / name for name in names] if profile.name == str(profile) else []
+    file = next((path for path in (*names, *local) if path.is_file()), None)
+    if file is None:
+        hint = f"write a profile of your own that says `extends: {profile}`"
+        raise ConfigError(Problem(f"{profile} comes with APT and is not edited", hint=hint))
+    return file
+
+
+def _is_edit(original: str, edited: str, plugin: str, *, present: bool) -> bool:
+    """Do the two differ by this plugin in the list, and by nothing else?"""
+    try:
+        before, after = (parse_yaml(text, "profile") for text in (original, edited))
+    except ConfigError:
+        return False
+    if before.problems != after.problems or not isinstance(after.data, dict):
+        return False
+    items, left = before.data.pop("plugins", None), after.data.pop("plugins", None)
+    wanted = [item for item in items or [] if present or _name(item) != plugin]
+    return before.data == after.data and (left or []) == wanted + [plugin] * present
+
+
+def _name(item: Any) -> Any:
+    return item.get("name") if isinstance(item, dict) else item
+
+
+def _nodes(text: str) -> tuple[yaml.Node, yaml.Node] | None:
+    """The nodes of the key ``plugins`` and of its value, if the file has the key."""
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
-        if key.value == "plugins" and isinstance(value, yaml.SequenceNode | yaml.ScalarNode):
-            return value
+        if key.value == "plugins":
+            return key, value
     return None
 
 
-def _names(text: str) -> list[object]:
-    try:
-        listed = (yaml.safe_load(text) or {}).get("plugins") or []
-    except (yaml.YAMLError, AttributeError):
-        return []
-    return [item.get("name") if isinstance(item, dict) else item for item in listed]
-
-
 def _add(text: str, plugin: str) -> str:
-    item = _scalar(plugin)
-    node = _node(text)
-    if node is None:
-        newline = "" if text.endswith("\n") or not text else "\n"
-        return f"{text}{newline}plugins: [{item}]\n"
-    start, end = node.start_mark.index, node.end_mark.index
+    item = yaml.safe_dump([plugin], default_flow_style=True, width=10_000).strip()[1:-1]
+    newline = "\r\n" if "\r\n" in text else "\n"
+    nodes = _nodes(text)
+    if nodes is None:
+        gap = "" if text.endswith("\n") or not text else newline
+        return f"{text}{gap}plugins: [{item}]{newline}"
+    key, node = nodes
     if isinstance(node, yaml.ScalarNode):
-        before = text[:start] if text[:start].endswith(" ") else text[:start] + " "
-        return f"{before}[{item}]{text[end:]}"
+        colon = _colon(text, key)
+        return f"{text[:colon]} [{item}]{text[max(colon, node.end_mark.index) :]}"
     if node.flow_style:
-        inner = text[start + 1 : end - 1].rstrip().rstrip(",")
-        return f"{text[:start]}[{inner}{', ' if inner.strip() else ''}{item}]{text[end:]}"
-    last = node.value[-1]
-    line_end = text.find("\n", _content_end(text, last))
-    line_end = len(text) if line_end < 0 else line_end
-    indent = " " * node.value[0].start_mark.column
-    dash = re.sub(r"\S.*", "", indent[:-2])
-    return f"{text[:line_end]}\n{dash}- {item}{text[line_end:]}"
+        end = _end(node.value[-1]) if node.value else node.start_mark.index + 1
+        return f"{text[:end]}{', ' if node.value else ''}{item}{text[end:]}"
+    end = _line_end(text, _end(node.value[-1]))
+    return f"{text[:end]}{newline}{' ' * node.start_mark.column}- {item}{text[end:]}"
 
 
-def _remove(text: str, plugin: str, index: int) -> str:
-    node = _node(text)
-    if not isinstance(node, yaml.SequenceNode):
+def _remove(text: str, index: int) -> str:
+    nodes = _nodes(text)
+    if nodes is None or not isinstance(nodes[1], yaml.SequenceNode):
         return text
+    key, node = nodes
     item = node.value[index]
     if node.flow_style:
-        start, end = item.start_mark.index, item.end_mark.index
-        if index + 1 < len(node.value):
-            end = node.value[index + 1].start_mark.index
-        elif index > 0:
-            start = node.value[index - 1].end_mark.index
-        return text[:start] + text[end:]
+        return _remove_from_flow(text, node.value, index)
     start = text.rfind("\n", 0, item.start_mark.index) + 1
-    end = text.find("\n", _content_end(text, item))
-    end = len(text) if end < 0 else end + 1
+    end = _line_end(text, _end(item))
     if len(node.value) == 1:
-        return _empty_list(text, node, start, end)
-    return text[:start] + text[end:]
+        # Without an item the key would say null, so that the list is written on its line.
+        colon = _colon(text, key)
+        text, start, end = f"{text[:colon]} []{text[colon:]}", start + 3, end + 3
+    return text[:start] + text[_past_newline(text, end) :]
 
 
-def _empty_list(text: str, node: yaml.SequenceNode, start: int, end: int) -> str:
-    """Replace a block list of one item by ``[]`` on the line of the key."""
-    key_end = text.rfind(":", 0, node.start_mark.index) + 1
-    return f"{text[:key_end]} []{text[key_end:start]}{text[end:]}"
+def _remove_from_flow(text: str, items: Sequence[yaml.Node], index: int) -> str:
+    start, end = items[index].start_mark.index, _end(items[index])
+    line_start = text.rfind("\n", 0, start) + 1
+    alone = re.compile(r"[ \t]*,?[ \t]*(#[^\r\n]*)?\r?\n").match(text, end)
+    if alone and not text[line_start:start].strip():
+        return text[:line_start] + text[alone.end() :]
+    if index:
+        before = _end(items[index - 1])
+        if "#" not in text[before:start]:
+            return text[:before] + text[end:]
+    comma = re.compile(r"[ \t]*,[ \t]*").match(text, end)
+    return text[:start] + text[comma.end() if comma else end :]
 
 
-def _content_end(text: str, node: yaml.Node) -> int:
-    """The end of the node's last character: a block node's own mark runs on to the next token."""
-    end = node.end_mark.index
-    return node.start_mark.index + len(text[node.start_mark.index : end].rstrip())
+def _colon(text: str, key: yaml.Node) -> int:
+    """The place behind the ':' of a key."""
+    return text.index(":", key.end_mark.index) + 1
 
 
-def _scalar(value: str) -> str:
-    """``value`` as YAML writes it in a list, quoted where it must be."""
-    return yaml.safe_dump([value], default_flow_style=True, width=10_000).strip()[1:-1]
+def _end(node: yaml.Node) -> int:
+    """The end of a node's last character: a block node's own mark runs on to the next token."""
+    if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
+        last = node.value[-1]
+        return _end(last[1] if isinstance(last, tuple) else last)
+    return int(node.end_mark.index)
+
+
+def _line_end(text: str, place: int) -> int:
+    """The end of the line around a place, before what ends it."""
+    found = re.compile(r"\r?\n|$").search(text, place)
+    return found.start() if found else len(text)
+
+
+def _past_newline(text: str, place: int) -> int:
+    found = re.compile(r"\r?\n").match(text, place)
+    return found.end() if found else place

@@ -184,6 +184,7 @@ def test_the_resolved_profile_reads_back_equal(name: str) -> None:
     assert reread(config, []) == config
 
 
+@pytest.mark.filterwarnings("error")
 def test_sections_of_plugins_are_part_of_the_resolved_profile() -> None:
     profile = {"mine": {"deep": {"size": 7}}, "model": {"moe": {"name": "3e-5"}}}
     config = Config.from_dict(profile, sections=SECTIONS)
@@ -191,6 +192,18 @@ def test_sections_of_plugins_are_part_of_the_resolved_profile() -> None:
     assert config.to_dict()["monitoring"]["wandb"] == {"enabled": False, "team": ""}
     assert reread(config, SECTIONS) == config
     assert config != Config.from_dict({}, sections=SECTIONS)
+
+
+def test_a_section_within_another_plugins_section_is_kept() -> None:
+    sections = [SectionSpec("mine", Mine), SectionSpec("mine.inner.part", Wandb)]
+    profile = {"mine": {"size": 5, "inner": {"part": {"team": "us"}}}}
+    config = Config.from_dict(profile, sections=sections)
+    assert config.to_dict()["mine"] == {
+        "size": 5,
+        "name": "x",
+        "inner": {"part": {"enabled": False, "team": "us"}},
+    }
+    assert reread(config, sections) == config
 
 
 def test_plugin_requests_keep_their_short_form() -> None:

@@ -248,6 +248,7 @@ class Router(Section):
 class Lenient(BaseModel):
     size: int = 1
     inner: Router | None = None
+    either: int | bool = 1
 
     @field_validator("size")
     @classmethod
@@ -292,6 +293,7 @@ def test_sections_are_reached_by_path() -> None:
         ({"mine": {"inner": {"nois": 1}}}, "mine.inner.nois", "did you mean 'noise'?"),
         ({"mine": {"deep": {"part": {"nois": 1}}}}, "mine.deep.part.nois", "did you mean 'noise'?"),
         ({"mine": 3}, "mine", ""),
+        ({"mine": {"either": []}}, "mine.either", ""),
         ({"mine": {"deep": {"prat": {}}}}, "mine.deep.prat", "did you mean 'part'?"),
         ({"mine": {"deep": 3}}, "mine.deep", ""),
         ({"mien": {}}, "mien", "did you mean 'mine'?"),
@@ -316,11 +318,15 @@ def test_a_section_has_one_owner() -> None:
 
 
 def test_sections_of_plugins_that_were_left_out_are_inactive() -> None:
-    profile = {"mine": {"anything": "goes"}, "model": {"moe": {"noise": 3}}}
+    profile = {
+        "mine": {"anything": "goes"},
+        "model": {"moe": {"noise": 3}},
+        "training": {"seed": 7},
+    }
     source = Source.from_dict(profile)
     reasons = {"mine": "mine is blocked", "model.moe": "moe is blocked", "training": "no", "x": "-"}
     checked = validate(source, inert=reasons)
-    assert checked.problems == []
+    assert checked.require().training.seed == 7, "a plugin's name may be that of a core section"
     assert checked.inactive == [
         InactiveKey("mine", "mine is blocked"),
         InactiveKey("model.moe", "moe is blocked"),

@@ -1,0 +1,136 @@
+"""Promise 2: an observer, failing or not, drawing random numbers or not, changes no weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from apt_core import hookspecs
+from apt_core.markers import PROJECT
+
+ON_HOOKS = sorted(
+    name
+    for name, spec in vars(hookspecs).items()
+    if name.startswith("on_") and hasattr(spec, f"{PROJECT}_spec")
+)
+NEEDS_TROUBLE = {"on_provider_fallback", "on_plugin_failure", "on_exception"}
+
+DRAWS = """
+import random
+import numpy
+import torch
+from apt_core import hookimpl
+
+def draw():
+    random.random()
+    numpy.random.rand(3)
+    torch.rand(3)
+"""
+
+
+def observer(folder: Path, hook: str, *, raises: bool, name: str = "noisy") -> str:
+    """A plugin file that draws from every global generator in one hook."""
+    path = folder / f"{name}.py"
+    lines = [DRAWS, "@hookimpl", f"def {hook}():", "    draw()"]
+    if raises:
+        lines.append('    raise ValueError("boom 测试")')
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def line_of_raise(plugin: str) -> int:
+    lines = Path(plugin).read_text(encoding="utf-8").splitlines()
+    return next(number for number, line in enumerate(lines, 1) if "raise" in line)
+
+
+@pytest.mark.parametrize("hook", [hook for hook in ON_HOOKS if hook not in NEEDS_TROUBLE])
+def test_an_observer_that_draws_and_raises_changes_no_weight(apt_train, tmp_path, hook):
+    epoch = ("--training.max_epochs", "1", "--model.dropout", "0.1")
+    base = apt_train(*epoch, name="base")
+    plugin = observer(tmp_path, hook, raises=True)
+    run = apt_train(*epoch, "--plugin", plugin, name="noisy")
+    assert (base.code, run.code) == (0, 0)
+    assert base.same_weights(run)
+    row = next(row for row in run.manifest["plugins"] if row["name"] == "noisy")
+    assert {failure["hook"] for failure in row["failures"]} == {hook}
+    where = f"noisy.py:{line_of_raise(plugin)}"
+    assert all(failure["where"].endswith(where) for failure in row["failures"])
+    assert all("boom 测试" in failure["error"] for failure in row["failures"])
+    count = len(row["failures"])
+    times = "once" if count == 1 else f"{count} times"
+    assert f"failed {times} in {hook}" in run.out
+    assert where in run.out.replace("\n", "")
+    assert "Traceback" not in run.out + run.err
+
+
+@pytest.mark.parametrize("hook", [hook for hook in ON_HOOKS if hook not in NEEDS_TROUBLE])
+def test_strict_stops_at_the_first_failure(apt_train, tmp_path, hook):
+    plugin = observer(tmp_path, hook, raises=True)
+    run = apt_train("--training.max_epochs", "1", "--plugin", plugin, "--strict")
+    assert run.code == 1
+    assert "plugin noisy failed in " + hook in run.err
+    assert f"noisy.py:{line_of_raise(plugin)}" in run.err
+    row = next(row for row in run.manifest["plugins"] if row["name"] == "noisy")
+    assert len(row["failures"]) == 1
+    assert run.manifest["status"] == "failed"
+
+
+def test_ten_observers_that_draw_change_no_weight(apt_train, tmp_path):
+    base = apt_train("--training.max_steps", "5", "--model.dropout", "0.1", name="base")
+    plugins = [
+        observer(tmp_path, hook, raises=False, name=f"noisy_{number}")
+        for number, hook in enumerate(
+            [
+                "on_training_start", "on_epoch_start", "on_step_start", "on_backward_end",
+                "on_step_end", "on_metrics", "on_evaluation_start", "on_evaluation_end",
+                "on_checkpoint_saved", "apt_metrics",
+            ]
+        )
+    ]  # fmt: skip
+    run = apt_train(
+        "--training.max_steps", "5", "--model.dropout", "0.1", "--plugin", ",".join(plugins),
+        name="noisy",
+    )  # fmt: skip
+    assert run.code == 0, run.err
+    assert base.same_weights(run)
+
+
+def test_a_failure_in_on_provider_fallback(apt_train, tmp_path):
+    plugin = observer(tmp_path, "on_provider_fallback", raises=True)
+    arguments = ("--training.max_steps", "3", "--model.attention_name", "flash_v2")
+    base = apt_train(*arguments, name="base")
+    run = apt_train(*arguments, "--plugin", plugin, name="noisy")
+    assert (base.code, run.code) == (0, 0)
+    assert base.same_weights(run)
+    assert "failed once in on_provider_fallback" in run.out
+
+
+def test_a_failure_in_on_plugin_failure_is_counted_and_not_told_again(apt_train, tmp_path):
+    failing = observer(tmp_path, "on_step_end", raises=True, name="failing")
+    telling = observer(tmp_path, "on_plugin_failure", raises=True, name="telling")
+    base = apt_train("--training.max_steps", "5", name="base")
+    run = apt_train("--training.max_steps", "5", "--plugin", f"{failing},{telling}", name="noisy")
+    assert (base.code, run.code) == (0, 0)
+    assert base.same_weights(run)
+    rows = {row["name"]: row for row in run.manifest["plugins"]}
+    assert [len(rows[name]["failures"]) for name in ("failing", "telling")] == [3, 3]
+
+
+def test_a_failure_in_on_exception_does_not_hide_the_error(apt_train, tmp_path):
+    fatal = tmp_path / "fatal.py"
+    fatal.write_text(
+        "from apt_core import hookimpl\n\n@hookimpl\ndef on_step_end(step):\n"
+        "    if step == 3:\n        raise RuntimeError('the real reason')\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "tiny.yaml").open("a", encoding="utf-8").write(
+        f"plugins: [{{name: {fatal}, on_failure: required}}]\n"
+    )
+    plugin = observer(tmp_path, "on_exception", raises=True)
+    run = apt_train("--plugin", plugin)
+    assert run.code == 1
+    assert "the real reason" in run.err
+    assert "on_failure: required" in run.err
+    assert [path.name for path in run.checkpoints] == ["step-00000003"]
+    assert "--resume" in run.err

@@ -1,0 +1,275 @@
+"""Promise 4: a run that was stopped in any way goes on bit-exactly, or says why it cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+DROPOUT = ("--model.dropout", "0.2", "--training.grad_accum_steps", "2")
+
+STOP = """
+from apt_core import hookimpl
+
+@hookimpl
+def on_step_end(step, trainer):
+    if step == {step}:
+        {action}
+"""
+
+
+def stopping_plugin(folder: Path, step: int, action: str) -> str:
+    path = folder / "stopper.py"
+    path.write_text(STOP.format(step=step, action=action), encoding="utf-8")
+    return str(path)
+
+
+def training_rows(run) -> list[tuple]:
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in run.metrics if "loss" in r]
+
+
+@pytest.mark.parametrize("step", [1, 5, 6, 7, 11])
+def test_stopped_and_resumed_equals_in_one_go(apt_train, tmp_path, step):
+    """Before, at and after the end of the first epoch (6 steps), with dropout."""
+    whole = apt_train(*DROPOUT, name="whole")
+    assert whole.code == 0, whole.err
+    plugin = stopping_plugin(tmp_path, step, "trainer.request_stop('enough')")
+    first = apt_train(*DROPOUT, "--plugin", plugin, name="parts")
+    assert first.manifest["status"] == "stopped"
+    assert first.manifest["step"] == step
+    second = apt_train(*DROPOUT, "--resume", name="parts")
+    assert second.code == 0, second.err
+    assert second.manifest["step"] == whole.manifest["step"] > step
+    assert whole.same_weights(second)
+    assert training_rows(whole) == training_rows(second)
+    assert whole.manifest["figures"]["val_loss"] == second.manifest["figures"]["val_loss"]
+
+
+def test_a_broken_state_item_is_noticed(apt_train, tmp_path, monkeypatch):
+    """The control: without the optimizer's moments the weights do differ."""
+    whole = apt_train(name="whole")
+    plugin = stopping_plugin(tmp_path, 5, "trainer.request_stop('enough')")
+    apt_train("--plugin", plugin, name="parts")
+    monkeypatch.setattr("apt_core.training.saving.load_optimizer", lambda *arguments: None)
+    second = apt_train("--resume", name="parts")
+    assert not whole.same_weights(second)
+
+
+def test_sigkill_in_mid_epoch(apt_train, tmp_path, profile):
+    whole = apt_train(*DROPOUT, "--training.save_every_steps", "2", name="whole")
+    plugin = stopping_plugin(tmp_path, 5, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    killed = subprocess.run(
+        [
+            sys.executable, "-m", "apt_core", "train", "-p", str(profile), *DROPOUT,
+            "--training.save_every_steps", "2", "--plugin", plugin,
+            "--output", str(tmp_path / "parts"),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL
+    second = apt_train(*DROPOUT, "--training.save_every_steps", "2", "--resume", name="parts")
+    assert second.code == 0, second.err
+    assert "resumed from" in second.out and "step-00000004" in second.out
+    assert whole.same_weights(second)
+    assert training_rows(whole) == training_rows(second)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_with_a_usable_checkpoint(apt_train, tmp_path, profile, number, code):
+    whole = apt_train(name="whole")
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "apt_core", "train", "-p", str(profile),
+            "--output", str(tmp_path / "parts"), "--plugin",
+            stopping_plugin(tmp_path, 4, f"import os; os.kill(os.getpid(), {int(number)})"),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == code, output
+    assert "to go on: apt-train" in output and "--resume" in output
+    assert "Traceback" not in output
+    second = apt_train("--resume", name="parts")
+    assert second.code == 0, second.err
+    assert whole.same_weights(second)
+
+
+def damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "flipped":
+        data[-1] ^= 1
+        path.write_bytes(data)
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
+@pytest.mark.parametrize("file", ["model.safetensors", "state.json", "manifest.json"])
+def test_a_damaged_checkpoint_is_skipped_loudly(apt_train, tmp_path, file, how):
+    if (file, how) == ("manifest.json", "flipped"):
+        pytest.skip("the last byte of the manifest is a line break")
+    whole = apt_train("--training.save_every_steps", "2", name="whole")
+    plugin = stopping_plugin(tmp_path, 6, "trainer.request_stop('enough')")
+    first = apt_train("--training.save_every_steps", "2", "--plugin", plugin, name="parts")
+    damage(first.checkpoints[-1] / file, how)
+    second = apt_train("--training.save_every_steps", "2", "--resume", name="parts")
+    assert second.code == 0, second.err
+    assert "checkpoint skipped" in second.out
+    assert "step-00000004" in second.out
+    assert whole.same_weights(second)
+
+
+def test_no_intact_checkpoint_is_an_error(apt_train):
+    first = apt_train("--training.max_steps", "3")
+    for path in first.checkpoints:
+        damage(path / "model.safetensors", "flipped")
+    second = apt_train("--training.max_steps", "3", "--resume")
+    assert second.code == 1
+    assert "no intact checkpoint" in second.err and "sha256" in second.err
+
+
+def test_a_checkpoint_never_runs_code(apt_train, tmp_path):
+    """A profile inside a checkpoint is read as plain data."""
+    import hashlib
+
+    first = apt_train("--training.max_steps", "3")
+    folder = first.checkpoints[-1]
+    marker = tmp_path / "marker"
+    evil = f"!!python/object/apply:os.system ['touch {marker}']\n"
+    (folder / "profile.yaml").write_text(evil, encoding="utf-8")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest["sha256"]["profile.yaml"] = hashlib.sha256(evil.encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    second = apt_train("--training.max_steps", "3", "--resume")
+    assert second.code == 1
+    assert "profile cannot be read" in second.err
+    assert not marker.exists()
+
+
+def test_an_output_folder_in_use_is_refused(apt_train):
+    apt_train("--training.max_steps", "2")
+    again = apt_train("--training.max_steps", "2")
+    assert again.code == 2
+    assert "in use" in again.err and "--resume" in again.err
+
+
+def test_resume_without_a_run_is_refused(apt_train):
+    run = apt_train("--resume", name="nothing")
+    assert run.code == 2
+    assert "no run to resume" in run.err
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("training.learning_rate", "0.5"), ("training.max_epochs", "9")]
+)
+def test_a_key_that_changes_training_is_refused(apt_train, key, value):
+    apt_train("--training.max_steps", "3")
+    second = apt_train("--training.max_steps", "3", f"--{key}", value, "--resume")
+    assert second.code == 2
+    assert key in second.err
+    assert "Traceback" not in second.err
+
+
+def test_a_free_key_may_change_and_is_told(apt_train):
+    plugin_free = ("--training.max_steps", "3")
+    apt_train(*plugin_free)
+    second = apt_train(*plugin_free, "--training.log_every_steps", "1", "--resume")
+    assert second.code == 0, second.err
+    assert "training.log_every_steps differs" in second.out
+
+
+def test_resume_from_an_older_checkpoint_sets_the_newer_ones_aside(apt_train):
+    first = apt_train("--training.save_every_steps", "2", "--training.keep_last", "0")
+    older = next(path for path in first.checkpoints if path.name == "step-00000004")
+    second = apt_train(
+        "--training.save_every_steps", "2", "--training.keep_last", "0",
+        "--resume-from", str(older),
+    )  # fmt: skip
+    assert second.code == 0, second.err
+    assert list((second.folder / "checkpoints").glob("superseded-*"))
+    assert training_rows(second)[0][0] < 4 < training_rows(second)[-1][0]
+    assert len({row[0] for row in training_rows(second)}) == len(training_rows(second))
+
+
+def test_quarantine_survives_a_resume(apt_train, tmp_path):
+    failing = tmp_path / "failing.py"
+    failing.write_text(
+        "from apt_core import hookimpl\n\n@hookimpl\ndef on_step_end(step, trainer):\n"
+        "    if step == 4:\n        trainer.request_stop('half')\n    raise ValueError('boom')\n",
+        encoding="utf-8",
+    )
+    stopper = stopping_plugin(tmp_path, 4, "trainer.request_stop('half')")
+    apt_train("--plugin", f"{failing},{stopper}")
+    second = apt_train("--plugin", str(failing), "--resume")
+    assert second.code == 0, second.err
+    assert "stays quarantined" in second.out
+    row = next(row for row in second.manifest["plugins"] if row["name"] == "failing")
+    assert (row["state"], len(row["failures"])) == ("quarantined", 3)
+
+
+def test_plugin_state_survives_a_resume(apt_train, tmp_path):
+    """JSON and tensors, nested, with non-ASCII keys."""
+    plugin = tmp_path / "counter.py"
+    plugin.write_text(
+        "import torch\nfrom apt_core import hookimpl\n\n"
+        "state = {'数': 0, 'deep': [{'tensor': torch.zeros(2)}]}\n\n"
+        "@hookimpl\ndef on_step_end(step, trainer):\n    state['数'] += 1\n"
+        "    state['deep'][0]['tensor'] += step\n"
+        "    if step == 3 and trainer.config.evaluation.sample_tokens == 3:\n"
+        "        trainer.request_stop('half')\n\n"
+        "@hookimpl\ndef apt_state_dict(trainer):\n    return state\n\n"
+        "@hookimpl\ndef apt_load_state_dict(trainer, state):\n"
+        "    globals()['state'] = state\n\n"
+        "@hookimpl\ndef apt_metrics(trainer):\n"
+        "    return {'count': state['数'], 'sum': state['deep'][0]['tensor'].sum()}\n",
+        encoding="utf-8",
+    )
+    whole = apt_train("--plugin", str(plugin), name="whole")
+    apt_train("--plugin", str(plugin), "--evaluation.sample_tokens", "3", name="parts")
+    second = apt_train("--plugin", str(plugin), "--resume", name="parts")
+    assert second.code == 0, second.err
+    assert whole.metrics[-2]["counter/count"] == second.metrics[-2]["counter/count"]
+    assert whole.metrics[-2]["counter/sum"] == second.metrics[-2]["counter/sum"]
+
+
+def test_a_kill_while_saving_leaves_the_earlier_checkpoint(tmp_path, profile, apt_train):
+    """SIGKILL at scattered moments: every restart finds an intact checkpoint or none at all."""
+    folder = tmp_path / "killed"
+    command = [
+        sys.executable, "-m", "apt_core", "train", "-p", str(profile), "--output", str(folder),
+        "--training.save_every_steps", "1", "--training.max_epochs", "50",
+    ]  # fmt: skip
+    for attempt in range(3):
+        process = subprocess.Popen(
+            [*command, *(["--resume"] if (folder / "manifest.json").exists() else [])],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 60
+        wanted = 3 * (attempt + 1)
+        while process.poll() is None and time.monotonic() < deadline:
+            found = sorted((folder / "checkpoints").glob("step-*"))
+            if found and int(found[-1].name.removeprefix("step-")) >= wanted:
+                break
+        process.kill()
+        process.wait()
+    last = apt_train(
+        "--training.save_every_steps", "1", "--training.max_epochs", "50",
+        "--evaluation.eval_freq", "0", "--evaluation.sample_tokens", "0", "--resume",
+        name="killed",
+    )  # fmt: skip
+    assert last.code == 0, last.err
+    assert "resumed from" in last.out
