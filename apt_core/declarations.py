@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-from apt_core.discovery import Installed, LoadError, load
-from apt_core.errors import ConfigError, Problem
+from apt_core.discovery import Installed, LoadError, load, plugin_name
+from apt_core.errors import ConfigError, PluginError, Problem
 from apt_core.plugin_manager import PluginManager, PluginRecord
 from apt_core.types import PluginFailure, ProviderSpec, SectionSpec
 
@@ -31,7 +32,7 @@ def declared_by(
     """
     manager = manager or PluginManager()
     entry = installed.get(reference)
-    record = PluginRecord(reference)
+    record = PluginRecord(plugin_name(reference, installed))
     if entry is not None:
         record.dist, record.version = entry.dist, entry.version
     try:
@@ -51,8 +52,11 @@ def ask(manager: PluginManager, record: PluginRecord) -> Declared:
     A plugin that fails to answer, or answers with something else, is unregistered and broken.
     """
     known = len(record.failures)
-    sections = manager.call_plugin(record.name, "apt_register_config")
-    providers = manager.call_plugin(record.name, "apt_register_providers")
+    sections = providers = None
+    # A strict manager raises what it has recorded as the plugin's failure.
+    with suppress(PluginError):
+        sections = manager.call_plugin(record.name, "apt_register_config")
+        providers = manager.call_plugin(record.name, "apt_register_providers")
     failed = record.failures[known:]
     problem = None
     if failed:
@@ -82,9 +86,7 @@ def broken(record: PluginRecord, problem: Problem, details: str = "") -> Declare
     record.state, record.reason = "broken", _reason(record.name, problem)
     if not record.failures:
         record.failures.append(
-            PluginFailure(
-                record.name, "import", 0, record.reason, problem.where, 1, False, details
-            )
+            PluginFailure(record.name, "import", 0, record.reason, problem.where, 1, False, details)
         )
     return Declared(record, problem=problem)
 

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint, entry_points
@@ -83,7 +83,7 @@ def plugin_name(reference: str, installed: Iterable[str] = ()) -> str:
     return reference.rpartition(".")[2]
 
 
-def load(reference: str, installed: dict[str, Installed]) -> tuple[Any, PluginRecord]:
+def load(reference: str, installed: Mapping[str, Installed]) -> tuple[Any, PluginRecord]:
     """Import the plugin behind a reference; returns the plugin and its record.
 
     Raises LoadError when it is not there, when two distributions share its name, or when
@@ -155,7 +155,7 @@ def _load_file(path: Path, name: str) -> Any:
     return module
 
 
-def _load_module(reference: str, name: str, installed: dict[str, Installed]) -> Any:
+def _load_module(reference: str, name: str, installed: Mapping[str, Installed]) -> Any:
     """Import a dotted module, from the working directory if it is nowhere else.
 
     The working directory then stays on the path, at its end: that is where the modules lie which

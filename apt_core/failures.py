@@ -59,8 +59,8 @@ def short_path(filename: str) -> str:
 def where_raised(error: BaseException, home: str, line: int = 0) -> str:
     """``file:line`` of the deepest frame in the plugin whose code lives in the file ``home``.
 
-    For a plugin that is a package that is any file of its folder; without such a frame, the
-    deepest frame of all. An error that was never raised is placed at ``home`` and ``line``.
+    For a plugin that is a package that is any file of its folder; without such a frame, ``home``
+    and ``line``, or for an unknown home the deepest frame of all.
     """
     frames = [
         (frame.f_code.co_filename, number)
@@ -68,16 +68,18 @@ def where_raised(error: BaseException, home: str, line: int = 0) -> str:
     ]
     if isinstance(error, SyntaxError) and error.filename:
         frames.append((error.filename, error.lineno or 0))
-    if not frames:
-        return f"{short_path(home)}:{line}" if line else short_path(home) if home else ""
     folder = os.path.dirname(home)
     in_package = bool(folder) and os.path.exists(os.path.join(folder, "__init__.py"))
 
     def own(filename: str) -> bool:
         return filename == home or (in_package and filename.startswith(folder + os.sep))
 
-    filename, number = next((frame for frame in reversed(frames) if own(frame[0])), frames[-1])
-    return f"{short_path(filename)}:{number}"
+    own_frames = [frame for frame in frames if own(frame[0])]
+    if own_frames:
+        home, line = own_frames[-1]
+    elif not home and frames and not frames[-1][0].startswith("<"):
+        home, line = frames[-1]
+    return f"{short_path(home)}:{line}" if line else short_path(home) if home else ""
 
 
 def formatted(error: BaseException) -> str:

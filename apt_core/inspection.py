@@ -12,7 +12,6 @@ from apt_core.declarations import declared_by
 from apt_core.discovery import installed_plugins
 from apt_core.errors import ConfigError, Problem
 from apt_core.failures import short_path, source_of
-from apt_core.kernel import profile_folder
 from apt_core.plugin_manager import PluginManager, PluginRecord
 from apt_core.registry import Registry
 from apt_core.schedules import Schedule
@@ -45,10 +44,10 @@ def survey(profile: str = "", plugins: Sequence[str] = ()) -> Listing:
     source = read_profile(profile) if profile else Source.from_dict({})
     installed = installed_plugins()
     selection = select(
-        source.data.get("plugins"), plugins, installed, folder=profile_folder(profile)
+        source.data.get("plugins"), plugins, installed, folder=source.folder
     )
     chosen = PluginManager()
-    everything = PluginManager()
+    everything = PluginManager(listing=True)
     listing = Listing(chosen, Registry(everything), {}, problems=list(selection.problems))
     waiting = _scheduled_later(source)
     for wanted in selection.wanted.values():
@@ -56,6 +55,7 @@ def survey(profile: str = "", plugins: Sequence[str] = ()) -> Listing:
         record = declared.record
         record.name, record.priority = wanted.name, wanted.priority
         if record.state != "broken":
+            chosen.set_priority(wanted.name, wanted.priority)
             record.state = "dormant" if wanted.name in waiting else "active"
             listing.sections += declared.sections
             everything.register(chosen.get_plugin(wanted.name), wanted.name)

@@ -24,7 +24,7 @@ from apt_core.config import (
 )
 from apt_core.declarations import Declared, ask, broken, declared_by
 from apt_core.discovery import LoadError, installed_plugins, load
-from apt_core.errors import ConfigError, PluginError, Problem
+from apt_core.errors import ConfigError, Problem
 from apt_core.plugin_manager import PluginManager, PluginRecord
 from apt_core.registry import Probe, Registry
 from apt_core.schedules import Schedule, check_schedules
@@ -109,33 +109,22 @@ def boot(
 
     Raises ConfigError with every problem that was found.
     """
-    if isinstance(profile, Config):
-        source = Source.from_dict(profile.to_dict(), name=profile.name)
-    elif isinstance(profile, Mapping):
-        source = Source.from_dict(profile)
-    else:
+    if isinstance(profile, str | Path):
         source = read_profile(profile, overrides)
-    folder = profile_folder(profile) if isinstance(profile, str | Path) else None
-    starting = _Boot(source, manager or PluginManager(strict=strict), strict, folder)
+    else:
+        data = profile.to_dict() if isinstance(profile, Config) else profile
+        source = Source.from_dict(data).with_overrides(overrides)
+    starting = _Boot(source, manager or PluginManager(strict=strict), strict)
     starting.load_plugins(plugins)
     starting.activate_for_providers()
     return starting.check(probe, files)
 
 
-def profile_folder(profile: str | Path) -> Path | None:
-    """The folder of a profile that is named by its path: plugins may lie beside it."""
-    path = Path(profile)
-    return path.parent if path.is_file() else None
-
-
 class _Boot:
     """The steps of :func:`boot`, which share the list of problems."""
 
-    def __init__(
-        self, source: Source, manager: PluginManager, strict: bool, folder: Path | None
-    ) -> None:
+    def __init__(self, source: Source, manager: PluginManager, strict: bool) -> None:
         self.source = source
-        self.folder = folder
         self.manager = manager
         self.strict = strict
         self.installed = installed_plugins()
@@ -144,9 +133,8 @@ class _Boot:
         self.sections: list[SectionSpec] = []
         self.params: dict[str, str] = {}
         self.left_out: dict[str, str] = {}
+        self.blocked: dict[str, str] = {}
         self.active: list[Wanted] = []
-        for record in list(manager.records.values()):
-            self._take(ask(manager, record), Wanted(record.name, record.name))
 
     def load_plugins(self, references: Sequence[str]) -> None:
         """Load and register what was asked for, and ask each plugin for its declarations."""
@@ -155,12 +143,17 @@ class _Boot:
             references,
             self.installed,
             where=self.source.where("plugins"),
-            folder=self.folder,
+            folder=self.source.folder,
         )
         self.problems += selection.problems
+        self.blocked = selection.blocked
         for name in selection.blocked:
+            if self.manager.has_plugin(name):
+                self.manager.unregister(name=name)
             self.left_out[name] = f"plugin {name} is blocked"
             self.manager.records[name] = PluginRecord(name, state="blocked", reason=f"no:{name}")
+        for name, _ in self.manager.list_name_plugin():
+            self._take(ask(self.manager, self.manager.records[name]), Wanted(name, name))
         for wanted in selection.wanted.values():
             self._load(wanted)
 
@@ -178,10 +171,6 @@ class _Boot:
         except ConfigError as error:
             declared = broken(record, error.problems[0])
             self.problems += error.problems[1:] if wanted.on_failure != "isolate" else ()
-        except PluginError as error:
-            self.manager.unregister(name=wanted.name)
-            problem = Problem(str(error), key=f"plugin {wanted.name}", where=error.where)
-            declared = broken(record, problem)
         self._take(declared, wanted)
 
     def _take(self, declared: Declared, wanted: Wanted) -> None:
@@ -241,22 +230,22 @@ class _Boot:
         checked = validate(self.source, self.sections, inert=inert, active=names)
         config, inactive = checked.config, list(checked.inactive)
         self.problems += checked.problems
+        problems, more = check_schedules(
+            config,
+            self.source,
+            plugins=names,
+            params=self.params,
+            blocked={**self.left_out, **inert_params},
+            lenient=lenient,
+        )
+        self.problems += problems
+        inactive += more
         if config is not None:
-            problems, more = check_schedules(
-                config,
-                self.source,
-                plugins=names,
-                params=self.params,
-                blocked={**self.left_out, **inert_params},
-                lenient=lenient,
-            )
-            self.problems += problems
-            inactive += more
             self.problems += self._check_providers(config)
             if files:
                 self.problems += check_files(config, self.source)
         if self.strict:
-            self.problems += self._strict_problems(inactive)
+            self.problems += self._strict_problems(inactive, lenient)
         if self.problems or config is None:
             raise ConfigError(self.problems)
         self.registry.profile, self.registry.probe = config, probe
@@ -305,8 +294,11 @@ class _Boot:
             isinstance(schedules, Mapping) and bool(schedules)
         )
         for name, reason in self.left_out.items() if unclaimed else ():
-            declared = declared_by(name, self.installed)
-            inert[name] = reason
+            inert.update({name: reason, f"model.{name}": reason, f"monitoring.{name}": reason})
+            if name not in self.blocked:
+                lenient = True
+                continue
+            declared = declared_by(self.blocked[name], self.installed)
             lenient = lenient or declared.problem is not None
             for section in declared.sections:
                 if section.path:
@@ -314,8 +306,9 @@ class _Boot:
                 params.update(dict.fromkeys(section.schedule_params, reason))
         return inert, params, lenient
 
-    def _strict_problems(self, inactive: Sequence[InactiveKey]) -> list[Problem]:
-        blocked = set(self.left_out.values())
+    def _strict_problems(self, inactive: Sequence[InactiveKey], lenient: bool) -> list[Problem]:
+        """An inactive key is an error, unless the person left its plugin out."""
+        left_out = set(self.left_out.values())
         return [
             Problem(
                 f"it does nothing here: {item.reason}",
@@ -324,5 +317,5 @@ class _Boot:
                 hint="--strict allows no inactive key",
             )
             for item in inactive
-            if item.reason not in blocked
+            if item.reason not in left_out and not (lenient and item.unclaimed)
         ]

@@ -37,13 +37,50 @@ class ConsoleHandler(logging.Handler):
             self.handleError(record)
 
 
+class Backlog(logging.Handler):
+    """Keeps what is logged before a run has its folder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    def pour_into(self, handler: logging.Handler) -> None:
+        """Hand over what was kept and would have been logged, and keep nothing more."""
+        ROOT.removeHandler(self)
+        for record in self.records:
+            if record.levelno >= handler.level:
+                handler.handle(record)
+        self.records.clear()
+
+
+@contextmanager
+def keeping_backlog() -> Iterator[Backlog]:
+    """Keep what is logged from here on until it is poured into a handler."""
+    backlog = Backlog()
+    ROOT.addHandler(backlog)
+    before = ROOT.level
+    ROOT.setLevel(logging.DEBUG)
+    try:
+        yield backlog
+    finally:
+        ROOT.removeHandler(backlog)
+        ROOT.setLevel(before)
+
+
 @contextmanager
 def logging_to(
-    console: Console | None = None, *, file: Path | None = None, level: str = "INFO"
+    console: Console | None = None,
+    *,
+    file: Path | None = None,
+    level: str = "INFO",
+    backlog: Backlog | None = None,
 ) -> Iterator[None]:
     """Log what is at least of ``level`` to a console, a file or both while the context lasts.
 
-    The file is appended to, with times and levels.
+    The file is appended to, with times and levels; ``backlog`` goes into it first.
     """
     handlers: list[logging.Handler] = []
     if console is not None:
@@ -54,6 +91,8 @@ def logging_to(
         written = logging.FileHandler(file, encoding="utf-8")
         written.setLevel(level)
         written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        if backlog is not None:
+            backlog.pour_into(written)
         handlers.append(written)
     previous, propagate = ROOT.level, ROOT.propagate
     ROOT.setLevel(logging.DEBUG)

@@ -442,9 +442,7 @@ class PluginManager(pluggy.PluginManager):
 
     # Failures --------------------------------------------------------------------------------
 
-    def fail(
-        self, plugin: str, hook_name: str, error: BaseException, *, code: Any = None
-    ) -> None:
+    def fail(self, plugin: str, hook_name: str, error: BaseException, *, code: Any = None) -> None:
         """Count a failure of something that a plugin handed over, as if the hook had raised it.
 
         ``code`` is the function, class or module that failed where that is no implementation of

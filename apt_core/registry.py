@@ -8,7 +8,9 @@ is bad input.
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,7 +69,7 @@ class Registry:
         self.strict = strict
         self.resolutions: dict[tuple[str, str], Resolution] = {}
         self._specs: dict[tuple[str, str], ProviderSpec] = {}
-        self._blocked: dict[tuple[str, str], str] = {}
+        self._blocked: dict[tuple[str, str], tuple[ProviderSpec, str]] = {}
         self._built: dict[tuple[str, str, str], Any] = {}
         self.problems: list[Problem] = []
         self.refresh()
@@ -124,7 +126,13 @@ class Registry:
         if existing is not None and existing.factory is cls:
             return
         spec = ProviderSpec(
-            kind, name, cls, conflicts=tuple(excludes), default=default, version=_version_of(cls)
+            kind,
+            name,
+            cls,
+            version=str(_told_by(cls, "get_version", "")),
+            requires=tuple(_told_by(cls, "get_dependencies", ())),
+            conflicts=tuple(excludes),
+            default=default,
         )
         plugin_name = f"script:{kind}:{name}"
         problem = self._check_spec(plugin_name, spec, self._specs)
@@ -135,7 +143,7 @@ class Registry:
 
     def note_blocked(self, spec: ProviderSpec, reason: str) -> None:
         """Know a provider of a plugin that is not active: asking for it falls back."""
-        self._blocked[spec.kind, spec.name] = reason
+        self._blocked[spec.kind, spec.name] = (replace(spec, config=None), reason)
 
     # Looking ---------------------------------------------------------------------------------
 
@@ -156,8 +164,11 @@ class Registry:
 
     def default(self, kind: str) -> ProviderSpec | None:
         """The kind's default: a plugin's if one declares it, else the core's."""
+        return next(iter(self._defaults(kind)), None)
+
+    def _defaults(self, kind: str) -> list[ProviderSpec]:
         defaults = [spec for spec in self.specs(kind) if spec.default]
-        return min(defaults, key=lambda spec: spec.plugin == CORE) if defaults else None
+        return sorted(defaults, key=lambda spec: spec.plugin == CORE)
 
     def spec(self, kind: str, name: str) -> ProviderSpec:
         """The spec of a registered provider; ConfigError with a suggestion for any other."""
@@ -230,11 +241,19 @@ class Registry:
         default itself cannot be used.
         """
         spec = self._asked(kind, name)
-        resolved = self._config_for(spec, config)
-        key = (kind, spec.name, repr(resolved))
-        if key not in self._built:
-            self._built[key] = self._get(spec, resolved, fallback)
-        return self._built[key]
+        settings, reason = self._settings(spec, config)
+        key = (kind, spec.name, repr(settings))
+        if key in self._built and (fallback or self.resolutions[kind, spec.name].used == spec.name):
+            return self._built[key]
+        provider = None
+        if not reason:
+            provider, reason = self._build(spec, settings)
+        if reason:
+            provider = self._fall_back(spec, settings, reason, fallback)
+        else:
+            self.resolutions[kind, spec.name] = Resolution(kind, spec.name, spec.name)
+        self._built[key] = provider
+        return provider
 
     def _asked(self, kind: str, name: str | None) -> ProviderSpec:
         if name is None:
@@ -243,16 +262,13 @@ class Registry:
                 raise ConfigError(Problem(f"kind {kind!r} has no default provider: name one"))
             return default
         if (kind, name) in self._blocked and (kind, name) not in self._specs:
-            return ProviderSpec(kind, name, _blocked_factory)
+            return self._blocked[kind, name][0]
         return self.spec(kind, name)
 
-    def _get(self, spec: ProviderSpec, config: Any, fallback: bool) -> Any:
-        provider, reason = self._try(spec, config)
-        if not reason:
-            self.resolutions[spec.kind, spec.name] = Resolution(spec.kind, spec.name, spec.name)
-            return provider
-        default = self.default(spec.kind)
-        if default is None or default.name == spec.name or spec.kind in NO_FALLBACK:
+    def _fall_back(self, spec: ProviderSpec, settings: Any, reason: str, fallback: bool) -> Any:
+        """The kind's default in the place of ``spec``; recorded, logged and told."""
+        default = next((d for d in self._defaults(spec.kind) if d.name != spec.name), None)
+        if default is None or spec.kind in NO_FALLBACK:
             raise ProviderError(f"{spec.key} (plugin {spec.plugin}) cannot be used: {reason}")
         message = f"{spec.kind}: {spec.name} not usable ({reason})"
         if self.strict or not fallback:
@@ -264,10 +280,12 @@ class Registry:
                 )
             )
         same_section = spec.section == default.section
-        given = self._config_for(default, config if same_section else None)
-        provider, default_reason = self._try(default, given)
-        if default_reason:
-            raise ProviderError(f"{message}; nor is the default {default.name}: {default_reason}")
+        given, wrong = self._settings(default, settings if same_section else None)
+        provider = None
+        if not wrong:
+            provider, wrong = self._build(default, given)
+        if wrong:
+            raise ProviderError(f"{message}; nor is the default {default.name}: {wrong}")
         log.warning("%s: using %s", message, default.name)
         self.resolutions[spec.kind, spec.name] = Resolution(
             spec.kind, spec.name, default.name, reason
@@ -276,6 +294,19 @@ class Registry:
             event=FallbackEvent(spec.kind, spec.name, default.name, reason)
         )
         return provider
+
+    def _settings(self, spec: ProviderSpec, given: Any) -> tuple[Any, str]:
+        """The provider's config, or the reason why the provider cannot be used."""
+        blocked = self._blocked.get((spec.kind, spec.name))
+        if blocked and (spec.kind, spec.name) not in self._specs:
+            return given, blocked[1]
+        missing = unmet(spec.requires)
+        if missing:
+            return given, "; ".join(missing)
+        try:
+            return self._config_for(spec, given), ""
+        except BaseException as error:
+            return given, self._reason(spec, error)
 
     def _config_for(self, spec: ProviderSpec, given: Any) -> Any:
         """The provider's config: what was given, else its section of the profile, else defaults."""
@@ -288,9 +319,13 @@ class Registry:
             return given
         from pydantic import BaseModel, ValidationError
 
-        raw = given.model_dump() if isinstance(given, BaseModel) else dict(given or {})
+        if isinstance(given, BaseModel):
+            given = given.model_dump(include=set(model.model_fields))
+        if not isinstance(given, Mapping | None):
+            kind = type(given).__name__
+            raise ConfigError(Problem(f"settings are a mapping, not {kind}", key=spec.key))
         try:
-            return model.model_validate(raw)
+            return model.model_validate(dict(given or {}))
         except ValidationError as error:
             raise ConfigError(
                 Problem(
@@ -303,29 +338,34 @@ class Registry:
                 for item in error.errors()
             ) from None
 
-    def _try(self, spec: ProviderSpec, config: Any) -> tuple[Any, str]:
+    def _build(self, spec: ProviderSpec, config: Any) -> tuple[Any, str]:
         """Build and probe; returns the provider, or the reason why it cannot be used."""
-        blocked = self._blocked.get((spec.kind, spec.name))
-        if blocked and (spec.kind, spec.name) not in self._specs:
-            return None, blocked
-        missing = unmet(spec.requires)
-        if missing:
-            return None, "; ".join(missing)
         try:
             provider = self.manager.hook.apt_build_provider(spec=spec, config=config)
             if provider is None:
                 provider = _resolve(spec.factory)(config)
-        except (AptError, KeyboardInterrupt):
-            raise
-        except ImportError as error:
-            return None, one_line(error)
         except BaseException as error:
-            if spec.plugin == CORE:
-                raise
-            self.manager.fail(spec.plugin, "apt_build_provider", error)
-            return None, f"building it failed: {one_line(error)}"
+            return None, self._reason(spec, error)
         reason = self.probe(spec, provider, config) if self.probe else None
         return provider, reason or ""
+
+    def _reason(self, spec: ProviderSpec, error: BaseException) -> str:
+        """Why a provider cannot be used whose code raised ``error``, which is being handled.
+
+        It counts as a failure of its plugin, unless only an import failed. Errors with a message
+        for the person, and those of the core, are raised again.
+        """
+        if isinstance(error, AptError | KeyboardInterrupt):
+            raise
+        if isinstance(error, ImportError):
+            return one_line(error)
+        if spec.plugin == CORE:
+            raise
+        code: Any = spec.factory
+        if isinstance(code, str):
+            code = sys.modules.get(code.partition(":")[0])
+        self.manager.fail(spec.plugin, "apt_build_provider", error, code=code)
+        return f"building it failed: {one_line(error)}"
 
 
 class _OneSpec:
@@ -339,10 +379,6 @@ class _OneSpec:
         return [self._spec]
 
 
-def _blocked_factory(config: Any) -> Any:
-    raise AssertionError("a blocked provider is never built")
-
-
 def _resolve(target: Any) -> Any:
     """The object behind ``"module:attribute"``; anything else is returned as it is."""
     if not isinstance(target, str):
@@ -351,9 +387,15 @@ def _resolve(target: Any) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def _version_of(cls: Any) -> str:
-    get_version = getattr(cls, "get_version", None)
-    return str(get_version(cls)) if callable(get_version) and isinstance(cls, type) else ""
+def _told_by(cls: Any, method: str, default: Any) -> Any:
+    """What a provider class tells of itself; ``default`` where it needs an instance for that."""
+    tell = getattr(cls, method, None)
+    if not isinstance(cls, type) or not callable(tell):
+        return default
+    try:
+        return tell() if inspect.ismethod(tell) else tell(cls)
+    except (AttributeError, TypeError):
+        return default
 
 
 def __getattr__(name: str) -> Any:

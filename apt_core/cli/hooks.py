@@ -23,7 +23,6 @@ from apt_core.inspection import (
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Look at plugins, hooks and providers. Without --profile and --plugin, all that is "
     "installed is listed.",

@@ -24,10 +24,13 @@ def run_command(app: typer.Typer, prog: str, args: Sequence[str] | None = None) 
     import typer.main
 
     args = list(sys.argv[1:] if args is None else args)
+    command = typer.main.get_command(app)
+    if not args and hasattr(command, "commands"):
+        args = ["--help"]
     try:
         # Not main(): it turns Ctrl-C and a reader that went away into exits of its own.
-        with typer.main.get_command(app).make_context(prog, list(args)) as context:
-            result = context.command.invoke(context)
+        with command.make_context(prog, list(args)) as context:
+            result = command.invoke(context)
         sys.stdout.flush()
     except typer.Exit as end:
         return end.exit_code

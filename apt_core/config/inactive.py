@@ -6,7 +6,7 @@ A rule goes when its key starts to work.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from apt_core.config.schema import Config
@@ -18,10 +18,12 @@ METRICS = ("perplexity", "accuracy", "loss", "bits_per_byte")
 
 @dataclass(frozen=True)
 class InactiveKey:
-    """A key of the profile that does nothing here, and why."""
+    """A key of the profile that does nothing here, and why. ``unclaimed``: no active plugin has
+    it, one that was left out may."""
 
     key: str
     reason: str
+    unclaimed: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def inactive_keys(
     for rule in RULES:
         taken = any(rule.key == path or rule.key.startswith(f"{path}.") for path in owned)
         if not taken and rule.plugin not in active and rule.asks(_value(config, rule.key)):
-            yield InactiveKey(rule.key, rule.reason)
+            yield InactiveKey(rule.key, rule.reason, rule.reason.startswith(_UNOWNED))
     for metric in dict.fromkeys(config.evaluation.metrics):
         if metric not in METRICS:
             hint = did_you_mean(metric, METRICS) or f"there are {', '.join(METRICS)}"

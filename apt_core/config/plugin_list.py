@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from apt_core.config.loader import LOCAL_FOLDER, SUFFIXES, read_profile
-from apt_core.config.yaml_text import parse_yaml
+from apt_core.config.yaml_text import ProfileDumper, parse_yaml
 from apt_core.errors import ConfigError, Problem
 
 
@@ -31,8 +31,8 @@ def edit_plugin_list(profile: Path, plugin: str, *, present: bool) -> bool:
         # From the end, so that the places of those before stay.
         for index in reversed([i for i, name in enumerate(listed) if name == plugin]):
             edited = _remove(edited, index)
-    if not _is_edit(original, edited, plugin, present=present):
-        wanted = [*listed, plugin] if present else [name for name in listed if name != plugin]
+    wanted = [*listed, plugin] if present else [name for name in listed if name != plugin]
+    if not _is_edit(original, edited, wanted):
         raise ConfigError(
             Problem(
                 "the list cannot be edited in place (it is inherited, or uses anchors)",
@@ -65,17 +65,18 @@ def _file(profile: Path) -> Path:
     return file
 
 
-def _is_edit(original: str, edited: str, plugin: str, *, present: bool) -> bool:
-    """Do the two differ by this plugin in the list, and by nothing else?"""
+def _is_edit(original: str, edited: str, wanted: Sequence[Any]) -> bool:
+    """Does the edited text list what is wanted, and say in all else what the original says?"""
     try:
         before, after = (parse_yaml(text, "profile") for text in (original, edited))
     except ConfigError:
         return False
     if before.problems != after.problems or not isinstance(after.data, dict):
         return False
-    items, left = before.data.pop("plugins", None), after.data.pop("plugins", None)
-    wanted = [item for item in items or [] if present or _name(item) != plugin]
-    return before.data == after.data and (left or []) == wanted + [plugin] * present
+    known = {_name(item): item for item in before.data.pop("plugins", None) or []}
+    items = after.data.pop("plugins", None) or []
+    kept = all(known.get(_name(item), item) == item for item in items)
+    return kept and [_name(item) for item in items] == wanted and before.data == after.data
 
 
 def _name(item: Any) -> Any:
@@ -92,7 +93,10 @@ def _nodes(text: str) -> tuple[yaml.Node, yaml.Node] | None:
 
 
 def _add(text: str, plugin: str) -> str:
-    item = yaml.safe_dump([plugin], default_flow_style=True, width=10_000).strip()[1:-1]
+    dumped = yaml.dump(
+        [plugin], Dumper=ProfileDumper, default_flow_style=True, allow_unicode=True, width=10_000
+    )
+    item = dumped.strip()[1:-1]
     newline = "\r\n" if "\r\n" in text else "\n"
     nodes = _nodes(text)
     if nodes is None:
@@ -102,7 +106,7 @@ def _add(text: str, plugin: str) -> str:
     if isinstance(node, yaml.ScalarNode):
         colon = _colon(text, key)
         return f"{text[:colon]} [{item}]{text[max(colon, node.end_mark.index) :]}"
-    if node.flow_style:
+    if isinstance(node, yaml.SequenceNode) and node.flow_style:
         end = _end(node.value[-1]) if node.value else node.start_mark.index + 1
         return f"{text[:end]}{', ' if node.value else ''}{item}{text[end:]}"
     end = _line_end(text, _end(node.value[-1]))
@@ -110,10 +114,9 @@ def _add(text: str, plugin: str) -> str:
 
 
 def _remove(text: str, index: int) -> str:
-    nodes = _nodes(text)
-    if nodes is None or not isinstance(nodes[1], yaml.SequenceNode):
+    key, node = _nodes(text) or (None, None)
+    if key is None or not isinstance(node, yaml.SequenceNode):
         return text
-    key, node = nodes
     item = node.value[index]
     if node.flow_style:
         return _remove_from_flow(text, node.value, index)

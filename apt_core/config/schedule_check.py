@@ -98,7 +98,8 @@ class _Check:
             if reason is not None:
                 self.ignore(key, reason)
             elif self.lenient:
-                self.ignore(key, "no active plugin declares it; one that was left out may")
+                reason = "no active plugin declares it; one that was left out may"
+                self.ignore(key, reason, unclaimed=True)
             else:
                 known = sorted(self.params)
                 listed = f"declared are: {', '.join(known)}" if known else "no plugin declares any"
@@ -131,5 +132,5 @@ class _Check:
         path = ("schedules", key)
         self.problems.append(Problem(message, f"schedules.{key}", self.source.where(path), hint))
 
-    def ignore(self, key: str, reason: str) -> None:
-        self.inactive.append(InactiveKey(f"schedules.{key}", reason))
+    def ignore(self, key: str, reason: str, *, unclaimed: bool = False) -> None:
+        self.inactive.append(InactiveKey(f"schedules.{key}", reason, unclaimed))

@@ -167,10 +167,15 @@ class TrainingSection(Section):
         default=1, description="Micro-batches whose gradients make one optimizer step."
     )
     learning_rate: Annotated[float, Field(gt=0, le=1e3)] = Field(
-        default=1e-3, description="Peak learning rate."
+        default=1e-4, description="Peak learning rate, for a model 1536 wide: see the next key."
+    )
+    scale_lr_by_width: bool = Field(
+        default=True,
+        description="Scale the learning rate of matrices that read the residual stream by "
+        "1536 / d_model, so that one rate suits every width; false: the same rate for all.",
     )
     min_lr_ratio: Fraction = Field(
-        default=0.1, description="Final learning rate as a share of the peak."
+        default=0.0, description="Final learning rate as a share of the peak."
     )
     warmup_steps: CountOrZero = Field(
         default=50, description="Steps over which the learning rate rises."
@@ -303,6 +308,11 @@ class HardwareSection(Section):
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$")] = Field(
         default="auto", description="auto, cpu, mps, cuda or cuda:N."
+    )
+    num_threads: Annotated[int, Field(ge=1, le=2**10)] | None = Field(
+        default=None,
+        description="Threads of a CPU run. Without it one for tiny models, for which threads that "
+        "wait for each other cost more than they bring; else as many as torch takes.",
     )
     num_gpus: Annotated[int, Field(ge=0, le=2**20)] = Field(
         default=0, description="Number of GPUs."

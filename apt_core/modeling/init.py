@@ -133,22 +133,6 @@ def init_by_type(
     return True
 
 
-def input_gain(d_model: int) -> float:
-    """The constant g by which a layer multiplies the matrices that read the residual stream.
-
-    Adam moves every stored weight by about the learning rate, whatever its gradient. A matrix that
-    is stored g times smaller than it acts, moves g times faster. g falls with the width, as the
-    learning rate of hidden matrices does in muP (Yang et al. 2021), so that one learning rate
-    (1e-4 to 3e-4) suits narrow and wide models.
-    """
-    return 1536 / d_model
-
-
-def read_std(d_model: int) -> float:
-    """The standard deviation of a matrix that reads the stream, as it is stored (without g)."""
-    return 1 / (input_gain(d_model) * d_model**0.5)
-
-
 def write_std(fan_in: int, num_layers: int) -> float:
     """The standard deviation of a matrix that writes to the stream.
 

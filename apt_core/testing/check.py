@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from apt_core.declarations import declared_by
 from apt_core.discovery import installed_plugins
 from apt_core.errors import AptError
 from apt_core.failures import one_line
+from apt_core.kernel import NAME_KEYS
 from apt_core.plugin_manager import PluginManager
 from apt_core.registry import Registry
 from apt_core.testing.tiny import tiny_run
@@ -17,6 +19,9 @@ from apt_core.types import ProviderSpec
 
 ACTS = ("apt_loss_terms", "apt_param_groups", "apt_build_provider", "on_backward_end")
 """Hooks by which a plugin may mean to change the weights."""
+
+TRAINED_WITH = ("attention", "ffn", "norm", "position", "optimizer", "lr_schedule")
+"""Kinds of providers that a tiny run can be made with, whatever their settings are."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +33,9 @@ class Finding:
     detail: str = ""
 
 
-def check_plugin(reference: str) -> list[Finding]:
+def check_plugin(reference: str | os.PathLike[str]) -> list[Finding]:
     """Check the plugin behind a name, a dotted module or a ``.py`` path; never raises for it."""
+    reference = os.fspath(reference)
     manager = PluginManager()
     declared = declared_by(reference, installed_plugins(), manager)
     if declared.problem is not None:
@@ -38,7 +44,7 @@ def check_plugin(reference: str) -> list[Finding]:
     registry = Registry(manager)
     findings += [Finding("providers", False, str(problem)) for problem in registry.problems]
     for spec in declared.providers:
-        findings += _check_provider(registry, registry.spec(spec.kind, spec.name))
+        findings += _check_provider(registry, registry.spec(spec.kind, spec.name), reference)
     plain = tiny_run(steps=6)
     try:
         run = tiny_run(reference, steps=6)
@@ -53,7 +59,7 @@ def check_plugin(reference: str) -> list[Finding]:
     return findings
 
 
-def _check_provider(registry: Registry, spec: ProviderSpec) -> Iterator[Finding]:
+def _check_provider(registry: Registry, spec: ProviderSpec, reference: str) -> Iterator[Finding]:
     usable, reason = registry.usable(spec)
     if usable is False:
         yield Finding(spec.key, True, f"left out: {reason}")
@@ -73,3 +79,10 @@ def _check_provider(registry: Registry, spec: ProviderSpec) -> Iterator[Finding]
             yield Finding(f"{spec.key}, {check}", False, one_line(error))
         else:
             yield Finding(f"{spec.key}, {check}", True)
+    if spec.kind in TRAINED_WITH:
+        try:
+            tiny_run(reference, steps=2, overrides={NAME_KEYS[spec.kind]: spec.name})
+        except Exception as error:
+            yield Finding(f"{spec.key}, trains", False, one_line(error))
+        else:
+            yield Finding(f"{spec.key}, trains", True, "2 steps")

@@ -9,21 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from apt_core.modeling.init import construction_rng, initialize_parameters
+from apt_core.modeling.layers import RoPEProvider
 
 Check = tuple[str, Callable[[], None]]
 
 
 def attention_checks(provider: Any, *, d_model: int = 32, num_heads: int = 4) -> Iterator[Check]:
-    """Shape, causality, gradients, determinism and state dict of an attention provider."""
+    """Shape, causality, mask, cache, gradients, determinism and state dict of attention."""
 
-    def build() -> nn.Module:
-        return _built(lambda: provider.create_layer(d_model, num_heads, max_seq_len=16))
+    def build(position: Any = None) -> nn.Module:
+        return _built(
+            lambda: provider.create_layer(d_model, num_heads, max_seq_len=16, position=position)
+        )
 
-    yield "attention: shape", lambda: _shape(build(), d_model)
-    yield "attention: causal", lambda: _causal(build(), d_model)
-    yield "attention: gradients", lambda: _gradients(build(), d_model)
-    yield "attention: deterministic", lambda: _deterministic(build, d_model)
-    yield "attention: state dict", lambda: _state_dict(build, d_model)
+    yield "shape", lambda: _shape(build(), d_model)
+    yield "causal", lambda: _causal(build(), d_model)
+    yield "mask", lambda: _mask(build(), d_model)
+    yield "cache", lambda: _cache(build(RoPEProvider()), d_model)
+    yield "gradients", lambda: _gradients(build(), d_model)
+    yield "deterministic", lambda: _deterministic(build, d_model)
+    yield "state dict", lambda: _state_dict(build, d_model)
 
 
 def ffn_checks(provider: Any, *, d_model: int = 32) -> Iterator[Check]:
@@ -32,11 +37,11 @@ def ffn_checks(provider: Any, *, d_model: int = 32) -> Iterator[Check]:
     def build() -> nn.Module:
         return _built(lambda: provider.create_layer(d_model, 2 * d_model))
 
-    yield "ffn: shape", lambda: _shape(build(), d_model)
-    yield "ffn: token-wise", lambda: _causal(build(), d_model, width=1)
-    yield "ffn: gradients", lambda: _gradients(build(), d_model)
-    yield "ffn: deterministic", lambda: _deterministic(build, d_model)
-    yield "ffn: state dict", lambda: _state_dict(build, d_model)
+    yield "shape", lambda: _shape(build(), d_model)
+    yield "token-wise", lambda: _causal(build(), d_model, width=1)
+    yield "gradients", lambda: _gradients(build(), d_model)
+    yield "deterministic", lambda: _deterministic(build, d_model)
+    yield "state dict", lambda: _state_dict(build, d_model)
 
 
 def norm_checks(provider: Any, *, d_model: int = 32) -> Iterator[Check]:
@@ -45,9 +50,9 @@ def norm_checks(provider: Any, *, d_model: int = 32) -> Iterator[Check]:
     def build() -> nn.Module:
         return _built(lambda: provider.create_layer(d_model))
 
-    yield "norm: shape", lambda: _shape(build(), d_model)
-    yield "norm: gradients", lambda: _gradients(build(), d_model)
-    yield "norm: state dict", lambda: _state_dict(build, d_model)
+    yield "shape", lambda: _shape(build(), d_model)
+    yield "gradients", lambda: _gradients(build(), d_model)
+    yield "state dict", lambda: _state_dict(build, d_model)
 
 
 CHECKS: dict[str, Callable[[Any], Iterator[Check]]] = {
@@ -87,6 +92,43 @@ def _causal(layer: nn.Module, d_model: int, width: int | None = None) -> None:
         first = 0 if width is None else position
         outside = [i for i in range(8) if seen[i] and not first <= i <= position]
         assert not outside, f"the output at {position} depends on the inputs at {outside}"
+
+
+def _mask(layer: nn.Module, d_model: int) -> None:
+    """A mask narrows what is seen, and one that allows everything changes nothing."""
+    x = _input(d_model).requires_grad_()
+    mask = torch.ones(8, 8, dtype=torch.bool)
+    whole = layer(x)
+    assert torch.allclose(layer(x, mask=mask), whole, atol=1e-5), "a mask of True changes it"
+    mask[3:, 2] = False
+    layer(x, mask=mask)[:, 3:].square().sum().backward()
+    assert x.grad is not None and not x.grad[:, 2].any(), "a token that is masked is seen"
+
+
+def _cache(layer: nn.Module, d_model: int) -> None:
+    """A sequence that is fed in pieces gives what it gives as a whole."""
+    x, cache = _input(d_model), GrowingCache()
+    pieces = torch.cat([layer(piece, cache=cache) for piece in x.split((3, 1, 4), 1)], dim=1)
+    assert cache.length == 8, f"the cache holds {cache.length} positions after 8 tokens"
+    difference = (pieces - layer(x)).abs().max().item()
+    assert difference < 1e-4, f"fed in pieces, the output differs by {difference:.2g}"
+
+
+class GrowingCache:
+    """A :class:`~apt_core.providers.attention.KeyValueCache` that grows by concatenation."""
+
+    def __init__(self) -> None:
+        self.held: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def length(self) -> int:
+        return 0 if self.held is None else self.held[0].shape[2]
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self.held is not None:
+            key, value = torch.cat([self.held[0], key], 2), torch.cat([self.held[1], value], 2)
+        self.held = key, value
+        return self.held
 
 
 def _gradients(layer: nn.Module, d_model: int) -> None:

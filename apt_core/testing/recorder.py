@@ -7,13 +7,14 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from apt_core import hookspecs
+from apt_core.errors import did_you_mean
 from apt_core.markers import PROJECT, Priority, hookimpl
 
 
 class Recorder:
     """Records calls of hooks as ``(hook, arguments)`` in ``calls``; it answers nothing.
 
-    By default it listens to every ``on_*`` hook.
+    By default it listens to every ``on_*`` hook. Raises ValueError for a hook that there is not.
 
     >>> from apt_core.plugin_manager import PluginManager
     >>> manager, recorder = PluginManager(), Recorder()
@@ -27,10 +28,11 @@ class Recorder:
         self, hooks: Collection[str] | None = None, *, priority: int = Priority.NORMAL
     ) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
-        for name, spec in vars(hookspecs).items():
-            wanted = name.startswith("on_") if hooks is None else name in hooks
-            if wanted and hasattr(spec, f"{PROJECT}_spec"):
-                setattr(self, name, hookimpl(priority=priority)(self._listener(name, spec)))
+        specs = {n: spec for n, spec in vars(hookspecs).items() if hasattr(spec, f"{PROJECT}_spec")}
+        for name in (n for n in specs if n.startswith("on_")) if hooks is None else hooks:
+            if name not in specs:
+                raise ValueError(f"there is no hook {name!r} {did_you_mean(name, specs)}".rstrip())
+            setattr(self, name, hookimpl(priority=priority)(self._listener(name, specs[name])))
 
     def _listener(self, name: str, spec: Callable[..., Any]) -> Callable[..., None]:
         signature = inspect.signature(spec)

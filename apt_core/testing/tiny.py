@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apt_core.config import Override, Source, parse_override
+from apt_core.config import Override
 from apt_core.plugin_manager import PluginManager
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ TINY_PROFILE: dict[str, Any] = {
         "batch_size": 4,
         "max_epochs": 2,
         "learning_rate": 1e-3,
-        "warmup_steps": 2,
+        "warmup_steps": 0,
         "log_every_steps": 2,
         "mixed_precision": False,
     },
@@ -71,39 +72,42 @@ def tiny_run(
     strict: bool = True,
     profile: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
-    output: Path | None = None,
+    output: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> TinyRun:
     """Train a tiny model with the given plugins (objects, or references as ``--plugin`` takes).
 
     ``steps`` ends the run early; ``strict`` makes a plugin's failure raise; ``profile`` replaces
-    TINY_PROFILE and ``overrides`` sets dotted keys of it. ``options`` go to the Trainer. Without
-    ``output`` the run's folder is temporary.
+    TINY_PROFILE and ``overrides`` sets dotted keys of it. ``options``, such as ``resume=True``, go
+    to the Trainer. Without ``output`` the run's folder is temporary.
     """
     from apt_core.kernel import boot
     from apt_core.training import Trainer
 
     with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(output) if output else Path(temporary) / "run"
         data = copy.deepcopy(dict(profile if profile is not None else TINY_PROFILE))
         if not data.get("data"):
-            text = Path(temporary) / "text.txt"
+            # Beside the run's folder, so that a run which resumes it reads the same file.
+            text = folder.with_name(f"{folder.name}.txt")
+            text.parent.mkdir(parents=True, exist_ok=True)
             text.write_text(TEXT, encoding="utf-8")
             data["data"] = {"train_path": str(text)}
         changes = [Override(tuple(k.split(".")), v, k) for k, v in (overrides or {}).items()]
         if steps is not None:
-            changes.append(parse_override(f"training.max_steps={steps}", where="steps"))
+            changes.append(Override(("training", "max_steps"), steps, "steps"))
         manager = PluginManager(strict=strict)
-        references = [plugin for plugin in plugins if isinstance(plugin, str)]
+        references = [os.fspath(p) for p in plugins if isinstance(p, str | os.PathLike)]
         for plugin in plugins:
-            if not isinstance(plugin, str):
+            if not isinstance(plugin, str | os.PathLike):
                 manager.register(plugin)
         kernel = boot(
-            Source.from_dict(data).with_overrides(changes).data,
+            data,
             plugins=references,
+            overrides=changes,
             manager=manager,
             strict=strict,
         )
-        folder = output or Path(temporary) / "run"
         trainer = Trainer(kernel, output=folder, strict=strict, **options)
         result = trainer.fit()
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

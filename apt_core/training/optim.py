@@ -51,42 +51,55 @@ class CosineProvider(LRScheduleProvider):
 
 
 def parameter_groups(
-    model: nn.Module, manager: PluginManager, *, learning_rate: float, weight_decay: float
+    model: nn.Module,
+    manager: PluginManager,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    scales: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """The optimizer's groups: those that plugins ask for, then matrices and the rest.
+    """The optimizer's groups: those that plugins ask for, then the rest by their rate.
 
-    Weight decay is for matrices only: a decayed gain or bias pulls towards zero what has no reason
-    to be there. A plugin's group may set ``lr_scale`` and ``weight_decay``.
+    ``scales`` are factors on the learning rate by parameter name; the decay of a step stays what
+    it is without them. Weight decay is for matrices only: a decayed gain or bias pulls towards
+    zero what has no reason to be there. A plugin's group may set ``lr_scale`` (a further factor)
+    and ``weight_decay``.
     """
-    left = {id(p): p for p in model.parameters() if p.requires_grad}
-    groups: list[dict[str, Any]] = []
+    scales = scales or {}
+    left = {id(p): (name, p) for name, p in model.named_parameters() if p.requires_grad}
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+
+    def add(name: str, parameter: Tensor, lr_scale: float, decay: float) -> None:
+        scale = scales.get(name, 1.0)
+        key = (learning_rate * lr_scale * scale, decay / scale)
+        groups.setdefault(key, []).append(parameter)
+
     for plugin, asked in manager.call_each("apt_param_groups", model=model):
         try:
-            planned = [_plugin_group(group, left, learning_rate, weight_decay) for group in asked]
+            planned = [_plugin_group(group, weight_decay) for group in asked]
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             manager.fail(plugin, "apt_param_groups", error)
             continue
-        for group in planned:
-            group["params"] = [p for p in group["params"] if left.pop(id(p), None) is not None]
-        groups += [group for group in planned if group["params"]]
-    matrices = [p for p in left.values() if p.ndim >= 2]
-    vectors = [p for p in left.values() if p.ndim < 2]
-    groups.append({"params": matrices, "lr": learning_rate, "weight_decay": weight_decay})
-    groups.append({"params": vectors, "lr": learning_rate, "weight_decay": 0.0})
-    return [group for group in groups if group["params"]]
+        for parameters, lr_scale, decay in planned:
+            for parameter in parameters:
+                if id(parameter) in left:
+                    add(*left.pop(id(parameter)), lr_scale, decay)
+    for name, parameter in left.values():
+        add(name, parameter, 1.0, weight_decay if parameter.ndim >= 2 else 0.0)
+    return [
+        {"params": parameters, "lr": lr, "weight_decay": decay}
+        for (lr, decay), parameters in groups.items()
+    ]
 
 
 def _plugin_group(
-    group: Mapping[str, Any], left: Mapping[int, Tensor], learning_rate: float, weight_decay: float
-) -> dict[str, Any]:
+    group: Mapping[str, Any], weight_decay: float
+) -> tuple[list[Tensor], float, float]:
     unknown = set(group) - {"params", "lr_scale", "weight_decay"}
     if unknown:
         raise ValueError(f"a parameter group has the unknown keys {sorted(unknown)}")
-    return {
-        "params": [p for p in group["params"] if id(p) in left],
-        "lr": learning_rate * float(group.get("lr_scale", 1.0)),
-        "weight_decay": float(group.get("weight_decay", weight_decay)),
-    }
+    decay = float(group.get("weight_decay", weight_decay))
+    return list(group["params"]), float(group.get("lr_scale", 1.0)), decay
 
 
 class FiniteGuard:

@@ -12,12 +12,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from apt_core.config import Config
 from apt_core.data.batches import BatchPlan
 from apt_core.data.tokens import tokenize
 from apt_core.device import autocast_dtype, resolve_device
 from apt_core.errors import ConfigError, Problem
 from apt_core.kernel import Kernel
 from apt_core.modeling.compose import ModelBuilder
+from apt_core.modeling.lr_scale import learning_rate_scales
 from apt_core.modeling.probe import probe_layer
 from apt_core.providers.lr_schedule import LRScheduleProvider
 from apt_core.providers.tokenizer import TokenizerProvider
@@ -26,6 +28,20 @@ from apt_core.training.optim import parameter_groups
 log = logging.getLogger("apt.training")
 
 PROBED = ("attention", "ffn", "norm")
+
+ONE_THREAD_BELOW = 2**23
+"""Multiply-adds of one feed-forward matrix in a micro-batch, below which a second thread brings a
+quarter on an idle machine and costs a multiple on a busy one."""
+
+
+def num_threads(config: Config) -> int | None:
+    """How many CPU threads the run takes, or None for torch's choice: a function of the profile,
+    since results depend on it in their last bits."""
+    if config.hardware.num_threads is not None:
+        return config.hardware.num_threads
+    model, length = config.model, config.data.max_length or config.model.max_seq_len
+    work = config.training.batch_size * length * model.d_model * model.d_ff
+    return 1 if work < ONE_THREAD_BELOW else None
 
 
 @dataclass
@@ -63,6 +79,9 @@ def prepare(kernel: Kernel, *, strict: bool = False) -> Parts:
         kernel.manager,
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
+        scales=learning_rate_scales(model, config.model.d_model)
+        if training.scale_lr_by_width
+        else None,
     )
     optimizer = registry.get("optimizer", training.optimizer_name).create(
         groups, learning_rate=training.learning_rate, weight_decay=training.weight_decay

@@ -21,6 +21,7 @@ FREE_KEYS = (
     "training.log_every_steps",
     "training.max_nonfinite_steps",
     "hardware.num_gpus",
+    "hardware.num_threads",
 )
 HORIZON_KEYS = ("training.max_epochs", "training.max_steps")
 """The end of the run. The learning rate is a function of it, and so are annealed parameters."""

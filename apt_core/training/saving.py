@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apt_core.errors import CheckpointError, PluginError, TrainingError
-from apt_core.log import logging_to
+from apt_core.log import Backlog, logging_to
 from apt_core.training import checkpoint
 from apt_core.training.checkpoint import Snapshot
 from apt_core.training.resume import check_resume, saved_profile
@@ -52,8 +52,11 @@ class Saving:
     # The folder ------------------------------------------------------------------------------
 
     @contextmanager
-    def opened(self) -> Iterator[RunFolder]:
-        """The run's folder, with its log, after a resume with the trainer's state restored."""
+    def opened(self, backlog: Backlog) -> Iterator[RunFolder]:
+        """The run's folder, with its log, after a resume with the trainer's state restored.
+
+        ``backlog`` is what was logged before there was a folder.
+        """
         trainer, config = self.trainer, self.trainer.config
         found = self._find_checkpoint()
         in_use = self.output is not None and (self.output / "manifest.json").exists()
@@ -62,7 +65,8 @@ class Saving:
             self.folder = RunFolder.existing(self.output)
         else:
             self.folder = RunFolder.create(self.output, config.name, config.training.checkpoint_dir)
-        with logging_to(file=self.folder.log_file, level=config.debug.log_level):
+        level = config.debug.log_level
+        with logging_to(file=self.folder.log_file, level=level, backlog=backlog):
             try:
                 if found is not None:
                     self._restore(*found)
@@ -114,8 +118,7 @@ class Saving:
         for key in kernel.inactive:
             log.info("inactive: %s (%s)", key.key, key.reason)
         for row in kernel.registry.resolutions.values():
-            because = f" (asked: {row.asked}; {row.reason})" if row.reason else ""
-            log.info("%s: %s%s", row.kind, row.used, because)
+            log.info("%s: %s", row.kind, row.used)
         log.info(
             "model built: %s parameters on %s, %s",
             f"{parameters:,}",

@@ -16,17 +16,18 @@ from torch import Tensor, nn
 
 from apt_core.config import Config
 from apt_core.data.batches import IGNORED, Batch, evaluation_batches
-from apt_core.device import autocast, peak_memory_bytes
+from apt_core.device import autocast, cpu_threads, peak_memory_bytes
 from apt_core.errors import PluginError, StopTraining, TrainingError
-from apt_core.evaluation.quick_eval import evaluate
+from apt_core.evaluation.quick_eval import batches_at_once, evaluate
 from apt_core.inference.generator import generate
 from apt_core.kernel import Kernel, boot
+from apt_core.log import keeping_backlog
 from apt_core.monitor import ProgressDisplay, Throughput
 from apt_core.plugin_manager import PluginManager
 from apt_core.schedules import Horizon, Schedule
 from apt_core.training.blame import attributed
 from apt_core.training.optim import FiniteGuard
-from apt_core.training.prepare import prepare
+from apt_core.training.prepare import num_threads, prepare
 from apt_core.training.saving import Saving
 from apt_core.training.signals import Interrupts
 from apt_core.types import GenerationRequest, ModelOutput
@@ -124,7 +125,8 @@ class Trainer:
         is not possible, and another AptError when the run fails; a checkpoint of the last whole
         step is written first.
         """
-        with self._interrupts.listening():
+        threads = cpu_threads(num_threads(self.config))
+        with self._interrupts.listening(), threads, keeping_backlog() as backlog:
             self.parts = prepare(self.kernel, strict=self.strict)
             self.device = self.parts.device
             self.model: nn.Module = self.parts.model
@@ -140,7 +142,7 @@ class Trainer:
             self.total_steps = self.config.training.max_epochs * plan.steps_per_epoch
             if self.config.training.max_steps is not None:
                 self.total_steps = min(self.total_steps, self.config.training.max_steps)
-            with self._saving.opened() as self.folder:
+            with self._saving.opened(backlog) as self.folder:
                 return self._run()
 
     def _run(self) -> RunResult:
@@ -374,7 +376,9 @@ class Trainer:
             log.warning(
                 "%d steps were not finite and changed nothing (to step %d)", skipped, self.step
             )
-        self._write_row(row)
+        self.metrics = row
+        self.folder.write_metrics(row)
+        self.manager.hook.on_metrics(metrics=row, step=self.step)
         self._display.update(self.step, self.epoch, row)
         if in_a_row >= self.config.training.max_nonfinite_steps:
             raise TrainingError(
@@ -382,11 +386,6 @@ class Trainer:
                 f"one step {self.step}: lower training.learning_rate (now "
                 f"{self.config.training.learning_rate:g}) or raise training.warmup_steps"
             )
-
-    def _write_row(self, row: dict[str, Any]) -> None:
-        self.metrics = row
-        self.folder.write_metrics(row)
-        self.manager.hook.on_metrics(metrics=row, step=self.step)
 
     def _name_bad_gradients(self, grad_norm: Tensor) -> None:
         if not torch.isfinite(grad_norm):
@@ -404,13 +403,15 @@ class Trainer:
         self._throughput.pause()
         self.model.eval()
         self.manager.hook.on_evaluation_start(trainer=self)
+        plan = self.parts.plan
+        merged = batches_at_once(plan.batch_size * plan.seq_len, self.config.model.vocab_size)
         scores = evaluate(
             self.model,
             evaluation_batches(
                 self.parts.val_tokens,
-                seq_len=self.parts.plan.seq_len,
-                batch_size=self.parts.plan.batch_size,
-                limit=limit,
+                seq_len=plan.seq_len,
+                batch_size=plan.batch_size * merged,
+                limit=None if limit is None else -(-limit // merged),
             ),
             device=self.device,
             bytes_per_token=self.parts.bytes_per_token,
@@ -419,14 +420,13 @@ class Trainer:
             interrupted=lambda: bool(self._interrupts),
         )
         if scores:
-            self.manager.hook.on_evaluation_end(trainer=self, metrics=scores)
-            metrics = self.metrics
-            self._write_row(
-                {"step": self.step, "epoch": self.epoch, "tokens": self.tokens, **scores}
-            )
-            self.metrics = {**metrics, **scores}
             if limit is None:
                 self.scores = {"step": self.step, **scores}
+            row = {"step": self.step, "epoch": self.epoch, "tokens": self.tokens, **scores}
+            self.metrics = {**self.metrics, **scores}
+            self.folder.write_metrics(row)
+            self.manager.hook.on_evaluation_end(trainer=self, metrics=scores)
+            self.manager.hook.on_metrics(metrics=row, step=self.step)
         self.model.train()
         self._throughput.resume()
         return scores

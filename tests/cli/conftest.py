@@ -28,7 +28,7 @@ class Outcome:
 
 Command = Callable[..., Outcome]
 
-PLUGIN = '''\
+PLUGIN = """\
 from pydantic import BaseModel, Field
 
 from apt_core import PluginInfo, Priority, ProviderSpec, SectionSpec, hookimpl
@@ -70,7 +70,7 @@ def on_step_end(step):
 @hookimpl(wrapper=True)
 def on_epoch_start(epoch):
     return (yield)
-'''
+"""
 
 
 @pytest.fixture(autouse=True)

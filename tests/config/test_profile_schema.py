@@ -132,7 +132,7 @@ class Mine(Section):
 
 
 class Wandb(BaseModel):
-    enabled: bool = False
+    enabled: str = "auto"
     team: str = ""
 
 
@@ -189,7 +189,7 @@ def test_sections_of_plugins_are_part_of_the_resolved_profile() -> None:
     profile = {"mine": {"deep": {"size": 7}}, "model": {"moe": {"name": "3e-5"}}}
     config = Config.from_dict(profile, sections=SECTIONS)
     assert config.to_dict()["mine"] == {"deep": {"size": 7, "name": "x"}}
-    assert config.to_dict()["monitoring"]["wandb"] == {"enabled": False, "team": ""}
+    assert config.to_dict()["monitoring"]["wandb"] == {"enabled": "auto", "team": ""}
     assert reread(config, SECTIONS) == config
     assert config != Config.from_dict({}, sections=SECTIONS)
 
@@ -201,7 +201,7 @@ def test_a_section_within_another_plugins_section_is_kept() -> None:
     assert config.to_dict()["mine"] == {
         "size": 5,
         "name": "x",
-        "inner": {"part": {"enabled": False, "team": "us"}},
+        "inner": {"part": {"enabled": "auto", "team": "us"}},
     }
     assert reread(config, sections) == config
 

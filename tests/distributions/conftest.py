@@ -19,14 +19,14 @@ import apt_core
 
 SOURCES = Path(__file__).parent / "data"
 TEXT = "\n\n".join(f"Paragraph {n} says that {n} and {n} are {2 * n}." for n in range(60))
-PROFILE = f"""\
+PROFILE = """\
 extends: tiny_debug
 name: small
-data: {{train_path: text.txt, max_length: 16}}
-model: {{d_model: 16, num_heads: 2, num_layers: 1, d_ff: 32, max_seq_len: 16}}
-training: {{max_steps: 3, warmup_steps: 1, log_every_steps: 1, checkpoint_dir: null}}
-evaluation: {{eval_batches: 1, sample_tokens: 0}}
-debug: {{verbose: false}}
+data: {train_path: text.txt, max_length: 16}
+model: {d_model: 16, num_heads: 2, num_layers: 1, d_ff: 32, max_seq_len: 16}
+training: {max_steps: 3, warmup_steps: 1, log_every_steps: 1, checkpoint_dir: null}
+evaluation: {eval_batches: 1, sample_tokens: 0}
+debug: {verbose: false}
 """
 
 

@@ -15,14 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt_core.errors import did_you_mean
-from apt_core.modeling.init import (
-    input_gain,
-    normal_,
-    orthonormal_,
-    read_std,
-    reset_layer,
-    write_std,
-)
+from apt_core.modeling.init import normal_, orthonormal_, reset_layer, write_std
 from apt_core.modeling.layers.compensator import NormalCompensator
 from apt_core.providers.attention import AttentionProvider, KeyValueCache
 from apt_core.providers.base import read_setting
@@ -86,9 +79,10 @@ class TVAAttention(nn.Module):
     U are shared by the heads of the layer and start orthonormal. The layer computes it fused: V W
     is formed once a forward, so that one product gives q, k and v at width R, and W_o U gives the
     output; equal to the definition, which ``factored`` keeps as the reference. It is exactly
-    multi-head attention with head_dim R. RoPE turns q and k after the compression. W is
-    ``qkv_weight`` times the constant ``input_gain`` of :mod:`apt_core.modeling.init`.
+    multi-head attention with head_dim R. RoPE turns q and k after the compression.
     """
+
+    reads_stream = ("qkv_weight",)
 
     def __init__(
         self,
@@ -119,7 +113,6 @@ class TVAAttention(nn.Module):
         self.settings, self.max_seq_len, self.dropout = settings, max_seq_len, dropout
         self.rotary = None if position is None else position.create_rotary(self.rank, max_seq_len)
         packed_heads = num_heads + 2 * kv_heads
-        self.input_gain = input_gain(d_model)
         self.qkv_weight = nn.Parameter(torch.empty(packed_heads * self.head_dim, d_model))
         self.compress = nn.Parameter(torch.empty(self.rank, self.head_dim))
         self.lift = nn.Parameter(torch.empty(self.head_dim, self.rank))
@@ -135,7 +128,7 @@ class TVAAttention(nn.Module):
         if name in ("compress", "lift"):
             orthonormal_(tensor, generator)
         elif name == "qkv_weight":
-            normal_(tensor, read_std(self.d_model), generator)
+            normal_(tensor, self.d_model**-0.5, generator)
         elif name == "out_weight":
             normal_(tensor, write_std(self.d_model, num_layers), generator)
         elif self.compensator is not None and name.startswith("compensator."):
@@ -184,9 +177,9 @@ class TVAAttention(nn.Module):
         batch, length, _ = x.shape
         if self.settings.factored:
             full = F.linear(x, self.qkv_weight).view(batch, length, -1, self.head_dim)
-            return full @ (self.compress * self.input_gain).T
+            return full @ self.compress.T
         per_head = self.qkv_weight.view(-1, self.head_dim, self.d_model)
-        fused = ((self.compress * self.input_gain) @ per_head).view(-1, self.d_model)
+        fused = (self.compress @ per_head).view(-1, self.d_model)
         return F.linear(x, fused).view(batch, length, -1, self.rank)
 
     def _output(self, mixed: Tensor) -> Tensor:

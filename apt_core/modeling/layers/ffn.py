@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apt_core.modeling.init import input_gain, normal_, read_std, reset_layer, write_std
+from apt_core.modeling.init import normal_, reset_layer, write_std
 from apt_core.providers.ffn import FeedForwardProvider
 
 
 class SwiGLU(nn.Module):
-    """y = (silu(z Gᵀ) * (z Uᵀ)) Dᵀ (Shazeer 2020), z = x * ``input_gain``, without biases.
+    """y = (silu(x Gᵀ) * (x Uᵀ)) Dᵀ (Shazeer 2020), without biases.
 
     G is ``gate.weight``, U ``up.weight`` [F, D], D ``down.weight`` [D, F]. One product for G and U
     together was slower on CPUs: its backward has to concatenate two gradients.
@@ -24,7 +24,6 @@ class SwiGLU(nn.Module):
                 f"model.d_model and model.d_ff must be positive, not {d_model}, {d_ff}"
             )
         self.d_model, self.d_ff, self.dropout = d_model, d_ff, dropout
-        self.input_gain = input_gain(d_model)
         self.gate = nn.Linear(d_model, d_ff, bias=False)
         self.up = nn.Linear(d_model, d_ff, bias=False)
         self.down = nn.Linear(d_ff, d_model, bias=False)
@@ -34,7 +33,7 @@ class SwiGLU(nn.Module):
         self, name: str, tensor: Tensor, generator: torch.Generator | None, *, num_layers: int
     ) -> bool:
         if name in ("gate.weight", "up.weight"):
-            normal_(tensor, read_std(self.d_model), generator)
+            normal_(tensor, self.d_model**-0.5, generator)
         elif name == "down.weight":
             normal_(tensor, write_std(self.d_ff, num_layers), generator)
         else:
@@ -43,7 +42,6 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D] to [B, T, D]; tokens do not mix."""
-        x = x * self.input_gain
         hidden = F.silu(self.gate(x)) * self.up(x)
         if self.dropout:
             hidden = F.dropout(hidden, self.dropout, self.training)

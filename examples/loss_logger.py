@@ -1,0 +1,51 @@
+"""An observer: writes the training loss to a CSV file, and goes on where a resumed run does.
+
+apt-train -p tiny_debug --plugin examples/loss_logger.py --loss_logger.path my_loss.csv
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from pydantic import Field
+
+from apt_core import PluginInfo, SectionSpec, hookimpl
+from apt_core.config import Section
+
+PLUGIN = PluginInfo(summary="writes the training loss to a CSV file", version="1.0.0")
+
+
+class Settings(Section):
+    path: str = Field(default="loss.csv", description="File to write.")
+
+
+rows: list[list[float]] = []
+
+
+@hookimpl
+def apt_register_config():
+    return [SectionSpec("loss_logger", Settings)]
+
+
+@hookimpl
+def on_metrics(metrics, step):
+    if "loss" in metrics:
+        rows.append([step, metrics["loss"]])
+
+
+@hookimpl
+def on_checkpoint_saved(trainer):
+    path = Path(trainer.config.section("loss_logger").path)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["step", "loss"], *rows])
+
+
+@hookimpl
+def apt_state_dict():
+    return {"rows": rows}
+
+
+@hookimpl
+def apt_load_state_dict(state):
+    rows[:] = state["rows"]

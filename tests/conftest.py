@@ -1,0 +1,8 @@
+"""What holds for every test: property tests draw the same examples in every run."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.load_profile("repeatable")

@@ -1,0 +1,280 @@
+"""A plugin that cannot work is refused with every reason, and nothing has changed then."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pluggy
+import pytest
+
+from apt_core import ConfigError, PluginInfo, hookimpl
+from apt_core.errors import Problem
+from apt_core.plugin_manager import PluginManager
+
+HEAD = "import functools\n\nimport pluggy\n\nfrom apt_core import hookimpl, PluginInfo\n\n"
+
+
+def refused(manager: PluginManager, plugin: Any, name: str = "mine") -> list[Problem]:
+    """The problems of a plugin that is refused; shows that the manager is as it was before."""
+
+    def snapshot() -> Any:
+        callers = vars(manager.hook)
+        return (
+            dict(manager.records),
+            manager.list_name_plugin(),
+            {hook: caller.get_hookimpls() for hook, caller in callers.items()},
+        )
+
+    before = snapshot()
+    with pytest.raises(ConfigError) as caught:
+        manager.register(plugin, name)
+    assert snapshot() == before
+    return list(caught.value.problems)
+
+
+FUNCTIONS = {
+    "@hookimpl\ndef on_step_ends(step): ...": (
+        "on_step_ends",
+        "there is no hook of this name",
+        "did you mean 'on_step_end'?",
+    ),
+    "@hookimpl\ndef zzz(step): ...": (
+        "zzz",
+        "there is no hook of this name",
+        "'apt-hooks list --all' shows every hook",
+    ),
+    "@hookimpl(specname='on_step_ended')\ndef mine(step): ...": (
+        "on_step_ended",
+        "there is no hook of this name",
+        "did you mean 'on_step_end'?",
+    ),
+    "@hookimpl\ndef on_step_end(step=1): ...": (
+        "on_step_end",
+        "parameter 'step' has a default and would never be passed",
+        "remove the default",
+    ),
+    "@hookimpl\ndef on_step_end(*, step): ...": (
+        "on_step_end",
+        "parameter keyword-only step would never be passed",
+        "name the parameters that you want",
+    ),
+    "@hookimpl\ndef on_step_end(*args): ...": (
+        "on_step_end",
+        "parameter *args would never be passed",
+        "name the parameters that you want",
+    ),
+    "@hookimpl\ndef on_step_end(**kwargs): ...": (
+        "on_step_end",
+        "parameter **kwargs would never be passed",
+        "name the parameters that you want",
+    ),
+    "@hookimpl\ndef on_step_end(trainr): ...": (
+        "on_step_end",
+        "the hook has no parameter 'trainr'",
+        "did you mean 'trainer'?",
+    ),
+    "@hookimpl\ndef on_epoch_end(x): ...": (
+        "on_epoch_end",
+        "the hook has no parameter 'x'",
+        "it offers epoch, trainer",
+    ),
+    "@hookimpl\nasync def on_step_end(step): ...": (
+        "on_step_end",
+        "it is asynchronous",
+        "hooks are plain functions: drop 'async'",
+    ),
+    "@hookimpl\nasync def on_step_end(step):\n    yield": (
+        "on_step_end",
+        "it is asynchronous",
+        "hooks are plain functions: drop 'async'",
+    ),
+    "@hookimpl(wrapper=True)\ndef on_step_end(step): ...": (
+        "on_step_end",
+        "a wrapper must yield once",
+        "result = yield; return result",
+    ),
+    **{
+        f"@pluggy.HookimplMarker('apt')({option}=True)\ndef on_step_end(step):\n    yield": (
+            "on_step_end",
+            "tryfirst, trylast and hookwrapper are not offered",
+            "use apt_core.hookimpl with priority=… or wrapper=True",
+        )
+        for option in ("tryfirst", "trylast", "hookwrapper")
+    },
+}
+
+
+@pytest.mark.parametrize("source", FUNCTIONS)
+def test_an_implementation_that_could_not_work_is_refused(
+    manager: PluginManager, load_source: Callable[..., Any], source: str
+) -> None:
+    hook, message, hint = FUNCTIONS[source]
+    module = load_source("mine", f"{HEAD}{source}\n")
+    where = f"mine.py:{HEAD.count(chr(10)) + 1}"
+    assert refused(manager, module) == [Problem(message, f"plugin mine, {hook}", where, hint)]
+
+
+class Methods:
+    @hookimpl
+    def on_step_end():  # type: ignore[misc]
+        pass
+
+    @hookimpl
+    def on_step_start(*args):  # type: ignore[no-untyped-def]
+        pass
+
+    on_metrics = hookimpl(functools.partial(print, "row"))
+
+
+@pytest.mark.parametrize(
+    ("hook", "message"),
+    [
+        ("on_step_end", "it is a method without a first parameter"),
+        ("on_step_start", "parameter *args would never be passed"),
+        ("on_metrics", "@hookimpl marks a partial, not a function"),
+    ],
+)
+def test_what_cannot_be_called_as_a_method_is_refused(
+    manager: PluginManager, hook: str, message: str
+) -> None:
+    found = {problem.key: problem.message for problem in refused(manager, Methods())}
+    assert found[f"plugin mine, {hook}"] == message
+
+
+def test_every_problem_of_a_plugin_comes_at_once(
+    manager: PluginManager, load_source: Callable[..., Any]
+) -> None:
+    source = HEAD + "PLUGIN = {'summary': 'a dict'}\n\n" + "\n\n".join([*FUNCTIONS][:2])
+    problems = refused(manager, load_source("mine", source))
+    assert [problem.key for problem in problems] == [
+        "plugin mine",
+        "plugin mine, on_step_ends",
+        "plugin mine, zzz",
+    ]
+    assert problems[0].message == "PLUGIN is a dict"
+
+
+def test_a_class_in_place_of_an_instance(manager: PluginManager) -> None:
+    (problem,) = refused(manager, Methods)
+    assert problem.message == "Methods is a class, not an instance"
+    assert problem.hint == "point the entry point at an object: plugin = Methods()"
+
+
+def test_an_unmet_requirement(manager: PluginManager, plugin_of: type) -> None:
+    plugin = plugin_of()
+    plugin.PLUGIN = PluginInfo(requires=("pluggy>=1", "no-such-package>=2", "pluggy<1"))
+    first, second = refused(manager, plugin)
+    assert "no-such-package is not installed" in first.message
+    assert 'pip install "no-such-package>=2"' in first.message
+    assert second.message.startswith("it cannot be used: pluggy ")
+
+
+@pytest.mark.parametrize("who", ["first", "second"])
+def test_a_conflict_that_either_of_two_plugins_names(
+    manager: PluginManager, plugin_of: type, who: str
+) -> None:
+    plugins = {"first": plugin_of(), "second": plugin_of()}
+    other = "second" if who == "first" else "first"
+    plugins[who].PLUGIN = PluginInfo(conflicts=(other,))
+    manager.register(plugins["first"], "first")
+    (problem,) = refused(manager, plugins["second"], "second")
+    assert problem.message == "it conflicts with the active plugin 'first'"
+    assert problem.hint == "block one: --plugin no:first"
+
+
+def test_a_listing_shows_plugins_that_conflict_side_by_side(plugin_of: type) -> None:
+    manager = PluginManager(listing=True)
+    for name in ("first", "second"):
+        plugin = plugin_of()
+        plugin.PLUGIN = PluginInfo(conflicts=("first",))
+        manager.register(plugin, name)
+    assert list(manager.records) == ["first", "second"]
+
+
+def test_a_name_that_is_taken(manager: PluginManager, plugin_of: type) -> None:
+    manager.register(plugin_of(), "mine")
+    (problem,) = refused(manager, plugin_of())
+    assert problem.message == "the name is taken by another active plugin"
+
+
+def test_one_object_under_two_names(manager: PluginManager, plugin_of: type) -> None:
+    plugin = plugin_of()
+    manager.register(plugin, "first")
+    (problem,) = refused(manager, plugin, "second")
+    assert problem.message == "it is active already as 'first'"
+
+
+class Lazy:
+    """Its descriptors must not be run; a cached one would keep what it computed."""
+
+    @property
+    def weights(self) -> Any:
+        raise SystemExit("evaluated")
+
+    @functools.cached_property
+    def on_training_start(self) -> Any:
+        raise SystemExit("evaluated")
+
+    def __getattr__(self, name: str) -> Any:
+        raise SystemExit(f"evaluated: {name}")
+
+    @hookimpl
+    def on_step_end(self, step: int) -> None: ...
+
+
+def test_properties_are_never_evaluated(manager: PluginManager) -> None:
+    manager.register(Lazy(), "lazy")
+    assert manager.implements("lazy", "on_step_end")
+
+
+@pytest.mark.parametrize("outside", [staticmethod, classmethod])
+def test_static_and_class_methods_are_marked_in_either_order(
+    manager: PluginManager, outside: Any
+) -> None:
+    def answer(*parameters: Any) -> Any:
+        return (lambda: {"a": 1}) if outside is staticmethod else (lambda cls: {"a": 1})
+
+    inner = type("Inner", (), {"apt_metrics": outside(hookimpl(answer()))})
+    outer = type("Outer", (), {"apt_metrics": hookimpl(outside(answer()))})
+    manager.register(inner())
+    manager.register(outer())
+    assert manager.hook.apt_metrics(trainer=None) == [{"a": 1}] * 2
+
+
+def test_an_unmarked_function_with_the_name_of_a_hook_is_warned_of(
+    manager: PluginManager, load_source: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    source = "def on_step_end(step): ...\n\ndef helper(step): ...\n"
+    manager.register(load_source("mine", source), "mine")
+    assert not manager.implements("mine", "on_step_end")
+    (message,) = caplog.messages
+    assert message == (
+        "plugin mine: on_step_end at mine.py:1 has the name of a hook but is not marked with "
+        "@hookimpl; it will not be called"
+    )
+
+
+def test_hooks_that_a_module_imports_are_not_its_own(
+    manager: PluginManager, load_source: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    source = "from apt_core.hookspecs import on_step_end, apt_metrics\n"
+    manager.register(load_source("mine", source), "mine")
+    assert caplog.messages == []
+
+
+def test_the_mark_of_stock_pluggy_is_understood(manager: PluginManager, plugin_of: type) -> None:
+    mark = pluggy.HookimplMarker("apt")
+    manager.register(plugin_of(apt_metrics=mark(lambda: {"a": 1})), "mine")
+    assert manager.hook.apt_metrics(trainer=None) == [{"a": 1}]
+    assert manager.order("apt_metrics")[0].priority == 50
+
+
+def test_plugin_facts_are_kept(manager: PluginManager, load_source: Callable[..., Any]) -> None:
+    source = HEAD + "PLUGIN = PluginInfo(summary='adds noise', version='2.1')\n"
+    name = manager.register(load_source("mine", source))
+    record = manager.records[name]
+    assert (record.state, record.summary, record.version) == ("active", "adds noise", "2.1")
+    assert importlib.import_module("apt_plugin_mine") is manager.get_plugin(name)

@@ -1,0 +1,97 @@
+"""``tiny_run``: a whole run in a moment, the same whenever it is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from apt_core import ConfigError, hookimpl
+from apt_core.errors import PluginError
+from apt_core.testing import TINY_PROFILE, Recorder, tiny_run
+
+if TYPE_CHECKING:
+    from tests.testing.conftest import WritePlugin
+
+OBSERVER = "@hookimpl\ndef on_step_end(step):\n    seen.append(step)\n\nseen = []\n"
+FAILING = "@hookimpl\ndef on_step_end(step):\n    1 / 0\n"
+
+
+def test_a_run_goes_through_the_whole_life_cycle() -> None:
+    recorder = Recorder()
+    run = tiny_run(recorder)
+    recorder.assert_order(
+        "on_training_start",
+        "on_evaluation_end",
+        "on_epoch_start",
+        "on_step_start",
+        "on_step_end",
+        "on_metrics",
+        "on_epoch_end",
+        "on_checkpoint_saved",
+        "on_epoch_start",
+        "on_training_end",
+        "on_generation_end",
+    )
+    assert run.result.status == "finished" and run.result.epoch == 2
+    assert recorder.count("on_step_end") == run.result.step > 10
+
+
+def test_two_runs_have_the_same_weights_and_another_seed_has_others() -> None:
+    first = tiny_run(steps=3)
+    assert first.same_weights(tiny_run(steps=3))
+    assert not first.same_weights(tiny_run(steps=4))
+    assert not first.same_weights(tiny_run(steps=3, overrides={"training.seed": 1}))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_steps_ends_the_run_early(steps: int) -> None:
+    run = tiny_run(steps=steps)
+    assert run.result.step == steps == run.manifest["step"]
+    assert run.metrics[-1]["step"] == steps and "val_loss" in run.metrics[-1]
+
+
+def test_plugins_are_objects_names_or_paths(write: WritePlugin) -> None:
+    reference = write(OBSERVER)
+    for plugin in (reference, Path(reference)):
+        run = tiny_run(plugin, steps=2)
+        assert run.manager.get_plugin("mine").seen == [1, 2]
+    assert [row["name"] for row in run.manifest["plugins"]] == ["mine"]
+
+
+def test_profile_and_overrides_say_what_is_trained() -> None:
+    profile = {**TINY_PROFILE, "name": "mine", "model": {**TINY_PROFILE["model"], "d_ff": 8}}
+    run = tiny_run(steps=1, profile=profile, overrides={"model.num_layers": 2})
+    assert run.manifest["profile"] == "mine"
+    assert run.weights["blocks.1.ffn.gate.weight"].shape == (8, 16)
+    with pytest.raises(ConfigError, match="did you mean 'd_model'"):
+        tiny_run(overrides={"model.d_modle": 3})
+
+
+def test_a_failure_raises_unless_strict_is_off(write: WritePlugin) -> None:
+    reference = write(FAILING)
+    with pytest.raises(PluginError, match=r"mine failed in on_step_end at step 1 .*ZeroDivision"):
+        tiny_run(reference, steps=5)
+    run = tiny_run(reference, steps=5, strict=False)
+    record = run.manager.records["mine"]
+    assert (record.state, len(record.failures)) == ("quarantined", 3)
+    assert run.same_weights(tiny_run(steps=5))
+
+
+def test_a_run_in_a_folder_can_be_resumed(folder: Path) -> None:
+    class Half:
+        @hookimpl
+        def on_step_end(self, step, trainer):
+            if step == 3:
+                trainer.request_stop("half of it")
+
+    part = tiny_run(Half(), steps=6, output=folder / "runs" / "one")
+    assert (part.result.status, part.result.step) == ("stopped", 3)
+    rest = tiny_run(steps=6, output=folder / "runs" / "one", resume=True)
+    assert rest.result.step == 6 and rest.same_weights(tiny_run(steps=6))
+
+
+def test_nothing_is_left_behind(folder: Path) -> None:
+    tiny_run(steps=1)
+    assert [path.name for path in folder.iterdir()] in ([], ["cache"])

@@ -1,0 +1,182 @@
+"""apt-train from outside: fallbacks, bad input, the plan, the run's folder."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from apt_core.cli.run_command import run_command
+from apt_core.cli.train import app
+
+SHORT = ("--training.max_steps", "3")
+
+
+def flash_attn_is_usable() -> bool:
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+without_flash = pytest.mark.skipif(flash_attn_is_usable(), reason="flash-attn works here")
+
+
+@without_flash
+def test_flash_v2_falls_back_and_says_so_everywhere(apt_train):
+    run = apt_train(*SHORT, "--model.attention_name", "flash_v2")
+    assert run.code == 0, run.err
+    line = "attention: flash_v2 not usable (flash-attn is not installed"
+    assert line in run.out and "using tva_default" in run.out
+    assert line in (run.folder / "log.txt").read_text(encoding="utf-8")
+    for manifest in (run.manifest, json.loads((run.checkpoints[-1] / "manifest.json").read_text())):
+        row = next(row for row in manifest["providers"] if row["slot"] == "attention")
+        assert (row["asked"], row["used"]) == ("flash_v2", "tva_default")
+        assert "flash-attn is not installed" in row["reason"]
+    assert "attention:tva_default (asked: flash_v2" in run.out
+
+
+@without_flash
+def test_a_fallback_does_not_change_the_model(apt_train):
+    asked = apt_train(*SHORT, "--model.attention_name", "flash_v2", name="flash")
+    plain = apt_train(*SHORT, name="plain")
+    assert asked.same_weights(plain)
+
+
+@without_flash
+def test_strict_refuses_a_fallback(apt_train):
+    run = apt_train(*SHORT, "--model.attention_name", "flash_v2", "--strict")
+    assert run.code == 2
+    assert "flash_v2 not usable" in run.err and "--strict" in run.err
+    assert not run.folder.exists()
+
+
+def test_the_run_folder(apt_train):
+    run = apt_train(*SHORT)
+    names = {path.name for path in run.folder.iterdir()}
+    assert names == {"profile.yaml", "manifest.json", "metrics.jsonl", "log.txt", "checkpoints"}
+    inside = {path.name for path in run.checkpoints[-1].iterdir()}
+    assert inside == {
+        "model.safetensors", "optimizer.safetensors", "plugins.safetensors", "state.json",
+        "profile.yaml", "manifest.json",
+    }  # fmt: skip
+    assert {"versions", "providers", "plugins", "figures", "status", "data"} <= set(run.manifest)
+    assert {"val_loss", "val_ppl", "val_bpb"} <= set(run.metrics[0])
+    assert run.metrics[0]["step"] == 0
+    assert yaml.safe_load((run.folder / "profile.yaml").read_text())["name"] == "tiny_run"
+
+
+def test_five_mistakes_are_reported_at_once(apt_train, profile):
+    data = yaml.safe_load(profile.read_text(encoding="utf-8"))
+    data["model"].update({"d_fff": 3, "num_heads": 3})
+    data["training"]["batch_size"] = "many"
+    data["plugins"] = ["no_such_plugin"]
+    data["schedules"] = {"enable_moe_at_epoch": 2}
+    profile.write_text(yaml.safe_dump(data), encoding="utf-8")
+    run = apt_train()
+    assert run.code == 2
+    assert "5 problems" in run.err
+    for part in (
+        "did you mean 'd_ff'?", "num_heads", "training.batch_size", "no_such_plugin",
+        "enable_moe_at_epoch", "tiny.yaml:",
+    ):  # fmt: skip
+        assert part in run.err
+    assert "Traceback" not in run.err
+    assert not run.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--stric",), "did you mean '--strict'?"),
+        (("--model.d_modle", "3"), "did you mean 'd_model'?"),
+        (("--set", "nonsense"), "nonsense"),
+        (("--model.d_model",), "it needs a value"),
+        (("stray",), "unexpected argument 'stray'"),
+        (("--resume", "--resume-from", "x"), "exclude each other"),
+        (("--json",), "--dry-run"),
+        (("--plugin", "no_such_plugin"), "no such plugin"),
+        (("--plugin", "no_such.py"), "there is no file no_such.py"),
+        (("--model.attention_name", "tva_defualt"), "did you mean 'tva_default'?"),
+        (("--model.tva.r", "64"), "model.tva"),
+        (("--model.d_model", "-4"), "model.d_model"),
+        (("--hardware.device", "abacus"), "hardware.device"),
+    ],
+)
+def test_bad_input_exits_2_with_a_message(apt_train, arguments, message):
+    run = apt_train(*arguments)
+    assert run.code == 2
+    assert message in run.err
+    assert "Traceback" not in run.err
+
+
+def test_a_missing_data_file_names_the_key(apt_train):
+    run = apt_train("--data.train_path", "nowhere.txt")
+    assert run.code == 2
+    assert "data.train_path" in run.err and "nowhere.txt" in run.err
+
+
+def test_debug_shows_the_traceback(apt_train):
+    run = apt_train("--data.train_path", "nowhere.txt", "--debug")
+    assert run.code == 2
+    assert "Traceback" in run.err
+
+
+def test_the_plan_as_json(capsys, profile):
+    code = run_command(app, "apt-train", ["-p", str(profile), "--dry-run", "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert {"providers", "plugins", "inactive_keys", "stages"} <= set(plan)
+    stage = plan["stages"][0]
+    assert {"name", "epoch", "params_total", "params_active"} <= set(stage)
+    assert stage["params_total"] > 1000
+
+
+def test_the_plan_counts_what_training_builds(apt_train, capsys, profile):
+    run = apt_train(*SHORT)
+    total = sum(tensor.numel() for tensor in run.weights().values())
+    run_command(app, "apt-train", ["-p", str(profile), "--dry-run", "--json"])
+    assert json.loads(capsys.readouterr().out)["stages"][0]["params_total"] == total
+
+
+@pytest.mark.parametrize("name", ["tiny_debug", "base"])
+def test_shipped_profiles_have_a_plan(capsys, name):
+    assert run_command(app, "apt-train", ["-p", name, "--dry-run"]) == 0
+    assert "attention" in capsys.readouterr().out
+
+
+def test_tiny_debug_runs_strictly(tmp_path, capsys):
+    code = run_command(
+        app,
+        "apt-train",
+        ["-p", "tiny_debug", "--strict", "--output", str(tmp_path / "run"), "--set",
+         "training.max_steps=2", "--evaluation.eval_batches", "1"],
+    )  # fmt: skip
+    assert code == 0, capsys.readouterr().err
+
+
+def test_without_output_the_checkpoints_go_to_the_profiles_folder(
+    tmp_path, monkeypatch, capsys, profile
+):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["-p", str(profile), "--training.checkpoint_dir", "elsewhere"]
+    assert run_command(app, "apt-train", [*arguments, *SHORT]) == 0
+    assert run_command(app, "apt-train", [*arguments, *SHORT]) == 0
+    runs = sorted((tmp_path / "runs" / "tiny_run").iterdir())
+    kept = sorted((tmp_path / "elsewhere").iterdir())
+    assert [path.name for path in runs] == [path.name for path in kept]
+    assert len(runs) == 2
+    capsys.readouterr()
+    assert run_command(app, "apt-train", [*arguments, *SHORT, "--resume"]) == 0
+    assert f"resuming {runs[-1].relative_to(tmp_path)}" in capsys.readouterr().out
+
+
+def test_non_ascii_text_survives(apt_train, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("汉字かな한글🙂é " * 200, encoding="utf-8")
+    run = apt_train(*SHORT, "--evaluation.sample_prompt", "汉🙂")
+    assert run.code == 0, run.err
+    assert "汉🙂" in run.out
+    assert "汉🙂" in (run.folder / "profile.yaml").read_text(encoding="utf-8")

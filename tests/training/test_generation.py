@@ -1,0 +1,120 @@
+"""Hooks of a generation, and plain sampling."""
+
+from __future__ import annotations
+
+import torch
+
+from apt_core import GenerationRequest, hookimpl
+from apt_core.inference.generator import generate, sample
+from apt_core.modeling.compose import ModelBuilder
+from apt_core.plugin_manager import PluginManager
+from apt_core.registry import Registry
+from apt_core.testing import TINY_PROFILE, Recorder
+
+REQUEST = GenerationRequest("The ", max_new_tokens=8, seed=3)
+
+
+def continuation(*plugins, request=REQUEST):
+    manager = PluginManager()
+    for number, plugin in enumerate(plugins):
+        manager.register(plugin, f"plugin_{number}")
+    registry = Registry(manager)
+    model = ModelBuilder({"model": TINY_PROFILE["model"]}, registry).build_model()
+    result = generate(
+        model,
+        registry.get("tokenizer", "byte"),
+        request,
+        manager,
+        max_seq_len=16,
+        device=torch.device("cpu"),
+    )
+    return result, manager
+
+
+def test_sampling_is_a_function_of_the_seed_alone():
+    first, _ = continuation()
+    torch.manual_seed(5)
+    second, _ = continuation()
+    other, _ = continuation(request=GenerationRequest("The ", max_new_tokens=8, seed=4))
+    assert first == second != other
+    assert len(first.tokens) == 8
+
+
+def test_temperature_zero_takes_the_most_likely_token():
+    logits = torch.tensor([0.1, 3.0, 0.2])
+    assert sample(logits, GenerationRequest("", temperature=0.0), torch.Generator()) == 1
+
+
+def test_prompts_are_rewritten_in_a_chain():
+    class Adds:
+        def __init__(self, text):
+            self.text = text
+
+        @hookimpl
+        def apt_rewrite_prompt(self, request):
+            return request.prompt + self.text
+
+    recorder = Recorder()
+    continuation(Adds("一"), Adds("二"), recorder)
+    started = next(a for name, a in recorder.calls if name == "on_generation_start")
+    assert started["request"].prompt == "The 一二"
+
+
+def test_logits_processors_run_for_every_token():
+    class OnlyX:
+        @hookimpl
+        def apt_logits_processors(self):
+            def only_x(input_ids, logits):
+                allowed = torch.full_like(logits, float("-inf"))
+                allowed[ord("x")] = 0.0
+                return allowed
+
+            return [only_x]
+
+    result, _ = continuation(OnlyX())
+    assert result.text == "xxxxxxxx"
+
+
+def test_a_logits_processor_that_fails_is_dropped_and_counted():
+    class Fails:
+        @hookimpl
+        def apt_logits_processors(self):
+            def fails(input_ids, logits):
+                logits.fill_(0.0)
+                raise ValueError("no")
+
+            return [fails]
+
+    result, manager = continuation(Fails())
+    assert result == continuation()[0]
+    failures = manager.records["plugin_0"].failures
+    assert [failure.hook for failure in failures] == ["apt_logits_processors"]
+
+
+class Decoder:
+    def __init__(self, fails_after):
+        self.left = fails_after
+
+    def choose(self, input_ids, logits):
+        if self.left == 0:
+            raise ValueError("no")
+        self.left -= 1
+        return ord("y")
+
+
+def test_a_decoder_chooses_and_plain_sampling_takes_over_when_it_fails():
+    class Plugin:
+        @hookimpl
+        def apt_decoder(self):
+            return Decoder(fails_after=3)
+
+    result, manager = continuation(Plugin())
+    assert result.text.startswith("yyy")
+    assert len(result.tokens) == 8
+    failures = manager.records["plugin_0"].failures
+    assert [failure.hook for failure in failures] == ["apt_decoder"]
+
+
+def test_a_prompt_longer_than_the_model_sees_is_cut_from_the_left():
+    result, _ = continuation(request=GenerationRequest("é字" * 40, max_new_tokens=4))
+    assert len(result.tokens) == 4

@@ -1,0 +1,346 @@
+"""The loop: loss, accumulation, the finite check, stopping, saving, hooks in their order."""
+
+from __future__ import annotations
+
+import errno
+import math
+
+import pytest
+import torch
+
+from apt_core import StopTraining, hookimpl
+from apt_core.config import Config
+from apt_core.errors import ConfigError, ProviderError, TrainingError
+from apt_core.testing import Recorder, tiny_run
+from apt_core.training.optim import CosineProvider
+
+
+def test_the_order_of_an_epoch():
+    recorder = Recorder()
+    tiny_run(recorder, steps=2, overrides={"training.max_epochs": 1})
+    recorder.assert_order(
+        "on_plugin_enabled", "on_training_start", "on_evaluation_start", "on_evaluation_end",
+        "on_epoch_start", "on_step_start", "on_backward_end", "on_step_end", "on_step_start",
+        "on_backward_end", "on_step_end", "on_metrics", "on_checkpoint_saved", "on_training_end",
+        "on_generation_start", "on_generation_end",
+    )  # fmt: skip
+
+
+def test_steps_and_epochs_count_from_one_and_loss_is_a_0d_tensor():
+    recorder = Recorder()
+    run = tiny_run(recorder)
+    steps = [a for name, a in recorder.calls if name == "on_step_end"]
+    assert [a["step"] for a in steps] == list(range(1, run.result.step + 1))
+    assert all(a["loss"].shape == () and not a["loss"].requires_grad for a in steps)
+    assert [a["epoch"] for name, a in recorder.calls if name == "on_epoch_start"] == [1, 2]
+    batches = [a["batch"] for name, a in recorder.calls if name == "on_step_start"]
+    assert all(isinstance(batch, list) for batch in batches)
+
+
+def test_the_loss_falls_and_the_figures_are_consistent():
+    run = tiny_run(overrides={"training.max_epochs": 6, "training.learning_rate": 1e-2})
+    figures = run.result.figures
+    assert figures["val_loss"] < figures["val_loss_start"] - 0.5
+    assert figures["val_ppl"] == pytest.approx(math.exp(figures["val_loss"]))
+    assert figures["val_bpb"] == pytest.approx(figures["val_loss"] / math.log(2))
+    rows = [row for row in run.metrics if "loss" in row]
+    keys = {"step", "epoch", "tokens", "loss", "lr", "grad_norm", "tokens_per_s"}
+    assert all(keys <= row.keys() for row in rows)
+
+
+class Gradients:
+    """Keeps the gradients of the first step."""
+
+    def __init__(self):
+        self.seen = {}
+
+    @hookimpl
+    def on_backward_end(self, step, trainer):
+        if step == 1:
+            self.seen = {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
+
+
+def first_gradients(batch_size, accumulate, **overrides):
+    plugin = Gradients()
+    changes = {"training.batch_size": batch_size, "training.grad_accum_steps": accumulate}
+    tiny_run(plugin, steps=1, overrides={**changes, **overrides})
+    return plugin.seen
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(4, 2), (2, 4), (1, 8)])
+def test_accumulation_gives_the_gradients_of_one_large_batch(batch_size, accumulate):
+    """Windows of 100 tokens leave a ragged last one, which a mean of means would overweight."""
+    ragged = {"model.max_seq_len": 100}
+    whole = first_gradients(8, 1, **ragged)
+    parts = first_gradients(batch_size, accumulate, **ragged)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+class Scaled:
+    """A constant multiple of the mean logit as a loss term."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    @hookimpl
+    def apt_loss_terms(self, output):
+        return {"term": self.weight * output.logits.square().mean()}
+
+
+def test_a_loss_term_trains_and_is_logged():
+    plain, term = tiny_run(steps=4), tiny_run(Scaled(0.1), steps=4)
+    assert not plain.same_weights(term)
+    assert any("loss/scaled.term" in row for row in term.metrics)
+
+
+def test_a_loss_term_of_weight_zero_changes_nothing():
+    assert tiny_run(steps=4).same_weights(tiny_run(Scaled(0.0), steps=4))
+
+
+@pytest.mark.parametrize(
+    "result",
+    [5, {"term": 1.0}, {"term": torch.ones(2)}, [torch.tensor(1.0)]],
+    ids=["no mapping", "no tensor", "no scalar", "a list"],
+)
+def test_a_loss_term_that_is_none_quarantines_its_plugin(result):
+    class Wrong:
+        @hookimpl
+        def apt_loss_terms(self):
+            return result
+
+    run = tiny_run(Wrong(), steps=3, strict=False)
+    assert run.manager.records["wrong"].state == "quarantined"
+    assert len(run.manager.records["wrong"].failures) == 1
+    assert run.same_weights(tiny_run(steps=3))
+
+
+class Poison:
+    """Makes the gradients of some steps not finite, and watches the weights."""
+
+    def __init__(self, steps, value=float("nan")):
+        self.steps, self.value, self.moved = steps, value, []
+
+    @hookimpl
+    def on_backward_end(self, step, trainer):
+        parameter = next(trainer.model.parameters())
+        self.before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+        self.moments = [
+            tensor.clone() for s in trainer.optimizer.state.values() for tensor in s.values()
+        ]
+        if step in self.steps:
+            parameter.grad[0, 0] = self.value
+
+    @hookimpl
+    def on_step_end(self, step, trainer):
+        same = all(p.equal(self.before[n]) for n, p in trainer.model.named_parameters())
+        after = [t for s in trainer.optimizer.state.values() for t in s.values()]
+        if self.moments:
+            same = same and all(a.equal(b) for a, b in zip(self.moments, after, strict=True))
+        if not same:
+            self.moved.append(step)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(value):
+    poison = Poison({3, 4}, value)
+    run = tiny_run(poison, steps=6)
+    assert poison.moved == [1, 2, 5, 6]
+    assert run.metrics[-2]["skipped_steps"] == 2
+
+
+def test_too_many_such_steps_in_a_row_end_the_run():
+    with pytest.raises(TrainingError, match="learning_rate"):
+        tiny_run(Poison(set(range(3, 20))), overrides={"training.max_nonfinite_steps": 4})
+
+
+def test_single_bad_steps_do_not_end_the_run():
+    run = tiny_run(Poison({2, 4, 6, 8}), steps=9, overrides={"training.max_nonfinite_steps": 2})
+    assert run.result.status == "finished"
+
+
+HOOKS = ["on_training_start", "on_epoch_start", "on_step_start", "on_backward_end", "on_step_end",
+         "on_metrics", "on_evaluation_end", "on_checkpoint_saved", "on_epoch_end",
+         "on_training_end", "on_generation_start"]  # fmt: skip
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_stop_training_ends_cleanly_from_any_hook(hook):
+    def stop():
+        raise StopTraining("seen enough")
+
+    class Stopper:
+        pass
+
+    stopper = Stopper()
+    setattr(stopper, hook, hookimpl(specname=hook)(stop))
+    run = tiny_run(stopper)
+    assert run.result.exit_code == 0
+    assert run.manifest["status"] in ("stopped", "finished")
+    assert run.manager.records["stopper"].failures == []
+
+
+def test_max_steps_ends_in_mid_epoch_with_a_whole_evaluation():
+    run = tiny_run(steps=5)
+    assert (run.result.step, run.result.status) == (5, "finished")
+    assert "val_loss" in run.result.figures
+
+
+def test_checkpoints_are_kept_and_pruned_as_asked(tmp_path):
+    tiny_run(
+        output=tmp_path / "run",
+        overrides={"training.save_every_steps": 3, "training.keep_last": 2},
+    )
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000021", "step-00000024"]
+
+
+def test_the_best_checkpoint_is_kept(tmp_path):
+    """The rate is so high that the first epoch stays the best."""
+    tiny_run(
+        output=tmp_path / "run",
+        overrides={
+            "training.max_epochs": 4, "training.keep_last": 1, "training.learning_rate": 1e-3,
+            "evaluation.save_best": True,
+        },
+    )  # fmt: skip
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert "step-00000048" in names
+
+
+def test_a_full_disk_costs_one_checkpoint(tmp_path, monkeypatch, caplog):
+    from apt_core.training import checkpoint
+
+    write, calls = checkpoint.save_file, []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    run = tiny_run(output=tmp_path / "run")
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000024"]
+    assert "No space left" in run.manifest["failed_checkpoints"][0]
+
+
+def test_a_final_checkpoint_that_cannot_be_written_fails_the_run(tmp_path, monkeypatch):
+    from apt_core.training import checkpoint
+
+    def full(tensors, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(TrainingError, match="No space left"):
+        tiny_run(output=tmp_path / "run", steps=2)
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_a_provider_that_fails_in_training_is_named(tmp_path):
+    path = tmp_path / "fragile.py"
+    path.write_text(
+        "from torch import nn\nfrom apt_core import ProviderSpec, hookimpl\n\n"
+        "class Layer(nn.Module):\n"
+        "    def __init__(self, d):\n        super().__init__()\n"
+        "        self.linear, self.calls = nn.Linear(d, d), 0\n"
+        "    def forward(self, x):\n        self.calls += 1\n"
+        "        if self.calls > 5:\n            raise RuntimeError('kernel died')\n"
+        "        return self.linear(x)\n\n"
+        "class Provider:\n"
+        "    def __init__(self, config): pass\n"
+        "    def create_layer(self, d_model, d_ff, dropout=0.0): return Layer(d_model)\n\n"
+        "@hookimpl\ndef apt_register_providers():\n"
+        "    return [ProviderSpec('ffn', 'fragile', Provider)]\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(ProviderError, match=r"ffn:fragile of plugin fragile .*fragile\.py:11"):
+        tiny_run(str(path), overrides={"model.ffn_name": "fragile"})
+
+
+def test_plugins_choose_parameter_groups():
+    class Frozen:
+        @hookimpl
+        def apt_param_groups(self, model):
+            return [{"params": [model.embedding.weight], "lr_scale": 0.0, "weight_decay": 0.0}]
+
+    start, run = tiny_run(Frozen(), steps=1), tiny_run(Frozen(), steps=8)
+    assert start.weights["embedding.weight"].equal(run.weights["embedding.weight"])
+
+
+def test_a_trainer_takes_a_plain_dict(tmp_path, monkeypatch):
+    from apt_core.training import Trainer
+
+    monkeypatch.chdir(tmp_path)
+    result = Trainer(
+        {
+            "name": "from a dict",
+            "model": {"d_model": 16, "num_heads": 2, "num_layers": 1, "d_ff": 16},
+            "training": {"max_steps": 2, "batch_size": 2},
+            "evaluation": {"sample_tokens": 0, "eval_batches": 1},
+        }
+    ).fit()
+    assert result.step == 2
+    assert result.folder.parent.name == "from_a_dict"
+    assert (result.folder / "manifest.json").exists()
+
+
+def test_a_vocabulary_that_is_too_small_is_refused():
+    with pytest.raises(ConfigError, match=r"model\.vocab_size"):
+        tiny_run(overrides={"model.vocab_size": 100})
+
+
+def test_the_plugins_generator_is_a_function_of_seed_plugin_and_step():
+    class Draws:
+        drawn = None
+
+        @hookimpl
+        def on_step_end(self, step, trainer):
+            if step == 2:
+                self.drawn = torch.rand(3, generator=trainer.rng("draws"))
+
+    first, second = Draws(), Draws()
+    tiny_run(first, steps=2)
+    torch.manual_seed(99)
+    tiny_run(second, steps=4, overrides={"training.min_lr_ratio": 1.0})
+    assert first.drawn.equal(second.drawn)
+
+
+def test_the_cosine_schedule():
+    factor = CosineProvider().factor
+    assert factor(5, 100, 10, 0.1) == pytest.approx(0.5)
+    assert factor(10, 100, 10, 0.1) == pytest.approx(1.0)
+    assert factor(55, 100, 10, 0.1) == pytest.approx(0.55)
+    assert factor(100, 100, 10, 0.1) == factor(1000, 100, 10, 0.1) == pytest.approx(0.1)
+    assert factor(1, 1, 0, 0.0) == pytest.approx(0.0)
+
+
+def test_a_schedule_enables_a_plugin_at_its_moment():
+    class Late:
+        def __init__(self):
+            self.epochs, self.told = [], []
+
+        @hookimpl
+        def on_epoch_start(self, epoch):
+            self.epochs.append(epoch)
+
+        @hookimpl
+        def on_plugin_enabled(self, plugin, trainer):
+            self.told.append((plugin, trainer.epoch, trainer.step))
+
+    late = Late()
+    run = tiny_run(late, overrides={"schedules": {"enable_late_at_epoch": 2}})
+    assert late.epochs == [2]
+    assert late.told == [("late", 2, run.result.step // 2)]
+    assert run.manifest["plugins"][0]["state"] == "active"
+
+
+def test_the_resolved_profile_in_the_folder_gives_the_same_run(tmp_path):
+    from apt_core.config import read_profile, validate
+
+    tiny_run(output=tmp_path / "run", steps=2, overrides={"model.tva.s": 0})
+    source = read_profile(tmp_path / "run" / "profile.yaml")
+    config = validate(source).require()
+    assert isinstance(config, Config)
+    assert (config.model.tva.s, config.training.max_steps) == (0, 2)
