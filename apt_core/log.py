@@ -30,9 +30,8 @@ class ConsoleHandler(logging.Handler):
             text = self.format(record)
             if record.levelno >= logging.WARNING:
                 text = f"{record.levelname.lower()}: {text}"
-            self.console.print(
-                text, style=styles.get(record.levelno), markup=False, highlight=False
-            )
+            style = styles.get(record.levelno)
+            self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
         except Exception:
             self.handleError(record)
 

@@ -51,7 +51,7 @@ class Throughput:
 
     def read(self) -> float:
         """Tokens per second since the last call."""
-        now = time.perf_counter()
+        now = time.perf_counter() if self._paused_at is None else self._paused_at
         seconds, tokens = now - self._start, self._tokens
         self._start, self._tokens = now, 0
         return tokens / seconds if seconds > 0 else 0.0
@@ -112,9 +112,8 @@ class ProgressDisplay:
         now = time.perf_counter()
         if now - self._last_line >= PLAIN_LINE_SECONDS or step == self._total:
             self._last_line = now
-            self._console.print(
-                f"{name}  step {step}/{self._total}  {figures}", markup=False, highlight=False
-            )
+            line = f"{name}  step {step}/{self._total}  {figures}"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _seconds_left(self, step: int) -> float:
         done = step - self._first_step

@@ -265,7 +265,7 @@ class EvaluationSection(Section):
         description="Optimizer steps between evaluations; 0 evaluates at epoch ends only.",
     )
     eval_batches: Count = Field(
-        default=20, description="Batches that an evaluation of a running training looks at."
+        default=10, description="Batches that an evaluation of a running training looks at."
     )
     save_best: bool = Field(
         default=False, description="Keep the checkpoint with the lowest validation loss."

@@ -13,16 +13,6 @@ from apt_core.data.batches import IGNORED, Batch
 from apt_core.device import autocast
 
 
-TOKENS_AT_ONCE = 4096
-LOGITS_AT_ONCE = 2**24
-
-
-def batches_at_once(tokens: int, vocab_size: int) -> int:
-    """How many batches of so many tokens are scored in one forward: small ones are merged, as far
-    as their logits stay small."""
-    return max(1, min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // vocab_size) // tokens)
-
-
 @torch.no_grad()
 def evaluate(
     model: nn.Module,

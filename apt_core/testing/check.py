@@ -48,8 +48,9 @@ def check_plugin(reference: str | os.PathLike[str]) -> list[Finding]:
     plain = tiny_run(steps=6)
     try:
         run = tiny_run(reference, steps=6)
-    except AptError as error:
-        return [*findings, Finding("trains", False, str(error))]
+    except Exception as error:
+        detail = str(error) if isinstance(error, AptError) else one_line(error)
+        return [*findings, Finding("trains", False, detail)]
     findings.append(Finding("trains", True, "6 steps, strictly"))
     name = declared.record.name
     if not any(manager.implements(name, hook) for hook in ACTS):

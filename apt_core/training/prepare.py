@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,14 @@ class Parts:
 def prepare(kernel: Kernel, *, strict: bool = False) -> Parts:
     """Build the parts. Raises ConfigError for input that does not fit together."""
     config, registry = kernel.config, kernel.registry
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            Problem(
+                "this version trains in one process, and torchrun started several",
+                key="WORLD_SIZE",
+                hint="start apt-train without torchrun",
+            )
+        )
     device, reason = resolve_device(config.hardware.device)
     if reason:
         message = f"hardware.device: {config.hardware.device} not usable ({reason})"

@@ -121,6 +121,12 @@ class RunFolder:
     def write_profile(self, text: str) -> None:
         write_atomically(self.path / "profile.yaml", text)
 
+    def begin_manifest(self) -> None:
+        """Note when the run began; after a resume, forget how it ended before."""
+        self.manifest.setdefault("started", now())
+        for key in ("ended", "error", "figures", "sample"):
+            self.manifest.pop(key, None)
+
     def write_manifest(self, **entries: Any) -> None:
         """Update some entries of ``manifest.json``."""
         self.manifest.update(entries, checkpoint_dir=str(self.checkpoints.resolve()))

@@ -59,6 +59,8 @@ class Saving:
         """
         trainer, config = self.trainer, self.trainer.config
         found = self._find_checkpoint()
+        if found is not None:
+            self._restore(*found)
         in_use = self.output is not None and (self.output / "manifest.json").exists()
         if self.resume or (self.resume_from and in_use):
             assert self.output is not None
@@ -69,11 +71,10 @@ class Saving:
         with logging_to(file=self.folder.log_file, level=level, backlog=backlog):
             try:
                 if found is not None:
-                    self._restore(*found)
                     self.folder.drop_metrics_after(trainer.step)
                     self._set_aside_later_checkpoints()
                 self.folder.write_profile(config.to_yaml())
-                self.folder.manifest.setdefault("started", now())
+                self.folder.begin_manifest()
                 self.write_manifest("running")
                 self._log_start()
                 yield self.folder

@@ -18,7 +18,7 @@ from apt_core.config import Config
 from apt_core.data.batches import IGNORED, Batch, evaluation_batches
 from apt_core.device import autocast, cpu_threads, peak_memory_bytes
 from apt_core.errors import PluginError, StopTraining, TrainingError
-from apt_core.evaluation.quick_eval import batches_at_once, evaluate
+from apt_core.evaluation.quick_eval import evaluate
 from apt_core.inference.generator import generate
 from apt_core.kernel import Kernel, boot
 from apt_core.log import keeping_backlog
@@ -403,15 +403,13 @@ class Trainer:
         self._throughput.pause()
         self.model.eval()
         self.manager.hook.on_evaluation_start(trainer=self)
-        plan = self.parts.plan
-        merged = batches_at_once(plan.batch_size * plan.seq_len, self.config.model.vocab_size)
         scores = evaluate(
             self.model,
             evaluation_batches(
                 self.parts.val_tokens,
-                seq_len=plan.seq_len,
-                batch_size=plan.batch_size * merged,
-                limit=None if limit is None else -(-limit // merged),
+                seq_len=self.parts.plan.seq_len,
+                batch_size=self.parts.plan.batch_size,
+                limit=limit,
             ),
             device=self.device,
             bytes_per_token=self.parts.bytes_per_token,

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from apt_core import ConfigError
+import profiles
+from apt_core import ConfigError, SectionSpec
 from apt_core.errors import PluginError, Problem
 from apt_core.kernel import Kernel, boot
 from apt_core.plugin_manager import PluginManager
@@ -88,10 +90,7 @@ def test_a_run_activates_what_the_profile_and_the_command_line_name(
     assert named == ["b", "c", str(Path("own.py").resolve())]
 
 
-def test_a_plugin_by_its_dotted_module_from_the_working_directory(
-    write: Write, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "path", [*sys.path])
+def test_a_plugin_by_its_dotted_module_from_the_working_directory(write: Write) -> None:
     write("ideas_of_mine/__init__.py", "")
     write("ideas_of_mine/idea.py", OBSERVER)
     kernel = start({}, "ideas_of_mine.idea")
@@ -105,9 +104,7 @@ def test_looking_for_a_module_in_vain_leaves_the_path_alone() -> None:
     assert sys.path == before
 
 
-def test_a_relative_path_in_a_profile_is_found_beside_it(
-    write: Write, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_path_in_a_profile_is_found_beside_it(write: Write) -> None:
     write("profiles/own.py", OBSERVER)
     path = write("profiles/mine.yaml", "extends: tiny_debug\nplugins: [./own.py]\n")
     assert states(start(path)) == {"own": "active"}
@@ -115,8 +112,6 @@ def test_a_relative_path_in_a_profile_is_found_beside_it(
 
 
 def test_plugins_that_are_registered_already_are_asked_too(plugin_of: type) -> None:
-    from apt_core import SectionSpec
-
     manager = PluginManager()
     declared = [SectionSpec(schedule_params=("noise",))]
     manager.register(plugin_of(apt_register_config=lambda: declared), "mine")
@@ -248,16 +243,12 @@ def test_a_broken_plugin_is_bad_input_unless_the_profile_isolates_it(
     "line", ["raise RuntimeError('no')", "raise SystemExit(2)", "import no_such_module"]
 )
 def test_a_package_that_cannot_be_imported_is_no_unknown_plugin(
-    write: Write, monkeypatch: pytest.MonkeyPatch, where: str, line: str
+    write: Write, where: str, line: str
 ) -> None:
-    monkeypatch.setattr(sys, "path", [*sys.path])
     write("package_of_mine/__init__.py", "")
     write("package_of_mine/plugin.py", OBSERVER)
     write(f"package_of_mine/{where}.py", f"\n{line}\n")
-    try:
-        (problem,) = problems({}, "package_of_mine.plugin").values()
-    finally:
-        sys.modules.pop("package_of_mine", None)
+    (problem,) = problems({}, "package_of_mine.plugin").values()
     assert problem.where == f"package_of_mine/{where}.py:2"
     assert "no such plugin" not in problem.message
 
@@ -335,10 +326,6 @@ def test_blocking_a_plugin_makes_its_keys_inert(
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_the_whole_curriculum_runs_with_every_plugin_blocked(strict: bool) -> None:
-    import yaml
-
-    import profiles
-
     text = Path(profiles.__file__).with_name("gpt5_moe_reasoning.yaml").read_text(encoding="utf-8")
     profile = yaml.safe_load(text)
     for section in ("monitoring", "hardware", "debug"):

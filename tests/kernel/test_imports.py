@@ -1,0 +1,102 @@
+"""What only looks at plugins and profiles never imports torch, and so answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+COMMANDS = [
+    "hooks list",
+    "hooks list --json",
+    "hooks list --all --profile gpt5_moe_reasoning --plugin no:moe,no:align,no:routing,no:voter",
+    "hooks show on_step_end",
+    "hooks plugins",
+    "hooks plugins --json",
+    "hooks providers",
+    "hooks info attention flash_v2",
+    "hooks schema",
+    "hooks docs",
+    "plugin-list",
+    "plugin-list --kind attention",
+    "plugin-info attention tva_default",
+    "--help",
+    "train --help",
+    "hooks --help",
+    "plugin-list --help",
+    "plugin-info --help",
+]
+VERBS = [
+    "list", "show", "plugins", "providers", "info", "enable", "disable", "check", "trace",
+    "schema", "docs",
+]  # fmt: skip
+RUN = """
+import contextlib, io, json, runpy, sys
+
+def call(arguments):
+    sys.argv = ["apt", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            runpy.run_module("apt_core", run_name="__main__")
+        except SystemExit as exit:
+            return exit.code or 0
+    return 0
+
+code = call(sys.argv[1:])
+print(json.dumps([code, "torch" in sys.modules]))
+"""
+
+
+def python(code: str, *arguments: str, folder: Path) -> list[object]:
+    """The JSON that a fresh interpreter prints; it imports this tree."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)}
+    environment.pop("APT_DISABLE_PLUGIN_AUTOLOAD", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    result: list[object] = json.loads(done.stdout)
+    return result
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "apt_core",
+        "apt_core.kernel",
+        "apt_core.testing",
+        "apt_core.testing.fixtures",
+        "apt_core.cli.hooks",
+        "apt_core.cli.train",
+        "apt_core.cli.plugin_info",
+        "apt_core.providers",
+        "apt_core.schedules",
+        "apt_plugins.flash_attn.plugin",
+    ],
+)
+def test_importing_imports_no_torch(module: str, folder: Path) -> None:
+    code = f"import json, sys, {module}; print(json.dumps(['torch' in sys.modules]))"
+    assert python(code, folder=folder) == [False]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"hooks {verb} --help" for verb in VERBS)])
+def test_looking_imports_no_torch(command: str, folder: Path) -> None:
+    assert python(RUN, *command.split(), folder=folder) == [0, False]
+
+
+def test_the_verbs_are_all_of_them() -> None:
+    from apt_core.cli.hooks import app
+
+    names = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    assert names == set(VERBS)

@@ -1,0 +1,76 @@
+"""Log lines: plain and whole on the console, with times in the file, gone when the run is over."""
+
+from __future__ import annotations
+
+import logging
+import re
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from apt_core.log import ROOT, logging_to
+
+log = logging.getLogger("apt.somewhere")
+LONG = "a line that is longer than a terminal is wide, with [brackets] and 123 " + "x" * 100
+
+
+def test_lines_in_a_pipe_are_plain_and_whole() -> None:
+    out = StringIO()
+    with logging_to(Console(file=out)):
+        log.info(LONG)
+        log.warning("plugin %s failed", "mine")
+        log.error("stopped")
+        log.debug("details")
+    assert out.getvalue() == f"{LONG}\nwarning: plugin mine failed\nerror: stopped\n"
+
+
+def test_the_level_decides_what_is_shown() -> None:
+    out = StringIO()
+    with logging_to(Console(file=out), level="DEBUG"):
+        log.debug("details")
+    assert out.getvalue() == "details\n"
+
+
+def test_the_file_has_times_and_levels_and_is_appended_to(tmp_path: Path) -> None:
+    file = tmp_path / "log.txt"
+    for text in ("once", "naïve [bold]again"):
+        with logging_to(file=file):
+            log.warning(text)
+    first, second = file.read_text(encoding="utf-8").splitlines()
+    stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} WARNING apt\.somewhere: "
+    assert re.fullmatch(stamp + "once", first)
+    assert re.fullmatch(stamp + re.escape("naïve [bold]again"), second)
+
+
+def test_console_and_file_together(tmp_path: Path) -> None:
+    out, file = StringIO(), tmp_path / "log.txt"
+    with logging_to(Console(file=out)), logging_to(file=file):
+        log.info("both")
+    assert out.getvalue() == "both\n"
+    assert file.read_text(encoding="utf-8").endswith("both\n")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_afterwards_logging_is_as_it_was(tmp_path: Path, fails: bool) -> None:
+    before = (ROOT.level, ROOT.propagate, list(ROOT.handlers))
+    try:
+        with logging_to(Console(file=StringIO()), file=tmp_path / "log.txt"):
+            assert not ROOT.propagate
+            if fails:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    assert (ROOT.level, ROOT.propagate, list(ROOT.handlers)) == before
+
+
+def test_a_message_that_cannot_be_formatted_stops_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = StringIO()
+    with logging_to(Console(file=out)):
+        log.info("%d steps", "three")
+        log.info("on")
+    assert out.getvalue() == "on\n"
+    assert "--- Logging error ---" in capsys.readouterr().err
