@@ -6,7 +6,6 @@ Exit codes: 2 for bad input (:class:`ConfigError`), 1 for a run that failed (eve
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -95,5 +94,7 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     >>> did_you_mean("d_modle", ["d_model", "d_ff"])
     "did you mean 'd_model'?"
     """
+    import difflib  # only a mistake needs it
+
     close = difflib.get_close_matches(str(word), list(candidates), n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else ""

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from apt_core.config import Source, read_profile
 from apt_core.declarations import declared_by
 from apt_core.discovery import installed_plugins
 from apt_core.errors import ConfigError, Problem
 from apt_core.failures import short_path, source_of
 from apt_core.plugin_manager import PluginManager, PluginRecord
 from apt_core.registry import Registry
-from apt_core.schedules import Schedule
 from apt_core.selection import select
 from apt_core.types import SectionSpec
 
@@ -41,15 +41,12 @@ def survey(profile: str = "", plugins: Sequence[str] = ()) -> Listing:
     is available; with neither, all installed plugins are listed. A plugin that cannot be loaded is
     broken, and never an error here.
     """
-    source = read_profile(profile) if profile else Source.from_dict({})
+    listed, folder, waiting = _read(profile) if profile else (None, None, set[str]())
     installed = installed_plugins()
-    selection = select(
-        source.data.get("plugins"), plugins, installed, folder=source.folder
-    )
+    selection = select(listed, plugins, installed, folder=folder)
     chosen = PluginManager()
     everything = PluginManager(listing=True)
     listing = Listing(chosen, Registry(everything), {}, problems=list(selection.problems))
-    waiting = _scheduled_later(source)
     for wanted in selection.wanted.values():
         declared = declared_by(wanted.reference, installed, chosen)
         record = declared.record
@@ -81,17 +78,22 @@ def survey(profile: str = "", plugins: Sequence[str] = ()) -> Listing:
     return listing
 
 
-def _scheduled_later(source: Source) -> set[str]:
-    """Plugins that the profile's schedule enables after the start."""
-    try:
+def _read(profile: str) -> tuple[Any, Path | None, set[str]]:
+    """A profile's list of plugins, its folder, and the plugins that its schedule enables later."""
+    # Reading profiles takes pydantic, which takes as long to import as all of a plain listing.
+    from apt_core.config import read_profile
+    from apt_core.schedules import Schedule
+
+    source = read_profile(profile)
+    later = set()
+    with suppress(ConfigError):
         schedule = Schedule(source.data)
-    except ConfigError:
-        return set()
-    return {
-        boundary.plugin
-        for boundary in schedule.boundaries()
-        if not schedule.should_enable_plugin(boundary.plugin, epoch=1, step=1, tokens=0)
-    }
+        later = {
+            boundary.plugin
+            for boundary in schedule.boundaries()
+            if not schedule.should_enable_plugin(boundary.plugin, epoch=1, step=1, tokens=0)
+        }
+    return source.data.get("plugins"), source.folder, later
 
 
 def implementation_rows(listing: Listing, hook: str | None = None) -> list[dict[str, Any]]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
-from packaging.requirements import InvalidRequirement, Requirement
-
 
 def unmet(requirements: Iterable[str]) -> list[str]:
     """A reason for each requirement that is not met; empty if all are.
@@ -16,8 +14,14 @@ def unmet(requirements: Iterable[str]) -> list[str]:
     >>> unmet(["no-such-package>=2"])
     ['no-such-package is not installed (pip install "no-such-package>=2")']
     """
-    reasons = []
-    for text in requirements:
+    reasons: list[str] = []
+    wanted = list(requirements)
+    if not wanted:
+        return reasons
+
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    for text in wanted:
         try:
             requirement = Requirement(text)
         except InvalidRequirement as error:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from apt_core.cli.run_command import print_json, run_command
-from apt_core.config import Override, parse_override
 from apt_core.errors import ConfigError, Problem, did_you_mean
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from apt_core.config import Override
     from apt_core.kernel import Kernel
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -145,6 +145,8 @@ def collect_overrides(assignments: Sequence[str], rest: Sequence[str]) -> list[O
 
     Raises ConfigError for every other left-over, so that a misspelt option is never ignored.
     """
+    from apt_core.config import parse_override
+
     overrides: list[Override] = []
     problems: list[Problem] = []
 

@@ -62,7 +62,6 @@ class AttentionProvider(Provider, ABC):
         Raises ValueError, naming the setting and the remedy, for sizes that cannot be built.
         """
 
-    @abstractmethod
     def kv_cache_bytes(
         self,
         d_model: int,
@@ -72,13 +71,21 @@ class AttentionProvider(Provider, ABC):
         num_kv_heads: int | None = None,
         bytes_per_value: int = 2,
     ) -> int:
-        """Bytes that one layer keeps to decode one sequence of ``num_tokens`` tokens."""
+        """Bytes that one layer keeps to decode one sequence of ``num_tokens`` tokens.
 
-    @abstractmethod
+        The default is that of multi-head attention.
+        """
+        width = (num_kv_heads or num_heads) * (d_model // num_heads)
+        return 2 * width * num_tokens * bytes_per_value
+
     def flops(
         self, d_model: int, num_heads: int, seq_len: int, *, num_kv_heads: int | None = None
     ) -> int:
         """Floating-point operations of one layer's forward for one sequence of ``seq_len`` tokens.
 
-        A multiply-add counts as two; the full T x T score matrix is counted.
+        A multiply-add counts as two; the full T x T score matrix is counted. The default is that
+        of multi-head attention.
         """
+        width = (num_kv_heads or num_heads) * (d_model // num_heads)
+        projections = 4 * d_model * (d_model + width) * seq_len
+        return projections + 4 * d_model * seq_len**2

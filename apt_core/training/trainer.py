@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt_core.config import Config
-from apt_core.data.batches import IGNORED, Batch, evaluation_batches
+from apt_core.data.batches import evaluation_batches
 from apt_core.device import autocast, cpu_threads, peak_memory_bytes
 from apt_core.errors import PluginError, StopTraining, TrainingError
 from apt_core.evaluation.quick_eval import evaluate
@@ -26,11 +24,14 @@ from apt_core.monitor import ProgressDisplay, Throughput
 from apt_core.plugin_manager import PluginManager
 from apt_core.schedules import Horizon, Schedule
 from apt_core.training.blame import attributed
+from apt_core.training.enabling import Enabling
+from apt_core.training.loss import cross_entropy_sum, loss_terms
 from apt_core.training.optim import FiniteGuard
 from apt_core.training.prepare import num_threads, prepare
 from apt_core.training.saving import Saving
+from apt_core.training.seeds import mix_seed, seed_model_generator
 from apt_core.training.signals import Interrupts
-from apt_core.types import GenerationRequest, ModelOutput
+from apt_core.types import GenerationRequest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,7 +53,6 @@ class RunResult:
     sample: str = ""
     reason: str = ""
     exit_code: int = 0
-    losses: list[float] = field(default_factory=list)
 
 
 class Trainer:
@@ -93,11 +93,11 @@ class Trainer:
         self.metrics: dict[str, Any] = {}
         self.start_scores: dict[str, float] = {}
         self.scores: dict[str, float] = {}
-        self.best_step: int | None = None
         self._stop_reason = ""
         self._updating = False
         self._interrupts = Interrupts()
         self._throughput = Throughput()
+        self._enabling = Enabling(self)
         self._saving = Saving(self, output, resume, resume_from)
 
     # What hooks may use ----------------------------------------------------------------------
@@ -105,7 +105,7 @@ class Trainer:
     def rng(self, plugin: str) -> torch.Generator:
         """A CPU generator that is the plugin's own: a function of (seed, plugin, step)."""
         return torch.Generator().manual_seed(
-            _mix(self.config.training.seed, plugin, self.step, self.rank)
+            mix_seed(self.config.training.seed, plugin, self.step, self.rank)
         )
 
     def request_stop(self, reason: str) -> None:
@@ -152,7 +152,7 @@ class Trainer:
         )
         try:
             try:
-                self._announce_plugins()
+                self._enabling.announce()
                 self.manager.hook.on_training_start(trainer=self)
                 if self.step == 0:
                     self.start_scores = self._evaluate(self.config.evaluation.eval_batches)
@@ -183,7 +183,7 @@ class Trainer:
             if self._over():
                 return
             self.epoch = epoch
-            self._enable_due_plugins()
+            self._enabling.enable_due()
             hook.on_epoch_start(epoch=epoch, trainer=self)
 
             for index in range(first_index, plan.steps_per_epoch):
@@ -191,7 +191,7 @@ class Trainer:
                     return
                 step = self.step + 1
                 self.manager.step = step
-                self._enable_due_plugins()
+                self._enabling.enable_due()
                 batches = [batch.to(device) for batch in plan.step_batches(epoch, index)]
                 hook.on_step_start(step=step, batch=batches, trainer=self)
 
@@ -200,12 +200,12 @@ class Trainer:
                 terms: dict[str, Tensor] = {}
                 self.optimizer.zero_grad(set_to_none=True)
                 for micro, batch in enumerate(batches):
-                    seed_model_generator(device, _mix(training.seed, step, micro, self.rank))
+                    seed_model_generator(device, mix_seed(training.seed, step, micro, self.rank))
                     with autocast(device, self.parts.dtype):
                         output = self.parts.forward(batch.input_ids)
                         partial = cross_entropy_sum(output, batch) / targets
                     share = batch.num_targets / targets
-                    for name, term in self._loss_terms(batch, output):
+                    for name, term in loss_terms(self, batch, output):
                         partial = partial + share * term
                         terms[name] = terms.get(name, 0.0) + share * term.detach()
                     partial.backward()
@@ -305,48 +305,7 @@ class Trainer:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         self._saving.write_manifest(status, figures=self._figures(), error=str(error))
 
-    # Schedules -------------------------------------------------------------------------------
-
-    def _announce_plugins(self) -> None:
-        """Put plugins with a schedule to sleep and announce those that are enabled at the start."""
-        active = [r.name for r in self.manager.records.values() if r.state == "active"]
-        scheduled = {boundary.plugin for boundary in self.schedule.boundaries()}
-        self._scheduled = [name for name in active if name in scheduled]
-        for name in self._scheduled:
-            self.manager.set_state(name, "dormant", "waits for its schedule")
-        self.manager.step = self.step
-        for name in active:
-            if name not in scheduled:
-                self.manager.hook.on_plugin_enabled(plugin=name, trainer=self)
-        self._enable_due_plugins()
-
-    def _enable_due_plugins(self) -> None:
-        """Enable and disable what the schedule says for the step that comes next."""
-        for name in self._scheduled:
-            state = self.manager.records[name].state
-            due = self.schedule.should_enable_plugin(
-                name, epoch=self.epoch, step=self.step + 1, tokens=self.tokens
-            )
-            if due and state == "dormant":
-                self.manager.set_state(name, "active")
-                log.info("enabled %s (epoch %d, step %d)", name, self.epoch, self.step + 1)
-                self.manager.hook.on_plugin_enabled(plugin=name, trainer=self)
-            elif not due and state == "active":
-                self.manager.set_state(name, "dormant", "disabled by its schedule")
-                log.info("disabled %s (epoch %d, step %d)", name, self.epoch, self.step + 1)
-
-    # Loss, metrics, evaluation ---------------------------------------------------------------
-
-    def _loss_terms(self, batch: Batch, output: ModelOutput) -> Iterator[tuple[str, Tensor]]:
-        for plugin, terms in self.manager.call_each(
-            "apt_loss_terms", trainer=self, batch=batch, output=output
-        ):
-            try:
-                checked = [(f"loss/{plugin}.{name}", _scalar(term)) for name, term in terms.items()]
-            except (TypeError, ValueError, AttributeError) as error:
-                self.manager.fail(plugin, "apt_loss_terms", error)
-                continue
-            yield from checked
+    # Metrics, evaluation ---------------------------------------------------------------
 
     def _log_step(
         self, loss: Tensor, grad_norm: Tensor, lr: float, terms: Mapping[str, Tensor]
@@ -462,34 +421,3 @@ class Trainer:
         self._throughput.pause()
         self._saving.save(final=final)
         self._throughput.resume()
-
-
-def cross_entropy_sum(output: ModelOutput, batch: Batch) -> Tensor:
-    """The cross-entropy summed over the target tokens, in nats, in fp32."""
-    logits = output.logits.flatten(0, 1).float()
-    return F.cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
-
-
-def seed_model_generator(device: torch.device, seed: int) -> None:
-    """Seed the generator that the model's dropout draws from, and no other."""
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        torch.cuda.default_generators[index].manual_seed(seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(seed)
-    else:
-        torch.default_generator.manual_seed(seed)
-
-
-def _mix(*parts: int | str) -> int:
-    """A 63-bit seed from the parts, the same on every platform."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def _scalar(term: Any) -> Tensor:
-    if not isinstance(term, Tensor):
-        raise TypeError(f"a loss term is a {type(term).__name__}, not a tensor")
-    if term.ndim != 0:
-        raise ValueError(f"a loss term has the shape {list(term.shape)}: reduce it to 0-d")
-    return term

@@ -115,11 +115,16 @@ def damage(path: Path, how: str) -> None:
         path.unlink()
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
-@pytest.mark.parametrize("file", ["model.safetensors", "state.json", "manifest.json"])
+DAMAGES = [
+    (file, how)
+    for file in ("model.safetensors", "state.json", "manifest.json")
+    for how in ("truncated", "flipped", "missing")
+    if (file, how) != ("manifest.json", "flipped")  # its last byte is a line break
+]
+
+
+@pytest.mark.parametrize(("file", "how"), DAMAGES)
 def test_a_damaged_checkpoint_is_skipped_loudly(apt_train, tmp_path, file, how):
-    if (file, how) == ("manifest.json", "flipped"):
-        pytest.skip("the last byte of the manifest is a line break")
     whole = apt_train("--training.save_every_steps", "2", name="whole")
     plugin = stopping_plugin(tmp_path, 6, "trainer.request_stop('enough')")
     first = apt_train("--training.save_every_steps", "2", "--plugin", plugin, name="parts")
