@@ -139,7 +139,6 @@ class PluginManager(pluggy.PluginManager):
         record.summary = record.summary or info.summary
         record.version = record.version or info.version
         self.records[name] = record
-        self._plans.clear()
         return name
 
     def _unusable(self, name: str, info: PluginInfo) -> list[Problem]:
@@ -287,11 +286,8 @@ class PluginManager(pluggy.PluginManager):
                 continue
             if replaced is not None:
                 results = _attributed([replaced] if firstresult else replaced, results, call.plugin)
-        try:
-            if ending is not None:
-                raise ending
-        finally:
-            del ending  # it holds this frame, which must not hold it
+        if ending is not None:
+            raise ending
         return results
 
     def _enter(self, call: Call, kwargs: Mapping[str, object]) -> Any:

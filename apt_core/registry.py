@@ -230,7 +230,9 @@ class Registry:
 
     # Getting ---------------------------------------------------------------------------------
 
-    def get(self, kind: str, name: str | None = None, config: Any = None, fallback: bool = True):  # type: ignore[no-untyped-def]
+    def get(
+        self, kind: str, name: str | None = None, config: Any = None, fallback: bool = True
+    ) -> Any:
         """The provider of this kind and name, built with ``config``.
 
         Without ``config`` the provider's section of the profile is used, or its defaults. A

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 HEAD = """\
 # Performance
 
-Each section answers one question with `benchmarks/<name>.py`. Sides are timed in turns in one
-process; a ratio is one of medians, its interval covers 95% of bootstrap resamples of the rounds.
+Each section answers one question with `benchmarks/<name>.py`. Sides are timed in turns in one run;
+a ratio is one of medians, its interval covers 95% of bootstrap resamples of the rounds.
 Figures that compare a peer with itself (A/A) show what the machine's noise alone does.
 
 This page is rendered from `benchmarks/results/` by `python benchmarks/render.py`.

@@ -26,9 +26,7 @@ def process(arguments: Sequence[str], folder: str) -> Callable[[], object]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def call() -> None:
-        subprocess.run(
-            command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL
-        )
+        subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
 
     return call
 

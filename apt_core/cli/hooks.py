@@ -255,11 +255,22 @@ def trace(
 
 
 @app.command()
-def schema(profile: Profile = "", plugin: Plugins = None, debug: Debug = False) -> None:
+def schema(
+    profile: Profile = "",
+    plugin: Plugins = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Tables of keys for people instead.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
     """The JSON Schema of profiles, with the sections of plugins, for editors."""
-    from apt_core.config import json_schema
+    from apt_core.config import json_schema, profile_reference
 
-    print_json(json_schema(survey(profile, plugin or ()).sections))
+    sections = survey(profile, plugin or ()).sections
+    if markdown:
+        print(profile_reference(sections), end="")
+    else:
+        print_json(json_schema(sections))
 
 
 @app.command()

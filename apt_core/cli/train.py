@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,12 +100,24 @@ def train(
         return run(
             kernel,
             console,
-            again=f"apt-train --profile {profile}",
+            again=_command(profile, plugin or (), set_ or (), strict, context.args),
             output=output,
             resume=resume,
             resume_from=resume_from,
             strict=strict,
         )
+
+
+def _command(
+    profile: str, plugins: Sequence[str], assignments: Sequence[str], strict: bool, rest: list[str]
+) -> str:
+    """The command of a run without its folder: what going on with it takes."""
+    words = ["apt-train", "--profile", profile]
+    for plugin in plugins:
+        words += ["--plugin", plugin]
+    for assignment in assignments:
+        words += ["--set", assignment]
+    return shlex.join([*words, *["--strict"] * strict, *rest])
 
 
 def run(kernel: Kernel, console: Console, *, again: str, **options: Any) -> int:

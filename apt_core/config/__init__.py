@@ -11,6 +11,7 @@ from apt_core.config.inactive import InactiveKey
 from apt_core.config.json_schema import json_schema
 from apt_core.config.loader import list_profiles, read_profile
 from apt_core.config.overrides import Override, parse_override
+from apt_core.config.reference import profile_reference
 from apt_core.config.schema import Config, PluginRequest
 from apt_core.config.source import Source
 from apt_core.config.validate import Validated, validate
@@ -28,6 +29,7 @@ __all__ = [
     "json_schema",
     "list_profiles",
     "parse_override",
+    "profile_reference",
     "read_profile",
     "validate",
 ]

@@ -121,6 +121,7 @@ def test_plugins_that_are_registered_already_are_asked_too(plugin_of: type) -> N
     manager.register(plugin_of(apt_register_config=lambda: declared), "mine")
     kernel = start({"schedules": {"noise": 0.5}}, "no:mine", manager=manager)
     assert states(kernel) == {"mine": "blocked"}
+    assert not manager.has_plugin("mine")
     assert [key.key for key in kernel.inactive] == ["schedules.noise"]
 
 
@@ -321,6 +322,9 @@ def test_blocking_a_plugin_makes_its_keys_inert(
         "schedules.route_temp",
     } <= inert
     assert ("experts" in inert) == ("experts" in profile)
+    assert {key.reason for key in kernel.inactive if key.key == "model.moe"} == {
+        "plugin moe is blocked"
+    }
     assert kernel.config.plugins == ()
 
 

@@ -343,6 +343,19 @@ def test_a_default_of_a_plugin_that_cannot_be_used_falls_back_to_the_cores(
     assert registry.resolutions["norm", "mine"].used == "rmsnorm"
 
 
+def test_the_default_takes_what_it_knows_of_the_settings_in_a_section_of_both(
+    offer: Callable[..., Registry],
+) -> None:
+    class Wider(BaseModel):
+        width: int = 3
+        window: int = 8
+
+    asked = spec("bm25", config=Wider, section="retriever", requires=("no-such",))
+    registry = offer({"mine": [asked, a_default(config=Settings, section="retriever")]})
+    settings = Wider(width=5)
+    assert registry.get("retrieval", "bm25", settings).config == Settings(width=5)
+
+
 # No fallback ---------------------------------------------------------------------------------
 
 

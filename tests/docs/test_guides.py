@@ -1,0 +1,154 @@
+"""Guides as tests: their files are written, their commands run, and what they show is compared.
+
+A fenced block with ``<!-- file: NAME -->`` before it is a file; a ``console`` block holds commands
+(``$ …``) with lines that they print, in which ``…`` stands for anything. A section works with the
+files of all sections of its page.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+import apt_core.cli.hooks
+import apt_core.cli.train
+from apt_core.cli.run_command import run_command
+from apt_core.config import profile_reference
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(
+    r"(?:<!-- file: (?P<file>\S+) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S
+)
+APPS = {"apt-train": apt_core.cli.train.app, "apt-hooks": apt_core.cli.hooks.app}
+TEXT = "\n\n".join(f"Line {n} of a small text says that {n} and 1 are {n + 1}." for n in range(24))
+QUICK = {
+    "training.warmup_steps": "1",
+    "training.log_every_steps": "1",
+    "data.train_path": "small_text.txt",
+    "evaluation.eval_freq": "0",
+    "evaluation.eval_batches": "1",
+    "evaluation.sample_tokens": "0",
+}
+"""Makes each run a matter of a moment; what is printed has the same form."""
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A page of the documentation: its files by name, and the console blocks of each section."""
+
+    files: dict[str, str] = field(default_factory=dict)
+    consoles: dict[str, list[str]] = field(default_factory=dict)
+    unnamed: list[str] = field(default_factory=list)
+
+
+def read_guide(name: str) -> Guide:
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    guide = Guide()
+    for section in re.split(r"^## ", text, flags=re.M)[1:]:
+        for block in BLOCK.finditer(section):
+            if block["file"]:
+                guide.files[block["file"]] = block["text"]
+            elif block["language"] == "console":
+                guide.consoles.setdefault(section.splitlines()[0], []).append(block["text"])
+            else:
+                guide.unnamed.append(block["text"])
+    return guide
+
+
+def commands(console: str) -> Iterator[tuple[str, list[str]]]:
+    """Each command of a console block with the lines that it shows."""
+    for part in re.split(r"^\$ ", console, flags=re.M)[1:]:
+        command, *shown = part.splitlines()
+        yield command, shown
+
+
+def is_shown(expected: str, printed: str) -> bool:
+    parts = [re.escape(" ".join(part.split())) for part in expected.split("…")]
+    pattern = re.compile(".*".join(parts))
+    return any(pattern.search(" ".join(line.split())) for line in printed.splitlines())
+
+
+GUIDES = {name: read_guide(name) for name in ("plugins.md", "profiles.md")}
+SECTIONS = [(name, section) for name, guide in GUIDES.items() for section in guide.consoles]
+
+
+@pytest.fixture
+def shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[[str], tuple[int, str]]:
+    """``shell(command)`` in an empty folder: the exit code and all that was printed.
+
+    APT's own commands run in this process, which spares seconds each.
+    """
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([".", str(site), str(ROOT)]))
+    monkeypatch.setenv("APT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "small_text.txt").write_text(TEXT)
+
+    def run(command: str) -> tuple[int, str]:
+        program, *arguments = shlex.split(command)
+        capfd.readouterr()
+        if program in APPS:
+            if program == "apt-train":
+                arguments += [f"--{key}={value}" for key, value in QUICK.items()]
+            importlib.invalidate_caches()
+            code = run_command(APPS[program], program, arguments)
+        else:
+            if program == "pip":
+                offline = "--no-deps --no-index --no-build-isolation --quiet --target site"
+                arguments[1:1] = offline.split()
+            words = {"pip": [sys.executable, "-m", "pip"], "python": [sys.executable]}
+            code = subprocess.run([*words.get(program, [program]), *arguments]).returncode
+        return code, "".join(capfd.readouterr())
+
+    return run
+
+
+@pytest.mark.parametrize("guide", GUIDES.values(), ids=GUIDES)
+def test_every_block_is_a_file_or_a_console(guide: Guide) -> None:
+    assert guide.unnamed == []
+
+
+@pytest.mark.parametrize(("name", "section"), SECTIONS)
+def test_the_commands_of_a_section_print_what_it_shows(
+    shell: Callable[[str], tuple[int, str]], tmp_path: Path, name: str, section: str
+) -> None:
+    write_files(GUIDES[name], tmp_path)
+    for console in GUIDES[name].consoles[section]:
+        for command, shown in commands(console):
+            code, printed = shell(command)
+            fails = any(line.startswith("error: ") for line in shown)
+            assert (code != 0) == fails, f"$ {command}\n{printed}"
+            for line in shown:
+                assert is_shown(line, printed), f"$ {command}\n{line}\nis not in\n{printed}"
+
+
+def write_files(guide: Guide, folder: Path) -> None:
+    files = dict(guide.files)
+    if "relu2.py" in files:
+        # As the page says: the layer of the package is the file from above without its hook.
+        files["package/apt_relu2/layer.py"] = files["relu2.py"].partition("@hookimpl")[0]
+        files["package/apt_relu2/__init__.py"] = ""
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def test_the_tables_of_keys_are_those_of_the_schema() -> None:
+    page = (ROOT / "docs" / "profiles.md").read_text(encoding="utf-8")
+    tables = page[page.index("### Top of the profile") :]
+    assert tables == profile_reference(), "apt-hooks schema --markdown prints them"
