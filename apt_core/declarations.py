@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from apt_core.discovery import Installed, LoadError, load, plugin_name
 from apt_core.errors import ConfigError, PluginError, Problem
-from apt_core.plugin_manager import PluginManager, PluginRecord
+from apt_core.plugin_manager import PluginManager
+from apt_core.plugin_records import PluginRecord
 from apt_core.types import PluginFailure, ProviderSpec, SectionSpec
 
 

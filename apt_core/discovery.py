@@ -20,7 +20,7 @@ from typing import Any
 
 from apt_core.errors import AptError, Problem, did_you_mean
 from apt_core.failures import formatted, one_line, short_path, where_raised
-from apt_core.plugin_manager import PluginRecord
+from apt_core.plugin_records import PluginRecord
 from apt_core.validation import plugin_info
 
 GROUP = "apt.plugins"
@@ -71,16 +71,18 @@ def is_file_reference(reference: str) -> bool:
 
 
 def plugin_name(reference: str, installed: Iterable[str] = ()) -> str:
-    """The plugin's name: an entry point's own, a file's stem, a dotted module's last part.
+    """The plugin's name: an entry point's own, a file's stem, a dotted module's last part (for a
+    module called ``plugin``, that of its package).
 
-    >>> plugin_name("ideas/my-idea.py")
-    'my_idea'
+    >>> plugin_name("ideas/my-idea.py"), plugin_name("my_package.plugin")
+    ('my_idea', 'my_package')
     """
     if reference in installed:
         return reference
     if is_file_reference(reference):
         return Path(reference).stem.replace("-", "_")
-    return reference.rpartition(".")[2]
+    parts = reference.split(".")
+    return parts[-2] if len(parts) > 1 and parts[-1] == "plugin" else parts[-1]
 
 
 def load(reference: str, installed: Mapping[str, Installed]) -> tuple[Any, PluginRecord]:

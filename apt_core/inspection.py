@@ -13,7 +13,8 @@ from apt_core.declarations import declared_by
 from apt_core.discovery import installed_plugins
 from apt_core.errors import ConfigError, Problem
 from apt_core.failures import short_path, source_of
-from apt_core.plugin_manager import PluginManager, PluginRecord
+from apt_core.plugin_manager import PluginManager
+from apt_core.plugin_records import PluginRecord
 from apt_core.registry import Registry
 from apt_core.selection import select
 from apt_core.types import SectionSpec
@@ -100,7 +101,7 @@ def implementation_rows(listing: Listing, hook: str | None = None) -> list[dict[
     """``{hook, plugin, priority, position, wrapper, file, line}`` in effective order."""
     rows = []
     for name in [hook] if hook else hook_names(listing.manager):
-        for position, call in enumerate(listing.manager.order(name), start=1):
+        for position, call in enumerate(listing.manager.order(name, dormant=True), start=1):
             file, line = source_of(call.function)
             rows.append(
                 {

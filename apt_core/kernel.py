@@ -25,7 +25,8 @@ from apt_core.config import (
 from apt_core.declarations import Declared, ask, broken, declared_by
 from apt_core.discovery import LoadError, installed_plugins, load
 from apt_core.errors import ConfigError, Problem
-from apt_core.plugin_manager import PluginManager, PluginRecord
+from apt_core.plugin_manager import PluginManager
+from apt_core.plugin_records import PluginRecord
 from apt_core.registry import Probe, Registry
 from apt_core.schedules import Schedule, check_schedules
 from apt_core.selection import Wanted, select

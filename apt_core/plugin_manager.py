@@ -13,7 +13,7 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from types import GeneratorType
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,8 +21,8 @@ import pluggy
 
 from apt_core import hookspecs
 from apt_core.errors import ConfigError, PluginError, Problem, StopTraining
-from apt_core.failures import formatted, one_line, source_of, where_raised
 from apt_core.markers import PROJECT, Priority
+from apt_core.plugin_records import PluginRecord
 from apt_core.requirements import unmet
 from apt_core.types import PluginFailure, PluginInfo
 from apt_core.validation import check_plugin_object, implementation_options, plugin_info
@@ -34,33 +34,6 @@ Owned = tuple[str, Any]
 
 PASSES = (StopTraining, KeyboardInterrupt, GeneratorExit, PluginError)
 """What the guard lets through; everything else that a hook raises is a failure of its plugin."""
-
-
-@dataclass
-class PluginRecord:
-    """What is known of one plugin.
-
-    ``state`` is one of available, active, dormant (waits for its schedule), blocked, broken,
-    quarantined; ``reason`` says why for the last three. ``priority`` is the profile's override.
-    """
-
-    name: str
-    dist: str = ""
-    version: str = ""
-    priority: int | None = None
-    state: str = "available"
-    failures: list[PluginFailure] = field(default_factory=list)
-    load_ms: float = 0.0
-    summary: str = ""
-    reason: str = ""
-    on_failure: str = "isolate"
-
-    def failure_rows(self) -> list[dict[str, Any]]:
-        """The failures as the manifest and ``apt-hooks plugins --json`` show them."""
-        return [
-            {"hook": f.hook, "step": f.step, "error": f.error, "where": f.where}
-            for f in self.failures
-        ]
 
 
 class Call(NamedTuple):
@@ -394,9 +367,7 @@ class PluginManager(pluggy.PluginManager):
         return plan if plan and plan.methods == methods else self._plan(hook_name, methods)
 
     def _plan(self, hook_name: str, methods: Sequence[Any]) -> Plan:
-        calls = [self._as_call(hook_name, method) for method in methods]
-        calls = [call for call in calls if self._may_run(call)]
-        calls.sort(key=lambda call: (call.priority, call.plugin, call.function.__name__))
+        calls = self._sorted(hook_name, methods)
         plan = Plan(
             methods,
             tuple(call for call in calls if call.wrapper),
@@ -404,6 +375,13 @@ class PluginManager(pluggy.PluginManager):
         )
         self._plans[hook_name] = plan
         return plan
+
+    def _sorted(
+        self, hook_name: str, methods: Sequence[Any], *, dormant: bool = False
+    ) -> list[Call]:
+        calls = [self._as_call(hook_name, method) for method in methods]
+        calls = [call for call in calls if self._may_run(call, dormant)]
+        return sorted(calls, key=lambda c: (c.priority, c.plugin, c.function.__name__))
 
     def _as_call(self, hook_name: str, method: Any) -> Call:
         record = self.records.get(method.plugin_name)
@@ -416,10 +394,10 @@ class PluginManager(pluggy.PluginManager):
             function = timed(function, self.shared_timings.setdefault(key, []))
         return Call(function, argnames, method.plugin_name, hook_name, priority, method.wrapper)
 
-    def _may_run(self, call: Call) -> bool:
+    def _may_run(self, call: Call, dormant: bool) -> bool:
         record = self.records.get(call.plugin)
         if record is not None and record.state == "dormant":
-            return bool(self._options(call.hook)["dormant"])
+            return dormant or bool(self._options(call.hook)["dormant"])
         return record is None or record.state in ("active", "available")
 
     def _options(self, hook_name: str) -> Mapping[str, Any]:
@@ -431,10 +409,14 @@ class PluginManager(pluggy.PluginManager):
         methods = getattr(self.hook, hook_name).get_hookimpls()
         return any(method.plugin_name == plugin for method in methods)
 
-    def order(self, hook_name: str) -> list[Call]:
-        """The effective order of a hook: wrappers from the outside in, then the others."""
-        plan = self._plan_of(hook_name)
-        return [*plan.wrappers, *plan.calls]
+    def order(self, hook_name: str, *, dormant: bool = False) -> list[Call]:
+        """The effective order of a hook: wrappers from the outside in, then the others.
+
+        With ``dormant``, implementations that wait for a schedule stand where they will run.
+        """
+        methods = getattr(self.hook, hook_name).get_hookimpls()
+        calls = self._sorted(hook_name, methods, dormant=dormant)
+        return sorted(calls, key=lambda call: not call.wrapper)
 
     # Failures --------------------------------------------------------------------------------
 
@@ -456,26 +438,19 @@ class PluginManager(pluggy.PluginManager):
                 [replace(p, message=f"plugin {call.plugin}: {p.message}") for p in error.problems]
             ) from error
         record = self.records.setdefault(call.plugin, PluginRecord(call.plugin, state="active"))
-        limit = self._options(call.hook)["failure_limit"]
-        count = len(record.failures) + 1
-        in_hook = 1 + sum(failure.hook == call.hook for failure in record.failures)
-        quarantined = count >= 3 or in_hook >= limit
-        failure = PluginFailure(
-            plugin=call.plugin,
+        failure = record.add_failure(
+            error,
             hook=call.hook,
+            limit=self._options(call.hook)["failure_limit"],
             step=self.step,
-            error=one_line(error),
-            where=where_raised(error, *source_of(call.function)),
-            count=count,
-            quarantined=quarantined,
-            traceback=formatted(error),
+            code=call.function,
         )
-        record.failures.append(failure)
         at = f"plugin {failure.plugin} failed in {failure.hook} at step {failure.step}"
         message = f"{at} ({failure.where}): {failure.error}"
-        if quarantined:
+        outcome = f"failure {failure.count}"
+        if failure.quarantined:
             self.set_state(call.plugin, "quarantined", f"{failure.error} ({failure.where})")
-        outcome = "quarantined: it is not called any more" if quarantined else f"failure {count}"
+            outcome = "quarantined: it is not called any more"
         log.warning("%s [%s]", message, outcome)
         log.debug("%s", failure.traceback)
         fatal = None

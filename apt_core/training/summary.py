@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from apt_core.kernel import Kernel
 from apt_core.monitor import duration
-from apt_core.plugin_manager import PluginRecord
+from apt_core.plugin_records import PluginRecord
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -294,3 +294,17 @@ def test_no_listing_imports_torch_and_a_closed_pipe_is_no_error(folder: Path, pl
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, f"{[0] * 9} False\n")
+
+
+def test_schema_prints_tables_for_people(command: Command, plugin: str) -> None:
+    printed = command(app, "schema", "--markdown", "--plugin", plugin)
+    assert printed.code == 0
+    assert "### sample\n" in printed.out and "| `strength` | number | `0.5` | How strong. |" in (
+        printed.out
+    )
+    assert "| `d_model` | whole number ≥ 1 | `128` | Width of the residual stream. |" in printed.out
+
+
+def test_without_arguments_the_help_is_shown(command: Command) -> None:
+    printed = command(app)
+    assert (printed.code, printed.err) == (0, "") and "Usage: apt-hooks" in printed.out

@@ -76,7 +76,7 @@ def test_five_mistakes_report_five(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("d_model", "did you mean 'model.d_model'?"),
         ("monitoring.wandb.enable", "did you mean 'enabled'?"),
         ("schedules.ramp.strat", "did you mean 'start'?"),
-        ("hardware.qqq", "known keys here: backend, device, distributed, num_gpus"),
+        ("hardware.qqq", "known keys here: backend, device, distributed, num_gpus, num_threads"),
     ],
 )
 def test_an_unknown_key_at_any_depth_gets_a_suggestion(path: str, hint: str) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from apt_core.cli.run_command import run_command
 from apt_core.cli.train import app
+from apt_core.declarations import declared_by
 from apt_core.plugin_manager import PluginManager
 from apt_core.registry import Registry
 from apt_core.testing import check_plugin, tiny_run
@@ -80,15 +81,14 @@ def test_the_window_attention_trains_and_is_what_the_manifest_names() -> None:
     assert used["attention"] == ("window", "")
 
 
-def test_the_window_is_all_that_a_token_sees() -> None:
+@pytest.mark.parametrize("mask", [None, torch.ones(10, 10, dtype=torch.bool)])
+def test_the_window_is_all_that_a_token_sees(mask: torch.Tensor | None) -> None:
     manager = PluginManager()
-    from apt_core.declarations import declared_by
-
     declared_by(WINDOW, {}, manager)
     registry = Registry(manager)
     layer = registry.get("attention", "window", {"window": 3}).create_layer(32, 4, max_seq_len=16)
     x = torch.randn(1, 10, 32, requires_grad=True)
-    layer(x)[:, 7].square().sum().backward()
+    layer(x, mask=mask)[:, 7].square().sum().backward()
     assert x.grad.abs().sum(-1)[0].nonzero().flatten().tolist() == [5, 6, 7]
 
 
