@@ -41,11 +41,19 @@ def make_plan(kernel: Kernel) -> dict[str, Any]:
         "profile": kernel.config.name,
         "device": str(device),
         "providers": [row.row() for row in kernel.registry.resolutions.values()],
-        "plugins": plugin_rows(kernel),
+        "plugins": [_at_the_start(kernel, row) for row in plugin_rows(kernel)],
         "inactive_keys": [{"key": k.key, "reason": k.reason} for k in kernel.inactive],
         "notices": notices,
         "stages": [_stage(kernel, model, **at) for at in _positions(kernel)],
     }
+
+
+def _at_the_start(kernel: Kernel, row: dict[str, Any]) -> dict[str, Any]:
+    """A plugin's row with the state in which the run begins."""
+    enabled = kernel.schedule.should_enable_plugin(row["name"], epoch=1, step=1, tokens=0)
+    if row["state"] == "active" and not enabled:
+        return {**row, "state": "dormant", "reason": "waits for its schedule"}
+    return row
 
 
 def _positions(kernel: Kernel) -> Iterable[dict[str, Any]]:

@@ -180,3 +180,23 @@ def test_non_ascii_text_survives(apt_train, tmp_path):
     assert run.code == 0, run.err
     assert "汉🙂" in run.out
     assert "汉🙂" in (run.folder / "profile.yaml").read_text(encoding="utf-8")
+
+
+def test_the_plan_shows_when_a_plugin_becomes_enabled(capsys, profile, tmp_path):
+    late = tmp_path / "late.py"
+    late.write_text("from apt_core import hookimpl\n\n@hookimpl\ndef on_step_end(): pass\n")
+    arguments = [
+        "-p",
+        str(profile),
+        "--plugin",
+        str(late),
+        "--set",
+        "schedules.enable_late_at_epoch=2",
+    ]
+    assert run_command(app, "apt-train", [*arguments, "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [(row["name"], row["state"]) for row in plan["plugins"]] == [("late", "dormant")]
+    assert [(stage["name"], stage["epoch"]) for stage in plan["stages"]] == [
+        ("start", 1),
+        ("enable late", 2),
+    ]
