@@ -18,7 +18,7 @@ PREFIX = "apt-"
 
 def main() -> None:
     """Run the verb; a plugin's command (``apt-tune``) is the verb without its prefix."""
-    from apt_core.discovery import COMMAND_GROUP, installed_plugins, load_entry_point
+    from apt_core.discovery import COMMAND_GROUP, installed_plugins, load_installed
 
     verb, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     commands = {
@@ -36,7 +36,7 @@ def main() -> None:
         getattr(importlib.import_module(module), function)(arguments)
     elif verb in commands:
         try:
-            command = load_entry_point(commands[verb].points[0], verb)
+            command = load_installed(commands[verb])
         except AptError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(error.exit_code)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("apt.cache")
 
 DIGEST_BYTES = 32
 

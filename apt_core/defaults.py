@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from apt_core.types import ProviderSpec
-
-CORE = "core"
-"""What listings and manifests show as the plugin of the core's own providers."""
+from apt_core.types import CORE, ProviderSpec
 
 _LAYERS = "apt_core.modeling.layers"
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def resolve_device(asked: str) -> tuple[torch.device, str]:
-    """The device for ``hardware.device`` (auto, cpu, cuda, mps), and why it differs from it.
+    """The device for ``hardware.device`` (auto, cpu, cuda, cuda:N, mps), and why it is another.
 
     The reason is empty when the device is what was asked for. ``auto`` takes an accelerator where
     there is one.
@@ -25,7 +25,8 @@ def resolve_device(asked: str) -> tuple[torch.device, str]:
     }
     if asked == "auto":
         return torch.device(next(name for name in ("cuda", "mps", "cpu") if usable[name])), ""
-    if usable[asked]:
+    kind, _, index = asked.partition(":")
+    if usable[kind] and (not index or int(index) < torch.cuda.device_count()):
         return torch.device(asked), ""
     return torch.device("cpu"), f"this machine or this build of torch has no {asked} device"
 
@@ -49,14 +50,6 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
     import torch
 
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given, for honest timing."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 
 from apt_core.errors import AptError, Problem, did_you_mean
 from apt_core.failures import formatted, one_line, short_path, where_raised
-from apt_core.plugin_records import PluginRecord
+from apt_core.plugin_records import PluginRecord, short_name
 from apt_core.validation import plugin_info
 
 GROUP = "apt.plugins"
@@ -71,8 +71,7 @@ def is_file_reference(reference: str) -> bool:
 
 
 def plugin_name(reference: str, installed: Iterable[str] = ()) -> str:
-    """The plugin's name: an entry point's own, a file's stem, a dotted module's last part (for a
-    module called ``plugin``, that of its package).
+    """The plugin's name: an entry point's own, a file's stem, a dotted module's short name.
 
     >>> plugin_name("ideas/my-idea.py"), plugin_name("my_package.plugin")
     ('my_idea', 'my_package')
@@ -81,8 +80,7 @@ def plugin_name(reference: str, installed: Iterable[str] = ()) -> str:
         return reference
     if is_file_reference(reference):
         return Path(reference).stem.replace("-", "_")
-    parts = reference.split(".")
-    return parts[-2] if len(parts) > 1 and parts[-1] == "plugin" else parts[-1]
+    return short_name(reference)
 
 
 def load(reference: str, installed: Mapping[str, Installed]) -> tuple[Any, PluginRecord]:
@@ -97,7 +95,7 @@ def load(reference: str, installed: Mapping[str, Installed]) -> tuple[Any, Plugi
     if reference in installed:
         entry = installed[reference]
         record.dist, record.version = entry.dist, entry.version
-        plugin = _load_entry(entry)
+        plugin = load_installed(entry)
     elif is_file_reference(reference):
         plugin = _load_file(Path(reference), name)
     else:
@@ -118,7 +116,8 @@ def load_entry_point(point: EntryPoint, name: str) -> Any:
         raise _import_failure(name, error, _module_file(point.module)) from None
 
 
-def _load_entry(entry: Installed) -> Any:
+def load_installed(entry: Installed) -> Any:
+    """Load what an installed distribution offers. Raises LoadError, also where two offer it."""
     if len(entry.points) > 1:
         both = " and ".join(sorted(_dist_name(point) for point in entry.points))
         raise LoadError(

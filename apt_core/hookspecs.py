@@ -152,7 +152,7 @@ def apt_param_groups(model: nn.Module) -> Sequence[Mapping[str, Any]]:
     """
 
 
-@hookspec(dormant=True, failure_limit=1, internal=True)
+@hookspec(dormant=True, failure_limit=1)
 def apt_transform_model(model: nn.Module, config: Config) -> Any:
     """Change the model's structure in mid-run.
 
@@ -415,7 +415,7 @@ def apt_state_dict(trainer: Any) -> Mapping[str, Any]:
     """
 
 
-@hookspec(dormant=True, internal=True)
+@hookspec(dormant=True)
 def apt_load_state_dict(trainer: Any, state: Mapping[str, Any]) -> None:
     """Take back what ``apt_state_dict`` returned.
 

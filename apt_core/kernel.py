@@ -24,7 +24,7 @@ from apt_core.config import (
 )
 from apt_core.declarations import Declared, ask, broken, declared_by
 from apt_core.discovery import LoadError, installed_plugins, load
-from apt_core.errors import ConfigError, Problem
+from apt_core.errors import ConfigError, Problem, StopTraining
 from apt_core.plugin_manager import PluginManager
 from apt_core.plugin_records import PluginRecord
 from apt_core.registry import Probe, Registry
@@ -115,7 +115,9 @@ def boot(
     else:
         data = profile.to_dict() if isinstance(profile, Config) else profile
         source = Source.from_dict(data).with_overrides(overrides)
-    starting = _Boot(source, manager or PluginManager(strict=strict), strict)
+    manager = manager or PluginManager()
+    manager.strict = strict = strict or manager.strict
+    starting = _Boot(source, manager, strict)
     starting.load_plugins(plugins)
     starting.activate_for_providers()
     return starting.check(probe, files)
@@ -250,7 +252,7 @@ class _Boot:
         if self.problems or config is None:
             raise ConfigError(self.problems)
         self.registry.profile, self.registry.probe = config, probe
-        self.manager.hook.apt_configure(config=config)
+        self._configure(config)
         return Kernel(
             config=config,
             manager=self.manager,
@@ -261,6 +263,20 @@ class _Boot:
             inactive=inactive,
             notices=self.notices,
         )
+
+    def _configure(self, config: Config) -> None:
+        """Show the profile to every plugin, and raise what all of them have against it."""
+        problems: list[Problem] = []
+        names = [call.plugin for call in self.manager.order("apt_configure", dormant=True)]
+        for name in dict.fromkeys(names):
+            try:
+                self.manager.call_plugin(name, "apt_configure", config=config)
+            except ConfigError as error:
+                problems += error.problems
+            except StopTraining as stop:
+                problems.append(Problem(f"it stopped the run: {stop.reason}", f"plugin {name}"))
+        if problems:
+            raise ConfigError(problems)
 
     def _effective_plugins(self) -> Any:
         """The profile's list as it took effect; a list that is no list is left for the check."""

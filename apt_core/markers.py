@@ -63,7 +63,7 @@ def hookimpl(
 def hookspec(function: F) -> F: ...
 @overload
 def hookspec(
-    *, firstresult: bool = ..., dormant: bool = ..., failure_limit: int = ..., internal: bool = ...
+    *, firstresult: bool = ..., dormant: bool = ..., failure_limit: int = ...
 ) -> Callable[[F], F]: ...
 def hookspec(
     function: F | None = None,
@@ -71,13 +71,11 @@ def hookspec(
     firstresult: bool = False,
     dormant: bool = False,
     failure_limit: int = 3,
-    internal: bool = False,
 ) -> F | Callable[[F], F]:
     """Mark a function as the specification of a hook.
 
     ``dormant``: does it fire for a plugin whose schedule has not enabled it yet? A plugin is
-    quarantined once it has failed ``failure_limit`` times. ``internal`` hooks are called for one
-    plugin at a time by the kernel.
+    quarantined once it has failed ``failure_limit`` times.
     """
 
     def mark(func: F) -> F:
@@ -85,7 +83,6 @@ def hookspec(
             "firstresult": firstresult,
             "dormant": dormant,
             "failure_limit": failure_limit,
-            "internal": internal,
         }
         setattr(func, f"{PROJECT}_spec", options)
         return func

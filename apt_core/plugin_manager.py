@@ -22,9 +22,9 @@ import pluggy
 from apt_core import hookspecs
 from apt_core.errors import ConfigError, PluginError, Problem, StopTraining
 from apt_core.markers import PROJECT, Priority
-from apt_core.plugin_records import PluginRecord
+from apt_core.plugin_records import PluginRecord, short_name
 from apt_core.requirements import unmet
-from apt_core.types import PluginFailure, PluginInfo
+from apt_core.types import CORE, PluginFailure, PluginInfo
 from apt_core.validation import check_plugin_object, implementation_options, plugin_info
 
 log = logging.getLogger("apt.plugins")
@@ -95,6 +95,8 @@ class PluginManager(pluggy.PluginManager):
         """
         name = name or canonical_name(plugin)
         problems = check_plugin_object(plugin, name, self._specs())
+        if name == CORE:
+            problems.append(Problem("the name is the core's own", key=f"plugin {name}"))
         if name in self._name2plugin:
             problems.append(
                 Problem("the name is taken by another active plugin", key=f"plugin {name}")
@@ -503,9 +505,9 @@ def _attributed(values: Sequence[Any], before: Sequence[Owned], plugin: str) -> 
 
 
 def canonical_name(plugin: Any) -> str:
-    """The last part of a module's name; for an instance, its class in lower case."""
+    """A module's short name; for an instance, its class in lower case."""
     name = getattr(plugin, "__name__", None)
-    return str(name).rpartition(".")[2] if name else type(plugin).__name__.lower()
+    return short_name(str(name)) if name else type(plugin).__name__.lower()
 
 
 def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:

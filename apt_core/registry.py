@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from apt_core import __version__
-from apt_core.defaults import CORE, core_providers
+from apt_core.defaults import core_providers
 from apt_core.errors import AptError, ConfigError, Problem, ProviderError, did_you_mean
 from apt_core.failures import one_line
 from apt_core.markers import hookimpl
 from apt_core.plugin_manager import PluginManager
 from apt_core.requirements import unmet
-from apt_core.types import KINDS, FallbackEvent, ProviderSpec
+from apt_core.types import CORE, KINDS, FallbackEvent, ProviderSpec
 
 log = logging.getLogger("apt.registry")
 

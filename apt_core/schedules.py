@@ -189,20 +189,6 @@ class Schedule:
         """Does any value depend on the run's length? Then it is not to be resumed with another."""
         return any(_ends_with_run(value) for value in self.values.values())
 
-    @property
-    def fingerprint(self) -> str:
-        """What of the run's length the values depend on: equal for two runs that agree, empty
-        where ``until`` or ``warmup`` pins everything.
-
-        >>> Schedule({"t": {"start": 1.5, "end": 0.8}}, horizon=Horizon(max_epochs=50)).fingerprint
-        't ends at epoch 50'
-        """
-        return ", ".join(
-            f"{name} ends at {value.by} {self.horizon.last(value.by)}"
-            for name, value in sorted(self.values.items())
-            if isinstance(value, Ramp) and _ends_with_run(value)
-        )
-
     def _position(
         self, unit: Unit, name: str, epoch: int | None, step: int | None, tokens: int | None
     ) -> int:

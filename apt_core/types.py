@@ -27,6 +27,10 @@ KINDS = (
 """Every kind of provider, in the order in which listings show them."""
 
 
+CORE = "core"
+"""What listings and manifests show as the plugin of the core's own providers."""
+
+
 @dataclass(frozen=True)
 class PluginInfo:
     """Facts about a plugin: assign one to ``PLUGIN`` in its module.

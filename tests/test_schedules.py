@@ -253,12 +253,8 @@ def test_only_what_ends_with_the_run_forbids_another_horizon() -> None:
         "c": {"start": 0, "end": 1, "until": 9},
         "d": {"start": 1, "end": 1},
     }
-    assert not Schedule(pinned).is_annealed and Schedule(pinned).fingerprint == ""
-    free = {**pinned, "t": {"start": 1.5, "end": 0.8}}
-    short, long = (Schedule(free, horizon=Horizon(max_epochs=n)) for n in (5, 50))
-    assert short.is_annealed
-    assert short.fingerprint == "t ends at epoch 5" != long.fingerprint
-    assert short.fingerprint == Schedule(free, horizon=Horizon(5, 77)).fingerprint
+    assert not Schedule(pinned).is_annealed
+    assert Schedule({**pinned, "t": {"start": 1.5, "end": 0.8}}).is_annealed
 
 
 # The timeline

@@ -1,4 +1,4 @@
-"""``python -m apt_core plugin-list`` and ``plugin-info``: providers, by the seed's verbs."""
+"""``python -m apt_core plugin-list`` and ``plugin-info``: providers by kind."""
 
 from __future__ import annotations
 

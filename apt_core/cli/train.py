@@ -21,11 +21,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-OPTIONS = (
-    "--profile", "--plugin", "--output", "--resume", "--resume-from", "--strict", "--set",
-    "--dry-run", "--json", "--debug", "--help",
-)  # fmt: skip
-
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
@@ -73,7 +68,8 @@ def train(
 
     Keys of the profile are options too: --model.attention_name flash_v2
     """
-    overrides = collect_overrides(set_ or (), context.args)
+    options = [name for parameter in context.command.params for name in parameter.opts]
+    overrides = collect_overrides(set_ or (), context.args, options)
     if not profile:
         raise ConfigError(
             Problem("no profile was given", hint="apt-train --profile tiny_debug; see --help")
@@ -104,7 +100,6 @@ def train(
             output=output,
             resume=resume,
             resume_from=resume_from,
-            strict=strict,
         )
 
 
@@ -153,7 +148,9 @@ def show_plan(kernel: Kernel, console: Console, *, as_json: bool) -> int:
     return 0
 
 
-def collect_overrides(assignments: Sequence[str], rest: Sequence[str]) -> list[Override]:
+def collect_overrides(
+    assignments: Sequence[str], rest: Sequence[str], options: Sequence[str] = ()
+) -> list[Override]:
     """Overrides from ``--set`` values and from the left-over ``--section.key value`` arguments.
 
     Raises ConfigError for every other left-over, so that a misspelt option is never ignored.
@@ -183,7 +180,7 @@ def collect_overrides(assignments: Sequence[str], rest: Sequence[str]) -> list[O
                 value = waiting.pop(0)
             take(f"{name[2:]}={value}", name)
         elif argument.startswith("-"):
-            problems.append(Problem(f"there is no option {name}", hint=did_you_mean(name, OPTIONS)))
+            problems.append(Problem(f"there is no option {name}", hint=did_you_mean(name, options)))
         else:
             hint = f"--profile {argument}" if not problems else ""
             problems.append(Problem(f"unexpected argument {argument!r}", hint=hint))

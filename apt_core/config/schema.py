@@ -221,7 +221,8 @@ class TrainingSection(Section):
         default=10, description="Optimizer steps between rows of metrics."
     )
     max_nonfinite_steps: Count = Field(
-        default=10, description="Non-finite steps in a row after which the run stops."
+        default=10,
+        description="Non-finite steps in a row after which the run stops, at a log interval.",
     )
 
 
@@ -332,7 +333,8 @@ class DebugSection(Section):
     )
     profile_memory: bool = Field(default=False, description="Measure memory.")
     check_gradients: bool = Field(
-        default=False, description="Name parameters whose gradients are missing or not finite."
+        default=False,
+        description="Name parameters whose gradients are not finite; reads them every step.",
     )
 
 

@@ -33,6 +33,3 @@ class ByteTokenizer(TokenizerProvider):
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(int(token) for token in ids).decode("utf-8", errors="replace")
-
-    def num_bytes(self, ids: Sequence[int]) -> int:
-        return len(ids)

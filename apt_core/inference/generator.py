@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from apt_core.plugin_manager import PASSES, PluginManager
 from apt_core.providers.tokenizer import TokenizerProvider
 from apt_core.types import GenerationRequest, GenerationResult
+
+log = logging.getLogger("apt.inference")
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 
@@ -46,6 +49,9 @@ def generate(
                 break
             input_ids = torch.tensor([ids[-max_seq_len:]], device=device)
             logits = model(input_ids).logits[0, -1, : tokenizer.vocab_size].float()
+            if not logits.isfinite().all():
+                log.warning("generation stopped: the model's logits are not finite")
+                break
             for processor in processors:
                 logits = processor(input_ids, logits)
             ids.append(decoder.choose(input_ids, logits, generator))
@@ -86,6 +92,8 @@ def _guarded(manager: PluginManager, plugin: str, function: Any) -> Processor:
             changed = function(input_ids, logits.clone())
             if not isinstance(changed, Tensor) or changed.shape != logits.shape:
                 raise TypeError(f"the logits processor did not return logits {list(logits.shape)}")
+            if changed.isnan().any() or not changed.isfinite().any():
+                raise ValueError("the logits processor left no token that can be chosen")
             return changed
         except PASSES:
             raise

@@ -43,7 +43,7 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 @contextmanager
 def construction_rng(seed: int, name: str) -> Iterator[None]:
-    """Seed every global generator by (``seed``, ``name``) inside, and restore them all after.
+    """Seed the global generators of the CPU and of CUDA inside, and restore them all after.
 
     For code that we call and do not own: a constructor that draws gives the same result whatever
     was drawn before it, and leaves no trace.
@@ -55,7 +55,9 @@ def construction_rng(seed: int, name: str) -> Iterator[None]:
     try:
         random.seed(value)
         np.random.seed(value & 0xFFFFFFFF)
-        torch.manual_seed(value)
+        torch.default_generator.manual_seed(value)
+        if cuda_states is not None:
+            torch.cuda.manual_seed_all(value)
         yield
     finally:
         random.setstate(python_state)
@@ -165,4 +167,4 @@ def reset_layer(layer: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             if not parameter.is_meta:
-                layer.init_parameter(name, parameter, None, num_layers=1)  # type: ignore[operator]
+                layer.init_parameter(name, parameter, None, num_layers=1)

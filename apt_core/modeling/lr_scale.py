@@ -17,14 +17,20 @@ BASE_WIDTH = 1536
 def learning_rate_scales(model: nn.Module, d_model: int) -> dict[str, float]:
     """The factor on the learning rate by parameter name; what is not named has 1.
 
-    A matrix reads the residual stream if its module names it in ``reads_stream``, or if it is the
-    weight of an ``nn.Linear`` with d_model inputs.
+    A layer names the matrices of its own that read the residual stream in ``reads_stream``, and
+    speaks so for everything inside it. Elsewhere it is the weight of an ``nn.Linear`` from d_model
+    to another width: a square one may read or write.
     """
     scale = BASE_WIDTH / d_model
     scales: dict[str, float] = {}
+    spoken_for: list[str] = []
     for module_name, module in model.named_modules():
-        names = getattr(module, "reads_stream", ())
-        if isinstance(module, nn.Linear) and module.in_features == d_model:
-            names = ("weight",)
-        scales.update((f"{module_name}.{name}".lstrip("."), scale) for name in names)
+        if module_name.startswith(tuple(spoken_for)):
+            continue
+        names = getattr(module, "reads_stream", None)
+        if names is not None:
+            spoken_for.append(f"{module_name}.")
+        elif isinstance(module, nn.Linear) and module.in_features == d_model:
+            names = ("weight",) if module.out_features != d_model else ()
+        scales.update((f"{module_name}.{name}".lstrip("."), scale) for name in names or ())
     return scales

@@ -39,10 +39,6 @@ class TokenizerProvider(Provider, ABC):
 
         return np.array(self.encode(text), dtype=token_dtype(self.vocab_size))
 
-    def num_bytes(self, ids: Sequence[int]) -> int:
-        """How many bytes of UTF-8 the text of ``ids`` has: the divisor of bits per byte."""
-        return len(self.decode(ids).encode("utf-8"))
-
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """The smallest of uint8, uint16 and uint32 that holds ids below ``vocab_size``."""

@@ -43,8 +43,9 @@ def check_plugin(reference: str | os.PathLike[str]) -> list[Finding]:
     findings = [Finding("loads", True, f"plugin {declared.record.name}")]
     registry = Registry(manager)
     findings += [Finding("providers", False, str(problem)) for problem in registry.problems]
-    for spec in declared.providers:
-        findings += _check_provider(registry, registry.spec(spec.kind, spec.name), reference)
+    for spec in registry.specs():
+        if spec.plugin == declared.record.name:
+            findings += _check_provider(registry, spec, reference)
     plain = tiny_run(steps=6)
     try:
         run = tiny_run(reference, steps=6)

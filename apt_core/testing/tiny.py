@@ -108,7 +108,7 @@ def tiny_run(
             manager=manager,
             strict=strict,
         )
-        trainer = Trainer(kernel, output=folder, strict=strict, **options)
+        trainer = Trainer(kernel, output=folder, **options)
         result = trainer.fit()
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return TinyRun(

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import traceback
 
-from apt_core.defaults import CORE
-from apt_core.errors import AptError, ProviderError
+from apt_core.errors import AptError, ConfigError, Problem, ProviderError
 from apt_core.failures import one_line, short_path
 from apt_core.kernel import Kernel
-from apt_core.types import ProviderSpec
+from apt_core.types import CORE, ProviderSpec
 
 
 def attributed(kernel: Kernel, error: BaseException) -> BaseException:
-    """``error`` itself, or for one that passed through a plugin's layer a ProviderError that
-    names the provider and the line.
+    """``error`` itself, or for one that passed through a plugin's provider a ProviderError that
+    names the provider and the line. A ValueError before the first step is bad input.
 
     Once weights train, such a failure is fatal: another layer would be another model.
     """
     if isinstance(error, AptError) or not isinstance(error, Exception):
         return error
     found = _culprit(kernel, error)
+    if isinstance(error, ValueError) and kernel.manager.step == 0:
+        key = f"provider {found[0].key} of plugin {found[0].plugin}" if found else ""
+        return ConfigError(Problem(str(error), key=key, where=found[1] if found else ""))
     if found is None:
         return error
     spec, where = found

@@ -29,6 +29,10 @@ log = logging.getLogger("apt.checkpoint")
 FORMAT = 1
 PREFIX = "step-"
 TENSOR_FILES = ("model", "optimizer", "plugins")
+STATE_KEYS = {
+    "step", "epoch", "ended_epochs", "tokens", "nonfinite_steps", "start_scores", "best",
+    "data_sha256", "plugins", "plugin_records", "optimizer_groups", "transforms",
+}  # fmt: skip
 TENSOR_KEY = "__tensor__"
 """Stands, in the JSON of a plugin's state, for a tensor in ``plugins.safetensors``."""
 
@@ -69,8 +73,7 @@ def save(root: Path, snapshot: Snapshot) -> Path:
         for path in temporary.iterdir():
             _fsync(path)
         _fsync(temporary)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
+        _put_in_place(temporary, target)
         _fsync(root)
     except SafetensorError as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -79,6 +82,29 @@ def save(root: Path, snapshot: Snapshot) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return target
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """Rename, without a moment in which neither the old checkpoint nor the new one is there."""
+    if not target.exists():
+        temporary.rename(target)
+        return
+    old = target.with_name(f".{target.name}.replaced.tmp")
+    shutil.rmtree(old, ignore_errors=True)
+    target.rename(old)
+    temporary.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sweep(root: Path) -> None:
+    """Clear what a run that was killed while saving has left: an old checkpoint that was moved out
+    of the way comes back, what is unfinished goes."""
+    for path in root.glob(f".{PREFIX}*.replaced.tmp"):
+        target = root / path.name.removeprefix(".").removesuffix(".replaced.tmp")
+        if not target.exists():
+            path.rename(target)
+    for path in root.glob(f".{PREFIX}*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def load(path: Path) -> Snapshot:
@@ -105,9 +131,10 @@ def load(path: Path) -> Snapshot:
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
     state = _read_json(path / "state.json")
-    return Snapshot(
-        int(manifest["step"]), state=state, profile=profile, manifest=manifest, **tensors
-    )
+    missing = STATE_KEYS - state.keys()
+    if missing or not isinstance(manifest.get("step"), int):
+        raise CheckpointError(f"{path}: its state has no {', '.join(sorted(missing)) or 'step'}")
+    return Snapshot(manifest["step"], state=state, profile=profile, manifest=manifest, **tensors)
 
 
 def newest_intact(root: Path) -> tuple[Path, Snapshot]:
@@ -144,12 +171,13 @@ def split_tensors(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     Raises TypeError for anything that is neither JSON nor a tensor.
     """
     if isinstance(value, Tensor):
-        tensors[prefix] = value.detach().to("cpu", copy=True).contiguous()
-        return {TENSOR_KEY: prefix}
+        name = f"{prefix}#{len(tensors)}"
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        return {TENSOR_KEY: name}
     if isinstance(value, Mapping):
-        bad = [key for key in value if not isinstance(key, str)]
+        bad = [key for key in value if not isinstance(key, str) or key == TENSOR_KEY]
         if bad:
-            raise TypeError(f"state {prefix!r} has a key that is not text: {bad[0]!r}")
+            raise TypeError(f"state {prefix!r} has a key that cannot be saved: {bad[0]!r}")
         return {k: split_tensors(v, f"{prefix}.{k}", tensors) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [split_tensors(v, f"{prefix}.{i}", tensors) for i, v in enumerate(value)]

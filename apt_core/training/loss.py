@@ -38,6 +38,8 @@ def loss_terms(trainer: Trainer, batch: Batch, output: ModelOutput) -> Iterator[
 def _scalar(term: Any) -> Tensor:
     if not isinstance(term, Tensor):
         raise TypeError(f"a loss term is a {type(term).__name__}, not a tensor")
+    if not term.is_floating_point():
+        raise TypeError(f"a loss term is of type {term.dtype}, not a real floating type")
     if term.ndim != 0:
         raise ValueError(f"a loss term has the shape {list(term.shape)}: reduce it to 0-d")
     return term

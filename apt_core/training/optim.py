@@ -67,6 +67,7 @@ def parameter_groups(
     """
     scales = scales or {}
     left = {id(p): (name, p) for name, p in model.named_parameters() if p.requires_grad}
+    own = {id(parameter) for parameter in model.parameters()}
     groups: dict[tuple[float, float], list[Tensor]] = {}
 
     def add(name: str, parameter: Tensor, lr_scale: float, decay: float) -> None:
@@ -79,6 +80,11 @@ def parameter_groups(
             planned = [_plugin_group(group, weight_decay) for group in asked]
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             manager.fail(plugin, "apt_param_groups", error)
+            continue
+        strangers = [p for group in planned for p in group[0] if id(p) not in own]
+        if strangers:
+            message = f"{len(strangers)} of its tensors are no parameters of the model"
+            manager.fail(plugin, "apt_param_groups", ValueError(message))
             continue
         for parameters, lr_scale, decay in planned:
             for parameter in parameters:
@@ -99,7 +105,10 @@ def _plugin_group(
     if unknown:
         raise ValueError(f"a parameter group has the unknown keys {sorted(unknown)}")
     decay = float(group.get("weight_decay", weight_decay))
-    return list(group["params"]), float(group.get("lr_scale", 1.0)), decay
+    lr_scale = float(group.get("lr_scale", 1.0))
+    if decay < 0 or lr_scale < 0:
+        raise ValueError(f"lr_scale {lr_scale} and weight_decay {decay} must not be negative")
+    return list(group["params"]), lr_scale, decay
 
 
 class FiniteGuard:
@@ -111,25 +120,23 @@ class FiniteGuard:
 
     def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
         self._optimizer = optimizer
-        self._on_device = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+        # On a CPU there is nothing to wait for, and reading costs less than passing it on.
+        fused = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+        self._on_device = fused and device.type != "cpu"
         self._in_a_row = torch.zeros((), device=device)
         self._total = torch.zeros((), device=device)
 
-    def step(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Take the optimizer's step unless ``loss`` or ``grad_norm`` is not finite.
-
-        Returns 1.0 for a step that was skipped, else 0.0, on the device.
-        """
+    def step(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Take the optimizer's step unless ``loss`` or ``grad_norm`` is not finite."""
         skipped = 1.0 - torch.isfinite(loss + grad_norm).float()
         self._total += skipped
         self._in_a_row = (self._in_a_row + 1.0) * skipped
         if self._on_device:
-            self._optimizer.grad_scale = None  # type: ignore[attr-defined]
-            self._optimizer.found_inf = skipped  # type: ignore[attr-defined]
+            self._optimizer.grad_scale = None
+            self._optimizer.found_inf = skipped
             self._optimizer.step()
         elif not skipped.item():
             self._optimizer.step()
-        return skipped
 
     def read(self) -> tuple[int, int]:
         """Skipped steps in all and in a row; waits for the device."""

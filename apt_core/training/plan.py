@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from apt_core.device import resolve_device
 from apt_core.kernel import Kernel
 from apt_core.modeling.compose import ModelBuilder
-from apt_core.training.prepare import layer_probe
+from apt_core.training.blame import attributed
+from apt_core.training.prepare import settle_device
 from apt_core.training.saving import plugin_rows
 
 if TYPE_CHECKING:
@@ -27,23 +27,21 @@ def make_plan(kernel: Kernel) -> dict[str, Any]:
     The model is built on the meta device, so that a large profile is planned in no time; providers
     are probed as at the start of a run. Raises ConfigError as a run would.
     """
-    device, reason = resolve_device(kernel.config.hardware.device)
-    kernel.registry.probe = layer_probe(kernel, device)
-    for kind, name in kernel.named_providers():
-        kernel.registry.get(kind, name)
-    with torch.device("meta"):
-        model = ModelBuilder(kernel.config, kernel.registry).build_model()
-    notices = list(kernel.notices)
-    if reason:
-        asked = kernel.config.hardware.device
-        notices.append(f"hardware.device: {asked} not usable ({reason}): using {device.type}")
+    device = settle_device(kernel)
+    try:
+        for kind, name in kernel.named_providers():
+            kernel.registry.get(kind, name)
+        with torch.device("meta"):
+            model = ModelBuilder(kernel.config, kernel.registry).build_model()
+    except Exception as error:
+        raise attributed(kernel, error) from error
     return {
         "profile": kernel.config.name,
         "device": str(device),
         "providers": [row.row() for row in kernel.registry.resolutions.values()],
         "plugins": [_at_the_start(kernel, row) for row in plugin_rows(kernel)],
         "inactive_keys": [{"key": k.key, "reason": k.reason} for k in kernel.inactive],
-        "notices": notices,
+        "notices": list(kernel.notices),
         "stages": [_stage(kernel, model, **at) for at in _positions(kernel)],
     }
 
@@ -70,6 +68,8 @@ def _stage(kernel: Kernel, model: nn.Module, name: str, unit: str, at: int) -> d
     config = kernel.config.model
     parameters = sum(p.numel() for p in model.parameters())
     matrices = sum(p.numel() for key, p in model.named_parameters() if "embedding" not in key)
+    if config.tie_embeddings:
+        matrices += config.vocab_size * config.d_model
     attention = 12 * config.num_layers * config.d_model * config.max_seq_len
     return {
         "name": name,

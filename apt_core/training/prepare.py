@@ -17,13 +17,14 @@ from apt_core.config import Config
 from apt_core.data.batches import BatchPlan
 from apt_core.data.tokens import tokenize
 from apt_core.device import autocast_dtype, resolve_device
-from apt_core.errors import ConfigError, Problem
+from apt_core.errors import ConfigError, Problem, StopTraining
 from apt_core.kernel import Kernel
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.modeling.lr_scale import learning_rate_scales
 from apt_core.modeling.probe import probe_layer
 from apt_core.providers.lr_schedule import LRScheduleProvider
 from apt_core.providers.tokenizer import TokenizerProvider
+from apt_core.training.blame import attributed
 from apt_core.training.optim import parameter_groups
 
 log = logging.getLogger("apt.training")
@@ -62,8 +63,18 @@ class Parts:
     lr_schedule: LRScheduleProvider
 
 
-def prepare(kernel: Kernel, *, strict: bool = False) -> Parts:
-    """Build the parts. Raises ConfigError for input that does not fit together."""
+def prepare(kernel: Kernel) -> Parts:
+    """Build the parts. Raises ConfigError for input that does not fit together, and what a
+    plugin's part raises as an error that names the plugin."""
+    try:
+        return _prepare(kernel)
+    except StopTraining as stop:
+        raise ConfigError(f"a plugin stopped the run before it began: {stop.reason}") from stop
+    except Exception as error:
+        raise attributed(kernel, error) from error
+
+
+def _prepare(kernel: Kernel) -> Parts:
     config, registry = kernel.config, kernel.registry
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
@@ -73,13 +84,7 @@ def prepare(kernel: Kernel, *, strict: bool = False) -> Parts:
                 hint="start apt-train without torchrun",
             )
         )
-    device, reason = resolve_device(config.hardware.device)
-    if reason:
-        message = f"hardware.device: {config.hardware.device} not usable ({reason})"
-        if strict:
-            raise ConfigError(Problem(message, hint="--strict allows no fallback"))
-        kernel.notices.append(f"{message}: using {device.type}")
-    registry.probe = layer_probe(kernel, device)
+    device = settle_device(kernel)
     tokenizer, plan, val_tokens, bytes_per_token, data = _data(kernel)
     model = ModelBuilder(config, registry).build_model().to(device)
     training = config.training
@@ -110,6 +115,23 @@ def prepare(kernel: Kernel, *, strict: bool = False) -> Parts:
         optimizer=optimizer,
         lr_schedule=registry.get("lr_schedule", training.lr_schedule_name),
     )
+
+
+def settle_device(kernel: Kernel) -> torch.device:
+    """The run's device, on which the registry probes layers from now on.
+
+    One that is not there is replaced by the CPU, with a notice; under ``strict`` that is a
+    ConfigError.
+    """
+    asked = kernel.config.hardware.device
+    device, reason = resolve_device(asked)
+    if reason:
+        message = f"hardware.device: {asked} not usable ({reason})"
+        if kernel.manager.strict:
+            raise ConfigError(Problem(message, hint="--strict allows no fallback"))
+        kernel.notices.append(f"{message}: using {device.type}")
+    kernel.registry.probe = layer_probe(kernel, device)
+    return device
 
 
 def layer_probe(kernel: Kernel, device: torch.device) -> Any:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from apt_core.config import Config
 from apt_core.errors import CheckpointError, ConfigError, Problem
+from apt_core.types import SectionSpec
 
 FREE_SECTIONS = ("name", "version", "description", "plugins", "evaluation", "monitoring", "debug")
-"""Sections that may differ: they do not change how weights train."""
+"""Sections that may differ, with a notice. (Plugins may come and go: a loss term too.)"""
 
 FREE_KEYS = (
     "training.save_freq",
@@ -27,15 +28,22 @@ HORIZON_KEYS = ("training.max_epochs", "training.max_steps")
 """The end of the run. The learning rate is a function of it, and so are annealed parameters."""
 
 
-def saved_profile(text: str) -> dict[str, Any]:
-    """The profile in a checkpoint. Raises CheckpointError if it is not a mapping."""
+def saved_profile(text: str, sections: Sequence[SectionSpec] = ()) -> dict[str, Any]:
+    """The profile in a checkpoint, with the defaults of keys that it does not have.
+
+    ``sections`` are those of the active plugins. Raises CheckpointError if it is not a mapping.
+    """
     try:
         profile = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise CheckpointError(f"the checkpoint's profile cannot be read: {error}") from None
     if not isinstance(profile, dict):
         raise CheckpointError("the checkpoint's profile is not a mapping")
-    return profile
+    try:
+        return Config.from_dict(profile, sections=sections).to_dict()
+    except ConfigError:
+        # Of another version, or with sections of plugins that are not active: as it stands.
+        return profile
 
 
 def check_resume(

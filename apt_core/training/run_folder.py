@@ -8,6 +8,7 @@ import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,8 @@ class RunFolder:
     def write_manifest(self, **entries: Any) -> None:
         """Update some entries of ``manifest.json``."""
         self.manifest.update(entries, checkpoint_dir=str(self.checkpoints.resolve()))
-        text = json.dumps(self.manifest, indent=2, ensure_ascii=False, default=str)
+        clean = _without_nan(self.manifest)
+        text = json.dumps(clean, indent=2, ensure_ascii=False, default=str, allow_nan=False)
         write_atomically(self.path / "manifest.json", text + "\n")
 
     @property
@@ -156,11 +158,8 @@ class RunFolder:
         """Append one row. A number that is not finite is written as a string, which JSON allows."""
         if self._metrics is None:
             self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
-        clean = {
-            key: str(value) if isinstance(value, float) and not _finite(value) else value
-            for key, value in row.items()
-        }
-        self._metrics.write(json.dumps(clean, ensure_ascii=False) + "\n")
+        text = json.dumps(_without_nan(row), ensure_ascii=False, allow_nan=False)
+        self._metrics.write(text + "\n")
         self._metrics.flush()
 
     def close(self) -> None:
@@ -169,8 +168,13 @@ class RunFolder:
             self._metrics = None
 
 
-def _finite(value: float) -> bool:
-    return value - value == 0.0
+def _without_nan(value: Any) -> Any:
+    """``value`` with each number that is not finite as a string: JSON has no such numbers."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return str(value) if isinstance(value, float) and not isfinite(value) else value
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apt_core.errors import CheckpointError, PluginError, TrainingError
+from apt_core.errors import CheckpointError, ConfigError, PluginError, Problem, TrainingError
 from apt_core.log import Backlog, logging_to
 from apt_core.training import checkpoint
 from apt_core.training.checkpoint import Snapshot
@@ -18,7 +18,9 @@ from apt_core.training.state import (
     copy_to_cpu,
     load_model,
     load_optimizer,
+    load_optimizer_groups,
     model_tensors,
+    optimizer_groups,
     optimizer_tensors,
     plugin_states,
     restore_plugins,
@@ -84,6 +86,10 @@ class Saving:
     def _find_checkpoint(self) -> tuple[Path, Snapshot] | None:
         if self.resume_from is not None:
             path = self.resume_from
+            if not path.exists():
+                raise ConfigError(
+                    Problem("there is no such checkpoint or run folder", "--resume-from", str(path))
+                )
             if (path / "state.json").exists() or not path.is_dir():
                 return path, checkpoint.load(path)
             inside = path / "checkpoints"
@@ -98,7 +104,9 @@ class Saving:
                     "name its folder with --output, or leave --resume out"
                 )
             log.info("resuming %s", self.output)
-        return checkpoint.newest_intact(RunFolder.existing(self.output).checkpoints)
+        checkpoints = RunFolder.existing(self.output).checkpoints
+        checkpoint.sweep(checkpoints)
+        return checkpoint.newest_intact(checkpoints)
 
     def _set_aside_later_checkpoints(self) -> None:
         """Checkpoints after the one that the run goes on from are of another future: keep them,
@@ -170,6 +178,7 @@ class Saving:
             log.error("%s; earlier checkpoints are intact and the run goes on", message)
             return
         self.saved_step = trainer.step
+        self.best_step, self.best_loss = self._best()
         log.info("checkpoint: %s", path)
         self._prune()
         if not emergency:
@@ -185,10 +194,6 @@ class Saving:
             log.error("the checkpoint is without the state of plugins: %s", error)
             states, tensors = {}, {}
         skipped, in_a_row = trainer.guard.read()
-        if trainer.config.evaluation.save_best and trainer.scores.get("step") == trainer.step:
-            loss = trainer.scores["val_loss"]
-            if self.best_loss is None or loss < self.best_loss:
-                self.best_loss, self.best_step = loss, trainer.step
         kernel = trainer.kernel
         return Snapshot(
             step=trainer.step,
@@ -198,13 +203,15 @@ class Saving:
             state={
                 "step": trainer.step,
                 "epoch": trainer.epoch,
+                "ended_epochs": trainer.ended_epochs,
                 "tokens": trainer.tokens,
                 "nonfinite_steps": [skipped, in_a_row],
                 "start_scores": trainer.start_scores,
-                "best": [self.best_step, self.best_loss],
+                "best": list(self._best()),
                 "data_sha256": trainer.parts.data["sha256"],
                 "plugins": states,
                 "plugin_records": trainer.manager.state_dict(),
+                "optimizer_groups": optimizer_groups(trainer.optimizer),
                 "transforms": [],
             },
             profile=trainer.config.to_yaml(),
@@ -215,6 +222,15 @@ class Saving:
                 "plugins": plugin_rows(kernel),
             },
         )
+
+    def _best(self) -> tuple[int | None, float | None]:
+        """Step and loss of the best checkpoint, once the current position has one."""
+        trainer = self.trainer
+        if trainer.config.evaluation.save_best and trainer.scores.get("step") == trainer.step:
+            loss = trainer.scores["val_loss"]
+            if self.best_loss is None or loss < self.best_loss:
+                return trainer.step, loss
+        return self.best_step, self.best_loss
 
     def _prune(self) -> None:
         best = None
@@ -229,7 +245,7 @@ class Saving:
         trainer, kernel = self.trainer, self.trainer.kernel
         changed = check_resume(
             trainer.config,
-            saved_profile(snapshot.profile),
+            saved_profile(snapshot.profile, trainer.kernel.sections),
             constant_horizon=self._constant_horizon(),
         )
         self._check_providers(snapshot)
@@ -238,8 +254,9 @@ class Saving:
             raise CheckpointError(f"{path}: it was trained on another text than the profile's")
         load_model(trainer.model, snapshot.model)
         load_optimizer(trainer.model, trainer.optimizer, snapshot.optimizer)
+        load_optimizer_groups(trainer.optimizer, state["optimizer_groups"])
         trainer.step, trainer.epoch = state["step"], state["epoch"]
-        trainer.tokens = state["tokens"]
+        trainer.tokens, trainer.ended_epochs = state["tokens"], state["ended_epochs"]
         trainer.start_scores = state["start_scores"]
         trainer.guard.load(*state["nonfinite_steps"])
         self.best_step, self.best_loss = state["best"]

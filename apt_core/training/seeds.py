@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 
+from apt_core.modeling.init import seed_of
 
-def seed_model_generator(device: torch.device, seed: int) -> None:
-    """Seed the generator that the model's dropout draws from, and no other."""
+
+def seed_model_generator(device: torch.device, seed: int, step: int, micro: int, rank: int) -> None:
+    """Seed the generator that the model's dropout draws from, and no other, for a micro-batch."""
+    seed = seed_of(seed, f"step/{step}/{micro}/{rank}")
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         torch.cuda.default_generators[index].manual_seed(seed)
@@ -16,9 +17,3 @@ def seed_model_generator(device: torch.device, seed: int) -> None:
         torch.mps.manual_seed(seed)
     else:
         torch.default_generator.manual_seed(seed)
-
-
-def mix_seed(*parts: int | str) -> int:
-    """A 63-bit seed from the parts, the same on every platform."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

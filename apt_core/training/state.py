@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,12 +53,42 @@ def load_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as ``<parameter>//<state>`` tensors."""
-    return {
-        f"{name}{SEPARATOR}{key}": torch.as_tensor(value)
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    """The optimizer's state as ``<parameter>//<state>`` tensors.
+
+    Raises CheckpointError for state that is neither a tensor nor a number.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if not isinstance(value, Tensor | int | float):
+                raise CheckpointError(
+                    f"{type(optimizer).__name__} keeps a {type(value).__name__} as state {key!r} "
+                    f"of {name}: only tensors and numbers can be saved"
+                )
+            tensors[f"{name}{SEPARATOR}{key}"] = torch.as_tensor(value)
+    return tensors
+
+
+def optimizer_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What an optimizer keeps of each group beside its parameters, as far as it is JSON.
+
+    The rate is left out: it is a function of the position.
+    """
+    return [
+        {k: v for k, v in group.items() if k != "lr" and isinstance(v, bool | int | float | str)}
+        for group in optimizer.param_groups
+    ]
+
+
+def load_optimizer_groups(optimizer: Optimizer, saved: Sequence[Mapping[str, Any]]) -> None:
+    """Put them back. Raises CheckpointError for another number of groups."""
+    if len(saved) != len(optimizer.param_groups):
+        raise CheckpointError(
+            f"the checkpoint has {len(saved)} parameter groups, here are "
+            f"{len(optimizer.param_groups)}: a plugin that chooses groups came or went"
+        )
+    for group, values in zip(optimizer.param_groups, saved, strict=True):
+        group.update(values)
 
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Tensor]) -> None:

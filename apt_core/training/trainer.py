@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +22,17 @@ from apt_core.evaluation.quick_eval import evaluate
 from apt_core.inference.generator import generate
 from apt_core.kernel import Kernel, boot
 from apt_core.log import keeping_backlog
+from apt_core.modeling.init import seed_of
 from apt_core.monitor import ProgressDisplay, Throughput
 from apt_core.plugin_manager import PluginManager
-from apt_core.schedules import Horizon, Schedule
+from apt_core.schedules import Horizon
 from apt_core.training.blame import attributed
 from apt_core.training.enabling import Enabling
 from apt_core.training.loss import cross_entropy_sum, loss_terms
 from apt_core.training.optim import FiniteGuard
 from apt_core.training.prepare import num_threads, prepare
 from apt_core.training.saving import Saving
-from apt_core.training.seeds import mix_seed, seed_model_generator
+from apt_core.training.seeds import seed_model_generator
 from apt_core.training.signals import Interrupts
 from apt_core.types import GenerationRequest
 
@@ -82,10 +85,12 @@ class Trainer:
         console: Console | None = None,
         strict: bool = False,
     ) -> None:
-        self.kernel = (
-            config if isinstance(config, Kernel) else boot(config, manager=manager, strict=strict)
-        )
-        self.strict = strict or self.kernel.manager.strict
+        if isinstance(config, Kernel):
+            if manager is not None or strict:
+                raise ValueError("a Kernel has its manager: give manager and strict to boot()")
+            self.kernel = config
+        else:
+            self.kernel = boot(config, manager=manager, strict=strict)
         self.config: Config = self.kernel.config
         self.manager = self.kernel.manager
         self.console = console
@@ -93,6 +98,7 @@ class Trainer:
         self.metrics: dict[str, Any] = {}
         self.start_scores: dict[str, float] = {}
         self.scores: dict[str, float] = {}
+        self.ended_epochs = 0
         self._stop_reason = ""
         self._updating = False
         self._interrupts = Interrupts()
@@ -105,7 +111,7 @@ class Trainer:
     def rng(self, plugin: str) -> torch.Generator:
         """A CPU generator that is the plugin's own: a function of (seed, plugin, step)."""
         return torch.Generator().manual_seed(
-            mix_seed(self.config.training.seed, plugin, self.step, self.rank)
+            seed_of(self.config.training.seed, f"plugin/{plugin}/{self.step}/{self.rank}")
         )
 
     def request_stop(self, reason: str) -> None:
@@ -127,17 +133,16 @@ class Trainer:
         """
         threads = cpu_threads(num_threads(self.config))
         with self._interrupts.listening(), threads, keeping_backlog() as backlog:
-            self.parts = prepare(self.kernel, strict=self.strict)
+            self.parts = prepare(self.kernel)
             self.device = self.parts.device
             self.model: nn.Module = self.parts.model
             self.optimizer = self.parts.optimizer
             self.guard = FiniteGuard(self.optimizer, self.device)
             plan = self.parts.plan
-            horizon = Horizon(
-                self.config.training.max_epochs, plan.steps_per_epoch, plan.targets_per_epoch
-            )
-            self.schedule = Schedule(
-                self.config, params=self.kernel.schedule_params, horizon=horizon
+            self.schedule = self.kernel.schedule.with_horizon(
+                Horizon(
+                    self.config.training.max_epochs, plan.steps_per_epoch, plan.targets_per_epoch
+                )
             )
             self.total_steps = self.config.training.max_epochs * plan.steps_per_epoch
             if self.config.training.max_steps is not None:
@@ -178,6 +183,8 @@ class Trainer:
         max_norm = training.gradient_clip or float("inf")
         first_epoch, first_index = divmod(self.step, plan.steps_per_epoch)
         self.model.train()
+        if self.ended_epochs < first_epoch and first_index == 0:
+            self._end_epoch(first_epoch)
 
         for epoch in range(first_epoch + 1, training.max_epochs + 1):
             if self._over():
@@ -193,14 +200,14 @@ class Trainer:
                 self.manager.step = step
                 self._enabling.enable_due()
                 batches = [batch.to(device) for batch in plan.step_batches(epoch, index)]
-                hook.on_step_start(step=step, batch=batches, trainer=self)
+                hook.on_step_start(step=step, batch=list(batches), trainer=self)
 
                 targets = sum(batch.num_targets for batch in batches)
                 loss = torch.zeros((), device=device)
                 terms: dict[str, Tensor] = {}
                 self.optimizer.zero_grad(set_to_none=True)
                 for micro, batch in enumerate(batches):
-                    seed_model_generator(device, mix_seed(training.seed, step, micro, self.rank))
+                    seed_model_generator(device, training.seed, step, micro, self.rank)
                     with autocast(device, self.parts.dtype):
                         output = self.parts.forward(batch.input_ids)
                         partial = cross_entropy_sum(output, batch) / targets
@@ -232,7 +239,7 @@ class Trainer:
                 ends_epoch = index + 1 == plan.steps_per_epoch
                 if evaluation.eval_freq and step % evaluation.eval_freq == 0 and not ends_epoch:
                     self._evaluate(evaluation.eval_batches)
-                if training.save_every_steps and step % training.save_every_steps == 0:
+                if self._save_due(step) and not ends_epoch:
                     self._save()
 
             first_index = 0
@@ -242,21 +249,30 @@ class Trainer:
         return bool(self._stop_reason or self._interrupts or self.step >= self.total_steps)
 
     def _end_epoch(self, epoch: int) -> None:
+        """Evaluate, tell, save. A stop before the evaluation is done leaves the epoch open, and a
+        resume ends it."""
         scores = self._evaluate()
-        if scores:
-            log.info(
-                "Epoch %d/%d: loss=%.3f  held out: loss=%.3f ppl=%.2f bits/byte=%.3f",
-                epoch,
-                self.config.training.max_epochs,
-                self.metrics.get("loss", float("nan")),
-                scores["val_loss"],
-                scores["val_ppl"],
-                scores["val_bpb"],
-            )
+        if not scores:
+            return
+        log.info(
+            "Epoch %d/%d: loss=%.3f  held out: loss=%.3f ppl=%.2f bits/byte=%.3f",
+            epoch,
+            self.config.training.max_epochs,
+            self.metrics.get("loss", float("nan")),
+            scores["val_loss"],
+            scores["val_ppl"],
+            scores["val_bpb"],
+        )
+        self.ended_epochs = epoch
+        self._saving.saved_step = None
         self.manager.hook.on_epoch_end(epoch=epoch, trainer=self)
         save_freq = self.config.training.save_freq
-        if save_freq and epoch % save_freq == 0:
+        if (save_freq and epoch % save_freq == 0) or self._save_due(self.step):
             self._save()
+
+    def _save_due(self, step: int) -> bool:
+        every = self.config.training.save_every_steps
+        return every is not None and step % every == 0
 
     def _finish(self) -> RunResult:
         """Evaluate and save what was not yet, tell the plugins, show a sample, sum up."""
@@ -265,16 +281,17 @@ class Trainer:
             status = "interrupted"
         elif self._stop_reason:
             status = "stopped"
-        try:
+        # A plugin that asks to stop here ends its own stage, not the others.
+        with suppress(StopTraining):
             if status != "interrupted" and self.scores.get("step") != self.step:
                 self._evaluate()
+        with suppress(StopTraining):
             self._save(final=True)
+        with suppress(StopTraining):
             self.manager.hook.on_training_end(trainer=self)
+        sample = ""
+        with suppress(StopTraining):
             sample = "" if status == "interrupted" else self._sample()
-        except StopTraining as stop:
-            log.info("stopped: %s", stop.reason)
-            self._save(final=True)
-            sample = ""
         result = RunResult(
             status=status,
             step=self.step,
@@ -337,13 +354,19 @@ class Trainer:
             )
         self.metrics = row
         self.folder.write_metrics(row)
-        self.manager.hook.on_metrics(metrics=row, step=self.step)
+        self.manager.hook.on_metrics(metrics=dict(row), step=self.step)
         self._display.update(self.step, self.epoch, row)
         if in_a_row >= self.config.training.max_nonfinite_steps:
+            bad = [name for name in terms if not isfinite(row[name])]
             raise TrainingError(
                 f"{in_a_row} steps in a row had a loss or gradient that is not finite, the last "
-                f"one step {self.step}: lower training.learning_rate (now "
-                f"{self.config.training.learning_rate:g}) or raise training.warmup_steps"
+                f"one step {self.step}: "
+                + (
+                    f"not finite is {', '.join(bad)}, a loss term of a plugin"
+                    if bad
+                    else f"lower training.learning_rate (now "
+                    f"{self.config.training.learning_rate:g}) or raise training.warmup_steps"
+                )
             )
 
     def _name_bad_gradients(self, grad_norm: Tensor) -> None:
@@ -382,8 +405,10 @@ class Trainer:
             row = {"step": self.step, "epoch": self.epoch, "tokens": self.tokens, **scores}
             self.metrics = {**self.metrics, **scores}
             self.folder.write_metrics(row)
-            self.manager.hook.on_evaluation_end(trainer=self, metrics=scores)
-            self.manager.hook.on_metrics(metrics=row, step=self.step)
+            try:
+                self.manager.hook.on_evaluation_end(trainer=self, metrics=dict(scores))
+            finally:
+                self.manager.hook.on_metrics(metrics=dict(row), step=self.step)
         self.model.train()
         self._throughput.resume()
         return scores

@@ -436,7 +436,7 @@ class Mine(Provider):
 
 
 class Asks:
-    """A provider in the seed's manner, which needs an instance to tell its version."""
+    """A provider that needs an instance to tell its version."""
 
     def __init__(self, config: Any = None) -> None:
         self.number = 3

@@ -278,3 +278,8 @@ def test_plugin_facts_are_kept(manager: PluginManager, load_source: Callable[...
     record = manager.records[name]
     assert (record.state, record.summary, record.version) == ("active", "adds noise", "2.1")
     assert importlib.import_module("apt_plugin_mine") is manager.get_plugin(name)
+
+
+def test_the_cores_own_name_is_not_to_be_had() -> None:
+    with pytest.raises(ConfigError, match="core's own"):
+        PluginManager().register(object(), "core")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 import yaml
 
 from apt_core.cli.run_command import run_command
@@ -110,6 +111,37 @@ def test_bad_input_exits_2_with_a_message(apt_train, arguments, message):
     assert run.code == 2
     assert message in run.err
     assert "Traceback" not in run.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA works here")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_a_device_that_is_not_there_falls_back_and_strict_refuses_it(apt_train, capsys, device):
+    run = apt_train(*SHORT, "--hardware.device", device)
+    assert run.code == 0, run.err
+    assert f"hardware.device: {device} not usable" in run.out
+    assert run.manifest["device"] == "cpu"
+    for name, arguments in (("strict", ()), ("plan", ("--dry-run",))):
+        strict = apt_train("--hardware.device", device, "--strict", *arguments, name=name)
+        assert strict.code == 2
+        assert device in strict.err
+
+
+def test_a_value_that_a_layer_refuses_is_bad_input(apt_train, tmp_path):
+    plugin = tmp_path / "picky.py"
+    plugin.write_text(
+        "from apt_core import ProviderSpec, hookimpl\nfrom apt_core.modeling.layers.ffn import SwiGLUProvider\n\n"
+        "class Picky(SwiGLUProvider):\n"
+        "    def create_layer(self, d_model, d_ff, dropout=0.0):\n"
+        "        if d_ff == 33:\n            raise ValueError('model.d_ff: 33 is not for me')\n"
+        "        return super().create_layer(d_model, d_ff, dropout)\n\n"
+        "@hookimpl\ndef apt_register_providers():\n"
+        "    return [ProviderSpec('ffn', 'picky', Picky)]\n"
+    )
+    arguments = ("--plugin", str(plugin), "--model.ffn_name", "picky", "--model.d_ff", "33")
+    for more in ((), ("--dry-run",)):
+        run = apt_train(*arguments, *more)
+        assert run.code == 2
+        assert "33 is not for me" in run.err and "plugin picky" in run.err
 
 
 def test_a_missing_data_file_names_the_key(apt_train):

@@ -91,6 +91,17 @@ def test_a_logits_processor_that_fails_is_dropped_and_counted():
     assert [failure.hook for failure in failures] == ["apt_logits_processors"]
 
 
+def test_a_processor_that_leaves_no_token_is_dropped_and_counted():
+    class Forbids:
+        @hookimpl
+        def apt_logits_processors(self):
+            return [lambda input_ids, logits: torch.full_like(logits, float("-inf"))]
+
+    result, manager = continuation(Forbids())
+    assert result == continuation()[0]
+    assert len(manager.records["plugin_0"].failures) == 1
+
+
 class Decoder:
     def __init__(self, fails_after):
         self.left = fails_after

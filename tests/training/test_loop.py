@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from apt_core import StopTraining, hookimpl
 from apt_core.config import Config
 from apt_core.errors import ConfigError, ProviderError, TrainingError
-from apt_core.testing import Recorder, tiny_run
+from apt_core.testing import TINY_PROFILE, Recorder, tiny_run
 from apt_core.training.optim import CosineProvider
 
 
@@ -305,6 +306,108 @@ def test_the_plugins_generator_is_a_function_of_seed_plugin_and_step():
     torch.manual_seed(99)
     tiny_run(second, steps=4, overrides={"training.min_lr_ratio": 1.0})
     assert first.drawn.equal(second.drawn)
+
+
+def test_what_loggers_are_given_is_theirs_to_change():
+    class Greedy:
+        @hookimpl
+        def on_metrics(self, metrics):
+            metrics.pop("loss", None)
+
+        @hookimpl
+        def on_evaluation_end(self, metrics):
+            metrics.clear()
+
+        @hookimpl
+        def on_step_start(self, batch):
+            batch.clear()
+
+    run = tiny_run(Greedy())
+    assert run.same_weights(tiny_run())
+    assert run.result.figures["val_loss"] > 0
+
+
+def test_a_stop_in_the_final_evaluation_leaves_the_rest_of_the_end():
+    class EarlyStopping(Recorder):
+        @hookimpl
+        def on_evaluation_end(self):
+            raise StopTraining("no better")
+
+    recorder = EarlyStopping(["on_training_end", "on_metrics", "on_generation_end"])
+    run = tiny_run(recorder)
+    assert run.manifest["status"] == "stopped"
+    assert recorder.count("on_training_end") == recorder.count("on_generation_end") == 1
+    rows = [row for row in run.metrics if "val_loss" in row]
+    assert recorder.count("on_metrics") == len(rows) == 2
+
+
+def test_a_trainer_takes_strict_from_its_arguments_and_not_beside_a_kernel(tmp_path):
+    from apt_core.errors import PluginError
+    from apt_core.kernel import boot
+    from apt_core.plugin_manager import PluginManager
+    from apt_core.training import Trainer
+
+    class Fails:
+        @hookimpl
+        def on_training_start(self):
+            raise ValueError("boom")
+
+    manager = PluginManager()
+    manager.register(Fails())
+    profile = {**TINY_PROFILE, "data": {"source": "pydoc"}}
+    with pytest.raises(PluginError, match="boom"):
+        Trainer(profile, manager, strict=True, output=tmp_path / "run").fit()
+    with pytest.raises(ValueError, match="boot"):
+        Trainer(boot(profile), strict=True)
+
+
+def test_a_term_that_is_not_finite_is_named_when_the_run_ends():
+    with pytest.raises(TrainingError, match=r"loss/scaled\.term"):
+        tiny_run(Scaled(float("nan")), overrides={"training.max_nonfinite_steps": 3})
+
+
+def test_the_rate_of_matrices_that_read_the_stream_is_scaled_and_of_no_others():
+    """With d_ff = d_model every matrix of the feed-forward is square."""
+    rates = {}
+
+    class Rates:
+        @hookimpl
+        def on_training_start(self, trainer):
+            names = {id(p): name for name, p in trainer.model.named_parameters()}
+            for group in trainer.optimizer.param_groups:
+                rates.update((names[id(p)], group["initial_lr"]) for p in group["params"])
+
+    tiny_run(Rates(), steps=1, overrides={"model.d_ff": 16, "training.learning_rate": 1e-4})
+    fast = {name.rpartition("blocks.0.")[2] for name, rate in rates.items() if rate > 1e-4}
+    assert fast == {"attention.qkv_weight", "ffn.gate.weight", "ffn.up.weight"}
+    assert rates["blocks.0.ffn.up.weight"] == pytest.approx(1e-4 * 1536 / 16)
+
+
+@pytest.mark.parametrize("bad", [{"lr_scale": -1.0}, {"params": [torch.zeros(2)]}, {"lr": 1}])
+def test_a_parameter_group_that_cannot_be_used_is_its_plugins_failure(bad):
+    class Groups:
+        @hookimpl
+        def apt_param_groups(self, model):
+            return [{"params": list(model.parameters())[:1], **bad}]
+
+    run = tiny_run(Groups(), steps=2, strict=False)
+    assert run.manager.records["groups"].state == "quarantined"
+    assert run.same_weights(tiny_run(steps=2))
+
+
+def test_figures_that_are_not_finite_are_valid_json(tmp_path):
+    def no_constants(text):
+        raise AssertionError(f"{text} is not JSON")
+
+    class Metrics:
+        @hookimpl
+        def apt_metrics(self):
+            return {"nan": float("nan"), "inf": float("inf")}
+
+    tiny_run(Metrics(), output=tmp_path / "run", steps=4)
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=no_constants)
+    json.loads((tmp_path / "run" / "manifest.json").read_text(), parse_constant=no_constants)
 
 
 def test_the_cosine_schedule():

@@ -224,6 +224,100 @@ def test_quarantine_survives_a_resume(apt_train, tmp_path):
     assert (row["state"], len(row["failures"])) == ("quarantined", 3)
 
 
+ENDINGS = """
+import os, signal
+from apt_core import hookimpl
+
+state = {{"ended": [], "evaluated": 0}}
+
+@hookimpl
+def on_epoch_end(epoch):
+    state["ended"].append(epoch)
+
+@hookimpl
+def on_evaluation_start(trainer):
+    state["evaluated"] += 1
+    if {kill} and trainer.step == 12 and not os.path.exists({marker!r}):
+        open({marker!r}, "w").close()
+        os.kill(os.getpid(), signal.{number})
+
+@hookimpl
+def apt_state_dict(trainer):
+    return state
+
+@hookimpl
+def apt_load_state_dict(trainer, state):
+    globals()["state"].update(state)
+
+@hookimpl
+def apt_metrics(trainer):
+    return {{"ended": len(state["ended"])}}
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGKILL"])
+def test_an_epoch_that_was_not_ended_is_ended_by_the_resume(apt_train, tmp_path, profile, number):
+    """The signal comes in the evaluation at the end of epoch 1, on a step that is saved too."""
+    plugin = tmp_path / "endings.py"
+    marker = str(tmp_path / "marker")
+    saves = ("--training.save_every_steps", "4", "--evaluation.save_best", "true")
+    plugin.write_text(ENDINGS.format(kill=False, marker=marker, number=number))
+    whole = apt_train("--plugin", str(plugin), *saves, name="whole")
+    plugin.write_text(ENDINGS.format(kill=True, marker=marker, number=number))
+    subprocess.run(
+        [
+            sys.executable, "-m", "apt_core", "train", "-p", str(profile), *saves,
+            "--plugin", str(plugin), "--output", str(tmp_path / "parts"),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+    )  # fmt: skip
+    assert Path(marker).exists()
+    second = apt_train("--plugin", str(plugin), *saves, "--resume", name="parts")
+    assert second.code == 0, second.err
+    assert whole.same_weights(second)
+    evaluated = [[r["step"] for r in run.metrics if "val_loss" in r] for run in (whole, second)]
+    assert evaluated[0] == evaluated[1]
+    ended = [[r["endings/ended"] for r in run.metrics if "loss" in r] for run in (whole, second)]
+    assert ended[0] == ended[1]
+
+
+def test_what_a_killed_save_left_is_cleared_and_what_it_moved_comes_back(apt_train):
+    first = apt_train("--training.max_steps", "3")
+    folder = first.checkpoints[0].parent
+    (folder / ".step-00000009.123.tmp").mkdir()
+    first.checkpoints[0].rename(folder / ".step-00000003.replaced.tmp")
+    second = apt_train("--training.max_steps", "3", "--resume")
+    assert second.code == 0, second.err
+    assert [path.name for path in folder.iterdir()] == ["step-00000003"]
+
+
+def test_an_optimizer_that_keeps_numbers_in_its_groups_goes_on_with_them(apt_train, tmp_path):
+    plugin = tmp_path / "counting.py"
+    plugin.write_text(
+        "import torch\nfrom apt_core import ProviderSpec, hookimpl\n\n"
+        "class Counting(torch.optim.SGD):\n"
+        "    def step(self, closure=None):\n"
+        "        for group in self.param_groups:\n"
+        "            group['k'] = group.get('k', 0) + 1\n"
+        "            group['weight_decay'] = 1e-3 * group['k']\n"
+        "        return super().step(closure)\n\n"
+        "class Provider:\n    def __init__(self, config): pass\n"
+        "    def create(self, groups, *, learning_rate, weight_decay):\n"
+        "        return Counting(groups, lr=learning_rate)\n\n"
+        "@hookimpl\ndef apt_register_providers():\n"
+        "    return [ProviderSpec('optimizer', 'counting', Provider)]\n",
+        encoding="utf-8",
+    )
+    chosen = ("--plugin", str(plugin), "--training.optimizer_name", "counting")
+    whole = apt_train(*chosen, name="whole")
+    stopper = stopping_plugin(tmp_path, 5, "trainer.request_stop('half')")
+    apt_train(*chosen, "--plugin", stopper, name="parts")
+    second = apt_train(*chosen, "--resume", name="parts")
+    assert second.code == 0, second.err
+    assert whole.same_weights(second)
+
+
 def test_plugin_state_survives_a_resume(apt_train, tmp_path):
     """JSON and tensors, nested, with non-ASCII keys."""
     plugin = tmp_path / "counter.py"

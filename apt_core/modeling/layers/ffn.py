@@ -17,6 +17,8 @@ class SwiGLU(nn.Module):
     together was slower on CPUs: its backward has to concatenate two gradients.
     """
 
+    reads_stream = ("gate.weight", "up.weight")
+
     def __init__(self, d_model: int, d_ff: int, dropout: float = 0.0) -> None:
         super().__init__()
         if d_model < 1 or d_ff < 1:
