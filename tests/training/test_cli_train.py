@@ -129,7 +129,8 @@ def test_a_device_that_is_not_there_falls_back_and_strict_refuses_it(apt_train, 
 def test_a_value_that_a_layer_refuses_is_bad_input(apt_train, tmp_path):
     plugin = tmp_path / "picky.py"
     plugin.write_text(
-        "from apt_core import ProviderSpec, hookimpl\nfrom apt_core.modeling.layers.ffn import SwiGLUProvider\n\n"
+        "from apt_core import ProviderSpec, hookimpl\n"
+        "from apt_core.modeling.layers.ffn import SwiGLUProvider\n\n"
         "class Picky(SwiGLUProvider):\n"
         "    def create_layer(self, d_model, d_ff, dropout=0.0):\n"
         "        if d_ff == 33:\n            raise ValueError('model.d_ff: 33 is not for me')\n"
