@@ -10,6 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+MAX_TRACEBACK = 20_000
+"""Characters of a traceback that are kept: a message may be of any length."""
+
 
 def source_of(code: Any) -> tuple[str, int]:
     """File and first line of a function, through decorators, partials and bound methods; of a
@@ -42,7 +45,7 @@ def one_line(error: BaseException) -> str:
         raise
     except BaseException:
         text = "(its message cannot be printed)"
-    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    first = next((line.strip() for line in _writable(text).splitlines() if line.strip()), "")
     name = type(error).__name__
     return f"{name}: {first}"[:300] if first else name
 
@@ -84,4 +87,11 @@ def where_raised(error: BaseException, home: str, line: int = 0) -> str:
 
 def formatted(error: BaseException) -> str:
     """The traceback as text. The exception itself is not kept: it would keep tensors alive."""
-    return "".join(traceback.TracebackException.from_exception(error, compact=True).format())
+    text = "".join(traceback.TracebackException.from_exception(error, compact=True).format())
+    text = _writable(text)
+    return text if len(text) <= MAX_TRACEBACK else f"{text[:MAX_TRACEBACK]}…\n"
+
+
+def _writable(text: str) -> str:
+    """``text`` with lone surrogates, which no file takes, as escapes."""
+    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")

@@ -76,7 +76,16 @@ def survey(profile: str = "", plugins: Sequence[str] = ()) -> Listing:
     if not selection.wanted and not profile:
         listing.manager = everything
     listing.problems += listing.registry.refresh()
+    if profile:
+        listing.problems += _profile_problems(profile, listing)
     return listing
+
+
+def _profile_problems(profile: str, listing: Listing) -> list[Problem]:
+    from apt_core.config import read_profile, validate
+
+    active = {r.name for r in listing.records.values() if r.state in ("active", "dormant")}
+    return validate(read_profile(profile), listing.sections, active=active).problems
 
 
 def _read(profile: str) -> tuple[Any, Path | None, set[str]]:

@@ -17,6 +17,7 @@ from apt_core.config import (
     Config,
     InactiveKey,
     Override,
+    PluginRequest,
     Source,
     check_files,
     read_profile,
@@ -24,13 +25,14 @@ from apt_core.config import (
 )
 from apt_core.declarations import Declared, ask, broken, declared_by
 from apt_core.discovery import LoadError, installed_plugins, load
-from apt_core.errors import ConfigError, Problem, StopTraining
+from apt_core.errors import ConfigError, Problem, StopTraining, did_you_mean
 from apt_core.plugin_manager import PluginManager
 from apt_core.plugin_records import PluginRecord
 from apt_core.registry import Probe, Registry
 from apt_core.schedules import Schedule, check_schedules
 from apt_core.selection import Wanted, select
 from apt_core.types import SectionSpec
+from apt_core.validation import misplaced_hooks
 
 log = logging.getLogger("apt")
 
@@ -151,6 +153,13 @@ class _Boot:
         self.problems += selection.problems
         self.blocked = selection.blocked
         for name in selection.blocked:
+            known = {*self.installed, *self.manager.records, *selection.listed}
+            if name not in known:
+                hint = did_you_mean(name, known)
+                self.notices.append(
+                    f"--plugin no:{name} left nothing out: no plugin of this name is installed or "
+                    "listed" + (f" ({hint})" if hint else "")
+                )
             if self.manager.has_plugin(name):
                 self.manager.unregister(name=name)
             self.left_out[name] = f"plugin {name} is blocked"
@@ -182,6 +191,12 @@ class _Boot:
         self.manager.records[name] = record
         if declared.problem is None:
             self.active.append(wanted)
+            if not self.manager.get_hookcallers(self.manager.get_plugin(name)):
+                misplaced = misplaced_hooks(self.manager.get_plugin(name))
+                self.notices.append(
+                    f"plugin {name} implements no hook, so nothing of it will be called"
+                    + (f" ({misplaced})" if misplaced else "")
+                )
             self.sections += declared.sections
             for section in declared.sections:
                 self.params.update(dict.fromkeys(section.schedule_params, name))
@@ -226,7 +241,6 @@ class _Boot:
 
     def check(self, probe: Probe | None, files: bool) -> Kernel:
         """Check the profile against what the plugins declared; raise every problem at once."""
-        self.source.data["plugins"] = self._effective_plugins()
         self.problems += self.registry.problems
         names = {wanted.name for wanted in self.active}
         inert, inert_params, lenient = self._attribute_left_out(names)
@@ -245,12 +259,18 @@ class _Boot:
         inactive += more
         if config is not None:
             self.problems += self._check_providers(config)
+            missing = check_files(config, self.source)
             if files:
-                self.problems += check_files(config, self.source)
+                self.problems += missing
+            else:
+                self.notices += map(str, missing)
         if self.strict:
             self.problems += self._strict_problems(inactive, lenient)
         if self.problems or config is None:
             raise ConfigError(self.problems)
+        # The list as it took effect, with what the command line added and left out.
+        requests = [PluginRequest.model_validate(wanted.as_profile()) for wanted in self.active]
+        config = config.model_copy(update={"plugins": tuple(requests)})
         self.registry.profile, self.registry.probe = config, probe
         self._configure(config)
         return Kernel(
@@ -278,19 +298,15 @@ class _Boot:
         if problems:
             raise ConfigError(problems)
 
-    def _effective_plugins(self) -> Any:
-        """The profile's list as it took effect; a list that is no list is left for the check."""
-        listed = self.source.data.get("plugins")
-        if listed is not None and not isinstance(listed, list):
-            return listed
-        bad = [item for item in listed or [] if not isinstance(item, str | Mapping)]
-        return [*(wanted.as_profile() for wanted in self.active), *bad]
-
     def _check_providers(self, config: Config) -> list[Problem]:
         named = named_providers(config.to_dict())
+        keys = {(kind, name): NAME_KEYS[kind] for kind, name in named}
+        keys["dataset", config.data.source or ""] = "data.source"
+        for name in config.model.attention_pattern or ():
+            keys["attention", name] = "model.attention_pattern"
         problems = [
             self.registry.check_name(
-                kind, name, key=NAME_KEYS[kind], where=self.source.where(NAME_KEYS[kind])
+                kind, name, key=keys[kind, name], where=self.source.where(keys[kind, name])
             )
             for kind, name in named
         ]

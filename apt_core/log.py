@@ -6,15 +6,41 @@ Every part of APT logs to a child of the logger ``apt``; plugins may do the same
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 ROOT = logging.getLogger("apt")
+
+
+class TolerantStream:
+    """A text stream that goes quiet when nobody can take what is written: a run outlives the
+    terminal or the pipe that it was started in."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._dead = False
+
+    def write(self, text: str) -> int:
+        return self._attempt(lambda: self._stream.write(text))
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, action: Callable[[], int | None]) -> int:
+        if not self._dead:
+            try:
+                return action() or 0
+            except OSError:
+                self._dead = True
+        return 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class ConsoleHandler(logging.Handler):

@@ -29,6 +29,18 @@ log = logging.getLogger("apt.registry")
 NO_FALLBACK = ("dataset", "tokenizer")
 """Kinds without a fallback: other text, or other ids, would be another experiment."""
 
+METHODS = {
+    "attention": "create_layer",
+    "ffn": "create_layer",
+    "norm": "create_layer",
+    "backbone": "create_model",
+    "tokenizer": "encode",
+    "dataset": "load",
+    "optimizer": "create",
+    "lr_schedule": "factor",
+}
+"""What a provider of the kind must have, as far as it is looked at when it is built."""
+
 Probe = Callable[[ProviderSpec, Any, Any], "str | None"]
 """``probe(spec, provider, config)``: None if the provider works here, else the reason."""
 
@@ -120,8 +132,11 @@ class Registry:
     ) -> None:
         """Register one provider from a script; the same class again changes nothing.
 
-        Raises ConfigError when the name is taken by another class.
+        Raises ConfigError when the name is taken by another class, TypeError for what can build
+        nothing.
         """
+        if not callable(cls) and not isinstance(cls, str):
+            raise TypeError(f"a provider is a class or 'module:attribute', not {cls!r}")
         existing = self._specs.get((kind, name))
         if existing is not None and existing.factory is cls:
             return
@@ -153,7 +168,9 @@ class Registry:
         return sorted(chosen, key=lambda s: (KINDS.index(s.kind), not s.default, s.name))
 
     def list_providers(self, kind: str | None = None) -> dict[str, list[str]]:
-        """Provider names by kind."""
+        """Provider names by kind. Raises ConfigError for a kind that there is not."""
+        if kind is not None and kind not in KINDS:
+            raise ConfigError(Problem(f"there is no kind {kind!r}", hint=did_you_mean(kind, KINDS)))
         listed: dict[str, list[str]] = {}
         for spec in self.specs(kind):
             listed.setdefault(spec.kind, []).append(spec.name)
@@ -331,7 +348,7 @@ class Registry:
         except ValidationError as error:
             raise ConfigError(
                 Problem(
-                    item["msg"],
+                    "unknown key" if item["type"] == "extra_forbidden" else item["msg"],
                     key=".".join([spec.section or spec.key, *map(str, item["loc"])]),
                     hint=did_you_mean(str(item["loc"][-1]), model.model_fields)
                     if item["type"] == "extra_forbidden"
@@ -342,10 +359,16 @@ class Registry:
 
     def _build(self, spec: ProviderSpec, config: Any) -> tuple[Any, str]:
         """Build and probe; returns the provider, or the reason why it cannot be used."""
+        method = METHODS.get(spec.kind)
+        built = self.manager.call_first("apt_build_provider", spec=spec, config=config)
+        if built is not None and method and not hasattr(built[1], method):
+            what = f"it returned a {type(built[1]).__name__}, which has no method {method}"
+            self.manager.fail(built[0], "apt_build_provider", TypeError(what))
+            built = None
         try:
-            provider = self.manager.hook.apt_build_provider(spec=spec, config=config)
-            if provider is None:
-                provider = _resolve(spec.factory)(config)
+            provider = built[1] if built else _resolve(spec.factory)(config)
+            if method and not hasattr(provider, method):
+                raise TypeError(f"{type(provider).__name__} has no method {method}")
         except BaseException as error:
             return None, self._reason(spec, error)
         reason = self.probe(spec, provider, config) if self.probe else None

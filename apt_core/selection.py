@@ -21,22 +21,21 @@ class Wanted:
     on_failure: str | None = None
     where: str = ""
 
-    def as_profile(self) -> str | dict[str, Any]:
+    def as_profile(self) -> dict[str, Any]:
         """As an item of the profile's ``plugins:`` list; a file by its absolute path."""
         reference = self.reference
         if is_file_reference(reference):
             reference = str(Path(reference).resolve())
-        options = {"priority": self.priority, "on_failure": self.on_failure}
-        given = {key: value for key, value in options.items() if value is not None}
-        return {"name": reference, **given} if given else reference
+        return {"name": reference, "priority": self.priority, "on_failure": self.on_failure}
 
 
 @dataclass
 class Selection:
     """The plugins to activate, in order, and those that were blocked: names, with the reference
-    by which each would be loaded."""
+    by which each would be loaded. ``listed`` are all names, blocked ones too."""
 
     wanted: dict[str, Wanted] = field(default_factory=dict)
+    listed: set[str] = field(default_factory=set)
     blocked: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
@@ -75,6 +74,7 @@ def select(
                 selection.blocked[plugin_name(blocked, installed)] = blocked
             elif reference:
                 _add(selection, reference, installed, "--plugin")
+    selection.listed.update(selection.wanted)
     for name in selection.blocked:
         if name in selection.wanted:
             selection.blocked[name] = selection.wanted.pop(name).reference

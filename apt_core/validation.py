@@ -103,6 +103,15 @@ def check_plugin_object(plugin: Any, name: str, specs: Mapping[str, Any]) -> lis
     return problems
 
 
+def misplaced_hooks(plugin: Any) -> str:
+    """Where the hooks of a module that has none may be instead: in a class of it."""
+    for name, value in vars(plugin).items() if isinstance(plugin, ModuleType) else ():
+        own = inspect.isclass(value) and value.__module__ == plugin.__name__
+        if own and any(implementation_options(value, attribute) for attribute in dir(value)):
+            return f"its class {name} has hooks: make them functions of the module"
+    return ""
+
+
 def _defined_here(plugin: Any, function: Callable[..., Any]) -> bool:
     if isinstance(plugin, ModuleType):
         return getattr(function, "__module__", None) == plugin.__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +38,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
+def listed(profile: str = "", plugins: Sequence[str] = ()) -> Listing:
+    """The plugins to list. What they print when they are loaded goes to stderr: stdout is for
+    the listing."""
+    with redirect_stdout(sys.stderr):
+        return survey(profile, plugins)
+
+
 @app.command("list")
 def list_(
     profile: Profile = "",
@@ -46,7 +54,7 @@ def list_(
     debug: Debug = False,
 ) -> None:
     """Every implementation of every hook, in the order in which they run."""
-    listing = survey(profile, plugin or ())
+    listing = listed(profile, plugin or ())
     rows = implementation_rows(listing)
     if json:
         return print_json(rows)
@@ -71,7 +79,7 @@ def show(
     debug: Debug = False,
 ) -> None:
     """The contract of one hook, and who implements it."""
-    listing = survey(profile, plugin or ())
+    listing = listed(profile, plugin or ())
     names = hook_names(listing.manager)
     if hook not in names:
         hint = did_you_mean(hook, names) or "'apt-hooks list --all' shows every hook"
@@ -91,7 +99,7 @@ def plugins(
     profile: Profile = "", plugin: Plugins = None, json: AsJson = False, debug: Debug = False
 ) -> None:
     """Every plugin that is installed or named, and its state."""
-    listing = survey(profile, plugin or ())
+    listing = listed(profile, plugin or ())
     rows = plugin_rows(listing)
     if json:
         return print_json(rows)
@@ -122,7 +130,7 @@ def providers(
     debug: Debug = False,
 ) -> None:
     """Every provider, those of plugins that are installed and not active included."""
-    listing = survey(profile, plugin or ())
+    listing = listed(profile, plugin or ())
     show_providers(listing, kind, as_json=json)
 
 
@@ -165,7 +173,7 @@ def info(
     debug: Debug = False,
 ) -> None:
     """Everything about one provider."""
-    show_info(survey(profile, plugin or ()), kind, name, as_json=json)
+    show_info(listed(profile, plugin or ()), kind, name, as_json=json)
 
 
 def show_info(listing: Listing, kind: str, name: str, *, as_json: bool) -> None:
@@ -224,7 +232,8 @@ def check(
     """Does a plugin keep its promises? Loads it, builds its providers and trains a few steps."""
     from apt_core.testing import check_plugin
 
-    findings = check_plugin(plugin)
+    with redirect_stdout(sys.stderr):
+        findings = check_plugin(plugin)
     rows = [{"check": f.check, "ok": f.ok, "detail": f.detail} for f in findings]
     if json:
         print_json(rows)
@@ -266,7 +275,7 @@ def schema(
     """The JSON Schema of profiles, with the sections of plugins, for editors."""
     from apt_core.config import json_schema, profile_reference
 
-    sections = survey(profile, plugin or ()).sections
+    sections = listed(profile, plugin or ()).sections
     if markdown:
         print(profile_reference(sections), end="")
     else:

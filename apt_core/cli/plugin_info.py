@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from apt_core.cli.hooks import AsJson, Debug, show_info, show_providers
+from apt_core.cli.hooks import AsJson, Debug, listed, show_info, show_providers
 from apt_core.cli.run_command import run_command
-from apt_core.inspection import survey
 
 list_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 info_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -23,7 +22,7 @@ def plugin_list(
     debug: Debug = False,
 ) -> None:
     """Every provider, by kind; those of installed plugins that are not active included."""
-    listing = survey()
+    listing = listed()
     if json or kind:
         return show_providers(listing, kind, as_json=json)
     for kind_, names in listing.registry.list_providers().items():
@@ -41,7 +40,7 @@ def plugin_info(
     debug: Debug = False,
 ) -> None:
     """Everything about one provider."""
-    show_info(survey(), kind, name, as_json=json)
+    show_info(listed(), kind, name, as_json=json)
 
 
 def main_list(args: Sequence[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -27,6 +28,9 @@ def run_command(app: typer.Typer, prog: str, args: Sequence[str] | None = None) 
     command = typer.main.get_command(app)
     if not args and hasattr(command, "commands"):
         args = ["--help"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         # Not main(): it turns Ctrl-C and a reader that went away into exits of its own.
         with command.make_context(prog, list(args)) as context:
@@ -43,6 +47,8 @@ def run_command(app: typer.Typer, prog: str, args: Sequence[str] | None = None) 
         # The reader went away; keep the interpreter from complaining about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except GeneratorExit as error:
+        return _report(RuntimeError(f"GeneratorExit was raised: {error}"), args, 1)
     except Exception as error:
         usage = getattr(error, "format_message", None)
         if usage is not None:
@@ -67,7 +73,7 @@ def _report(error: Exception, args: Sequence[str], code: int) -> int:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout, non-ASCII text as it is."""
+    """One JSON document on the process's stdout, non-ASCII text as it is."""
     import json
 
     print(json.dumps(value, indent=2, ensure_ascii=False, default=str))

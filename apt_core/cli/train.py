@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
@@ -84,23 +85,34 @@ def train(
     from rich.console import Console
 
     from apt_core.kernel import boot
-    from apt_core.log import logging_to
+    from apt_core.log import TolerantStream, logging_to
 
-    console = Console(stderr=json, highlight=False, soft_wrap=True)
-    with logging_to(console, level="DEBUG" if debug else "INFO"):
+    stream = TolerantStream(sys.stderr if json else sys.stdout)
+    console = Console(file=cast(TextIO, stream), highlight=False, soft_wrap=True)
+    # What a plugin prints must not end up in the JSON of a plan.
+    apart = redirect_stdout(sys.stderr) if json else nullcontext()
+    with logging_to(console, level="DEBUG" if debug else "INFO"), apart:
         kernel = boot(
             profile, plugins=plugin or (), overrides=overrides, strict=strict, files=not dry_run
         )
         if dry_run:
-            return show_plan(kernel, console, as_json=json)
-        return run(
-            kernel,
-            console,
-            again=_command(profile, plugin or (), set_ or (), strict, context.args),
-            output=output,
-            resume=resume,
-            resume_from=resume_from,
-        )
+            from apt_core.training.plan import make_plan, print_plan
+
+            plan = make_plan(kernel)
+            if not json:
+                print_plan(console, plan)
+        else:
+            return run(
+                kernel,
+                console,
+                again=_command(profile, plugin or (), set_ or (), strict, context.args),
+                output=output,
+                resume=resume,
+                resume_from=resume_from,
+            )
+    if json:
+        print_json(plan)
+    return 0
 
 
 def _command(
@@ -134,18 +146,6 @@ def run(kernel: Kernel, console: Console, *, again: str, **options: Any) -> int:
     if result.status == "interrupted":
         console.print(resume_hint(trainer, again), markup=False)
     return result.exit_code
-
-
-def show_plan(kernel: Kernel, console: Console, *, as_json: bool) -> int:
-    """Print what a run would do."""
-    from apt_core.training.plan import make_plan, print_plan
-
-    plan = make_plan(kernel)
-    if as_json:
-        print_json(plan)
-    else:
-        print_plan(console, plan)
-    return 0
 
 
 def collect_overrides(

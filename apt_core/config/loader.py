@@ -94,7 +94,8 @@ def _read(found: _File, chain: tuple[_File, ...]) -> Source:
 
 def _text_of(found: _File) -> str:
     try:
-        raw = found.file.read_bytes()
+        with found.file.open("rb") as file:
+            raw = file.read(4 * MAX_CHARACTERS + 1)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ConfigError(Problem(f"cannot be read: {reason}", where=found.label)) from error

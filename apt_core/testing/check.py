@@ -16,6 +16,7 @@ from apt_core.plugin_manager import PluginManager
 from apt_core.registry import Registry
 from apt_core.testing.tiny import tiny_run
 from apt_core.types import ProviderSpec
+from apt_core.validation import misplaced_hooks
 
 ACTS = ("apt_loss_terms", "apt_param_groups", "apt_build_provider", "on_backward_end")
 """Hooks by which a plugin may mean to change the weights."""
@@ -41,6 +42,9 @@ def check_plugin(reference: str | os.PathLike[str]) -> list[Finding]:
     if declared.problem is not None:
         return [Finding("loads", False, str(declared.problem))]
     findings = [Finding("loads", True, f"plugin {declared.record.name}")]
+    plugin = manager.get_plugin(declared.record.name)
+    if not manager.get_hookcallers(plugin):
+        findings.append(Finding("implements a hook", False, misplaced_hooks(plugin)))
     registry = Registry(manager)
     findings += [Finding("providers", False, str(problem)) for problem in registry.problems]
     for spec in registry.specs():

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Collection
 
-from apt_core.errors import AptError, ConfigError, Problem, ProviderError
+from apt_core.errors import AptError, ConfigError, Problem, ProviderError, TrainingError
 from apt_core.failures import one_line, short_path
 from apt_core.kernel import Kernel
 from apt_core.types import CORE, ProviderSpec
 
 
-def attributed(kernel: Kernel, error: BaseException) -> BaseException:
+def attributed(kernel: Kernel, error: BaseException, terms: Collection[str] = ()) -> BaseException:
     """``error`` itself, or for one that passed through a plugin's provider a ProviderError that
-    names the provider and the line. A ValueError before the first step is bad input.
+    names the provider and the line. A ValueError before the first step is bad input. ``terms`` are
+    the loss terms of the step: without another culprit they are named.
 
     Once weights train, such a failure is fatal: another layer would be another model.
     """
@@ -22,6 +24,11 @@ def attributed(kernel: Kernel, error: BaseException) -> BaseException:
     if isinstance(error, ValueError) and kernel.manager.step == 0:
         key = f"provider {found[0].key} of plugin {found[0].plugin}" if found else ""
         return ConfigError(Problem(str(error), key=key, where=found[1] if found else ""))
+    if found is None and terms:
+        return TrainingError(
+            f"step {kernel.manager.step} failed: {one_line(error)}; plugins had a part in its "
+            f"loss: {', '.join(terms)} (leave one out with --plugin no:NAME)"
+        )
     if found is None:
         return error
     spec, where = found

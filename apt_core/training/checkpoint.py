@@ -30,7 +30,7 @@ FORMAT = 1
 PREFIX = "step-"
 TENSOR_FILES = ("model", "optimizer", "plugins")
 STATE_KEYS = {
-    "step", "epoch", "ended_epochs", "tokens", "nonfinite_steps", "start_scores", "best",
+    "step", "epoch", "ended_epochs", "tokens", "nonfinite_steps", "start_scores", "scores", "best",
     "data_sha256", "plugins", "plugin_records", "optimizer_groups", "transforms",
 }  # fmt: skip
 TENSOR_KEY = "__tensor__"

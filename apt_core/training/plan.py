@@ -11,7 +11,7 @@ from torch import nn
 from apt_core.kernel import Kernel
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.training.blame import attributed
-from apt_core.training.prepare import settle_device
+from apt_core.training.prepare import build_tokenizer, settle_device
 from apt_core.training.saving import plugin_rows
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def make_plan(kernel: Kernel) -> dict[str, Any]:
     try:
         for kind, name in kernel.named_providers():
             kernel.registry.get(kind, name)
+        build_tokenizer(kernel)
         with torch.device("meta"):
             model = ModelBuilder(kernel.config, kernel.registry).build_model()
     except Exception as error:

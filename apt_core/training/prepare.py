@@ -157,20 +157,28 @@ def layer_probe(kernel: Kernel, device: torch.device) -> Any:
     return probe
 
 
-def _data(
-    kernel: Kernel,
-) -> tuple[TokenizerProvider, BatchPlan, npt.NDArray[Any], float, dict[str, Any]]:
-    config, registry = kernel.config, kernel.registry
-    tokenizer: TokenizerProvider = registry.get("tokenizer", config.data.tokenizer_name)
+def build_tokenizer(kernel: Kernel) -> TokenizerProvider:
+    """The profile's tokenizer. Raises ConfigError if the model has fewer ids than it."""
+    config = kernel.config
+    name = config.data.tokenizer_name
+    tokenizer: TokenizerProvider = kernel.registry.get("tokenizer", name)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             Problem(
-                f"is {config.model.vocab_size}, but tokenizer "
-                f"{config.data.tokenizer_name!r} has {tokenizer.vocab_size} ids",
+                f"is {config.model.vocab_size}, but tokenizer {name!r} has "
+                f"{tokenizer.vocab_size} ids",
                 key="model.vocab_size",
                 hint=f"set it to {tokenizer.vocab_size} or more",
             )
         )
+    return tokenizer
+
+
+def _data(
+    kernel: Kernel,
+) -> tuple[TokenizerProvider, BatchPlan, npt.NDArray[Any], float, dict[str, Any]]:
+    config, registry = kernel.config, kernel.registry
+    tokenizer = build_tokenizer(kernel)
     text = registry.get("dataset", config.data.text_source or config.data.loader, config.data)
     loaded = text.load()
     log.info("data: %s", loaded.description)

@@ -14,6 +14,7 @@ from typing import Any
 
 from apt_core import __version__
 from apt_core.errors import ConfigError, Problem
+from apt_core.failures import short_path
 
 PACKAGES = ("torch", "pluggy", "pydantic", "numpy", "safetensors")
 
@@ -63,10 +64,15 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, checkpoints: Path) -> None:
-        self.path = path
-        self.checkpoints = checkpoints
+        # Absolute: a plugin may change the working directory.
+        self.path = path.absolute()
+        self.checkpoints = checkpoints.absolute()
         self.manifest: dict[str, Any] = {}
         self._metrics: Any = None
+        self._lock = _locked(self.path)
+
+    def __str__(self) -> str:
+        return short_path(str(self.path))
 
     @classmethod
     def create(
@@ -101,11 +107,17 @@ class RunFolder:
 
     @classmethod
     def existing(cls, path: Path) -> RunFolder:
-        """The folder of an earlier run. Raises ConfigError if there is no run in it."""
+        """The folder of an earlier run; its checkpoints inside it are enough to go on with.
+
+        Raises ConfigError if there is no run in it, or one that is still going on.
+        """
+        inside = path / "checkpoints"
         try:
             manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
             checkpoints = manifest["checkpoint_dir"]
         except (OSError, ValueError, KeyError, TypeError):
+            if any(inside.glob("step-*")):
+                return cls(path, inside)
             raise ConfigError(
                 Problem(
                     "there is no run to resume in this folder: no readable manifest.json",
@@ -114,7 +126,6 @@ class RunFolder:
                     hint="give the folder of the run with --output, or leave --resume out",
                 )
             ) from None
-        inside = path / "checkpoints"
         folder = cls(path, inside if inside.is_dir() else Path(checkpoints))
         folder.manifest = manifest
         return folder
@@ -166,6 +177,38 @@ class RunFolder:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _locked(path: Path) -> int | None:
+    """A lock on the folder that ends with the process, where the system has such locks.
+
+    Raises ConfigError if another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ConfigError(
+            Problem(
+                "another run is going on in this folder",
+                key="--output",
+                where=str(path),
+                hint="wait for it, or name another folder",
+            )
+        ) from None
+    except OSError:
+        # A file system without locks.
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _without_nan(value: Any) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apt_core.errors import CheckpointError, ConfigError, PluginError, Problem, TrainingError
+from apt_core.failures import short_path
 from apt_core.log import Backlog, logging_to
 from apt_core.training import checkpoint
 from apt_core.training.checkpoint import Snapshot
@@ -60,20 +61,23 @@ class Saving:
         ``backlog`` is what was logged before there was a folder.
         """
         trainer, config = self.trainer, self.trainer.config
-        found = self._find_checkpoint()
-        if found is not None:
-            self._restore(*found)
-        in_use = self.output is not None and (self.output / "manifest.json").exists()
-        if self.resume or (self.resume_from and in_use):
-            assert self.output is not None
-            self.folder = RunFolder.existing(self.output)
-        else:
-            self.folder = RunFolder.create(self.output, config.name, config.training.checkpoint_dir)
+        folder = self._existing_folder()
+        try:
+            found = self._find_checkpoint(folder)
+            if found is not None:
+                self._restore(*found)
+        except BaseException:
+            if folder is not None:
+                folder.close()
+            raise
+        self.folder = folder or RunFolder.create(
+            self.output, config.name, config.training.checkpoint_dir
+        )
         level = config.debug.log_level
         with logging_to(file=self.folder.log_file, level=level, backlog=backlog):
             try:
-                if found is not None:
-                    self.folder.drop_metrics_after(trainer.step)
+                if folder is not None:
+                    folder.drop_metrics_after(trainer.step if found else -1)
                     self._set_aside_later_checkpoints()
                 self.folder.write_profile(config.to_yaml())
                 self.folder.begin_manifest()
@@ -83,9 +87,28 @@ class Saving:
             finally:
                 self.folder.close()
 
-    def _find_checkpoint(self) -> tuple[Path, Snapshot] | None:
-        if self.resume_from is not None:
-            path = self.resume_from
+    def _existing_folder(self) -> RunFolder | None:
+        """The folder of an earlier run that this one goes on in, if it does."""
+        if self.resume and self.output is None:
+            self.output = newest_folder(self.trainer.config.name)
+            if self.output is None:
+                raise ConfigError(
+                    Problem(
+                        f"there is no run of profile {self.trainer.config.name!r} below runs/",
+                        key="--resume",
+                        hint="name its folder with --output, or leave --resume out",
+                    )
+                )
+            log.info("resuming %s", self.output)
+        if self.output is None:
+            return None
+        if self.resume or (self.resume_from and (self.output / "manifest.json").exists()):
+            return RunFolder.existing(self.output)
+        return None
+
+    def _find_checkpoint(self, folder: RunFolder | None) -> tuple[Path, Snapshot] | None:
+        path = self.resume_from
+        if path is not None:
             if not path.exists():
                 raise ConfigError(
                     Problem("there is no such checkpoint or run folder", "--resume-from", str(path))
@@ -94,19 +117,13 @@ class Saving:
                 return path, checkpoint.load(path)
             inside = path / "checkpoints"
             return checkpoint.newest_intact(inside if inside.is_dir() else path)
-        if not self.resume:
+        if folder is None:
             return None
-        if self.output is None:
-            self.output = newest_folder(self.trainer.config.name)
-            if self.output is None:
-                raise CheckpointError(
-                    f"there is no run of profile {self.trainer.config.name!r} below runs/: "
-                    "name its folder with --output, or leave --resume out"
-                )
-            log.info("resuming %s", self.output)
-        checkpoints = RunFolder.existing(self.output).checkpoints
-        checkpoint.sweep(checkpoints)
-        return checkpoint.newest_intact(checkpoints)
+        checkpoint.sweep(folder.checkpoints)
+        if not checkpoint.list_checkpoints(folder.checkpoints):
+            log.info("the run in %s was stopped before its first checkpoint: starting anew", folder)
+            return None
+        return checkpoint.newest_intact(folder.checkpoints)
 
     def _set_aside_later_checkpoints(self) -> None:
         """Checkpoints after the one that the run goes on from are of another future: keep them,
@@ -121,7 +138,7 @@ class Saving:
         trainer, kernel = self.trainer, self.trainer.kernel
         parameters = sum(p.numel() for p in trainer.model.parameters())
         active = [r.name for r in kernel.manager.records.values() if r.state == "active"]
-        log.info("run folder: %s", self.folder.path)
+        log.info("run folder: %s", self.folder)
         for notice in kernel.notices:
             log.info("%s", notice)
         for key in kernel.inactive:
@@ -179,7 +196,7 @@ class Saving:
             return
         self.saved_step = trainer.step
         self.best_step, self.best_loss = self._best()
-        log.info("checkpoint: %s", path)
+        log.info("checkpoint: %s", short_path(str(path)))
         self._prune()
         if not emergency:
             manager.hook.on_checkpoint_saved(path=path, trainer=trainer)
@@ -207,6 +224,7 @@ class Saving:
                 "tokens": trainer.tokens,
                 "nonfinite_steps": [skipped, in_a_row],
                 "start_scores": trainer.start_scores,
+                "scores": trainer.scores,
                 "best": list(self._best()),
                 "data_sha256": trainer.parts.data["sha256"],
                 "plugins": states,
@@ -257,14 +275,14 @@ class Saving:
         load_optimizer_groups(trainer.optimizer, state["optimizer_groups"])
         trainer.step, trainer.epoch = state["step"], state["epoch"]
         trainer.tokens, trainer.ended_epochs = state["tokens"], state["ended_epochs"]
-        trainer.start_scores = state["start_scores"]
+        trainer.start_scores, trainer.scores = state["start_scores"], state["scores"]
         trainer.guard.load(*state["nonfinite_steps"])
         self.best_step, self.best_loss = state["best"]
         self.saved_step = trainer.step
         trainer.manager.step = trainer.step
         trainer.manager.load_state_dict(state["plugin_records"])
         restore_plugins(trainer.manager, trainer, state["plugins"], snapshot.plugins)
-        kernel.notices.append(f"resumed from {path} (step {trainer.step})")
+        kernel.notices.append(f"resumed from {short_path(str(path))} (step {trainer.step})")
         kernel.notices += [f"{key} differs from the checkpoint's profile" for key in changed]
         kernel.notices += [
             f"plugin {r.name} stays quarantined, as in the checkpoint: {r.reason}"

@@ -30,11 +30,16 @@ class Interrupts:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch SIGINT and SIGTERM while the context lasts (in the main thread only)."""
+        """Catch SIGINT, SIGTERM and, where there is one, SIGHUP while the context lasts.
+
+        Only in the main thread: elsewhere Python has no signals.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        caught = (signal.SIGINT, signal.SIGTERM)
+        caught = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP"):
+            caught.append(signal.SIGHUP)
         before = {number: signal.signal(number, self._handle) for number in caught}
         try:
             yield

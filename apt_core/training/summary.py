@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
+from apt_core.failures import short_path
 from apt_core.kernel import Kernel
 from apt_core.monitor import duration
 from apt_core.plugin_records import PluginRecord
@@ -47,9 +49,17 @@ def summary_lines(result: RunResult, kernel: Kernel) -> list[str]:
     lines.append(f"providers: {', '.join(used)}")
     lines += [f"plugin {line}" for r in kernel.manager.records.values() for line in _plugin(r)]
     if result.sample:
-        lines += ["sample:", f"  {kernel.config.evaluation.sample_prompt}{result.sample}"]
-    lines.append(f"run folder: {result.folder}")
+        sample = kernel.config.evaluation.sample_prompt + result.sample
+        lines += ["sample:", f"  {_printable(sample)}"]
+    lines.append(f"run folder: {short_path(str(result.folder))}")
     return lines
+
+
+def _printable(text: str) -> str:
+    """``text`` with control characters, which a terminal would obey, as escapes."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def _plugin(record: PluginRecord) -> list[str]:
@@ -73,4 +83,5 @@ def resume_hint(trainer: Trainer, again: str) -> str:
     folder = getattr(trainer, "folder", None)
     if folder is None or not trainer.saved_anything():
         return ""
-    return f"stopped at step {trainer.step}; to go on: {again} --output {folder.path} --resume"
+    where = shlex.quote(str(folder))
+    return f"stopped at step {trainer.step}; to go on: {again} --output {where} --resume"

@@ -99,6 +99,7 @@ class Trainer:
         self.start_scores: dict[str, float] = {}
         self.scores: dict[str, float] = {}
         self.ended_epochs = 0
+        self._terms: dict[str, Tensor] = {}
         self._stop_reason = ""
         self._updating = False
         self._interrupts = Interrupts()
@@ -169,7 +170,7 @@ class Trainer:
                 self._display.stop()
             return self._finish()
         except BaseException as error:
-            known = attributed(self.kernel, error)
+            known = attributed(self.kernel, error, self._terms)
             self._die(known)
             if known is error:
                 raise
@@ -202,9 +203,10 @@ class Trainer:
                 batches = [batch.to(device) for batch in plan.step_batches(epoch, index)]
                 hook.on_step_start(step=step, batch=list(batches), trainer=self)
 
+                torch.set_grad_enabled(True)  # whatever a plugin has left it at
                 targets = sum(batch.num_targets for batch in batches)
                 loss = torch.zeros((), device=device)
-                terms: dict[str, Tensor] = {}
+                terms = self._terms = {}
                 self.optimizer.zero_grad(set_to_none=True)
                 for micro, batch in enumerate(batches):
                     seed_model_generator(device, training.seed, step, micro, self.rank)
@@ -348,16 +350,19 @@ class Trainer:
                 row.update({f"{plugin}/{name}": float(v) for name, v in metrics.items()})
             except (TypeError, ValueError, AttributeError) as error:
                 self.manager.fail(plugin, "apt_metrics", error)
+        bad = [name for name in terms if not isfinite(row[name])]
         if skipped > self.metrics.get("skipped_steps", 0):
             log.warning(
-                "%d steps were not finite and changed nothing (to step %d)", skipped, self.step
+                "%d steps were not finite and changed nothing (to step %d)%s",
+                skipped,
+                self.step,
+                f": {', '.join(bad)} is not finite" if bad else "",
             )
         self.metrics = row
         self.folder.write_metrics(row)
         self.manager.hook.on_metrics(metrics=dict(row), step=self.step)
         self._display.update(self.step, self.epoch, row)
         if in_a_row >= self.config.training.max_nonfinite_steps:
-            bad = [name for name in terms if not isfinite(row[name])]
             raise TrainingError(
                 f"{in_a_row} steps in a row had a loss or gradient that is not finite, the last "
                 f"one step {self.step}: "

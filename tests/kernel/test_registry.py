@@ -36,7 +36,7 @@ class Built:
 
 
 class Other(Built):
-    pass
+    def create_layer(self) -> None: ...
 
 
 def spec(name: str, kind: str = "retrieval", factory: Any = Built, **facts: Any) -> ProviderSpec:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -143,6 +146,91 @@ def test_a_value_that_a_layer_refuses_is_bad_input(apt_train, tmp_path):
         run = apt_train(*arguments, *more)
         assert run.code == 2
         assert "33 is not for me" in run.err and "plugin picky" in run.err
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        ("[{name: PLUGIN, prio: 3}]", "plugins[0].prio: unknown key"),
+        ("[{name: PLUGIN, on_failure: requierd}]", "plugins[0].on_failure"),
+        ("[{name: PLUGIN, priority: 300}]", "plugins[0].priority"),
+        ("[{priority: 3}]", "plugins[0]"),
+        ("[PLUGIN, 3]", "plugins[1]"),
+    ],
+)
+def test_a_mistake_in_the_list_of_plugins_is_reported(
+    apt_train, profile, tmp_path, listed, message
+):
+    plugin = tmp_path / "fine.py"
+    plugin.write_text("from apt_core import hookimpl\n\n@hookimpl\ndef on_step_end(): pass\n")
+    with profile.open("a", encoding="utf-8") as file:
+        file.write(f"plugins: {listed.replace('PLUGIN', str(plugin))}\n")
+    run = apt_train(*SHORT)
+    assert run.code == 2
+    assert message in run.err
+
+
+def test_the_resolved_profile_lists_the_plugins_that_took_effect(apt_train, profile, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.py").write_text(
+            "from apt_core import hookimpl\n\n@hookimpl\ndef on_step_end(): pass\n"
+        )
+    with profile.open("a", encoding="utf-8") as file:
+        file.write(f"plugins: [{{name: {tmp_path / 'one.py'}, priority: 7}}]\n")
+    run = apt_train(*SHORT, "--plugin", str(tmp_path / "two.py"))
+    resolved = yaml.safe_load((run.folder / "profile.yaml").read_text(encoding="utf-8"))
+    one, two = resolved["plugins"]
+    assert one == {"name": str(tmp_path / "one.py"), "priority": 7}
+    assert two == str(tmp_path / "two.py")
+
+
+def test_the_json_of_a_plan_is_pure_whatever_plugins_print(profile, tmp_path, capsys):
+    plugin = tmp_path / "chatty.py"
+    plugin.write_text(
+        "from apt_core import hookimpl\nprint('loaded')\n\n"
+        "@hookimpl\ndef apt_configure(config):\n    print('configured')\n"
+    )
+    arguments = ["-p", str(profile), "--plugin", str(plugin), "--dry-run", "--json"]
+    assert run_command(app, "apt-train", arguments) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["profile"] == "tiny_run"
+    assert "configured" in captured.err
+
+
+def test_a_plan_refuses_a_vocabulary_that_is_too_small(apt_train):
+    run = apt_train("--dry-run", "--model.vocab_size", "10")
+    assert run.code == 2
+    assert "model.vocab_size" in run.err
+
+
+def test_a_plan_needs_no_data_file_and_says_that_it_is_missing(apt_train):
+    run = apt_train("--dry-run", "--data.train_path", "nowhere.txt")
+    assert run.code == 0
+    assert "nowhere.txt" in run.out
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(profile, tmp_path):
+    folder = tmp_path / "run"
+    command = (
+        f"{sys.executable} -m apt_core train -p {profile} --output {folder} "
+        "--training.max_steps 30 | head -1"
+    )
+    subprocess.run(["bash", "-c", command], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    assert json.loads((folder / "manifest.json").read_text())["status"] == "finished"
+
+
+def test_a_console_of_another_encoding_does_not_end_the_run(profile, tmp_path):
+    folder = tmp_path / "run"
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "apt_core", "train", "-p", str(profile), "--output", str(folder),
+            *SHORT, "--set", "name=Größe 空",
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert b"Gr\\xf6\\xdfe" in done.stdout
 
 
 def test_a_missing_data_file_names_the_key(apt_train):

@@ -129,3 +129,15 @@ def test_a_decoder_chooses_and_plain_sampling_takes_over_when_it_fails():
 def test_a_prompt_longer_than_the_model_sees_is_cut_from_the_left():
     result, _ = continuation(request=GenerationRequest("é字" * 40, max_new_tokens=4))
     assert len(result.tokens) == 4
+
+
+def test_a_builder_that_returns_no_provider_is_named_and_passed_over():
+    class Builds:
+        @hookimpl
+        def apt_build_provider(self, spec):
+            return 3
+
+    manager = PluginManager()
+    manager.register(Builds(), "builds")
+    assert Registry(manager).get("tokenizer", "byte").vocab_size == 256
+    assert "int" in manager.records["builds"].failures[0].error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,59 @@ def test_ten_observers_that_draw_change_no_weight(apt_train, tmp_path):
     )  # fmt: skip
     assert run.code == 0, run.err
     assert base.same_weights(run)
+
+
+LEAVES_BEHIND = {
+    "grad mode": "import torch; torch.set_grad_enabled(False)",
+    "working directory": "import os; os.chdir('/')",
+    "unprintable error": "raise RuntimeError(chr(0xD800))",
+    "long error": "raise RuntimeError('x' * 10_000_000)",
+}
+
+
+@pytest.mark.parametrize("what", LEAVES_BEHIND)
+def test_what_an_observer_leaves_behind_does_not_reach_the_run(
+    apt_train, tmp_path, monkeypatch, what
+):
+    monkeypatch.chdir(tmp_path)
+    plugin = tmp_path / "messy.py"
+    plugin.write_text(
+        "from apt_core import hookimpl\n\n@hookimpl\ndef on_step_end(step):\n"
+        f"    if step == 2:\n        {LEAVES_BEHIND[what]}\n"
+    )
+    base = apt_train("--training.max_steps", "5", name="base")
+    run = apt_train("--training.max_steps", "5", "--plugin", str(plugin), name="messy")
+    assert run.code == 0, run.err
+    assert base.same_weights(run)
+    assert (run.folder / "log.txt").stat().st_size < 200_000
+
+
+def test_a_run_with_a_relative_folder_outlives_a_change_of_directory(
+    profile, tmp_path, monkeypatch, capsys
+):
+    from apt_core.cli.run_command import run_command
+    from apt_core.cli.train import app
+
+    monkeypatch.chdir(tmp_path)
+    plugin = tmp_path / "wanders.py"
+    plugin.write_text(
+        "import os\nfrom apt_core import hookimpl\n\n@hookimpl\ndef on_step_end():\n"
+        "    os.chdir('/')\n"
+    )
+    arguments = ["-p", str(profile), "--plugin", str(plugin), "--output", "here"]
+    assert run_command(app, "apt-train", [*arguments, "--training.max_steps", "3"]) == 0
+    assert json.loads((tmp_path / "here" / "manifest.json").read_text())["status"] == "finished"
+
+
+def test_a_plugin_without_hooks_is_told(apt_train, tmp_path):
+    plugin = tmp_path / "classy.py"
+    plugin.write_text(
+        "from apt_core import hookimpl\n\nclass Mine:\n"
+        "    @hookimpl\n    def on_step_end(self): pass\n"
+    )
+    run = apt_train("--training.max_steps", "2", "--plugin", str(plugin))
+    assert "plugin classy implements no hook" in run.out
+    assert "its class Mine has hooks" in run.out
 
 
 def test_a_failure_in_on_provider_fallback(apt_train, tmp_path):

@@ -208,6 +208,60 @@ def test_resume_from_an_older_checkpoint_sets_the_newer_ones_aside(apt_train):
     assert len({row[0] for row in training_rows(second)}) == len(training_rows(second))
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(
+    apt_train, tmp_path, profile
+):
+    plugin = stopping_plugin(tmp_path, 3, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    subprocess.run(
+        [
+            sys.executable, "-m", "apt_core", "train", "-p", str(profile), "--plugin", plugin,
+            "--output", str(tmp_path / "parts"),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+    )  # fmt: skip
+    whole = apt_train(name="whole")
+    second = apt_train("--resume", name="parts")
+    assert second.code == 0, second.err
+    assert "starting anew" in second.out
+    assert whole.same_weights(second)
+    assert training_rows(whole) == training_rows(second)
+
+
+def test_two_runs_in_one_folder_are_refused(apt_train, tmp_path, profile):
+    apt_train("--training.max_steps", "3", name="parts")
+    plugin = tmp_path / "second.py"
+    plugin.write_text(
+        "import subprocess, sys\nfrom apt_core import hookimpl\n\n"
+        "@hookimpl\ndef on_training_start(trainer):\n"
+        "    done = subprocess.run([sys.executable, '-m', 'apt_core', 'train', '-p', "
+        f"{str(profile)!r}, '--training.max_steps', '3', '--output', str(trainer.folder.path), "
+        "'--resume'], capture_output=True, text=True)\n"
+        "    print(done.returncode, done.stderr)\n",
+        encoding="utf-8",
+    )
+    second = apt_train(
+        "--training.max_steps", "3", "--plugin", str(plugin), "--resume", name="parts"
+    )
+    assert second.code == 0, second.err
+    assert "2 error" in second.out and "another run is going on" in second.out
+
+
+def test_a_lost_manifest_costs_nothing_where_checkpoints_are(apt_train):
+    first = apt_train("--training.max_steps", "3")
+    (first.folder / "manifest.json").unlink()
+    second = apt_train("--training.max_steps", "3", "--resume")
+    assert second.code == 0, second.err
+    assert second.manifest["status"] == "finished"
+
+
+def test_a_finished_run_that_is_resumed_adds_no_row(apt_train):
+    first = apt_train("--training.max_steps", "3")
+    rows = first.metrics
+    second = apt_train("--training.max_steps", "3", "--resume")
+    assert second.metrics == rows
+
+
 def test_quarantine_survives_a_resume(apt_train, tmp_path):
     failing = tmp_path / "failing.py"
     failing.write_text(
