@@ -226,8 +226,8 @@ def on_epoch_start(epoch: int, trainer: Any) -> None:
 def on_step_start(step: int, batch: Sequence[Any], trainer: Any) -> None:
     """An optimizer step begins, before its first forward.
 
-    ``batch`` is the list of the step's micro-batches, each with ``input_ids`` [B, T] and
-    ``targets`` [B, T] (-100 where nothing is predicted).
+    ``batch`` is a list of the step's micro-batches, each with ``input_ids`` [B, T] and
+    ``targets`` [B, T] (-100 where nothing is predicted). Changing the list changes nothing.
 
     Example::
 
@@ -358,7 +358,10 @@ def on_evaluation_end(trainer: Any, metrics: Mapping[str, float]) -> None:
 
 @hookspec
 def on_epoch_end(epoch: int, trainer: Any) -> None:
-    """An epoch is over: evaluated, and saved where the profile says so.
+    """An epoch is over and evaluated; the checkpoint, where the profile asks for one, comes next.
+
+    What a plugin changes in here is in that checkpoint. An epoch whose evaluation was cut short is
+    ended by the resume.
 
     Example::
 

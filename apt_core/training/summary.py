@@ -9,6 +9,7 @@ from apt_core.failures import short_path
 from apt_core.kernel import Kernel
 from apt_core.monitor import duration
 from apt_core.plugin_records import PluginRecord
+from apt_core.training.checkpoint import list_checkpoints
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,7 +82,7 @@ def _plugin(record: PluginRecord) -> list[str]:
 def resume_hint(trainer: Trainer, again: str) -> str:
     """How to go on with a run that did not end, or an empty string if nothing was saved."""
     folder = getattr(trainer, "folder", None)
-    if folder is None or not trainer.saved_anything():
+    if folder is None or not list_checkpoints(folder.checkpoints):
         return ""
     where = shlex.quote(str(folder))
     return f"stopped at step {trainer.step}; to go on: {again} --output {where} --resume"

@@ -119,10 +119,6 @@ class Trainer:
         """End the run after this step, with a final evaluation and a checkpoint."""
         self._stop_reason = self._stop_reason or reason
 
-    def saved_anything(self) -> bool:
-        """Is there a checkpoint of this run?"""
-        return self._saving.saved_step is not None
-
     # The run ---------------------------------------------------------------------------------
 
     def fit(self) -> RunResult:
@@ -142,7 +138,10 @@ class Trainer:
             plan = self.parts.plan
             self.schedule = self.kernel.schedule.with_horizon(
                 Horizon(
-                    self.config.training.max_epochs, plan.steps_per_epoch, plan.targets_per_epoch
+                    self.config.training.max_epochs,
+                    plan.steps_per_epoch,
+                    plan.targets_per_epoch,
+                    self.config.training.max_steps,
                 )
             )
             self.total_steps = self.config.training.max_epochs * plan.steps_per_epoch
