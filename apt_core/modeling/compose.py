@@ -78,10 +78,18 @@ class ModelBuilder:
             built = self._ffn(d_model or self.model.d_model, d_ff or self.model.d_ff)
         return self._initialized(built)
 
-    def build_block(self, layer: int = 0) -> nn.Module:
-        """One block: attention, feed-forward and their norms."""
+    def build_block(
+        self,
+        d_model: int | None = None,
+        num_heads: int | None = None,
+        d_ff: int | None = None,
+        *,
+        layer: int = 0,
+    ) -> nn.Module:
+        """Block ``layer``: attention, feed-forward and their norms, by default of the profile's
+        sizes."""
         with construction_rng(self.seed, f"blocks.{layer}"):
-            built = self._block(layer)
+            built = self._block(layer, d_model, num_heads, d_ff)
         return self._initialized(built)
 
     def build_model(self) -> nn.Module:
@@ -93,7 +101,7 @@ class ModelBuilder:
                 d_model=self.model.d_model,
                 max_seq_len=self.model.max_seq_len,
                 blocks=[self._block(layer) for layer in range(self.model.num_layers)],
-                final_norm=self._norm(),
+                final_norm=self._norm(self.model.d_model),
                 position=position
                 and position.create_embedding(self.model.d_model, self.model.max_seq_len),
                 tie_embeddings=self.model.tie_embeddings,
@@ -105,16 +113,23 @@ class ModelBuilder:
         initialize_parameters(module, self.seed, num_layers=self.model.num_layers)
         return module
 
-    def _block(self, layer: int) -> nn.Module:
+    def _block(
+        self,
+        layer: int,
+        d_model: int | None = None,
+        num_heads: int | None = None,
+        d_ff: int | None = None,
+    ) -> nn.Module:
         backbone = self._backbone()
+        width = d_model or self.model.d_model
         with construction_rng(self.seed, f"blocks.{layer}.attention"):
-            attention = self._attention(self.model.d_model, self.model.num_heads, layer)
+            attention = self._attention(width, num_heads or self.model.num_heads, layer)
         with construction_rng(self.seed, f"blocks.{layer}.ffn"):
-            ffn = self._ffn(self.model.d_model, self.model.d_ff)
+            ffn = self._ffn(width, d_ff or self.model.d_ff)
         return backbone.create_block(
             attention=attention,
             ffn=ffn,
-            norms=[self._norm() for _ in range(backbone.norms_per_block)],
+            norms=[self._norm(width) for _ in range(backbone.norms_per_block)],
             dropout=self.model.dropout,
         )
 
@@ -135,9 +150,9 @@ class ModelBuilder:
         provider = cast(FeedForwardProvider, self._provider("ffn", name))
         return provider.create_layer(d_model, d_ff, self.model.dropout)
 
-    def _norm(self) -> nn.Module:
+    def _norm(self, d_model: int) -> nn.Module:
         name = self.model.norm_name
-        return cast(NormProvider, self._provider("norm", name)).create_layer(self.model.d_model)
+        return cast(NormProvider, self._provider("norm", name)).create_layer(d_model)
 
     def _position(self) -> PositionProvider | None:
         name = self.model.position_name

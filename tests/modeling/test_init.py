@@ -51,6 +51,7 @@ def test_a_part_alone_has_the_sizes_of_its_arguments(shelf, tiny):
     x = torch.randn(1, 3, 64)
     assert builder.build_attention(64, 8)(x).shape == x.shape
     assert builder.build_ffn(64, 10)(x).shape == x.shape
+    assert builder.build_block(64, 8, 10)(x).shape == x.shape
     assert builder.build_block()(x[..., :32]).shape == (1, 3, 32)
 
 
