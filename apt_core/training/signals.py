@@ -40,6 +40,8 @@ class Interrupts:
         caught = [signal.SIGINT, signal.SIGTERM]
         if hasattr(signal, "SIGHUP"):
             caught.append(signal.SIGHUP)
+        # What is ignored stays so: that is what nohup is for.
+        caught = [number for number in caught if signal.getsignal(number) is not signal.SIG_IGN]
         before = {number: signal.signal(number, self._handle) for number in caught}
         try:
             yield

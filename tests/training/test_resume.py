@@ -81,7 +81,9 @@ def test_sigkill_in_mid_epoch(apt_train, tmp_path, profile):
     assert training_rows(whole) == training_rows(second)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_ends_with_a_usable_checkpoint(apt_train, tmp_path, profile, number, code):
     whole = apt_train(name="whole")
     process = subprocess.Popen(
@@ -102,6 +104,21 @@ def test_a_signal_ends_with_a_usable_checkpoint(apt_train, tmp_path, profile, nu
     second = apt_train("--resume", name="parts")
     assert second.code == 0, second.err
     assert whole.same_weights(second)
+
+
+def test_nohup_is_respected(tmp_path, profile):
+    plugin = stopping_plugin(tmp_path, 2, f"import os; os.kill(os.getpid(), {int(signal.SIGHUP)})")
+    done = subprocess.run(
+        [
+            "nohup", sys.executable, "-m", "apt_core", "train", "-p", str(profile), "--plugin",
+            plugin, "--output", str(tmp_path / "run"), "--training.max_steps", "4",
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8"))
+    assert (manifest["status"], manifest["step"]) == ("finished", 4)
 
 
 def damage(path: Path, how: str) -> None:
