@@ -322,6 +322,8 @@ class _Boot:
         inert: dict[str, str] = {}
         params: dict[str, str] = {}
         lenient = False
+        if not self.left_out:
+            return inert, params, lenient
         schedules = self.source.data.get("schedules")
         unclaimed = bool(validate(self.source, self.sections, active=active).problems) or (
             isinstance(schedules, Mapping) and bool(schedules)

@@ -49,7 +49,7 @@ class Saving:
         self.resume_from = Path(resume_from) if resume_from is not None else None
         self.best_loss: float | None = None
         self.best_step: int | None = None
-        self.saved_step: int | None = None
+        self.saved: tuple[int, int] | None = None
         self.failures: list[str] = []
 
     # The folder ------------------------------------------------------------------------------
@@ -182,7 +182,8 @@ class Saving:
         well. Raises TrainingError when the ``final`` one cannot be written.
         """
         trainer, manager = self.trainer, self.trainer.manager
-        if self.saved_step == trainer.step:
+        position = (trainer.step, trainer.ended_epochs)
+        if self.saved == position:
             return
         try:
             snapshot = self._snapshot(emergency)
@@ -194,7 +195,7 @@ class Saving:
                 raise TrainingError(message) from error
             log.error("%s; earlier checkpoints are intact and the run goes on", message)
             return
-        self.saved_step = trainer.step
+        self.saved = position
         self.best_step, self.best_loss = self._best()
         log.info("checkpoint: %s", short_path(str(path)))
         self._prune()
@@ -278,7 +279,7 @@ class Saving:
         trainer.start_scores, trainer.scores = state["start_scores"], state["scores"]
         trainer.guard.load(*state["nonfinite_steps"])
         self.best_step, self.best_loss = state["best"]
-        self.saved_step = trainer.step
+        self.saved = (trainer.step, trainer.ended_epochs)
         trainer.manager.step = trainer.step
         trainer.manager.load_state_dict(state["plugin_records"])
         restore_plugins(trainer.manager, trainer, state["plugins"], snapshot.plugins)

@@ -218,6 +218,7 @@ class Trainer:
                         terms[name] = terms.get(name, 0.0) + share * term.detach()
                     partial.backward()
                     loss += partial.detach()
+                self._terms = {}  # what fails from here on is not theirs
                 hook.on_backward_end(step=step, trainer=self)
 
                 grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm)
@@ -265,7 +266,6 @@ class Trainer:
             scores["val_bpb"],
         )
         self.ended_epochs = epoch
-        self._saving.saved_step = None
         self.manager.hook.on_epoch_end(epoch=epoch, trainer=self)
         save_freq = self.config.training.save_freq
         if (save_freq and epoch % save_freq == 0) or self._save_due(self.step):

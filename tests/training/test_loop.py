@@ -366,6 +366,39 @@ def test_a_term_that_is_not_finite_is_named_when_the_run_ends():
         tiny_run(Scaled(float("nan")), overrides={"training.max_nonfinite_steps": 3})
 
 
+class FailsBackwards(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        raise RuntimeError("no way back")
+
+
+def test_a_term_that_fails_in_the_backward_pass_is_named():
+    class Term:
+        @hookimpl
+        def apt_loss_terms(self, output):
+            return {"bad": FailsBackwards.apply(output.logits.mean())}
+
+    with pytest.raises(TrainingError, match=r"no way back.*loss/term\.bad"):
+        tiny_run(Term())
+
+
+def test_terms_are_not_blamed_for_what_fails_after_the_backward_pass(monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("the evaluation broke")
+
+    class Breaks(Scaled):
+        @hookimpl
+        def on_step_end(self):
+            monkeypatch.setattr("apt_core.training.trainer.evaluate", broken)
+
+    with pytest.raises(RuntimeError, match=r"^the evaluation broke$"):
+        tiny_run(Breaks(0.1))
+
+
 def test_the_rate_of_matrices_that_read_the_stream_is_scaled_and_of_no_others():
     """With d_ff = d_model every matrix of the feed-forward is square."""
     rates = {}
