@@ -84,14 +84,17 @@ def named_providers(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         return values.get(key) if isinstance(values, Mapping) else None
 
     def names() -> Iterator[tuple[str, Any]]:
-        for kind, path in NAME_KEYS.items():
-            yield kind, at(path)
-        yield "dataset", at("data.source")
         pattern = at("model.attention_pattern")
-        for name in pattern if isinstance(pattern, list | tuple) else ():
+        attentions = pattern if isinstance(pattern, list | tuple) else ()
+        for kind, path in NAME_KEYS.items():
+            if not (kind == "attention" and attentions):
+                yield kind, at(path)
+        yield "dataset", at("data.source")
+        for name in attentions:
             yield "attention", name
 
-    return list(dict.fromkeys((kind, n) for kind, n in names() if isinstance(n, str) and n))
+    named = [(kind, name) for kind, name in names() if isinstance(name, str) and name]
+    return [pair for pair in dict.fromkeys(named) if pair != ("position", "none")]
 
 
 def boot(

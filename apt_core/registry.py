@@ -316,6 +316,8 @@ class Registry:
 
     def _settings(self, spec: ProviderSpec, given: Any) -> tuple[Any, str]:
         """The provider's config, or the reason why the provider cannot be used."""
+        if given is None and spec.section and self.profile is not None:
+            given = self.profile.section(spec.section)
         blocked = self._blocked.get((spec.kind, spec.name))
         if blocked and (spec.kind, spec.name) not in self._specs:
             return given, blocked[1]
@@ -328,9 +330,7 @@ class Registry:
             return given, self._reason(spec, error)
 
     def _config_for(self, spec: ProviderSpec, given: Any) -> Any:
-        """The provider's config: what was given, else its section of the profile, else defaults."""
-        if given is None and spec.section and self.profile is not None:
-            given = self.profile.section(spec.section)
+        """The provider's config: what was given, validated, else defaults."""
         if spec.config is None:
             return given
         model = _resolve(spec.config)

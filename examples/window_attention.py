@@ -7,43 +7,42 @@ from __future__ import annotations
 
 import torch
 from pydantic import Field
-from torch import nn
 
 from apt_core import PluginInfo, ProviderSpec, SectionSpec, hookimpl
 from apt_core.config import Section
-from apt_core.modeling.layers import TVAProvider
+from apt_core.modeling.layers import MHAProvider, MultiHeadAttention
 
-PLUGIN = PluginInfo(summary="attention in a sliding window", version="1.0.0")
+PLUGIN = PluginInfo(summary="attention in a sliding window", version="2.0.0")
 
 
 class Settings(Section):
     window: int = Field(default=32, ge=1, description="Tokens that each token sees.")
 
 
-class WindowAttention(nn.Module):
-    def __init__(self, inner: nn.Module, window: int) -> None:
-        super().__init__()
-        self.inner, self.window = inner, window
+class WindowAttention(MultiHeadAttention):
+    """Multi-head attention, with its cache and checks, behind a mask of its own."""
 
-    def forward(self, x, *, mask=None, positions=None, cache=None):
-        held = 0 if cache is None else cache.length
-        keys = torch.arange(held + x.shape[1], device=x.device)
-        near = keys[held:, None] - keys < self.window
-        mask = near if mask is None else mask & near
-        return self.inner(x, mask=mask, positions=positions, cache=cache)
+    def __init__(self, d_model, num_heads, window, **options):
+        super().__init__(d_model, num_heads, **options)
+        self.window = window
+
+    def attend(self, q, k, v, mask):
+        places = torch.arange(k.shape[2], device=k.device)
+        near = places[-q.shape[2] :, None] - places < self.window  # [T, S]
+        return super().attend(q, k, v, near if mask is None else near & mask)
 
 
-class WindowProvider(TVAProvider):
-    """``attention:window``: multi-head attention (TVA at full rank) behind a mask."""
+class WindowProvider(MHAProvider):
+    """``attention:window``; what it supports, keeps and costs is what multi-head attention does."""
 
     name = "window"
 
     def __init__(self, config: Settings | None = None) -> None:
-        super().__init__({"r": 1, "s": 0})
+        super().__init__()
         self.window = (config or Settings()).window
 
     def create_layer(self, d_model, num_heads, **options):
-        return WindowAttention(super().create_layer(d_model, num_heads, **options), self.window)
+        return WindowAttention(d_model, num_heads, self.window, **options)
 
 
 @hookimpl

@@ -225,22 +225,29 @@ def _edit(profile: Path, plugin: str, *, present: bool) -> None:
 
 @app.command()
 def check(
-    plugin: Annotated[str, typer.Argument(help="The plugin: a name, a module or a .py file.")],
+    plugin: Annotated[
+        str,
+        typer.Argument(
+            help="The plugin: a name, a module or a .py file; or 'core', or a provider of it."
+        ),
+    ],
     json: AsJson = False,
     debug: Debug = False,
 ) -> int:
-    """Does a plugin keep its promises? Loads it, builds its providers and trains a few steps."""
+    """Does a plugin keep its promises? Loads it, checks its providers and trains a few steps."""
     from apt_core.testing import check_plugin
 
     with redirect_stdout(sys.stderr):
         findings = check_plugin(plugin)
-    rows = [{"check": f.check, "ok": f.ok, "detail": f.detail} for f in findings]
+    rows = [
+        {"check": f.check, "result": f.result, "ok": f.ok, "detail": f.detail} for f in findings
+    ]
     if json:
         print_json(rows)
     else:
         print_table(
             ("result", "check", "detail"),
-            [("ok" if r["ok"] else "FAILED", r["check"], r["detail"]) for r in rows],
+            [(r["result"], r["check"], r["detail"]) for r in rows],
         )
     return 0 if all(finding.ok for finding in findings) else 1
 

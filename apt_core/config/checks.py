@@ -19,6 +19,7 @@ from apt_core.errors import Problem, did_you_mean
 
 TVA_ATTENTIONS = ("tva_default", "flash_v2")
 FILE_LOADERS = ("text_default", "jsonl", "parquet", "hlbd")
+ROTATES = "rope turns pairs of dimensions"
 
 
 class Unknown(Exception):
@@ -94,7 +95,9 @@ def _heads(view: View) -> Iterator[Problem]:
         yield view.problem(
             f"{width} is not divisible by the {heads} heads of model.num_heads",
             "model.d_model model.num_heads",
-            f"{width // heads * heads or heads} and {(width // heads + 1) * heads} are",
+            f"{width // heads * heads} and {(width // heads + 1) * heads} are"
+            if width > heads
+            else f"a head is at least 1 wide: choose a d_model of {heads}, or fewer heads",
         )
 
 
@@ -115,32 +118,63 @@ def _tva_rank(view: View) -> Iterator[Problem]:
     ratio, rank = view["model.tva.r"], view["model.tva.rank"]
     if width % heads:
         return
-    head = width // heads
+    head, turned = width // heads, view["model.position_name"] == "rope"
     head_words = f"the head dimension {head} (model.d_model / model.num_heads)"
-    if rank is not None:
-        if rank > head:
-            yield view.problem(
-                f"{rank} is more than {head_words}", "model.tva.rank", f"choose at most {head}"
-            )
-        key, remedy = "model.tva.rank", "choose an even rank"
-    else:
-        rank = head // ratio
-        if rank < 1:
-            yield view.problem(
-                f"a ratio of {ratio} leaves no rank of {head_words}",
-                "model.tva.r model.num_heads model.d_model",
-                f"choose r from 1 to {head}, or set model.tva.rank",
-            )
-        key = "model.tva.r model.num_heads model.d_model"
-        remedy = "choose another r, or set model.tva.rank to an even number"
-    if rank % 2 and rank <= head and view["model.position_name"] == "rope":
+    sizes = "model.tva.r model.num_heads model.d_model"
+    if rank is not None and rank > head:
         yield view.problem(
-            f"model.tva.r = {ratio} gives the odd rank {rank} of {head_words}, and rope turns "
-            "pairs of dimensions"
-            if key != "model.tva.rank"
-            else f"the rank {rank} is odd, and rope turns pairs of dimensions",
-            key,
-            remedy,
+            f"{rank} is more than {head_words}", "model.tva.rank", f"choose at most {head}"
+        )
+    elif rank is not None and rank % 2 and turned:
+        yield view.problem(
+            f"the rank {rank} is odd, and {ROTATES}",
+            "model.tva.rank",
+            "choose an even rank, or another model.position_name",
+        )
+    elif rank is None and ratio > head:
+        yield view.problem(
+            f"a ratio of {ratio} leaves no rank of {head_words}",
+            sizes,
+            f"choose r from 1 to {head}, or set model.tva.rank",
+        )
+    elif rank is None and head // ratio % 2 and turned:
+        yield view.problem(
+            f"model.tva.r = {ratio} gives the odd rank {head // ratio} of {head_words}, and "
+            f"{ROTATES}",
+            sizes,
+            "choose another r, an even model.tva.rank, or another model.position_name",
+        )
+
+
+def _mha_width(view: View) -> Iterator[Problem]:
+    if "mha" not in view.attention_names() or view["model.position_name"] != "rope":
+        return
+    width, heads = view["model.d_model"], view["model.num_heads"]
+    head = width // heads
+    if not width % heads and head % 2:
+        yield view.problem(
+            f"{width} gives each of the {heads} heads (model.num_heads) of mha the odd width "
+            f"{head}, and {ROTATES}",
+            "model.d_model model.num_heads",
+            f"choose a d_model of {heads * (head + 1)}, or another model.position_name",
+        )
+
+
+def _vft_rank(view: View) -> Iterator[Problem]:
+    if view["model.ffn_name"] != "vft":
+        return
+    width, ratio, rank = view["model.d_model"], view["model.vft.r"], view["model.vft.rank"]
+    if rank is not None and rank > width:
+        yield view.problem(
+            f"{rank} is more than the {width} of model.d_model",
+            "model.vft.rank",
+            f"choose at most {width}",
+        )
+    elif rank is None and ratio > width:
+        yield view.problem(
+            f"a ratio of {ratio} leaves no rank of the {width} of model.d_model",
+            "model.vft.r model.d_model",
+            f"choose r from 1 to {width}, or set model.vft.rank",
         )
 
 
@@ -271,6 +305,8 @@ COLLECTORS: tuple[Callable[[View], Iterator[Problem]], ...] = (
     _heads,
     _kv_heads,
     _tva_rank,
+    _mha_width,
+    _vft_rank,
     _pattern,
     _lengths,
     _warmup,

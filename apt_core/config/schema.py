@@ -67,17 +67,39 @@ PluginEntry = Annotated[
 class TVAConfig(Section):
     """``model.tva``: the default attention."""
 
-    r: Size = Field(default=4, description="Compression ratio: rank = head dimension // r.")
+    r: Size = Field(default=2, description="Compression ratio: rank = head dimension // r.")
     s: Annotated[int, Field(ge=0, le=2**16)] = Field(
-        default=1, description="Number of normal directions of the compensator; 0 switches it off."
+        default=0, description="Number of normal directions of the compensator; 0 leaves it out."
     )
     tau: Annotated[float, Field(ge=-1e3, le=1e3)] = Field(
         default=0.18,
         description="Shift of the compensator's threshold, in spreads of the residual.",
     )
     rank: Size | None = Field(default=None, description="The rank itself, in place of r.")
+    qk_norm: bool = Field(default=False, description="Normalise queries and keys, per head.")
     factored: bool = Field(
         default=False, description="Compute by the definition (slow; the reference for tests)."
+    )
+
+
+class MHAConfig(Section):
+    """``model.mha``: multi-head attention; ``num_kv_heads`` makes it grouped or multi-query."""
+
+    qk_norm: bool = Field(default=False, description="Normalise queries and keys, per head.")
+
+
+class VFTConfig(Section):
+    """``model.vft``: the feed-forward in a low-rank space."""
+
+    r: Size = Field(default=4, description="Compression ratio: rank = d_model // r.")
+    rank: Size | None = Field(default=None, description="The rank itself, in place of r.")
+
+
+class RoPEConfig(Section):
+    """``model.rope``: rotary position embedding."""
+
+    theta: Annotated[float, Field(gt=1, le=1e12)] = Field(
+        default=10_000.0, description="Base of the frequencies; larger for longer texts."
     )
 
 
@@ -140,6 +162,10 @@ class ModelSection(Section):
     tie_embeddings: bool = Field(
         default=True, description="Share the weights of the embedding and the output."
     )
+    logits_soft_cap: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        default=None,
+        description="Bound of the logits, c * tanh(logits / c); without it they are not bounded.",
+    )
     attention_name: Name = Field(default="tva_default", description="Provider of attention.")
     attention_pattern: Names | None = Field(
         default=None,
@@ -147,9 +173,12 @@ class ModelSection(Section):
     )
     ffn_name: Name = Field(default="default", description="Provider of the feed-forward.")
     norm_name: Name = Field(default="rmsnorm", description="Provider of the norm.")
-    position_name: Name = Field(default="rope", description="Provider of the positions.")
+    position_name: Name = Field(default="rope", description="Provider of the positions, or none.")
     backbone_name: Name = Field(default="gpt", description="Provider of the backbone.")
     tva: TVAConfig = Field(default_factory=TVAConfig, description="Settings of tva_default.")
+    mha: MHAConfig = Field(default_factory=MHAConfig, description="Settings of mha.")
+    vft: VFTConfig = Field(default_factory=VFTConfig, description="Settings of vft.")
+    rope: RoPEConfig = Field(default_factory=RoPEConfig, description="Settings of rope.")
     moe: MoeSection | None = Field(default=None, description="Mixture of experts.")
     bistate: BistateSection | None = Field(default=None, description="Two-state alignment.")
     voting: VotingSection | None = Field(default=None, description="Voting on uncertain tokens.")

@@ -31,8 +31,8 @@ def generate(
 ) -> GenerationResult:
     """Continue ``request.prompt`` by up to ``request.max_new_tokens`` tokens.
 
-    The model sees the last ``max_seq_len`` tokens, without a cache. Sampling has a generator of
-    its own, seeded by ``request.seed``; temperature 0 takes the most likely token.
+    The model sees the text from :func:`window_start` on. Sampling has a generator of its own,
+    seeded by ``request.seed``; temperature 0 takes the most likely token.
     """
     request = manager.chain("apt_rewrite_prompt", request, "prompt")
     manager.hook.on_generation_start(request=request)
@@ -44,11 +44,12 @@ def generate(
     training = model.training
     model.eval()
     try:
+        reader = _Reader(model, max_seq_len, device)
         for _ in range(request.max_new_tokens):
             if interrupted():
                 break
-            input_ids = torch.tensor([ids[-max_seq_len:]], device=device)
-            logits = model(input_ids).logits[0, -1, : tokenizer.vocab_size].float()
+            input_ids, logits = reader.read(ids)
+            logits = logits[: tokenizer.vocab_size]
             if not logits.isfinite().all():
                 log.warning("generation stopped: the model's logits are not finite")
                 break
@@ -60,6 +61,45 @@ def generate(
     result = GenerationResult(tokenizer.decode(ids[start:]), tuple(ids[start:]))
     manager.hook.on_generation_end(request=request, result=result)
     return result
+
+
+def window_start(length: int, max_seq_len: int) -> int:
+    """Where the part of a text of ``length`` tokens begins that the model sees: at 0 while all of
+    it fits into ``max_seq_len``. Then the window moves on by half its size at a time, so that what
+    a cache holds serves for many tokens.
+
+    >>> [window_start(length, 8) for length in (1, 8, 9, 12, 13)]
+    [0, 0, 4, 4, 8]
+    """
+    stride = max(1, max_seq_len // 2)
+    return max(0, -(-(length - max_seq_len) // stride) * stride)
+
+
+class _Reader:
+    """The logits after a growing text. Each token is computed once for each place of the window
+    where the model has caches; where it has none, the window is computed anew for every token."""
+
+    def __init__(self, model: nn.Module, max_seq_len: int, device: torch.device) -> None:
+        self._model, self._max_seq_len, self._device = model, max_seq_len, device
+        self._create: Callable[[int], Any] = getattr(model, "create_caches", lambda length: None)
+        self._caches = self._create(max_seq_len)
+        self._start = self._read = 0
+        if self._caches is None:
+            log.info("generation computes the whole text anew for every token: no cache")
+
+    def read(self, ids: list[int]) -> tuple[Tensor, Tensor]:
+        """``ids`` extends what was read before. The window [1, S] and the fp32 logits [V]."""
+        start = window_start(len(ids), self._max_seq_len)
+        if start != self._start:
+            self._start = self._read = start
+            self._caches = self._caches and self._create(self._max_seq_len)
+        window = torch.tensor([ids[start:]], device=self._device)
+        if self._caches is None:
+            output = self._model(window)
+        else:
+            output = self._model(window[:, self._read - start :], caches=self._caches)
+            self._read = len(ids)
+        return window, output.logits[0, -1].float()
 
 
 def sample(logits: Tensor, request: GenerationRequest, generator: torch.Generator) -> int:

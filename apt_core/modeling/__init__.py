@@ -7,13 +7,25 @@ from apt_core.modeling.init import (
     initialize_parameters,
     write_std,
 )
+from apt_core.modeling.kv_cache import KeyValueCache
+from apt_core.modeling.masks import (
+    document_mask,
+    document_positions,
+    padding_mask,
+    padding_positions,
+)
 from apt_core.modeling.probe import probe_layer
 
 __all__ = [
+    "KeyValueCache",
     "ModelBuilder",
     "construction_rng",
+    "document_mask",
+    "document_positions",
     "generator_for",
     "initialize_parameters",
+    "padding_mask",
+    "padding_positions",
     "probe_layer",
     "write_std",
 ]

@@ -106,6 +106,7 @@ class ModelBuilder:
                 and position.create_embedding(self.model.d_model, self.model.max_seq_len),
                 tie_embeddings=self.model.tie_embeddings,
                 dropout=self.model.dropout,
+                logits_soft_cap=self.model.logits_soft_cap,
             )
         return self._initialized(built)
 

@@ -22,12 +22,18 @@ def probe_layer(
 
     ``kind`` is attention, ffn or norm. The layer has two heads of ``head_dim`` (give the profile's
     own, for a ratio or a kernel may not suit every width) and sees fp32 input [2, 8, D]. Every
-    global generator is left as it was.
+    global generator is left as it was. A ValueError of ``create_layer`` is no reason: the sizes are
+    those of the probe, and the profile's are judged where the model is built.
     """
+    if kind not in ("attention", "ffn", "norm"):
+        raise ValueError(f"a provider of kind {kind!r} cannot be probed")
     d_model = 2 * head_dim
     try:
         with construction_rng(0, "probe"), torch.enable_grad():
-            layer = _tiny(provider, kind, d_model, position)
+            try:
+                layer = _tiny(provider, kind, d_model, position)
+            except ValueError:
+                return None
             initialize_parameters(layer, seed=0)
             layer.to(device)
             x = torch.randn(2, 8, d_model).to(device).requires_grad_()
@@ -49,10 +55,8 @@ def _tiny(provider: Any, kind: str, d_model: int, position: Any) -> nn.Module:
         built = provider.create_layer(d_model, 2, max_seq_len=8, position=position)
     elif kind == "ffn":
         built = provider.create_layer(d_model, 2 * d_model)
-    elif kind == "norm":
-        built = provider.create_layer(d_model)
     else:
-        raise ValueError(f"a provider of kind {kind!r} cannot be probed")
+        built = provider.create_layer(d_model)
     if not isinstance(built, nn.Module):
         raise TypeError(f"create_layer returned {type(built).__name__}, not an nn.Module")
     return built

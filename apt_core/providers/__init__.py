@@ -1,7 +1,7 @@
 """What a provider of each kind must offer: one file a kind, and nothing here imports torch."""
 
 from apt_core.providers.align import AlignProvider
-from apt_core.providers.attention import AttentionProvider, KeyValueCache
+from apt_core.providers.attention import AttentionProvider, AttentionSupport, DecodingCache
 from apt_core.providers.backbone import BackboneProvider
 from apt_core.providers.base import Provider, read_setting
 from apt_core.providers.dataset import DatasetProvider, TextData
@@ -17,10 +17,11 @@ from apt_core.providers.tokenizer import TokenizerProvider, token_dtype
 __all__ = [
     "AlignProvider",
     "AttentionProvider",
+    "AttentionSupport",
     "BackboneProvider",
     "DatasetProvider",
+    "DecodingCache",
     "FeedForwardProvider",
-    "KeyValueCache",
     "LRScheduleProvider",
     "NormProvider",
     "OptimizerProvider",

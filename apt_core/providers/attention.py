@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from apt_core.providers.base import Provider
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from apt_core.providers.position import PositionProvider
 
 
-class KeyValueCache(Protocol):
-    """What a layer needs of a cache: one object a layer, filled from left to right."""
+class DecodingCache(Protocol):
+    """What decoding needs of a layer's cache: one object a layer, made by the layer.
+
+    What else it does is between the layer and its cache: softmax attention appends keys and values
+    (:class:`apt_core.modeling.KeyValueCache`), a recurrent layer keeps its state.
+    """
 
     @property
     def length(self) -> int:
         """How many positions the cache holds."""
 
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add ``key`` and ``value`` [B, H_kv, T, R]; return all that is held [B, H_kv, S, R]."""
+
+@dataclass(frozen=True)
+class AttentionSupport:
+    """What the layers of a provider can do; the conformance checks test what is claimed.
+
+    ``cache``: decode with a cache (the layer has ``create_cache``); ``mask``: take a mask;
+    ``autocast``: run under bf16 autocast; ``compile``: no graph break under torch.compile.
+    """
+
+    cache: bool = False
+    mask: bool = True
+    autocast: bool = True
+    compile: bool = True
 
 
 class AttentionProvider(Provider, ABC):
@@ -30,19 +46,28 @@ class AttentionProvider(Provider, ABC):
     The layer is called as ``layer(x, *, mask=None, positions=None, cache=None)`` with x [B, T, D]
     and returns [B, T, D]:
 
-    - Position t sees positions 0..t only, with or without ``mask``.
+    - Position t sees positions 0..t of its own row only, with or without ``mask``.
     - ``mask``: boolean, True where attention is allowed, broadcastable to [B, H, T, S]; it narrows
-      the causal rule. Every position must be left with at least one that it may see.
+      the causal rule. A position that is left with nothing to see gives finite values and
+      gradients. Any other mask is a ValueError.
     - ``positions``: int64 [T] or [B, T], the place of each token in its sequence; by default
       0..T-1, or from ``cache.length`` on.
-    - ``cache``: a :class:`KeyValueCache`; the layer appends its keys and values and attends to all
-      that is held. Feeding a sequence in pieces gives what feeding it whole gives.
+    - ``cache``: what ``layer.create_cache(max_length)`` gave, a :class:`DecodingCache` for up to
+      ``max_length`` tokens of texts that grow together. The layer adds what it needs of x and
+      attends to all that came before: feeding a sequence in pieces gives what feeding it whole
+      gives. A layer without ``create_cache`` is decoded by computing everything anew.
+    - More than ``max_seq_len`` tokens, cached ones included, are a ValueError that names
+      ``model.max_seq_len``.
+    - No value is read on the host, dropout acts in training alone, evaluation is deterministic, and
+      all state is in the state dict; computed buffers have ``reset_buffers``.
     - The layer adds no residual and normalises nothing before or after: the block does.
     - ``layer.aux``, where a layer has it, is a mapping of names to 0-d tensors of the last forward,
       to be seen in the metrics.
 
     A layer may define ``init_parameter`` (see :mod:`apt_core.modeling.init`).
     """
+
+    supports: ClassVar[AttentionSupport] = AttentionSupport()
 
     @abstractmethod
     def create_layer(
@@ -57,9 +82,11 @@ class AttentionProvider(Provider, ABC):
     ) -> nn.Module:
         """A new layer of width ``d_model`` with ``num_heads`` query heads.
 
-        ``position`` gives the layer its rotary module (none where it is None), ``num_kv_heads``
+        ``position`` gives the layer its rotary module, called as ``rotary(x [B, T, H, R],
+        positions)`` (none where it is None), ``num_kv_heads``
         (default: ``num_heads``) shares key and value heads among groups of query heads.
-        Raises ValueError, naming the setting and the remedy, for sizes that cannot be built.
+        Raises ValueError, naming the setting and the remedy, for sizes that cannot be built
+        (``model.num_heads``, ``model.num_kv_heads``).
         """
 
     def kv_cache_bytes(

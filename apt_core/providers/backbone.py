@@ -17,7 +17,9 @@ class BackboneProvider(Provider, ABC):
 
     The model is called as ``model(input_ids, *, mask=None, positions=None, caches=None)`` with
     input_ids int64 [B, T], and returns :class:`~apt_core.types.ModelOutput` with logits [B, T, V].
-    ``caches`` holds one :class:`~apt_core.providers.attention.KeyValueCache` a layer.
+    ``caches`` is what ``model.create_caches(max_length)`` gave: one
+    :class:`~apt_core.providers.attention.DecodingCache` a layer. A model without ``create_caches``,
+    or whose ``create_caches`` gives None, is decoded by computing everything anew.
     """
 
     norms_per_block: ClassVar[int] = 2
@@ -40,5 +42,7 @@ class BackboneProvider(Provider, ABC):
         position: nn.Module | None = None,
         tie_embeddings: bool = False,
         dropout: float = 0.0,
+        logits_soft_cap: float | None = None,
     ) -> nn.Module:
-        """The model around ``blocks``; ``position`` is an embedding to add, where there is one."""
+        """The model around ``blocks``; ``position`` is an embedding to add, where there is one, and
+        ``logits_soft_cap`` a bound of the logits."""

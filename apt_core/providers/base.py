@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from apt_core.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    Settings = TypeVar("Settings", bound=DataclassInstance)
 
 
 class Provider:
@@ -65,3 +73,18 @@ def read_setting(config: Any, key: str, default: Any) -> Any:
         if value is None:
             return default
     return value
+
+
+def read_settings(cls: type[Settings], config: Any, section: str) -> Settings:
+    """The dataclass ``cls`` from a mapping, an object with its attributes, or None (its defaults).
+
+    Raises ValueError for an unknown key of a mapping, as ``section`` of the profile.
+    """
+    names = [field.name for field in fields(cls)]
+    if isinstance(config, Mapping):
+        for key in config:
+            if key not in names:
+                raise ValueError(
+                    f"{section}.{key}: unknown key {did_you_mean(key, names)}".rstrip()
+                )
+    return cls(**{f.name: read_setting(config, f.name, f.default) for f in fields(cls)})

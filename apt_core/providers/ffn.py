@@ -29,6 +29,7 @@ class FeedForwardProvider(Provider, ABC):
     def flops(self, d_model: int, d_ff: int, seq_len: int) -> int:
         """Floating-point operations of one layer's forward for ``seq_len`` tokens.
 
-        A multiply-add counts as two. The default is that of a gated layer of three products.
+        Matrix products alone, a multiply-add as two. The default is that of a gated layer of three
+        products: 6 * d_model * d_ff a token. Raises ValueError for sizes that cannot be built.
         """
         return 6 * d_model * d_ff * seq_len

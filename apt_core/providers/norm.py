@@ -16,4 +16,7 @@ class NormProvider(Provider, ABC):
 
     @abstractmethod
     def create_layer(self, d_model: int) -> nn.Module:
-        """A new layer for inputs [..., ``d_model``]."""
+        """A new layer for inputs [..., ``d_model``].
+
+        Raises ValueError, naming the setting and the remedy, for a width that cannot be built.
+        """

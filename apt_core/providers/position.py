@@ -27,5 +27,9 @@ class PositionProvider(Provider):
         return None
 
     def create_embedding(self, d_model: int, max_seq_len: int) -> nn.Module | None:
-        """A module ``embedding(positions)``, int64 [T] or [B, T] to [..., d_model], or None."""
+        """A module ``embedding(positions)``, int64 [T] or [B, T] to [..., d_model], or None.
+
+        Positions are below ``max_seq_len``: the backbone checks lengths, for the module could only
+        by reading the tensor. Raises ValueError for sizes that cannot be built.
+        """
         return None

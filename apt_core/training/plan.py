@@ -1,16 +1,15 @@
-"""The plan of a run, without training: providers, parameters, memory and the timeline of stages."""
+"""The plan of a run, without training: providers, costs, memory and the timeline of stages."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from apt_core.kernel import Kernel
-from apt_core.modeling.compose import ModelBuilder
+from apt_core.providers.attention import AttentionSupport
 from apt_core.training.blame import attributed
+from apt_core.training.costs import ModelCost, model_cost, support_notices
 from apt_core.training.prepare import build_tokenizer, settle_device
 from apt_core.training.saving import plugin_rows
 
@@ -22,18 +21,20 @@ BYTES_PER_PARAMETER = 16
 
 
 def make_plan(kernel: Kernel) -> dict[str, Any]:
-    """``{profile, device, providers, plugins, inactive_keys, notices, stages}``, JSON values.
+    """The plan as JSON values, with the keys profile, device, providers, plugins, inactive_keys,
+    notices, model and stages.
 
-    The model is built on the meta device, so that a large profile is planned in no time; providers
-    are probed as at the start of a run. Raises ConfigError as a run would.
+    ``model`` has the parts of the model with their costs, as :mod:`apt_core.training.costs` counts
+    them; what a provider cannot tell is null there, with a notice. The model is built on the meta
+    device, so that a large profile is planned in no time; providers are probed as at the start of a
+    run. Raises ConfigError as a run would.
     """
     device = settle_device(kernel)
     try:
         for kind, name in kernel.named_providers():
             kernel.registry.get(kind, name)
         build_tokenizer(kernel)
-        with torch.device("meta"):
-            model = ModelBuilder(kernel.config, kernel.registry).build_model()
+        cost = model_cost(kernel)
     except Exception as error:
         raise attributed(kernel, error) from error
     return {
@@ -42,8 +43,9 @@ def make_plan(kernel: Kernel) -> dict[str, Any]:
         "providers": [row.row() for row in kernel.registry.resolutions.values()],
         "plugins": [_at_the_start(kernel, row) for row in plugin_rows(kernel)],
         "inactive_keys": [{"key": k.key, "reason": k.reason} for k in kernel.inactive],
-        "notices": list(kernel.notices),
-        "stages": [_stage(kernel, model, **at) for at in _positions(kernel)],
+        "notices": [*kernel.notices, *support_notices(kernel, device), *cost.notes],
+        "model": cost.row(),
+        "stages": [_stage(cost, **at) for at in _positions(kernel)],
     }
 
 
@@ -65,22 +67,18 @@ def _positions(kernel: Kernel) -> Iterable[dict[str, Any]]:
             yield {"name": name, "unit": boundary.unit, "at": boundary.at}
 
 
-def _stage(kernel: Kernel, model: nn.Module, name: str, unit: str, at: int) -> dict[str, Any]:
-    config = kernel.config.model
-    parameters = sum(p.numel() for p in model.parameters())
-    matrices = sum(p.numel() for key, p in model.named_parameters() if "embedding" not in key)
-    if config.tie_embeddings:
-        matrices += config.vocab_size * config.d_model
-    attention = 12 * config.num_layers * config.d_model * config.max_seq_len
+def _stage(cost: ModelCost, name: str, unit: str, at: int) -> dict[str, Any]:
     return {
         "name": name,
         "epoch": at if unit == "epoch" else None,
         "step": at if unit == "step" else None,
         "token": at if unit == "token" else None,
-        "params_total": parameters,
-        "params_active": parameters,
-        "memory_mb": round(parameters * BYTES_PER_PARAMETER / 2**20, 1),
-        "flops_per_token": 6 * matrices + attention // 2,
+        "params_total": cost.params,
+        "params_active": cost.params,
+        "memory_mb": round(cost.params * BYTES_PER_PARAMETER / 2**20, 1),
+        "flops_per_token": cost.flops_per_token,
+        "kv_cache_bytes_per_token": cost.kv_cache_bytes_per_token,
+        "kv_cache_bytes_per_sequence": cost.kv_cache_bytes_per_sequence,
     }
 
 
@@ -104,6 +102,7 @@ def print_plan(console: Console, plan: dict[str, Any]) -> None:
         say("plugins: none")
     for row in plan["inactive_keys"]:
         say(f"inactive: {row['key']} ({row['reason']})")
+    _print_model(console, plan["model"], plan["stages"][0])
     stages = Table("stage", "from", "parameters", "active", "memory", box=None, header_style="bold")
     for stage in plan["stages"]:
         unit = next(u for u in ("epoch", "step", "token") if stage[u] is not None)
@@ -116,6 +115,99 @@ def print_plan(console: Console, plan: dict[str, Any]) -> None:
         )
     console.print(stages)
     say("memory: weights, gradients and Adam's moments in fp32, without activations")
+
+
+def _print_model(console: Console, model: dict[str, Any], total: dict[str, Any]) -> None:
+    """The parts of the model in a table, and what its figures mean."""
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    table.add_column("part", no_wrap=True)
+    for column in ("layers", "parameters", "FLOPs/token", "cache/token"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("supports", overflow="fold")
+    without: list[str] = []
+    for part in model["parts"]:
+        attends = part["slot"] == "attention"
+        supports = part["supports"] or {}
+        if attends and supports.get("cache") is False:
+            without.append(part["used"])
+        table.add_row(
+            f"{part['slot']} {part['used']}".rstrip(),
+            "" if part["layers"] is None else str(part["layers"]),
+            f"{part['params']:,}",
+            _flops(part["flops_per_token"]),
+            _cache(part["kv_cache_bytes_per_token"], part["used"] in without) if attends else "",
+            _claims(supports) if attends else "",
+        )
+    table.add_row(
+        "total",
+        "",
+        f"{total['params_total']:,}",
+        _flops(total["flops_per_token"]),
+        _cache(total["kv_cache_bytes_per_token"], bool(without)),
+    )
+    console.print(table)
+    flags = ", ".join(field.name for field in fields(AttentionSupport))
+    lines = [f"FLOPs: of training on {model['seq_len']} tokens, forward and backward"]
+    if without:
+        lines.append(
+            f"cache: none, for {', '.join(without)} has none: generation computes the whole text "
+            "anew for every token"
+        )
+    else:
+        size = _cache(total["kv_cache_bytes_per_sequence"], False)
+        lines.append(
+            f"cache: of generation, in {model['kv_cache_dtype']}; {size} for a sequence of "
+            f"{model['max_seq_len']} tokens"
+        )
+    lines.append(f"supports: of {flags}")
+    for line in lines:
+        console.print(line, markup=False)
+
+
+def _flops(value: int | None) -> str:
+    return "unknown" if value is None else scaled(value, "FLOP", 1000)
+
+
+def _cache(value: int | None, without: bool) -> str:
+    if value is None:
+        return "none" if without else "unknown"
+    return scaled(value, "B", 1024)
+
+
+def _claims(supports: dict[str, bool]) -> str:
+    """What is claimed, in few words: most attention supports everything.
+
+    >>> _claims({"cache": True, "mask": True}), _claims({"cache": False, "mask": True})
+    ('all', 'all but cache')
+    """
+    if not supports:
+        return "unknown"
+    lacking = [name for name, claimed in supports.items() if not claimed]
+    if len(lacking) == len(supports):
+        return "nothing"
+    return f"all but {', '.join(lacking)}" if lacking else "all"
+
+
+def scaled(value: int, unit: str, step: int) -> str:
+    """``value`` in the largest unit of which it is at least one, with three figures.
+
+    >>> scaled(1234567, "FLOP", 1000), scaled(1536, "B", 1024), scaled(96, "B", 1024)
+    ('1.23 MFLOP', '1.50 KiB', '96 B')
+    """
+    prefixes = (
+        ("", "k", "M", "G", "T", "P", "E")
+        if step == 1000
+        else ("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
+    )
+    power = 0
+    while value >= step ** (power + 1) and power + 1 < len(prefixes):
+        power += 1
+    if not power:
+        return f"{value} {unit}"
+    amount = value / step**power
+    return f"{amount:.{max(0, 3 - len(str(int(amount))))}f} {prefixes[power]}{unit}"
 
 
 def _because(reason: str) -> str:

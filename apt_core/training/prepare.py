@@ -25,6 +25,7 @@ from apt_core.modeling.probe import probe_layer
 from apt_core.providers.lr_schedule import LRScheduleProvider
 from apt_core.providers.tokenizer import TokenizerProvider
 from apt_core.training.blame import attributed
+from apt_core.training.costs import support_notices
 from apt_core.training.optim import parameter_groups
 
 log = logging.getLogger("apt.training")
@@ -87,6 +88,7 @@ def _prepare(kernel: Kernel) -> Parts:
     device = settle_device(kernel)
     tokenizer, plan, val_tokens, bytes_per_token, data = _data(kernel)
     model = ModelBuilder(config, registry).build_model().to(device)
+    kernel.notices += support_notices(kernel, device)
     training = config.training
     groups = parameter_groups(
         model,

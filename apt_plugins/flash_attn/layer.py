@@ -17,9 +17,9 @@ class FlashTVAAttention(TVAAttention):
     kernel has no place for, goes to the inherited kernel.
     """
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None:
-            return super()._attend(q, k, v, mask)
+            return super().attend(q, k, v, mask)
         if not q.is_cuda:
             raise RuntimeError(f"flash-attn runs on CUDA devices, not on {q.device.type}")
         from flash_attn import flash_attn_func

@@ -159,6 +159,22 @@ def test_a_wrong_value_says_what_is_expected(path: str, value: Any, words: str) 
         ({"model": {"tva": {"r": 10}}}, "model.tva.r", "odd rank 3"),
         ({"model": {"tva": {"rank": 5}}}, "model.tva.rank", "odd"),
         ({"model": {"tva": {"rank": 64}}}, "model.tva.rank", "more than the head dimension 32"),
+        ({"model": {"d_model": 3, "num_heads": 4, "d_ff": 8}}, "model.d_model", "by the 4 heads"),
+        ({"model": {"d_model": 13, "attention_name": "mha"}}, "model.d_model", "12 and 16 are"),
+        ({"model": {"num_kv_heads": 8}}, "model.num_kv_heads", "does not divide the 4 heads"),
+        (
+            {"model": {"attention_name": "mha", "d_model": 12}},
+            "model.d_model",
+            "4 heads (model.num_heads) of mha the odd width 3, and rope",
+        ),
+        ({"model": {"attention_pattern": ["x", "mha"], "num_heads": 128}}, "model.num_heads", "1"),
+        ({"model": {"ffn_name": "vft", "vft": {"rank": 129}}}, "model.vft.rank", "128 of model.d_"),
+        ({"model": {"ffn_name": "vft", "vft": {"r": 129}}}, "model.vft.r", "no rank of the 128"),
+        (
+            {"model": {"attention_name": "mha", "ffn_name": "vft", "d_model": 2, "num_heads": 1}},
+            "model.d_model",
+            "a ratio of 4 leaves no rank of the 2",
+        ),
         ({"model": {"attention_pattern": []}}, "model.attention_pattern", "empty"),
         ({"model": {"attention_pattern": ["mha"] * 5}}, "model.attention_pattern", "5 layers"),
         ({"data": {"max_length": 257}}, "data.max_length", "more than the 256"),
@@ -186,7 +202,7 @@ def test_a_wrong_value_says_what_is_expected(path: str, value: Any, words: str) 
 def test_contradictions_are_found(profile: dict[str, Any], key: str, words: str) -> None:
     problem = only(profile)
     assert problem.key == key
-    assert words in problem.message
+    assert words in f"{problem.message} ({problem.hint})"
 
 
 def test_the_rank_of_a_ratio_names_the_key_and_the_remedy() -> None:
@@ -195,10 +211,73 @@ def test_the_rank_of_a_ratio_names_the_key_and_the_remedy() -> None:
     assert problem.hint == "choose r from 1 to 16, or set model.tva.rank"
 
 
-def test_tva_is_only_checked_where_it_is_used() -> None:
-    assert not problems_of({"model": {"attention_name": "mha", "tva": {"r": 33}}})
-    assert not problems_of({"model": {"position_name": "learned", "tva": {"r": 10}}})
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"attention_name": "mha", "tva": {"r": 33}},
+        {"attention_name": "mha", "tva": {"rank": 3}, "mha": {"qk_norm": True}},
+        {"attention_name": "mha", "num_heads": 8, "num_kv_heads": 1},
+        {"tva": {"rank": 32}, "vft": {"rank": 4096}},
+        {"ffn_name": "vft", "vft": {"rank": 128}},
+        {"ffn_name": "vft", "vft": {"r": 999, "rank": 5}},
+        {"attention_name": "linear", "d_model": 12, "position_name": "rope"},
+        {"rope": {"theta": 500_000}, "position_name": "none"},
+    ],
+)
+def test_settings_are_only_checked_where_their_layer_is_used(model: dict[str, Any]) -> None:
+    assert problems_of({"model": model}) == []
+
+
+def test_every_attention_of_a_pattern_is_checked() -> None:
     assert only({"model": {"attention_pattern": ["mha", "tva_default"], "tva": {"r": 33}}})
+    both = {"attention_pattern": ["mha", "tva_default"], "d_model": 12, "tva": {"rank": 3}}
+    assert [problem.key for problem in problems_of({"model": both})] == [
+        "model.tva.rank",
+        "model.d_model",
+    ]
+
+
+@pytest.mark.parametrize("position", ["learned", "none"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"tva": {"rank": 3}},
+        {"tva": {"r": 10}},
+        {"attention_name": "mha", "d_model": 12},
+    ],
+)
+def test_only_rope_asks_for_an_even_width(model: dict[str, Any], position: str) -> None:
+    assert "rope turns pairs" in only({"model": model}).message
+    assert "model.position_name" in only({"model": model}).hint
+    assert problems_of({"model": {**model, "position_name": position}}) == []
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (
+            "model.tva.rank=3",
+            "--model.tva.rank: model.tva.rank: the rank 3 is odd, and rope turns pairs of "
+            "dimensions (choose an even rank, or another model.position_name)",
+        ),
+        (
+            "model.tva.rank=18",
+            "--model.tva.rank: model.tva.rank: 18 is more than the head dimension 16 "
+            "(model.d_model / model.num_heads) (choose at most 16)",
+        ),
+        (
+            "model.num_kv_heads=3",
+            "--model.num_kv_heads: model.num_kv_heads: 3 does not divide the 4 heads of "
+            "model.num_heads (choose a divisor of 4)",
+        ),
+    ],
+)
+def test_a_size_from_the_command_line_is_named_with_value_and_remedy(
+    argument: str, message: str
+) -> None:
+    key = argument.partition("=")[0]
+    overrides = [parse_override(argument, where=f"--{key}")]
+    assert str(*validate(read_profile("tiny_debug", overrides)).problems) == message
 
 
 def test_shortening_a_run_from_the_command_line_is_no_mistake() -> None:

@@ -77,7 +77,7 @@ def is_shown(expected: str, printed: str) -> bool:
     return any(pattern.search(" ".join(line.split())) for line in printed.splitlines())
 
 
-GUIDES = {name: read_guide(name) for name in ("plugins.md", "profiles.md")}
+GUIDES = {name: read_guide(name) for name in ("plugins.md", "profiles.md", "model.md")}
 SECTIONS = [(name, section) for name, guide in GUIDES.items() for section in guide.consoles]
 
 
@@ -138,10 +138,10 @@ def test_the_commands_of_a_section_print_what_it_shows(
 
 def write_files(guide: Guide, folder: Path) -> None:
     files = dict(guide.files)
-    if "relu2.py" in files:
+    if "silu.py" in files:
         # As the page says: the layer of the package is the file from above without its hook.
-        files["package/apt_relu2/layer.py"] = files["relu2.py"].partition("@hookimpl")[0]
-        files["package/apt_relu2/__init__.py"] = ""
+        files["package/apt_silu/layer.py"] = files["silu.py"].partition("@hookimpl")[0]
+        files["package/apt_silu/__init__.py"] = ""
     for name, text in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

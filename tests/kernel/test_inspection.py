@@ -76,7 +76,7 @@ def test_providers_of_available_plugins_are_listed(install: Install) -> None:
         "    return [ProviderSpec('norm', 'mine', 'x:y', requires=('no-such-package',))]\n",
     )
     rows = {row["name"]: row for row in provider_rows(survey(plugins=["no:other"]), "norm")}
-    assert list(rows) == ["rmsnorm", "mine"]
+    assert list(rows) == ["rmsnorm", "layernorm", "mine"]
     assert (rows["mine"]["plugin"], rows["mine"]["usable"]) == ("norms", False)
     assert rows["rmsnorm"]["default"] is True
 

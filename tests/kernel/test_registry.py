@@ -106,9 +106,9 @@ def test_listings_have_the_default_first_and_the_plugin_of_each(
     offer: Callable[..., Registry],
 ) -> None:
     registry = offer({"mine": [spec("another", "norm"), a_default(), spec("bm25")]})
-    assert registry.list_providers("norm") == {"norm": ["rmsnorm", "another"]}
+    assert registry.list_providers("norm") == {"norm": ["rmsnorm", "another", "layernorm"]}
     assert registry.list_providers()["retrieval"] == ["safe", "bm25"]
-    assert [s.plugin for s in registry.specs("norm")] == ["core", "mine"]
+    assert [s.plugin for s in registry.specs("norm")] == ["core", "mine", "core"]
     assert registry.default("router") is None
 
 

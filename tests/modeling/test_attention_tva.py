@@ -4,69 +4,92 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from apt_core.config import Config
 from apt_core.modeling.layers import RoPEProvider, TVAProvider, TVASettings
+from apt_core.modeling.layers.attention_tva import FactoredTVAAttention
+
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 
-def layer_of(num_kv_heads=None, position=True, d_model=32, num_heads=4, **settings):
-    torch.manual_seed(0)
+def layer_of(num_kv_heads=None, d_model=32, num_heads=4, **settings):
     layer = TVAProvider(settings).create_layer(
         d_model,
         num_heads,
         max_seq_len=16,
-        position=RoPEProvider() if position else None,
+        position=RoPEProvider(),
         num_kv_heads=num_kv_heads,
     )
-    layer = layer.double()
-    if layer.compensator is not None:
-        nn.init.normal_(layer.compensator.out_weight)
-    return layer
+    return layer.double()
 
 
-def gradients(layer, x):
-    x = x.clone().requires_grad_()
-    layer(x).square().sum().backward()
-    return {"x": x.grad, **{name: p.grad for name, p in layer.named_parameters()}}
-
-
-@pytest.mark.parametrize("s", [0, 2])
-@pytest.mark.parametrize("num_kv_heads", [None, 2])
-def test_fused_equals_the_definition_in_values_and_gradients(s, num_kv_heads):
-    fused = layer_of(r=2, s=s, num_kv_heads=num_kv_heads)
-    reference = layer_of(r=2, s=s, num_kv_heads=num_kv_heads, factored=True)
-    reference.load_state_dict(fused.state_dict())
+def assert_equal(ours, theirs, **call):
+    """The two layers give the same output, and the same gradients to the input and to every
+    parameter whose name they share."""
     x = torch.randn(2, 9, 32, dtype=torch.float64)
-    torch.testing.assert_close(fused(x), reference(x), rtol=0, atol=1e-13)
-    ours, theirs = gradients(fused, x), gradients(reference, x)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-10, atol=1e-11)
+    direction, results = torch.randn_like(x), []
+    for layer in (ours, theirs):
+        given = x.clone().requires_grad_()
+        y = layer(given, **call)
+        y.backward(direction)
+        grads = {name: p.grad for name, p in layer.named_parameters()}
+        results.append({"y": y.detach(), "x": given.grad, **grads})
+    left, right = results
+    shared = left.keys() & right.keys()
+    assert shared >= {"y", "x", "qkv_weight", "out_weight"}
+    for name in shared:
+        assert left[name].abs().max() > 1e-6, name
+        torch.testing.assert_close(left[name], right[name], **EXACT)
+    return shared
 
 
-def test_fused_equals_the_definition_under_a_mask():
-    fused, reference = layer_of(r=2), layer_of(r=2, factored=True)
-    reference.load_state_dict(fused.state_dict())
-    x = torch.randn(2, 9, 32, dtype=torch.float64)
-    mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
-    mask[1, ..., 1:4] = False
-    torch.testing.assert_close(fused(x, mask=mask), reference(x, mask=mask), rtol=0, atol=1e-13)
-    changed = x.clone()
-    changed[1, 1:4] += 1
-    seen, unseen = fused(x, mask=mask), fused(changed, mask=mask)
-    torch.testing.assert_close(seen[1, 4:], unseen[1, 4:])
-    assert not torch.allclose(fused(x)[1, 4:], fused(changed)[1, 4:])
+@pytest.mark.parametrize("settings", [{"s": 0}, {"s": 2}, {"s": 2, "qk_norm": True}], ids=str)
+@pytest.mark.parametrize(("r", "num_kv_heads"), [(2, None), (2, 2), (4, 1), (1, None)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_fused_equals_the_definition_in_values_and_gradients(
+    attention_of, settings, r, num_kv_heads, masked
+):
+    fused = attention_of("tva_default", {"r": r, **settings}, num_kv_heads).layer()
+    reference = attention_of(
+        "tva_default", {"r": r, "factored": True, **settings}, num_kv_heads
+    ).layer()
+    assert isinstance(reference, FactoredTVAAttention)
+    assert not isinstance(fused, FactoredTVAAttention)
+    mask = torch.rand(2, 1, 9, 9) < 0.7 if masked else None
+    shared = assert_equal(fused, reference, mask=mask)
+    assert shared == {"y", "x", *dict(fused.named_parameters())}
 
 
-@pytest.mark.parametrize("s", [0, 2])
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("num_kv_heads", [None, 2, 1])
 @pytest.mark.parametrize("factored", [False, True])
-def test_no_gradient_reaches_a_later_token(s, factored):
-    layer = layer_of(r=2, s=s, factored=factored)
-    x = torch.randn(1, 8, 32, dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(layer(x)[0, 4].sum(), x)
-    assert gradient[0, 5:].abs().max() == 0
-    assert (gradient[0, :5].abs().sum(-1) > 0).all()
+def test_at_full_rank_without_compression_it_is_multi_head_attention(
+    attention_of, qk_norm, num_kv_heads, factored
+):
+    settings = {"r": 1, "s": 0, "qk_norm": qk_norm, "factored": factored}
+    tva = attention_of("tva_default", settings, num_kv_heads).layer()
+    mha = attention_of("mha", {"qk_norm": qk_norm}, num_kv_heads).layer()
+    with torch.no_grad():
+        tva.compress.copy_(torch.eye(8))
+        tva.lift.copy_(torch.eye(8))
+    mha.load_state_dict({name: tva.state_dict()[name] for name in mha.state_dict()})
+    assert_equal(tva, mha)
+
+
+def test_it_is_multi_head_attention_of_the_fused_matrices(attention_of):
+    layer = attention_of("tva_default", {"r": 2, "s": 0}, 2).layer()
+    qkv, out = layer.projections()
+    assert (qkv.shape, out.shape) == ((8 * 4, 32), (32, 4 * 4))
+    x = torch.randn(1, 5, 32, dtype=torch.float64)
+    q, k, v = F.linear(x, qkv).unflatten(2, (-1, 4)).transpose(1, 2).split([4, 2, 2], dim=1)
+    q, k = layer.rotary(q.transpose(1, 2)), layer.rotary(k.transpose(1, 2))
+    seen = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v, is_causal=True, enable_gqa=True
+    )
+    expected = F.linear(seen.transpose(1, 2).flatten(2), out)
+    torch.testing.assert_close(layer(x), expected, **EXACT)
 
 
 def test_r_is_the_ratio_and_rank_overrides_it():
@@ -82,14 +105,6 @@ def test_compress_and_lift_start_orthonormal():
     eye = torch.eye(layer.rank, dtype=torch.float64)
     torch.testing.assert_close(layer.compress @ layer.compress.T, eye, atol=1e-6, rtol=0)
     torch.testing.assert_close(layer.lift.T @ layer.lift, eye, atol=1e-6, rtol=0)
-
-
-def test_attention_depends_on_distance_alone():
-    layer = layer_of(r=2, s=0)
-    x = torch.randn(1, 6, 32, dtype=torch.float64)
-    shifted = layer(x, positions=torch.arange(6) + 5)
-    torch.testing.assert_close(layer(x), shifted, rtol=0, atol=1e-6)
-    assert not torch.allclose(layer(x), layer(x, positions=torch.arange(6) * 2), atol=1e-3)
 
 
 class GrowingCache:
@@ -108,13 +123,23 @@ class GrowingCache:
         return new
 
 
-@pytest.mark.parametrize("pieces", [[1] * 9, [4, 5], [3, 1, 5]])
-def test_feeding_a_sequence_in_pieces_gives_the_whole(pieces):
-    layer, cache = layer_of(r=2, num_kv_heads=2), GrowingCache()
+def test_any_cache_that_appends_will_do_and_it_holds_the_rank_alone(attention_of):
+    layer, cache = attention_of("tva_default", {"r": 2, "s": 2}, 2).layer(), GrowingCache()
     x = torch.randn(2, 9, 32, dtype=torch.float64)
-    parts = [layer(part, cache=cache) for part in x.split(pieces, dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), layer(x), rtol=0, atol=1e-12)
-    assert cache.held[0].shape == (2, 2, 9, layer.rank)
+    parts = [layer(part, cache=cache) for part in x.split([3, 1, 5], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), layer(x), **EXACT)
+    assert cache.held[0].shape == cache.held[1].shape == (2, 2, 9, layer.rank)
+
+
+def test_a_cache_keeps_the_weights_of_when_it_was_made(attention_of):
+    layer = attention_of("tva_default", {"r": 2, "s": 2}).layer()
+    x = torch.randn(1, 4, 32, dtype=torch.float64)
+    before, cache = layer(x), layer.create_cache(4)
+    with torch.no_grad():
+        for name in ("qkv_weight", "lift", "compensator.basis", "compensator.normal_weight"):
+            layer.get_parameter(name).mul_(torch.rand_like(layer.get_parameter(name)))
+        torch.testing.assert_close(layer(x, cache=cache), before, **EXACT)
+    assert not torch.allclose(layer(x), before, atol=1e-3)
 
 
 def test_s_zero_turns_the_compensator_off():
@@ -123,7 +148,6 @@ def test_s_zero_turns_the_compensator_off():
 
 
 def test_the_compensator_starts_as_if_absent_and_still_learns():
-    torch.manual_seed(0)
     layer = TVAProvider({"r": 2, "s": 2}).create_layer(32, 4)
     x = torch.randn(2, 5, 32)
     assert layer.compensator(x).abs().max() == 0
@@ -145,9 +169,8 @@ def test_the_compensator_keeps_its_basis_orthonormal_and_its_gate_in_play():
     assert 0.8 < in_spreads.std() < 1.2
 
 
-def test_the_compensators_gradients_are_right():
-    layer = layer_of(d_model=16, num_heads=2, r=2, s=2)
-    compensator = layer.compensator
+def test_the_compensators_gradients_are_right(attention_of):
+    compensator = attention_of("tva_default", {"r": 2, "s": 2}).layer(16, 2).compensator
     names = [name for name, _ in compensator.named_parameters()]
 
     def call(x, *values):
@@ -160,13 +183,14 @@ def test_the_compensators_gradients_are_right():
 
 
 def test_the_compensator_is_exact_under_autocast():
-    torch.manual_seed(0)
     compensator = TVAProvider({"r": 2, "s": 2}).create_layer(64, 4).compensator
     nn.init.normal_(compensator.out_weight)
     x = torch.randn(2, 5, 64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = compensator(x)
     torch.testing.assert_close(inside, compensator(x), rtol=0, atol=0)
+    wide = compensator.double()(x.double())
+    torch.testing.assert_close(inside.double(), wide, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -183,17 +207,6 @@ def test_the_compensator_is_exact_under_autocast():
 def test_sizes_that_cannot_be_built_name_setting_and_remedy(sizes, settings, said):
     with pytest.raises(ValueError, match=said):
         TVAProvider(settings).create_layer(*sizes, position=RoPEProvider())
-
-
-def test_calls_that_cannot_be_answered_name_the_remedy():
-    layer = layer_of(r=2)
-    x = torch.randn(1, 17, 32, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"17 tokens is longer than model.max_seq_len 16"):
-        layer(x)
-    with pytest.raises(ValueError, match="mask is boolean"):
-        layer(x[:, :3], mask=torch.zeros(3, 3))
-    with pytest.raises(ValueError, match=r"model.num_kv_heads 3"):
-        layer_of(num_kv_heads=3)
 
 
 def test_costs_fall_with_the_rank():

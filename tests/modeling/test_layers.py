@@ -1,62 +1,160 @@
+"""What every feed-forward, norm and position layer of the core does, whatever it computes."""
+
 from __future__ import annotations
+
+from pkgutil import resolve_name
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
-from apt_core.modeling import probe_layer
-from apt_core.modeling.layers import (
-    RMSNormProvider,
-    RoPEProvider,
-    Rotary,
-    SwiGLUProvider,
-    TVAProvider,
-)
+from apt_core.defaults import core_providers
+from apt_core.modeling import ModelBuilder, initialize_parameters, probe_layer
+from apt_core.modeling.layers import RoPEProvider, TVAProvider
 from apt_core.providers import Provider
 
+KINDS = ("ffn", "norm", "position")
+FACTORIES = {
+    (spec.kind, spec.name): spec.factory for spec in core_providers("") if spec.kind in KINDS
+}
+PROVIDERS = list(FACTORIES)
 
-def test_swiglu_is_its_formula():
-    layer = SwiGLUProvider().create_layer(8, 20)
-    x = torch.randn(2, 3, 8)
-    expected = (F.silu(x @ layer.gate.weight.T) * (x @ layer.up.weight.T)) @ layer.down.weight.T
-    torch.testing.assert_close(layer(x), expected)
-
-
-def test_rope_turns_each_pair_by_its_angle():
-    rotary = Rotary(6, 10)
-    x = torch.randn(2, 10, 3, 6)
-    turned = rotary(x)
-    as_complex = torch.complex(x[..., :3], x[..., 3:])
-    angles = torch.arange(10)[:, None] * 10_000 ** (-torch.arange(3) / 3)
-    expected = as_complex * torch.polar(torch.ones(10, 3), angles)[:, None]
-    torch.testing.assert_close(turned[..., :3], expected.real, rtol=0, atol=1e-5)
-    torch.testing.assert_close(turned[..., 3:], expected.imag, rtol=0, atol=1e-5)
+WIDTH, LENGTH = 8, 6
 
 
-def test_rope_follows_given_positions_for_each_sequence():
-    rotary = Rotary(4, 10)
-    x = torch.randn(2, 3, 1, 4)
-    positions = torch.tensor([[0, 1, 2], [7, 3, 5]])
-    turned = rotary(x, positions)
-    for row, place in enumerate(positions[1]):
-        single = rotary(x[1:, row : row + 1], place[None])
-        torch.testing.assert_close(turned[1, row], single[0, 0])
+def provider_of(kind, name):
+    return resolve_name(FACTORIES[kind, name])()
 
 
-def test_rope_refuses_what_its_tables_do_not_hold():
-    with pytest.raises(ValueError, match=r"model.max_seq_len 4"):
-        Rotary(4, 4)(torch.randn(1, 5, 1, 4))
+def build(kind, name, dropout=0.0):
+    provider = provider_of(kind, name)
+    if kind == "ffn":
+        return provider.create_layer(WIDTH, 12, dropout)
+    if kind == "norm":
+        return provider.create_layer(WIDTH)
+    return provider.create_rotary(WIDTH, LENGTH) or provider.create_embedding(WIDTH, LENGTH)
 
 
-def test_rmsnorm_leaves_unit_mean_square():
-    x = torch.randn(2, 3, 16) * 5
-    y = RMSNormProvider().create_layer(16)(x)
-    torch.testing.assert_close(y.square().mean(-1), torch.ones(2, 3), rtol=1e-4, atol=0)
+def layer_of(kind, name, dropout=0.0):
+    """A layer whose parameters are all of the order of one."""
+    layer = build(kind, name, dropout)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(generator=generator)
+    return layer
+
+
+def input_of(kind, name, dtype=torch.float32):
+    if kind == "position":
+        if provider_of(kind, name).create_embedding(WIDTH, LENGTH):
+            return torch.tensor([[0, 1, 2, 5], [3, 4, 0, 1]])
+        shape = (2, LENGTH, 3, WIDTH)
+    else:
+        shape = (2, LENGTH, WIDTH)
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("kind", "name"), PROVIDERS)
+def test_every_gradient_is_that_of_finite_differences(kind, name):
+    layer = layer_of(kind, name).double()
+    x = input_of(kind, name, torch.float64)[:, :2]
+    names = [name for name, _ in layer.named_parameters()]
+
+    def call(x, *parameters):
+        return functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
+
+    arguments = [x.requires_grad_(x.is_floating_point()), *layer.parameters()]
+    assert torch.autograd.gradcheck(call, arguments)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("kind", "name"), PROVIDERS)
+def test_compiling_breaks_no_graph_and_changes_nothing(kind, name, training):
+    layer = layer_of(kind, name, dropout=0.1 if training else 0.0).train(training)
+    x = input_of(kind, name)
+    torch.compiler.reset()
+    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    if y.requires_grad:
+        y.sum().backward()
+        assert all(parameter.grad is not None for parameter in layer.parameters())
+    layer.eval()
+    torch.testing.assert_close(
+        torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x)
+    )
+
+
+@pytest.mark.parametrize(("kind", "name"), PROVIDERS)
+def test_no_value_of_a_tensor_is_read(kind, name):
+    x = input_of(kind, name)
+    with FakeTensorMode() as mode:
+        layer = build(kind, name, dropout=0.1)
+        fake = mode.from_tensor(x.requires_grad_(x.is_floating_point()))
+        y = layer(fake)
+        y.sum().backward()
+    assert y.shape == (*x.shape, WIDTH)[: y.ndim]
+    assert all(parameter.grad.shape == parameter.shape for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize(("kind", "name"), PROVIDERS)
+def test_autocast_to_bf16_stays_within_its_precision(kind, name):
+    layer = layer_of(kind, name)
+    x = input_of(kind, name)
+    exact = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = layer(x)
+    error = (rounded - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert error < 2**-7
+
+
+@pytest.mark.parametrize(("kind", "name"), PROVIDERS)
+def test_memory_that_is_given_late_is_filled_alike(kind, name):
+    with torch.device("meta"):
+        late = build(kind, name)
+    tensors = [*late.parameters(), *late.buffers()]
+    assert tensors
+    assert all(tensor.is_meta for tensor in tensors)
+    late.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in [*late.parameters(), *late.buffers()]:
+            tensor.fill_(float("nan"))
+    direct = build(kind, name)
+    for layer in (late, direct):
+        initialize_parameters(layer, seed=3, num_layers=2)
+    ours = dict(late.named_parameters()) | dict(late.named_buffers())
+    theirs = dict(direct.named_parameters()) | dict(direct.named_buffers())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(("kind", "name"), PROVIDERS)
+def test_a_model_of_it_starts_near_guessing_and_learns_in_all_its_parameters(kind, name, shelf):
+    sizes = {"d_model": 32, "num_heads": 4, "num_layers": 2, "d_ff": 64, "max_seq_len": 24}
+    model = ModelBuilder({"model": {**sizes, f"{kind}_name": name}}, shelf).build_model()
+    ids = torch.arange(96).view(4, 24)
+    loss = torch.nn.functional.cross_entropy(model(ids).logits.flatten(0, 1), ids.flatten() + 96)
+    assert abs(loss.item() - 5.545) < 0.4
+    loss.backward()
+    assert [n for n, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind, name in PROVIDERS if kind in ("ffn", "norm")]
+)
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_width_that_cannot_be_built_names_the_setting(kind, name, size):
+    options = (4,) if kind == "ffn" else ()
+    with pytest.raises(ValueError, match=r"model\.d_model"):
+        provider_of(kind, name).create_layer(size, *options)
 
 
 @pytest.mark.parametrize(
     ("kind", "provider"),
-    [("attention", TVAProvider()), ("ffn", SwiGLUProvider()), ("norm", RMSNormProvider())],
+    [
+        ("attention", TVAProvider()),
+        *((kind, provider_of(kind, name)) for kind, name in PROVIDERS if kind != "position"),
+    ],
 )
 def test_the_probe_passes_the_cores_layers_and_draws_nothing(kind, provider):
     before = torch.get_rng_state()

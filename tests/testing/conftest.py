@@ -1,15 +1,17 @@
-"""Plugins as files, in a folder of their own."""
+"""Plugins as files in a folder of their own, and what checks find."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 IMPORTS = "import torch\nfrom torch import nn\n\nfrom apt_core import ProviderSpec, hookimpl\n\n"
 
 WritePlugin = Callable[..., str]
+FailedChecks = Callable[..., set[str]]
 
 
 @pytest.fixture(autouse=True)
@@ -29,3 +31,27 @@ def write(folder: Path) -> WritePlugin:
         return str(path)
 
     return write_plugin
+
+
+@pytest.fixture
+def failed_checks() -> FailedChecks:
+    """``failed_checks(kind, provider, expected)``: the names of the checks that fail.
+
+    Compiling takes longer than all the rest, so it is tried where it is ``expected`` to fail.
+    """
+    from apt_core.testing.conformance import LeftOut, checks_of
+
+    def failed(kind: str, provider: Any, expected: set[str]) -> set[str]:
+        found = set()
+        for check in checks_of(kind, provider):
+            if check.name == "compile" and "compile" not in expected:
+                continue
+            try:
+                check.run()
+            except LeftOut:
+                continue
+            except Exception:
+                found.add(check.name)
+        return found
+
+    return failed

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from apt_core.defaults import core_providers
 from apt_core.testing import check_plugin
 
 if TYPE_CHECKING:
@@ -15,19 +16,12 @@ if TYPE_CHECKING:
 OBSERVER = "@hookimpl\ndef on_step_end(step, loss, trainer):\n    {body}\n"
 ATTENTION = """\
 class Layer(nn.Module):
-    def __init__(self, d_model, num_heads, max_seq_len=16, position=None, **others):
+    def __init__(self, d_model):
         super().__init__()
-        self.mix = nn.Linear(d_model, d_model, bias=False)
-        self.calls = 0
+        self.mix = nn.Linear(d_model, d_model)
 
-    def forward(self, x, *, mask=None, positions=None, cache=None):
-        T = x.shape[1]
-        if cache is not None:
-            x = cache.append(x[:, None], x[:, None])[0][:, 0]
-        seen = torch.ones(T, x.shape[1], dtype=torch.bool).tril(x.shape[1] - T)
-        if mask is not None:
-            seen = seen & mask
-        {body}
+    def forward(self, x):
+        return self.mix(x).cumsum(1)
 
 
 class Mine:
@@ -35,14 +29,13 @@ class Mine:
         pass
 
     def create_layer(self, d_model, num_heads, **options):
-        return Layer(d_model, num_heads, **options)
+        return Layer(d_model)
 
 
 @hookimpl
 def apt_register_providers():
     return [ProviderSpec("attention", "mine", Mine)]
 """
-MEAN = "weights = seen.float() / seen.sum(-1, keepdim=True)"
 FFN = """\
 class Layer(nn.Module):
     def __init__(self, d_model, d_ff):
@@ -146,66 +139,71 @@ def test_a_provider_whose_package_is_missing_is_left_out(write: WritePlugin) -> 
     source = FFN.format(body="return self.down(self.up(x))")
     plugin = write(source.replace("Mine)]", "Mine, requires=('no-such-package',))]"))
     findings = {finding.check: finding for finding in check_plugin(plugin)}
-    assert findings["ffn:mine"].ok and findings["ffn:mine"].detail.startswith("left out: ")
+    assert findings["ffn:mine"].result == "left out"
+    assert "no-such-package" in findings["ffn:mine"].detail
     assert "ffn:mine, shape" not in findings
 
 
 # What a layer must do
 
 
-def test_a_causal_attention_passes(write: WritePlugin) -> None:
-    assert (
-        failed(write(ATTENTION.format(body=f"{MEAN}\n        return weights @ self.mix(x)"))) == {}
-    )
+def test_a_good_feed_forward_passes_every_check(write: WritePlugin) -> None:
+    findings = check_plugin(write(FFN.format(body="return self.down(self.up(x).relu())")))
+    results = {finding.check: finding.result for finding in findings}
+    assert set(results.values()) == {"ok", "left out"}
+    assert [name for name, result in results.items() if result == "left out"] == ["ffn:mine, flops"]
+    assert results["ffn:mine, token-wise"] == results["ffn:mine, trains"] == "ok"
 
 
-@pytest.mark.parametrize(
-    ("body", "checks"),
-    [
-        (
-            "return self.mix(x.mean(1, keepdim=True).expand(-1, T, -1))",
-            {"causal", "mask", "cache"},
-        ),
-        (f"seen = torch.ones_like(seen).tril(x.shape[1] - T)\n        {MEAN}\n"
-         "        return weights @ self.mix(x)", {"mask"}),
-        (f"seen = seen.tril()\n        {MEAN}\n        return weights @ self.mix(x)", {"cache"}),
-        (f"{MEAN}\n        return (weights @ self.mix(x))[..., :-1]", {"shape"}),
-        (f"{MEAN}\n        return weights @ self.mix(x.detach())", {"gradients", "causal", "mask"}),
-        (f"{MEAN}\n        self.calls += 1\n        return weights @ self.mix(x) * self.calls",
-         {"deterministic", "mask", "cache"}),
-        (f"{MEAN}\n        return weights @ self.mix(x) + torch.rand(())",
-         {"deterministic", "mask", "cache", "state dict"}),
-    ],
-)  # fmt: skip
-def test_an_attention_that_breaks_its_contract_is_caught(
-    write: WritePlugin, body: str, checks: set[str]
-) -> None:
-    found = failed(write(ATTENTION.format(body=body)))
-    wrong = {check.removeprefix("attention:mine, ") for check in found}
-    assert wrong - {"trains"} == checks
+def test_a_feed_forward_that_mixes_tokens_is_told_where(write: WritePlugin) -> None:
+    found = failed(write(FFN.format(body="return self.down(self.up(x).cumsum(1))")))
+    detail = "the output at [1, 3] depends on the input at [1, 0]"
+    assert found == {"ffn:mine, token-wise": detail}
 
 
 def test_an_attention_that_forgets_the_mask_names_the_argument(write: WritePlugin) -> None:
-    source = ATTENTION.format(body=f"{MEAN}\n        return weights @ self.mix(x)")
-    call = "x, *, mask=None, positions=None, cache=None):"
-    found = failed(write(source.replace(call, "x):\n        mask = cache = None")))
+    found = failed(write(ATTENTION))
     assert "unexpected keyword argument 'mask'" in found["attention:mine, mask"]
     assert "unexpected keyword argument" in found["attention:mine, trains"]
 
 
-@pytest.mark.parametrize(
-    ("body", "checks"),
-    [
-        ("return self.down(self.up(x).relu())", set()),
-        ("return self.down(self.up(x + x.mean(1, keepdim=True)))", {"token-wise"}),
-        ("return self.down(self.up(x).cumsum(1))", {"token-wise"}),
-        ("return self.up(x)", {"shape"}),
-        ("return self.down(self.up(x).detach())", {"gradients"}),
-    ],
-)
-def test_a_feed_forward_that_breaks_its_contract_is_caught(
-    write: WritePlugin, body: str, checks: set[str]
+def test_what_cannot_be_built_is_one_failure_and_not_one_of_every_check(
+    write: WritePlugin,
 ) -> None:
-    found = failed(write(FFN.format(body=body)))
-    assert {f"ffn:mine, {check}" for check in checks} <= found.keys()
-    assert bool(found) == bool(checks)
+    source = FFN.format(body="return x").replace("nn.Linear(d_model, d_ff)", "nn.Linear(d_modl)")
+    found = failed(write(source))
+    assert found == {"ffn:mine, builds": "NameError: name 'd_modl' is not defined"}
+
+
+def test_a_kind_without_checks_is_named(write: WritePlugin) -> None:
+    plugin = write(
+        "class Mine:\n    def __init__(self, config):\n        pass\n\n"
+        "@hookimpl\ndef apt_register_providers():\n"
+        "    return [ProviderSpec('router', 'mine', Mine)]\n"
+    )
+    findings = {finding.check: finding for finding in check_plugin(plugin)}
+    found = findings["router:mine, behaviour"]
+    assert (found.ok, found.result) == (True, "left out")
+    assert found.detail == "there are no checks of what a provider of kind router does"
+
+
+# The core
+
+
+def test_a_provider_of_the_core_is_checked_by_its_name() -> None:
+    findings = check_plugin("norm:rmsnorm")
+    assert findings[0].check == "norm:rmsnorm, builds"
+    assert findings[-1].check == "norm:rmsnorm, trains"
+    assert {finding.result for finding in findings} == {"ok"}
+
+
+def test_a_name_that_the_core_has_not_is_told_those_that_it_has() -> None:
+    (finding,) = check_plugin("norm:mine")
+    assert not finding.ok and "norm:rmsnorm" in finding.detail
+
+
+def test_core_stands_for_all_of_its_providers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apt_core.testing.check.tiny_run", lambda *plugins, **options: None)
+    monkeypatch.setattr("apt_core.testing.conformance.checks_of", lambda kind, provider: [])
+    checked = {finding.check.partition(",")[0] for finding in check_plugin("core")}
+    assert checked == {spec.key for spec in core_providers("0")}

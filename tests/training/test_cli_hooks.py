@@ -41,7 +41,7 @@ def test_check_passes_a_good_plugin(observer, capsys):
     plugin = observer("pass")
     assert run_command(app, "apt-hooks", ["check", plugin, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [row.keys() for row in rows] == [{"check", "ok", "detail"}] * 3
+    assert [row.keys() for row in rows] == [{"check", "result", "ok", "detail"}] * 3
     assert [row["ok"] for row in rows] == [True] * 3
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from apt_core import GenerationRequest, hookimpl
-from apt_core.inference.generator import generate, sample
+from apt_core.inference.generator import generate, sample, window_start
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.plugin_manager import PluginManager
 from apt_core.registry import Registry
@@ -141,3 +141,55 @@ def test_a_builder_that_returns_no_provider_is_named_and_passed_over():
     manager.register(Builds(), "builds")
     assert Registry(manager).get("tokenizer", "byte").vocab_size == 256
     assert "int" in manager.records["builds"].failures[0].error
+
+
+def tokens_of(model, *, max_new_tokens=40, temperature=0.8):
+    result = generate(
+        model,
+        Registry().get("tokenizer", "byte"),
+        GenerationRequest("The ", max_new_tokens=max_new_tokens, temperature=temperature, seed=3),
+        PluginManager(),
+        max_seq_len=16,
+        device=torch.device("cpu"),
+    )
+    return result.tokens
+
+
+def lively_model():
+    model = ModelBuilder({"model": {**TINY_PROFILE["model"], "max_seq_len": 16}}).build_model()
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=rng(index)))
+    return model
+
+
+def rng(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_decoding_with_caches_gives_the_tokens_of_computing_everything_anew(caplog):
+    model = lively_model()
+    caplog.set_level("INFO", "apt.inference")
+    cached = tokens_of(model)
+    assert "no cache" not in caplog.text
+    model.create_caches = lambda length: None
+    assert tokens_of(model) == cached
+    assert "the whole text anew for every token: no cache" in caplog.text
+    assert len(set(cached)) > 3
+
+
+def test_with_caches_a_token_is_computed_once_for_each_place_of_the_window():
+    model = lively_model()
+    lengths = []
+    model.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    tokens_of(model, max_new_tokens=22)
+    # 16 tokens fill the window; then it moves on by 8, twice: 9 tokens are read at once.
+    assert lengths == [4] + [1] * 12 + [9] + [1] * 7 + [9]
+
+
+def test_the_window_holds_at_least_half_of_what_the_model_can_see():
+    for length in range(1, 200):
+        start = window_start(length, 16)
+        assert start == 0 if length <= 16 else 8 < length - start <= 16
+        assert start % 8 == 0
+    assert window_start(3, 1) == 2

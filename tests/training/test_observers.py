@@ -158,6 +158,7 @@ def test_a_failure_in_on_provider_fallback(apt_train, tmp_path):
     assert (base.code, run.code) == (0, 0)
     assert base.same_weights(run)
     assert "failed once in on_provider_fallback" in run.out
+    assert run.err.count("flash_v2 not usable") + run.out.count("flash_v2 not usable") == 1
 
 
 def test_a_failure_in_on_plugin_failure_is_counted_and_not_told_again(apt_train, tmp_path):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt_core.modeling.init import embedding_std, normal_
-from apt_core.providers.attention import KeyValueCache
+from apt_core.providers.attention import DecodingCache
 from apt_core.providers.backbone import BackboneProvider
 from apt_core.types import ModelOutput
 
@@ -38,7 +38,7 @@ class Block(nn.Module):
         *,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: KeyValueCache | None = None,
+        cache: DecodingCache | None = None,
     ) -> Tensor:
         """x [B, T, D] to [B, T, D]."""
         normed = self.attention_norm(x)
@@ -53,7 +53,8 @@ class GPT(nn.Module):
     """Token embeddings, blocks, a final norm, and a projection to logits.
 
     With ``tie_embeddings`` the embedding matrix is the projection too, and ``head`` is None: one
-    tensor under one name, for checkpoints and for models that are given memory late.
+    tensor under one name, for checkpoints and for models that are given memory late. With
+    ``logits_soft_cap`` c, logits are c * tanh(logits / c) (Gemma 2, arXiv:2408.00118).
     """
 
     def __init__(
@@ -67,9 +68,11 @@ class GPT(nn.Module):
         position: nn.Module | None = None,
         tie_embeddings: bool = False,
         dropout: float = 0.0,
+        logits_soft_cap: float | None = None,
     ) -> None:
         super().__init__()
         self.d_model, self.max_seq_len, self.dropout = d_model, max_seq_len, dropout
+        self.logits_soft_cap = logits_soft_cap
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.position = position
         self.blocks = nn.ModuleList(blocks)
@@ -87,13 +90,21 @@ class GPT(nn.Module):
             return False
         return True
 
+    def create_caches(self, max_length: int) -> list[DecodingCache] | None:
+        """One cache a block, for decoding up to ``max_length`` tokens; None where an attention has
+        none."""
+        layers = [block.attention for block in self.blocks]
+        if not all(hasattr(layer, "create_cache") for layer in layers):
+            return None
+        return [layer.create_cache(max_length) for layer in layers]
+
     def forward(
         self,
         input_ids: Tensor,
         *,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
-        caches: Sequence[KeyValueCache] | None = None,
+        caches: Sequence[DecodingCache] | None = None,
     ) -> ModelOutput:
         """input_ids int64 [B, T] to logits [B, T, V] and hidden [B, T, D].
 
@@ -106,9 +117,9 @@ class GPT(nn.Module):
                 f"{self.max_seq_len}: shorten it or raise the setting"
             )
         x = self.embedding(input_ids)
+        if positions is None and (start or self.position is not None):
+            positions = torch.arange(start, start + length, device=input_ids.device)
         if self.position is not None:
-            if positions is None:
-                positions = torch.arange(start, start + length, device=input_ids.device)
             x = x + self.position(positions)
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
@@ -117,7 +128,10 @@ class GPT(nn.Module):
             x = block(x, mask=mask, positions=positions, cache=cache)
         hidden = self.final_norm(x)
         weight = self.embedding.weight if self.head is None else self.head.weight
-        return ModelOutput(F.linear(hidden, weight), hidden, self._aux())
+        logits = F.linear(hidden, weight)
+        if self.logits_soft_cap is not None:
+            logits = self.logits_soft_cap * torch.tanh(logits / self.logits_soft_cap)
+        return ModelOutput(logits, hidden, self._aux())
 
     def _aux(self) -> dict[str, Tensor]:
         """The mean over the blocks of every tensor that a layer put into its ``aux``."""
@@ -151,6 +165,7 @@ class GPTProvider(BackboneProvider):
         position: nn.Module | None = None,
         tie_embeddings: bool = False,
         dropout: float = 0.0,
+        logits_soft_cap: float | None = None,
     ) -> nn.Module:
         return GPT(
             vocab_size=vocab_size,
@@ -161,4 +176,5 @@ class GPTProvider(BackboneProvider):
             position=position,
             tie_embeddings=tie_embeddings,
             dropout=dropout,
+            logits_soft_cap=logits_soft_cap,
         )

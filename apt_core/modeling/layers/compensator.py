@@ -62,17 +62,22 @@ class NormalCompensator(nn.Module):
         factor, _ = torch.linalg.cholesky_ex(basis.T @ basis)
         return torch.linalg.solve_triangular(factor, basis.T, upper=False).T
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, D] to the correction [B, T, D] that is added to the attention's output."""
+    def reads(self) -> Tensor:
+        """Everything that is read from a token, [m + 2s, D], in fp32 or wider: Qᵀ, the gates, and
+        the normal directions without what they have in Q."""
+        q = self.orthonormal_basis()
+        normal = self.normal_weight.to(q.dtype)
+        return torch.cat([q.T, self.gate_weight.to(q.dtype), normal - (normal @ q) @ q.T])
+
+    def forward(self, x: Tensor, reads: Tensor | None = None) -> Tensor:
+        """x [B, T, D] to the correction [B, T, D] that is added to the attention's output;
+        ``reads`` are :meth:`reads` of before, where the weights have not changed since."""
         with torch.autocast(x.device.type, enabled=False):
             # The spread of eps is smaller than a step of bf16.
-            wide = torch.promote_types(x.dtype, torch.float32)
-            q = self.orthonormal_basis().to(wide)
+            reads = self.reads() if reads is None else reads
+            wide = torch.promote_types(x.dtype, reads.dtype)
             n = F.rms_norm(x.to(wide), (self.d_model,), eps=1e-6)
-            normal = self.normal_weight.to(wide)
-            normal = normal - (normal @ q) @ q.T
-            reads = torch.cat([q.T, self.gate_weight.to(wide), normal])
-            z, gate, value = F.linear(n, reads).split([self.rank, self.s, self.s], dim=-1)
+            z, gate, value = F.linear(n, reads.to(wide)).split([self.rank, self.s, self.s], dim=-1)
             share = z.square().sum(-1, keepdim=True) / n.square().sum(-1, keepdim=True).clamp_min(
                 1e-6
             )

@@ -25,6 +25,10 @@ class Rotary(nn.Module):
                 "(model.d_model / model.num_heads, or model.tva.r or .rank), or another "
                 "model.position_name"
             )
+        if theta <= 1:
+            raise ValueError(
+                f"model.rope.theta: the base of the frequencies must be more than 1, not {theta}"
+            )
         self.head_dim, self.max_seq_len, self.theta = head_dim, max_seq_len, theta
         self.register_buffer("cos", torch.empty(max_seq_len, 1, head_dim), persistent=False)
         self.register_buffer("sin", torch.empty(max_seq_len, 1, head_dim), persistent=False)

@@ -1,0 +1,43 @@
+"""The keys and values that decoding keeps, so that a token is computed once."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+class KeyValueCache:
+    """Keys and values of one layer, for up to ``max_length`` positions, filled from left to right.
+
+    The first ``append`` allocates room for all of them, so that none is ever copied again. It
+    writes in place: for decoding, not for gradients.
+    """
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length, self.length = max_length, 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add ``key`` and ``value`` [B, K, T, R]; return all that is held [B, K, S, R], as views.
+
+        Raises ValueError where there is no room for them.
+        """
+        start, end = self.length, self.length + key.shape[2]
+        if end > self.max_length:
+            raise ValueError(
+                f"a cache for {self.max_length} tokens cannot hold {end}: create a longer one"
+            )
+        if self._keys is None or self._values is None:
+            batch, heads, _, width = key.shape
+            self._keys = key.new_empty(batch, heads, self.max_length, width)
+            self._values = value.new_empty(batch, heads, self.max_length, value.shape[-1])
+        self._keys[:, :, start:end] = key
+        self._values[:, :, start:end] = value
+        self.length = end
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+    def truncate(self, length: int) -> None:
+        """Forget what is held from position ``length`` on. Raises ValueError above ``length``."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"a cache of {self.length} tokens cannot be cut to {length}")
+        self.length = length

@@ -1,0 +1,203 @@
+"""What the core's softmax attentions share: the call, the checks, the cache and the kernel.
+
+Shapes: B batch, T queries, S keys, D d_model, H query heads, K key and value heads, R the width at
+which a head attends, N = H + 2K.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apt_core.modeling.init import normal_, write_std
+from apt_core.modeling.kv_cache import KeyValueCache
+from apt_core.providers.position import PositionProvider
+
+QK_NORM_EPS = 1e-8
+"""That of the other norms: Qwen3, to which such a model exports, has one for all."""
+
+QK_START = 0.5
+"""How large queries and keys start beside unit variance: small, so that attention starts even. TVA
+gained .012 nats per byte by it, and loses by anything larger than 1; MHA does not mind."""
+
+QK_NORM_SCALE = 1.5
+"""Where the scales of QK-norm start, so that a score is of the order of 2. They learn slowly: from
+1 attention stays too even, and from 2 on it starts too narrow."""
+
+
+class AttentionCache(KeyValueCache):
+    """A cache that also holds what a layer forms of its weights, once for all tokens: its
+    projections, and what a compensator reads."""
+
+    def __init__(
+        self,
+        max_length: int,
+        projections: tuple[Tensor, Tensor],
+        compensator_reads: Tensor | None = None,
+    ) -> None:
+        super().__init__(max_length)
+        self.projections, self.compensator_reads = projections, compensator_reads
+
+
+class SelfAttention(nn.Module):
+    """Causal softmax attention between two projections, which a subclass gives.
+
+    A subclass holds ``qkv_weight``, which reads D, and ``out_weight`` [D, D]. ``width`` is R. With
+    ``qk_norm``, queries and keys are RMS-normalised per head with learned scales (Henry et al.
+    2020, as in Qwen3), before RoPE turns them.
+    """
+
+    reads_stream = ("qkv_weight",)
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        width: int,
+        *,
+        max_seq_len: int,
+        dropout: float,
+        position: PositionProvider | None,
+        num_kv_heads: int,
+        qk_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.d_model, self.num_heads, self.num_kv_heads = d_model, num_heads, num_kv_heads
+        self.width, self.max_seq_len, self.dropout = width, max_seq_len, dropout
+        self.rotary = None if position is None else position.create_rotary(width, max_seq_len)
+        self.q_norm = nn.RMSNorm(width, eps=QK_NORM_EPS) if qk_norm else None
+        self.k_norm = nn.RMSNorm(width, eps=QK_NORM_EPS) if qk_norm else None
+
+    def init_parameter(
+        self, name: str, tensor: Tensor, generator: torch.Generator | None, *, num_layers: int
+    ) -> bool:
+        if name == "qkv_weight":
+            normal_(tensor, self.d_model**-0.5, generator)
+            values = self.num_kv_heads * len(tensor) // (self.num_heads + 2 * self.num_kv_heads)
+            tensor[:-values] *= QK_START
+        elif name == "out_weight":
+            normal_(tensor, write_std(self.d_model, num_layers), generator)
+        elif name in ("q_norm.weight", "k_norm.weight"):
+            tensor.fill_(QK_NORM_SCALE)
+        else:
+            return False
+        return True
+
+    def projections(self) -> tuple[Tensor, Tensor]:
+        """The matrix [N*R, D] that gives the queries of all heads, then the keys, then the values,
+        and the matrix [D, H*R] that reads what the heads saw."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def create_cache(self, max_length: int) -> AttentionCache:
+        """A cache for decoding up to ``max_length`` tokens with the weights as they are now."""
+        return AttentionCache(max_length, self.projections())
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """x [B, T, D] to [B, T, D]; see :class:`~apt_core.providers.attention.AttentionProvider`.
+
+        Raises ValueError for a sequence longer than ``max_seq_len`` and for a mask that is not
+        boolean or does not broadcast to [B, H, T, S].
+        """
+        batch, length, _ = x.shape
+        start = 0 if cache is None else cache.length
+        if start + length > self.max_seq_len:
+            raise ValueError(
+                f"a sequence of {start + length} tokens is longer than model.max_seq_len "
+                f"{self.max_seq_len}: shorten it or raise the setting"
+            )
+        if mask is not None:
+            check_mask(mask, (batch, self.num_heads, length, start + length))
+        qkv_weight, out_weight = (
+            cache.projections if isinstance(cache, AttentionCache) else self.projections()
+        )
+        q_heads, kv_heads = self.num_heads, self.num_kv_heads
+        qk, v = self.project(x, qkv_weight).split([q_heads + kv_heads, kv_heads], dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            scales = [
+                self.q_norm.weight.expand(q_heads, -1),
+                self.k_norm.weight.expand(kv_heads, -1),
+            ]
+            qk = F.rms_norm(qk, (self.width,), eps=QK_NORM_EPS) * torch.cat(scales)
+        if self.rotary is not None:
+            if positions is None and start:
+                positions = torch.arange(start, start + length, device=x.device)
+            qk = self.rotary(qk, positions)
+        # Under autocast, QK-norm's scales widen q and k: a cache would keep twice the bytes.
+        q, k = qk.to(v.dtype).split([q_heads, kv_heads], dim=2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        return self.read_out(self.attend(q, k, v, mask).transpose(1, 2), out_weight)
+
+    def project(self, x: Tensor, qkv_weight: Tensor) -> Tensor:
+        """x [B, T, D] to queries, keys and values [B, T, N, R]."""
+        return F.linear(x, qkv_weight).unflatten(2, (-1, self.width))
+
+    def read_out(self, mixed: Tensor, out_weight: Tensor) -> Tensor:
+        """What the heads saw, [B, T, H, R], to [B, T, D]."""
+        return F.linear(mixed.flatten(2), out_weight)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """q [B, H, T, R], k and v [B, K, S, R] to [B, H, T, R]; the last query sees every key.
+
+        The one method that another kernel replaces. A query that may see nothing gets zeros.
+        """
+        whole = mask is None and q.shape[2] == k.shape[2]
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if whole else visible(q, k, mask),
+            is_causal=whole,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+        )
+
+
+def visible(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
+    """What ``mask`` leaves of the causal rule, boolean, broadcastable to [B, H, T, S]; None where
+    nothing is hidden (one query, which is the last)."""
+    length, total = q.shape[2], k.shape[2]
+    if length == 1:
+        return mask
+    causal = torch.ones(length, total, dtype=torch.bool, device=q.device).tril(total - length)
+    return causal if mask is None else causal & mask
+
+
+def check_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> None:
+    """Raises ValueError for a mask that is not boolean or does not broadcast to ``shape``
+    [B, H, T, S]."""
+    if mask.dtype != torch.bool:
+        raise ValueError(f"an attention mask is boolean (True: may be seen), not {mask.dtype}")
+    given = tuple(mask.shape)
+    missing = (1,) * (4 - len(given))
+    if len(given) > 4 or any(a not in (1, b) for a, b in zip(missing + given, shape, strict=True)):
+        raise ValueError(
+            f"an attention mask of shape {list(given)} does not broadcast to [B, H, T, S] = "
+            f"{list(shape)}: give [T, S], [B, 1, 1, S] or [B, 1, T, S]"
+        )
+
+
+def check_heads(d_model: int, num_heads: int, num_kv_heads: int | None) -> int:
+    """The number of key and value heads. Raises ValueError for heads that do not divide."""
+    kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    if num_heads < 1 or d_model < 1 or d_model % num_heads:
+        raise ValueError(
+            f"model.d_model {d_model} is not divisible by model.num_heads {num_heads}: "
+            "choose a multiple"
+        )
+    if kv_heads < 1 or num_heads % kv_heads:
+        raise ValueError(
+            f"model.num_heads {num_heads} is not divisible by model.num_kv_heads {kv_heads}: "
+            "choose a divisor"
+        )
+    return kv_heads

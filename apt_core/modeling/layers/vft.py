@@ -1,0 +1,130 @@
+"""VFT: SwiGLU in a low-rank space (``ffn:vft``).
+
+Shapes: B batch, T tokens, D d_model, F d_ff, m the rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apt_core.modeling.init import normal_, orthonormal_, reset_layer, write_std
+from apt_core.providers.base import read_settings
+from apt_core.providers.ffn import FeedForwardProvider
+
+
+@dataclass(frozen=True)
+class VFTSettings:
+    """The profile's ``model.vft``: the ratio ``r`` of compression (m = d_model // r) or the
+    ``rank`` m itself."""
+
+    r: int = 4
+    rank: int | None = None
+
+    @classmethod
+    def read(cls, config: Any) -> VFTSettings:
+        """From a mapping, an object with these attributes, or None.
+
+        Raises ValueError for an unknown key of a mapping and for values out of range.
+        """
+        settings = read_settings(cls, config, "model.vft")
+        if settings.r < 1 or (settings.rank is not None and settings.rank < 1):
+            raise ValueError(
+                "model.vft: r and rank must be at least 1, not "
+                f"r={settings.r}, rank={settings.rank}"
+            )
+        return settings
+
+    def rank_of(self, d_model: int) -> int:
+        """m for a stream of width ``d_model``. Raises ValueError where it would be < 1 or > D."""
+        rank = d_model // self.r if self.rank is None else self.rank
+        if rank < 1:
+            raise ValueError(
+                f"model.vft.r: a ratio of {self.r} leaves no rank of model.d_model {d_model}: "
+                f"choose r <= {d_model}, or set model.vft.rank"
+            )
+        if rank > d_model:
+            raise ValueError(
+                f"model.vft.rank: {rank} is more than model.d_model {d_model}: "
+                "choose a smaller rank"
+            )
+        return rank
+
+
+class VFT(nn.Module):
+    """y = U ((silu(z Gᵀ) * (z Pᵀ)) Dᵀ) with z = V x, without biases.
+
+    V is ``compress`` [m, D], U ``lift`` [D, m], both orthonormal at the start; G and P are
+    ``gate.weight`` and ``up.weight`` [F, m], D ``down.weight`` [m, F]. The layer is exactly the
+    SwiGLU of :meth:`fused_weights`, whose matrices have rank m, at about m / d_model of its cost.
+    """
+
+    reads_stream = ("compress", "gate.weight", "up.weight")
+
+    def __init__(
+        self, d_model: int, d_ff: int, settings: VFTSettings, *, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        if d_model < 1 or d_ff < 1:
+            raise ValueError(
+                f"model.d_model and model.d_ff must be positive, not {d_model}, {d_ff}"
+            )
+        self.d_model, self.d_ff, self.dropout = d_model, d_ff, dropout
+        self.rank = settings.rank_of(d_model)
+        self.compress = nn.Parameter(torch.empty(self.rank, d_model))
+        self.gate = nn.Linear(self.rank, d_ff, bias=False)
+        self.up = nn.Linear(self.rank, d_ff, bias=False)
+        self.down = nn.Linear(d_ff, self.rank, bias=False)
+        self.lift = nn.Parameter(torch.empty(d_model, self.rank))
+        reset_layer(self)
+
+    def init_parameter(
+        self, name: str, tensor: Tensor, generator: torch.Generator | None, *, num_layers: int
+    ) -> bool:
+        if name in ("compress", "lift"):
+            orthonormal_(tensor, generator)
+        elif name in ("gate.weight", "up.weight"):
+            normal_(tensor, self.rank**-0.5, generator)
+        elif name == "down.weight":
+            # U spreads m values over D places, so a step of Adam moves the output sqrt(m/D) times
+            # as far as SwiGLU's. It starts as much smaller: measured no worse at any length.
+            normal_(tensor, write_std(self.d_ff, num_layers), generator)
+        else:
+            return False
+        return True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, D] to [B, T, D]; tokens do not mix."""
+        z = F.linear(x, self.compress)
+        hidden = F.silu(self.gate(z)) * self.up(z)
+        if self.dropout:
+            hidden = F.dropout(hidden, self.dropout, self.training)
+        return F.linear(self.down(hidden), self.lift)
+
+    def fused_weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(gate [F, D], up [F, D], down [D, F]) of the SwiGLU, or Llama's MLP, that is equal."""
+        return (
+            self.gate.weight @ self.compress,
+            self.up.weight @ self.compress,
+            self.lift @ self.down.weight,
+        )
+
+
+class VFTProvider(FeedForwardProvider):
+    """``ffn:vft``; settings as :class:`VFTSettings`."""
+
+    name = "vft"
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self.settings = VFTSettings.read(config)
+
+    def create_layer(self, d_model: int, d_ff: int, dropout: float = 0.0) -> nn.Module:
+        return VFT(d_model, d_ff, self.settings, dropout=dropout)
+
+    def flops(self, d_model: int, d_ff: int, seq_len: int) -> int:
+        return (4 * d_model + 6 * d_ff) * self.settings.rank_of(d_model) * seq_len

@@ -1,0 +1,43 @@
+"""Masks and positions for batches in which a row is not one whole text.
+
+Legend: B rows, T tokens a row. Masks are boolean, True where attention is allowed; every attention
+narrows its causal rule by them. A position that is left with nothing to see gets nothing from the
+attention.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """Rows that pack several documents: tokens see their own document alone.
+
+    ``document_ids`` [B, T] is any number that tells the documents of a row apart; the mask is
+    [B, 1, T, T]. With :func:`document_positions`, what a document gives is what it gives alone.
+    """
+    return (document_ids[:, :, None] == document_ids[:, None, :])[:, None]
+
+
+def document_positions(document_ids: Tensor) -> Tensor:
+    """Each token's place in its own document, int64 [B, T], from ``document_ids`` [B, T], whose
+    documents are contiguous."""
+    places = torch.arange(document_ids.shape[1], device=document_ids.device)
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return places - torch.where(starts, places, 0).cummax(dim=1).values
+
+
+def padding_mask(is_token: Tensor) -> Tensor:
+    """Rows that are filled up: no token sees the filling.
+
+    ``is_token`` [B, T] is true (or 1) at tokens and false at the filling, on either side; the mask
+    is [B, 1, 1, T].
+    """
+    return is_token.bool()[:, None, None, :]
+
+
+def padding_positions(is_token: Tensor) -> Tensor:
+    """Each token's place among the tokens of its row, int64 [B, T]; 0 at filling before them."""
+    return (is_token.long().cumsum(dim=1) - 1).clamp_min(0)

@@ -1,0 +1,43 @@
+"""What every provider of a kind must do, whoever wrote it: one module a kind.
+
+>>> from apt_core.modeling.layers import RMSNormProvider
+>>> [check.name for check in checks_of("norm", RMSNormProvider())][:3]
+['builds', 'shape', 'gradients']
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from apt_core.testing.conformance.attention import attention_checks
+from apt_core.testing.conformance.backbone import backbone_checks
+from apt_core.testing.conformance.checks import Check, LeftOut
+from apt_core.testing.conformance.ffn import ffn_checks
+from apt_core.testing.conformance.lr_schedule import lr_schedule_checks
+from apt_core.testing.conformance.norm import norm_checks
+from apt_core.testing.conformance.optimizer import optimizer_checks
+from apt_core.testing.conformance.position import position_checks
+from apt_core.testing.conformance.tokenizer import tokenizer_checks
+
+CHECKS: dict[str, Callable[[Any], list[Check]]] = {
+    "attention": attention_checks,
+    "ffn": ffn_checks,
+    "norm": norm_checks,
+    "position": position_checks,
+    "backbone": backbone_checks,
+    "tokenizer": tokenizer_checks,
+    "optimizer": optimizer_checks,
+    "lr_schedule": lr_schedule_checks,
+}
+
+
+def checks_of(kind: str, provider: Any) -> list[Check]:
+    """The checks of ``provider``, whose kind is ``kind``; none for a kind that has none.
+
+    Nothing is built before a check runs. The first is ``builds``: where it fails, so will others.
+    """
+    return CHECKS[kind](provider) if kind in CHECKS else []
+
+
+__all__ = ["CHECKS", "Check", "LeftOut", "checks_of"]

@@ -1,0 +1,125 @@
+"""What a mask asks of every attention that takes one: padded rows and packed documents."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from apt_core.modeling.masks import (
+    document_mask,
+    document_positions,
+    padding_mask,
+    padding_positions,
+)
+from apt_core.testing.conformance.checks import Check, refusing, require_equal, require_finite
+from apt_core.testing.conformance.layers import leaf, sample
+
+if TYPE_CHECKING:
+    from apt_core.testing.conformance.attention import Attention
+
+DOCUMENT_LENGTHS = ((3, 5), (1, 4, 3))
+TEXT_LENGTHS = (3, 8)
+
+
+def mask_checks(at: Attention) -> list[Check]:
+    return [
+        Check("mask", lambda: _mask(at)),
+        Check("wrong masks", lambda: _wrong_masks(at)),
+        Check("padding", lambda: _padding(at)),
+        Check("packed", lambda: _packed(at)),
+    ]
+
+
+def _mask(at: Attention) -> None:
+    """Every form of mask is taken; True changes nothing, and what is False is not seen."""
+    at.claims("mask")
+    layer, x = at.build(), leaf(at.input())
+    T, heads, y = at.length, at.num_heads, layer(x)
+    for shape in ((T, T), (2, 1, 1, T), (2, 1, T, T), (2, heads, T, T)):
+        mask = torch.ones(shape, dtype=torch.bool)
+        require_equal(layer(x, mask=mask), y, f"with a mask of True, {list(shape)}")
+    hidden, last = 2, T - 1
+    mask = torch.ones(T, T, dtype=torch.bool)
+    mask[last, hidden] = False
+    (grad,) = torch.autograd.grad(layer(x, mask=mask)[:, last].square().sum(), x)
+    assert not grad[:, hidden].any(), "what a mask [T, T] hides is seen"
+    mask = torch.ones(2, 1, 1, T, dtype=torch.bool)
+    mask[0, ..., hidden] = False
+    masked = layer(x, mask=mask)
+    (grad,) = torch.autograd.grad(masked[0, last].square().sum(), x)
+    assert not grad[0, hidden].any(), "what a mask [B, 1, 1, T] hides is seen"
+    require_equal(masked[1], y[1], "a row of which nothing is masked, beside one with a mask")
+
+
+def _wrong_masks(at: Attention) -> None:
+    """They are refused: taken for another, a mask would hide the wrong tokens in silence."""
+    at.claims("mask")
+    layer, x, T = at.build(), at.input(), at.length
+    with refusing("a mask of floats"):
+        layer(x, mask=torch.zeros(T, T))
+    for shape in ((T, T + 1), (3, 1, T, T), (T + 1, T), (1, 2, 1, T, T)):
+        with refusing(f"a mask {list(shape)} for x [2, {T}, D]"):
+            layer(x, mask=torch.ones(shape, dtype=torch.bool))
+
+
+def _padding(at: Attention) -> None:
+    """Filled up on either side, a row gives what it gives alone, and nothing is NaN."""
+    at.claims("mask")
+    layer, width = at.build(), max(TEXT_LENGTHS)
+    lengths = torch.tensor(TEXT_LENGTHS)[:, None]
+    for side, is_token in (
+        ("left", torch.arange(width) >= width - lengths),
+        ("right", torch.arange(width) < lengths),
+    ):
+        x = leaf(at.input(length=width))
+        y = layer(x, mask=padding_mask(is_token), positions=padding_positions(is_token))
+        require_finite(y, f"the output of a row that is filled up on the {side}")
+        (grad,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
+        require_finite(grad, f"the gradient of a row that is filled up on the {side}")
+        tokens = is_token[..., None]
+        (grad,) = torch.autograd.grad((y * sample(*y.shape) * tokens).sum(), x)
+        require_equal(grad * ~tokens, 0 * grad, f"the gradient of filling on the {side}")
+        for row in range(len(TEXT_LENGTHS)):
+            kept = is_token[row]
+            _as_alone(
+                layer, x, y, grad, row, kept, sample(*y.shape), f"a row filled up on the {side}"
+            )
+
+
+def _packed(at: Attention) -> None:
+    """Documents in one row give what each gives in a row of its own."""
+    at.claims("mask")
+    ids = torch.stack(
+        [
+            torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row))
+            for row in DOCUMENT_LENGTHS
+        ]
+    )
+    layer, x = at.build(), leaf(at.input(length=ids.shape[1]))
+    y = layer(x, mask=document_mask(ids), positions=document_positions(ids))
+    cotangent = sample(*y.shape)
+    (grad,) = torch.autograd.grad((y * cotangent).sum(), x)
+    for row, lengths in enumerate(DOCUMENT_LENGTHS):
+        for document in range(len(lengths)):
+            kept = ids[row] == document
+            _as_alone(layer, x, y, grad, row, kept, cotangent, "a document packed with others")
+
+
+def _as_alone(
+    layer: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    grad: Tensor,
+    row: int,
+    kept: Tensor,
+    cotangent: Tensor,
+    what: str,
+) -> None:
+    """The tokens ``kept`` [T] of a row give alone what they gave in ``y``, gradients too."""
+    alone = leaf(x[row : row + 1, kept].detach())
+    expected = layer(alone)
+    require_equal(y[row : row + 1, kept], expected, what)
+    (wanted,) = torch.autograd.grad((expected * cotangent[row : row + 1, kept]).sum(), alone)
+    require_equal(grad[row : row + 1, kept], wanted, f"the gradient of {what}")

@@ -1,0 +1,76 @@
+"""What a check is, and how checks compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import SkipTest
+
+from torch import Tensor
+
+
+class LeftOut(SkipTest):
+    """A check that says nothing about this provider, and why; pytest shows it as skipped."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that a provider must do.
+
+    ``run()`` raises AssertionError, or what the provider's code raised, where it does not do it;
+    :class:`LeftOut` where the provider does not claim to.
+    """
+
+    name: str
+    run: Callable[[], None]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def require_equal(given: Tensor, expected: Tensor, what: str, tolerance: float = 1e-4) -> None:
+    """AssertionError unless ``given`` is within ``tolerance`` of the largest value expected."""
+    assert given.shape == expected.shape, (
+        f"{what}: the shape {list(given.shape)} should be {list(expected.shape)}"
+    )
+    largest = expected.abs().max().item()
+    difference = (given.to(expected.dtype) - expected).abs().max().item()
+    assert difference <= tolerance * largest, (
+        f"{what}: off by {difference:.2g}, where the largest value is {largest:.2g}"
+    )
+
+
+def require_finite(given: Tensor, what: str) -> None:
+    assert given.isfinite().all(), f"{what} is not finite"
+
+
+@contextmanager
+def refusing(what: str, *names: str) -> Iterator[None]:
+    """AssertionError unless the block raises a ValueError that says one of ``names``."""
+    try:
+        yield
+    except ValueError as error:
+        _names_one(error, what, names)
+    else:
+        raise AssertionError(f"{what} is taken; raise a ValueError{_naming(names)}")
+
+
+def built_or_refused(create: Callable[[], Any], what: str, *names: str) -> Any:
+    """What ``create`` gives, or None where it raises a ValueError that says one of ``names``."""
+    try:
+        return create()
+    except ValueError as error:
+        _names_one(error, what, names)
+        return None
+
+
+def _names_one(error: ValueError, what: str, names: tuple[str, ...]) -> None:
+    assert not names or any(name in str(error) for name in names), (
+        f"{what} is refused with a message{_naming(names, 'does not name')}: {error}"
+    )
+
+
+def _naming(names: tuple[str, ...], verb: str = "names") -> str:
+    return f" that {verb} {' or '.join(names)}" if names else ""

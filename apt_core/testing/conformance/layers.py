@@ -1,0 +1,246 @@
+"""Checks that layers of several kinds share, and the small layers that they look at."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt_core.modeling.init import construction_rng, generator_for, initialize_parameters
+from apt_core.testing.conformance.checks import LeftOut, require_equal, require_finite
+
+Create = Callable[[], nn.Module]
+Call = Mapping[str, Any]
+
+COMPILE_BACKEND = "aot_eager"
+"""Traces the layer and its backward as every backend does, and generates no code."""
+
+AUTOCAST_ERROR = 0.05
+"""Of the size of the output. A value of bf16 is off by up to 0.004, and a layer is a few products
+in a row."""
+AUTOCAST_GRADIENT_ERROR = 0.1
+
+
+def built(create: Create, seed: int = 0) -> nn.Module:
+    """A layer in evaluation mode, initialised by ``seed`` and then shaken.
+
+    What starts at zero or one is moved away from there: a part that a fresh layer does not use
+    has to keep the promises too.
+    """
+    with construction_rng(seed, "conformance"):
+        layer = create()
+    assert isinstance(layer, nn.Module), f"{type(layer).__name__} is no nn.Module"
+    initialize_parameters(layer, seed)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            fan_in = parameter.shape[-1] if parameter.ndim else 1
+            size = max(parameter.square().mean().sqrt().item(), fan_in**-0.5)
+            noise = torch.randn(parameter.shape, generator=generator_for(seed, f"shaken/{name}"))
+            parameter.add_(0.1 * size * noise.to(parameter.dtype))
+    return layer.eval()
+
+
+def sample(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def leaf(x: Tensor) -> Tensor:
+    """A copy of ``x`` that collects a gradient, if its type can."""
+    return x.clone().requires_grad_(x.is_floating_point())
+
+
+def gradients(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Of a fixed random sum of ``y``: by ``x``, if it has one, and by each parameter, in one row;
+    a zero where there is nothing to have a gradient."""
+    leaves = [x] if x.requires_grad else []
+    leaves += [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    if not leaves:
+        return torch.zeros(1)
+    found = torch.autograd.grad((y * sample(*y.shape, seed=1)).sum(), leaves, allow_unused=True)
+    return torch.cat(
+        [
+            torch.zeros_like(leaf).flatten() if grad is None else grad.flatten()
+            for leaf, grad in zip(leaves, found, strict=True)
+        ]
+    )
+
+
+def works(layer: nn.Module, x: Tensor) -> Tensor:
+    """What the layer gives for ``x``; AssertionError unless it is as large."""
+    y = layer(x)
+    assert y.shape == x.shape, f"{list(x.shape)} became {list(y.shape)}"
+    return y
+
+
+def keeps_shape(layer: nn.Module, *inputs: Tensor) -> None:
+    for x in inputs:
+        y = works(layer, x)
+        assert y.dtype == x.dtype, f"{x.dtype} became {y.dtype}"
+        require_finite(y, "the output")
+    aux = getattr(layer, "aux", None)
+    if aux is not None:
+        assert isinstance(aux, Mapping), "aux is no mapping of names to tensors"
+        wrong = [name for name, v in aux.items() if not isinstance(v, Tensor) or v.ndim]
+        assert not wrong, f"aux: {', '.join(map(str, wrong))} is no 0-d tensor"
+
+
+def has_gradients(layer: nn.Module, x: Tensor) -> None:
+    """A finite gradient reaches the input and every parameter."""
+    x = leaf(x)
+    y = layer(x)
+    wanted = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    if x.requires_grad:
+        wanted = {"the input": x, **wanted}
+    if wanted:
+        found = torch.autograd.grad(
+            (y * sample(*y.shape, seed=1)).sum(), list(wanted.values()), allow_unused=True
+        )
+        without = [name for name, grad in zip(wanted, found, strict=True) if grad is None]
+        assert not without, f"no gradient reaches {', '.join(without)}"
+        for name, grad in zip(wanted, found, strict=True):
+            require_finite(grad, f"the gradient of {name}")
+        assert not x.requires_grad or found[0].any(), "the gradient of the input is zero"
+
+
+def deterministic(create: Create, x: Tensor) -> None:
+    layer = built(create)
+    assert layer(x).equal(layer(x)), "two calls with one input differ"
+    assert built(create)(x).equal(layer(x)), "two layers of one seed differ"
+
+
+def drops_in_training_alone(create: Create, dropping: Create, x: Tensor) -> None:
+    require_equal(built(dropping)(x), built(create)(x), "evaluated with a dropout of 0.5", 1e-6)
+
+
+def token_wise(layer: nn.Module, x: Tensor) -> None:
+    """The output at each place [b, t] depends on the input there alone; in training too."""
+    for training in (False, True):
+        layer.train(training)
+        given = leaf(x)
+        y = layer(given)
+        for row, place in ((0, 0), (1, 3), (0, x.shape[1] - 1)):
+            (grad,) = torch.autograd.grad(
+                (y[row, place] * sample(x.shape[-1])).sum(), given, retain_graph=True
+            )
+            seen = (grad != 0).any(-1)
+            seen[row, place] = False
+            assert not seen.any(), (
+                f"the output at {[row, place]} depends on the input at {seen.nonzero()[0].tolist()}"
+            )
+
+
+def rows_apart(layer: nn.Module, x: Tensor) -> None:
+    """No row of a batch [B, T, D] depends on another; in training neither."""
+    for training in (False, True):
+        layer.train(training)
+        given = leaf(x)
+        (grad,) = torch.autograd.grad((layer(given)[0] * sample(*x.shape[1:])).sum(), given)
+        assert not grad[1:].any(), "a row of the batch depends on another"
+
+
+def loads_state(create: Create, x: Tensor) -> None:
+    layer, other = built(create), built(create, seed=1)
+    other.load_state_dict(layer.state_dict(), strict=True)
+    require_equal(other(x), layer(x), "after loading the state of another layer", 1e-6)
+
+
+def builds_on_meta(create: Create, x: Tensor) -> None:
+    """Allocates nothing there, and is complete with memory, ``reset_buffers`` and a state."""
+    with torch.device("meta"), construction_rng(0, "conformance"):
+        layer = create()
+    tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    held = [name for name, tensor in tensors.items() if not tensor.is_meta]
+    assert not held, f"built on the meta device, {', '.join(held)} is allocated"
+    layer.to_empty(device="cpu").eval()
+    with torch.no_grad():
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
+    for module in layer.modules():
+        if hasattr(module, "reset_buffers"):
+            module.reset_buffers()
+    whole = built(create)
+    layer.load_state_dict(whole.state_dict())
+    require_equal(
+        layer(x), whole(x), "built on the meta device and given memory (is there reset_buffers?)"
+    )
+
+
+def autocasts(layer: nn.Module, x: Tensor, *calls: Call) -> None:
+    """Output and gradients under bf16 autocast are close to those of fp32."""
+    for call in calls or ({},):
+        given, cast = leaf(x), leaf(x)
+        wide = layer(given, **call)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(cast, **call)
+        assert y.is_floating_point(), f"the output is {y.dtype}"
+        require_near(y.float(), wide, "the output", AUTOCAST_ERROR)
+        gradient, expected = gradients(layer, cast, y.float()), gradients(layer, given, wide)
+        require_near(gradient, expected, "the gradient", AUTOCAST_GRADIENT_ERROR)
+
+
+def require_near(given: Tensor, expected: Tensor, what: str, bound: float) -> None:
+    """AssertionError unless the error, root mean square, is within ``bound`` of the value's."""
+    require_finite(given, f"{what} under bf16 autocast")
+    error = ((given - expected).norm() / expected.norm()).item()
+    assert error <= bound, f"{what} is off by {error:.1%} under bf16 autocast (at most {bound:.0%})"
+
+
+def compiles(layer: nn.Module, x: Tensor, *calls: Call) -> None:
+    """torch.compile finds no graph break, and what it makes computes the same, gradients too."""
+    # What was compiled before counts towards the limit of recompilations of shared code.
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=COMPILE_BACKEND)
+    for call in calls or ({},):
+        given = leaf(x)
+        y, expected = compiled(given, **call), layer(given, **call)
+        require_equal(y, expected, "compiled")
+        gradient = gradients(layer, given, y)
+        require_equal(gradient, gradients(layer, given, expected), "compiled, the gradient")
+
+
+def never_waits(layer: nn.Module, x: Tensor, *calls: Call) -> None:
+    """Forward, backward and decoding run on tensors that have no values."""
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        FakeTensorMode,
+    )
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    cache = layer.create_cache(x.shape[1]) if hasattr(layer, "create_cache") else None
+    try:
+        with mode:
+            for call in calls or ({},):
+                fake = {k: mode.from_tensor(v) for k, v in call.items()}
+                for training in (False, True):
+                    layer.train(training)
+                    given = mode.from_tensor(leaf(x))
+                    gradients(layer, given, layer(given, **fake))
+            if cache is not None:
+                with torch.no_grad():
+                    given = mode.from_tensor(x)
+                    layer.eval()(given[:, :-1], cache=cache)
+                    layer(given[:, -1:], cache=cache)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise AssertionError(
+            f"reads values of a tensor on the host ({error}): no .item(), no bool(tensor) and no "
+            "shape that depends on values in a forward"
+        ) from error
+
+
+def costs(provider: Any, flops: Callable[[int], int]) -> None:
+    """``provider.flops`` is a number of operations that grows with the sequence."""
+    if not hasattr(provider, "flops"):
+        raise LeftOut("the provider does not tell its flops")
+    few, many = flops(8), flops(64)
+    assert isinstance(few, int) and isinstance(many, int), "flops is no int"
+    assert 0 < few < many, f"{few} operations for 8 tokens, {many} for 64"
+
+
+def same_weights(layer: nn.Module, other: nn.Module) -> nn.Module:
+    """``other`` with the parameters of ``layer`` where it has them."""
+    other.load_state_dict(copy.deepcopy(layer.state_dict()), strict=False)
+    return other

@@ -1,0 +1,37 @@
+"""What every norm must do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from apt_core.testing.conformance import layers
+from apt_core.testing.conformance.checks import Check
+from apt_core.testing.conformance.layers import built, sample
+
+D_MODEL = 64
+
+
+def norm_checks(provider: Any) -> list[Check]:
+    """The checks of a norm provider."""
+
+    def create() -> nn.Module:
+        return provider.create_layer(D_MODEL)
+
+    def builds() -> None:
+        built(create)
+
+    x = sample(2, 8, D_MODEL)
+    return [
+        Check("builds", builds),
+        Check("shape", lambda: layers.keeps_shape(built(create), x, x[0], x[0, 0], x[:, :, None])),
+        Check("gradients", lambda: layers.has_gradients(built(create), x)),
+        Check("deterministic", lambda: layers.deterministic(create, x)),
+        Check("state dict", lambda: layers.loads_state(create, x)),
+        Check("meta device", lambda: layers.builds_on_meta(create, x)),
+        Check("token-wise", lambda: layers.token_wise(built(create), x)),
+        Check("autocast", lambda: layers.autocasts(built(create), x)),
+        Check("compile", lambda: layers.compiles(built(create), x)),
+        Check("no host sync", lambda: layers.never_waits(built(create), x)),
+    ]

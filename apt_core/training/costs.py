@@ -1,0 +1,271 @@
+"""What a model costs, part by part: parameters, arithmetic and the cache of decoding.
+
+The convention, in one place: FLOPs are those of training (the forward and twice as many for the
+backward), a multiply-add counts as two, and of the scores the full T x T matrix is counted. They
+are per token of a sequence of T tokens, where T is what a run trains on. The layers' figures are
+those of their providers; the output projection adds 2 * d_model * vocab_size in the forward, and
+norms, embeddings and element-wise work count as nothing. The cache is counted in bf16, as the mean
+over a sequence of ``model.max_seq_len`` tokens; one in fp32 takes twice as much.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from apt_core.config import Config
+from apt_core.device import autocast_dtype
+from apt_core.failures import one_line
+from apt_core.kernel import Kernel
+from apt_core.modeling.compose import ModelBuilder, ProviderSource
+from apt_core.types import ProviderSpec
+
+BACKWARD_AND_FORWARD = 3
+CACHE_DTYPE, CACHE_BYTES = "bfloat16", 2
+
+WHOLE_UP_TO = 128
+"""Layers of a model that is built whole to count its parameters, which takes a third of a second;
+a deeper one is taken to grow as it does up to there."""
+
+LAYERS = ("attention", "ffn", "norm")
+
+Part = tuple[str, str]
+"""Kind and name of the provider as the profile names it; the embeddings have no name."""
+
+EMBEDDINGS: Part = ("embeddings", "")
+
+
+@dataclass(frozen=True)
+class PartCost:
+    """One part of the model, all its layers together; JSON values.
+
+    What cannot be told is None: a third-party provider need not know its figures, and attention
+    that decodes without a cache has none. ``supports`` is what an attention claims, by name.
+    """
+
+    slot: str
+    asked: str
+    used: str
+    layers: int | None
+    params: int
+    flops_per_token: int | None
+    kv_cache_bytes_per_token: int | None = None
+    kv_cache_bytes_per_sequence: int | None = None
+    supports: dict[str, bool] | None = None
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """The costs of a model for training on ``seq_len`` tokens and decoding ``max_seq_len``."""
+
+    seq_len: int
+    max_seq_len: int
+    parts: Sequence[PartCost]
+    notes: Sequence[str]
+
+    @property
+    def params(self) -> int:
+        return sum(part.params for part in self.parts)
+
+    @property
+    def flops_per_token(self) -> int | None:
+        return _sum([part.flops_per_token for part in self.parts])
+
+    @property
+    def kv_cache_bytes_per_token(self) -> int | None:
+        return _sum([part.kv_cache_bytes_per_token for part in self._attention()])
+
+    @property
+    def kv_cache_bytes_per_sequence(self) -> int | None:
+        return _sum([part.kv_cache_bytes_per_sequence for part in self._attention()])
+
+    def row(self) -> dict[str, Any]:
+        """As the plan shows it."""
+        return {
+            "seq_len": self.seq_len,
+            "max_seq_len": self.max_seq_len,
+            "kv_cache_dtype": CACHE_DTYPE,
+            "parts": [asdict(part) for part in self.parts],
+        }
+
+    def _attention(self) -> Iterator[PartCost]:
+        return (part for part in self.parts if part.slot == "attention")
+
+
+def model_cost(kernel: Kernel) -> ModelCost:
+    """The costs of the profile's model. Nothing is allocated; the providers are those that the
+    registry resolved, and what one of them cannot tell is a note that names it."""
+    config, model = kernel.config, kernel.config.model
+    registry = kernel.registry
+    seq_len = config.data.max_length or model.max_seq_len
+    counts = count_parameters(config, registry)
+    notes: list[str] = []
+
+    def part(kind: str, name: str, layers: int | None, flops: int | None, **more: Any) -> PartCost:
+        used = registry.resolutions[kind, name].used if name else ""
+        return PartCost(kind, name, used, layers, counts[kind, name], flops, **more)
+
+    parts = []
+    heads = {"num_kv_heads": model.num_kv_heads}
+    for name, layers in Counter(ModelBuilder(config, registry).attention_names()).items():
+        asking = _Asking(kernel, "attention", name, notes)
+        flops = asking.number("flops", model.d_model, model.num_heads, seq_len, **heads)
+        supports = supported(asking.provider)
+        held = None
+        if supports is None or supports.get("cache"):
+            size = (model.d_model, model.num_heads, model.max_seq_len)
+            held = asking.number("kv_cache_bytes", *size, **heads, bytes_per_value=CACHE_BYTES)
+        parts.append(
+            part(
+                "attention",
+                name,
+                layers,
+                _per_token(flops, layers * BACKWARD_AND_FORWARD, seq_len),
+                kv_cache_bytes_per_token=_per_token(held, layers, model.max_seq_len),
+                kv_cache_bytes_per_sequence=None if held is None else held * layers,
+                supports=supports,
+            )
+        )
+    asking = _Asking(kernel, "ffn", model.ffn_name, notes)
+    flops = asking.number("flops", model.d_model, model.d_ff, seq_len)
+    trained = _per_token(flops, model.num_layers * BACKWARD_AND_FORWARD, seq_len)
+    parts.append(part("ffn", model.ffn_name, model.num_layers, trained))
+    parts.append(part("norm", model.norm_name, None, 0))
+    output = 2 * model.d_model * model.vocab_size * BACKWARD_AND_FORWARD
+    parts.append(part(*EMBEDDINGS, None, output))
+    return ModelCost(seq_len, model.max_seq_len, parts, notes)
+
+
+def support_notices(kernel: Kernel, device: torch.device) -> list[str]:
+    """What the profile asks of an attention that does not claim it, one line each."""
+    training = kernel.config.training
+    asked = {
+        "compile": ("training.compile", training.compile, "it breaks the graph"),
+        "autocast": (
+            "training.mixed_precision",
+            autocast_dtype(training.mixed_precision, device) is not None,
+            "its results in bf16 may be wrong",
+        ),
+    }
+    notices = []
+    for name in dict.fromkeys(ModelBuilder(kernel.config, kernel.registry).attention_names()):
+        supports = supported(kernel.registry.get("attention", name)) or {}
+        spec = _used(kernel, "attention", name)
+        for flag, (key, wanted, consequence) in asked.items():
+            if wanted and supports.get(flag) is False:
+                notices.append(
+                    f"{key}: {_words(spec)} does not claim to support {flag} ({consequence})"
+                )
+    return notices
+
+
+def supported(provider: Any) -> dict[str, bool] | None:
+    """What an attention provider claims to support, by name; None where it does not say."""
+    supports = getattr(provider, "supports", None)
+    if not is_dataclass(supports) or isinstance(supports, type):
+        return None
+    return asdict(supports)
+
+
+def count_parameters(
+    config: Config, registry: ProviderSource, *, whole_up_to: int = WHOLE_UP_TO
+) -> Counter[Part]:
+    """Parameters by part; those of no layer (embeddings, output projection, what else a backbone
+    has) count as the embeddings'.
+
+    A model of more than ``whole_up_to`` layers is counted from two short ones: every repetition of
+    ``model.attention_pattern`` adds the same parameters.
+    """
+    layers, period = config.model.num_layers, len(config.model.attention_pattern or ("one",))
+    short = period + layers % period
+    if layers <= max(whole_up_to, short + period):
+        return _count(config, registry, layers)
+    first, second = (_count(config, registry, n) for n in (short, short + period))
+    repetitions = (layers - short) // period
+    return Counter({part: n + (second[part] - n) * repetitions for part, n in first.items()})
+
+
+def _count(config: Config, registry: ProviderSource, num_layers: int) -> Counter[Part]:
+    model = config.model.model_copy(update={"num_layers": num_layers})
+    noting = _NotingRegistry(registry)
+    with torch.device("meta"):
+        built = ModelBuilder(config.model_copy(update={"model": model}), noting).build_model()
+    owners = {
+        id(parameter): part for part, layer in noting.made for parameter in layer.parameters()
+    }
+    counts: Counter[Part] = Counter()
+    for parameter in built.parameters():
+        counts[owners.get(id(parameter), EMBEDDINGS)] += parameter.numel()
+    return counts
+
+
+class _NotingRegistry:
+    """The registry, as a builder sees it, that notes every layer and whose it is."""
+
+    def __init__(self, registry: ProviderSource) -> None:
+        self._registry = registry
+        self.made: list[tuple[Part, nn.Module]] = []
+
+    def specs(self, kind: str | None = None) -> Sequence[ProviderSpec]:
+        return self._registry.specs(kind)
+
+    def get(self, kind: str, name: str, config: Any = None, fallback: bool = True) -> Any:
+        provider = self._registry.get(kind, name, config, fallback)
+        return _NotingProvider(self, (kind, name), provider) if kind in LAYERS else provider
+
+
+class _NotingProvider:
+    def __init__(self, registry: _NotingRegistry, part: Part, provider: Any) -> None:
+        self._registry, self._part, self._provider = registry, part, provider
+
+    def create_layer(self, *args: Any, **options: Any) -> nn.Module:
+        layer: nn.Module = self._provider.create_layer(*args, **options)
+        self._registry.made.append((self._part, layer))
+        return layer
+
+
+class _Asking:
+    """Asks the provider that stands for ``kind`` and ``name`` for figures; what it cannot tell
+    becomes a note."""
+
+    def __init__(self, kernel: Kernel, kind: str, name: str, notes: list[str]) -> None:
+        self.provider: Any = kernel.registry.get(kind, name)
+        self._words = _words(_used(kernel, kind, name))
+        self._notes = notes
+
+    def number(self, method: str, *args: Any, **options: Any) -> int | None:
+        """What ``method`` gives, or None with a note."""
+        if not callable(getattr(self.provider, method, None)):
+            self._notes.append(f"{self._words} has no {method}(): the figure is unknown")
+            return None
+        try:
+            value = int(getattr(self.provider, method)(*args, **options))
+            if value < 0:
+                raise ValueError(f"{value} is negative")
+        except Exception as error:
+            reason = one_line(error)
+            self._notes.append(f"{self._words} failed in {method}(): {reason}")
+            return None
+        return value
+
+
+def _used(kernel: Kernel, kind: str, name: str) -> ProviderSpec:
+    return kernel.registry.spec(kind, kernel.registry.resolutions[kind, name].used)
+
+
+def _words(spec: ProviderSpec) -> str:
+    return f"{spec.key} (plugin {spec.plugin})"
+
+
+def _per_token(value: int | None, times: int, tokens: int) -> int | None:
+    return None if value is None else value * times // tokens
+
+
+def _sum(values: Sequence[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None

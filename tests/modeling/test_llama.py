@@ -1,0 +1,148 @@
+"""A fused model is a Llama with ``head_dim`` = rank (a Qwen3 with QK-norm): shown by mapping the
+weights into transformers' own model. The mapping here is the least that shows it, no exporter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+VOCAB, PROMPT, GREEDY, LAYERS, D_FF = 97, 20, 32, 2, 56
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    return pytest.importorskip(
+        "transformers",
+        reason="the peer that these tests compare with: pip install apt-kernel[test]",
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    attention: str
+    settings: dict[str, Any]
+    num_kv_heads: int | None
+    ffn: str
+    tied: bool
+    theta: float = 10_000.0
+    d_model: int = 48
+    num_heads: int = 4
+
+
+CASES = {
+    "tva r=2, 4 heads": Case("tva_default", {"r": 2, "s": 0}, None, "default", True),
+    "tva rank 8, GQA 2, VFT": Case("tva_default", {"rank": 8, "s": 0}, 2, "vft", False, 500.0),
+    "tva r=3 of 24, GQA 1": Case("tva_default", {"r": 3, "s": 0}, 1, "default", False, num_heads=2),
+    "tva full rank, VFT": Case("tva_default", {"r": 1, "s": 0}, None, "vft", True),
+    "mha": Case("mha", {}, None, "default", False),
+    "mha GQA 2, VFT": Case("mha", {}, 2, "vft", True),
+    "tva r=2, GQA 2, QK-norm": Case(
+        "tva_default", {"r": 2, "s": 0, "qk_norm": True}, 2, "default", False
+    ),
+    "mha, QK-norm, VFT": Case("mha", {"qk_norm": True}, None, "vft", True, 500.0),
+}
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def case(request):
+    return request.param
+
+
+@pytest.fixture
+def ours(case, attention_of):
+    row = attention_of(case.attention, case.settings, case.num_kv_heads)
+    return row.model(
+        dtype=torch.float32,
+        d_model=case.d_model,
+        num_heads=case.num_heads,
+        num_layers=LAYERS,
+        d_ff=D_FF,
+        vocab_size=VOCAB,
+        max_seq_len=PROMPT + GREEDY,
+        ffn_name=case.ffn,
+        vft={"r": 2},
+        rope={"theta": case.theta},
+        tie_embeddings=case.tied,
+    ).eval()
+
+
+def named_as_theirs(model):
+    """The weights of ``model`` by the names of Llama and Qwen3."""
+    weights = {
+        "model.embed_tokens.weight": model.embedding.weight,
+        "model.norm.weight": model.final_norm.weight,
+    }
+    weights["lm_head.weight"] = (model.embedding if model.head is None else model.head).weight
+    for index, block in enumerate(model.blocks):
+        attention, ffn = block.attention, block.ffn
+        qkv, out = attention.projections()
+        read, shared = attention.num_heads * attention.width, attention.num_kv_heads
+        q, k, v = qkv.split([read, shared * attention.width, shared * attention.width])
+        fused = getattr(ffn, "fused_weights", None)
+        gate, up, down = (
+            fused() if fused else (part.weight for part in (ffn.gate, ffn.up, ffn.down))
+        )
+        named = {
+            "input_layernorm": block.attention_norm.weight,
+            "post_attention_layernorm": block.ffn_norm.weight,
+            "self_attn.q_proj": q,
+            "self_attn.k_proj": k,
+            "self_attn.v_proj": v,
+            "self_attn.o_proj": out,
+            "mlp.gate_proj": gate,
+            "mlp.up_proj": up,
+            "mlp.down_proj": down,
+        }
+        if attention.q_norm is not None:
+            named["self_attn.q_norm"] = attention.q_norm.weight
+            named["self_attn.k_norm"] = attention.k_norm.weight
+        weights |= {f"model.layers.{index}.{name}.weight": value for name, value in named.items()}
+    return weights
+
+
+@pytest.fixture
+def theirs(ours, case, transformers):
+    qk_norm = bool(case.settings.get("qk_norm"))
+    family = "Qwen3" if qk_norm else "Llama"
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=VOCAB,
+        hidden_size=case.d_model,
+        intermediate_size=D_FF,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=case.num_heads,
+        num_key_value_heads=case.num_kv_heads or case.num_heads,
+        head_dim=ours.blocks[0].attention.width,
+        max_position_embeddings=PROMPT + GREEDY,
+        rms_norm_eps=ours.final_norm.eps,
+        rope_parameters={"rope_type": "default", "rope_theta": case.theta},
+        tie_word_embeddings=case.tied,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model.load_state_dict(named_as_theirs(ours))
+    return model
+
+
+def greedy(model, ids):
+    caches, seen, fed = model.create_caches(PROMPT + GREEDY), ids, ids
+    for _ in range(GREEDY):
+        fed = model(fed, caches=caches).logits[:, -1:].argmax(-1)
+        seen = torch.cat([seen, fed], dim=1)
+    return seen
+
+
+@torch.no_grad()
+def test_logits_and_greedy_tokens_are_those_of_transformers(ours, theirs, case):
+    ids = torch.randint(0, VOCAB, (2, PROMPT))
+    logits = ours(ids).logits
+    assert logits.std() > 0.5
+    torch.testing.assert_close(logits, theirs(ids).logits, rtol=0, atol=1e-5)
+    tokens = greedy(ours, ids)
+    assert len(tokens[:, PROMPT:].unique()) > 5
+    generated = theirs.generate(ids, max_new_tokens=GREEDY, do_sample=False)
+    assert torch.equal(tokens, generated)

@@ -1,0 +1,371 @@
+"""The dry run: what the model costs by its providers' own figures, and what they do not claim."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from apt_core import ProviderSpec, hookimpl
+from apt_core.cli.run_command import run_command
+from apt_core.cli.train import app
+from apt_core.kernel import Kernel, boot
+from apt_core.modeling import ModelBuilder
+from apt_core.modeling.layers import MHAProvider
+from apt_core.plugin_manager import PluginManager
+from apt_core.providers.attention import AttentionSupport
+from apt_core.training.costs import count_parameters, support_notices
+from apt_core.training.plan import make_plan, print_plan
+
+SIZES = {"d_model": 32, "num_heads": 4, "d_ff": 48, "num_layers": 3, "max_seq_len": 16}
+CPU = torch.device("cpu")
+
+
+class Recomputing(MHAProvider):
+    """Its layers claim nothing but masks."""
+
+    supports = AttentionSupport(cache=False, mask=True, autocast=False, compile=False)
+
+
+class Failing(MHAProvider):
+    def flops(self, *args: Any, **options: Any) -> int:
+        raise RuntimeError("no idea")
+
+    def kv_cache_bytes(self, *args: Any, **options: Any) -> int:
+        return -7
+
+
+class Duck:
+    """A provider that is none of the core's classes and has the one method that is needed."""
+
+    def __init__(self, config: Any) -> None:
+        self._inner = MHAProvider(config)
+
+    def create_layer(self, d_model: int, num_heads: int, **options: Any) -> nn.Module:
+        return self._inner.create_layer(d_model, num_heads, **options)
+
+
+class Shared(MHAProvider):
+    """One layer for all, as in ALBERT."""
+
+    _layer: nn.Module | None = None
+
+    def create_layer(self, d_model: int, num_heads: int, **options: Any) -> nn.Module:
+        if self._layer is None or self._layer.d_model != d_model:
+            self._layer = super().create_layer(d_model, num_heads, **options)
+        return self._layer
+
+
+class Plugin:
+    @hookimpl
+    def apt_register_providers(self) -> list[ProviderSpec]:
+        factories = {"recomputing": Recomputing, "failing": Failing, "duck": Duck, "shared": Shared}
+        return [ProviderSpec("attention", name, factory) for name, factory in factories.items()]
+
+
+@pytest.fixture
+def kernel_of() -> Callable[..., Kernel]:
+    """A kernel for keys of the section ``model`` and of others, with the providers above."""
+
+    def make(model: dict[str, Any] | None = None, **sections: Any) -> Kernel:
+        manager = PluginManager()
+        manager.register(Plugin(), "thirds")
+        model = {**SIZES, **(model or {})}
+        return boot({"hardware": {"device": "cpu"}, **sections, "model": model}, manager=manager)
+
+    return make
+
+
+def rows(plan: dict[str, Any], slot: str) -> list[dict[str, Any]]:
+    return [part for part in plan["model"]["parts"] if part["slot"] == slot]
+
+
+# FLOPs
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"attention_name": "mha"},
+        {"attention_name": "mha", "num_kv_heads": 2, "ffn_name": "gelu", "tie_embeddings": False},
+        {"attention_name": "mha", "num_kv_heads": 1, "ffn_name": "vft", "position_name": "learned"},
+        {"attention_name": "mha", "ffn_name": "relu2", "norm_name": "layernorm"},
+    ],
+)
+def test_flops_are_three_times_those_that_torch_counts_in_a_forward(kernel_of, model) -> None:
+    kernel = kernel_of(model, data={"max_length": 8})
+    # On the meta device no kernel for causal attention halves the scores.
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        ModelBuilder(kernel.config, kernel.registry).build_model()(torch.zeros(1, 8, dtype=int))
+    (stage,) = make_plan(kernel)["stages"]
+    assert stage["flops_per_token"] * 8 == 3 * counter.get_total_flops()
+
+
+def test_each_attention_of_a_pattern_counts_with_its_layers(kernel_of) -> None:
+    plan = make_plan(kernel_of({"attention_pattern": ["mha", "tva_default", "mha"]}))
+    mha, tva = rows(plan, "attention")
+    assert [(row["used"], row["layers"]) for row in (mha, tva)] == [("mha", 2), ("tva_default", 1)]
+    mha_alone, tva_alone = (
+        rows(make_plan(kernel_of({"attention_name": name})), "attention")[0]
+        for name in ("mha", "tva_default")
+    )
+    for key in ("params", "flops_per_token", "kv_cache_bytes_per_token"):
+        assert mha[key] == 2 * mha_alone[key] // 3
+        assert tva[key] == tva_alone[key] // 3
+    (stage,) = plan["stages"]
+    parts = plan["model"]["parts"]
+    assert stage["flops_per_token"] == sum(part["flops_per_token"] for part in parts)
+    assert stage["params_total"] == sum(part["params"] for part in parts)
+
+
+# The cache
+
+
+def test_the_cache_is_counted_in_bf16_for_all_layers(kernel_of) -> None:
+    def cache(**model: Any) -> dict[str, Any]:
+        plan = make_plan(kernel_of(model))
+        assert plan["model"]["kv_cache_dtype"] == "bfloat16"
+        return plan["stages"][0]
+
+    mha = cache(attention_name="mha")
+    assert mha["kv_cache_bytes_per_token"] == 2 * 32 * 2 * 3  # keys and values of d_model, 3 layers
+    assert mha["kv_cache_bytes_per_sequence"] == 16 * mha["kv_cache_bytes_per_token"]
+    grouped = cache(attention_name="mha", num_kv_heads=1)
+    assert grouped["kv_cache_bytes_per_token"] * 4 == mha["kv_cache_bytes_per_token"]
+    compressed = cache(tva={"r": 4})
+    assert compressed["kv_cache_bytes_per_token"] * 4 == mha["kv_cache_bytes_per_token"]
+
+
+def test_a_model_with_attention_that_recomputes_has_no_cache(kernel_of) -> None:
+    plan = make_plan(kernel_of({"attention_pattern": ["mha", "recomputing"]}))
+    mha, recomputing = rows(plan, "attention")
+    assert mha["kv_cache_bytes_per_token"] > 0
+    assert recomputing["kv_cache_bytes_per_token"] is None
+    assert plan["stages"][0]["kv_cache_bytes_per_token"] is None
+    assert plan["notices"] == []
+    assert "none, for recomputing has none" in printed(plan)
+
+
+# Providers that cannot tell
+
+
+def test_a_figure_that_a_provider_cannot_give_is_null_and_said_so(kernel_of) -> None:
+    plan = make_plan(kernel_of({"attention_name": "failing"}))
+    (part,) = rows(plan, "attention")
+    assert part["flops_per_token"] is None and part["kv_cache_bytes_per_sequence"] is None
+    assert plan["stages"][0]["flops_per_token"] is None
+    assert rows(plan, "ffn")[0]["flops_per_token"] > 0
+    assert plan["notices"] == [
+        "attention:failing (plugin thirds) failed in flops(): RuntimeError: no idea",
+        "attention:failing (plugin thirds) failed in kv_cache_bytes(): ValueError: -7 is negative",
+    ]
+    assert "unknown" in printed(plan)
+
+
+def test_a_provider_without_the_base_class_does_not_break_the_plan(kernel_of) -> None:
+    plan = make_plan(kernel_of({"attention_name": "duck"}, training={"compile": True}))
+    (part,) = rows(plan, "attention")
+    assert part["params"] > 0 and part["layers"] == 3
+    assert part["flops_per_token"] is None and part["supports"] is None
+    assert plan["notices"] == [
+        "attention:duck (plugin thirds) has no flops(): the figure is unknown",
+        "attention:duck (plugin thirds) has no kv_cache_bytes(): the figure is unknown",
+    ]
+    assert "unknown" in printed(plan)
+
+
+# What attention claims
+
+
+def test_an_attention_that_does_not_claim_what_training_asks_for_is_named(kernel_of) -> None:
+    training = {"compile": True, "mixed_precision": True}
+    kernel = kernel_of({"attention_pattern": ["mha", "recomputing"]}, training=training)
+    plan = make_plan(kernel)
+    compiling, casting = plan["notices"]
+    assert compiling.startswith("training.compile: attention:recomputing (plugin thirds)")
+    assert casting.startswith("training.mixed_precision: attention:recomputing (plugin thirds)")
+    assert rows(plan, "attention")[1]["supports"] == {
+        "cache": False, "mask": True, "autocast": False, "compile": False,
+    }  # fmt: skip
+    assert compiling in printed(plan)
+
+
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [
+        ("mha", {"compile": True, "mixed_precision": True}),
+        ("recomputing", {"compile": False, "mixed_precision": False}),
+        ("recomputing", {"compile": False, "mixed_precision": "auto"}),
+    ],
+)
+def test_nothing_is_said_where_nothing_is_asked_in_vain(kernel_of, name, training) -> None:
+    assert support_notices(kernel_of({"attention_name": name}, training=training), CPU) == []
+
+
+# Parameters
+
+
+def test_parameters_are_those_of_the_model_by_part(kernel_of) -> None:
+    kernel = kernel_of({"position_name": "learned", "tie_embeddings": False})
+    model = ModelBuilder(kernel.config, kernel.registry).build_model()
+    plan = make_plan(kernel)
+
+    def total(word: str) -> int:
+        return sum(p.numel() for name, p in model.named_parameters() if word in name.split("."))
+
+    norms = ("attention_norm", "ffn_norm", "final_norm")
+    expected = {
+        "attention": total("attention"),
+        "ffn": total("ffn"),
+        "norm": sum(map(total, norms)),
+        "embeddings": total("embedding") + total("position") + total("head"),
+    }
+    assert {part["slot"]: part["params"] for part in plan["model"]["parts"]} == expected
+    assert plan["stages"][0]["params_total"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("layers", [5, 6, 7, 8, 11])
+@pytest.mark.parametrize(
+    "pattern",
+    [None, ["mha", "tva_default"], ["mha", "tva_default", "tva_default"], ["shared", "mha"]],
+)
+def test_a_deep_model_is_counted_from_short_ones(kernel_of, pattern, layers) -> None:
+    kernel = kernel_of({"attention_pattern": pattern, "num_layers": layers, "ffn_name": "vft"})
+    whole = count_parameters(kernel.config, kernel.registry)
+    assert count_parameters(kernel.config, kernel.registry, whole_up_to=0) == whole
+    model = ModelBuilder(kernel.config, kernel.registry).build_model()
+    assert whole.total() == sum(p.numel() for p in model.parameters())
+
+
+def test_the_deepest_model_is_planned_without_building_all_of_it(kernel_of, monkeypatch) -> None:
+    built = []
+    create = MHAProvider.create_layer
+    monkeypatch.setattr(
+        MHAProvider, "create_layer", lambda *args, **kw: built.append(1) or create(*args, **kw)
+    )
+    plan = make_plan(kernel_of({"attention_name": "mha", "num_layers": 2**16}))
+    (part,) = rows(plan, "attention")
+    assert part["layers"] == 2**16 and part["params"] == 2**16 * 4 * 32 * 32
+    assert len(built) < 10
+
+
+# For people
+
+
+def printed(plan: dict[str, Any]) -> str:
+    stream = io.StringIO()
+    print_plan(Console(file=stream, width=80, highlight=False, soft_wrap=True), plan)
+    return stream.getvalue()
+
+
+def test_the_table_of_parts_fits_a_terminal(kernel_of) -> None:
+    sizes = {"d_model": 768, "num_heads": 12, "d_ff": 3072, "num_layers": 24, "max_seq_len": 2048}
+    text = printed(make_plan(kernel_of({**sizes, "attention_name": "mha"})))
+    (line,) = (line for line in text.splitlines() if " attention mha " in line)
+    assert " ".join(line.split()) == "attention mha 24 56,623,104 793 MFLOP 72.0 KiB all"
+    assert len(line) <= 80
+    assert "of training on 2048 tokens" in text
+    assert "in bfloat16; 144 MiB for a sequence of 2048 tokens" in text
+
+
+def test_the_json_of_a_plan_has_the_costs(capsys, profile) -> None:
+    assert run_command(app, "apt-train", ["-p", str(profile), "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    stage = plan["stages"][0]
+    assert stage["flops_per_token"] > 0 and stage["kv_cache_bytes_per_token"] > 0
+    assert {part["slot"] for part in plan["model"]["parts"]} == {
+        "attention", "ffn", "norm", "embeddings",
+    }  # fmt: skip
+
+
+# Bad input
+
+
+def test_every_wrong_size_is_reported_at_once_and_nothing_is_built(apt_train) -> None:
+    run = apt_train(
+        "--model.attention_pattern", "[mha, tva_default]", "--model.num_layers", "2",
+        "--model.d_model", "36", "--model.num_heads", "4", "--model.num_kv_heads", "3",
+        "--model.tva.rank", "5", "--model.ffn_name", "vft", "--model.vft.rank", "64",
+    )  # fmt: skip
+    assert run.code == 2
+    head, *lines = run.err.splitlines()
+    assert head == "error: 4 problems:"
+    assert [line.split(": ")[1] for line in lines] == [
+        "model.num_kv_heads", "model.tva.rank", "model.d_model", "model.vft.rank",
+    ]  # fmt: skip
+    assert not run.folder.exists()
+
+
+PICKY = """
+from apt_core import ProviderSpec, hookimpl
+from apt_core.modeling.layers import MHAProvider
+from apt_core.providers.attention import AttentionSupport
+
+
+class Picky(MHAProvider):
+    supports = AttentionSupport(compile=False)
+
+    def create_layer(self, d_model, num_heads, **options):
+        if num_heads != 4:
+            raise ValueError(f"model.num_heads: {num_heads} are not for me: choose 4")
+        return super().create_layer(d_model, num_heads, **options)
+
+
+@hookimpl
+def apt_register_providers():
+    return [ProviderSpec("attention", "picky", Picky)]
+"""
+
+
+@pytest.fixture
+def picky(tmp_path: Path) -> tuple[str, ...]:
+    """The arguments that choose an attention which takes 4 heads and nothing else."""
+    path = tmp_path / "picky.py"
+    path.write_text(PICKY, encoding="utf-8")
+    return ("--plugin", str(path), "--model.attention_name", "picky")
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_size_that_a_plugins_attention_refuses_is_bad_input(apt_train, picky, more) -> None:
+    run = apt_train(*picky, "--model.num_heads", "2", *more)
+    assert run.code == 2, run.out
+    assert "provider attention:picky of plugin picky" in run.err
+    assert "model.num_heads: 2 are not for me: choose 4" in run.err
+    assert "Traceback" not in run.err and not run.folder.exists()
+
+
+def test_a_size_that_only_the_probe_has_is_no_reason_to_fall_back(apt_train, picky) -> None:
+    sizes = ("--model.d_model", "32", "--model.num_heads", "4")
+    vft = ("--model.ffn_name", "vft", "--model.vft.rank", "32")
+    run = apt_train(*picky, *sizes, *vft, "--training.max_steps", "1")
+    assert run.code == 0, run.err
+    used = {row["slot"]: row["used"] for row in run.manifest["providers"]}
+    assert (used["attention"], used["ffn"]) == ("picky", "vft")
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_what_a_layer_of_the_core_refuses_is_bad_input_that_names_the_key(
+    apt_train, monkeypatch, more
+) -> None:
+    monkeypatch.setattr("apt_core.config.checks.COLLECTORS", ())
+    run = apt_train("--model.tva.rank", "4096", *more)
+    assert run.code == 2, run.out
+    assert run.err.startswith("error: model.tva.rank: 4096 is more than the width")
+
+
+def test_a_run_says_at_its_start_what_its_attention_does_not_claim(
+    apt_train, picky, monkeypatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    sizes = ("--model.d_model", "32", "--model.num_heads", "4")
+    run = apt_train(*picky, *sizes, "--training.compile", "true", "--training.max_steps", "1")
+    assert run.code == 0, run.err
+    assert "training.compile: attention:picky (plugin picky) does not claim" in run.out
