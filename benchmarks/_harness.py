@@ -11,6 +11,8 @@ where ``measure(report, quick)`` fills the report::
         times = interleave({"guarded": guarded, "stock": stock}, baseline="stock", rounds=50)
         report.ratio("guarded_over_stock", times, "guarded", over="stock")
         report.noise("stock_over_stock", times)
+
+``report.table``, ``report.plot`` and ``report.note`` add what a list of figures cannot show.
 """
 
 from __future__ import annotations
@@ -23,17 +25,17 @@ import platform
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import repeat
 from pathlib import Path
 from time import perf_counter_ns
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
-from render import facts, figure, interval
+from render import cell, facts, figure, interval
 
 RESAMPLES = 2000
 """Bootstrap resamples behind every interval."""
@@ -148,6 +150,22 @@ def _calls_that_last(call: Callable[[], object], milliseconds: float) -> int:
     return max(1, round(calls * milliseconds * 1e6 / elapsed))
 
 
+@dataclass(frozen=True)
+class Series:
+    """One line of a plot; ``low`` and ``high``, where there are any, bound each ``y``."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        bounded = len(self.low) == len(self.high) and len(self.low) in (0, len(self.x))
+        if len(self.y) != len(self.x) or not bounded:
+            raise ValueError(f"the points of series {self.label!r} do not pair up")
+
+
 @dataclass
 class Report:
     """The figures of one benchmark. Names are stable and carry their unit (``step_ms``) unless
@@ -193,6 +211,52 @@ class Report:
         samples = {times.baseline: times.samples[times.baseline], "again": times.again}
         self.add(name, ratio.value, spread=(ratio.low, ratio.high), samples=samples)
 
+    def table(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str | float]]
+    ) -> None:
+        """Record a table for the page; numbers are rounded as the figures are.
+
+        Raises ValueError for a row that has not as many cells as there are columns.
+        """
+        if any(len(row) != len(columns) for row in rows):
+            raise ValueError(f"table {title!r}: every row needs {len(columns)} cells")
+        table = {"title": title, "columns": list(columns), "rows": [list(row) for row in rows]}
+        self.raw.setdefault("tables", []).append(table)
+
+    def plot(
+        self,
+        name: str,
+        title: str,
+        *,
+        x_label: str,
+        y_label: str,
+        series: Sequence[Series],
+        x_scale: Literal["linear", "log"] = "linear",
+        y_scale: Literal["linear", "log"] = "linear",
+    ) -> None:
+        """Record a plot; ``render.py`` draws it as ``docs/figures/<benchmark>-<name>.svg``.
+
+        Raises ValueError for a name that is already there.
+        """
+        plots = self.raw.setdefault("plots", [])
+        if any(plot["name"] == name for plot in plots):
+            raise ValueError(f"plot {name!r} is there already")
+        plots.append(
+            {
+                "name": name,
+                "title": title,
+                "x_label": x_label,
+                "y_label": y_label,
+                "x_scale": x_scale,
+                "y_scale": y_scale,
+                "series": [asdict(line) for line in series],
+            }
+        )
+
+    def note(self, text: str) -> None:
+        """Record a paragraph or list in Markdown for the page, below the figures."""
+        self.raw.setdefault("notes", []).append(text)
+
     def write(self, path: Path) -> None:
         """Write the JSON that ``render.py`` reads."""
         content = {
@@ -213,7 +277,18 @@ class Report:
         for name, value in self.figures.items():
             table.add_row(name, figure(value), interval(self.raw.get("spread", {}).get(name)))
         console.print(table)
+        for extra in self.raw.get("tables", []):
+            console.print(_shown(extra))
         console.print(facts(self.machine), facts(self.versions), sep="\n", style="dim")
+
+
+def _shown(table: Mapping[str, Any]) -> Table:
+    shown = Table(title=table["title"], title_justify="left")
+    for number, column in enumerate(table["columns"]):
+        shown.add_column(column, justify="right" if number else "left")
+    for row in table["rows"]:
+        shown.add_row(*(cell(value) for value in row))
+    return shown
 
 
 def describe_machine() -> dict[str, Any]:

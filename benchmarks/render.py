@@ -1,16 +1,19 @@
-"""Write docs/performance.md from benchmarks/results/*.json; with --check, only compare."""
+"""Write docs/performance.md and docs/figures/ from benchmarks/results/*.json; --check compares."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Standard library only: the page is checked where neither APT nor its dependencies are installed.
+# Standard library only, except for drawing: the page is checked where neither APT nor its
+# dependencies are installed.
 ROOT = Path(__file__).resolve().parent.parent
+DRAWING = Path(__file__).with_name("plots.py")
 
 HEAD = """\
 # Performance
@@ -25,32 +28,73 @@ This page is rendered from `benchmarks/results/` by `python benchmarks/render.py
 
 def render(results: Path) -> str:
     """The whole page, one section a result, in the order of file names."""
-    sections = [_section(path) for path in sorted(results.glob("*.json"))]
+    sections = [_section(path.stem, _read(path)) for path in sorted(results.glob("*.json"))]
     return "\n".join([HEAD, *sections])
 
 
-def _section(path: Path) -> str:
+def plots(results: Path) -> dict[str, dict[str, Any]]:
+    """The plots of all results by the name of their file."""
+    return {
+        _file_name(path.stem, plot): plot
+        for path in sorted(results.glob("*.json"))
+        for plot in _read(path)["raw"].get("plots", [])
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    spread = result["raw"].get("spread", {})
-    rows = [
-        f"| `{name}` | {figure(value)} | {interval(spread.get(name))} |"
+    return result
+
+
+def _file_name(benchmark: str, plot: Mapping[str, Any]) -> str:
+    return f"{benchmark}-{plot['name']}.svg"
+
+
+def _section(benchmark: str, result: Mapping[str, Any]) -> str:
+    raw = result["raw"]
+    spread = raw.get("spread", {})
+    figures = [
+        [f"`{name}`", figure(value), interval(spread.get(name))]
         for name, value in result["figures"].items()
     ]
-    return "\n".join(
-        [
-            f"## {result['question']}",
-            "",
-            f"`benchmarks/{path.stem}.py`",
-            "",
-            "| figure | value | 95% interval |",
-            "|---|---:|---:|",
-            *rows,
-            "",
-            f"Machine: {facts(result['machine'])}.",
-            f"Versions: {facts(result['versions'])}.",
-            "",
-        ]
-    )
+    parts = [
+        f"## {result['question']}",
+        f"`benchmarks/{benchmark}.py`",
+        _table(["figure", "value", "95% interval"], figures),
+        *raw.get("notes", []),
+        *(
+            f"![{plot['title']}](figures/{_file_name(benchmark, plot)})"
+            for plot in raw.get("plots", [])
+        ),
+        *(
+            f"**{table['title']}**\n\n{_table(table['columns'], table['rows'])}"
+            for table in raw.get("tables", [])
+        ),
+        f"Machine: {facts(result['machine'])}.\nVersions: {facts(result['versions'])}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table: the first column to the left, the others to the right."""
+    lines = [columns, *([cell(value) for value in row] for row in rows)]
+    head, *body = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, "|---|" + "---:|" * (len(columns) - 1), *body])
+
+
+def cell(value: str | float) -> str:
+    """A cell of a table: text as it is, numbers as figures."""
+    return value if isinstance(value, str) else figure(value)
+
+
+def _digest(plot: Mapping[str, Any]) -> str:
+    """What a figure is drawn from: its data and the code that draws it."""
+    data = json.dumps(plot, sort_keys=True).encode()
+    return f"sha256:{hashlib.sha256(DRAWING.read_bytes() + data).hexdigest()}"
+
+
+def _is_current(path: Path, plot: Mapping[str, Any]) -> bool:
+    return path.exists() and _digest(plot) in path.read_text(encoding="utf-8")
 
 
 def figure(value: float) -> str:
@@ -75,20 +119,34 @@ def facts(mapping: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write or check the page; 1 when ``--check`` finds it out of date."""
+    """Write or check the page and its figures; 1 when ``--check`` finds something out of date."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing, fail if out of date")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "performance.md")
     options = parser.parse_args(argv)
     page = render(options.results)
+    folder = options.page.parent / "figures"
+    figures = {folder / name: plot for name, plot in plots(options.results).items()}
+    old = [path for path, plot in figures.items() if not _is_current(path, plot)]
     if not options.check:
         options.page.write_text(page, encoding="utf-8")
+        _draw({path: figures[path] for path in old})
         return 0
-    if options.page.exists() and options.page.read_text(encoding="utf-8") == page:
-        return 0
-    print(f"{options.page} is out of date: run python benchmarks/render.py", file=sys.stderr)
-    return 1
+    if not options.page.exists() or options.page.read_text(encoding="utf-8") != page:
+        old.append(options.page)
+    for path in old:
+        print(f"{path} is out of date: run python benchmarks/render.py", file=sys.stderr)
+    return 1 if old else 0
+
+
+def _draw(figures: Mapping[Path, Mapping[str, Any]]) -> None:
+    if not figures:
+        return
+    from plots import draw  # matplotlib is needed only where something is drawn
+
+    for path, plot in figures.items():
+        draw(plot, path, _digest(plot))
 
 
 if __name__ == "__main__":

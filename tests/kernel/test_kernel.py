@@ -74,6 +74,18 @@ def test_a_profile_without_plugins_has_none_and_the_cores_providers(install: Ins
     assert ("attention", "tva_default") in kernel.named_providers()
 
 
+def test_no_positions_is_no_provider() -> None:
+    named = boot({"model": {"position_name": "none"}}).named_providers()
+    assert "position" not in dict(named)
+
+
+def test_a_pattern_takes_the_place_of_the_attention() -> None:
+    model = {"attention_name": "tva_default", "attention_pattern": ["mha"]}
+    attentions = [name for kind, name in boot({"model": model}).named_providers()
+                  if kind == "attention"]  # fmt: skip
+    assert attentions == ["mha"]
+
+
 def test_a_run_activates_what_the_profile_and_the_command_line_name(
     install: Install, write: Write
 ) -> None:
