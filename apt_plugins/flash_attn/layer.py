@@ -38,5 +38,6 @@ class FlashTVAProvider(TVAProvider):
 
     name = "flash_v2"
     version = "2.0.0"
-    dependencies = ("flash-attn>=2.0",)
+    # Since 2.1 the last query sees every key, however many come from a cache.
+    dependencies = ("flash-attn>=2.1",)
     layer_class = FlashTVAAttention

@@ -69,7 +69,7 @@ def test_the_probe_finds_flash_unusable_on_a_cpu():
 def test_the_plugin_says_what_its_provider_needs():
     (spec,) = apt_register_providers()
     assert (spec.key, spec.version, spec.section) == ("attention:flash_v2", "2.0.0", "model.tva")
-    assert list(spec.requires) == ["flash-attn>=2.0"]
+    assert list(spec.requires) == ["flash-attn>=2.1"]
     assert not spec.default
     assert PLUGIN.version == "2.0.0"
 
