@@ -273,7 +273,7 @@ class Report:
         """Print the figures as a table."""
         table = Table("figure", title=self.question, title_justify="left")
         table.add_column("value", justify="right")
-        table.add_column("95% interval", justify="right")
+        table.add_column("interval", justify="right")
         for name, value in self.figures.items():
             table.add_row(name, figure(value), interval(self.raw.get("spread", {}).get(name)))
         console.print(table)

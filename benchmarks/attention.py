@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from _harness import Report, Series, Timings, interleave, run
 from apt_core.providers import AttentionProvider
@@ -117,20 +117,11 @@ def timed(calls: Calls, rounds: int) -> Timings:
 
 
 def held_bytes(layer: nn.Module, tokens: int) -> int:
-    """The memory behind the keys and values of a cache that ``tokens`` tokens fill."""
+    """The memory of a cache that ``tokens`` tokens fill."""
     cache = layer.create_cache(tokens)
-    append = cache.append
-    memory: dict[int, int] = {}
-
-    def watched(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        held: tuple[Tensor, Tensor] = append(key, value)
-        memory.update((t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in held)
-        return held
-
-    cache.append = watched
     with torch.no_grad():
         layer(torch.randn(1, tokens, D_MODEL), cache=cache)
-    return sum(memory.values())
+    return int(cache.nbytes)
 
 
 def count_bytes(layers: Layers, tokens: int) -> dict[str, int]:

@@ -20,8 +20,8 @@ from torch import nn
 
 from _harness import Report, Series, interleave, run
 from apt_core.kernel import boot
+from apt_core.modeling import ModelBuilder
 from apt_core.modeling.layers import SelfAttention
-from apt_core.registry import Registry
 from apt_core.training import Trainer
 from apt_core.training.loss import cross_entropy_sum
 from apt_core.training.prepare import Parts, prepare
@@ -98,16 +98,16 @@ VARIANTS = {
 
 
 def cost(variant: Variant) -> Cost:
-    built = variant.prepared().model
+    kernel = boot(variant.profile(1, 0))
+    model = kernel.config.model
+    with torch.device("meta"):
+        built = ModelBuilder(kernel.config, kernel.registry).build_model()
     parameters = sum(p.numel() for p in built.parameters())
-    model = boot(variant.profile(1, 0)).config.model
-    registry = Registry()
-    section = model.mha if model.attention_name == "mha" else model.tva
-    provider = registry.get("attention", model.attention_name, section)
-    kv_bytes = model.num_layers * provider.kv_cache_bytes(
+    kv_bytes = kernel.registry.get("attention", model.attention_name).kv_cache_bytes(
         model.d_model, model.num_heads, 1, num_kv_heads=model.num_kv_heads, bytes_per_value=4
     )
-    return Cost(parameters + sum(map(fused_away, built.modules())), kv_bytes)
+    fused = parameters + sum(map(fused_away, built.modules()))
+    return Cost(fused, model.num_layers * kv_bytes)
 
 
 def fused_away(layer: nn.Module) -> int:
@@ -249,10 +249,10 @@ def point(variant: Variant, cost: Cost, losses: Sequence[float]) -> Series:
 
 PLOTTED = ("mha", "mha_qk_norm", "gqa", "mqa", "default", "tva_r4")
 NOTE = """\
-Intervals are the range over seeds. "Equal parameters" widens the feed-forward of TVA by what its \
-fused projections save; "equal KV" compares with grouped-query attention of the same cache. One \
-backbone at one small size, a few passes over a third of a megabyte: a difference of a hundredth \
-means little elsewhere, and at equal steps more rank has always been better here."""
+Intervals of losses are the range over the seeds, those of times 95% of bootstrap resamples. "Equal \
+parameters" widens the feed-forward of TVA by what its fused projections save; "equal KV" compares \
+with grouped-query attention of the same cache. This is one backbone at one small size, trained for \
+one and a half passes over a third of a megabyte: what is a hundredth here may be nothing elsewhere."""
 
 
 if __name__ == "__main__":

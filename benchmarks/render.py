@@ -19,7 +19,8 @@ HEAD = """\
 # Performance
 
 Each section answers one question with `benchmarks/<name>.py`. Sides are timed in turns in one run;
-a ratio is one of medians, its interval covers 95% of bootstrap resamples of the rounds.
+a ratio is one of medians, its interval covers 95% of bootstrap resamples of the rounds, unless the
+section says otherwise.
 Figures that compare a peer with itself (A/A) show what the machine's noise alone does.
 
 This page is rendered from `benchmarks/results/` by `python benchmarks/render.py`.
@@ -60,7 +61,7 @@ def _section(benchmark: str, result: Mapping[str, Any]) -> str:
     parts = [
         f"## {result['question']}",
         f"`benchmarks/{benchmark}.py`",
-        _table(["figure", "value", "95% interval"], figures),
+        _table(["figure", "value", "interval"], figures),
         *raw.get("notes", []),
         *(
             f"![{plot['title']}](figures/{_file_name(benchmark, plot)})"

@@ -145,7 +145,7 @@ class ModelSection(Section):
 
     d_model: Size = Field(default=128, description="Width of the residual stream.")
     num_heads: Size = Field(default=4, description="Attention heads; divides d_model.")
-    num_layers: Annotated[int, Field(ge=1, le=2**16)] = Field(
+    num_layers: Annotated[int, Field(ge=1, le=2**12)] = Field(
         default=4, description="Number of blocks."
     )
     d_ff: Size = Field(default=512, description="Hidden width of the feed-forward.")

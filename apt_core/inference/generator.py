@@ -44,7 +44,8 @@ def generate(
     training = model.training
     model.eval()
     try:
-        reader = _Reader(model, max_seq_len, device)
+        room = min(max_seq_len, start + request.max_new_tokens)
+        reader = _Reader(model, max_seq_len, room, device)
         for _ in range(request.max_new_tokens):
             if interrupted():
                 break
@@ -79,20 +80,25 @@ class _Reader:
     """The logits after a growing text. Each token is computed once for each place of the window
     where the model has caches; where it has none, the window is computed anew for every token."""
 
-    def __init__(self, model: nn.Module, max_seq_len: int, device: torch.device) -> None:
-        self._model, self._max_seq_len, self._device = model, max_seq_len, device
-        self._create: Callable[[int], Any] = getattr(model, "create_caches", lambda length: None)
-        self._caches = self._create(max_seq_len)
+    def __init__(self, model: nn.Module, max_seq_len: int, room: int, device: torch.device) -> None:
+        """``room`` is for how many tokens caches are made."""
+        self._model, self._max_seq_len, self._room = model, max_seq_len, room
+        self._device = device
         self._start = self._read = 0
+        self._caches = self._new_caches()
         if self._caches is None:
             log.info("generation computes the whole text anew for every token: no cache")
+
+    def _new_caches(self) -> Any:
+        create = getattr(self._model, "create_caches", None)
+        return None if create is None else create(self._room)
 
     def read(self, ids: list[int]) -> tuple[Tensor, Tensor]:
         """``ids`` extends what was read before. The window [1, S] and the fp32 logits [V]."""
         start = window_start(len(ids), self._max_seq_len)
         if start != self._start:
             self._start = self._read = start
-            self._caches = self._caches and self._create(self._max_seq_len)
+            self._caches = self._new_caches()
         window = torch.tensor([ids[start:]], device=self._device)
         if self._caches is None:
             output = self._model(window)

@@ -20,7 +20,8 @@ class KeyValueCache:
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add ``key`` and ``value`` [B, K, T, R]; return all that is held [B, K, S, R], as views.
 
-        Raises ValueError where there is no room for them.
+        The first call settles batch, heads, widths and types. Raises ValueError where there is no
+        room, and for another batch or number of heads than the first.
         """
         start, end = self.length, self.length + key.shape[2]
         if end > self.max_length:
@@ -31,10 +32,21 @@ class KeyValueCache:
             batch, heads, _, width = key.shape
             self._keys = key.new_empty(batch, heads, self.max_length, width)
             self._values = value.new_empty(batch, heads, self.max_length, value.shape[-1])
+        elif key.shape[:2] != self._keys.shape[:2]:
+            raise ValueError(
+                f"a cache of {list(self._keys.shape[:2])} texts and heads cannot take "
+                f"{list(key.shape[:2])}: create another one"
+            )
         self._keys[:, :, start:end] = key
         self._values[:, :, start:end] = value
         self.length = end
         return self._keys[:, :, :end], self._values[:, :, :end]
+
+    @property
+    def nbytes(self) -> int:
+        """What the cache takes: nothing before the first ``append``, then room for all."""
+        held = [part for part in (self._keys, self._values) if part is not None]
+        return sum(part.numel() * part.element_size() for part in held)
 
     def truncate(self, length: int) -> None:
         """Forget what is held from position ``length`` on. Raises ValueError above ``length``."""

@@ -18,7 +18,10 @@ class DecodingCache(Protocol):
     """What decoding needs of a layer's cache: one object a layer, made by the layer.
 
     What else it does is between the layer and its cache: softmax attention appends keys and values
-    (:class:`apt_core.modeling.KeyValueCache`), a recurrent layer keeps its state.
+    (:class:`apt_core.modeling.KeyValueCache`), a recurrent layer keeps its state. A cache may offer
+    ``truncate(length)``, to forget what came after, and ``nbytes``, the memory that it takes, which
+    is then checked against ``kv_cache_bytes``. The name ``fork`` is kept for continuing a text in
+    several ways.
     """
 
     @property
@@ -49,7 +52,7 @@ class AttentionProvider(Provider, ABC):
     - Position t sees positions 0..t of its own row only, with or without ``mask``.
     - ``mask``: boolean, True where attention is allowed, broadcastable to [B, H, T, S]; it narrows
       the causal rule. A position that is left with nothing to see gives finite values and
-      gradients. Any other mask is a ValueError.
+      gradients. Any other mask is a ValueError, and so is every mask where masks are not supported.
     - ``positions``: int64 [T] or [B, T], the place of each token in its sequence; by default
       0..T-1, or from ``cache.length`` on.
     - ``cache``: what ``layer.create_cache(max_length)`` gave, a :class:`DecodingCache` for up to

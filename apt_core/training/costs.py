@@ -28,10 +28,6 @@ from apt_core.types import ProviderSpec
 BACKWARD_AND_FORWARD = 3
 CACHE_DTYPE, CACHE_BYTES = "bfloat16", 2
 
-WHOLE_UP_TO = 128
-"""Layers of a model that is built whole to count its parameters, which takes a third of a second;
-a deeper one is taken to grow as it does up to there."""
-
 LAYERS = ("attention", "ffn", "norm")
 
 Part = tuple[str, str]
@@ -172,29 +168,12 @@ def supported(provider: Any) -> dict[str, bool] | None:
     return asdict(supports)
 
 
-def count_parameters(
-    config: Config, registry: ProviderSource, *, whole_up_to: int = WHOLE_UP_TO
-) -> Counter[Part]:
+def count_parameters(config: Config, registry: ProviderSource) -> Counter[Part]:
     """Parameters by part; those of no layer (embeddings, output projection, what else a backbone
-    has) count as the embeddings'.
-
-    A model of more than ``whole_up_to`` layers is counted from two short ones: every repetition of
-    ``model.attention_pattern`` adds the same parameters.
-    """
-    layers, period = config.model.num_layers, len(config.model.attention_pattern or ("one",))
-    short = period + layers % period
-    if layers <= max(whole_up_to, short + period):
-        return _count(config, registry, layers)
-    first, second = (_count(config, registry, n) for n in (short, short + period))
-    repetitions = (layers - short) // period
-    return Counter({part: n + (second[part] - n) * repetitions for part, n in first.items()})
-
-
-def _count(config: Config, registry: ProviderSource, num_layers: int) -> Counter[Part]:
-    model = config.model.model_copy(update={"num_layers": num_layers})
+    has) count as the embeddings'."""
     noting = _NotingRegistry(registry)
     with torch.device("meta"):
-        built = ModelBuilder(config.model_copy(update={"model": model}), noting).build_model()
+        built = ModelBuilder(config, noting).build_model()
     owners = {
         id(parameter): part for part, layer in noting.made for parameter in layer.parameters()
     }

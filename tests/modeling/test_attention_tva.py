@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from apt_core.config import Config
 from apt_core.modeling.layers import RoPEProvider, TVAProvider, TVASettings
@@ -107,39 +108,31 @@ def test_compress_and_lift_start_orthonormal():
     torch.testing.assert_close(layer.lift.T @ layer.lift, eye, atol=1e-6, rtol=0)
 
 
-class GrowingCache:
-    def __init__(self):
-        self.held = None
-
-    @property
-    def length(self):
-        return 0 if self.held is None else self.held[0].shape[2]
-
-    def append(self, key, value):
-        new = (key, value)
-        if self.held is not None:
-            new = tuple(torch.cat(pair, dim=2) for pair in zip(self.held, new, strict=True))
-        self.held = new
-        return new
-
-
-def test_any_cache_that_appends_will_do_and_it_holds_the_rank_alone(attention_of):
-    layer, cache = attention_of("tva_default", {"r": 2, "s": 2}, 2).layer(), GrowingCache()
-    x = torch.randn(2, 9, 32, dtype=torch.float64)
-    parts = [layer(part, cache=cache) for part in x.split([3, 1, 5], dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), layer(x), **EXACT)
-    assert cache.held[0].shape == cache.held[1].shape == (2, 2, 9, layer.rank)
-
-
-def test_a_cache_keeps_the_weights_of_when_it_was_made(attention_of):
+def test_a_cache_keeps_the_weights_of_its_first_tokens(attention_of):
     layer = attention_of("tva_default", {"r": 2, "s": 2}).layer()
     x = torch.randn(1, 4, 32, dtype=torch.float64)
     before, cache = layer(x), layer.create_cache(4)
     with torch.no_grad():
+        layer(x[:, :1], cache=cache)
         for name in ("qkv_weight", "lift", "compensator.basis", "compensator.normal_weight"):
             layer.get_parameter(name).mul_(torch.rand_like(layer.get_parameter(name)))
-        torch.testing.assert_close(layer(x, cache=cache), before, **EXACT)
+        torch.testing.assert_close(layer(x[:, 1:], cache=cache), before[:, 1:], **EXACT)
     assert not torch.allclose(layer(x), before, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_kv_heads", [None, 2])
+@pytest.mark.parametrize("r", [2, 4])
+def test_flops_are_those_of_the_fused_layer_without_forming_it(r, num_kv_heads):
+    provider = TVAProvider({"r": r})
+    with torch.device("meta"):
+        layer = provider.create_layer(64, 4, num_kv_heads=num_kv_heads)
+        x = torch.empty(1, 48, 64)
+    with FlopCounterMode(display=False) as whole:
+        layer(x)
+    with FlopCounterMode(display=False) as forming:
+        layer.projections()
+    told = provider.flops(64, 4, 48, num_kv_heads=num_kv_heads)
+    assert told + forming.get_total_flops() == whole.get_total_flops()
 
 
 def test_s_zero_turns_the_compensator_off():

@@ -70,3 +70,19 @@ def test_a_cache_cannot_be_cut_to_what_it_never_held(length):
     with pytest.raises(ValueError, match=f"a cache of 3 tokens cannot be cut to {length}"):
         cache.truncate(length)
     assert cache.length == 3
+
+
+@pytest.mark.parametrize("other", [{"batch": 1}, {"batch": 3}, {"heads": 1}], ids=str)
+def test_a_cache_takes_no_other_batch_than_its_first(other):
+    cache = KeyValueCache(6)
+    cache.append(*pair(3))
+    with pytest.raises(ValueError, match=r"a cache of \[2, 3\] texts and heads cannot take"):
+        cache.append(*pair(1, **other))
+    assert cache.length == 3
+
+
+def test_it_takes_room_for_all_from_the_first_tokens_on():
+    cache = KeyValueCache(6)
+    assert cache.nbytes == 0
+    cache.append(*pair(1))
+    assert cache.nbytes == 2 * 3 * 6 * (4 + 2) * 4

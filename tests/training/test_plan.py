@@ -22,7 +22,7 @@ from apt_core.modeling import ModelBuilder
 from apt_core.modeling.layers import MHAProvider
 from apt_core.plugin_manager import PluginManager
 from apt_core.providers.attention import AttentionSupport
-from apt_core.training.costs import count_parameters, support_notices
+from apt_core.training.costs import support_notices
 from apt_core.training.plan import make_plan, print_plan
 
 SIZES = {"d_model": 32, "num_heads": 4, "d_ff": 48, "num_layers": 3, "max_seq_len": 16}
@@ -53,21 +53,10 @@ class Duck:
         return self._inner.create_layer(d_model, num_heads, **options)
 
 
-class Shared(MHAProvider):
-    """One layer for all, as in ALBERT."""
-
-    _layer: nn.Module | None = None
-
-    def create_layer(self, d_model: int, num_heads: int, **options: Any) -> nn.Module:
-        if self._layer is None or self._layer.d_model != d_model:
-            self._layer = super().create_layer(d_model, num_heads, **options)
-        return self._layer
-
-
 class Plugin:
     @hookimpl
     def apt_register_providers(self) -> list[ProviderSpec]:
-        factories = {"recomputing": Recomputing, "failing": Failing, "duck": Duck, "shared": Shared}
+        factories = {"recomputing": Recomputing, "failing": Failing, "duck": Duck}
         return [ProviderSpec("attention", name, factory) for name, factory in factories.items()]
 
 
@@ -230,31 +219,6 @@ def test_parameters_are_those_of_the_model_by_part(kernel_of) -> None:
     }
     assert {part["slot"]: part["params"] for part in plan["model"]["parts"]} == expected
     assert plan["stages"][0]["params_total"] == sum(p.numel() for p in model.parameters())
-
-
-@pytest.mark.parametrize("layers", [5, 6, 7, 8, 11])
-@pytest.mark.parametrize(
-    "pattern",
-    [None, ["mha", "tva_default"], ["mha", "tva_default", "tva_default"], ["shared", "mha"]],
-)
-def test_a_deep_model_is_counted_from_short_ones(kernel_of, pattern, layers) -> None:
-    kernel = kernel_of({"attention_pattern": pattern, "num_layers": layers, "ffn_name": "vft"})
-    whole = count_parameters(kernel.config, kernel.registry)
-    assert count_parameters(kernel.config, kernel.registry, whole_up_to=0) == whole
-    model = ModelBuilder(kernel.config, kernel.registry).build_model()
-    assert whole.total() == sum(p.numel() for p in model.parameters())
-
-
-def test_the_deepest_model_is_planned_without_building_all_of_it(kernel_of, monkeypatch) -> None:
-    built = []
-    create = MHAProvider.create_layer
-    monkeypatch.setattr(
-        MHAProvider, "create_layer", lambda *args, **kw: built.append(1) or create(*args, **kw)
-    )
-    plan = make_plan(kernel_of({"attention_name": "mha", "num_layers": 2**16}))
-    (part,) = rows(plan, "attention")
-    assert part["layers"] == 2**16 and part["params"] == 2**16 * 4 * 32 * 32
-    assert len(built) < 10
 
 
 # For people

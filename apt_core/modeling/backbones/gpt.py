@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,6 +13,8 @@ from apt_core.modeling.init import embedding_std, normal_
 from apt_core.providers.attention import DecodingCache
 from apt_core.providers.backbone import BackboneProvider
 from apt_core.types import ModelOutput
+
+log = logging.getLogger("apt.modeling")
 
 LOGIT_GAIN = 16.0
 """Where the gain of the final norm starts: the logits, read through small embeddings, are of the
@@ -94,7 +97,9 @@ class GPT(nn.Module):
         """One cache a block, for decoding up to ``max_length`` tokens; None where an attention has
         none."""
         layers = [block.attention for block in self.blocks]
-        if not all(hasattr(layer, "create_cache") for layer in layers):
+        without = {type(layer).__name__ for layer in layers if not hasattr(layer, "create_cache")}
+        if without:
+            log.info("%s has no create_cache", " and ".join(sorted(without)))
             return None
         return [layer.create_cache(max_length) for layer in layers]
 

@@ -1,7 +1,6 @@
 """The core's layers and their providers."""
 
 from apt_core.modeling.layers.attention import (
-    AttentionCache,
     SelfAttention,
     check_heads,
     check_mask,
@@ -26,7 +25,6 @@ from apt_core.modeling.layers.vft import VFT, VFTProvider, VFTSettings
 __all__ = [
     "GELU",
     "VFT",
-    "AttentionCache",
     "FeedForward",
     "GELUProvider",
     "LayerNormProvider",

@@ -15,12 +15,7 @@ from torch import Tensor, nn
 
 from apt_core.modeling.init import orthonormal_, reset_layer
 from apt_core.modeling.kv_cache import KeyValueCache
-from apt_core.modeling.layers.attention import (
-    AttentionCache,
-    SelfAttention,
-    check_heads,
-    visible,
-)
+from apt_core.modeling.layers.attention import SelfAttention, check_heads, visible
 from apt_core.modeling.layers.compensator import NormalCompensator
 from apt_core.providers.attention import AttentionProvider, AttentionSupport
 from apt_core.providers.base import read_settings
@@ -69,6 +64,16 @@ class TVASettings:
                 "(model.d_model / model.num_heads): choose a smaller rank"
             )
         return rank
+
+
+class TVACache(KeyValueCache):
+    """A cache that also keeps what the layer forms of its weights, from the first tokens on: they
+    would cost more than the tokens do. It serves until the weights change."""
+
+    def __init__(self, max_length: int) -> None:
+        super().__init__(max_length)
+        self.projections: tuple[Tensor, Tensor] | None = None
+        self.compensator_reads: Tensor | None = None
 
 
 class TVAAttention(SelfAttention):
@@ -135,12 +140,15 @@ class TVAAttention(SelfAttention):
         out = self.out_weight.view(-1, self.head_dim) @ self.lift
         return qkv.view(-1, self.d_model), out.view(self.d_model, -1)
 
-    @torch.no_grad()
-    def create_cache(self, max_length: int) -> AttentionCache:
-        cache = super().create_cache(max_length)
-        if self.compensator is not None:
-            cache.compensator_reads = self.compensator.reads()
-        return cache
+    def create_cache(self, max_length: int) -> TVACache:
+        return TVACache(max_length)
+
+    def projections_for(self, cache: KeyValueCache | None) -> tuple[Tensor, Tensor]:
+        if not isinstance(cache, TVACache):
+            return self.projections()
+        if cache.projections is None:
+            cache.projections = self.projections()
+        return cache.projections
 
     def forward(
         self,
@@ -153,7 +161,11 @@ class TVAAttention(SelfAttention):
         y = super().forward(x, mask=mask, positions=positions, cache=cache)
         if self.compensator is None:
             return y
-        return y + self.compensator(x, getattr(cache, "compensator_reads", None))
+        if not isinstance(cache, TVACache):
+            return y + self.compensator(x)
+        if cache.compensator_reads is None:
+            cache.compensator_reads = self.compensator.reads()
+        return y + self.compensator(x, cache.compensator_reads)
 
 
 class FactoredTVAAttention(TVAAttention):
@@ -227,6 +239,8 @@ class TVAProvider(AttentionProvider):
     def flops(
         self, d_model: int, num_heads: int, seq_len: int, *, num_kv_heads: int | None = None
     ) -> int:
+        """Of the fused layer. V W and W_o U, formed once a forward however many tokens it has, are
+        not counted."""
         rank = self.settings.rank_of(d_model // num_heads)
         heads, kv_heads = num_heads, num_kv_heads or num_heads
         projections = 2 * d_model * rank * (2 * heads + 2 * kv_heads) * seq_len

@@ -19,10 +19,11 @@ from apt_core.providers.ffn import FeedForwardProvider
 class FeedForward(nn.Module, ABC):
     """y = hidden(x) Dᵀ without biases, dropout on the hidden units; tokens do not mix.
 
-    A subclass says what the hidden units are, of ``up.weight`` [F, D] and, where ``reads_stream``
-    names it, ``gate.weight`` [F, D]; D is ``down.weight`` [D, F].
+    A subclass says what the hidden units are, of ``up.weight`` [F, D] and, if it is ``gated``,
+    ``gate.weight`` [F, D]; D is ``down.weight`` [D, F].
     """
 
+    gated: ClassVar[bool] = False
     reads_stream: ClassVar[tuple[str, ...]] = ("up.weight",)
 
     def __init__(self, d_model: int, d_ff: int, dropout: float = 0.0) -> None:
@@ -32,7 +33,7 @@ class FeedForward(nn.Module, ABC):
                 f"model.d_model and model.d_ff must be positive, not {d_model}, {d_ff}"
             )
         self.d_model, self.d_ff, self.dropout = d_model, d_ff, dropout
-        if "gate.weight" in self.reads_stream:
+        if self.gated:
             self.gate = nn.Linear(d_model, d_ff, bias=False)
         self.up = nn.Linear(d_model, d_ff, bias=False)
         self.down = nn.Linear(d_ff, d_model, bias=False)
@@ -68,6 +69,7 @@ class SwiGLU(FeedForward):
     together was slower on CPUs: its backward has to concatenate two gradients.
     """
 
+    gated = True
     reads_stream = ("gate.weight", "up.weight")
 
     def hidden(self, x: Tensor) -> Tensor:
@@ -90,7 +92,7 @@ class SquaredReLU(FeedForward):
 
     def hidden(self, x: Tensor) -> Tensor:
         positive = F.relu(self.up(x))
-        # The backward of square() takes a power: a product is more than twice as fast on CPUs.
+        # The backward of square() takes a power: a product is faster on CPUs.
         return positive * positive
 
 

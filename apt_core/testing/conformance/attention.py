@@ -96,7 +96,7 @@ def _builds(at: Attention) -> None:
 
 
 def _dropout(at: Attention) -> None:
-    layers.drops_in_training_alone(at.create, partial(at.create, dropout=0.5), at.input())
+    layers.drops_nothing_in_evaluation(at.create, partial(at.create, dropout=0.5), at.input())
 
 
 def _causal(at: Attention) -> None:

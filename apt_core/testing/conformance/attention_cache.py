@@ -103,7 +103,7 @@ def _truncated(at: Attention) -> None:
 
 @torch.no_grad()
 def _bytes(at: Attention) -> None:
-    """``kv_cache_bytes`` is what the keys and values that a cache holds take."""
+    """``kv_cache_bytes`` is what a cache that is full takes."""
     _caching(at)
     if not hasattr(at.provider, "kv_cache_bytes"):
         raise LeftOut("the provider does not tell its kv_cache_bytes")
@@ -122,19 +122,9 @@ def _bytes(at: Attention) -> None:
 
 
 def _held_bytes(layer: nn.Module, at: Attention) -> int:
-    """Bytes of the keys and values of one text, as ``append`` gives them back."""
+    """What the cache of one text takes."""
     cache = layer.create_cache(at.length)
-    if not hasattr(cache, "append"):
-        raise LeftOut("its cache holds no keys and values")
-    append = cache.append
-    held: list[Tensor] = []
-
-    def listening(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        held[:] = append(*arguments, **named)
-        return held[0], held[1]
-
-    cache.append = listening
+    if not hasattr(cache, "nbytes"):
+        raise LeftOut("its cache does not tell its nbytes")
     layer(at.input(batch=1), cache=cache)
-    if not held:
-        raise LeftOut("its cache holds no keys and values")
-    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+    return int(cache.nbytes)

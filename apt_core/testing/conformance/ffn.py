@@ -28,7 +28,7 @@ def ffn_checks(provider: Any) -> list[Check]:
         Check("deterministic", lambda: layers.deterministic(create, x)),
         Check(
             "dropout",
-            lambda: layers.drops_in_training_alone(create, partial(create, 0.5), x),
+            lambda: layers.drops_nothing_in_evaluation(create, partial(create, 0.5), x),
         ),
         Check("state dict", lambda: layers.loads_state(create, x)),
         Check("meta device", lambda: layers.builds_on_meta(create, x)),

@@ -111,7 +111,7 @@ def deterministic(create: Create, x: Tensor) -> None:
     assert built(create)(x).equal(layer(x)), "two layers of one seed differ"
 
 
-def drops_in_training_alone(create: Create, dropping: Create, x: Tensor) -> None:
+def drops_nothing_in_evaluation(create: Create, dropping: Create, x: Tensor) -> None:
     require_equal(built(dropping)(x), built(create)(x), "evaluated with a dropout of 0.5", 1e-6)
 
 
