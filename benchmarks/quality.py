@@ -249,10 +249,11 @@ def point(variant: Variant, cost: Cost, losses: Sequence[float]) -> Series:
 
 PLOTTED = ("mha", "mha_qk_norm", "gqa", "mqa", "default", "tva_r4")
 NOTE = """\
-Intervals of losses are the range over the seeds, those of times 95% of bootstrap resamples. "Equal \
-parameters" widens the feed-forward of TVA by what its fused projections save; "equal KV" compares \
-with grouped-query attention of the same cache. This is one backbone at one small size, trained for \
-one and a half passes over a third of a megabyte: what is a hundredth here may be nothing elsewhere."""
+Intervals of losses are the range over the seeds, those of times 95% of bootstrap resamples. \
+"Equal parameters" widens the feed-forward of TVA by what its fused projections save; "equal KV" \
+compares with grouped-query attention of the same cache. This is one backbone at one small size, \
+trained for one and a half passes over a third of a megabyte: a hundredth here may be nothing \
+elsewhere."""
 
 
 if __name__ == "__main__":
