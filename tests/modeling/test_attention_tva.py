@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from apt_core.config import Config
-from apt_core.modeling.layers import RoPEProvider, TVAProvider, TVASettings
+from apt_core.modeling.layers import RoPEProvider, TVAProvider
 from apt_core.modeling.layers.attention_tva import FactoredTVAAttention
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -207,8 +206,3 @@ def test_costs_fall_with_the_rank():
     assert full.kv_cache_bytes(64, 4, 10) == 2 * 64 * 10 * 2
     assert full.kv_cache_bytes(64, 4, 10) == 4 * quarter.kv_cache_bytes(64, 4, 10)
     assert quarter.flops(64, 4, 128) < full.flops(64, 4, 128)
-
-
-def test_the_layers_defaults_are_the_profiles():
-    profile = Config.from_dict({}).model.tva
-    assert TVASettings.read(profile) == TVASettings()

@@ -6,7 +6,6 @@ from pkgutil import resolve_name
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from apt_core.defaults import core_providers
@@ -67,34 +66,6 @@ def test_every_gradient_is_that_of_finite_differences(kind, name):
 
     arguments = [x.requires_grad_(x.is_floating_point()), *layer.parameters()]
     assert torch.autograd.gradcheck(call, arguments)
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(("kind", "name"), PROVIDERS)
-def test_compiling_breaks_no_graph_and_changes_nothing(kind, name, training):
-    layer = layer_of(kind, name, dropout=0.1 if training else 0.0).train(training)
-    x = input_of(kind, name)
-    torch.compiler.reset()
-    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
-    if y.requires_grad:
-        y.sum().backward()
-        assert all(parameter.grad is not None for parameter in layer.parameters())
-    layer.eval()
-    torch.testing.assert_close(
-        torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x)
-    )
-
-
-@pytest.mark.parametrize(("kind", "name"), PROVIDERS)
-def test_no_value_of_a_tensor_is_read(kind, name):
-    x = input_of(kind, name)
-    with FakeTensorMode() as mode:
-        layer = build(kind, name, dropout=0.1)
-        fake = mode.from_tensor(x.requires_grad_(x.is_floating_point()))
-        y = layer(fake)
-        y.sum().backward()
-    assert y.shape == (*x.shape, WIDTH)[: y.ndim]
-    assert all(parameter.grad.shape == parameter.shape for parameter in layer.parameters())
 
 
 @pytest.mark.parametrize(("kind", "name"), PROVIDERS)
