@@ -85,13 +85,13 @@ class _Reader:
         self._model, self._max_seq_len, self._room = model, max_seq_len, room
         self._device = device
         self._start = self._read = 0
+        self._create = getattr(model, "create_caches", None)
         self._caches = self._new_caches()
         if self._caches is None:
             log.info("generation computes the whole text anew for every token: no cache")
 
     def _new_caches(self) -> Any:
-        create = getattr(self._model, "create_caches", None)
-        return None if create is None else create(self._room)
+        return None if self._create is None else self._create(self._room)
 
     def read(self, ids: list[int]) -> tuple[Tensor, Tensor]:
         """``ids`` extends what was read before. The window [1, S] and the fp32 logits [V]."""
@@ -100,12 +100,14 @@ class _Reader:
             self._start = self._read = start
             self._caches = self._new_caches()
         window = torch.tensor([ids[start:]], device=self._device)
-        if self._caches is None:
-            output = self._model(window)
-        else:
+        if self._caches is not None:
             output = self._model(window[:, self._read - start :], caches=self._caches)
             self._read = len(ids)
-        return window, output.logits[0, -1].float()
+            if all(cache.length == window.shape[1] for cache in self._caches):
+                return window, output.logits[0, -1].float()
+            log.warning("a cache does not hold what its layer read: computing everything anew")
+            self._create = self._caches = None
+        return window, self._model(window).logits[0, -1].float()
 
 
 def sample(logits: Tensor, request: GenerationRequest, generator: torch.Generator) -> int:

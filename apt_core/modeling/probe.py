@@ -37,7 +37,7 @@ def probe_layer(
             initialize_parameters(layer, seed=0)
             layer.to(device)
             x = torch.randn(2, 8, d_model).to(device).requires_grad_()
-            y = layer(x)
+            y = layer(x, mask=None, positions=None, cache=None) if kind == "attention" else layer(x)
             if y.shape != x.shape:
                 return f"its layer maps {tuple(x.shape)} to {tuple(y.shape)}"
             y.square().mean().backward()

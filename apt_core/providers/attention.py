@@ -58,7 +58,8 @@ class AttentionProvider(Provider, ABC):
     - ``cache``: what ``layer.create_cache(max_length)`` gave, a :class:`DecodingCache` for up to
       ``max_length`` tokens of texts that grow together. The layer adds what it needs of x and
       attends to all that came before: feeding a sequence in pieces gives what feeding it whole
-      gives. A layer without ``create_cache`` is decoded by computing everything anew.
+      gives. A layer without ``create_cache``, or whose ``create_cache`` gives None, is decoded by
+      computing everything anew.
     - More than ``max_seq_len`` tokens, cached ones included, are a ValueError that names
       ``model.max_seq_len``.
     - No value is read on the host, dropout acts in training alone, evaluation is deterministic, and

@@ -294,6 +294,16 @@ def test_a_mask_that_cannot_be_meant_is_refused(attention, mask, said):
         attention.layer()(tokens(), mask=mask)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (T,), (1, T), (B, 1, 1, T)])
+def test_one_query_takes_a_mask_of_any_form(attention, shape):
+    layer, x = attention.layer(), tokens()
+    cache, mask = layer.create_cache(T), torch.ones(shape, dtype=torch.bool)
+    with torch.no_grad():
+        layer(x[:, :-1], cache=cache)
+        last = layer(x[:, -1:], mask=mask, cache=cache)
+    torch.testing.assert_close(last, layer(x)[:, -1:], **EXACT)
+
+
 def test_a_mask_must_cover_what_the_cache_holds(attention):
     layer = attention.layer()
     cache = layer.create_cache(16)

@@ -114,6 +114,14 @@ def assert_one_graph(module, x, **packed):
     assert not torch.allclose(dropped["y"], answers[0])
 
 
+def test_one_graph_serves_every_length(attention):
+    layer = attention.layer().eval()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for length in (5, 9, 12, 7):
+        x = torch.randn(2, length, 32, dtype=torch.float64)
+        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-12, atol=1e-12)
+
+
 @pytest.fixture
 def packed():
     documents = torch.tensor([[0] * 4 + [1] * 5, [0] * 7 + [1] * 2])

@@ -253,3 +253,12 @@ def test_a_model_that_cannot_be_built_says_so_before_it_runs(shelf, tiny, model_
     tiny["model"] |= model_section
     with pytest.raises(ConfigError, match=rf"{key}\b"):
         ModelBuilder(tiny, shelf).build_model()
+
+
+def test_one_layer_without_a_cache_leaves_the_model_without(shelf, tiny, caplog):
+    caplog.set_level("INFO", "apt.modeling")
+    model = ModelBuilder(tiny, shelf).build_model()
+    assert len(model.create_caches(4)) == 2
+    model.blocks[1].attention.create_cache = lambda max_length: None
+    assert model.create_caches(4) is None
+    assert "TVAAttention decodes without a cache" in caplog.text

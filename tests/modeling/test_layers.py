@@ -6,6 +6,7 @@ from pkgutil import resolve_name
 
 import pytest
 import torch
+from torch import nn
 from torch.func import functional_call
 
 from apt_core.defaults import core_providers
@@ -162,3 +163,22 @@ def test_the_probe_tells_why_in_one_line(change, reason):
     answer = probe_layer(Broken(change), "ffn")
     assert answer.startswith(reason)
     assert "\n" not in answer
+
+
+class Takes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return self.weight * x
+
+
+class TakesNothingElse(Provider):
+    def create_layer(self, d_model, num_heads, **options):
+        return Takes()
+
+
+def test_the_probe_calls_an_attention_as_a_block_does():
+    answer = probe_layer(TakesNothingElse(), "attention")
+    assert "unexpected keyword argument" in answer

@@ -193,3 +193,13 @@ def test_the_window_holds_at_least_half_of_what_the_model_can_see():
         assert start == 0 if length <= 16 else 8 < length - start <= 16
         assert start % 8 == 0
     assert window_start(3, 1) == 2
+
+
+def test_a_layer_that_ignores_its_cache_is_noticed(caplog):
+    model = lively_model()
+    expected = tokens_of(model)
+    attention = model.blocks[0].attention
+    forward = attention.forward
+    attention.forward = lambda x, cache=None, **options: forward(x, **options)
+    assert tokens_of(model) == expected
+    assert "a cache does not hold what its layer read" in caplog.text

@@ -96,12 +96,15 @@ class GPT(nn.Module):
     def create_caches(self, max_length: int) -> list[DecodingCache] | None:
         """One cache a block, for decoding up to ``max_length`` tokens; None where an attention has
         none."""
-        layers = [block.attention for block in self.blocks]
-        without = {type(layer).__name__ for layer in layers if not hasattr(layer, "create_cache")}
-        if without:
-            log.info("%s has no create_cache", " and ".join(sorted(without)))
-            return None
-        return [layer.create_cache(max_length) for layer in layers]
+        caches = []
+        for block in self.blocks:
+            create = getattr(block.attention, "create_cache", None)
+            cache = None if create is None else create(max_length)
+            if cache is None:
+                log.info("%s decodes without a cache", type(block.attention).__name__)
+                return None
+            caches.append(cache)
+        return caches
 
     def forward(
         self,

@@ -6,6 +6,8 @@ which a head attends, N = H + 2K.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -107,7 +109,7 @@ class SelfAttention(nn.Module):
                 f"{self.max_seq_len}: shorten it or raise the setting"
             )
         if mask is not None:
-            check_mask(mask, (batch, self.num_heads, length, start + length))
+            mask = check_mask(mask, (batch, self.num_heads, length, start + length))
         qkv_weight, out_weight = self.projections_for(cache)
         q_heads, kv_heads = self.num_heads, self.num_kv_heads
         qk, v = self.project(x, qkv_weight).split([q_heads + kv_heads, kv_heads], dim=2)
@@ -141,16 +143,14 @@ class SelfAttention(nn.Module):
 
         The one method that another kernel replaces. A query that may see nothing gets zeros.
         """
-        whole = mask is None and q.shape[2] == k.shape[2]
-        return F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=None if whole else visible(q, k, mask),
-            is_causal=whole,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=self.num_kv_heads != self.num_heads,
-        )
+        options: dict[str, Any] = {
+            "dropout_p": self.dropout if self.training else 0.0,
+            "enable_gqa": self.num_kv_heads != self.num_heads,
+        }
+        # A branch, for under torch.compile the comparison is no bool where lengths vary.
+        if mask is None and q.shape[2] == k.shape[2]:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible(q, k, mask), **options)
 
 
 def visible(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -163,9 +163,9 @@ def visible(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
     return causal if mask is None else causal & mask
 
 
-def check_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> None:
-    """Raises ValueError for a mask that is not boolean or does not broadcast to ``shape``
-    [B, H, T, S]."""
+def check_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """The mask in four dimensions. Raises ValueError for one that is not boolean or does not
+    broadcast to ``shape`` [B, H, T, S]."""
     if mask.dtype != torch.bool:
         raise ValueError(f"an attention mask is boolean (True: may be seen), not {mask.dtype}")
     given = tuple(mask.shape)
@@ -175,6 +175,7 @@ def check_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> None:
             f"an attention mask of shape {list(given)} does not broadcast to [B, H, T, S] = "
             f"{list(shape)}: give [T, S], [B, 1, 1, S] or [B, 1, T, S]"
         )
+    return mask.view(missing + given)
 
 
 def check_heads(d_model: int, num_heads: int, num_kv_heads: int | None) -> int:

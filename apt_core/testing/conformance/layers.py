@@ -189,7 +189,8 @@ def require_near(given: Tensor, expected: Tensor, what: str, bound: float) -> No
 
 
 def compiles(layer: nn.Module, x: Tensor, *calls: Call) -> None:
-    """torch.compile finds no graph break, and what it makes computes the same, gradients too."""
+    """torch.compile finds no graph break, whatever the length, and what it makes computes the same,
+    gradients too."""
     # What was compiled before counts towards the limit of recompilations of shared code.
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend=COMPILE_BACKEND)
@@ -199,6 +200,8 @@ def compiles(layer: nn.Module, x: Tensor, *calls: Call) -> None:
         require_equal(y, expected, "compiled")
         gradient = gradients(layer, given, y)
         require_equal(gradient, gradients(layer, given, expected), "compiled, the gradient")
+    for shorter in (x[:, :-2], x[:, :-3]) if x.ndim > 1 else ():
+        require_equal(compiled(shorter), layer(shorter), "compiled, with other lengths")
 
 
 def never_waits(layer: nn.Module, x: Tensor, *calls: Call) -> None:
