@@ -31,7 +31,7 @@ from apt_core.plugin_records import PluginRecord
 from apt_core.registry import Probe, Registry
 from apt_core.schedules import Schedule, check_schedules
 from apt_core.selection import Wanted, select
-from apt_core.types import SectionSpec
+from apt_core.types import CORE, SectionSpec
 from apt_core.validation import misplaced_hooks
 
 log = logging.getLogger("apt")
@@ -125,7 +125,7 @@ def boot(
     starting = _Boot(source, manager, strict)
     starting.load_plugins(plugins)
     starting.activate_for_providers()
-    return starting.check(probe, files)
+    return starting.check(probe, files, [override.key for override in overrides])
 
 
 class _Boot:
@@ -242,7 +242,7 @@ class _Boot:
                     self.notices.append(f"plugin {name} activated: the profile names {spec.key}")
         self.registry.refresh()
 
-    def check(self, probe: Probe | None, files: bool) -> Kernel:
+    def check(self, probe: Probe | None, files: bool, overridden: Sequence[str]) -> Kernel:
         """Check the profile against what the plugins declared; raise every problem at once."""
         self.problems += self.registry.problems
         names = {wanted.name for wanted in self.active}
@@ -261,6 +261,7 @@ class _Boot:
         self.problems += problems
         inactive += more
         if config is not None:
+            inactive += self._settings_in_vain(config, overridden)
             self.problems += self._check_providers(config)
             missing = check_files(config, self.source)
             if files:
@@ -343,6 +344,24 @@ class _Boot:
                     inert[section.path] = reason
                 params.update(dict.fromkeys(section.schedule_params, reason))
         return inert, params, lenient
+
+    def _settings_in_vain(self, config: Config, overridden: Sequence[str]) -> Iterator[InactiveKey]:
+        """Settings that the command line gives to a provider of the model that is not used. Those
+        of the profile may wait for another choice."""
+        named = named_providers(config.to_dict())
+        core = {(spec.kind, spec.name) for spec in self.registry.specs() if spec.plugin == CORE}
+        may_fall_back = {kind for kind, name in named if (kind, name) not in core}
+        specs = [spec for spec in self.registry.specs() if spec.section.startswith("model.")]
+        read = {
+            spec.section
+            for spec in specs
+            if (spec.kind, spec.name) in named or (spec.default and spec.kind in may_fall_back)
+        }
+        for key in overridden:
+            for spec in specs:
+                if f"{key}.".startswith(f"{spec.section}.") and spec.section not in read:
+                    yield InactiveKey(key, f"{spec.key} is not used")
+                    break
 
     def _strict_problems(self, inactive: Sequence[InactiveKey], lenient: bool) -> list[Problem]:
         """An inactive key is an error, unless the person left its plugin out."""

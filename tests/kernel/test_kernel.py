@@ -12,6 +12,7 @@ import yaml
 
 import profiles
 from apt_core import ConfigError, SectionSpec
+from apt_core.config import Override
 from apt_core.errors import PluginError, Problem
 from apt_core.kernel import Kernel, boot
 from apt_core.plugin_manager import PluginManager
@@ -84,6 +85,30 @@ def test_a_pattern_takes_the_place_of_the_attention() -> None:
     attentions = [name for kind, name in boot({"model": model}).named_providers()
                   if kind == "attention"]  # fmt: skip
     assert attentions == ["mha"]
+
+
+@pytest.mark.parametrize("key", ["model.tva.rank", "model.tva", "model.vft.r"])
+def test_settings_of_the_command_line_for_what_is_not_used_are_inactive(key: str) -> None:
+    value = {"rank": 4} if key == "model.tva" else 4
+    vain = Override(tuple(key.split(".")), value, f"--{key}")
+    profile = {"model": {"attention_name": "mha", "tva": {"s": 1}}}
+    (inactive,) = boot(profile, overrides=[vain]).inactive
+    provider = "ffn:vft" if "vft" in key else "attention:tva_default"
+    assert (inactive.key, inactive.reason) == (key, f"{provider} is not used")
+    with pytest.raises(ConfigError, match="does nothing here"):
+        boot(profile, overrides=[vain], strict=True)
+    assert boot(profile, strict=True).inactive == []
+
+
+@pytest.mark.parametrize("name", ["tva_default", "fancy"])
+@pytest.mark.parametrize("blocked", [[], ["no:fancy"]])
+def test_settings_of_what_is_used_or_may_be_fallen_back_on_are_active(
+    install: Install, name: str, blocked: list[str]
+) -> None:
+    install("fancy", NORM.replace("'norm', 'mine'", "'attention', 'fancy'"))
+    overrides = [Override(("model", "tva", "rank"), 4, ""), Override(("model", "rope"), {}, "")]
+    profile = {"model": {"attention_name": name}}
+    assert boot(profile, overrides=overrides, plugins=blocked).inactive == []
 
 
 def test_a_run_activates_what_the_profile_and_the_command_line_name(
