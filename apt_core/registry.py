@@ -198,7 +198,7 @@ class Registry:
         """What is wrong with asking for this provider, if anything."""
         if self.has(kind, name):
             return None
-        names = [spec.name for spec in self.specs(kind)]
+        names = [spec.name for spec in self.specs(kind)] + ["none"] * (kind == "position")
         if kind not in KINDS:
             return Problem(f"there is no kind {kind!r}", hint=did_you_mean(kind, KINDS), **place)
         hint = did_you_mean(name, names) or f"there are: {', '.join(names) or 'none'}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from apt_core.declarations import declared_by
 from apt_core.discovery import installed_plugins
-from apt_core.errors import AptError
+from apt_core.errors import AptError, did_you_mean
 from apt_core.failures import one_line
 from apt_core.kernel import NAME_KEYS
 from apt_core.plugin_manager import PluginManager
@@ -80,8 +80,9 @@ def _check_core(reference: str) -> list[Finding]:
     registry = Registry()
     specs = [spec for spec in registry.specs() if reference in (CORE, spec.key)]
     if not specs:
-        there = ", ".join(spec.key for spec in registry.specs(reference.partition(":")[0]))
-        detail = f"the core has no such provider ({there or 'none'}): check the plugin that has it"
+        keys = [spec.key for spec in registry.specs(reference.partition(":")[0])]
+        hint = did_you_mean(reference, keys) or f"there are {', '.join(keys) or 'none'}"
+        detail = f"the core has no such provider ({hint}); of a plugin, give the plugin's name"
         return [Finding(reference, False, detail)]
     return [finding for spec in specs for finding in _check_provider(registry, spec)]
 

@@ -52,6 +52,12 @@ def test_no_attention_reads_a_value(attention):
     assert_no_value_is_read(layer, lambda: torch.randn(2, 9, 32, dtype=torch.float64))
 
 
+def test_a_layer_on_the_meta_device_tells_the_shape_of_its_output(attention):
+    with torch.device("meta"):
+        layer = attention.provider().create_layer(32, 4)
+        assert layer(torch.empty(2, 5, 32)).shape == (2, 5, 32)
+
+
 def test_no_model_reads_a_value(attention):
     model = attention.model(dropout=0.1, logits_soft_cap=20.0)
     assert_no_value_is_read(model, lambda: torch.zeros(2, 9, dtype=torch.int64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -72,8 +73,8 @@ class NormalCompensator(nn.Module):
     def forward(self, x: Tensor, reads: Tensor | None = None) -> Tensor:
         """x [B, T, D] to the correction [B, T, D] that is added to the attention's output;
         ``reads`` are :meth:`reads` of before, where the weights have not changed since."""
-        with torch.autocast(x.device.type, enabled=False):
-            # The spread of eps is smaller than a step of bf16.
+        # The spread of eps is smaller than a step of bf16. The meta device has no autocast.
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             reads = self.reads() if reads is None else reads
             wide = torch.promote_types(x.dtype, reads.dtype)
             n = F.rms_norm(x.to(wide), (self.d_model,), eps=1e-6)
