@@ -75,7 +75,9 @@ def test_accumulation_gives_the_gradients_of_one_large_batch(batch_size, accumul
     whole = first_gradients(8, 1, **ragged)
     parts = first_gradients(batch_size, accumulate, **ragged)
     for name, gradient in whole.items():
-        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-7)
+        # Sums of fp32 in another order: an entry may be off by a rounding of the larger ones.
+        largest = gradient.abs().max().item()
+        torch.testing.assert_close(parts[name], gradient, rtol=0, atol=1e-5 * largest)
 
 
 class Scaled:
