@@ -6,6 +6,7 @@ which a head attends, N = H + 2K.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ QK_NORM_SCALE = 1.5
 1 attention stays too even, and from 2 on it starts too narrow."""
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(nn.Module, ABC):
     """Causal softmax attention between two projections, which a subclass gives.
 
     A subclass holds ``qkv_weight``, which reads D, and ``out_weight`` [D, D]. ``width`` is R. With
@@ -73,10 +74,10 @@ class SelfAttention(nn.Module):
             return False
         return True
 
+    @abstractmethod
     def projections(self) -> tuple[Tensor, Tensor]:
         """The matrix [N*R, D] that gives the queries of all heads, then the keys, then the values,
         and the matrix [D, H*R] that reads what the heads saw."""
-        raise NotImplementedError
 
     def projections_for(self, cache: KeyValueCache | None) -> tuple[Tensor, Tensor]:
         """:meth:`projections`, or what ``cache`` keeps of them where they cost something to form.
