@@ -57,8 +57,7 @@ class ModelBuilder:
     def attention_names(self) -> list[str]:
         """The attention of every layer: ``model.attention_pattern`` repeated over the layers, or
         ``model.attention_name`` for all."""
-        pattern = self.model.attention_pattern or [self.model.attention_name]
-        return [pattern[index % len(pattern)] for index in range(self.model.num_layers)]
+        return [self._attention_name(layer) for layer in range(self.model.num_layers)]
 
     def build_attention(
         self, d_model: int | None = None, num_heads: int | None = None, *, layer: int = 0
@@ -134,8 +133,12 @@ class ModelBuilder:
             dropout=self.model.dropout,
         )
 
+    def _attention_name(self, layer: int) -> str:
+        pattern = self.model.attention_pattern or [self.model.attention_name]
+        return pattern[layer % len(pattern)]
+
     def _attention(self, d_model: int, num_heads: int, layer: int) -> nn.Module:
-        name = self.attention_names()[layer % max(1, self.model.num_layers)]
+        name = self._attention_name(layer)
         provider = cast(AttentionProvider, self._provider("attention", name))
         return provider.create_layer(
             d_model,

@@ -33,9 +33,9 @@ QK_NORM_SCALE = 1.5
 class SelfAttention(nn.Module, ABC):
     """Causal softmax attention between two projections, which a subclass gives.
 
-    A subclass holds ``qkv_weight``, which reads D, and ``out_weight`` [D, D]. ``width`` is R. With
-    ``qk_norm``, queries and keys are RMS-normalised per head with learned scales (Henry et al.
-    2020, as in Qwen3), before RoPE turns them.
+    ``width`` is R, at most the width d_h = D/H of a head, whose matrices ``qkv_weight`` [N*d_h, D]
+    and ``out_weight`` [D, D] are. With ``qk_norm``, queries and keys are RMS-normalised per head
+    with learned scales (Henry et al. 2020, as in Qwen3), before RoPE turns them.
     """
 
     reads_stream = ("qkv_weight",)
@@ -54,8 +54,12 @@ class SelfAttention(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.d_model, self.num_heads, self.num_kv_heads = d_model, num_heads, num_kv_heads
-        self.width, self.max_seq_len, self.dropout = width, max_seq_len, dropout
+        self.head_dim, self.width = d_model // num_heads, width
+        self.max_seq_len, self.dropout = max_seq_len, dropout
         self.rotary = None if position is None else position.create_rotary(width, max_seq_len)
+        packed_heads = num_heads + 2 * num_kv_heads
+        self.qkv_weight = nn.Parameter(torch.empty(packed_heads * self.head_dim, d_model))
+        self.out_weight = nn.Parameter(torch.empty(d_model, d_model))
         self.q_norm = nn.RMSNorm(width, eps=QK_NORM_EPS) if qk_norm else None
         self.k_norm = nn.RMSNorm(width, eps=QK_NORM_EPS) if qk_norm else None
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from apt_core.modeling.init import reset_layer
@@ -44,19 +43,16 @@ class MultiHeadAttention(SelfAttention):
         qk_norm: bool = False,
     ) -> None:
         kv_heads = check_heads(d_model, num_heads, num_kv_heads)
-        head_dim = d_model // num_heads
         super().__init__(
             d_model,
             num_heads,
-            head_dim,
+            d_model // num_heads,
             max_seq_len=max_seq_len,
             dropout=dropout,
             position=position,
             num_kv_heads=kv_heads,
             qk_norm=qk_norm,
         )
-        self.qkv_weight = nn.Parameter(torch.empty((num_heads + 2 * kv_heads) * head_dim, d_model))
-        self.out_weight = nn.Parameter(torch.empty(d_model, d_model))
         reset_layer(self)
 
     def projections(self) -> tuple[Tensor, Tensor]:

@@ -98,8 +98,7 @@ class TVAAttention(SelfAttention):
         num_kv_heads: int | None = None,
     ) -> None:
         kv_heads = check_heads(d_model, num_heads, num_kv_heads)
-        head_dim = d_model // num_heads
-        rank = settings.rank_of(head_dim)
+        rank = settings.rank_of(d_model // num_heads)
         super().__init__(
             d_model,
             num_heads,
@@ -110,11 +109,9 @@ class TVAAttention(SelfAttention):
             num_kv_heads=kv_heads,
             qk_norm=settings.qk_norm,
         )
-        self.head_dim, self.rank = head_dim, rank
-        self.qkv_weight = nn.Parameter(torch.empty((num_heads + 2 * kv_heads) * head_dim, d_model))
-        self.compress = nn.Parameter(torch.empty(rank, head_dim))
-        self.lift = nn.Parameter(torch.empty(head_dim, rank))
-        self.out_weight = nn.Parameter(torch.empty(d_model, d_model))
+        self.rank = rank
+        self.compress = nn.Parameter(torch.empty(rank, self.head_dim))
+        self.lift = nn.Parameter(torch.empty(self.head_dim, rank))
         self.compensator = (
             NormalCompensator(d_model, settings.s, settings.tau) if settings.s else None
         )
