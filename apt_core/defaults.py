@@ -117,7 +117,7 @@ _DECLARED = (
     ProviderSpec(
         kind="optimizer",
         name="adamw",
-        factory="apt_core.training.optim:AdamWProvider",
+        factory="apt_core.training.optimizers.adamw:AdamWProvider",
         section="training",
         summary="AdamW, fused where the device has it",
         default=True,
@@ -125,7 +125,7 @@ _DECLARED = (
     ProviderSpec(
         kind="lr_schedule",
         name="cosine",
-        factory="apt_core.training.optim:CosineProvider",
+        factory="apt_core.training.lr_schedules:CosineProvider",
         summary="linear warm-up, then cosine decay",
         default=True,
     ),

@@ -184,6 +184,22 @@ class ModelSection(Section):
     voting: VotingSection | None = Field(default=None, description="Voting on uncertain tokens.")
 
 
+class MuonConfig(Section):
+    """``training.muon``: the optimizer of hidden matrices; AdamW takes the other parameters."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1e3)] = Field(
+        default=0.02, description="Peak learning rate of hidden matrices."
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.95, description="Momentum.")
+    nesterov: bool = Field(default=True, description="Look ahead along the momentum.")
+    weight_decay: Annotated[float, Field(ge=0, le=1e3)] = Field(
+        default=0.0, description="Decoupled weight decay of hidden matrices."
+    )
+    ns_steps: Annotated[int, Field(ge=1, le=20)] = Field(
+        default=5, description="Newton-Schulz iterations."
+    )
+
+
 class TrainingSection(Section):
     """``training``: the loop, the optimizer and checkpoints."""
 
@@ -191,6 +207,21 @@ class TrainingSection(Section):
     max_epochs: Size = Field(default=10, description="Passes over the training data.")
     max_steps: Count | None = Field(
         default=None, description="Stop after this many optimizer steps, if that comes earlier."
+    )
+    max_tokens: Count | None = Field(
+        default=None, description="Stop after this many target tokens, if that comes earlier."
+    )
+    max_seconds: Annotated[float, Field(gt=0, le=1e9)] | None = Field(
+        default=None,
+        description="Stop, with a checkpoint, when the run has taken this long; a resume has as "
+        "much time again.",
+    )
+    early_stopping_patience: Count | None = Field(
+        default=None,
+        description="Stop after this many evaluations in a row without a new best loss.",
+    )
+    early_stopping_min_delta: Annotated[float, Field(ge=0, le=1e3)] = Field(
+        default=0.0, description="By how many nats per token a new best loss must be lower."
     )
     grad_accum_steps: Size = Field(
         default=1, description="Micro-batches whose gradients make one optimizer step."
@@ -209,6 +240,9 @@ class TrainingSection(Section):
     warmup_steps: CountOrZero = Field(
         default=50, description="Steps over which the learning rate rises."
     )
+    decay_ratio: Fraction = Field(
+        default=0.2, description="Share of the steps over which the schedule wsd decays, at the end."
+    )
     weight_decay: Annotated[float, Field(ge=0, le=1e3)] = Field(
         default=0.01, description="Decoupled weight decay."
     )
@@ -224,6 +258,12 @@ class TrainingSection(Section):
     lr_schedule_name: Name = Field(
         default="cosine", description="Provider of the learning-rate schedule."
     )
+    muon: MuonConfig = Field(default_factory=MuonConfig, description="Settings of muon.")
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="Decay of an exponential moving average of the weights, with which the run "
+        "evaluates and samples; without it there is none.",
+    )
     mixed_precision: Annotated[Literal[True, False, "auto"], one_of(True, False, "auto")] = Field(
         default="auto", description="bf16 autocast: true, false, or auto (where it is faster)."
     )
@@ -233,6 +273,10 @@ class TrainingSection(Section):
     compile: bool = Field(default=False, description="Compile the model with torch.compile.")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0, description="Seed of the weights, the data order and dropout."
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="Use deterministic kernels only, and fail where there is none.",
     )
     save_freq: CountOrZero = Field(
         default=1, description="Epochs between checkpoints; 0 saves at the end only."
@@ -345,9 +389,16 @@ class HardwareSection(Section):
         "wait for each other cost more than they bring; else as many as torch takes.",
     )
     num_gpus: Annotated[int, Field(ge=0, le=2**20)] = Field(
-        default=0, description="Number of GPUs."
+        default=0,
+        description="With distributed, the number of processes that apt-train starts, one a GPU.",
     )
-    distributed: bool = Field(default=False, description="Train in several processes.")
+    distributed: Annotated[
+        Literal[True, False, "ddp", "fsdp"], one_of(True, False, "ddp", "fsdp")
+    ] = Field(
+        default=False,
+        description="Train in several processes: ddp (also: true) copies the model to each, fsdp "
+        "shards it.",
+    )
     backend: Literal["nccl", "gloo", "mpi"] | None = Field(
         default=None, description="Communication between processes."
     )

@@ -26,7 +26,7 @@ from apt_core.providers.lr_schedule import LRScheduleProvider
 from apt_core.providers.tokenizer import TokenizerProvider
 from apt_core.training.blame import attributed
 from apt_core.training.costs import support_notices
-from apt_core.training.optim import parameter_groups
+from apt_core.training.parameter_groups import parameter_groups
 
 log = logging.getLogger("apt.training")
 

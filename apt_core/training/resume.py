@@ -15,6 +15,9 @@ FREE_SECTIONS = ("name", "version", "description", "plugins", "evaluation", "mon
 """Sections that may differ, with a notice. (Plugins may come and go: a loss term too.)"""
 
 FREE_KEYS = (
+    "training.max_seconds",
+    "training.early_stopping_patience",
+    "training.early_stopping_min_delta",
     "training.save_freq",
     "training.save_every_steps",
     "training.keep_last",
@@ -22,9 +25,11 @@ FREE_KEYS = (
     "training.log_every_steps",
     "training.max_nonfinite_steps",
     "hardware.num_gpus",
+    "hardware.distributed",
+    "hardware.backend",
     "hardware.num_threads",
 )
-HORIZON_KEYS = ("training.max_epochs", "training.max_steps")
+HORIZON_KEYS = ("training.max_epochs", "training.max_steps", "training.max_tokens")
 """The end of the run. The learning rate is a function of it, and so are annealed parameters."""
 
 

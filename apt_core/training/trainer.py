@@ -29,7 +29,7 @@ from apt_core.schedules import Horizon
 from apt_core.training.blame import attributed
 from apt_core.training.enabling import Enabling
 from apt_core.training.loss import cross_entropy_sum, loss_terms
-from apt_core.training.optim import FiniteGuard
+from apt_core.training.finite_guard import FiniteGuard
 from apt_core.training.prepare import num_threads, prepare
 from apt_core.training.saving import Saving
 from apt_core.training.seeds import seed_model_generator

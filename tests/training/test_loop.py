@@ -13,7 +13,7 @@ from apt_core import StopTraining, hookimpl
 from apt_core.config import Config
 from apt_core.errors import ConfigError, ProviderError, TrainingError
 from apt_core.testing import TINY_PROFILE, Recorder, tiny_run
-from apt_core.training.optim import CosineProvider
+from apt_core.training.lr_schedules import CosineProvider
 
 
 def test_the_order_of_an_epoch():

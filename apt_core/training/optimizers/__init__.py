@@ -1,0 +1,1 @@
+"""The core's optimizers, one file each."""
