@@ -123,11 +123,37 @@ _DECLARED = (
         default=True,
     ),
     ProviderSpec(
+        kind="optimizer",
+        name="muon",
+        factory="apt_core.training.optimizers.muon:MuonProvider",
+        section="training",
+        summary="Muon for hidden matrices, AdamW for the rest",
+    ),
+    ProviderSpec(
         kind="lr_schedule",
         name="cosine",
         factory="apt_core.training.lr_schedules:CosineProvider",
         summary="linear warm-up, then cosine decay",
         default=True,
+    ),
+    ProviderSpec(
+        kind="lr_schedule",
+        name="linear",
+        factory="apt_core.training.lr_schedules:LinearProvider",
+        summary="linear warm-up, then linear decay",
+    ),
+    ProviderSpec(
+        kind="lr_schedule",
+        name="wsd",
+        factory="apt_core.training.lr_schedules:WSDProvider",
+        section="training",
+        summary="linear warm-up, stable, then a decay at the end",
+    ),
+    ProviderSpec(
+        kind="lr_schedule",
+        name="constant",
+        factory="apt_core.training.lr_schedules:ConstantProvider",
+        summary="linear warm-up, then constant",
     ),
 )
 

@@ -74,10 +74,14 @@ class Backlog(logging.Handler):
 
     def pour_into(self, handler: logging.Handler) -> None:
         """Hand over what was kept and would have been logged, and keep nothing more."""
-        ROOT.removeHandler(self)
         for record in self.records:
             if record.levelno >= handler.level:
                 handler.handle(record)
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget what was kept, and keep nothing more."""
+        ROOT.removeHandler(self)
         self.records.clear()
 
 

@@ -74,6 +74,9 @@ class PluginManager(pluggy.PluginManager):
         self.step = 0
         self.records: dict[str, PluginRecord] = {}
         self._plans: dict[str, Plan] = {}
+        self._other_plans: dict[str, Plan] = {}
+        self._timing = False
+        self._seconds: dict[str, list[float]] = {}
         self._telling = False
         self._pending: PluginError | None = None
         self.add_hookspecs(hookspecs)
@@ -131,7 +134,7 @@ class PluginManager(pluggy.PluginManager):
         name = name or self.get_name(plugin)
         plugin = super().unregister(plugin, name)
         self.records.pop(name or "", None)
-        self._plans.clear()
+        self._forget_plans()
         return plugin
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
@@ -145,12 +148,12 @@ class PluginManager(pluggy.PluginManager):
     def set_priority(self, name: str, priority: int | None) -> None:
         """Let all implementations of a plugin run at ``priority`` (None: their own again)."""
         self.records[name].priority = priority
-        self._plans.clear()
+        self._forget_plans()
 
     def set_state(self, name: str, state: str, reason: str = "") -> None:
         record = self.records[name]
         record.state, record.reason = state, reason
-        self._plans.clear()
+        self._forget_plans()
 
     def state_dict(self) -> dict[str, Any]:
         """Failures and quarantines, as JSON values, for the checkpoint."""
@@ -363,6 +366,24 @@ class PluginManager(pluggy.PluginManager):
 
     # Plans -----------------------------------------------------------------------------------
 
+    def time_calls(self, on: bool) -> None:
+        """Time the calls of every plugin from now on, or no more. Both kinds of plans are kept, so
+        that turning it on for a single step costs nothing."""
+        if on != self._timing:
+            self._timing = on
+            self._plans, self._other_plans = self._other_plans, self._plans
+
+    def take_call_seconds(self) -> dict[str, float]:
+        """By plugin, the seconds of its calls that were timed since they were last taken."""
+        taken = {plugin: sum(seconds) for plugin, seconds in self._seconds.items() if seconds}
+        for seconds in self._seconds.values():
+            seconds.clear()
+        return taken
+
+    def _forget_plans(self) -> None:
+        self._plans.clear()
+        self._other_plans.clear()
+
     def _plan_of(self, hook_name: str) -> Plan:
         methods = getattr(self.hook, hook_name).get_hookimpls()
         plan = self._plans.get(hook_name)
@@ -394,6 +415,8 @@ class PluginManager(pluggy.PluginManager):
         if self.shared_timings is not None and not method.wrapper:
             key = (hook_name, method.plugin_name)
             function = timed(function, self.shared_timings.setdefault(key, []))
+        if self._timing and not method.wrapper:
+            function = timed(function, self._seconds.setdefault(method.plugin_name, []))
         return Call(function, argnames, method.plugin_name, hook_name, priority, method.wrapper)
 
     def _may_run(self, call: Call, dormant: bool) -> bool:

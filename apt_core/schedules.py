@@ -189,6 +189,13 @@ class Schedule:
         """Does any value depend on the run's length? Then it is not to be resumed with another."""
         return any(_ends_with_run(value) for value in self.values.values())
 
+    @property
+    def annealed(self) -> list[str]:
+        """The parameters of active plugins whose values move."""
+        return [
+            n for n, value in self.values.items() if isinstance(value, Ramp) and n in self.params
+        ]
+
     def _position(
         self, unit: Unit, name: str, epoch: int | None, step: int | None, tokens: int | None
     ) -> int:

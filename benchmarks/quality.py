@@ -57,7 +57,7 @@ class Variant:
         }
 
     def prepared(self) -> Parts:
-        return prepare(boot(self.profile(1, 0)))
+        return prepare(boot(self.profile(1, 0)), torch.device("cpu"))
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
 from apt_core.cli.run_command import print_json, run_command
-from apt_core.errors import ConfigError, Problem, did_you_mean
+from apt_core.errors import ConfigError, Problem, TrainingError, did_you_mean
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from apt_core.config import Override
     from apt_core.kernel import Kernel
+
+VERIFIED_STEPS = 20
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -57,6 +61,30 @@ def train(
         list[str] | None,
         typer.Option("--set", help="Override a key: training.max_epochs=5. Also --section.key V."),
     ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            help="Train in this many processes on this machine. Without it, as many as "
+            "hardware.num_gpus says where hardware.distributed is set.",
+            min=1,
+        ),
+    ] = None,
+    stop_at_step: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop after this step, with a checkpoint. Unlike training.max_steps it leaves "
+            "the schedules as they are.",
+            min=1,
+        ),
+    ] = None,
+    verify_resume: Annotated[
+        bool,
+        typer.Option(
+            "--verify-resume",
+            help="Train a few steps (20, or --stop-at-step), in one go and again with a kill and a "
+            "resume, and compare every bit.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and train nothing.")
     ] = False,
@@ -81,17 +109,27 @@ def train(
         )
     if json and not dry_run:
         raise ConfigError(Problem("--json goes with --dry-run"))
+    if verify_resume and (resume or resume_from is not None or dry_run):
+        raise ConfigError(Problem("--verify-resume goes without --resume and --dry-run"))
+    inside, rank = _place_among_processes()
+    if inside and nproc is not None:
+        raise ConfigError(
+            Problem("torchrun has started the processes already", "--nproc", hint="leave it out")
+        )
 
     from rich.console import Console
 
     from apt_core.kernel import boot
     from apt_core.log import TolerantStream, logging_to
 
-    stream = TolerantStream(sys.stderr if json else sys.stdout)
+    stream = TolerantStream(sys.stderr if json or rank else sys.stdout)
     console = Console(file=cast(TextIO, stream), highlight=False, soft_wrap=True)
+    # Of several processes the first one speaks for all, and each of its own errors.
+    level = "ERROR" if rank else "DEBUG" if debug else "INFO"
     # What a plugin prints must not end up in the JSON of a plan.
     apart = redirect_stdout(sys.stderr) if json else nullcontext()
-    with logging_to(console, level="DEBUG" if debug else "INFO"), apart:
+    arguments = _arguments(profile, plugin or (), set_ or (), strict, context.args)
+    with logging_to(console, level=level), apart:
         kernel = boot(
             profile, plugins=plugin or (), overrides=overrides, strict=strict, files=not dry_run
         )
@@ -101,35 +139,85 @@ def train(
             plan = make_plan(kernel)
             if not json:
                 print_plan(console, plan)
-        else:
-            return run(
-                kernel,
-                console,
-                again=_command(profile, plugin or (), set_ or (), strict, context.args),
+        elif verify_resume:
+            arguments += _options(nproc=nproc)
+            return verify(console, arguments, output, stop_at_step or VERIFIED_STEPS)
+        elif (processes := 1 if inside else nproc or _processes_wanted(kernel)) > 1:
+            from apt_core.training.launch import launch
+
+            arguments += _options(
                 output=output,
                 resume=resume,
                 resume_from=resume_from,
+                stop_at_step=stop_at_step,
+                debug=debug,
+            )
+            return launch(processes, arguments)
+        else:
+            return run(
+                kernel,
+                None if rank else console,
+                again=shlex.join(["apt-train", *arguments]),
+                output=output,
+                resume=resume,
+                resume_from=resume_from,
+                stop_at_step=stop_at_step,
             )
     if json:
         print_json(plan)
     return 0
 
 
-def _command(
+def _arguments(
     profile: str, plugins: Sequence[str], assignments: Sequence[str], strict: bool, rest: list[str]
-) -> str:
-    """The command of a run without its folder: what going on with it takes."""
-    words = ["apt-train", "--profile", profile]
+) -> list[str]:
+    """What a run was told, without where it is kept and in how many processes it trains."""
+    words = ["--profile", profile]
     for plugin in plugins:
         words += ["--plugin", plugin]
     for assignment in assignments:
         words += ["--set", assignment]
-    return shlex.join([*words, *["--strict"] * strict, *rest])
+    return [*words, *["--strict"] * strict, *rest]
 
 
-def run(kernel: Kernel, console: Console, *, again: str, **options: Any) -> int:
-    """Train and print the closing summary; returns the exit code."""
-    console.print(f"profile {kernel.config.name} loaded", markup=False)
+def _options(**values: Any) -> list[str]:
+    """Options as words; what is None or False is left out.
+
+    >>> _options(output="a b", resume=False, stop_at_step=3)
+    ['--output', 'a b', '--stop-at-step', '3']
+    """
+    words = []
+    for name, value in values.items():
+        if value is not None and value is not False:
+            words.append(f"--{name.replace('_', '-')}")
+            words += [] if value is True else [str(value)]
+    return words
+
+
+def _place_among_processes() -> tuple[bool, int]:
+    """Is this one of several processes that torchrun has started, and which of them?"""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    rank = os.environ.get("RANK", "0")
+    return several, int(rank) if several and rank.isdigit() else 0
+
+
+def _processes_wanted(kernel: Kernel) -> int:
+    """Of a run that was not told: what the profile asks for and the machine has."""
+    if not kernel.config.hardware.distributed or kernel.config.hardware.num_gpus < 2:
+        return 1
+    from apt_core.training.launch import processes_for
+
+    processes, notice = processes_for(kernel.config)
+    if notice and kernel.manager.strict:
+        raise ConfigError(Problem(notice, hint="--strict allows no fallback"))
+    kernel.notices += [notice] if notice else []
+    return processes
+
+
+def run(kernel: Kernel, console: Console | None, *, again: str, **options: Any) -> int:
+    """Train and print the closing summary, if there is a console; returns the exit code."""
+    if console is not None:
+        console.print(f"profile {kernel.config.name} loaded", markup=False)
 
     from apt_core.training import Trainer
     from apt_core.training.summary import print_summary, resume_hint
@@ -138,14 +226,39 @@ def run(kernel: Kernel, console: Console, *, again: str, **options: Any) -> int:
     try:
         result = trainer.fit()
     except BaseException:
-        hint = resume_hint(trainer, again)
+        hint = resume_hint(trainer, again) if console is not None else ""
         if hint:
             print(hint, file=sys.stderr)
         raise
-    print_summary(console, result, kernel)
-    if result.status == "interrupted":
-        console.print(resume_hint(trainer, again), markup=False)
+    if console is not None:
+        print_summary(console, result, kernel)
+        if result.status == "interrupted":
+            console.print(resume_hint(trainer, again), markup=False)
     return result.exit_code
+
+
+def verify(console: Console, arguments: Sequence[str], output: Path | None, steps: int) -> int:
+    """Compare a run that is killed and resumed with one that is not, and say how they differ."""
+    from apt_core.training.verify import verify_resume
+
+    with TemporaryDirectory(prefix="apt-verify-") as temporary:
+        folder = output or Path(temporary)
+        console.print(
+            f"training {steps} steps in one go, and again with a SIGKILL and a resume halfway",
+            markup=False,
+        )
+        verdict = verify_resume(arguments, folder, steps)
+    for note in verdict.notes:
+        console.print(f"note: a metric of a plugin differs: {note}", markup=False)
+    for difference in verdict.differences:
+        console.print(f"differs: {difference}", markup=False, style="red")
+    if verdict.differences:
+        raise TrainingError(
+            f"resuming is not exact: {len(verdict.differences)} differences, the first is "
+            f"{verdict.differences[0]}"
+        )
+    console.print(f"bit-equal: {', '.join(verdict.compared)}", markup=False)
+    return 0
 
 
 def collect_overrides(

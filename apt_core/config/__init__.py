@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from apt_core.config.checks import check_files
 from apt_core.config.fields import Ramp, Section
-from apt_core.config.inactive import InactiveKey
+from apt_core.config.inactive import InactiveKey, inactive_alone
 from apt_core.config.json_schema import json_schema
 from apt_core.config.loader import list_profiles, read_profile
 from apt_core.config.overrides import Override, parse_override
@@ -26,6 +26,7 @@ __all__ = [
     "Source",
     "Validated",
     "check_files",
+    "inactive_alone",
     "json_schema",
     "list_profiles",
     "parse_override",

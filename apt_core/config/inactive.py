@@ -49,7 +49,7 @@ def _enabled(section: Any) -> bool:
     return section is not None and bool(section.enabled)
 
 
-_ONE_PROCESS = "this version trains in one process"
+_ONE_PROCESS = "the run has one process: start it with --nproc N, or with torchrun"
 _FULL_WINDOWS = "text is packed into full windows, so nothing is cut or filled"
 _UNOWNED = "no active plugin owns this section"
 
@@ -67,7 +67,9 @@ RULES = (
         "no active plugin is named tensorboard",
         "tensorboard",
     ),
-    Rule("hardware.num_gpus", lambda value: value > 1, _ONE_PROCESS),
+)
+
+ALONE = (
     Rule("hardware.distributed", _wanted, _ONE_PROCESS),
     Rule("hardware.backend", _given, _ONE_PROCESS),
 )
@@ -82,10 +84,17 @@ def inactive_keys(
         taken = any(rule.key == path or rule.key.startswith(f"{path}.") for path in owned)
         if not taken and rule.plugin not in active and rule.asks(_value(config, rule.key)):
             yield InactiveKey(rule.key, rule.reason, rule.reason.startswith(_UNOWNED))
+    if config.hardware.num_gpus > 1 and not config.hardware.distributed:
+        yield InactiveKey("hardware.num_gpus", "hardware.distributed is not set")
     for metric in dict.fromkeys(config.evaluation.metrics):
         if metric not in METRICS:
             hint = did_you_mean(metric, METRICS) or f"there are {', '.join(METRICS)}"
             yield InactiveKey("evaluation.metrics", f"there is no metric {metric!r} ({hint})")
+
+
+def inactive_alone(config: Config) -> list[InactiveKey]:
+    """What does nothing because the run has one process, which the profile cannot know."""
+    return [InactiveKey(r.key, r.reason) for r in ALONE if r.asks(_value(config, r.key))]
 
 
 def _value(config: Config, path: str) -> Any:

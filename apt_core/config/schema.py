@@ -241,7 +241,7 @@ class TrainingSection(Section):
         default=50, description="Steps over which the learning rate rises."
     )
     decay_ratio: Fraction = Field(
-        default=0.2, description="Share of the steps over which the schedule wsd decays, at the end."
+        default=0.2, description="Share of the steps, the last ones, over which wsd decays."
     )
     weight_decay: Annotated[float, Field(ge=0, le=1e3)] = Field(
         default=0.01, description="Decoupled weight decay."

@@ -6,7 +6,7 @@ tokens iT+1..iT+T, so every token but the very first is predicted exactly once a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,10 +68,13 @@ def cut_windows(tokens: Tokens, windows: Sequence[int] | Tokens, seq_len: int) -
 class BatchPlan:
     """Which micro-batches make each optimizer step of a run over ``tokens``.
 
-    An optimizer step takes ``grad_accum_steps`` micro-batches of ``batch_size`` windows of
-    ``seq_len`` tokens, in the order of :func:`~apt_core.data.sampler.epoch_order`; the last step of
-    an epoch may have fewer micro-batches and its last one fewer windows. ``tokens`` is a 1-D array
-    of ids and may be memory-mapped. Nothing has a state, so a run resumes anywhere at no cost.
+    In an optimizer step each of ``world_size`` processes takes ``grad_accum_steps`` micro-batches
+    of ``batch_size`` windows of ``seq_len`` tokens, in the order of
+    :func:`~apt_core.data.sampler.epoch_order`; the last step of an epoch may have fewer
+    micro-batches and its last one fewer windows. Micro-batch ``i`` of the step goes to the process
+    ``i % world_size``, so that the step is the same for any number of processes. ``tokens`` is a
+    1-D array of ids and may be memory-mapped. Nothing has a state, so a run resumes anywhere at no
+    cost.
     """
 
     def __init__(
@@ -82,14 +85,16 @@ class BatchPlan:
         batch_size: int,
         grad_accum_steps: int = 1,
         seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         """Raises ConfigError where ``tokens`` does not fill one batch of one step."""
         if min(seq_len, batch_size, grad_accum_steps) < 1:
             raise ValueError("seq_len, batch_size and grad_accum_steps must be at least 1")
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
-        self.batch_size, self.grad_accum_steps = batch_size, grad_accum_steps
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.num_windows = num_windows(len(tokens), seq_len)
-        needed = batch_size * grad_accum_steps
+        self.windows_per_step = needed = batch_size * grad_accum_steps * world_size
         if self.num_windows < needed:
             raise ConfigError(
                 Problem(
@@ -103,46 +108,69 @@ class BatchPlan:
         self.steps_per_epoch = -(-self.num_windows // needed)
         self.targets_per_epoch = len(tokens) - 1
 
-    def step_batches(self, epoch: int, index: int) -> list[Batch]:
-        """The micro-batches of step ``index`` (from 0) of ``epoch`` (from 1); a pure function.
+    def step_windows(self, epoch: int, index: int) -> Tokens:
+        """The windows of step ``index`` (from 0) of ``epoch`` (from 1), those of all processes.
 
         Raises IndexError for a step that the epoch does not have.
         """
         if not 0 <= index < self.steps_per_epoch:
             raise IndexError(f"step {index} of an epoch of {self.steps_per_epoch} steps")
-        size = self.batch_size * self.grad_accum_steps
-        chosen = epoch_order(self.seed, epoch, self.num_windows)[index * size : (index + 1) * size]
+        first = index * self.windows_per_step
+        order = epoch_order(self.seed, epoch, self.num_windows)
+        return order[first : first + self.windows_per_step]
+
+    def step_targets(self, epoch: int, index: int) -> int:
+        """How many target tokens the step has, in all processes together."""
+        chosen = self.step_windows(epoch, index)
+        missing = self.num_windows * self.seq_len - self.targets_per_epoch
+        ragged = missing and bool((chosen == self.num_windows - 1).any())
+        return len(chosen) * self.seq_len - (missing if ragged else 0)
+
+    def step_batches(self, epoch: int, index: int) -> list[Batch]:
+        """This process's micro-batches of step ``index`` of ``epoch``; a pure function.
+
+        Every process has as many, since their gradients are summed together: where the windows do
+        not suffice, some get one that is all padding. Raises IndexError as ``step_windows`` does.
+        """
+        chosen, size = self.step_windows(epoch, index), self.batch_size
+        stride = size * self.world_size
         return [
-            cut_windows(self.tokens, chosen[first : first + self.batch_size], self.seq_len)
-            for first in range(0, len(chosen), self.batch_size)
+            cut_windows(self.tokens, windows, self.seq_len)
+            if len(windows := chosen[first : first + size])
+            else self._padding()
+            for first in range(self.rank * size, self.rank * size + len(chosen), stride)
         ]
 
+    def _padding(self) -> Batch:
+        """One window without a target."""
+        batch = cut_windows(self.tokens, [0], self.seq_len)
+        return Batch(batch.input_ids, torch.full_like(batch.targets, IGNORED), 0)
 
-def evaluation_batches(
-    tokens: Tokens, *, seq_len: int, batch_size: int, limit: int | None = None
-) -> Iterator[Batch]:
-    """The windows of ``tokens`` in order, ``batch_size`` at a time, the last batch maybe shorter.
 
-    With ``limit``, at most so many batches, spread evenly over the text. Raises ConfigError at once
-    where there is nothing to predict.
-    """
-    total = num_windows(len(tokens), seq_len) if len(tokens) else 0
-    if total < 1:
-        raise ConfigError(
-            Problem(
-                f"the validation text has {len(tokens)} tokens: nothing can be predicted in it",
-                key="data.val_path",
-                hint="give a longer text, or leave data.val_path out to hold out the last tenth",
+class EvaluationPlan:
+    """The windows of held-out ``tokens`` in order, ``batch_size`` at a time, the last batch maybe
+    shorter. Raises ConfigError where there is nothing to predict."""
+
+    def __init__(self, tokens: Tokens, *, seq_len: int, batch_size: int) -> None:
+        self.tokens, self.seq_len, self.batch_size = tokens, seq_len, batch_size
+        self.num_windows = num_windows(len(tokens), seq_len) if len(tokens) else 0
+        if self.num_windows < 1:
+            raise ConfigError(
+                Problem(
+                    f"the validation text has {len(tokens)} tokens: nothing can be predicted in it",
+                    key="data.val_path",
+                    hint="give a longer text, or leave data.val_path out to hold out the last "
+                    "tenth",
+                )
             )
-        )
-    batches = -(-total // batch_size)
-    count = batches if limit is None else min(limit, batches)
-    chosen = [index * batches // count for index in range(count)]
-    return (
-        cut_windows(
-            tokens,
-            range(index * batch_size, min(total, (index + 1) * batch_size)),
-            seq_len,
-        )
-        for index in chosen
-    )
+        self.num_batches = -(-self.num_windows // batch_size)
+
+    def spread(self, limit: int) -> list[int]:
+        """At most ``limit`` batches, spread evenly over the text."""
+        count = min(limit, self.num_batches)
+        return [index * self.num_batches // count for index in range(count)]
+
+    def batch(self, index: int) -> Batch:
+        first = index * self.batch_size
+        windows = range(first, min(self.num_windows, first + self.batch_size))
+        return cut_windows(self.tokens, windows, self.seq_len)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,71 @@ from apt_core.data.batches import IGNORED, Batch
 from apt_core.device import autocast
 
 
+@dataclass(frozen=True)
+class BatchScore:
+    """What one batch gave: the summed loss in nats, the targets that were predicted right (None
+    where nobody asked), and how many there were."""
+
+    loss: float
+    correct: int | None
+    num_targets: int
+
+
 @torch.no_grad()
+def score_batches(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    accuracy: bool = False,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> list[BatchScore] | None:
+    """Score ``model`` on each of ``batches``, in eval mode; the mode is put back.
+
+    None when ``interrupted()`` became true before the end.
+    """
+    training = model.training
+    model.eval()
+    sums, targets = [], []
+    try:
+        for batch in batches:
+            if interrupted():
+                return None
+            batch = batch.to(device)
+            with autocast(device, dtype):
+                logits = model(batch.input_ids).logits.flatten(0, 1).float()
+            expected = batch.targets.flatten()
+            loss = F.cross_entropy(logits, expected, ignore_index=IGNORED, reduction="sum")
+            right = (logits.argmax(-1) == expected).sum() if accuracy else torch.zeros_like(loss)
+            sums.append(torch.stack([loss.double(), right.double()]))
+            targets.append(batch.num_targets)
+    finally:
+        model.train(training)
+    rows = torch.stack(sums).tolist() if sums else []
+    return [
+        BatchScore(loss, int(right) if accuracy else None, count)
+        for (loss, right), count in zip(rows, targets, strict=True)
+    ]
+
+
+def summarize(scores: Sequence[BatchScore], bytes_per_token: float) -> dict[str, float]:
+    """``val_loss`` (nats per token), ``val_ppl`` (its exponential), ``val_bpb`` (bits per byte of
+    UTF-8: loss / ln 2 / bytes per token), and ``val_accuracy`` (of the next token) where it was
+    counted."""
+    targets = sum(score.num_targets for score in scores)
+    mean = math.fsum(score.loss for score in scores) / targets
+    figures = {
+        "val_loss": mean,
+        "val_ppl": math.exp(mean) if mean < 700 else math.inf,
+        "val_bpb": mean / math.log(2) / bytes_per_token,
+    }
+    correct = [score.correct for score in scores if score.correct is not None]
+    if correct:
+        figures["val_accuracy"] = sum(correct) / targets
+    return figures
+
+
 def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -22,39 +87,10 @@ def evaluate(
     bytes_per_token: float,
     metrics: Collection[str] = (),
     dtype: torch.dtype | None = None,
-    interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """Score ``model`` on ``batches``, in eval mode; the mode is put back.
-
-    Returns ``val_loss`` (nats per token), ``val_ppl`` (its exponential) and ``val_bpb`` (bits per
-    byte of UTF-8: loss / ln 2 / bytes per token), and ``val_accuracy`` (of the next token) if
-    ``metrics`` has ``accuracy``. Empty when ``interrupted()`` became true before the end.
-    """
-    training = model.training
-    model.eval()
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    targets = 0
-    try:
-        for batch in batches:
-            if interrupted():
-                return {}
-            batch = batch.to(device)
-            with autocast(device, dtype):
-                logits = model(batch.input_ids).logits.flatten(0, 1).float()
-            expected = batch.targets.flatten()
-            loss += F.cross_entropy(logits, expected, ignore_index=IGNORED, reduction="sum")
-            if "accuracy" in metrics:
-                correct += (logits.argmax(-1) == expected).sum()
-            targets += batch.num_targets
-    finally:
-        model.train(training)
-    mean = loss.item() / targets
-    scores = {
-        "val_loss": mean,
-        "val_ppl": math.exp(mean) if mean < 700 else math.inf,
-        "val_bpb": mean / math.log(2) / bytes_per_token,
-    }
-    if "accuracy" in metrics:
-        scores["val_accuracy"] = correct.item() / targets
-    return scores
+    """Score ``model`` on ``batches`` and sum up, as :func:`summarize` does; ``val_accuracy`` if
+    ``metrics`` has ``accuracy``."""
+    accuracy = "accuracy" in metrics
+    scores = score_batches(model, batches, device=device, dtype=dtype, accuracy=accuracy)
+    assert scores is not None
+    return summarize(scores, bytes_per_token)

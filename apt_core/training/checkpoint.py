@@ -1,9 +1,11 @@
 """Checkpoints: a folder of safetensors and JSON that is complete or does not exist.
 
 ``step-00001234/`` holds ``model.safetensors``, ``optimizer.safetensors`` (keyed by parameter
-name), ``plugins.safetensors``, ``state.json``, ``profile.yaml`` and ``manifest.json`` with the
-sha256 of each other file. It is written under a temporary name, fsynced, and renamed; without its
-manifest, or with a file that does not match it, it is not used. Nothing in it can run code.
+name), ``ema.safetensors`` where there is an average of the weights (a sharded run has folders of
+shards in place of these), ``plugins.safetensors``, ``state.json``, ``profile.yaml`` and
+``manifest.json`` with the sha256 of each other file. It is written under a temporary name, fsynced,
+and renamed; without its manifest, or with a file that does not match it, it is not used. Nothing in
+it can run code.
 """
 
 from __future__ import annotations
@@ -18,20 +20,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from apt_core.errors import CheckpointError
+from apt_core.training.distributed import ALONE, World
+from apt_core.training.tensor_files import SUFFIX, SavedTensors, write_shards, write_whole
 
 log = logging.getLogger("apt.checkpoint")
 
 FORMAT = 1
 PREFIX = "step-"
-TENSOR_FILES = ("model", "optimizer", "plugins")
 STATE_KEYS = {
-    "step", "epoch", "ended_epochs", "tokens", "nonfinite_steps", "start_scores", "scores", "best",
-    "data_sha256", "plugins", "plugin_records", "optimizer_groups", "transforms",
+    "step", "epoch", "ended_epochs", "tokens", "nonfinite_steps", "start_scores", "scores",
+    "windows_per_step", "stopping", "timeline", "data_sha256", "plugins", "plugin_records",
+    "optimizer_groups", "transforms",
 }  # fmt: skip
 TENSOR_KEY = "__tensor__"
 """Stands, in the JSON of a plugin's state, for a tensor in ``plugins.safetensors``."""
@@ -39,11 +44,12 @@ TENSOR_KEY = "__tensor__"
 
 @dataclass
 class Snapshot:
-    """Everything that a checkpoint holds. Tensors are on the CPU, contiguous and unshared."""
+    """Everything that a checkpoint holds. ``tensors`` are those of ``model``, ``optimizer``, and
+    where there is one ``ema``, by name; they are on the CPU, contiguous and unshared, and each
+    process may hold shards."""
 
     step: int
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    tensors: dict[str, dict[str, Tensor]]
     plugins: dict[str, Tensor]
     state: dict[str, Any]
     profile: str
@@ -54,34 +60,62 @@ def folder_name(step: int) -> str:
     return f"{PREFIX}{step:08d}"
 
 
-def save(root: Path, snapshot: Snapshot) -> Path:
-    """Write a checkpoint; returns its folder. Raises OSError, leaving nothing half-written."""
+def save(
+    root: Path,
+    snapshot: Snapshot,
+    world: World = ALONE,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Write a checkpoint; returns its folder. Raises OSError, leaving nothing half-written.
+
+    With ``group``, all the processes of ``world`` call this together, and each writes its shards.
+    """
     target = root / folder_name(snapshot.step)
-    temporary = root / f".{target.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        for name in TENSOR_FILES:
-            save_file(getattr(snapshot, name), temporary / f"{name}.safetensors")
+    temporary = root / f".{target.name}.tmp"
+
+    def begin() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def complete() -> Path:
+        save_file(snapshot.plugins, temporary / "plugins.safetensors")
         _write_json(temporary / "state.json", snapshot.state)
         (temporary / "profile.yaml").write_text(snapshot.profile, encoding="utf-8")
-        files = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+        files = {
+            path.relative_to(temporary).as_posix(): _sha256(path) for path in _files(temporary)
+        }
         _write_json(
             temporary / "manifest.json",
             {"format": FORMAT, "step": snapshot.step, **snapshot.manifest, "sha256": files},
         )
-        for path in temporary.iterdir():
+        for path in _files(temporary):
             _fsync(path)
-        _fsync(temporary)
+        for folder in {path.parent for path in _files(temporary)}:
+            _fsync(folder)
         _put_in_place(temporary, target)
         _fsync(root)
+        return target
+
+    try:
+        if group is None:
+            begin()
+            for name, tensors in snapshot.tensors.items():
+                write_whole(temporary / name, tensors)
+            return complete()
+        world.from_first(begin, group)
+        for name, tensors in snapshot.tensors.items():
+            write_shards(temporary / name, tensors, group)
+        return world.from_first(complete, group)
     except SafetensorError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"{target}: {error}") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return target
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:
@@ -107,26 +141,38 @@ def sweep(root: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def load(path: Path) -> Snapshot:
-    """Read and verify a checkpoint. Raises CheckpointError naming what is wrong with it."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read: what is small of it, and where its tensors are."""
+
+    path: Path
+    state: dict[str, Any]
+    plugins: dict[str, Tensor]
+    profile: str
+    manifest: dict[str, Any]
+
+    def tensors(self, name: str) -> SavedTensors:
+        """Those of ``model``, ``optimizer`` or ``ema``. Raises CheckpointError."""
+        return SavedTensors(self.path / name)
+
+
+def load(path: Path, *, verify: bool = True) -> Checkpoint:
+    """Read a checkpoint, by default with a look at every byte.
+
+    Raises CheckpointError naming what is wrong with it.
+    """
     manifest = _read_json(path / "manifest.json")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: checkpoint format {manifest.get('format')!r}, this version reads {FORMAT}"
         )
     expected = manifest.get("sha256")
-    wanted = {*(f"{name}.safetensors" for name in TENSOR_FILES), "state.json", "profile.yaml"}
-    if not isinstance(expected, dict) or not wanted <= set(expected):
+    if not isinstance(expected, dict) or not _is_complete(expected):
         raise CheckpointError(f"{path}: its manifest does not list all of its files")
-    for name in sorted(wanted):
-        try:
-            actual = _sha256(path / name)
-        except OSError as error:
-            raise CheckpointError(f"{path / name}: {error.strerror}") from None
-        if actual != expected[name]:
-            raise CheckpointError(f"{path / name}: the file is damaged (sha256 does not match)")
+    if verify:
+        _verify(path, expected)
     try:
-        tensors = {name: load_file(path / f"{name}.safetensors") for name in TENSOR_FILES}
+        plugins = load_file(path / "plugins.safetensors")
         profile = (path / "profile.yaml").read_text(encoding="utf-8")
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
@@ -134,10 +180,35 @@ def load(path: Path) -> Snapshot:
     missing = STATE_KEYS - state.keys()
     if missing or not isinstance(manifest.get("step"), int):
         raise CheckpointError(f"{path}: its state has no {', '.join(sorted(missing)) or 'step'}")
-    return Snapshot(manifest["step"], state=state, profile=profile, manifest=manifest, **tensors)
+    return Checkpoint(path, state, plugins, profile, manifest)
 
 
-def newest_intact(root: Path) -> tuple[Path, Snapshot]:
+def _verify(path: Path, expected: Mapping[str, str]) -> None:
+    """Raises CheckpointError for a file that is missing, changed, or not listed."""
+    present = {file.relative_to(path).as_posix() for file in _files(path)} - {"manifest.json"}
+    for name in sorted(expected.keys() - present):
+        raise CheckpointError(f"{path / name}: there is no such file")
+    for name in sorted(present - expected.keys()):
+        if name.endswith(SUFFIX):
+            raise CheckpointError(f"{path / name}: the manifest does not list it")
+    for name in sorted(expected):
+        try:
+            actual = _sha256(path / name)
+        except OSError as error:
+            raise CheckpointError(f"{path / name}: {error.strerror}") from None
+        if actual != expected[name]:
+            raise CheckpointError(f"{path / name}: the file is damaged (sha256 does not match)")
+
+
+def _is_complete(files: Mapping[str, str]) -> bool:
+    """Does a manifest list everything, the tensors as a file or as a folder of shards?"""
+    parts = {name.partition("/")[0] for name in files}
+    return {"plugins.safetensors", "state.json", "profile.yaml"} <= parts and all(
+        name in parts or f"{name}{SUFFIX}" in parts for name in ("model", "optimizer")
+    )
+
+
+def newest_intact(root: Path) -> Checkpoint:
     """The newest checkpoint below ``root`` that verifies; says which were skipped and why.
 
     Raises CheckpointError when there is none.
@@ -145,7 +216,7 @@ def newest_intact(root: Path) -> tuple[Path, Snapshot]:
     reasons = []
     for path in reversed(list_checkpoints(root)):
         try:
-            return path, load(path)
+            return load(path)
         except CheckpointError as error:
             reasons.append(str(error))
             log.warning("checkpoint skipped: %s", error)

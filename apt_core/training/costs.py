@@ -144,7 +144,8 @@ def support_notices(kernel: Kernel, device: torch.device) -> list[str]:
         "compile": ("training.compile", training.compile, "it breaks the graph"),
         "autocast": (
             "training.mixed_precision",
-            autocast_dtype(training.mixed_precision, device) is not None,
+            autocast_dtype(training.mixed_precision, device, kernel.config.model.d_model)
+            is not None,
             "its results in bf16 may be wrong",
         ),
     }

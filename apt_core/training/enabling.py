@@ -43,8 +43,30 @@ class Enabling:
             )
             if due and state == "dormant":
                 self.manager.set_state(name, "active")
-                log.info("enabled %s (epoch %d, step %d)", name, epoch, step)
+                self._note(name, "enabled", epoch, step)
                 self.manager.hook.on_plugin_enabled(plugin=name, trainer=trainer)
             elif not due and state == "active":
                 self.manager.set_state(name, "dormant", "disabled by its schedule")
-                log.info("disabled %s (epoch %d, step %d)", name, epoch, step)
+                self._note(name, "disabled", epoch, step)
+
+    def share_quarantines(self) -> None:
+        """Quarantine in every process what is quarantined in one of them: the same plugins run
+        everywhere, or nowhere."""
+        if self.trainer.world_size == 1:
+            return
+        own = {
+            name: record.reason
+            for name, record in self.manager.records.items()
+            if record.state == "quarantined"
+        }
+        for rank, others in enumerate(self.trainer.world.gather(own)):
+            for name, reason in others.items():
+                if name not in own:
+                    own[name] = reason
+                    self.manager.set_state(name, "quarantined", f"{reason}, in process {rank}")
+
+    def _note(self, plugin: str, event: str, epoch: int, step: int) -> None:
+        log.info("%s %s (epoch %d, step %d)", event, plugin, epoch, step)
+        entry = {"plugin": plugin, "event": event, "epoch": epoch, "step": step}
+        if entry not in self.trainer.timeline:
+            self.trainer.timeline.append(entry)

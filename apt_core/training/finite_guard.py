@@ -2,42 +2,88 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 
-class FiniteGuard:
-    """Makes a step whose gradients are not finite change nothing, and counts such steps.
+def decides_on_device(optimizer: Optimizer, device: torch.device) -> bool:
+    """Whether ``optimizer`` can be told on ``device`` that a step is void. On a CPU there is
+    nothing to wait for, and reading costs less than passing it on."""
+    fused = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    return fused and device.type != "cpu"
 
-    Where the optimizer takes ``found_inf`` (torch's fused ones) the decision stays on the device;
-    elsewhere it is read on the host, once a step.
+
+class FiniteGuard:
+    """Makes a step whose loss or gradients are not finite change nothing, and says which it was.
+
+    Where the optimizer takes ``found_inf`` (torch's fused ones) on a device beside the CPU, the
+    decision stays on that device: the outcomes of up to ``window`` steps are kept there until they
+    are asked for, and a full window waits for them once. Give it as many steps as lie between two
+    calls of :meth:`read`. Elsewhere the decision is read on the host, once a step.
     """
 
-    def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
+    def __init__(self, optimizer: Optimizer, device: torch.device, *, window: int) -> None:
         self._optimizer = optimizer
-        # On a CPU there is nothing to wait for, and reading costs less than passing it on.
-        fused = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-        self._on_device = fused and device.type != "cpu"
-        self._in_a_row = torch.zeros((), device=device)
-        self._total = torch.zeros((), device=device)
+        self._slots: tuple[Tensor, ...] = ()
+        if decides_on_device(optimizer, device):
+            self._outcomes = torch.zeros(window, device=device)
+            self._slots = self._outcomes.unbind()
+        self._pending: list[int] = []
+        self._total = self._in_a_row = 0
+        self._skipped: list[int] = []
 
-    def step(self, loss: Tensor, grad_norm: Tensor) -> None:
-        """Take the optimizer's step unless ``loss`` or ``grad_norm`` is not finite."""
-        skipped = 1.0 - torch.isfinite(loss + grad_norm).float()
-        self._total += skipped
-        self._in_a_row = (self._in_a_row + 1.0) * skipped
-        if self._on_device:
+    def step(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
+        """Take the optimizer's step, which is step ``step`` of the run, unless ``loss`` or
+        ``grad_norm`` (0-d) is not finite."""
+        if self._slots:
+            if len(self._pending) == len(self._slots):
+                self._collect()
+            skip = self._slots[len(self._pending)]
+            # Zero times what is not finite is NaN, which differs from zero.
+            torch.ne((loss + grad_norm) * 0.0, 0.0, out=skip)
+            self._pending.append(step)
             self._optimizer.grad_scale = None
-            self._optimizer.found_inf = skipped
+            self._optimizer.found_inf = skip
             self._optimizer.step()
-        elif not skipped.item():
+        elif isfinite(loss.item()) and isfinite(grad_norm.item()):
+            self._in_a_row = 0
             self._optimizer.step()
+        else:
+            self._count(step)
 
-    def read(self) -> tuple[int, int]:
-        """Skipped steps in all and in a row; waits for the device."""
-        return int(self._total.item()), int(self._in_a_row.item())
+    def read(self) -> tuple[int, int, list[int]]:
+        """Skipped steps in all, those in a row up to now, and the numbers of those since the last
+        call; waits for the device."""
+        self._collect()
+        steps, self._skipped = self._skipped, []
+        return self._total, self._in_a_row, steps
 
-    def load(self, total: int, in_a_row: int) -> None:
-        self._total.fill_(total)
-        self._in_a_row.fill_(in_a_row)
+    def state(self) -> list[int]:
+        """What a checkpoint keeps, for :meth:`load`; waits for the device. The numbers that were
+        not read yet are part of it, and stay unread."""
+        self._collect()
+        return [self._total, self._in_a_row, *self._skipped]
+
+    def load(self, total: int, in_a_row: int, *unread: int) -> None:
+        """Go on from the :meth:`state` of before."""
+        self._pending.clear()
+        self._total, self._in_a_row, self._skipped = total, in_a_row, list(unread)
+
+    def _count(self, step: int) -> None:
+        self._total += 1
+        self._in_a_row += 1
+        self._skipped.append(step)
+
+    def _collect(self) -> None:
+        """Bring the outcomes of the pending steps to the host."""
+        if not self._pending:
+            return
+        for step, skipped in zip(self._pending, self._outcomes.tolist(), strict=False):
+            if skipped:
+                self._count(step)
+            else:
+                self._in_a_row = 0
+        self._pending.clear()

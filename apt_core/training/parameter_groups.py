@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from apt_core.plugin_manager import PluginManager
+
+
+class _Key(NamedTuple):
+    """What the parameters of a group have in common; of matrices, ``lr`` is a factor and ``decay``
+    None where nobody asked for one."""
+
+    lr: float
+    decay: float | None
+    hidden_matrices: bool = False
 
 
 def parameter_groups(
@@ -17,6 +26,7 @@ def parameter_groups(
     learning_rate: float,
     weight_decay: float,
     scales: Mapping[str, float] | None = None,
+    separate_matrices: bool = False,
 ) -> list[dict[str, Any]]:
     """The optimizer's groups: those that plugins ask for, then the rest by their rate.
 
@@ -24,20 +34,30 @@ def parameter_groups(
     it is without them. Weight decay is for matrices only: a decayed gain or bias pulls towards
     zero what has no reason to be there. A plugin's group may set ``lr_scale`` (a further factor)
     and ``weight_decay``.
+
+    With ``separate_matrices`` hidden matrices (:func:`hidden_matrices`) are in groups of their own,
+    ``{"params", "hidden_matrices": True, "lr_scale"}``, with a ``weight_decay`` where a plugin asks
+    for one: rate and decay are the optimizer's own, and ``scales`` are not for them.
     """
     scales = scales or {}
     left = {id(p): (name, p) for name, p in model.named_parameters() if p.requires_grad}
     own = {id(parameter) for parameter in model.parameters()}
-    groups: dict[tuple[float, float], list[Tensor]] = {}
+    matrices = hidden_matrices(model) if separate_matrices else frozenset()
+    groups: dict[_Key, list[Tensor]] = {}
 
-    def add(name: str, parameter: Tensor, lr_scale: float, decay: float) -> None:
-        scale = scales.get(name, 1.0)
-        key = (learning_rate * lr_scale * scale, decay / scale)
+    def add(name: str, parameter: Tensor, lr_scale: float, decay: float | None) -> None:
+        if name in matrices:
+            key = _Key(lr_scale, decay, hidden_matrices=True)
+        else:
+            if decay is None:
+                decay = weight_decay
+            scale = scales.get(name, 1.0)
+            key = _Key(learning_rate * lr_scale * scale, decay / scale)
         groups.setdefault(key, []).append(parameter)
 
     for plugin, asked in manager.call_each("apt_param_groups", model=model):
         try:
-            planned = [_plugin_group(group, weight_decay) for group in asked]
+            planned = [_plugin_group(group) for group in asked]
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             manager.fail(plugin, "apt_param_groups", error)
             continue
@@ -51,21 +71,45 @@ def parameter_groups(
                 if id(parameter) in left:
                     add(*left.pop(id(parameter)), lr_scale, decay)
     for name, parameter in left.values():
-        add(name, parameter, 1.0, weight_decay if parameter.ndim >= 2 else 0.0)
-    return [
-        {"params": parameters, "lr": lr, "weight_decay": decay}
-        for (lr, decay), parameters in groups.items()
-    ]
+        add(name, parameter, 1.0, None if parameter.ndim >= 2 else 0.0)
+    return [_group(key, parameters) for key, parameters in groups.items()]
 
 
-def _plugin_group(
-    group: Mapping[str, Any], weight_decay: float
-) -> tuple[list[Tensor], float, float]:
+def hidden_matrices(model: nn.Module) -> frozenset[str]:
+    """The names of the parameters that map one hidden vector to another, [..., R, C] with R and C
+    above 1: those of the blocks, which a backbone keeps in an ``nn.ModuleList``.
+
+    Embeddings, positions and the output head stand outside of them. Within, the weight of an
+    ``nn.Embedding`` is left out, and whatever a module names in ``elementwise``: parameters of its
+    own whose rows, or entries, are to be learned apart, as those of a head are.
+    """
+    found = {
+        id(parameter)
+        for stack in model.modules()
+        if isinstance(stack, nn.ModuleList)
+        for parameter in stack.parameters()
+        if parameter.ndim >= 2 and min(parameter.shape[-2:]) > 1
+    }
+    for module in model.modules():
+        by_rows = ("weight",) if isinstance(module, nn.Embedding) else ()
+        names = getattr(module, "elementwise", by_rows)
+        found -= {id(module.get_parameter(name)) for name in names}
+    return frozenset(name for name, parameter in model.named_parameters() if id(parameter) in found)
+
+
+def _group(key: _Key, parameters: list[Tensor]) -> dict[str, Any]:
+    if not key.hidden_matrices:
+        return {"params": parameters, "lr": key.lr, "weight_decay": key.decay}
+    decay = {} if key.decay is None else {"weight_decay": key.decay}
+    return {"params": parameters, "hidden_matrices": True, "lr_scale": key.lr, **decay}
+
+
+def _plugin_group(group: Mapping[str, Any]) -> tuple[list[Tensor], float, float | None]:
     unknown = set(group) - {"params", "lr_scale", "weight_decay"}
     if unknown:
         raise ValueError(f"a parameter group has the unknown keys {sorted(unknown)}")
-    decay = float(group.get("weight_decay", weight_decay))
+    decay = float(group["weight_decay"]) if "weight_decay" in group else None
     lr_scale = float(group.get("lr_scale", 1.0))
-    if decay < 0 or lr_scale < 0:
+    if (decay or 0.0) < 0 or lr_scale < 0:
         raise ValueError(f"lr_scale {lr_scale} and weight_decay {decay} must not be negative")
     return list(group["params"]), lr_scale, decay

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from apt_core.config import Config
+from apt_core.config import Config, inactive_alone
 from apt_core.data.batches import BatchPlan
 from apt_core.data.tokens import tokenize
 from apt_core.device import autocast_dtype, resolve_device
@@ -23,10 +22,14 @@ from apt_core.modeling.compose import ModelBuilder
 from apt_core.modeling.lr_scale import learning_rate_scales
 from apt_core.modeling.probe import probe_layer
 from apt_core.providers.lr_schedule import LRScheduleProvider
+from apt_core.providers.optimizer import OptimizerProvider
 from apt_core.providers.tokenizer import TokenizerProvider
+from apt_core.schedules import Horizon
 from apt_core.training.blame import attributed
 from apt_core.training.costs import support_notices
+from apt_core.training.distributed import ALONE, World
 from apt_core.training.parameter_groups import parameter_groups
+from apt_core.training.peak import measured_peak_flops
 
 log = logging.getLogger("apt.training")
 
@@ -64,32 +67,31 @@ class Parts:
     lr_schedule: LRScheduleProvider
 
 
-def prepare(kernel: Kernel) -> Parts:
+def prepare(kernel: Kernel, device: torch.device, world: World = ALONE) -> Parts:
     """Build the parts. Raises ConfigError for input that does not fit together, and what a
     plugin's part raises as an error that names the plugin."""
     try:
-        return _prepare(kernel)
+        return _prepare(kernel, device, world)
     except StopTraining as stop:
         raise ConfigError(f"a plugin stopped the run before it began: {stop.reason}") from stop
     except Exception as error:
         raise attributed(kernel, error) from error
 
 
-def _prepare(kernel: Kernel) -> Parts:
+def _prepare(kernel: Kernel, device: torch.device, world: World) -> Parts:
     config, registry = kernel.config, kernel.registry
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            Problem(
-                "this version trains in one process, and torchrun started several",
-                key="WORLD_SIZE",
-                hint="start apt-train without torchrun",
-            )
-        )
-    device = settle_device(kernel)
-    tokenizer, plan, val_tokens, bytes_per_token, data = _data(kernel)
-    model = ModelBuilder(config, registry).build_model().to(device)
-    kernel.notices += support_notices(kernel, device)
     training = config.training
+    if world.size == 1:
+        _note_what_needs_others(kernel)
+    dtype = autocast_dtype(training.mixed_precision, device)
+    # Before the model takes its memory.
+    measured_peak_flops(device, dtype or torch.float32)
+    tokenizer, plan, val_tokens, bytes_per_token, data = _data(kernel, world)
+    model = ModelBuilder(config, registry).build_model()
+    world.shard(model, device)
+    model.to(device)
+    kernel.notices += support_notices(kernel, device)
+    provider: OptimizerProvider = registry.get("optimizer", training.optimizer_name)
     groups = parameter_groups(
         model,
         kernel.manager,
@@ -98,32 +100,59 @@ def _prepare(kernel: Kernel) -> Parts:
         scales=learning_rate_scales(model, config.model.d_model)
         if training.scale_lr_by_width
         else None,
+        separate_matrices=provider.separates_matrices,
     )
-    optimizer = registry.get("optimizer", training.optimizer_name).create(
+    optimizer = provider.create(
         groups, learning_rate=training.learning_rate, weight_decay=training.weight_decay
     )
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
+    forward = world.replicate(model, device)
     return Parts(
         device=device,
-        dtype=autocast_dtype(training.mixed_precision, device),
+        dtype=dtype,
         tokenizer=tokenizer,
         plan=plan,
         val_tokens=val_tokens,
         bytes_per_token=bytes_per_token,
         data=data,
         model=model,
-        forward=torch.compile(model) if training.compile else model,
+        forward=torch.compile(forward) if training.compile else forward,
         optimizer=optimizer,
         lr_schedule=registry.get("lr_schedule", training.lr_schedule_name),
     )
 
 
-def settle_device(kernel: Kernel) -> torch.device:
+def _note_what_needs_others(kernel: Kernel) -> None:
+    """Keys of distribution do nothing in a run of one process. Raises ConfigError if ``strict``."""
+    inactive = inactive_alone(kernel.config)
+    if inactive and kernel.manager.strict:
+        raise ConfigError([Problem(i.reason, i.key, hint="--strict allows none") for i in inactive])
+    kernel.inactive += inactive
+
+
+def horizon(config: Config, plan: BatchPlan) -> Horizon:
+    """How long the run is, with what limits it. Under ``training.max_tokens`` that is the number of
+    full steps which reach it: an epoch's one short step may make it one more."""
+    training = config.training
+    limits = [] if training.max_steps is None else [training.max_steps]
+    if training.max_tokens is not None:
+        epochs, rest = divmod(training.max_tokens, plan.targets_per_epoch)
+        steps = -(-rest // (plan.windows_per_step * plan.seq_len))
+        limits.append(epochs * plan.steps_per_epoch + steps)
+    return Horizon(
+        training.max_epochs,
+        plan.steps_per_epoch,
+        plan.targets_per_epoch,
+        min(limits, default=None),
+    )
+
+
+def settle_device(kernel: Kernel, world: World = ALONE) -> torch.device:
     """The run's device, on which the registry probes layers from now on.
 
-    One that is not there is replaced by the CPU, with a notice; under ``strict`` that is a
-    ConfigError.
+    Each process on a machine with GPUs has one of its own. A device that is not there is replaced
+    by the CPU, with a notice; under ``strict`` that is a ConfigError.
     """
     asked = kernel.config.hardware.device
     device, reason = resolve_device(asked)
@@ -132,6 +161,8 @@ def settle_device(kernel: Kernel) -> torch.device:
         if kernel.manager.strict:
             raise ConfigError(Problem(message, hint="--strict allows no fallback"))
         kernel.notices.append(f"{message}: using {device.type}")
+    if device.type == "cuda" and world.size > 1:
+        device = torch.device("cuda", world.local_rank)
     kernel.registry.probe = layer_probe(kernel, device)
     return device
 
@@ -177,7 +208,7 @@ def build_tokenizer(kernel: Kernel) -> TokenizerProvider:
 
 
 def _data(
-    kernel: Kernel,
+    kernel: Kernel, world: World
 ) -> tuple[TokenizerProvider, BatchPlan, npt.NDArray[Any], float, dict[str, Any]]:
     config, registry = kernel.config, kernel.registry
     tokenizer = build_tokenizer(kernel)
@@ -192,6 +223,8 @@ def _data(
         batch_size=config.training.batch_size,
         grad_accum_steps=config.training.grad_accum_steps,
         seed=config.training.seed,
+        rank=world.rank,
+        world_size=world.size,
     )
     data = {
         "description": loaded.description,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 from collections.abc import Mapping
@@ -10,11 +11,13 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from apt_core import __version__
 from apt_core.errors import ConfigError, Problem
 from apt_core.failures import short_path
+
+log = logging.getLogger("apt.training")
 
 PACKAGES = ("torch", "pluggy", "pydantic", "numpy", "safetensors")
 
@@ -60,16 +63,19 @@ class RunFolder:
     """Creates and writes a run's folder.
 
     ``checkpoints`` is where its checkpoints are: inside it, or below the profile's
-    ``training.checkpoint_dir`` when no output folder was named.
+    ``training.checkpoint_dir`` when no output folder was named. Of several processes only the one
+    whose folder ``writes`` does, under a lock.
     """
 
-    def __init__(self, path: Path, checkpoints: Path) -> None:
+    def __init__(self, path: Path, checkpoints: Path, *, writes: bool = True) -> None:
         # Absolute: a plugin may change the working directory.
         self.path = path.absolute()
         self.checkpoints = checkpoints.absolute()
+        self.writes = writes
         self.manifest: dict[str, Any] = {}
-        self._metrics: Any = None
-        self._lock = _locked(self.path)
+        self._metrics: BinaryIO | None = None
+        self._unwritten = b""
+        self._lock = _locked(self.path) if writes else None
 
     def __str__(self) -> str:
         return short_path(str(self.path))
@@ -131,7 +137,7 @@ class RunFolder:
         return folder
 
     def write_profile(self, text: str) -> None:
-        write_atomically(self.path / "profile.yaml", text)
+        self._write("profile.yaml", text)
 
     def begin_manifest(self) -> None:
         """Note when the run began; after a resume, forget how it ended before."""
@@ -144,7 +150,22 @@ class RunFolder:
         self.manifest.update(entries, checkpoint_dir=str(self.checkpoints.resolve()))
         clean = _without_nan(self.manifest)
         text = json.dumps(clean, indent=2, ensure_ascii=False, default=str, allow_nan=False)
-        write_atomically(self.path / "manifest.json", text + "\n")
+        self._write("manifest.json", text + "\n")
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a file of its own; ``name`` may have folders in it."""
+        self._write(name, json.dumps(value, ensure_ascii=False) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        """A run is worth more than its records: a disk that is full does not end it."""
+        if not self.writes:
+            return
+        path = self.path / name
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, text)
+        except OSError as error:
+            log.error("%s was not written: %s", name, error)
 
     @property
     def log_file(self) -> Path:
@@ -166,12 +187,23 @@ class RunFolder:
         write_atomically(path, "".join(kept))
 
     def write_metrics(self, row: Mapping[str, Any]) -> None:
-        """Append one row. A number that is not finite is written as a string, which JSON allows."""
-        if self._metrics is None:
-            self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+        """Append one row. A number that is not finite is written as a string, which JSON allows.
+
+        Rows that a full disk does not take are kept, and written once there is room.
+        """
+        if not self.writes:
+            return
         text = json.dumps(_without_nan(row), ensure_ascii=False, allow_nan=False)
-        self._metrics.write(text + "\n")
-        self._metrics.flush()
+        waiting = bool(self._unwritten)
+        self._unwritten += text.encode("utf-8", errors="backslashreplace") + b"\n"
+        try:
+            if self._metrics is None:
+                self._metrics = (self.path / "metrics.jsonl").open("ab", buffering=0)
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
+        except OSError as error:
+            if not waiting:
+                log.error("metrics.jsonl: rows wait for room on the disk: %s", error)
 
     def close(self) -> None:
         if self._metrics is not None:
@@ -223,8 +255,12 @@ def _without_nan(value: Any) -> Any:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, sees the old text or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from apt_core.errors import CheckpointError
 from apt_core.plugin_manager import PluginManager
 from apt_core.training.checkpoint import join_tensors, split_tensors
+from apt_core.training.tensor_files import SavedTensors
 
 log = logging.getLogger("apt.checkpoint")
 
@@ -27,29 +28,6 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         unique.setdefault(id(tensor), name)
     return {name: tensors[name] for name in unique.values()}
-
-
-def copy_to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
-
-
-@torch.no_grad()
-def load_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Copy weights in. Raises CheckpointError for a missing, left-over or misshapen tensor."""
-    own = model_tensors(model)
-    problems = [f"missing: {name}" for name in sorted(own.keys() - saved.keys())]
-    problems += [f"left over: {name}" for name in sorted(saved.keys() - own.keys())]
-    problems += [
-        f"{name}: {list(saved[name].shape)} in the checkpoint, {list(own[name].shape)} here"
-        for name in sorted(own.keys() & saved.keys())
-        if own[name].shape != saved[name].shape
-    ]
-    if problems:
-        raise CheckpointError(
-            "the checkpoint does not fit the profile's model: " + "; ".join(problems[:5])
-        )
-    for name, tensor in own.items():
-        tensor.copy_(saved[name])
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -91,19 +69,27 @@ def load_optimizer_groups(optimizer: Optimizer, saved: Sequence[Mapping[str, Any
         group.update(values)
 
 
-def load_optimizer(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Tensor]) -> None:
-    """Put the state back. Raises CheckpointError for state of a parameter that is not there."""
-    by_parameter: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in saved.items():
-        name, _, state = key.rpartition(SEPARATOR)
-        by_parameter.setdefault(name, {})[state] = tensor
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+def load_optimizer(model: nn.Module, optimizer: Optimizer, saved: SavedTensors) -> None:
+    """Put the state back, sharded as the parameters are.
+
+    Raises CheckpointError for state of a parameter that is not there.
+    """
+    parameters = dict(model.named_parameters())
+    names = {id(parameter): name for name, parameter in parameters.items()}
     ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    unknown = by_parameter.keys() - set(ordered)
-    if unknown:
-        raise CheckpointError(
-            f"the checkpoint has optimizer state of unknown parameters: {sorted(unknown)[:5]}"
-        )
+    by_parameter: dict[str, dict[str, Tensor]] = {}
+    targets: dict[str, Tensor] = {}
+    for key, (shape, dtype) in saved.shapes.items():
+        name, _, state = key.rpartition(SEPARATOR)
+        parameter = parameters.get(name)
+        if parameter is None or name not in ordered:
+            raise CheckpointError(f"the checkpoint has optimizer state of the unknown {name!r}")
+        if parameter.shape == shape:
+            tensor = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        else:
+            tensor = torch.empty(shape, dtype=dtype)
+        targets[key] = by_parameter.setdefault(name, {})[state] = tensor
+    saved.read_into(targets, "optimizer")
     packed = optimizer.state_dict()
     packed["state"] = {
         index: by_parameter[name] for index, name in enumerate(ordered) if name in by_parameter

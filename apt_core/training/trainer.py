@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,26 +14,30 @@ import torch
 from torch import Tensor, nn
 
 from apt_core.config import Config
-from apt_core.data.batches import evaluation_batches
-from apt_core.device import autocast, cpu_threads, peak_memory_bytes
+from apt_core.device import autocast, cpu_threads
 from apt_core.errors import PluginError, StopTraining, TrainingError
-from apt_core.evaluation.quick_eval import evaluate
-from apt_core.inference.generator import generate
 from apt_core.kernel import Kernel, boot
 from apt_core.log import keeping_backlog
 from apt_core.modeling.init import seed_of
-from apt_core.monitor import ProgressDisplay, Throughput
+from apt_core.monitor import ProgressDisplay
 from apt_core.plugin_manager import PluginManager
-from apt_core.schedules import Horizon
 from apt_core.training.blame import attributed
+from apt_core.training.distributed import World
+from apt_core.training.ema import WeightAverage
 from apt_core.training.enabling import Enabling
-from apt_core.training.loss import cross_entropy_sum, loss_terms
+from apt_core.training.evaluating import Evaluator
 from apt_core.training.finite_guard import FiniteGuard
-from apt_core.training.prepare import num_threads, prepare
+from apt_core.training.gradients import clip, name_bad_gradients
+from apt_core.training.loss import cross_entropy_sum, loss_terms
+from apt_core.training.manifest import write_manifest
+from apt_core.training.opening import Opening
+from apt_core.training.prepare import horizon, num_threads, prepare, settle_device
+from apt_core.training.run_folder import RunFolder
 from apt_core.training.saving import Saving
-from apt_core.training.seeds import seed_model_generator
-from apt_core.training.signals import Interrupts
-from apt_core.types import GenerationRequest
+from apt_core.training.seeds import deterministic_kernels, seed_model_generator
+from apt_core.training.step_clock import StepClock
+from apt_core.training.step_log import StepLog
+from apt_core.training.stopping import Stopping
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,15 +67,17 @@ class Trainer:
     ``config`` is a booted :class:`~apt_core.kernel.Kernel`, a validated profile, or a plain dict
     with a profile's keys; ``manager`` may hold plugins that are registered already.
     ``output`` is the run's folder (``runs/<profile>/<UTC time>`` without it); ``resume`` goes on
-    with the newest checkpoint in it, ``resume_from`` with a named one.
+    with the newest checkpoint in it, ``resume_from`` with a named one. ``stop_at_step`` ends this
+    part of the run there and leaves the schedules as they are.
 
     What hooks may use: ``config model optimizer schedule epoch step tokens device rank world_size
-    metrics rng(plugin) request_stop(reason)``. ``epoch`` counts from 1, ``step`` is the number of
-    optimizer steps taken, ``tokens`` the target tokens seen, ``metrics`` the newest row.
+    metrics output_dir rng(plugin) request_stop(reason)``. ``epoch`` counts from 1, ``step`` is the
+    number of optimizer steps taken, ``tokens`` the target tokens seen, ``metrics`` the newest row,
+    ``output_dir`` the run's folder.
     """
 
-    rank = 0
-    world_size = 1
+    folder: RunFolder
+    saving: Saving
 
     def __init__(
         self,
@@ -82,6 +87,7 @@ class Trainer:
         output: str | Path | None = None,
         resume: bool = False,
         resume_from: str | Path | None = None,
+        stop_at_step: int | None = None,
         console: Console | None = None,
         strict: bool = False,
     ) -> None:
@@ -94,20 +100,25 @@ class Trainer:
         self.config: Config = self.kernel.config
         self.manager = self.kernel.manager
         self.console = console
+        self.world = World.from_environment(self.config)
+        self.rank, self.world_size = self.world.rank, self.world.size
         self.epoch, self.step, self.tokens = 1, 0, 0
         self.metrics: dict[str, Any] = {}
         self.start_scores: dict[str, float] = {}
         self.scores: dict[str, float] = {}
         self.ended_epochs = 0
+        self.timeline: list[dict[str, Any]] = []
+        self.stopping = Stopping(self.config, stop_at_step, alone=self.world_size == 1)
         self._terms: dict[str, Tensor] = {}
-        self._stop_reason = ""
         self._updating = False
-        self._interrupts = Interrupts()
-        self._throughput = Throughput()
-        self._enabling = Enabling(self)
-        self._saving = Saving(self, output, resume, resume_from)
+        self._opening = Opening(output, resume, resume_from)
 
     # What hooks may use ----------------------------------------------------------------------
+
+    @property
+    def output_dir(self) -> Path:
+        """The run's folder."""
+        return self.folder.path
 
     def rng(self, plugin: str) -> torch.Generator:
         """A CPU generator that is the plugin's own: a function of (seed, plugin, step)."""
@@ -117,7 +128,7 @@ class Trainer:
 
     def request_stop(self, reason: str) -> None:
         """End the run after this step, with a final evaluation and a checkpoint."""
-        self._stop_reason = self._stop_reason or reason
+        self.stopping.request(reason)
 
     # The run ---------------------------------------------------------------------------------
 
@@ -128,27 +139,35 @@ class Trainer:
         is not possible, and another AptError when the run fails; a checkpoint of the last whole
         step is written first.
         """
+        training = self.config.training
         threads = cpu_threads(num_threads(self.config))
-        with self._interrupts.listening(), threads, keeping_backlog() as backlog:
-            self.parts = prepare(self.kernel)
-            self.device = self.parts.device
-            self.model: nn.Module = self.parts.model
-            self.optimizer = self.parts.optimizer
-            self.guard = FiniteGuard(self.optimizer, self.device)
-            plan = self.parts.plan
-            self.schedule = self.kernel.schedule.with_horizon(
-                Horizon(
-                    self.config.training.max_epochs,
-                    plan.steps_per_epoch,
-                    plan.targets_per_epoch,
-                    self.config.training.max_steps,
+        deterministic = deterministic_kernels(training.deterministic)
+        with (
+            self.stopping.interrupts.listening(),
+            threads,
+            deterministic,
+            keeping_backlog() as backlog,
+        ):
+            self.device = settle_device(self.kernel, self.world)
+            with self.world.joined(self.device, self.config.hardware.backend):
+                self.parts = prepare(self.kernel, self.device, self.world)
+                self.model: nn.Module = self.parts.model
+                self.optimizer = self.parts.optimizer
+                self.guard = FiniteGuard(
+                    self.optimizer, self.device, window=training.log_every_steps
                 )
-            )
-            self.total_steps = self.config.training.max_epochs * plan.steps_per_epoch
-            if self.config.training.max_steps is not None:
-                self.total_steps = min(self.total_steps, self.config.training.max_steps)
-            with self._saving.opened(backlog) as self.folder:
-                return self._run()
+                self.average = None
+                if training.ema_decay is not None:
+                    self.average = WeightAverage(self.model, training.ema_decay)
+                ends = horizon(self.config, self.parts.plan)
+                self.schedule = self.kernel.schedule.with_horizon(ends)
+                self.total_steps = ends.last("step") or 0
+                self.clock = StepClock(self.device)
+                self._step_log = StepLog(self)
+                self._enabling = Enabling(self)
+                self._evaluator = Evaluator(self)
+                with self._opening.opened(self, backlog):
+                    return self._run()
 
     def _run(self) -> RunResult:
         self._started = time.perf_counter()
@@ -160,7 +179,7 @@ class Trainer:
                 self._enabling.announce()
                 self.manager.hook.on_training_start(trainer=self)
                 if self.step == 0:
-                    self.start_scores = self._evaluate(self.config.evaluation.eval_batches)
+                    self.start_scores = self._evaluate(everything=False)
                 self._display.start(self.step)
                 self._train()
             except StopTraining as stop:
@@ -177,10 +196,9 @@ class Trainer:
 
     def _train(self) -> None:
         """The loop, from the current position to the end."""
-        training, evaluation = self.config.training, self.config.evaluation
-        plan, hook, device = self.parts.plan, self.manager.hook, self.device
+        training, evaluation, world = self.config.training, self.config.evaluation, self.world
+        plan, hook, device, clock = self.parts.plan, self.manager.hook, self.device, self.clock
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        max_norm = training.gradient_clip or float("inf")
         first_epoch, first_index = divmod(self.step, plan.steps_per_epoch)
         self.model.train()
         if self.ended_epochs < first_epoch and first_index == 0:
@@ -197,63 +215,89 @@ class Trainer:
                 if self._over():
                     return
                 step = self.step + 1
+                logged = step % training.log_every_steps == 0 or step == self.total_steps
                 self.manager.step = step
+                self.manager.time_calls(logged)
                 self._enabling.enable_due()
+                clock.start(sampling=logged)
                 batches = [batch.to(device) for batch in plan.step_batches(epoch, index)]
+                targets = plan.step_targets(epoch, index)
+                clock.lap("data")
                 hook.on_step_start(step=step, batch=list(batches), trainer=self)
+                clock.lap("hooks")
 
                 torch.set_grad_enabled(True)  # whatever a plugin has left it at
-                targets = sum(batch.num_targets for batch in batches)
+                # Gradients are averaged over the processes, and are to be their sum.
+                each = targets / world.size
                 loss = torch.zeros((), device=device)
                 terms = self._terms = {}
                 self.optimizer.zero_grad(set_to_none=True)
                 for micro, batch in enumerate(batches):
                     seed_model_generator(device, training.seed, step, micro, self.rank)
+                    if world.size > 1:
+                        last = micro + 1 == len(batches)
+                        world.sum_gradients_in_backward(self.model, self.parts.forward, now=last)
                     with autocast(device, self.parts.dtype):
                         output = self.parts.forward(batch.input_ids)
-                        partial = cross_entropy_sum(output, batch) / targets
-                    share = batch.num_targets / targets
+                        partial = cross_entropy_sum(output, batch) / each
+                    share = batch.num_targets / each
                     for name, term in loss_terms(self, batch, output):
                         partial = partial + share * term
                         terms[name] = terms.get(name, 0.0) + share * term.detach()
                     partial.backward()
                     loss += partial.detach()
                 self._terms = {}  # what fails from here on is not theirs
+                if world.size > 1:
+                    loss, stopping = world.agree(loss, self.stopping.wanted)
+                    if logged or device.type == "cpu":
+                        self.stopping.agreed = bool(stopping.item())
+                clock.lap("forward_backward")
                 hook.on_backward_end(step=step, trainer=self)
+                clock.lap("hooks")
 
-                grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+                grad_norm = clip(parameters, training.gradient_clip)
                 factor = self.parts.lr_schedule.factor(
                     step, self.total_steps, training.warmup_steps, training.min_lr_ratio
                 )
                 for group in self.optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * factor
                 if self.config.debug.check_gradients:
-                    self._name_bad_gradients(grad_norm)
+                    name_bad_gradients(self.model, grad_norm, step)
                 self._updating = True
-                self.guard.step(loss, grad_norm)
+                self.guard.step(step, loss, grad_norm)
                 self.step, self.tokens = step, self.tokens + targets
+                if self.average is not None:
+                    self.average.update(step)
                 self._updating = False
-                self._throughput.add(targets)
+                clock.lap("optimizer")
+                self._step_log.throughput.add(targets)
                 hook.on_step_end(step=step, loss=loss, trainer=self)
+                clock.lap("hooks")
 
-                if step % training.log_every_steps == 0 or step == self.total_steps:
-                    self._log_step(loss, grad_norm, training.learning_rate * factor, terms)
+                self.stopping.check_limits(step, self.tokens)
+                if logged:
+                    row = self._step_log.write(
+                        loss, grad_norm, training.learning_rate * factor, terms
+                    )
+                    self._display.update(step, epoch, row)
+                    self._enabling.share_quarantines()
+                    self.saving.poll()
                 ends_epoch = index + 1 == plan.steps_per_epoch
                 if evaluation.eval_freq and step % evaluation.eval_freq == 0 and not ends_epoch:
-                    self._evaluate(evaluation.eval_batches)
-                if self._save_due(step) and not ends_epoch:
+                    self._evaluate(everything=False)
+                if self._save_due() and not ends_epoch:
                     self._save()
 
             first_index = 0
             self._end_epoch(epoch)
 
     def _over(self) -> bool:
-        return bool(self._stop_reason or self._interrupts or self.step >= self.total_steps)
+        return self.stopping.due or self.step >= self.total_steps
 
     def _end_epoch(self, epoch: int) -> None:
         """Evaluate, tell, save. A stop before the evaluation is done leaves the epoch open, and a
         resume ends it."""
-        scores = self._evaluate()
+        scores = self._evaluate(everything=True)
         if not scores:
             return
         log.info(
@@ -268,31 +312,35 @@ class Trainer:
         self.ended_epochs = epoch
         self.manager.hook.on_epoch_end(epoch=epoch, trainer=self)
         save_freq = self.config.training.save_freq
-        if (save_freq and epoch % save_freq == 0) or self._save_due(self.step):
+        if (save_freq and epoch % save_freq == 0) or self._save_due():
             self._save()
 
-    def _save_due(self, step: int) -> bool:
+    def _save_due(self) -> bool:
         every = self.config.training.save_every_steps
-        return every is not None and step % every == 0
+        if every is not None and self.step % every == 0:
+            return True
+        return self.config.evaluation.save_best and self.stopping.best_step == self.step
 
     def _finish(self) -> RunResult:
         """Evaluate and save what was not yet, tell the plugins, show a sample, sum up."""
         status = "finished"
-        if self._interrupts:
+        reason = next(filter(None, self.world.gather(self.stopping.reason)), "")
+        if self.world.any(bool(self.stopping.interrupts)):
             status = "interrupted"
-        elif self._stop_reason:
+        elif reason:
             status = "stopped"
         # A plugin that asks to stop here ends its own stage, not the others.
         with suppress(StopTraining):
             if status != "interrupted" and self.scores.get("step") != self.step:
-                self._evaluate()
+                self._evaluate(everything=True)
         with suppress(StopTraining):
-            self._save(final=True)
+            self._step_log.throughput.pause()
+            self.saving.save_last()
         with suppress(StopTraining):
             self.manager.hook.on_training_end(trainer=self)
         sample = ""
         with suppress(StopTraining):
-            sample = "" if status == "interrupted" else self._sample()
+            sample = "" if status == "interrupted" else self._evaluator.sample()
         result = RunResult(
             status=status,
             step=self.step,
@@ -301,10 +349,10 @@ class Trainer:
             figures=self._figures(),
             folder=self.folder.path,
             sample=sample,
-            reason=self._stop_reason,
-            exit_code=self._interrupts.exit_code if status == "interrupted" else 0,
+            reason=reason,
+            exit_code=self.stopping.interrupts.exit_code if status == "interrupted" else 0,
         )
-        self._saving.write_manifest(status, figures=result.figures, sample=sample)
+        write_manifest(self, status, figures=result.figures, sample=sample)
         return result
 
     def _die(self, error: BaseException) -> None:
@@ -313,7 +361,7 @@ class Trainer:
             log.warning("interrupted")
         if not self._updating and self.step > 0:
             try:
-                self._saving.save(emergency=True)
+                self.saving.save_in_emergency(together=isinstance(error, TrainingError))
             except Exception as failure:
                 log.error("no checkpoint of step %d could be written: %s", self.step, failure)
         try:
@@ -321,91 +369,22 @@ class Trainer:
         except (PluginError, StopTraining) as failure:
             log.error("%s", failure)
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        self._saving.write_manifest(status, figures=self._figures(), error=str(error))
+        write_manifest(self, status, figures=self._figures(), error=str(error))
 
-    # Metrics, evaluation ---------------------------------------------------------------
+    # Evaluation, figures, checkpoints --------------------------------------------------------
 
-    def _log_step(
-        self, loss: Tensor, grad_norm: Tensor, lr: float, terms: Mapping[str, Tensor]
-    ) -> None:
-        """Write a row of metrics; this is where the host waits for the device."""
-        skipped, in_a_row = self.guard.read()
-        row: dict[str, Any] = {
-            "step": self.step,
-            "epoch": self.epoch,
-            "tokens": self.tokens,
-            "loss": loss.item(),
-            "lr": lr,
-            "grad_norm": grad_norm.item(),
-            "tokens_per_s": round(self._throughput.read(), 1),
-        }
-        row.update((name, term.item()) for name, term in terms.items())
-        if skipped:
-            row["skipped_steps"] = skipped
-        if self.config.debug.profile_memory:
-            row["peak_memory_mb"] = round(peak_memory_bytes(self.device) / 2**20, 1)
-        for plugin, metrics in self.manager.call_each("apt_metrics", trainer=self):
-            try:
-                row.update({f"{plugin}/{name}": float(v) for name, v in metrics.items()})
-            except (TypeError, ValueError, AttributeError) as error:
-                self.manager.fail(plugin, "apt_metrics", error)
-        bad = [name for name in terms if not isfinite(row[name])]
-        if skipped > self.metrics.get("skipped_steps", 0):
-            log.warning(
-                "%d steps were not finite and changed nothing (to step %d)%s",
-                skipped,
-                self.step,
-                f": {', '.join(bad)} is not finite" if bad else "",
-            )
-        self.metrics = row
-        self.folder.write_metrics(row)
-        self.manager.hook.on_metrics(metrics=dict(row), step=self.step)
-        self._display.update(self.step, self.epoch, row)
-        if in_a_row >= self.config.training.max_nonfinite_steps:
-            raise TrainingError(
-                f"{in_a_row} steps in a row had a loss or gradient that is not finite, the last "
-                f"one step {self.step}: "
-                + (
-                    f"not finite is {', '.join(bad)}, a loss term of a plugin"
-                    if bad
-                    else f"lower training.learning_rate (now "
-                    f"{self.config.training.learning_rate:g}) or raise training.warmup_steps"
-                )
-            )
-
-    def _name_bad_gradients(self, grad_norm: Tensor) -> None:
-        if not torch.isfinite(grad_norm):
-            bad = [
-                name
-                for name, parameter in self.model.named_parameters()
-                if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
-            ]
-            log.warning(
-                "step %d: gradients that are not finite in %s", self.step + 1, ", ".join(bad[:8])
-            )
-
-    def _evaluate(self, limit: int | None = None) -> dict[str, float]:
-        """Score the held-out text: at most ``limit`` batches, or all of it."""
-        self._throughput.pause()
+    def _evaluate(self, *, everything: bool) -> dict[str, float]:
+        """Score the held-out text, or a few batches of it, and tell of the result."""
+        self._step_log.throughput.pause()
         self.model.eval()
         self.manager.hook.on_evaluation_start(trainer=self)
-        scores = evaluate(
-            self.model,
-            evaluation_batches(
-                self.parts.val_tokens,
-                seq_len=self.parts.plan.seq_len,
-                batch_size=self.parts.plan.batch_size,
-                limit=limit,
-            ),
-            device=self.device,
-            bytes_per_token=self.parts.bytes_per_token,
-            metrics=self.config.evaluation.metrics,
-            dtype=self.parts.dtype,
-            interrupted=lambda: bool(self._interrupts),
-        )
-        if scores:
-            if limit is None:
+        evaluation = self._evaluator.evaluate(everything=everything)
+        scores = {} if evaluation is None else evaluation.scores
+        if evaluation is not None:
+            if everything:
                 self.scores = {"step": self.step, **scores}
+            if self.step > 0:
+                self.stopping.judge(evaluation.watched_loss, self.step)
             row = {"step": self.step, "epoch": self.epoch, "tokens": self.tokens, **scores}
             self.metrics = {**self.metrics, **scores}
             self.folder.write_metrics(row)
@@ -414,29 +393,8 @@ class Trainer:
             finally:
                 self.manager.hook.on_metrics(metrics=dict(row), step=self.step)
         self.model.train()
-        self._throughput.resume()
+        self._step_log.throughput.resume()
         return scores
-
-    def _sample(self) -> str:
-        evaluation = self.config.evaluation
-        if not evaluation.sample_tokens:
-            return ""
-        request = GenerationRequest(
-            prompt=evaluation.sample_prompt,
-            max_new_tokens=evaluation.sample_tokens,
-            temperature=evaluation.sample_temperature,
-            seed=self.config.training.seed,
-        )
-        result = generate(
-            self.model,
-            self.parts.tokenizer,
-            request,
-            self.manager,
-            max_seq_len=self.config.model.max_seq_len,
-            device=self.device,
-            interrupted=lambda: bool(self._interrupts),
-        )
-        return result.text
 
     def _figures(self) -> dict[str, float]:
         final = {key: value for key, value in self.scores.items() if key != "step"}
@@ -446,7 +404,7 @@ class Trainer:
         return {"steps": self.step, "tokens": self.tokens, "seconds": seconds,
                 **train, **start, **final}  # fmt: skip
 
-    def _save(self, *, final: bool = False) -> None:
-        self._throughput.pause()
-        self._saving.save(final=final)
-        self._throughput.resume()
+    def _save(self) -> None:
+        self._step_log.throughput.pause()
+        self.saving.save()
+        self._step_log.throughput.resume()

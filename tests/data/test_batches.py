@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apt_core.data import IGNORED, BatchPlan, evaluation_batches
+from apt_core.data import IGNORED, BatchPlan, EvaluationPlan
 from apt_core.data.sampler import epoch_order
 from apt_core.errors import ConfigError
 
@@ -54,7 +54,8 @@ def test_every_token_is_predicted_once_an_epoch(count, seq_len, batch_size, accu
 @given(count=st.integers(2, 300), seq_len=st.integers(1, 12), batch_size=st.integers(1, 5))
 def test_evaluation_sees_every_token_once_and_in_order(count, seq_len, batch_size):
     tokens = np.arange(count, dtype=np.uint32)
-    batches = list(evaluation_batches(tokens, seq_len=seq_len, batch_size=batch_size))
+    plan = EvaluationPlan(tokens, seq_len=seq_len, batch_size=batch_size)
+    batches = [plan.batch(index) for index in range(plan.num_batches)]
     check_targets(batches, count)
     order = [t for batch in batches for t in batch.targets.flatten().tolist() if t != IGNORED]
     assert order == sorted(order)
@@ -62,7 +63,8 @@ def test_evaluation_sees_every_token_once_and_in_order(count, seq_len, batch_siz
 
 def test_a_bounded_evaluation_is_spread_over_the_text():
     tokens = np.arange(1000, dtype=np.uint32)
-    batches = list(evaluation_batches(tokens, seq_len=5, batch_size=2, limit=4))
+    plan = EvaluationPlan(tokens, seq_len=5, batch_size=2)
+    batches = [plan.batch(index) for index in plan.spread(4)]
     assert len(batches) == 4
     assert [batch.input_ids[0, 0].item() for batch in batches] == [0, 250, 500, 750]
 
@@ -128,10 +130,36 @@ def test_text_that_does_not_fill_a_step_is_bad_input():
 @pytest.mark.parametrize("count", [0, 1])
 def test_nothing_to_validate_on_is_bad_input_at_once(count):
     with pytest.raises(ConfigError, match=r"data\.val_path.*nothing can be predicted"):
-        evaluation_batches(np.arange(count, dtype=np.uint8), seq_len=7, batch_size=1)
+        EvaluationPlan(np.arange(count, dtype=np.uint8), seq_len=7, batch_size=1)
 
 
 def test_a_step_that_is_not_there_is_an_error():
     plan = plan_of()
     with pytest.raises(IndexError):
         plan.step_batches(1, plan.steps_per_epoch)
+
+
+@given(
+    count=st.integers(2, 400),
+    seq_len=st.integers(1, 9),
+    batch_size=st.integers(1, 4),
+    accumulate=st.integers(1, 3),
+    world_size=st.integers(1, 4),
+)
+def test_processes_share_out_the_steps_of_one(count, seq_len, batch_size, accumulate, world_size):
+    if (count - 1) // seq_len < batch_size * accumulate * world_size:
+        return
+    sizes = {"seq_len": seq_len, "batch_size": batch_size}
+    alone = plan_of(count, grad_accum_steps=accumulate * world_size, **sizes)
+    ranks = [
+        plan_of(count, grad_accum_steps=accumulate, rank=rank, world_size=world_size, **sizes)
+        for rank in range(world_size)
+    ]
+    assert {plan.steps_per_epoch for plan in ranks} == {alone.steps_per_epoch}
+    for index in range(alone.steps_per_epoch):
+        shares = [plan.step_batches(1, index) for plan in ranks]
+        assert len({len(share) for share in shares}) == 1
+        dealt = [batch for turn in zip(*shares, strict=True) for batch in turn if batch.num_targets]
+        whole = alone.step_batches(1, index)
+        assert [b.input_ids.tolist() for b in dealt] == [b.input_ids.tolist() for b in whole]
+        assert sum(b.num_targets for b in whole) == ranks[-1].step_targets(1, index)

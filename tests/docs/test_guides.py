@@ -77,7 +77,9 @@ def is_shown(expected: str, printed: str) -> bool:
     return any(pattern.search(" ".join(line.split())) for line in printed.splitlines())
 
 
-GUIDES = {name: read_guide(name) for name in ("plugins.md", "profiles.md", "model.md")}
+GUIDES = {
+    name: read_guide(name) for name in ("plugins.md", "profiles.md", "model.md", "training.md")
+}
 SECTIONS = [(name, section) for name, guide in GUIDES.items() for section in guide.consoles]
 
 

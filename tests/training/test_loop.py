@@ -13,7 +13,6 @@ from apt_core import StopTraining, hookimpl
 from apt_core.config import Config
 from apt_core.errors import ConfigError, ProviderError, TrainingError
 from apt_core.testing import TINY_PROFILE, Recorder, tiny_run
-from apt_core.training.lr_schedules import CosineProvider
 
 
 def test_the_order_of_an_epoch():
@@ -262,16 +261,6 @@ def test_a_provider_that_fails_in_training_is_named(tmp_path):
         tiny_run(str(path), overrides={"model.ffn_name": "fragile"})
 
 
-def test_plugins_choose_parameter_groups():
-    class Frozen:
-        @hookimpl
-        def apt_param_groups(self, model):
-            return [{"params": [model.embedding.weight], "lr_scale": 0.0, "weight_decay": 0.0}]
-
-    start, run = tiny_run(Frozen(), steps=1), tiny_run(Frozen(), steps=8)
-    assert start.weights["embedding.weight"].equal(run.weights["embedding.weight"])
-
-
 def test_a_trainer_takes_a_plain_dict(tmp_path, monkeypatch):
     from apt_core.training import Trainer
 
@@ -401,35 +390,6 @@ def test_terms_are_not_blamed_for_what_fails_after_the_backward_pass(monkeypatch
         tiny_run(Breaks(0.1))
 
 
-def test_the_rate_of_matrices_that_read_the_stream_is_scaled_and_of_no_others():
-    """With d_ff = d_model every matrix of the feed-forward is square."""
-    rates = {}
-
-    class Rates:
-        @hookimpl
-        def on_training_start(self, trainer):
-            names = {id(p): name for name, p in trainer.model.named_parameters()}
-            for group in trainer.optimizer.param_groups:
-                rates.update((names[id(p)], group["initial_lr"]) for p in group["params"])
-
-    tiny_run(Rates(), steps=1, overrides={"model.d_ff": 16, "training.learning_rate": 1e-4})
-    fast = {name.rpartition("blocks.0.")[2] for name, rate in rates.items() if rate > 1e-4}
-    assert fast == {"attention.qkv_weight", "ffn.gate.weight", "ffn.up.weight"}
-    assert rates["blocks.0.ffn.up.weight"] == pytest.approx(1e-4 * 1536 / 16)
-
-
-@pytest.mark.parametrize("bad", [{"lr_scale": -1.0}, {"params": [torch.zeros(2)]}, {"lr": 1}])
-def test_a_parameter_group_that_cannot_be_used_is_its_plugins_failure(bad):
-    class Groups:
-        @hookimpl
-        def apt_param_groups(self, model):
-            return [{"params": list(model.parameters())[:1], **bad}]
-
-    run = tiny_run(Groups(), steps=2, strict=False)
-    assert run.manager.records["groups"].state == "quarantined"
-    assert run.same_weights(tiny_run(steps=2))
-
-
 def test_figures_that_are_not_finite_are_valid_json(tmp_path):
     def no_constants(text):
         raise AssertionError(f"{text} is not JSON")
@@ -443,15 +403,6 @@ def test_figures_that_are_not_finite_are_valid_json(tmp_path):
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=no_constants)
     json.loads((tmp_path / "run" / "manifest.json").read_text(), parse_constant=no_constants)
-
-
-def test_the_cosine_schedule():
-    factor = CosineProvider().factor
-    assert factor(5, 100, 10, 0.1) == pytest.approx(0.5)
-    assert factor(10, 100, 10, 0.1) == pytest.approx(1.0)
-    assert factor(55, 100, 10, 0.1) == pytest.approx(0.55)
-    assert factor(100, 100, 10, 0.1) == factor(1000, 100, 10, 0.1) == pytest.approx(0.1)
-    assert factor(1, 1, 0, 0.0) == pytest.approx(0.0)
 
 
 def test_a_schedule_enables_a_plugin_at_its_moment():

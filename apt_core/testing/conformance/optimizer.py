@@ -29,8 +29,16 @@ def _weights() -> list[nn.Parameter]:
     return [nn.Parameter(sample(6, 4)), nn.Parameter(sample(4, seed=1))]
 
 
-def _optimizer(provider: Any, weights: list[nn.Parameter], **group: Any) -> Optimizer:
-    groups = [{"params": [weight], **group} for weight in weights]
+def _optimizer(provider: Any, weights: list[nn.Parameter], factor: float = 1.0) -> Optimizer:
+    """An optimizer of a group a weight, with ``factor`` times the usual rates."""
+    separates = getattr(provider, "separates_matrices", False)
+    groups: list[dict[str, Any]] = []
+    for weight in weights:
+        if separates and weight.ndim >= 2:
+            groups.append({"params": [weight], "hidden_matrices": True, "lr_scale": factor})
+        else:
+            own = {} if factor == 1.0 else {"lr": RATE * factor}
+            groups.append({"params": [weight], **own})
     return provider.create(groups, learning_rate=RATE, weight_decay=0.0)
 
 
@@ -54,11 +62,15 @@ def _builds(provider: Any) -> None:
 
 def _rates(provider: Any) -> None:
     """A group has the peak rate or its own, and follows what the schedule writes into it."""
-    for group, rate in (({}, RATE), ({"lr": RATE / 4}, RATE / 4)):
+    usual = [group["lr"] for group in _optimizer(provider, _weights()).param_groups]
+    if not getattr(provider, "separates_matrices", False):
+        assert set(usual) == {RATE}, f"groups of the rate {RATE} have {set(usual)}"
+    for factor in (1.0, 0.25):
         weights = _weights()
-        optimizer = _optimizer(provider, weights, **group)
-        found = {group["lr"] for group in optimizer.param_groups}
-        assert found == {rate}, f"groups of the rate {rate} have {found}"
+        optimizer = _optimizer(provider, weights, factor)
+        found = [group["lr"] for group in optimizer.param_groups]
+        expected = [rate * factor for rate in usual]
+        assert found == expected, f"groups of the rates {expected} have {found}"
         for held in optimizer.param_groups:
             held["lr"] = 0.0
         before = copy.deepcopy(weights)

@@ -1,0 +1,188 @@
+"""One run in several processes: torch's own DDP and FSDP2, started by torchrun.
+
+Every process takes the same path through the run and computes on micro-batches of its own; what
+the processes must agree on (the loss of a step, a request to stop, the run's folder) goes through
+:class:`World`. In a run of one process nothing here communicates.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from apt_core.config import Config
+from apt_core.errors import AptError, ConfigError, Problem, TrainingError
+
+Value = TypeVar("Value")
+
+Sharding = Literal["none", "ddp", "fsdp"]
+
+PATIENCE = timedelta(minutes=30)
+"""How long a process waits for the others: one of them may tokenise, or write a large file."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run. ``local_rank`` counts those on this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    sharding: Sharding = "none"
+
+    @classmethod
+    def from_environment(cls, config: Config) -> World:
+        """As torchrun describes it. Raises ConfigError for a variable that is no number."""
+        try:
+            rank, size, local_rank = (
+                int(os.environ.get(name, default))
+                for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+            )
+        except ValueError as error:
+            raise ConfigError(
+                Problem(f"RANK, WORLD_SIZE and LOCAL_RANK are not torchrun's: {error}")
+            ) from None
+        if size == 1:
+            return cls()
+        asked = config.hardware.distributed
+        return cls(rank, size, local_rank, "fsdp" if asked == "fsdp" else "ddp")
+
+    @property
+    def is_first(self) -> bool:
+        """Does this process write and speak for all?"""
+        return self.rank == 0
+
+    @contextmanager
+    def joined(self, device: torch.device, backend: str | None = None) -> Iterator[None]:
+        """Communication between the processes while the context lasts."""
+        if self.size == 1 or dist.is_initialized():
+            yield
+            return
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        chosen = backend or ("nccl" if device.type == "cuda" else "gloo")
+        # What a checkpoint holds lies on the CPU, whatever the device is.
+        both = chosen if chosen != "nccl" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(both, timeout=PATIENCE)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+    # The model -------------------------------------------------------------------------------
+
+    def shard(self, model: nn.Module, device: torch.device) -> None:
+        """Shard the parameters of ``model`` in place where the run uses FSDP2.
+
+        Every layer of the first list of layers is a group of its own, the rest is another.
+        """
+        if self.sharding != "fsdp":
+            return
+        mesh = init_device_mesh(device.type, (self.size,))
+        stack = next((m for m in model.children() if isinstance(m, nn.ModuleList)), ())
+        for layer in stack:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+
+    def replicate(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """What the loop calls in place of ``model``: the same, or DDP around it."""
+        if self.sharding != "ddp":
+            return model
+        devices = [device] if device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+    def sum_gradients_in_backward(self, model: nn.Module, forward: nn.Module, *, now: bool) -> None:
+        """Say before a forward whether its backward ends the step: only then are the gradients of
+        all the processes brought together."""
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(now)
+        else:
+            replicated = getattr(forward, "_orig_mod", forward)
+            assert isinstance(replicated, DistributedDataParallel)
+            replicated.require_backward_grad_sync = now
+
+    # Agreement -------------------------------------------------------------------------------
+
+    def agree(self, loss: Tensor, stop: bool) -> tuple[Tensor, Tensor]:
+        """The mean of ``loss`` and the number of processes that want to stop, on the device."""
+        both = torch.stack([loss / self.size, torch.full_like(loss, float(stop))])
+        dist.all_reduce(both)
+        return both[0], both[1]
+
+    def gather(self, value: Value) -> list[Value]:
+        """``value`` of every process, in the order of the ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Is it so in any of the processes?"""
+        return any(self.gather(flag))
+
+    def barrier(self) -> None:
+        """Wait for the others."""
+        if self.size > 1:
+            dist.barrier()
+
+    def from_first(
+        self, function: Callable[[], Value], group: dist.ProcessGroup | None = None
+    ) -> Value:
+        """What ``function`` returns in the first process, which alone calls it.
+
+        Raises in every process what it raised there: an AptError or OSError as it is, another one
+        as a TrainingError.
+        """
+        if self.size == 1:
+            return function()
+        outcome: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = function()
+            except (AptError, OSError) as problem:
+                outcome[1] = problem
+            except Exception as problem:
+                text = "".join(traceback.format_exception_only(problem)).strip()
+                outcome[1] = TrainingError(text)
+        dist.broadcast_object_list(outcome, src=0, group=group)
+        value, error = outcome
+        if error is not None:
+            raise error
+        return value
+
+
+ALONE = World()
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """``tensor``, gathered where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's part of ``tensor``, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def fill(target: Tensor, whole: Tensor) -> None:
+    """Copy ``whole`` into ``target``, of which each process may hold a part."""
+    if isinstance(target, DTensor):
+        whole = distribute_tensor(
+            whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+        )
+    target.copy_(whole)

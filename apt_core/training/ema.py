@@ -1,0 +1,52 @@
+"""An exponential moving average of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from apt_core.training.distributed import local_part
+
+WARMUP = 10
+"""The average begins short, as long as there is little to average: its decay is at most
+(1 + step) / (WARMUP + step)."""
+
+
+class WeightAverage:
+    """``values`` [name] follow the parameters of ``model`` with ``decay`` a step.
+
+    Parameters that are sharded are averaged where they lie.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        parameters = dict(model.named_parameters())
+        self.values = {name: p.detach().clone() for name, p in parameters.items()}
+        self._live = [local_part(p.detach()) for p in parameters.values()]
+        self._averages = [local_part(value) for value in self.values.values()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take the weights after ``step`` in."""
+        decay = min(self.decay, (1 + step) / (WARMUP + step))
+        torch._foreach_lerp_(self._averages, self._live, 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the model have the averaged weights inside, and its own again after."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for live, average in zip(self._live, self._averages, strict=True):
+            kept: Tensor = live.clone()
+            live.copy_(average)
+            average.copy_(kept)

@@ -1,0 +1,95 @@
+"""Evaluations of a run, and the text that it samples at its end."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from apt_core.data.batches import EvaluationPlan
+from apt_core.evaluation.quick_eval import BatchScore, score_batches, summarize
+from apt_core.inference.generator import generate
+from apt_core.types import GenerationRequest
+
+if TYPE_CHECKING:
+    from apt_core.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``scores`` by name. ``watched_loss`` is the loss on the same few batches in every evaluation
+    of the run, so that those that look at everything compare with those that do not."""
+
+    scores: dict[str, float]
+    watched_loss: float
+
+
+class Evaluator:
+    """Scores the held-out text with the run's model, or with the average of its weights."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        parts, settings = trainer.parts, trainer.config.evaluation
+        self._trainer = trainer
+        self._plan = EvaluationPlan(
+            parts.val_tokens, seq_len=parts.plan.seq_len, batch_size=parts.plan.batch_size
+        )
+        self._watched = self._plan.spread(settings.eval_batches)
+        self._accuracy = "accuracy" in settings.metrics
+
+    def evaluate(self, *, everything: bool) -> Evaluation | None:
+        """Look at the watched batches, or at all; None when the run was told to stop meanwhile.
+
+        Every process scores a share of the batches, and all of them get the whole.
+        """
+        trainer, world = self._trainer, self._trainer.world
+        indices = list(range(self._plan.num_batches)) if everything else self._watched
+        turns = -(-len(indices) // world.size)
+        # A sharded model computes in all the processes or in none: the last turn is filled up.
+        own = [
+            indices[min(turn * world.size + world.rank, len(indices) - 1)] for turn in range(turns)
+        ]
+        with self._weights():
+            scored = score_batches(
+                trainer.model,
+                (self._plan.batch(index) for index in own),
+                device=trainer.device,
+                dtype=trainer.parts.dtype,
+                accuracy=self._accuracy,
+                interrupted=lambda: trainer.stopping.interrupted,
+            )
+        if scored is None:
+            return None
+        by_index: dict[int, BatchScore] = {}
+        for share in world.gather(dict(zip(own, scored, strict=True))):
+            by_index.update(share)
+        bytes_per_token = trainer.parts.bytes_per_token
+        watched = summarize([by_index[index] for index in self._watched], bytes_per_token)
+        scores = summarize([by_index[index] for index in sorted(by_index)], bytes_per_token)
+        return Evaluation(scores, watched["val_loss"])
+
+    def sample(self) -> str:
+        """The continuation of the profile's prompt, or nothing where none is wanted."""
+        trainer, settings = self._trainer, self._trainer.config.evaluation
+        if not settings.sample_tokens:
+            return ""
+        request = GenerationRequest(
+            prompt=settings.sample_prompt,
+            max_new_tokens=settings.sample_tokens,
+            temperature=settings.sample_temperature,
+            seed=trainer.config.training.seed,
+        )
+        with self._weights():
+            result = generate(
+                trainer.model,
+                trainer.parts.tokenizer,
+                request,
+                trainer.manager,
+                max_seq_len=trainer.config.model.max_seq_len,
+                device=trainer.device,
+                interrupted=lambda: trainer.stopping.interrupted,
+            )
+        return result.text
+
+    def _weights(self) -> AbstractContextManager[None]:
+        average = self._trainer.average
+        return nullcontext() if average is None else average.in_place()

@@ -1,0 +1,212 @@
+"""How much memory each process of a run needs, and which batch fits into what there is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from apt_core.config import Config
+from apt_core.kernel import Kernel
+from apt_core.training.distributed import Sharding
+from apt_core.training.footprint import Footprint, Weights, sequence_length
+
+MOST_PROCESSES = 1024
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that each of ``world_size`` processes needs, by what they are for.
+
+    ``activations`` are the most that the forward and backward of one micro-batch, or else the
+    optimizer's step, hold beside the rest; None where that could not be measured, and then not in
+    the total. ``buffers`` are what distribution holds twice or whole, ``snapshot`` the copy from
+    which a checkpoint is written in the background, where the run itself is on a CPU.
+    """
+
+    world_size: int
+    sharding: Sharding
+    batch_size: int
+    grad_accum_steps: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    ema: int
+    activations: int | None
+    buffers: int
+    snapshot: int
+
+    @property
+    def total(self) -> int:
+        kept = self.parameters + self.gradients + self.optimizer + self.ema
+        return kept + (self.activations or 0) + self.buffers + self.snapshot
+
+    def row(self) -> dict[str, Any]:
+        """As the plan shows it."""
+        return {**asdict(self), "total": self.total}
+
+
+def memory_per_rank(
+    kernel: Kernel, world_size: int = 1, sharding: Sharding = "none"
+) -> MemoryEstimate:
+    """What each of ``world_size`` processes of the profile's run needs."""
+    return estimate(Footprint(kernel), world_size, sharding)
+
+
+def estimate(
+    footprint: Footprint,
+    world_size: int = 1,
+    sharding: Sharding = "none",
+    *,
+    batch_size: int | None = None,
+    grad_accum_steps: int | None = None,
+) -> MemoryEstimate:
+    """The memory of one process, by default with the profile's batch.
+
+    An upper bound, by up to the gradients: with one micro-batch a step they grow while activations
+    go.
+    """
+    training, weights = footprint.config.training, footprint.weights
+    size = training.batch_size if batch_size is None else batch_size
+    micro_batches = training.grad_accum_steps if grad_accum_steps is None else grad_accum_steps
+    state, workspace = footprint.optimizer
+    activations = footprint.activations(size)
+    parts = world_size if sharding == "fsdp" else 1
+
+    def share(count: int) -> int:
+        return -(-count // parts)
+
+    # Between the micro-batches of a step nothing is communicated: each process then has its own
+    # gradients whole.
+    whole = micro_batches > 1 and world_size > 1
+    parameters, gradients = share(weights.parameters), share(weights.trainable)
+    buffers = 0
+    if sharding == "fsdp":
+        gradients = weights.trainable if whole else gradients
+        buffers = _gathered(weights) if parts > 1 else 0
+    elif sharding == "ddp":
+        # Else its buckets are the gradients.
+        buffers = weights.trainable if whole else 0
+    ema = parameters if training.ema_decay is not None else 0
+    return MemoryEstimate(
+        world_size=world_size,
+        sharding=sharding,
+        batch_size=size,
+        grad_accum_steps=micro_batches,
+        parameters=parameters + weights.tables,
+        gradients=gradients,
+        optimizer=share(state),
+        ema=ema,
+        activations=None if activations is None else max(activations, share(workspace)),
+        buffers=buffers,
+        snapshot=parameters + share(state) + ema if footprint.device.type == "cpu" else 0,
+    )
+
+
+def _gathered(weights: Weights) -> int:
+    """What FSDP2 holds whole at most: the parameters outside the layers, from the forward to the
+    backward, and of two layers, the one at work and the one that is fetched meanwhile."""
+    return weights.outside + 2 * weights.largest_layer
+
+
+def fitting_batch(
+    footprint: Footprint,
+    available: int,
+    world_size: int = 1,
+    sharding: Sharding = "none",
+    *,
+    below: int | None = None,
+) -> MemoryEstimate | None:
+    """The largest micro-batch that fits into ``available`` bytes, with so many more of them that
+    the batch of a step stays what it is; one of less than ``below`` sequences, where that is given.
+
+    None if not even a single sequence fits.
+    """
+    training = footprint.config.training
+    most = training.batch_size if below is None else below - 1
+    sizes = [size for size in range(1, most + 1) if training.batch_size % size == 0]
+    best, low, high = None, 0, len(sizes)
+    while low < high:
+        middle = (low + high) // 2
+        size = sizes[middle]
+        tried = estimate(
+            footprint,
+            world_size,
+            sharding,
+            batch_size=size,
+            grad_accum_steps=training.grad_accum_steps * (training.batch_size // size),
+        )
+        if tried.total <= available:
+            best, low = tried, middle + 1
+        else:
+            high = middle
+    return best
+
+
+def out_of_memory_advice(
+    kernel: Kernel,
+    world_size: int,
+    sharding: Sharding,
+    available: int,
+    *,
+    device: torch.device | None = None,
+) -> str:
+    """What to change so that the run fits into ``available`` bytes a process, in one line.
+
+    ``device`` is the run's, where that is not the one which the profile names.
+    """
+    footprint = Footprint(kernel, device)
+    training = kernel.config.training
+    now = estimate(footprint, world_size, sharding)
+    if now.activations is None:
+        return f"{gib(available)} are there: try a training.batch_size below {training.batch_size}"
+    have = f"about {gib(now.total)} are needed and {gib(available)} are there"
+    if now.total <= available:
+        have += ", part of which other programs, plugins or libraries take"
+    fitting = fitting_batch(footprint, available, world_size, sharding, below=training.batch_size)
+    if fitting is None:
+        return f"{have}; {_beyond_the_batch(footprint, world_size, sharding, available)}"
+    size, steps = fitting.batch_size, fitting.grad_accum_steps
+    return (
+        f"{have}; training.batch_size {size} with training.grad_accum_steps {steps} (the same "
+        f"global batch) needs {gib(fitting.total)}: "
+        f"--training.batch_size {size} --training.grad_accum_steps {steps}"
+    )
+
+
+def _beyond_the_batch(
+    footprint: Footprint, world_size: int, sharding: Sharding, available: int
+) -> str:
+    """What helps where a smaller micro-batch does not."""
+    alone = estimate(footprint, world_size, sharding, batch_size=1)
+    options = ["a smaller model", f"a data.max_length below {sequence_length(footprint.config)}"]
+    count = 2
+    while count <= MOST_PROCESSES:
+        sharded = estimate(footprint, count, "fsdp", batch_size=1)
+        if count > world_size and sharded.total <= available:
+            options.append(
+                f"hardware.distributed fsdp over {count} processes, each with as much memory "
+                f"(training.batch_size 1 then needs {gib(sharded.total)})"
+            )
+            break
+        count *= 2
+    return (
+        f"training.batch_size 1 needs {gib(alone.total)}, so that a smaller one alone does not "
+        f"help; what does is {', or '.join(options)}"
+    )
+
+
+def sharding_of(config: Config, world_size: int) -> Sharding:
+    """How a run of so many processes divides the model."""
+    if world_size == 1:
+        return "none"
+    return "fsdp" if config.hardware.distributed == "fsdp" else "ddp"
+
+
+def gib(count: int) -> str:
+    """
+    >>> gib(9_771_050_598), gib(52_428_800)
+    ('9.1 GiB', '50 MiB')
+    """
+    return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:.0f} MiB"

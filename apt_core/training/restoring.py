@@ -1,0 +1,123 @@
+"""Going on from a checkpoint: which one, whether it fits, and putting the trainer there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apt_core.errors import CheckpointError, ConfigError, Problem
+from apt_core.failures import short_path
+from apt_core.training import checkpoint
+from apt_core.training.checkpoint import Checkpoint
+from apt_core.training.resume import check_resume, saved_profile
+from apt_core.training.state import (
+    load_optimizer,
+    load_optimizer_groups,
+    model_tensors,
+    restore_plugins,
+)
+
+if TYPE_CHECKING:
+    from apt_core.training.trainer import Trainer
+
+log = logging.getLogger("apt.checkpoint")
+
+
+def named_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at ``path``, or the newest intact one of the run there.
+
+    Raises ConfigError if there is nothing, CheckpointError if nothing there is intact.
+    """
+    if not path.exists():
+        raise ConfigError(
+            Problem("there is no such checkpoint or run folder", "--resume-from", str(path))
+        )
+    if (path / "state.json").exists() or not path.is_dir():
+        return checkpoint.load(path)
+    inside = path / "checkpoints"
+    return checkpoint.newest_intact(inside if inside.is_dir() else path)
+
+
+def restore(trainer: Trainer, found: Checkpoint) -> None:
+    """Put the trainer where the checkpoint was taken. Raises CheckpointError, ConfigError."""
+    kernel, state = trainer.kernel, found.state
+    _check_global_batch(trainer, state["windows_per_step"])
+    changed = check_resume(
+        trainer.config,
+        saved_profile(found.profile, kernel.sections),
+        constant_horizon=_constant_horizon(trainer),
+    )
+    _check_providers(trainer, found.manifest)
+    if state["data_sha256"] != trainer.parts.data["sha256"]:
+        raise CheckpointError(f"{found.path}: it was trained on another text than the profile's")
+    found.tensors("model").read_into(model_tensors(trainer.model), "model")
+    load_optimizer(trainer.model, trainer.optimizer, found.tensors("optimizer"))
+    load_optimizer_groups(trainer.optimizer, state["optimizer_groups"])
+    if trainer.average is not None:
+        found.tensors("ema").read_into(trainer.average.values, "average of the weights")
+    trainer.step, trainer.epoch = state["step"], state["epoch"]
+    trainer.tokens, trainer.ended_epochs = state["tokens"], state["ended_epochs"]
+    trainer.start_scores, trainer.scores = state["start_scores"], state["scores"]
+    trainer.timeline = state["timeline"]
+    trainer.guard.load(*state["nonfinite_steps"])
+    trainer.stopping.load_state_dict(state["stopping"])
+    trainer.manager.step = trainer.step
+    trainer.manager.load_state_dict(state["plugin_records"])
+    restore_plugins(trainer.manager, trainer, state["plugins"], found.plugins)
+    kernel.notices.append(f"resumed from {short_path(str(found.path))} (step {trainer.step})")
+    kernel.notices += [f"{key} differs from the checkpoint's profile" for key in changed]
+    kernel.notices += [
+        f"plugin {r.name} stays quarantined, as in the checkpoint: {r.reason}"
+        for r in kernel.manager.records.values()
+        if r.state == "quarantined"
+    ]
+
+
+def _check_global_batch(trainer: Trainer, before: int) -> None:
+    """A step must take as many sequences as it did: only then is the position the same.
+
+    Raises ConfigError.
+    """
+    now = trainer.parts.plan.windows_per_step
+    if now == before:
+        return
+    batch_size, processes = trainer.config.training.batch_size, trainer.world_size
+    steps, rest = divmod(before, batch_size * processes)
+    raise ConfigError(
+        Problem(
+            f"a step takes {now} sequences ({batch_size} a micro-batch, {processes} processes), "
+            f"and took {before} when the checkpoint was made",
+            key="training.batch_size",
+            hint=f"choose training.batch_size and training.grad_accum_steps for {before}"
+            if rest
+            else f"--training.grad_accum_steps {steps} makes it {before}",
+        )
+    )
+
+
+def _constant_horizon(trainer: Trainer) -> bool:
+    """Does the length of the run decide about nothing but its end?"""
+    training = trainer.config.training
+    total, factor = trainer.total_steps, trainer.parts.lr_schedule.factor
+    same_rate = all(
+        factor(step, total, training.warmup_steps, training.min_lr_ratio)
+        == factor(step, 2 * total, training.warmup_steps, training.min_lr_ratio)
+        for step in {1, max(1, total // 2), total}
+    )
+    return same_rate and not trainer.schedule.is_annealed
+
+
+def _check_providers(trainer: Trainer, manifest: Mapping[str, Any]) -> None:
+    """The same implementations must run: another one would be another model."""
+    resolutions = trainer.kernel.registry.resolutions.values()
+    here = {(row.kind, row.asked): row.used for row in resolutions}
+    for row in manifest.get("providers", []):
+        used = here.get((row["slot"], row["asked"]))
+        if used is not None and used != row["used"]:
+            raise CheckpointError(
+                f"{row['slot']}: the checkpoint was trained with {row['used']!r}, here "
+                f"{used!r} would run; ask for it: "
+                f"--model.{row['slot']}_name {row['used']}"
+            )

@@ -1,0 +1,70 @@
+"""Where the time of a step goes."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Any
+
+import torch
+
+PARTS = ("data", "forward_backward", "optimizer", "hooks")
+
+
+class StepClock:
+    """Adds up the seconds of each of the PARTS, until they are read.
+
+    ``lap`` ends a stretch and says what it was. On a CPU every step counts. A GPU works behind the
+    host's back, so there the step for which ``sampling`` is set counts alone, by events on the
+    device, and nothing waits for them before :meth:`read`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sampling = False
+        self._on_device = device.type == "cuda"
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._steps = 0
+        self._last = 0.0
+        self._events: list[tuple[str, Any]] = []
+
+    def start(self, *, sampling: bool) -> None:
+        """A step begins."""
+        self.sampling = sampling
+        if self._on_device:
+            if sampling:
+                self._events = [("", self._event())]
+            return
+        self._steps += 1
+        self._last = perf_counter()
+
+    def lap(self, part: str) -> None:
+        """What has passed since the last lap was ``part``."""
+        if self._on_device:
+            if self.sampling:
+                self._events.append((part, self._event()))
+            return
+        now = perf_counter()
+        self._seconds[part] += now - self._last
+        self._last = now
+
+    def read(self) -> dict[str, float]:
+        """Milliseconds of a step by part, since the last reading; waits for the device."""
+        if self._on_device:
+            return self._read_events()
+        steps, self._steps = max(1, self._steps), 0
+        milliseconds = {part: 1e3 * value / steps for part, value in self._seconds.items()}
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        return milliseconds
+
+    def _read_events(self) -> dict[str, float]:
+        milliseconds = dict.fromkeys(PARTS, 0.0)
+        torch.cuda.synchronize()
+        for (_, before), (part, after) in zip(self._events, self._events[1:], strict=False):
+            milliseconds[part] += before.elapsed_time(after)
+        self._events = []
+        return milliseconds
+
+    @staticmethod
+    def _event() -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

@@ -1,0 +1,94 @@
+"""When a run ends before its last step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from math import inf, isfinite
+from typing import Any
+
+from apt_core.config import Config
+from apt_core.monitor import duration
+from apt_core.training.signals import Interrupts
+
+
+class Stopping:
+    """Why the run should stop, or nothing: a request, a limit, a signal.
+
+    ``agreed`` is what all the processes of the run have found out together; a process that alone
+    wants to stop goes on until the others know.
+    """
+
+    def __init__(self, config: Config, stop_at_step: int | None, *, alone: bool) -> None:
+        training = config.training
+        self.interrupts = Interrupts()
+        self.reason = ""
+        self.agreed = False
+        self._alone = alone
+        self._max_tokens, self._max_seconds = training.max_tokens, training.max_seconds
+        self._stop_at_step = stop_at_step
+        self._started = time.monotonic()
+        self._patience = training.early_stopping_patience
+        self._min_delta = training.early_stopping_min_delta
+        self.best_loss = inf
+        self.best_step: int | None = None
+        self._reference, self._since = inf, 0
+
+    def request(self, reason: str) -> None:
+        """Stop after this step; the first reason is kept."""
+        self.reason = self.reason or reason
+
+    @property
+    def wanted(self) -> bool:
+        """Does this process want to stop?"""
+        return bool(self.reason or self.interrupts)
+
+    @property
+    def due(self) -> bool:
+        """Do all of them stop now?"""
+        return self.wanted if self._alone else self.agreed
+
+    @property
+    def interrupted(self) -> bool:
+        """Did a signal ask to stop, as far as one process may act on it by itself?"""
+        return bool(self.interrupts) and self._alone
+
+    def check_limits(self, step: int, tokens: int) -> None:
+        """Request a stop where a limit is reached."""
+        if self._max_tokens is not None and tokens >= self._max_tokens:
+            self._stop_all(f"training.max_tokens {self._max_tokens:,} reached")
+        if step == self._stop_at_step:
+            self._stop_all(f"step {step} reached, where it was told to stop")
+        if self._max_seconds is not None and time.monotonic() - self._started >= self._max_seconds:
+            self.request(f"training.max_seconds reached ({duration(self._max_seconds)})")
+
+    def _stop_all(self, reason: str) -> None:
+        """Request a stop for a reason that every process finds at the same step."""
+        self.request(reason)
+        self.agreed = True
+
+    def judge(self, loss: float, step: int) -> None:
+        """Take in the loss of an evaluation after ``step``. NaN is never the best."""
+        if loss < self._reference - self._min_delta:
+            self._reference, self._since = loss, 0
+        else:
+            self._since += 1
+        if self._patience is not None and self._since >= self._patience:
+            self._stop_all(f"no better validation loss in {self._since} evaluations")
+        if loss < self.best_loss:
+            self.best_loss, self.best_step = loss, step
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values; no loss yet is no number."""
+        return {
+            "best_loss": self.best_loss if self.best_step is not None else None,
+            "best_step": self.best_step,
+            "reference": self._reference if isfinite(self._reference) else None,
+            "since": self._since,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.best_step = state["best_step"]
+        self.best_loss = inf if state["best_loss"] is None else state["best_loss"]
+        self._reference = inf if state["reference"] is None else state["reference"]
+        self._since = state["since"]

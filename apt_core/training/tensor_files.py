@@ -1,0 +1,136 @@
+"""Named tensors on disk: one safetensors file, or a folder of the processes' shards.
+
+Both forms hold the same names and whole shapes, so either is read into tensors that are whole or
+sharded over any number of processes. Nothing here is pickled.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from apt_core.errors import CheckpointError
+from apt_core.training.distributed import fill
+
+SUFFIX = ".safetensors"
+
+
+def copy_to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU that share nothing; a sharded tensor stays sharded as it is."""
+    return {name: _copy(tensor.detach()) for name, tensor in tensors.items()}
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor.to("cpu", copy=True).contiguous()
+    return DTensor.from_local(
+        tensor.to_local().to("cpu", copy=True).contiguous(),
+        _mesh_on_cpu(tensor.device_mesh),
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+
+
+_MESHES: dict[int, DeviceMesh] = {}
+
+
+def _mesh_on_cpu(mesh: DeviceMesh) -> DeviceMesh:
+    if mesh.device_type == "cpu":
+        return mesh
+    return _MESHES.setdefault(mesh.size(), init_device_mesh("cpu", tuple(mesh.shape)))
+
+
+def write_whole(stem: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write ``<stem>.safetensors``. Raises OSError."""
+    path = stem.with_name(stem.name + SUFFIX)
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+
+
+def write_shards(stem: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
+    """Write the folder ``<stem>``; all processes of ``group`` call this together.
+
+    Raises OSError in each of them if one could not write.
+    """
+    writer = dcp.HuggingFaceStorageWriter(str(stem), save_distributed=True)
+    try:
+        dcp.save(dict(tensors), storage_writer=writer, process_group=group)
+    except CheckpointException as error:
+        reasons = "; ".join(f"process {rank}: {e[0]}" for rank, e in error.failures.items())
+        raise OSError(f"{stem}: {reasons}") from error
+
+
+class SavedTensors:
+    """The tensors that were written at ``stem``, in either form; ``shapes`` has the whole shape and
+    the type of each by name.
+
+    Raises CheckpointError where there are none or they cannot be read.
+    """
+
+    def __init__(self, stem: Path) -> None:
+        self._stem = stem
+        self._whole: dict[str, Tensor] = {}
+        self.shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        with self._errors():
+            if stem.is_dir():
+                found = dcp.HuggingFaceStorageReader(str(stem)).read_metadata()
+                for name, entry in found.state_dict_metadata.items():
+                    self.shapes[name] = (entry.size, entry.properties.dtype)
+            else:
+                self._whole = load_file(stem.with_name(stem.name + SUFFIX))
+                for name, tensor in self._whole.items():
+                    self.shapes[name] = (tensor.shape, tensor.dtype)
+
+    def read_into(self, targets: Mapping[str, Tensor], what: str) -> None:
+        """Fill ``targets`` by name. Raises CheckpointError, which says of ``what``, where names or
+        shapes differ."""
+        problems = [f"missing: {name}" for name in sorted(targets.keys() - self.shapes.keys())]
+        problems += [f"left over: {name}" for name in sorted(self.shapes.keys() - targets.keys())]
+        problems += [
+            f"{name}: {list(self.shapes[name][0])} in the checkpoint, "
+            f"{list(targets[name].shape)} here"
+            for name in sorted(targets.keys() & self.shapes.keys())
+            if self.shapes[name][0] != targets[name].shape
+        ]
+        if problems:
+            raise CheckpointError(
+                f"the checkpoint does not fit the profile's {what}: " + "; ".join(problems[:5])
+            )
+        with self._errors():
+            if not self._stem.is_dir():
+                for name, target in targets.items():
+                    fill(target, self._whole[name])
+                return
+            with warnings.catch_warnings():
+                # That there is one process is so, and need not be said.
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load(
+                    {name: target.detach() for name, target in targets.items()},
+                    storage_reader=dcp.HuggingFaceStorageReader(str(self._stem)),
+                    no_dist=not dist.is_initialized(),
+                )
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except (SafetensorError, CheckpointException, OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{self._stem}: {error}") from None

@@ -1,0 +1,280 @@
+"""Charts as what the page's template draws: paths in pixels, ticks, and the values behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from apt_plugins.report.axes import Axis, wants_log
+from apt_plugins.report.metrics import Array, Series
+from apt_plugins.report.thinning import smoothed, thin
+from apt_plugins.report.wording import cut, number
+
+DOTS_UP_TO = 40
+"""A curve of at most this many points shows each of them."""
+
+SMOOTHED_FROM = 100
+"""Points from which on noisy values are shown with their running mean."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Size of a chart and of the plot in it, in pixels."""
+
+    width: int
+    height: int
+    left: int = 58
+    right: int = 14
+    top: int = 12
+    bottom: int = 26
+
+    @property
+    def across(self) -> int:
+        return self.width - self.left - self.right
+
+    @property
+    def down(self) -> int:
+        return self.height - self.top - self.bottom
+
+    def x(self, share: float) -> float:
+        return round(self.left + share * self.across, 1)
+
+    def y(self, share: float) -> float:
+        return round(self.top + (1 - share) * self.down, 1)
+
+
+SMALL = Frame(350, 190, left=52)
+WIDE = Frame(960, 330)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A series to draw; ``color`` is an index into the page's palette.
+
+    ``noisy`` values are drawn faintly, with their running mean over them.
+    """
+
+    series: Series
+    label: str
+    color: int = 0
+    noisy: bool = False
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A vertical line at a step."""
+
+    step: float
+    label: str
+    faint: bool = False
+
+
+@dataclass(frozen=True)
+class Path:
+    """A drawn curve or area; ``dots`` is the path of its points, or empty."""
+
+    d: str
+    color: int
+    label: str
+    faint: bool = False
+    dots: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What the template draws. ``data`` is what the page's script shows under the pointer."""
+
+    title: str
+    summary: str
+    frame: Frame
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    lines: list[Path] = field(default_factory=list)
+    areas: list[Path] = field(default_factory=list)
+    marks: list[tuple[float, str, bool]] = field(default_factory=list)
+    gaps: list[tuple[float, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def legend(self) -> list[Path]:
+        named = [path for path in [*self.areas, *self.lines] if not path.faint]
+        return named if len(named) > 1 else []
+
+
+def step_axis(last: float, *, log: bool = False) -> Axis:
+    """The axis of steps that every chart of a run shares."""
+    return Axis(1.0, max(last, 2.0), True) if log else Axis(0.0, max(last, 1.0))
+
+
+def line_chart(
+    title: str,
+    curves: Sequence[Curve],
+    steps: Axis,
+    *,
+    buckets: int,
+    frame: Frame = SMALL,
+    marks: Sequence[Mark] = (),
+    log: bool | None = None,
+    zero: bool = False,
+) -> Chart | None:
+    """Curves over steps, or None where no value is finite.
+
+    ``log`` is chosen from the values where it is not given. A step whose value is not finite is a
+    gap in the curve with a cross below it.
+    """
+    given = [_within(curve, steps) for curve in curves]
+    values = [v for curve in given if (v := curve.series.finite.y).size]
+    if not values:
+        return None
+    if log is None:
+        log = not zero and wants_log(np.concatenate(values))
+    axis = Axis.around(values, log=log, zero=zero)
+    lines, data = [], []
+    gaps: dict[float, str] = {}
+    for curve in given:
+        x, y = _thinned(curve.series, steps, buckets)
+        across, up = steps.share(x), axis.share(y)
+        label = cut(curve.label, 60)
+        few = np.isfinite(y).sum() <= DOTS_UP_TO
+        dots = _dots(frame, across, up) if few else ""
+        lines.append(Path(_path(frame, across, up), curve.color % 8, label, curve.noisy, dots))
+        good = np.isfinite(y)
+        if good.any():
+            data.append(_values(curve.label, curve.color, x[good], y[good]))
+        for share, step in zip(across[~good], x[~good], strict=True):
+            gaps[frame.x(share)] = f"step {step:,.0f}"
+        if curve.noisy:
+            x, y = _thinned(smoothed(curve.series), steps, buckets // 2)
+            d = _path(frame, steps.share(x), axis.share(y))
+            lines.append(Path(d, curve.color % 8, f"{label}, running mean"))
+    notes = ["log scale"] if log else []
+    if len(given) == 1 and given[0].noisy:
+        notes.append("with its running mean")
+    missing = sum(int((~np.isfinite(c.series.y)).sum()) for c in given)
+    if missing:
+        notes.append(f"{missing:,} values are not finite (crosses)")
+    return Chart(
+        title=title,
+        summary=_summary(given),
+        frame=frame,
+        x_ticks=[(frame.x(s), text) for s, text in steps.ticks(8 if frame is WIDE else 4)],
+        y_ticks=[(frame.y(s), text) for s, text in axis.ticks(5 if frame is WIDE else 4)],
+        lines=lines,
+        marks=_marks(marks, steps, frame),
+        gaps=list(gaps.items()),
+        notes=notes,
+        data=_scales(frame, steps, axis) | {"series": data},
+    )
+
+
+def area_chart(
+    title: str, x: Array, values: Array, labels: Sequence[str], steps: Axis, unit: str
+) -> Chart:
+    """Parts [N, K] of a whole at steps ``x`` [N], stacked."""
+    frame = WIDE
+    tops = np.cumsum(values, axis=1)
+    axis = Axis.around([tops], zero=True)
+    across = steps.share(x)
+    areas, data = [], []
+    below = np.zeros(x.size)
+    for index, label in enumerate(labels):
+        upper = axis.share(tops[:, index])
+        edge = np.concatenate((across, across[::-1]))
+        d = _path(frame, edge, np.concatenate((upper, below[::-1]))) + "Z"
+        areas.append(Path(d, index % 8, cut(label, 60)))
+        data.append(_values(label, index, x, values[:, index]))
+        below = upper
+    means = ", ".join(
+        f"{label} {number(float(v))}" for label, v in zip(labels, values.mean(0), strict=True)
+    )
+    return Chart(
+        title=title,
+        summary=f"mean {unit}: {means}",
+        frame=frame,
+        x_ticks=[(frame.x(s), text) for s, text in steps.ticks(8)],
+        y_ticks=[(frame.y(s), text) for s, text in axis.ticks(5)],
+        areas=areas,
+        data=_scales(frame, steps, axis) | {"series": data, "stacked": True},
+    )
+
+
+def is_noisy(series: Series) -> bool:
+    """Do neighbours differ so much that a running mean tells more than the values?"""
+    y = series.finite.y
+    if y.size < SMOOTHED_FROM:
+        return False
+    low, high = np.quantile(y, [0.02, 0.98])
+    return bool(np.abs(np.diff(y)).mean() > 0.02 * (high - low) > 0)
+
+
+def _within(curve: Curve, steps: Axis) -> Curve:
+    x, y = curve.series.x, curve.series.y
+    inside = (x >= steps.low) & (x <= steps.high)
+    return replace(curve, series=Series(curve.series.name, x[inside], y[inside]))
+
+
+def _thinned(series: Series, steps: Axis, buckets: int) -> tuple[Array, Array]:
+    kept = thin(steps.share(series.x), series.y, buckets)
+    return series.x[kept], series.y[kept]
+
+
+def _path(frame: Frame, across: Array, up: Array) -> str:
+    """An SVG path that is interrupted at NaN; a point without neighbours becomes a dot."""
+    parts: list[str] = []
+    finite = np.isfinite(up)
+    xs = np.round(frame.left + across * frame.across, 1).tolist()
+    ys = np.round(frame.top + (1 - up) * frame.down, 1).tolist()
+    pen_down = False
+    for x, y, drawn in zip(xs, ys, finite.tolist(), strict=True):
+        if drawn:
+            parts.append(f"L{x:g} {y:g}" if pen_down else f"M{x:g} {y:g}h0")
+        pen_down = drawn
+    return "".join(parts)
+
+
+def _dots(frame: Frame, across: Array, up: Array) -> str:
+    finite = np.isfinite(up)
+    pairs = zip(across[finite].tolist(), up[finite].tolist(), strict=True)
+    return "".join(f"M{frame.x(s):g} {frame.y(u):g}h0" for s, u in pairs)
+
+
+def _marks(marks: Sequence[Mark], steps: Axis, frame: Frame) -> list[tuple[float, str, bool]]:
+    shown = [mark for mark in marks if steps.low <= mark.step <= steps.high]
+    shares = steps.share(np.array([mark.step for mark in shown], dtype=np.float64))
+    return [(frame.x(float(s)), m.label, m.faint) for s, m in zip(shares, shown, strict=True)]
+
+
+def _values(label: str, color: int, x: Array, y: Array) -> dict[str, Any]:
+    return {
+        "name": cut(label, 60),
+        "color": color % 8,
+        "x": x.astype(np.int64).tolist(),
+        "y": [float(f"{value:.5g}") for value in y.tolist()],
+    }
+
+
+def _scales(frame: Frame, steps: Axis, axis: Axis) -> dict[str, Any]:
+    return {
+        "x": [steps.low, steps.high, steps.log, frame.left, frame.width - frame.right],
+        "y": [axis.low, axis.high, axis.log, frame.height - frame.bottom, frame.top],
+    }
+
+
+def _summary(curves: Sequence[Curve]) -> str:
+    """For who does not see the curves, or only prints them."""
+    told = []
+    for curve in curves:
+        points = curve.series.finite
+        if points.y.size:
+            low, high = int(points.y.argmin()), int(points.y.argmax())
+            told.append(
+                (f"{cut(curve.label, 60)}: " if len(curves) > 1 else "")
+                + f"last {number(float(points.y[-1]))}, "
+                f"lowest {number(float(points.y[low]))} at step {points.x[low]:,.0f}, "
+                f"highest {number(float(points.y[high]))} at step {points.x[high]:,.0f}"
+            )
+    return "; ".join(told)

@@ -1,0 +1,56 @@
+"""``apt-report``: write the page of a run, finished or not."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from apt_core import ConfigError
+from apt_core.cli.run_command import run_command
+from apt_core.errors import Problem
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="The run's folder: runs/PROFILE/TIME.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The page to write. Default: report.html in the folder.")
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Write a page on a run: curves, timeline, throughput, samples.
+
+    The run may be going on, may have failed or been killed: what is in its folder is shown. The
+    page is one file that loads nothing from anywhere.
+    """
+    if not any((folder / name).is_file() for name in ("manifest.json", "metrics.jsonl")):
+        raise ConfigError(
+            Problem(
+                "there is no run in this folder: neither manifest.json nor metrics.jsonl",
+                where=str(folder),
+                hint="give the folder that apt-train named at its end, such as runs/PROFILE/TIME",
+            )
+        )
+    from apt_plugins.report.page import write_report
+
+    try:
+        print(write_report(folder, output))
+    except OSError as error:
+        raise ConfigError(
+            Problem(
+                f"the page cannot be written: {error.strerror}",
+                key="--output",
+                where=str(output or folder),
+            )
+        ) from error
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of ``apt-report``."""
+    sys.exit(run_command(app, "apt-report", args))

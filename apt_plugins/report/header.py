@@ -1,0 +1,117 @@
+"""The head of the page: how the run ended, and its figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from apt_core.monitor import duration
+from apt_plugins.report.panels import extreme, typical
+from apt_plugins.report.run_data import Run
+from apt_plugins.report.wording import cut, number, size
+
+ENDED = {
+    "finished": "good",
+    "stopped": "fair",
+    "interrupted": "fair",
+    "failed": "bad",
+    "running": "open",
+}
+"""States of a run, and the tone in which the page shows them."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One figure: what it is, its value, and a line below it."""
+
+    label: str
+    value: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What stands above the charts."""
+
+    title: str
+    status: str
+    tone: str
+    why: str
+    facts: list[str]
+    tiles: list[Tile]
+
+
+def header(run: Run) -> Header:
+    """Title, state and figures; of a run without an end, as far as it got."""
+    manifest = run.manifest
+    status = str(manifest.get("status") or "unknown")
+    why = str(manifest.get("error") or manifest.get("reason") or "")
+    if status == "running":
+        rows = f"the last row was written at {run.last_row_at}" if run.last_row_at else "no row yet"
+        why = f"No end is recorded: it goes on, or was killed; {rows}."
+    facts = [
+        f"{label} {manifest[key]}"
+        for key, label in (("started", "started"), ("ended", "ended"), ("device", "on"))
+        if isinstance(manifest.get(key), str)
+    ]
+    return Header(
+        title=cut(str(manifest.get("profile") or run.folder.name or "run"), 80),
+        status=cut(status, 30),
+        tone=ENDED.get(status, "open"),
+        why=cut(why, 2_000),
+        facts=facts,
+        tiles=_tiles(run),
+    )
+
+
+def _tiles(run: Run) -> list[Tile]:
+    figures, series = run.entries("figures"), run.metrics.series
+
+    def figure(name: str) -> float | None:
+        value = figures.get(name)
+        if isinstance(value, int | float):
+            return value
+        return extreme(series.get(name))
+
+    tiles = []
+    for name, label in (
+        ("val_loss", "held-out loss"),
+        ("val_bpb", "bits per byte"),
+        ("val_ppl", "perplexity"),
+        ("loss", "training loss"),
+    ):
+        if (value := figure(name)) is not None:
+            tiles.append(Tile(label, number(round(value, 4)), _detail(run, name)))
+    step = manifest_number(run, "step", run.metrics.last_step)
+    tiles.append(Tile("steps", number(max(step, run.metrics.last_step))))
+    if (tokens := figure("tokens")) is not None:
+        tiles.append(Tile("target tokens", size(tokens), in_full(tokens)))
+    if (seconds := figure("seconds")) is not None:
+        since = "since the last resume" if run.log.resumes else ""
+        tiles.append(Tile("time", duration(seconds), since))
+    if (speed := typical(series.get("tokens_per_s"))) is not None:
+        tiles.append(Tile("tokens per second", number(round(speed)), "median"))
+    if (mfu := typical(series.get("mfu"))) is not None:
+        tiles.append(Tile("MFU", f"{mfu:.1%}", "median"))
+    if parameters := manifest_number(run, "parameters", run.log.parameters or 0):
+        tiles.append(Tile("parameters", size(parameters), in_full(parameters)))
+    return tiles
+
+
+def in_full(count: float) -> str:
+    """The line below a count that is shown rounded."""
+    return f"{count:,.0f}" if count >= 1e6 else ""
+
+
+def manifest_number(run: Run, key: str, otherwise: float) -> float:
+    """A number of the manifest, or ``otherwise``."""
+    value: Any = run.manifest.get(key)
+    return value if type(value) in (int, float) else otherwise
+
+
+def _detail(run: Run, name: str) -> str:
+    start = run.entries("figures").get(f"{name}_start")
+    if isinstance(start, int | float):
+        return f"{number(round(start, 4))} at the start"
+    lowest = extreme(run.metrics.series.get(name), lowest=True)
+    return "" if lowest is None else f"lowest {number(round(lowest, 4))}"

@@ -1,0 +1,186 @@
+"""The page: everything that its template needs, rendered and written."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Iterable
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from apt_plugins.report.charts import WIDE, Mark, step_axis
+from apt_plugins.report.events import MAX_FAILURES, Event, events_of, lanes_of
+from apt_plugins.report.header import header
+from apt_plugins.report.panels import panels
+from apt_plugins.report.run_data import Run, mappings, read_run
+from apt_plugins.report.wording import cut, number, size, visible
+
+MAX_EVENTS = 200
+MAX_LANES = 40
+MAX_SAMPLES = 12
+SAMPLE_CHARACTERS = 4_000
+MAX_ROWS = 200
+"""Rows of a table: a hostile or broken file must not make a page that no browser opens."""
+
+
+def build_report(folder: str | Path) -> str:
+    """The page on the run in ``folder``, as HTML.
+
+    Whatever part of the folder is missing or cut off is left out, and the page says so. Raises
+    OSError where the folder cannot be read.
+    """
+    run = read_run(Path(folder))
+    environment = _environment()
+    css, script = _asset("report.css"), _asset("report.js")
+    return environment.get_template("report.html.j2").render(
+        _context(run),
+        css=Markup(css),
+        script=Markup(script),
+        css_hash=_hash(css),
+        script_hash=_hash(script),
+    )
+
+
+def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
+    """Write the page to ``output``, ``report.html`` in the folder without it; returns its path.
+
+    A reader, or a crash, sees the old page or the new one, never a part. Raises OSError.
+    """
+    path = Path(folder) / "report.html" if output is None else Path(output)
+    page = build_report(folder).encode("utf-8")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(page)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("apt_plugins.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    environment.filters |= {"number": number, "size": size, "cut": cut}
+    return environment
+
+
+@cache
+def _asset(name: str) -> str:
+    return files("apt_plugins.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    """As a Content-Security-Policy names a script or style that may be used."""
+    return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
+
+
+def _context(run: Run) -> dict[str, Any]:
+    events = events_of(run)
+    drawn = panels(run.metrics, _marks(run, events))
+    numbers = {id(chart): index for index, chart in enumerate(drawn.charts)}
+    told = [event for event in events if event.kind != "checkpoint"]
+    notes = list(run.notes)
+    if drawn.left_out:
+        notes.append(f"{drawn.left_out:,} more metrics are in metrics.jsonl and not drawn")
+    return {
+        "header": header(run),
+        "panels": drawn,
+        "chart_number": lambda chart: numbers[id(chart)],
+        "chart_data": [chart.data for chart in drawn.charts],
+        "timeline": _timeline(run, events),
+        "events": told[:MAX_EVENTS],
+        "more_events": max(0, len(told) - MAX_EVENTS),
+        "samples": _samples(run),
+        "prompt": cut(str(run.setting("evaluation", "sample_prompt") or ""), 400),
+        "providers": run.rows("providers")[:MAX_ROWS],
+        "plugins": run.rows("plugins")[:MAX_ROWS],
+        "failures_of": lambda plugin: mappings(plugin.get("failures"))[:MAX_FAILURES],
+        "inactive": run.rows("inactive_keys")[:MAX_ROWS],
+        "checkpoints": run.checkpoints[-MAX_ROWS:],
+        "failed_checkpoints": _texts(run.manifest.get("failed_checkpoints")),
+        "versions": run.entries("versions"),
+        "data": run.entries("data"),
+        "profile": run.profile,
+        "folder": str(run.folder.absolute()),
+        "notes": notes,
+    }
+
+
+def _marks(run: Run, events: Iterable[Event]) -> list[Mark]:
+    """What the loss charts show as vertical lines: epochs, and what changed the run."""
+    epochs = [Mark(step, f"epoch {epoch}", faint=True) for epoch, step in run.metrics.epochs[1:]]
+    changes = [
+        Mark(event.step, cut(f"{event.plugin} {event.kind}".strip(), 40))
+        for event in events
+        if event.kind not in ("checkpoint", "failed")
+    ]
+    return [*(epochs if len(epochs) <= 30 else []), *changes[:40]]
+
+
+def _timeline(run: Run, events: list[Event]) -> dict[str, Any]:
+    """Lanes in pixels: spans in which a plugin was enabled, and what happened."""
+    axis = step_axis(run.metrics.last_step)
+    left, right = 150, WIDE.width - 14
+
+    def x(step: float) -> float:
+        share = min(1.0, (step - axis.low) / (axis.high - axis.low))
+        return round(left + share * (right - left), 1)
+
+    def points(own: list[Event]) -> list[tuple[float, str, str]]:
+        every = max(1, len(own) // 200)
+        return [
+            (
+                x(e.step),
+                _sign(e.kind),
+                cut(f"{e.kind} at step {e.step:,}: {e.text}".rstrip(": "), 200),
+            )
+            for e in own[::every]
+            if e.kind not in ("enabled", "disabled")
+        ]
+
+    lanes = [
+        ("run", [(x(0), x(run.metrics.last_step))], points([e for e in events if not e.plugin]))
+    ]
+    all_lanes = lanes_of(run, events)
+    for lane in all_lanes[:MAX_LANES]:
+        spans = [(x(start), x(end)) for start, end in lane.spans]
+        lanes.append((cut(lane.name, 20), spans, points(lane.events)))
+    return {
+        "lanes": lanes,
+        "more": max(0, len(all_lanes) - MAX_LANES),
+        "ticks": [(round(left + s * (right - left), 1), text) for s, text in axis.ticks(8)],
+        "epochs": [(x(step), epoch) for epoch, step in run.metrics.epochs][:60],
+        "left": left,
+        "width": WIDE.width,
+    }
+
+
+def _sign(kind: str) -> str:
+    return {"failed": "cross", "checkpoint": "tick"}.get(kind, "diamond")
+
+
+def _samples(run: Run) -> list[tuple[str, str]]:
+    """Title and text of the newest samples, the newest first."""
+    found = [(f"step {step:,}", text) for step, text in run.metrics.samples]
+    last = run.manifest.get("sample")
+    if isinstance(last, str) and last:
+        found.append(("at the end", last))
+    return [(title, cut(text, SAMPLE_CHARACTERS)) for title, text in found[: -MAX_SAMPLES - 1 : -1]]
+
+
+def _texts(value: Any) -> list[str]:
+    return [cut(str(item), 500) for item in value[:MAX_ROWS]] if isinstance(value, list) else []

@@ -1,0 +1,64 @@
+"""Writes ``report.html`` into the folder of the run."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from apt_core import PluginInfo, Priority, hookimpl
+
+PLUGIN = PluginInfo(
+    summary="a page on each run: curves, timeline, samples; apt-report FOLDER writes it anew",
+    version="1.0.0",
+    requires=("jinja2>=3.1",),
+)
+
+WRITING_SHARE = 0.01
+"""At ends of epochs the page is written where that costs at most this share of the time."""
+
+ASSUMED_SECONDS = 0.3
+"""What the first page is taken to cost: a short run is not held up for one that soon is old."""
+
+
+class Budget:
+    """Decides whether a page in mid-run is cheap enough, by what the last one cost."""
+
+    def __init__(self, now: float) -> None:
+        self._written_at = now
+        self._seconds = ASSUMED_SECONDS
+
+    def allows(self, now: float) -> bool:
+        return (now - self._written_at) * WRITING_SHARE >= self._seconds
+
+    def spent(self, start: float, end: float) -> None:
+        self._written_at, self._seconds = end, end - start
+
+
+budget = Budget(time.perf_counter())
+
+
+def write(trainer: Any) -> None:
+    """Write the page of the trainer's run, on the main process alone."""
+    if trainer.rank != 0:
+        return
+    from apt_plugins.report.page import write_report
+
+    start = time.perf_counter()
+    write_report(trainer.output_dir)
+    budget.spent(start, time.perf_counter())
+
+
+@hookimpl(priority=Priority.LAST)
+def on_epoch_end(trainer: Any) -> None:
+    if budget.allows(time.perf_counter()):
+        write(trainer)
+
+
+@hookimpl(priority=Priority.LAST)
+def on_training_end(trainer: Any) -> None:
+    write(trainer)
+
+
+@hookimpl(priority=Priority.LAST)
+def on_exception(trainer: Any) -> None:
+    write(trainer)

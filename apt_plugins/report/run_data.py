@@ -1,0 +1,138 @@
+"""What is in the folder of a run, whatever state that is in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from apt_plugins.report.events import LogFacts, read_log
+from apt_plugins.report.metrics import Metrics, read_metrics
+
+MAX_PROFILE = 200_000
+"""Characters of the profile that are shown."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: its folder's name, when it was written, its bytes."""
+
+    name: str
+    written: str
+    bytes: int
+
+
+@dataclass
+class Run:
+    """A run as its folder tells it; ``notes`` says what could not be read."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    metrics: Metrics
+    log: LogFacts
+    profile: str
+    settings: dict[str, Any]
+    checkpoints: list[Checkpoint]
+    last_row_at: str
+    notes: list[str] = field(default_factory=list)
+
+    def rows(self, key: str) -> list[dict[str, Any]]:
+        """A list of mappings in the manifest; empty where there is none."""
+        return mappings(self.manifest.get(key))
+
+    def entries(self, key: str) -> dict[str, Any]:
+        """A mapping in the manifest; empty where there is none."""
+        value = self.manifest.get(key)
+        return dict(value) if isinstance(value, dict) else {}
+
+    def setting(self, section: str, key: str) -> Any:
+        """A value of the resolved profile, or None."""
+        values = self.settings.get(section)
+        return values.get(key) if isinstance(values, dict) else None
+
+
+def mappings(value: Any) -> list[dict[str, Any]]:
+    """The mappings in a list that a file holds."""
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+
+
+def read_run(folder: Path) -> Run:
+    """Read the folder of a run that is going on, has ended, or was killed while writing."""
+    notes: list[str] = []
+    manifest = _manifest(folder / "manifest.json", notes)
+    metrics = read_metrics(folder / "metrics.jsonl")
+    notes += metrics.notes
+    profile = _text(folder / "profile.yaml")
+    if profile is None:
+        notes.append("there is no profile.yaml")
+    return Run(
+        folder=folder,
+        manifest=manifest,
+        metrics=metrics,
+        log=read_log(folder / "log.txt"),
+        profile=(profile or "")[:MAX_PROFILE],
+        settings=_settings(profile or "", notes),
+        checkpoints=_checkpoints(folder, manifest),
+        last_row_at=_changed_at(folder / "metrics.jsonl"),
+        notes=notes,
+    )
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+
+
+def _manifest(path: Path, notes: list[str]) -> dict[str, Any]:
+    text = _text(path)
+    if text is None:
+        notes.append("there is no manifest.json")
+        return {}
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError):
+        manifest = None
+    if not isinstance(manifest, dict):
+        notes.append("manifest.json cannot be read")
+        return {}
+    return manifest
+
+
+def _settings(profile: str, notes: list[str]) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(profile)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        notes.append("profile.yaml cannot be read as YAML")
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _checkpoints(folder: Path, manifest: Mapping[str, Any]) -> list[Checkpoint]:
+    """The complete ones, oldest first, inside the folder or where the manifest says they are."""
+    home = folder / "checkpoints"
+    elsewhere = manifest.get("checkpoint_dir")
+    if not home.is_dir() and isinstance(elsewhere, str) and "\0" not in elsewhere:
+        home = Path(elsewhere)
+    found = []
+    for path in sorted(home.glob("step-*/manifest.json")):
+        try:
+            total = sum(f.stat().st_size for f in path.parent.rglob("*") if f.is_file())
+        except FileNotFoundError:
+            continue  # the run that is going on has just pruned it
+        found.append(Checkpoint(path.parent.name, _changed_at(path), total))
+    return found
+
+
+def _changed_at(path: Path) -> str:
+    try:
+        seconds = path.stat().st_mtime
+    except FileNotFoundError:
+        return ""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

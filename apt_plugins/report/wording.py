@@ -1,0 +1,51 @@
+"""Numbers and texts of a run as the page shows them."""
+
+from __future__ import annotations
+
+import re
+from math import isfinite
+
+HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def number(value: float) -> str:
+    """At most five significant digits, thousands by commas.
+
+    >>> [number(v) for v in (2.468129, 51200, 0.0001, 1.5e9, float("nan"))]
+    ['2.4681', '51,200', '1e-4', '1.5e9', 'nan']
+    """
+    if not isfinite(value):
+        return str(value)
+    if value == int(value) and abs(value) < 1e9:
+        return f"{int(value):,}"
+    if 1e-3 <= abs(value) < 1e9:
+        digits = f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:,.5g}"
+        return f"{value:,.1f}" if "e" in digits else digits
+    mantissa, _, exponent = f"{value:.4g}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+
+
+def size(count: float) -> str:
+    """``1_234_567 -> '1.23M'``; small counts in full."""
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if count >= scale:
+            return f"{count / scale:.3g}{unit}"
+    return f"{count:,.0f}"
+
+
+def cut(text: str, limit: int) -> str:
+    """``text``, its end left out where it is longer than ``limit`` characters, and said so."""
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text) - limit:,} more)"
+
+
+def visible(text: str) -> str:
+    """``text`` with pictures of control characters, any of which a byte model writes, and without
+    what reorders the text around it or cannot be encoded."""
+    return HIDDEN.sub(_picture, text)
+
+
+def _picture(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+
+import pytest
+
+HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&--></pre>"
+
+
+def test_the_head_says_how_the_run_ended_and_its_figures(make_run, page):
+    text = page(make_run()).text
+    for shown in ("a_profile", "finished", "2.4175", "25,600", "1:05", "the sample text", "Once "):
+        assert shown in text
+
+
+def test_a_failed_run_shows_its_error(make_run, page):
+    shown = page(make_run(status="failed", error="TrainingError: 5 steps in a row"))
+    assert "TrainingError: 5 steps in a row" in shown.text
+    assert "status bad" in shown.values("class")
+
+
+def test_a_fallback_is_shown_with_its_reason(make_run, page):
+    text = page(make_run()).text
+    assert "flash_v2" in text and "tva_default" in text and "no GPU here" in text
+
+
+def test_failures_of_plugins_are_in_the_table_and_the_timeline(make_run, page):
+    failure = {"hook": "on_step_end", "step": 40, "error": "ValueError: no", "where": "mine.py:7"}
+    plugin = {"name": "mine", "state": "quarantined", "failures": [failure]}
+    shown = page(make_run(plugins=[plugin]))
+    assert "on_step_end at step 40, mine.py:7: ValueError: no" in shown.text
+    assert "failed at step 40: in on_step_end: ValueError: no" in shown.text
+    assert "event cross" in shown.values("class")
+
+
+def test_known_metrics_have_names_and_unknown_ones_are_grouped_by_plugin(make_run, make_rows, page):
+    more = {"grad_norm": 1.0, "tokens_per_s": 900.0, "loss/moe.balance": 0.1, "moe/load": 1.2}
+    more |= {"schedule/moe_capacity": 1.5, "mystery": 3.0}
+    shown = page(make_run(make_rows(50, **more)))
+    assert {
+        "Learning rate",
+        "Gradient norm, before clipping",
+        "Target tokens per second",
+        "loss/moe.balance",
+        "load",
+        "schedule/moe_capacity",
+        "mystery",
+    } <= set(shown.titles)
+    for group in ("Terms of the loss", "Metrics of moe", "Scheduled parameters", "Other metrics"):
+        assert group in shown.text
+
+
+def test_the_time_of_a_step_is_split_by_part_and_by_plugin(make_run, make_rows, page):
+    more = {"time/data_ms": 1.0, "time/forward_backward_ms": 6.0, "time/optimizer_ms": 2.0}
+    more |= {"time/hooks_ms": 1.0, "time/hooks/moe_ms": 0.75, "time/step_ms": 10.0}
+    shown = page(make_run(make_rows(50, **more)))
+    (stacked,) = [chart for chart in shown.charts if chart.get("stacked")]
+    names = [series["name"] for series in stacked["series"]]
+    assert names == ["data", "forward backward", "optimizer", "hooks"]
+    assert "60.0%" in shown.text and "7.5%" in shown.text and "hooks of moe" in shown.text
+    assert "time/step_ms" not in names
+
+
+def test_the_values_under_the_pointer_are_those_of_the_rows(make_run, page):
+    losses = page(make_run()).charts[0]["series"]
+    assert [series["name"] for series in losses] == ["training"]
+    assert losses[0]["x"] == list(range(1, 101))
+    assert losses[0]["y"][:2] == [4.97, 4.94]
+
+
+def test_hostile_text_stays_text(make_run, make_rows, page):
+    metrics = make_rows(5, **{f"{HOSTILE}/{HOSTILE}": 1.0, HOSTILE: 2.0})
+    metrics.append({"step": 5, "sample": HOSTILE})
+    rows = [{"slot": HOSTILE, "asked": HOSTILE, "used": "x", "reason": HOSTILE}]
+    failure = {"hook": HOSTILE, "step": 3, "error": HOSTILE, "where": HOSTILE}
+    folder = make_run(
+        metrics,
+        profile=f"# {HOSTILE}\n",
+        tail="{" + HOSTILE,
+        log=f"2026-11-23 16:59:17,1 INFO apt.training: enabled {HOSTILE.replace(' ', '')} "
+        "(epoch 1, step 2)\n",
+        status=HOSTILE,
+        profile_name=HOSTILE,
+        error=HOSTILE,
+        sample=HOSTILE,
+        providers=rows,
+        inactive_keys=[{"key": HOSTILE, "reason": HOSTILE}],
+        failed_checkpoints=[HOSTILE],
+        versions={HOSTILE: HOSTILE},
+        data={HOSTILE: HOSTILE},
+        timeline=[{"plugin": HOSTILE, "event": HOSTILE, "step": 2, HOSTILE: HOSTILE}],
+        plugins=[{"name": HOSTILE, "state": HOSTILE, "dist": HOSTILE, "failures": [failure]}],
+    )
+    shown = page(folder)
+    assert [tag for tag, _ in shown.elements].count("script") == 2
+    assert "img" not in [tag for tag, _ in shown.elements]
+    assert not any(name.startswith("on") for _, attrs in shown.elements for name in attrs)
+    assert shown.text.count("<script>alert('x')") > 10
+
+
+def test_control_characters_and_what_reorders_text_are_made_visible(make_run, page):
+    html = page(make_run(sample="bell \x07 nul \x00 reversed \u202e lone \ud800 \u4f60\u597d")).html
+    assert "bell \u2407 nul \u2400 reversed \ufffd lone \ufffd \u4f60\u597d" in html
+    assert html.encode("utf-8")
+
+
+def test_nothing_is_loaded_from_anywhere(make_run, make_rows, page):
+    shown = page(make_run(make_rows(200, grad_norm=1.0, **{"time/data_ms": 1.0})))
+    assert {tag for tag, _ in shown.elements}.isdisjoint(
+        {"img", "iframe", "object", "embed", "audio", "video", "base", "form", "use", "image"}
+    )
+    assert shown.values("href") == ["data:,"]
+    for attribute in ("src", "srcset", "data", "action", "style", "xlink:href"):
+        assert shown.values(attribute) == []
+    (css,) = shown.styles
+    assert "url(" not in css and "@import" not in css and "@font-face" not in css
+    script = shown.scripts[1]
+    for call in ("fetch", "XMLHttpRequest", "import", "sendBeacon", "WebSocket", "innerHTML"):
+        assert call not in script
+
+
+def test_the_policy_admits_the_pages_own_style_and_script_alone(make_run, page):
+    shown = page(make_run())
+    (policy,) = [c for c in shown.values("content") if "default-src" in c]
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'"
+
+    def named(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    assert rules["style-src"] == named(shown.styles[0])
+    assert rules["script-src"] == named(shown.scripts[1])
+
+
+def test_every_chart_tells_its_values_in_words_too(make_run, page):
+    shown = page(make_run())
+    labels = [
+        attrs.get("aria-label") for tag, attrs in shown.elements if attrs.get("role") == "img"
+    ]
+    assert labels and all(labels)
+    assert "last 2, lowest 2 at step 100, highest 4.97 at step 1" in shown.text
+    assert ("html", {"lang": "en"}) in shown.elements
+
+
+def test_the_page_of_a_folder_is_always_the_same(make_run, page):
+    folder = make_run()
+    assert page(folder).html == page(folder).html
+
+
+LOG = """\
+2026-11-23 16:59:17,767 INFO apt.checkpoint: model built: 12,345,678 parameters on cpu
+2026-11-23 16:59:18,000 INFO apt.training: enabled moe (epoch 1, step 20)
+2026-11-23 16:59:19,000 INFO apt.training: enabled voter (epoch 1, step 60)
+2026-11-23 16:59:20,000 INFO apt.checkpoint: resumed from checkpoints/step-00000040 (step 40)
+2026-11-23 16:59:21,000 INFO apt.training: enabled moe (epoch 1, step 41)
+2026-11-23 16:59:22,000 INFO apt.training: disabled moe (epoch 2, step 80)
+"""
+
+
+def switches(shown):
+    cells = re.findall(r"<tr><td[^>]*>([\d,]+)</td><td[^>]*>.*?</td><td>(.*?)</td><td>(.*?)</td>",
+                       shown.html)  # fmt: skip
+    return [(int(step), plugin, kind) for step, plugin, kind in cells]
+
+
+@pytest.mark.parametrize("timeline", [[], [{"plugin": "moe", "event": "enabled", "step": 20}]])
+def test_the_timeline_goes_on_after_a_resume_without_what_was_lost(make_run, page, timeline):
+    shown = page(make_run(log=LOG, timeline=timeline))
+    assert switches(shown) == [
+        (20, "moe", "enabled"),
+        (40, "", "resumed"),
+        (80, "moe", "disabled"),
+    ]
+    assert "12.3M" in shown.text
+    assert "moe enabled" in shown.text and "voter" not in shown.text
