@@ -49,9 +49,11 @@ def adamw(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     )
 
 
-def random_windows(tokens: Tensor, batch_size: int, length: int) -> tuple[Tensor, Tensor]:
+def random_windows(
+    tokens: Tensor, batch_size: int, length: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
     """Inputs and targets, int64 [B, T], at random places of ``tokens``, int64 [N]."""
-    starts = torch.randint(len(tokens) - length, (batch_size,)).tolist()
+    starts = torch.randint(len(tokens) - length, (batch_size,), generator=generator).tolist()
     inputs = torch.stack([tokens[start : start + length] for start in starts])
     targets = torch.stack([tokens[start + 1 : start + 1 + length] for start in starts])
     return inputs, targets

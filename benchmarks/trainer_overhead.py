@@ -149,10 +149,12 @@ def bare(job: Job) -> Loop[nn.Module]:
     def loop(fetched: Callable[[], None]) -> nn.Module:
         torch.set_num_threads(1)
         model, recipe = job.build_model(), job.recipe
+        # APT seeds the global generator, which all of the sides share.
+        generator = torch.Generator().manual_seed(0)
 
         def batch() -> tuple[Tensor, Tensor]:
             fetched()
-            return random_windows(job.tokens, recipe.batch_size, recipe.length)
+            return random_windows(job.tokens, recipe.batch_size, recipe.length, generator)
 
         train(model, partial(cross_entropy, model), batch, recipe)
         return model
@@ -204,8 +206,10 @@ STEP_BATCHES = BatchPlan.step_batches
 
 
 def hugging_face(job: Job) -> Loop[nn.Module]:
+    from transformers import PrinterCallback, TrainingArguments
     from transformers import Trainer as HFTrainer
-    from transformers import TrainingArguments
+
+    quiet("transformers", "accelerate")
 
     class WithLoss(nn.Module):
         def __init__(self, model: nn.Module) -> None:
@@ -234,13 +238,15 @@ def hugging_face(job: Job) -> Loop[nn.Module]:
             eval_strategy="no",
             disable_tqdm=True,
         )
-        HFTrainer(
+        trainer = HFTrainer(
             model=WithLoss(model),
             args=arguments,
             train_dataset=job.windows(fetched),
             data_collator=collate,
             optimizers=scheduled(model, recipe),
-        ).train()
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
         return model
 
     return loop
@@ -249,6 +255,8 @@ def hugging_face(job: Job) -> Loop[nn.Module]:
 def lightning(job: Job) -> Loop[nn.Module]:
     from lightning.pytorch import LightningModule
     from lightning.pytorch import Trainer as LightningTrainer
+
+    quiet("lightning", "lightning.pytorch", "lightning.fabric")
 
     class Task(LightningModule):
         def __init__(self, model: nn.Module) -> None:
@@ -282,6 +290,13 @@ def lightning(job: Job) -> Loop[nn.Module]:
     return loop
 
 
+def quiet(*packages: str) -> None:
+    """Once they are imported: peers tell at length what they find unusual about a lean run."""
+    for package in packages:
+        logging.getLogger(package).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module=package)
+
+
 def scheduled(
     model: nn.Module, recipe: Recipe
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
@@ -294,7 +309,7 @@ def scheduled(
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def held_out_loss(model: nn.Module, tokens: Tensor, length: int, windows: int = 256) -> float:
+def held_out_loss(model: nn.Module, tokens: Tensor, length: int, windows: int = 512) -> float:
     """In nats per byte on the first windows of a text that no side has trained on."""
     cut = tokens[: windows * length + 1]
     model.eval()
@@ -348,7 +363,6 @@ def timed(
 
 
 def measure(report: Report, quick: bool, sides: Sequence[str] = tuple(SIDES)) -> None:
-    quiet_peers()
     torch.set_num_threads(1)
     report.machine["threads"] = 1
     for name, shape in SHAPES.items():
@@ -376,13 +390,6 @@ def measure(report: Report, quick: bool, sides: Sequence[str] = tuple(SIDES)) ->
             ],
         )  # fmt: skip
     report.note(NOTE)
-
-
-def quiet_peers() -> None:
-    """The peers tell at their start what they find unusual about a lean run."""
-    warnings.filterwarnings("ignore", module="(lightning|transformers|accelerate|torch)")
-    for name in ("lightning", "lightning.pytorch", "transformers", "accelerate"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 NOTE = f"""\

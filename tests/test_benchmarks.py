@@ -34,6 +34,82 @@ if __name__ == "__main__":
     run("How long is a sleep?", measure, packages=["pluggy"])
 """
 
+TURNS = """
+from _turns import take_turns
+
+log = []
+
+
+def loop(name, steps=15):
+    def run(fetched):
+        for step in range(steps):
+            fetched()
+            log.append(name)
+        return name
+
+    return run
+
+
+def broken(fetched):
+    fetched()
+    raise OSError("out of text")
+
+
+times = take_turns({"a": loop("a"), "b": loop("b")}, baseline="a", rounds=5, warmup=2, steps=2)
+assert len(log) == 3 * 15 and times.steps == 15
+assert times.results == {"a": "a", "b": "b"}
+# Two steps a turn, the baseline twice a round, from another side each round.
+rounds = ["".join(log[first : first + 6]) for first in range(0, 42, 6)]
+assert set(rounds) == {"aabbaa", "bbaaaa", "aaaabb"}, rounds
+for kind in (times.cpu, times.wall):
+    series = [*kind.samples.values(), kind.again]
+    assert len(series) == 3 and all(len(one) == 5 and min(one) > 0 for one in series)
+
+for wrong in (broken, loop("b", steps=3), loop("b", steps=0)):
+    try:
+        take_turns({"a": loop("a"), "b": wrong}, baseline="a", rounds=5, warmup=2, steps=2)
+    except (OSError, RuntimeError) as error:
+        print(error)
+"""
+
+OVERHEAD = """
+import torch
+
+from _bare import NanoGPT, Recipe, random_windows, train
+from _harness import Report
+from trainer_overhead import NANO, SHAPES, Shape, measure
+
+shape = Shape("Small", 1, 1, 16, batch_size=2, length=8, turn=10, rounds=40)
+SHAPES.clear()
+SHAPES["small"] = shape
+report = Report("?", {}, {})
+measure(report, quick=True, sides=("bare", "apt", "apt10"))
+ratios = {name for name in report.figures if name.endswith("_over_bare_small")}
+assert ratios == {"apt_over_bare_small", "apt10_over_bare_small", "bare_over_bare_small"}
+(table,) = report.raw["tables"]
+bare, plain, observed = (row[-1] for row in table["rows"])
+assert plain == observed, "observers changed the training"
+assert bare < 5.5 and plain < 5.5, "a side has not learned anything"
+
+model = NanoGPT()
+width = NANO.d_model
+assert sum(p.numel() for p in model.parameters()) == (
+    (256 + 64) * width + NANO.num_layers * (12 * width**2 + 2 * width) + width
+)
+torch.manual_seed(0)
+small = NanoGPT(vocab_size=8, length=8, num_layers=1, num_heads=2, d_model=16)
+tokens = torch.arange(200) % 8
+batch = lambda: random_windows(tokens, 4, 8)
+inputs, targets = batch()
+assert torch.equal(targets, (inputs + 1) % 8)
+ahead = small(inputs.clone().index_fill_(1, torch.tensor([7]), 0))
+assert torch.allclose(ahead[:, :7], small(inputs)[:, :7]), "a token sees those after it"
+recipe = Recipe(steps=150, batch_size=4, length=8, warmup_steps=10, learning_rate=1e-2)
+assert recipe.learning_rate_at(10) == 1e-2 and recipe.learning_rate_at(150) == 1e-4
+train(small, small.loss, batch, recipe)
+assert small.loss(inputs, targets) < 0.2
+"""
+
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -102,3 +178,23 @@ def test_what_does_not_fit_together_is_refused() -> None:
         [sys.executable, "-c", sides], cwd=BENCHMARKS, capture_output=True, text=True, check=True
     )
     assert len(ended.stdout.splitlines()) == 3
+
+
+def test_loops_take_turns_of_whole_steps_and_their_errors_surface(
+    python: Python, tmp_path: Path
+) -> None:
+    script = tmp_path / "turns.py"
+    script.write_text(TURNS)
+    assert python(script).stdout.splitlines() == [
+        "out of text",
+        "a loop took fewer steps than were to be timed",
+        "a loop took fewer steps than were to be timed",
+    ]
+
+
+def test_the_bare_loop_and_the_trainer_are_timed_while_both_learn(
+    python: Python, tmp_path: Path
+) -> None:
+    script = tmp_path / "overhead.py"
+    script.write_text(OVERHEAD)
+    python(script)

@@ -114,6 +114,12 @@ class World:
             assert isinstance(replicated, DistributedDataParallel)
             replicated.require_backward_grad_sync = now
 
+    def reshard(self, model: nn.Module) -> None:
+        """Let go of what a forward without a backward has gathered of a sharded model: until then
+        its parameters are not those that the optimizer knows."""
+        if isinstance(model, FSDPModule):
+            model.reshard()
+
     # Agreement -------------------------------------------------------------------------------
 
     def agree(self, loss: Tensor, stop: bool) -> tuple[Tensor, Tensor]:

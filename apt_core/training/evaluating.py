@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -90,6 +91,12 @@ class Evaluator:
             )
         return result.text
 
-    def _weights(self) -> AbstractContextManager[None]:
-        average = self._trainer.average
-        return nullcontext() if average is None else average.in_place()
+    @contextmanager
+    def _weights(self) -> Iterator[None]:
+        """The weights to evaluate with, while the context lasts."""
+        trainer = self._trainer
+        with nullcontext() if trainer.average is None else trainer.average.in_place():
+            try:
+                yield
+            finally:
+                trainer.world.reshard(trainer.model)

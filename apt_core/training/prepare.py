@@ -100,7 +100,7 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> Parts:
         scales=learning_rate_scales(model, config.model.d_model)
         if training.scale_lr_by_width
         else None,
-        separate_matrices=provider.separates_matrices,
+        separate_matrices=getattr(provider, "separates_matrices", False),
     )
     optimizer = provider.create(
         groups, learning_rate=training.learning_rate, weight_decay=training.weight_decay

@@ -142,7 +142,7 @@ class RunFolder:
     def begin_manifest(self) -> None:
         """Note when the run began; after a resume, forget how it ended before."""
         self.manifest.setdefault("started", now())
-        for key in ("ended", "error", "figures", "sample"):
+        for key in ("ended", "error", "figures", "sample", "reason"):
             self.manifest.pop(key, None)
 
     def write_manifest(self, **entries: Any) -> None:

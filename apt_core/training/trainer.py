@@ -198,7 +198,7 @@ class Trainer:
         """The loop, from the current position to the end."""
         training, evaluation, world = self.config.training, self.config.evaluation, self.world
         plan, hook, device, clock = self.parts.plan, self.manager.hook, self.device, self.clock
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         first_epoch, first_index = divmod(self.step, plan.steps_per_epoch)
         self.model.train()
         if self.ended_epochs < first_epoch and first_index == 0:
@@ -336,8 +336,6 @@ class Trainer:
         with suppress(StopTraining):
             self._step_log.throughput.pause()
             self.saving.save_last()
-        with suppress(StopTraining):
-            self.manager.hook.on_training_end(trainer=self)
         sample = ""
         with suppress(StopTraining):
             sample = "" if status == "interrupted" else self._evaluator.sample()
@@ -352,7 +350,10 @@ class Trainer:
             reason=reason,
             exit_code=self.stopping.interrupts.exit_code if status == "interrupted" else 0,
         )
-        write_manifest(self, status, figures=result.figures, sample=sample)
+        write_manifest(self, status, figures=result.figures, sample=sample, reason=reason)
+        with suppress(StopTraining):
+            self.manager.hook.on_training_end(trainer=self)
+        write_manifest(self, status)
         return result
 
     def _die(self, error: BaseException) -> None:
@@ -364,12 +365,13 @@ class Trainer:
                 self.saving.save_in_emergency(together=isinstance(error, TrainingError))
             except Exception as failure:
                 log.error("no checkpoint of step %d could be written: %s", self.step, failure)
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        write_manifest(self, status, figures=self._figures(), error=str(error))
         try:
             self.manager.hook.on_exception(error=error, trainer=self)
         except (PluginError, StopTraining) as failure:
             log.error("%s", failure)
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        write_manifest(self, status, figures=self._figures(), error=str(error))
+        write_manifest(self, status)
 
     # Evaluation, figures, checkpoints --------------------------------------------------------
 

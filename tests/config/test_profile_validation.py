@@ -424,8 +424,6 @@ def test_sections_of_plugins_that_were_left_out_are_inactive() -> None:
         ("monitoring.wandb.enabled", True),
         ("monitoring.tensorboard.enabled", True),
         ("hardware.num_gpus", 4),
-        ("hardware.distributed", True),
-        ("hardware.backend", "nccl"),
         ("evaluation.metrics", ["reasoning_quality"]),
         ("model.moe", {"enabled": True}),
         ("model.bistate", {}),

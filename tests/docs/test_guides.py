@@ -21,6 +21,7 @@ import pytest
 
 import apt_core.cli.hooks
 import apt_core.cli.train
+import apt_plugins.report.command
 from apt_core.cli.run_command import run_command
 from apt_core.config import profile_reference
 
@@ -28,7 +29,11 @@ ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(
     r"(?:<!-- file: (?P<file>\S+) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S
 )
-APPS = {"apt-train": apt_core.cli.train.app, "apt-hooks": apt_core.cli.hooks.app}
+APPS = {
+    "apt-train": apt_core.cli.train.app,
+    "apt-hooks": apt_core.cli.hooks.app,
+    "apt-report": apt_plugins.report.command.app,
+}
 TEXT = "\n\n".join(f"Line {n} of a small text says that {n} and 1 are {n + 1}." for n in range(24))
 QUICK = {
     "training.warmup_steps": "1",

@@ -31,6 +31,7 @@ COMMANDS = [
     "hooks --help",
     "plugin-list --help",
     "plugin-info --help",
+    "report --help",
 ]
 VERBS = [
     "list", "show", "plugins", "providers", "info", "enable", "disable", "check", "trace",
@@ -83,6 +84,7 @@ def python(code: str, *arguments: str, folder: Path) -> list[object]:
         "apt_core.providers",
         "apt_core.schedules",
         "apt_plugins.flash_attn.plugin",
+        "apt_plugins.report.plugin",
     ],
 )
 def test_importing_imports_no_torch(module: str, folder: Path) -> None:

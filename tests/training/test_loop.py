@@ -384,7 +384,7 @@ def test_terms_are_not_blamed_for_what_fails_after_the_backward_pass(monkeypatch
     class Breaks(Scaled):
         @hookimpl
         def on_step_end(self):
-            monkeypatch.setattr("apt_core.training.trainer.evaluate", broken)
+            monkeypatch.setattr("apt_core.training.evaluating.score_batches", broken)
 
     with pytest.raises(RuntimeError, match=r"^the evaluation broke$"):
         tiny_run(Breaks(0.1))

@@ -23,6 +23,7 @@ from apt_core.modeling.layers import MHAProvider
 from apt_core.plugin_manager import PluginManager
 from apt_core.providers.attention import AttentionSupport
 from apt_core.training.costs import support_notices
+from apt_core.training.memory import memory_per_rank
 from apt_core.training.plan import make_plan, print_plan
 
 SIZES = {"d_model": 32, "num_heads": 4, "d_ff": 48, "num_layers": 3, "max_seq_len": 16}
@@ -219,6 +220,69 @@ def test_parameters_are_those_of_the_model_by_part(kernel_of) -> None:
     }
     assert {part["slot"]: part["params"] for part in plan["model"]["parts"]} == expected
     assert plan["stages"][0]["params_total"] == sum(p.numel() for p in model.parameters())
+
+
+# Memory and the batch
+
+
+def test_a_stage_has_the_memory_of_one_process_by_part(kernel_of) -> None:
+    kernel = kernel_of(training={"ema_decay": 0.9})
+    plan = make_plan(kernel)
+    (stage,) = plan["stages"]
+    assert stage["memory"] == memory_per_rank(kernel).row()
+    assert stage["memory_mb"] == round(stage["memory"]["total"] / 2**20, 1)
+    assert plan["notices"] == []
+    text = printed(plan)
+    assert "memory: parameters " in text and ", average " in text and "communication" not in text
+
+
+@pytest.mark.parametrize(
+    ("hardware", "world_size", "expected"),
+    [
+        ({"num_gpus": 4}, None, (1, "none")),
+        ({"num_gpus": 4, "distributed": "fsdp"}, None, (4, "fsdp")),
+        ({"num_gpus": 0, "distributed": True}, None, (1, "none")),
+        ({"num_gpus": 4, "distributed": True}, 2, (2, "ddp")),
+        ({}, 8, (8, "ddp")),
+    ],
+)
+def test_the_plan_is_of_the_processes_that_the_profile_asks_for_or_the_caller(
+    kernel_of, hardware, world_size, expected
+) -> None:
+    training = {"batch_size": 3, "grad_accum_steps": 2}
+    kernel = kernel_of(hardware={"device": "cpu", **hardware}, training=training)
+    plan = make_plan(kernel, world_size)
+    size, sharding = expected
+    memory = plan["stages"][0]["memory"]
+    assert (memory["world_size"], memory["sharding"]) == expected
+    assert plan["batch"]["sequences_per_step"] == 6 * size
+    assert plan["batch"]["tokens_per_step"] == 6 * size * 16
+    product = "2 micro-batches x 3 sequences of 16 tokens"
+    processes = f"{size} processes x " if size > 1 else ""
+    assert f"step: {96 * size} tokens, {processes}{product}; " in printed(plan)
+    assert (f"of each of {size} processes ({sharding})" in printed(plan)) == (size > 1)
+
+
+def test_the_steps_of_an_epoch_are_those_of_a_run_where_the_text_is_at_hand(apt_train) -> None:
+    planned = apt_train("--dry-run", "--json")
+    run = apt_train("--training.max_epochs", "1", "--training.max_steps", "10000")
+    steps = json.loads(planned.out)["batch"]["steps_per_epoch"]
+    assert run.code == 0 and steps == run.manifest["figures"]["steps"]
+
+
+def test_a_text_that_is_not_there_or_large_leaves_the_steps_unknown(
+    kernel_of, tmp_path, monkeypatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a few words, " * 100, encoding="utf-8")
+    small = kernel_of(data={"train_path": str(text)})
+    assert make_plan(small)["batch"]["steps_per_epoch"] > 0
+    monkeypatch.setattr("apt_core.training.plan.READ_UP_TO", 10)
+    large = make_plan(small)
+    assert large["batch"]["steps_per_epoch"] is None
+    assert "an epoch" not in printed(large)
+    text.unlink()
+    assert make_plan(small)["batch"]["steps_per_epoch"] is None
 
 
 # For people

@@ -56,7 +56,7 @@ def test_a_broken_state_item_is_noticed(apt_train, tmp_path, monkeypatch):
     whole = apt_train(name="whole")
     plugin = stopping_plugin(tmp_path, 5, "trainer.request_stop('enough')")
     apt_train("--plugin", plugin, name="parts")
-    monkeypatch.setattr("apt_core.training.saving.load_optimizer", lambda *arguments: None)
+    monkeypatch.setattr("apt_core.training.restoring.load_optimizer", lambda *arguments: None)
     second = apt_train("--resume", name="parts")
     assert not whole.same_weights(second)
 
