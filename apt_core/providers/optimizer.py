@@ -32,6 +32,7 @@ class OptimizerProvider(Provider, ABC):
         parameters that the optimizer cannot take.
 
         With ``separates_matrices``, groups whose ``hidden_matrices`` is True hold the hidden
-        matrices and no others do. They have no ``lr``: theirs is the provider's to choose, times
-        their ``lr_scale``; and a ``weight_decay`` only where a plugin asks for one.
+        matrices and no others do, each parameter ``stacked`` of equal size upon one another. They
+        have no ``lr``: theirs is the provider's to choose, times their ``lr_scale``; and a
+        ``weight_decay`` only where a plugin asks for one.
         """

@@ -56,7 +56,7 @@ class WSDProvider(WarmedUp):
     def height(self, step: int, start: int, end: int) -> float:
         ratio = self.setting("decay_ratio", 0.2)
         begin = max(start, end * (1 - ratio))
-        if step <= begin or not ratio:
+        if step <= begin:
             return 1.0
         return 1 - math.sqrt((step - begin) / (end - begin))
 

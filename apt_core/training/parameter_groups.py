@@ -11,12 +11,12 @@ from apt_core.plugin_manager import PluginManager
 
 
 class _Key(NamedTuple):
-    """What the parameters of a group have in common; of matrices, ``lr`` is a factor and ``decay``
-    None where nobody asked for one."""
+    """What the parameters of a group have in common. ``stacked`` is of hidden matrices only, whose
+    ``lr`` is a factor, and ``decay`` None where nobody asked for one."""
 
     lr: float
     decay: float | None
-    hidden_matrices: bool = False
+    stacked: int | None = None
 
 
 def parameter_groups(
@@ -36,18 +36,18 @@ def parameter_groups(
     and ``weight_decay``.
 
     With ``separate_matrices`` hidden matrices (:func:`hidden_matrices`) are in groups of their own,
-    ``{"params", "hidden_matrices": True, "lr_scale"}``, with a ``weight_decay`` where a plugin asks
-    for one: rate and decay are the optimizer's own, and ``scales`` are not for them.
+    ``{"params", "hidden_matrices": True, "stacked", "lr_scale"}``, with a ``weight_decay`` where a
+    plugin asks for one: rate and decay are the optimizer's own, and ``scales`` are not for them.
     """
     scales = scales or {}
     left = {id(p): (name, p) for name, p in model.named_parameters() if p.requires_grad}
     own = {id(parameter) for parameter in model.parameters()}
-    matrices = hidden_matrices(model) if separate_matrices else frozenset()
+    matrices = hidden_matrices(model) if separate_matrices else {}
     groups: dict[_Key, list[Tensor]] = {}
 
     def add(name: str, parameter: Tensor, lr_scale: float, decay: float | None) -> None:
         if name in matrices:
-            key = _Key(lr_scale, decay, hidden_matrices=True)
+            key = _Key(lr_scale, decay, matrices[name])
         else:
             if decay is None:
                 decay = weight_decay
@@ -75,13 +75,16 @@ def parameter_groups(
     return [_group(key, parameters) for key, parameters in groups.items()]
 
 
-def hidden_matrices(model: nn.Module) -> frozenset[str]:
+def hidden_matrices(model: nn.Module) -> dict[str, int]:
     """The names of the parameters that map one hidden vector to another, [..., R, C] with R and C
-    above 1: those of the blocks, which a backbone keeps in an ``nn.ModuleList``.
+    above 1, and how many matrices stand upon one another in each.
 
-    Embeddings, positions and the output head stand outside of them. Within, the weight of an
-    ``nn.Embedding`` is left out, and whatever a module names in ``elementwise``: parameters of its
-    own whose rows, or entries, are to be learned apart, as those of a head are.
+    They are those of the blocks, which a backbone keeps in an ``nn.ModuleList``: embeddings,
+    positions and the output head stand outside. Within, the weight of an ``nn.Embedding`` is left
+    out, and whatever a module names in ``elementwise``: parameters of its own whose rows, or
+    entries, are to be learned apart, as those of a head are. In ``stacked`` a module says how many
+    matrices of equal size a parameter of its own packs (the projections of an attention's heads);
+    elsewhere it is one.
     """
     found = {
         id(parameter)
@@ -90,18 +93,26 @@ def hidden_matrices(model: nn.Module) -> frozenset[str]:
         for parameter in stack.parameters()
         if parameter.ndim >= 2 and min(parameter.shape[-2:]) > 1
     }
+    counts: dict[int, int] = {}
     for module in model.modules():
         by_rows = ("weight",) if isinstance(module, nn.Embedding) else ()
         names = getattr(module, "elementwise", by_rows)
         found -= {id(module.get_parameter(name)) for name in names}
-    return frozenset(name for name, parameter in model.named_parameters() if id(parameter) in found)
+        for name, count in getattr(module, "stacked", {}).items():
+            counts[id(module.get_parameter(name))] = count
+    return {
+        name: counts.get(id(parameter), 1)
+        for name, parameter in model.named_parameters()
+        if id(parameter) in found
+    }
 
 
 def _group(key: _Key, parameters: list[Tensor]) -> dict[str, Any]:
-    if not key.hidden_matrices:
+    if key.stacked is None:
         return {"params": parameters, "lr": key.lr, "weight_decay": key.decay}
     decay = {} if key.decay is None else {"weight_decay": key.decay}
-    return {"params": parameters, "hidden_matrices": True, "lr_scale": key.lr, **decay}
+    kind = {"hidden_matrices": True, "stacked": key.stacked}
+    return {"params": parameters, **kind, "lr_scale": key.lr, **decay}
 
 
 def _plugin_group(group: Mapping[str, Any]) -> tuple[list[Tensor], float, float | None]:

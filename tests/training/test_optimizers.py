@@ -27,13 +27,7 @@ from apt_core.training.optimizers.adamw import AdamWProvider
 from apt_core.training.optimizers.muon import MuonProvider
 from apt_core.training.optimizers.newton_schulz import orthogonalize
 from apt_core.training.parameter_groups import hidden_matrices, parameter_groups
-from apt_core.training.state import (
-    copy_to_cpu,
-    load_optimizer,
-    load_optimizer_groups,
-    optimizer_groups,
-    optimizer_tensors,
-)
+from apt_core.training.state import load_optimizer_groups, optimizer_groups, optimizer_tensors
 
 SIZES = {"d_model": 16, "num_heads": 2, "num_layers": 2, "d_ff": 64, "max_seq_len": 16}
 CPU = torch.device("cpu")
@@ -109,7 +103,7 @@ BLOCK = {"attention.qkv_weight", "attention.out_weight", "ffn.up.weight", "ffn.d
 )
 def test_hidden_matrices_are_those_of_the_blocks(settings, of_a_block):
     expected = {f"blocks.{layer}.{name}" for layer in (0, 1) for name in of_a_block}
-    assert hidden_matrices(build(**settings)) == expected
+    assert set(hidden_matrices(build(**settings))) == expected
 
 
 class ExpertsAndMore(nn.Module):
@@ -122,13 +116,14 @@ class ExpertsAndMore(nn.Module):
         self.head = nn.Linear(3, 5)
 
     elementwise = ("head.weight",)
+    stacked = {"experts": 2}  # noqa: RUF012
 
 
 def test_embeddings_vectors_and_what_a_module_names_elementwise_are_no_hidden_matrices():
     model = nn.Module()
     model.layers = nn.ModuleList([ExpertsAndMore()])
     model.head = nn.Linear(3, 5)
-    assert hidden_matrices(model) == {"layers.0.experts", "layers.0.router.weight"}
+    assert hidden_matrices(model) == {"layers.0.experts": 2, "layers.0.router.weight": 1}
 
 
 def test_groups_are_as_ever_for_an_optimizer_that_does_not_separate_matrices():
@@ -247,12 +242,13 @@ def test_iterations_on_gram_matrices_are_those_of_the_definition(shape, steps):
 
 
 def test_a_singular_matrix_and_zeros_stay_finite():
-    matrices = torch.zeros(3, 8, 32)
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.zeros(3, 16, 64)
     matrices[1, 0] = 1.0
-    matrices[2, :2] = torch.ones(32) * 1e-4
-    for steps in (1, 5, 20):
+    matrices[2] = torch.randn(16, 3, generator=generator) @ torch.randn(3, 64, generator=generator)
+    for steps in (5, 12, 20):
         found = orthogonalize(matrices, steps)
-        assert found.isfinite().all() and found.norm(dim=(1, 2)).max() < 1.5
+        assert torch.linalg.matrix_norm(found, 2).max() < 1.22
         assert not found[0].any()
 
 
@@ -298,18 +294,20 @@ def test_what_is_no_hidden_matrix_steps_as_with_adamw():
         assert parameter.equal(others[name]) == (name not in matrices), name
 
 
-def test_a_batch_of_matrices_in_one_parameter_steps_as_each_of_them():
+@pytest.mark.parametrize("stacked", [1, 2])
+def test_a_batch_of_matrices_in_one_parameter_steps_as_each_of_them(stacked):
     generator = torch.Generator().manual_seed(0)
     whole = nn.Parameter(torch.randn(2, 3, 8, 4, generator=generator))
     gradient = torch.randn(2, 3, 8, 4, generator=generator)
-    single = [nn.Parameter(part.clone()) for part in whole.detach().flatten(0, 1)]
+    rows = 8 // stacked
+    single = [nn.Parameter(part.clone()) for part in whole.detach().view(-1, rows, 4)]
     whole.grad = gradient
-    for part, part_gradient in zip(single, gradient.flatten(0, 1), strict=True):
+    for part, part_gradient in zip(single, gradient.view(-1, rows, 4), strict=True):
         part.grad = part_gradient
-    for parameters in ([whole], single):
-        group = {"params": parameters, "hidden_matrices": True}
+    for parameters, count in (([whole], stacked), (single, 1)):
+        group = {"params": parameters, "hidden_matrices": True, "stacked": count}
         MuonProvider().create([group], learning_rate=1e-2, weight_decay=0.0).step()
-    assert torch.allclose(whole.flatten(0, 1), torch.stack(single), atol=1e-6)
+    assert torch.allclose(whole.view(-1, rows, 4), torch.stack(single), atol=1e-6)
 
 
 def test_parameters_without_a_gradient_stay():
@@ -334,32 +332,20 @@ def test_muon_learns_faster_than_adamw_at_its_best_rate():
 
 
 def test_the_state_makes_a_resume_exact():
-    """Through state_dict, and as checkpoints keep it: tensors and JSON by parameter name."""
+    """Rates that are written into a group after loading count too."""
     model = build()
     optimizer = optimizer_of(model)
     take_steps(model, optimizer, 3)
-    tensors = copy_to_cpu(optimizer_tensors(model, optimizer))
-    saved_groups = optimizer_groups(optimizer)
-    resumed = []
-    for by_name in (True, False):
-        twin = copy.deepcopy(model)
-        own = optimizer_of(twin)
-        if by_name:
-            load_optimizer(twin, own, tensors)
-            load_optimizer_groups(own, saved_groups)
-        else:
-            own.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        resumed.append((twin, own))
-    for group in optimizer.param_groups:
-        group["lr"] /= 2
-    take_steps(model, optimizer, 2)
-    for twin, own in resumed:
+    twin = copy.deepcopy(model)
+    resumed = optimizer_of(twin)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    load_optimizer_groups(resumed, optimizer_groups(optimizer))
+    for network, own in ((model, optimizer), (twin, resumed)):
         for group in own.param_groups:
             group["lr"] /= 2
-        take_steps(twin, own, 2)
-        assert same(weights_of(model), weights_of(twin))
-        ends = optimizer_tensors(model, optimizer), optimizer_tensors(twin, own)
-        assert same(*ends)
+        take_steps(network, own, 2)
+    assert same(weights_of(model), weights_of(twin))
+    assert same(optimizer_tensors(model, optimizer), optimizer_tensors(twin, resumed))
 
 
 @pytest.fixture
@@ -388,7 +374,7 @@ def test_a_model_without_hidden_matrices_is_refused():
     with pytest.raises(ValueError, match=re.escape("training.optimizer_name: muon")):
         optimizer_of(nn.Linear(4, 4))
     vector = {"params": [nn.Parameter(torch.zeros(3))], "hidden_matrices": True}
-    with pytest.raises(ValueError, match="vector"):
+    with pytest.raises(ValueError, match="no stack of 1"):
         MuonProvider().create([vector], learning_rate=1.0, weight_decay=0.0)
 
 
@@ -505,10 +491,10 @@ def test_a_step_of_muon_that_is_not_finite_changes_nothing():
     model = build()
     optimizer = optimizer_of(model)
     take_steps(model, optimizer, 2)
-    before = {**weights_of(model), **copy_to_cpu(optimizer_tensors(model, optimizer))}
+    before = weights_of(model), copy.deepcopy(optimizer_tensors(model, optimizer))
     model.embedding.weight.grad[0, 0] = float("nan")
     FiniteGuard(optimizer, CPU, window=1).step(
         3, torch.tensor(1.0), nn.utils.get_total_norm([p.grad for p in model.parameters()])
     )
-    after = {**weights_of(model), **optimizer_tensors(model, optimizer)}
-    assert same(before, after)
+    assert same(weights_of(model), before[0])
+    assert same(optimizer_tensors(model, optimizer), before[1])

@@ -24,8 +24,9 @@ class Muon(Optimizer):
     """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) and AdamW in one.
 
     Groups whose ``hidden_matrices`` is true hold matrices [..., R, C], of more dimensions a batch
-    of them each. A step moves such a matrix by ``lr`` * sqrt(max(1, R/C)) along its momentum,
-    orthogonalised: the scale of Jordan et al., which is ``adjust_lr_fn="original"`` in
+    of them each; ``stacked`` (1 without it) says how many matrices stand upon one another in each,
+    so that R is a part of the rows. A step moves such a matrix by ``lr`` * sqrt(max(1, R/C)) along
+    its momentum, orthogonalised: the scale of Jordan et al., ``adjust_lr_fn="original"`` in
     ``torch.optim.Muon``. The momentum is a mean of gradients, as there. Every other group is
     AdamW's, with its keys.
 
@@ -48,15 +49,28 @@ class Muon(Optimizer):
         inner = AdamW(
             [{"params": []}], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
         )
-        own = {MATRICES: False, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
-        super().__init__(param_groups, {**inner.defaults, **own})
+        super().__init__(
+            param_groups,
+            {
+                **inner.defaults,
+                MATRICES: False,
+                "stacked": 1,
+                "momentum": momentum,
+                "nesterov": nesterov,
+                "ns_steps": ns_steps,
+            },
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's. Raises ValueError for a group of matrices that holds anything else."""
         super().add_param_group(param_group)
         added = self.param_groups[-1]
-        if added[MATRICES] and any(parameter.ndim < 2 for parameter in added["params"]):
-            raise ValueError("optimizer muon: a group of hidden matrices holds a vector")
+        for parameter in added["params"]:
+            if added[MATRICES] and (parameter.ndim < 2 or parameter.shape[-2] % added["stacked"]):
+                raise ValueError(
+                    f"optimizer muon: a parameter of shape {list(parameter.shape)} is no stack of "
+                    f"{added['stacked']} hidden matrices"
+                )
         self._share()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -92,7 +106,7 @@ class Muon(Optimizer):
         updates = momenta
         if group["nesterov"]:
             updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
-        rows, columns = weights[0].shape[-2:]
+        rows, columns = weights[0].shape[-2] // group["stacked"], weights[0].shape[-1]
         whole = [_whole(update).reshape(-1, rows, columns) for update in updates]
         directions = orthogonalize(torch.cat(whole), group["ns_steps"]).to(weights[0].dtype)
         pieces = [
