@@ -8,19 +8,18 @@ a record. The plan is rebuilt when the implementations, a priority or a plugin's
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from types import GeneratorType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import pluggy
 
 from apt_core import hookspecs
 from apt_core.errors import ConfigError, PluginError, Problem, StopTraining
+from apt_core.hook_calls import PASSES, Call, Owned, Plan, run_wrapped, timed, values_of
 from apt_core.markers import PROJECT, Priority
 from apt_core.plugin_records import PluginRecord, short_name
 from apt_core.requirements import unmet
@@ -28,31 +27,6 @@ from apt_core.types import CORE, PluginFailure, PluginInfo
 from apt_core.validation import check_plugin_object, implementation_options, plugin_info
 
 log = logging.getLogger("apt.plugins")
-
-Owned = tuple[str, Any]
-"""A result, after the name of the plugin that it is from."""
-
-PASSES = (StopTraining, KeyboardInterrupt, GeneratorExit, PluginError)
-"""What the guard lets through; everything else that a hook raises is a failure of its plugin."""
-
-
-class Call(NamedTuple):
-    """One implementation in a plan."""
-
-    function: Callable[..., Any]
-    argnames: tuple[str, ...]
-    plugin: str
-    hook: str
-    priority: int
-    wrapper: bool
-
-
-class Plan(NamedTuple):
-    """The implementations of one hook that run now, in order."""
-
-    methods: Sequence[Any]
-    wrappers: tuple[Call, ...]
-    calls: tuple[Call, ...]
 
 
 class PluginManager(pluggy.PluginManager):
@@ -187,10 +161,8 @@ class PluginManager(pluggy.PluginManager):
         if plan is None or plan[0] != methods:
             plan = self._plan(hook_name, methods)
         if plan[1]:
-            owned = self._wrapped(
-                plan, kwargs, firstresult, lambda: self._all(plan, kwargs, firstresult)
-            )
-            return _values(owned, firstresult)
+            owned = self._wrapped(plan, kwargs, firstresult)
+            return values_of(owned, firstresult)
         # The same loop as in _all, without a further call: this is the path of every step.
         results = []
         for call in plan[2]:
@@ -232,83 +204,15 @@ class PluginManager(pluggy.PluginManager):
             self._failed(call, error)
             return None
 
-    def _wrapped(
-        self,
-        plan: Plan,
-        kwargs: Mapping[str, object],
-        firstresult: bool,
-        inner: Callable[[], list[Owned]],
-    ) -> list[Owned]:
-        """Run ``inner`` inside the plan's wrappers; the results with their owners.
-
-        A wrapper that fails before its yield is left out; one that fails after it leaves the
-        inner result as it was; what ends the run inside is seen by every wrapper and raised.
-        """
-        running: list[tuple[Any, Call]] = []
-        results: list[Owned] = []
-        ending: BaseException | None = None
-        try:
-            for call in plan.wrappers:
-                generator = self._enter(call, kwargs)
-                if generator is not None:
-                    running.append((generator, call))
-            results = inner()
-        except BaseException as error:
-            ending = error
-        for generator, call in reversed(running):
-            result = _values(results, firstresult)
-            try:
-                replaced = self._leave(generator, call, result, ending, firstresult)
-            except BaseException as error:
-                ending = error if ending is None else ending
-                continue
-            if replaced is not None:
-                results = _attributed([replaced] if firstresult else replaced, results, call.plugin)
-        if ending is not None:
-            raise ending
-        return results
-
-    def _enter(self, call: Call, kwargs: Mapping[str, object]) -> Any:
-        arguments = [kwargs[name] for name in call.argnames]
-        try:
-            generator = call.function(*arguments)
-            next(generator)
-        except PASSES:
-            raise
-        except StopIteration:
-            self._failed(call, RuntimeError("the wrapper did not yield"))
-        except BaseException as error:
-            self._failed(call, error)
-        else:
-            return generator
-        return None
-
-    def _leave(
-        self, generator: Any, call: Call, result: Any, ending: BaseException | None, first: bool
-    ) -> Any:
-        """End one wrapper; returns what it puts in the place of ``result``, or None."""
-        try:
-            if ending is not None:
-                generator.throw(ending)
-            else:
-                generator.send(result)
-            generator.close()
-        except StopIteration as stop:
-            if ending is not None or stop.value is None or first or isinstance(stop.value, list):
-                return None if ending is not None else stop.value
-            self._failed(
-                call,
-                TypeError(f"the wrapper returned {type(stop.value).__name__}, not a list"),
-            )
-            return None
-        except PASSES:
-            raise
-        except BaseException as error:
-            if error is not ending:
-                self._failed(call, error)
-            return None
-        self._failed(call, RuntimeError("the wrapper yielded more than once"))
-        return None
+    def _wrapped(self, plan: Plan, kwargs: Mapping[str, object], firstresult: bool) -> list[Owned]:
+        """The results of all implementations, those of wrappers around the others."""
+        return run_wrapped(
+            plan.wrappers,
+            kwargs,
+            firstresult,
+            lambda: self._all(plan, kwargs, firstresult),
+            self._failed,
+        )
 
     def call_each(self, hook_name: str, **kwargs: Any) -> list[tuple[str, Any]]:
         """Call a list hook; returns ``(plugin, result)`` pairs in the order of the results.
@@ -316,12 +220,12 @@ class PluginManager(pluggy.PluginManager):
         An item that a wrapper added belongs to the wrapper's plugin.
         """
         plan = self._plan_of(hook_name)
-        return self._wrapped(plan, kwargs, False, lambda: self._all(plan, kwargs, False))
+        return self._wrapped(plan, kwargs, False)
 
     def call_first(self, hook_name: str, **kwargs: Any) -> tuple[str, Any] | None:
         """Call a first-result hook; the plugin that answered and its result, or None."""
         plan = self._plan_of(hook_name)
-        owned = self._wrapped(plan, kwargs, True, lambda: self._all(plan, kwargs, True))
+        owned = self._wrapped(plan, kwargs, True)
         return owned[0] if owned else None
 
     def call_plugin(self, plugin: str, hook_name: str, **kwargs: Any) -> Any:
@@ -360,7 +264,9 @@ class PluginManager(pluggy.PluginManager):
                     take(owner, value)
             return [(owner, getattr(current, attribute))]
 
-        for plugin, value in self._wrapped(plan, {"request": request}, True, inner):
+        for plugin, value in run_wrapped(
+            plan.wrappers, {"request": request}, True, inner, self._failed
+        ):
             take(plugin, value)
         return current
 
@@ -510,38 +416,7 @@ class PluginManager(pluggy.PluginManager):
             raise stop from error
 
 
-def _values(owned: Sequence[Owned], firstresult: bool) -> Any:
-    """The results as a caller or a wrapper sees them."""
-    if firstresult:
-        return owned[0][1] if owned else None
-    return [value for _, value in owned]
-
-
-def _attributed(values: Sequence[Any], before: Sequence[Owned], plugin: str) -> list[Owned]:
-    """What a wrapper of ``plugin`` returned, with owners: what was there keeps its own."""
-    left = list(before)
-    owned = []
-    for value in values:
-        index = next((i for i, (_, known) in enumerate(left) if known is value), None)
-        owned.append((plugin, value) if index is None else left.pop(index))
-    return owned
-
-
 def canonical_name(plugin: Any) -> str:
     """A module's short name; for an instance, its class in lower case."""
     name = getattr(plugin, "__name__", None)
     return short_name(str(name)) if name else type(plugin).__name__.lower()
-
-
-def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
-    """``function``, appending the seconds of each call; it keeps its name and source."""
-
-    @functools.wraps(function)
-    def run(*args: Any) -> Any:
-        start = time.perf_counter()
-        try:
-            return function(*args)
-        finally:
-            seconds.append(time.perf_counter() - start)
-
-    return run

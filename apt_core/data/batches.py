@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from apt_core.data.sampler import epoch_order
+from apt_core.data.sampler import epoch_order, place_of_last
 from apt_core.errors import ConfigError, Problem
 
 IGNORED = -100
@@ -37,6 +37,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
+        if self.input_ids.device == device:
+            return self
         return Batch(
             self.input_ids.to(device, non_blocking=True),
             self.targets.to(device, non_blocking=True),
@@ -107,6 +109,10 @@ class BatchPlan:
             )
         self.steps_per_epoch = -(-self.num_windows // needed)
         self.targets_per_epoch = len(tokens) - 1
+        self._missing = self.num_windows * seq_len - self.targets_per_epoch
+        # Row i is window i with its last target; the last window may be no whole row.
+        whole = np.lib.stride_tricks.sliding_window_view
+        self._rows = whole(tokens, seq_len + 1)[::seq_len] if len(tokens) > seq_len else None
 
     def step_windows(self, epoch: int, index: int) -> Tokens:
         """The windows of step ``index`` (from 0) of ``epoch`` (from 1), those of all processes.
@@ -121,10 +127,8 @@ class BatchPlan:
 
     def step_targets(self, epoch: int, index: int) -> int:
         """How many target tokens the step has, in all processes together."""
-        chosen = self.step_windows(epoch, index)
-        missing = self.num_windows * self.seq_len - self.targets_per_epoch
-        ragged = missing and bool((chosen == self.num_windows - 1).any())
-        return len(chosen) * self.seq_len - (missing if ragged else 0)
+        count = len(self.step_windows(epoch, index)) * self.seq_len
+        return count - (self._missing if self._is_ragged(epoch, index) else 0)
 
     def step_batches(self, epoch: int, index: int) -> list[Batch]:
         """This process's micro-batches of step ``index`` of ``epoch``; a pure function.
@@ -134,12 +138,30 @@ class BatchPlan:
         """
         chosen, size = self.step_windows(epoch, index), self.batch_size
         stride = size * self.world_size
+        ragged = self._is_ragged(epoch, index)
         return [
-            cut_windows(self.tokens, windows, self.seq_len)
-            if len(windows := chosen[first : first + size])
-            else self._padding()
+            self._cut(chosen[first : first + size], ragged=ragged)
             for first in range(self.rank * size, self.rank * size + len(chosen), stride)
         ]
+
+    def _is_ragged(self, epoch: int, index: int) -> bool:
+        """Is the window among the step's that runs over the end of the text?"""
+        if not self._missing:
+            return False
+        place = place_of_last(self.seed, epoch, self.num_windows)
+        return place // self.windows_per_step == index
+
+    def _cut(self, windows: Tokens, *, ragged: bool) -> Batch:
+        if not len(windows):
+            return self._padding()
+        if ragged or self._rows is None:
+            return cut_windows(self.tokens, windows, self.seq_len)
+        rows = self._rows[windows]
+        return Batch(
+            torch.from_numpy(rows[:, :-1].astype(np.int64)),
+            torch.from_numpy(rows[:, 1:].astype(np.int64)),
+            len(windows) * self.seq_len,
+        )
 
     def _padding(self) -> Batch:
         """One window without a target."""

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt_core.plugin_manager import PASSES, PluginManager
+from apt_core.hook_calls import PASSES
+from apt_core.plugin_manager import PluginManager
 from apt_core.providers.tokenizer import TokenizerProvider
 from apt_core.types import GenerationRequest, GenerationResult
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 class BackboneProvider(Provider, ABC):
-    """Assembles layers into a language model.
+    """Assembles layers into a language model, which keeps its blocks in an ``nn.ModuleList``:
+    by it the matrices that Muon takes and the groups that FSDP2 shards are found.
 
     The model is called as ``model(input_ids, *, mask=None, positions=None, caches=None)`` with
     input_ids int64 [B, T], and returns :class:`~apt_core.types.ModelOutput` with logits [B, T, V].

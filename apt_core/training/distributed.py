@@ -174,6 +174,11 @@ class World:
 ALONE = World()
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Does this process hold a part of ``tensor`` only?"""
+    return isinstance(tensor, DTensor)
+
+
 def whole_tensor(tensor: Tensor) -> Tensor:
     """``tensor``, gathered where it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

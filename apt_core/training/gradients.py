@@ -4,23 +4,42 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from math import inf
 
 import torch
 from torch import Tensor, nn
 
-from apt_core.training.distributed import whole_tensor
+from apt_core.training.distributed import is_sharded, whole_tensor
 
 log = logging.getLogger("apt.training")
 
 
-def clip(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
-    """Scale the gradients down to a norm of at most ``max_norm`` (0: leave them); returns the norm
-    that they had, 0-d, the same in every process."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    if max_norm:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return whole_tensor(norm)
+class Clipping:
+    """Scales the gradients of ``parameters`` down to a norm of at most ``max_norm``; 0 leaves them.
+
+    On a CPU the norm is read, which waits for nothing: most steps then scale nothing. (By torch's
+    functions, which scale by a factor of 1, it takes 83 in place of 24 us for 12 small tensors.)
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], max_norm: float) -> None:
+        self._parameters, self._max_norm = parameters, max_norm
+        kinds = {(p.device.type, p.dtype, is_sharded(p)) for p in parameters}
+        self._reads = kinds == {("cpu", torch.float32, False)}
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        """Clip; the norm that the gradients had, 0-d, the same in every process."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if not self._reads or not gradients:
+            norm = nn.utils.get_total_norm(gradients)
+            if self._max_norm:
+                nn.utils.clip_grads_with_norm_(self._parameters, self._max_norm, norm)
+            return whole_tensor(norm)
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        value = norm.item()
+        if self._max_norm and self._max_norm < value < inf:
+            torch._foreach_mul_(gradients, self._max_norm / value)
+        return norm
 
 
 def name_bad_gradients(model: nn.Module, norm: Tensor, step: int) -> None:

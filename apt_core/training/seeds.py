@@ -10,17 +10,28 @@ import torch
 
 from apt_core.modeling.init import seed_of
 
+_64_BITS = 2**64 - 1
 
-def seed_model_generator(device: torch.device, seed: int, step: int, micro: int, rank: int) -> None:
-    """Seed the generator that the model's dropout draws from, and no other, for a micro-batch."""
-    seed = seed_of(seed, f"step/{step}/{micro}/{rank}")
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        torch.cuda.default_generators[index].manual_seed(seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(seed)
-    else:
-        torch.default_generator.manual_seed(seed)
+
+class ModelSeeds:
+    """Seeds the generator that the model's dropout draws from, and no other, for a micro-batch: a
+    function of (seed, step, micro-batch, rank)."""
+
+    def __init__(self, device: torch.device, seed: int, rank: int) -> None:
+        self._start = seed_of(seed, f"model/{rank}")
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self._manual_seed = torch.cuda.default_generators[index].manual_seed
+        elif device.type == "mps":
+            self._manual_seed = torch.mps.manual_seed
+        else:
+            self._manual_seed = torch.default_generator.manual_seed
+
+    def seed(self, step: int, micro: int) -> None:
+        # Multiplied and folded by odd constants, for a generator may look at the low half alone.
+        mixed = self._start + step * 0x9E3779B97F4A7C15 + micro * 0xC2B2AE3D27D4EB4F & _64_BITS
+        mixed = (mixed ^ mixed >> 32) * 0xD6E8FEB86659FD93 & _64_BITS
+        self._manual_seed((mixed ^ mixed >> 32) >> 1)
 
 
 @contextmanager

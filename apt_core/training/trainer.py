@@ -27,14 +27,14 @@ from apt_core.training.ema import WeightAverage
 from apt_core.training.enabling import Enabling
 from apt_core.training.evaluating import Evaluator
 from apt_core.training.finite_guard import FiniteGuard
-from apt_core.training.gradients import clip, name_bad_gradients
+from apt_core.training.gradients import Clipping, name_bad_gradients
 from apt_core.training.loss import cross_entropy_sum, loss_terms
 from apt_core.training.manifest import write_manifest
 from apt_core.training.opening import Opening
 from apt_core.training.prepare import horizon, num_threads, prepare, settle_device
 from apt_core.training.run_folder import RunFolder
 from apt_core.training.saving import Saving
-from apt_core.training.seeds import deterministic_kernels, seed_model_generator
+from apt_core.training.seeds import ModelSeeds, deterministic_kernels
 from apt_core.training.step_clock import StepClock
 from apt_core.training.step_log import StepLog
 from apt_core.training.stopping import Stopping
@@ -199,6 +199,8 @@ class Trainer:
         training, evaluation, world = self.config.training, self.config.evaluation, self.world
         plan, hook, device, clock = self.parts.plan, self.manager.hook, self.device, self.clock
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        clip = Clipping(parameters, training.gradient_clip)
+        seeds = ModelSeeds(device, training.seed, self.rank)
         first_epoch, first_index = divmod(self.step, plan.steps_per_epoch)
         self.model.train()
         if self.ended_epochs < first_epoch and first_index == 0:
@@ -228,24 +230,25 @@ class Trainer:
 
                 torch.set_grad_enabled(True)  # whatever a plugin has left it at
                 # Gradients are averaged over the processes, and are to be their sum.
-                each = targets / world.size
-                loss = torch.zeros((), device=device)
+                scale = torch.full((), world.size / targets, device=device)
+                total: Tensor | float = 0.0
                 terms = self._terms = {}
                 self.optimizer.zero_grad(set_to_none=True)
                 for micro, batch in enumerate(batches):
-                    seed_model_generator(device, training.seed, step, micro, self.rank)
+                    seeds.seed(step, micro)
                     if world.size > 1:
                         last = micro + 1 == len(batches)
                         world.sum_gradients_in_backward(self.model, self.parts.forward, now=last)
                     with autocast(device, self.parts.dtype):
                         output = self.parts.forward(batch.input_ids)
-                        partial = cross_entropy_sum(output, batch) / each
-                    share = batch.num_targets / each
+                        summed = cross_entropy_sum(output, batch)
                     for name, term in loss_terms(self, batch, output):
-                        partial = partial + share * term
-                        terms[name] = terms.get(name, 0.0) + share * term.detach()
-                    partial.backward()
-                    loss += partial.detach()
+                        term = batch.num_targets * term
+                        summed = summed + term
+                        terms[name] = terms.get(name, 0.0) + term.detach()
+                    summed.backward(scale)
+                    total = summed.detach() + total
+                loss = total * scale
                 self._terms = {}  # what fails from here on is not theirs
                 if world.size > 1:
                     loss, stopping = world.agree(loss, self.stopping.wanted)
@@ -255,7 +258,7 @@ class Trainer:
                 hook.on_backward_end(step=step, trainer=self)
                 clock.lap("hooks")
 
-                grad_norm = clip(parameters, training.gradient_clip)
+                grad_norm = clip()
                 factor = self.parts.lr_schedule.factor(
                     step, self.total_steps, training.warmup_steps, training.min_lr_ratio
                 )
@@ -276,9 +279,9 @@ class Trainer:
 
                 self.stopping.check_limits(step, self.tokens)
                 if logged:
-                    row = self._step_log.write(
-                        loss, grad_norm, training.learning_rate * factor, terms
-                    )
+                    shares = {name: term * scale for name, term in terms.items()}
+                    lr = training.learning_rate * factor
+                    row = self._step_log.write(loss, grad_norm, lr, shares)
                     self._display.update(step, epoch, row)
                     self._enabling.share_quarantines()
                     self.saving.poll()

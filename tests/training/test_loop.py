@@ -21,8 +21,8 @@ def test_the_order_of_an_epoch():
     recorder.assert_order(
         "on_plugin_enabled", "on_training_start", "on_evaluation_start", "on_evaluation_end",
         "on_epoch_start", "on_step_start", "on_backward_end", "on_step_end", "on_step_start",
-        "on_backward_end", "on_step_end", "on_metrics", "on_checkpoint_saved", "on_training_end",
-        "on_generation_start", "on_generation_end",
+        "on_backward_end", "on_step_end", "on_metrics", "on_checkpoint_saved",
+        "on_generation_start", "on_generation_end", "on_training_end",
     )  # fmt: skip
 
 

@@ -89,11 +89,8 @@ BLOCK = {"attention.qkv_weight", "attention.out_weight", "ffn.up.weight", "ffn.d
         ({"attention_name": "mha", "ffn_name": "gelu", "mha": {"qk_norm": True}}, BLOCK),
         # As wide as the vocabulary: the shape does not tell a head.
         ({"attention_name": "mha", "ffn_name": "gelu", "vocab_size": 64, "d_ff": 64}, BLOCK),
-        ({"ffn_name": "gelu"}, BLOCK | {"attention.compress", "attention.lift"}),
-        (
-            {"ffn_name": "gelu", "tva": {"s": 1}},
-            BLOCK | {"attention.compress", "attention.lift", "attention.compensator.basis"},
-        ),
+        ({"ffn_name": "gelu"}, BLOCK),
+        ({"ffn_name": "gelu", "tva": {"s": 1}}, BLOCK | {"attention.compensator.basis"}),
         (
             {"attention_name": "mha", "ffn_name": "vft"},
             BLOCK | {"ffn.gate.weight", "ffn.compress", "ffn.lift"},

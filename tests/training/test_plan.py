@@ -264,8 +264,9 @@ def test_the_plan_is_of_the_processes_that_the_profile_asks_for_or_the_caller(
 
 
 def test_the_steps_of_an_epoch_are_those_of_a_run_where_the_text_is_at_hand(apt_train) -> None:
-    planned = apt_train("--dry-run", "--json")
-    run = apt_train("--training.max_epochs", "1", "--training.max_steps", "10000")
+    batch = ("--training.batch_size", "7")
+    planned = apt_train("--dry-run", "--json", *batch)
+    run = apt_train(*batch, "--training.max_epochs", "1", "--training.max_steps", "10000")
     steps = json.loads(planned.out)["batch"]["steps_per_epoch"]
     assert run.code == 0 and steps == run.manifest["figures"]["steps"]
 

