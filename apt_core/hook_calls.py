@@ -36,7 +36,7 @@ class Plan(NamedTuple):
 
 
 Failed = Callable[[Call, BaseException], None]
-"""Told of an implementation that failed; may raise what ends the run."""
+"""Told of what an implementation raised; raises it, or another error, where that ends the run."""
 
 
 def run_wrapped(
@@ -81,8 +81,6 @@ def _enter(call: Call, kwargs: Mapping[str, object], failed: Failed) -> Any:
     try:
         generator = call.function(*arguments)
         next(generator)
-    except PASSES:
-        raise
     except StopIteration:
         failed(call, RuntimeError("the wrapper did not yield"))
     except BaseException as error:
@@ -115,8 +113,6 @@ def _leave(
             TypeError(f"the wrapper returned {type(stop.value).__name__}, not a list"),
         )
         return None
-    except PASSES:
-        raise
     except BaseException as error:
         if error is not ending:
             failed(call, error)

@@ -35,7 +35,9 @@ class PluginManager(pluggy.PluginManager):
     ``manager.hook.on_step_end(step=…, loss=…, trainer=…)`` calls a hook as in any pluggy project.
     ``strict`` makes the first failure of any plugin fatal. ``listing`` is for showing plugins side
     by side that no run would have together: their conflicts are not checked. ``step`` is the
-    position that failures are recorded with; the trainer moves it.
+    position that failures are recorded with; the trainer moves it. In a run of several processes
+    it sets ``stop_together``, which is called with the reason where a hook raises StopTraining:
+    none may leave the others at once. A loss term that fails is fatal there.
     """
 
     shared_timings: ClassVar[dict[tuple[str, str], list[float]] | None] = None
@@ -46,6 +48,7 @@ class PluginManager(pluggy.PluginManager):
         self.strict = strict
         self.listing = listing
         self.step = 0
+        self.stop_together: Callable[[str], None] | None = None
         self.records: dict[str, PluginRecord] = {}
         self._plans: dict[str, Plan] = {}
         self._other_plans: dict[str, Plan] = {}
@@ -173,8 +176,6 @@ class PluginManager(pluggy.PluginManager):
                     continue
                 if type(result) is GeneratorType:
                     result = list(result)
-            except PASSES:
-                raise
             except BaseException as error:
                 self._failed(call, error)
                 continue
@@ -198,8 +199,6 @@ class PluginManager(pluggy.PluginManager):
         try:
             result = call.function(*arguments)
             return list(result) if type(result) is GeneratorType else result
-        except PASSES:
-            raise
         except BaseException as error:
             self._failed(call, error)
             return None
@@ -364,6 +363,9 @@ class PluginManager(pluggy.PluginManager):
         self._failed(Call(code, (), plugin, hook_name, 0, False), error)
 
     def _failed(self, call: Call, error: BaseException) -> None:
+        if isinstance(error, PASSES):
+            self._let_pass(error)
+            return
         if call.hook == "apt_configure" and isinstance(error, ConfigError):
             raise ConfigError(
                 [replace(p, message=f"plugin {call.plugin}: {p.message}") for p in error.problems]
@@ -385,8 +387,8 @@ class PluginManager(pluggy.PluginManager):
         log.warning("%s [%s]", message, outcome)
         log.debug("%s", failure.traceback)
         fatal = None
-        if self.strict or record.on_failure == "required":
-            because = "--strict" if self.strict else "the profile says on_failure: required"
+        because = self._fatal_because(call, record)
+        if because:
             fatal = PluginError(
                 f"{message}; the run stops because {because}",
                 plugin=failure.plugin,
@@ -394,6 +396,23 @@ class PluginManager(pluggy.PluginManager):
                 where=failure.where,
             )
         self._tell(failure, fatal, error)
+
+    def _let_pass(self, error: BaseException) -> None:
+        """Raise what the guard lets through, unless it has to wait for the other processes."""
+        if isinstance(error, StopTraining) and self.stop_together is not None:
+            self.stop_together(error.reason)
+        else:
+            raise error
+
+    def _fatal_because(self, call: Call, record: PluginRecord) -> str:
+        """Why a failure of ``call`` ends the run, or an empty string."""
+        if self.strict:
+            return "--strict"
+        if record.on_failure == "required":
+            return "the profile says on_failure: required"
+        if call.hook == "apt_loss_terms" and self.stop_together is not None:
+            return "the processes of a run must train on the same loss"
+        return ""
 
     def _tell(
         self, failure: PluginFailure, fatal: PluginError | None, error: BaseException

@@ -3,9 +3,9 @@
 ``step-00001234/`` holds ``model.safetensors``, ``optimizer.safetensors`` (keyed by parameter
 name), ``ema.safetensors`` where there is an average of the weights (a sharded run has folders of
 shards in place of these), ``plugins.safetensors``, ``state.json``, ``profile.yaml`` and
-``manifest.json`` with the sha256 of each other file. It is written under a temporary name, fsynced,
-and renamed; without its manifest, or with a file that does not match it, it is not used. Nothing in
-it can run code.
+``manifest.json`` with the sha256 of each file and of what it says itself. It is written under a
+temporary name, fsynced, and renamed; without its manifest, or with a file that does not match it,
+it is not used. Nothing in it can run code.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ FORMAT = 1
 PREFIX = "step-"
 STATE_KEYS = {
     "step", "epoch", "ended_epochs", "tokens", "nonfinite_steps", "start_scores", "scores",
-    "windows_per_step", "stopping", "timeline", "data_sha256", "plugins", "plugin_records",
-    "optimizer_groups", "transforms",
+    "metrics", "windows_per_step", "stopping", "timeline", "precision", "data_sha256", "plugins",
+    "plugin_records", "optimizer_groups", "transforms",
 }  # fmt: skip
 TENSOR_KEY = "__tensor__"
 """Stands, in the JSON of a plugin's state, for a tensor in ``plugins.safetensors``."""
@@ -84,10 +84,8 @@ def save(
         files = {
             path.relative_to(temporary).as_posix(): _sha256(path) for path in _files(temporary)
         }
-        _write_json(
-            temporary / "manifest.json",
-            {"format": FORMAT, "step": snapshot.step, **snapshot.manifest, "sha256": files},
-        )
+        manifest = {"format": FORMAT, "step": snapshot.step, **snapshot.manifest, "sha256": files}
+        _write_json(temporary / "manifest.json", {**manifest, "manifest_sha256": _digest(manifest)})
         for path in _files(temporary):
             _fsync(path)
         for folder in {path.parent for path in _files(temporary)}:
@@ -169,6 +167,8 @@ def load(path: Path, *, verify: bool = True) -> Checkpoint:
     expected = manifest.get("sha256")
     if not isinstance(expected, dict) or not _is_complete(expected):
         raise CheckpointError(f"{path}: its manifest does not list all of its files")
+    if manifest.pop("manifest_sha256", None) != _digest(manifest):
+        raise CheckpointError(f"{path / 'manifest.json'}: the file is damaged (its own sha256)")
     if verify:
         _verify(path, expected)
     try:
@@ -188,9 +188,9 @@ def _verify(path: Path, expected: Mapping[str, str]) -> None:
     present = {file.relative_to(path).as_posix() for file in _files(path)} - {"manifest.json"}
     for name in sorted(expected.keys() - present):
         raise CheckpointError(f"{path / name}: there is no such file")
-    for name in sorted(present - expected.keys()):
-        if name.endswith(SUFFIX):
-            raise CheckpointError(f"{path / name}: the manifest does not list it")
+    for stray in sorted(path.rglob(f"*{SUFFIX}")):
+        if stray.relative_to(path).as_posix() not in expected:
+            raise CheckpointError(f"{stray}: the manifest does not list it")
     for name in sorted(expected):
         try:
             actual = _sha256(path / name)
@@ -272,11 +272,18 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """Of what a manifest says, however it is laid out."""
+    text = json.dumps(manifest, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
 def _read_json(path: Path) -> dict[str, Any]:
+    # A device, or a pipe, would never end.
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent}: incomplete, it has no {path.name}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: incomplete, it has no {path.name}") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     if not isinstance(value, dict):

@@ -36,20 +36,26 @@ PATIENCE = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run. ``local_rank`` counts those on this machine."""
+    """The processes of a run. ``local_rank`` counts those ``on_this_machine``."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    on_this_machine: int = 1
     sharding: Sharding = "none"
 
     @classmethod
     def from_environment(cls, config: Config) -> World:
         """As torchrun describes it. Raises ConfigError for a variable that is no number."""
         try:
-            rank, size, local_rank = (
+            rank, size, local_rank, here = (
                 int(os.environ.get(name, default))
-                for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+                for name, default in (
+                    ("RANK", "0"),
+                    ("WORLD_SIZE", "1"),
+                    ("LOCAL_RANK", "0"),
+                    ("LOCAL_WORLD_SIZE", "1"),
+                )
             )
         except ValueError as error:
             raise ConfigError(
@@ -58,7 +64,7 @@ class World:
         if size == 1:
             return cls()
         asked = config.hardware.distributed
-        return cls(rank, size, local_rank, "fsdp" if asked == "fsdp" else "ddp")
+        return cls(rank, size, local_rank, here, "fsdp" if asked == "fsdp" else "ddp")
 
     @property
     def is_first(self) -> bool:

@@ -67,6 +67,8 @@ class Enabling:
 
     def _note(self, plugin: str, event: str, epoch: int, step: int) -> None:
         log.info("%s %s (epoch %d, step %d)", event, plugin, epoch, step)
-        entry = {"plugin": plugin, "event": event, "epoch": epoch, "step": step}
-        if entry not in self.trainer.timeline:
-            self.trainer.timeline.append(entry)
+        timeline = self.trainer.timeline
+        earlier = [entry["event"] for entry in timeline if entry["plugin"] == plugin]
+        # A resume enables again what was enabled before.
+        if event not in earlier[-1:]:
+            timeline.append({"plugin": plugin, "event": event, "epoch": epoch, "step": step})

@@ -83,7 +83,7 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> Parts:
     training = config.training
     if world.size == 1:
         _note_what_needs_others(kernel)
-    dtype = autocast_dtype(training.mixed_precision, device)
+    dtype = autocast_dtype(training.mixed_precision, device, config.model.d_model)
     # Before the model takes its memory.
     measured_peak_flops(device, dtype or torch.float32)
     tokenizer, plan, val_tokens, bytes_per_token, data = _data(kernel, world)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from apt_core.errors import CheckpointError, ConfigError, Problem
 from apt_core.failures import short_path
 from apt_core.training import checkpoint
@@ -44,6 +46,7 @@ def restore(trainer: Trainer, found: Checkpoint) -> None:
     """Put the trainer where the checkpoint was taken. Raises CheckpointError, ConfigError."""
     kernel, state = trainer.kernel, found.state
     _check_global_batch(trainer, state["windows_per_step"])
+    _check_precision(trainer, state["precision"])
     changed = check_resume(
         trainer.config,
         saved_profile(found.profile, kernel.sections),
@@ -60,9 +63,10 @@ def restore(trainer: Trainer, found: Checkpoint) -> None:
     trainer.step, trainer.epoch = state["step"], state["epoch"]
     trainer.tokens, trainer.ended_epochs = state["tokens"], state["ended_epochs"]
     trainer.start_scores, trainer.scores = state["start_scores"], state["scores"]
-    trainer.timeline = state["timeline"]
+    trainer.metrics, trainer.timeline = state["metrics"], state["timeline"]
     trainer.guard.load(*state["nonfinite_steps"])
     trainer.stopping.load_state_dict(state["stopping"])
+    trainer.stopping.check_limits(trainer.step, trainer.tokens)
     trainer.manager.step = trainer.step
     trainer.manager.load_state_dict(state["plugin_records"])
     restore_plugins(trainer.manager, trainer, state["plugins"], found.plugins)
@@ -95,6 +99,21 @@ def _check_global_batch(trainer: Trainer, before: int) -> None:
             else f"--training.grad_accum_steps {steps} makes it {before}",
         )
     )
+
+
+def _check_precision(trainer: Trainer, before: str) -> None:
+    """``auto`` may have chosen another type on another machine. Raises ConfigError."""
+    now = str(trainer.parts.dtype or torch.float32)
+    if now != before:
+        value = "false" if before == "torch.float32" else "true"
+        raise ConfigError(
+            Problem(
+                f"the forward computes in {now} here, and did in {before} when the checkpoint was "
+                "made",
+                key="training.mixed_precision",
+                hint=f"--training.mixed_precision {value}",
+            )
+        )
 
 
 def _constant_horizon(trainer: Trainer) -> bool:

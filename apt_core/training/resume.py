@@ -15,6 +15,8 @@ FREE_SECTIONS = ("name", "version", "description", "plugins", "evaluation", "mon
 """Sections that may differ, with a notice. (Plugins may come and go: a loss term too.)"""
 
 FREE_KEYS = (
+    # What it comes to is compared apart.
+    "training.mixed_precision",
     # Their product with the number of processes may not differ, which is checked apart.
     "training.batch_size",
     "training.grad_accum_steps",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
 from apt_core.errors import PluginError, TrainingError
@@ -71,10 +72,12 @@ class Saving:
         """
         self.finish()
         position = self._position()
-        if self.saved == position:
-            return
         settings, stopping = self._trainer.config.evaluation, self._trainer.stopping
-        is_best = settings.save_best and stopping.best_step == self._trainer.step
+        is_best = settings.save_best and stopping.best_step == position[0]
+        if self.saved == position:
+            # The evaluation that found it to be the best may have come after it.
+            self.best_step = position[0] if is_best else self.best_step
+            return
         snapshot = self._snapshot()
         if self._world.is_first or self._group is not None:
             future = self._thread.submit(self._written, snapshot)
@@ -176,8 +179,10 @@ class Saving:
                 "nonfinite_steps": trainer.guard.state(),
                 "start_scores": trainer.start_scores,
                 "scores": trainer.scores,
+                "metrics": trainer.metrics,
                 "stopping": trainer.stopping.state_dict(),
                 "timeline": list(trainer.timeline),
+                "precision": str(trainer.parts.dtype or torch.float32),
                 "data_sha256": trainer.parts.data["sha256"],
                 "plugins": states,
                 "plugin_records": trainer.manager.state_dict(),

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 
-class Interrupts:
-    """``received`` is the signal that asked the run to stop, or None."""
+SAME_SECONDS = 2.0
+"""Of several processes each may be told by the launcher and by whoever told that: signals so close
+to each other are one."""
 
-    def __init__(self) -> None:
+
+class Interrupts:
+    """``received`` is the signal that asked the run to stop, or None. ``alone`` says that the run
+    has one process."""
+
+    def __init__(self, *, alone: bool = True) -> None:
         self.received: signal.Signals | None = None
+        self._same_until = 0.0
+        self._same_seconds = 0.0 if alone else SAME_SECONDS
 
     def __bool__(self) -> bool:
         return self.received is not None
@@ -24,9 +33,11 @@ class Interrupts:
         return 128 + int(self.received or signal.SIGINT)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received = signal.Signals(number)
+            self._same_until = time.monotonic() + self._same_seconds
+        elif time.monotonic() >= self._same_until:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -21,7 +21,7 @@ class Stopping:
 
     def __init__(self, config: Config, stop_at_step: int | None, *, alone: bool) -> None:
         training = config.training
-        self.interrupts = Interrupts()
+        self.interrupts = Interrupts(alone=alone)
         self.reason = ""
         self.agreed = False
         self._alone = alone
@@ -33,6 +33,7 @@ class Stopping:
         self.best_loss = inf
         self.best_step: int | None = None
         self._reference, self._since = inf, 0
+        self.judged_step = 0
 
     def request(self, reason: str) -> None:
         """Stop after this step; the first reason is kept."""
@@ -57,7 +58,7 @@ class Stopping:
         """Request a stop where a limit is reached."""
         if self._max_tokens is not None and tokens >= self._max_tokens:
             self._stop_all(f"training.max_tokens {self._max_tokens:,} reached")
-        if step == self._stop_at_step:
+        if self._stop_at_step is not None and step >= self._stop_at_step:
             self._stop_all(f"step {step} reached, where it was told to stop")
         if self._max_seconds is not None and time.monotonic() - self._started >= self._max_seconds:
             self.request(f"training.max_seconds reached ({duration(self._max_seconds)})")
@@ -67,16 +68,24 @@ class Stopping:
         self.request(reason)
         self.agreed = True
 
-    def judge(self, loss: float, step: int) -> None:
-        """Take in the loss of an evaluation after ``step``. NaN is never the best."""
-        if loss < self._reference - self._min_delta:
-            self._reference, self._since = loss, 0
-        else:
-            self._since += 1
-        if self._patience is not None and self._since >= self._patience:
-            self._stop_all(f"no better validation loss in {self._since} evaluations")
+    def judge(self, loss: float, step: int, *, final: bool = False) -> None:
+        """Take in the loss of an evaluation after ``step``. NaN is never the best.
+
+        Patience does not count a ``final`` one: the run may go on, and would not have had it.
+        """
+        if not final:
+            self.judged_step = step
+            if loss < self._reference - self._min_delta:
+                self._reference, self._since = loss, 0
+            else:
+                self._since += 1
+            self._check_patience()
         if loss < self.best_loss:
             self.best_loss, self.best_step = loss, step
+
+    def _check_patience(self) -> None:
+        if self._patience is not None and self._since >= self._patience:
+            self._stop_all(f"no better validation loss in {self._since} evaluations")
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values; no loss yet is no number."""
@@ -85,10 +94,12 @@ class Stopping:
             "best_step": self.best_step,
             "reference": self._reference if isfinite(self._reference) else None,
             "since": self._since,
+            "judged_step": self.judged_step,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.best_step = state["best_step"]
         self.best_loss = inf if state["best_loss"] is None else state["best_loss"]
         self._reference = inf if state["reference"] is None else state["reference"]
-        self._since = state["since"]
+        self._since, self.judged_step = state["since"], state["judged_step"]
+        self._check_patience()

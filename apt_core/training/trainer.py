@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from apt_core.config import Config
-from apt_core.device import autocast, cpu_threads
+from apt_core.device import autocast, available_memory, cpu_threads, is_out_of_memory
 from apt_core.errors import PluginError, StopTraining, TrainingError
 from apt_core.kernel import Kernel, boot
 from apt_core.log import keeping_backlog
@@ -30,6 +30,7 @@ from apt_core.training.finite_guard import FiniteGuard
 from apt_core.training.gradients import Clipping, name_bad_gradients
 from apt_core.training.loss import cross_entropy_sum, loss_terms
 from apt_core.training.manifest import write_manifest
+from apt_core.training.memory import out_of_memory_advice
 from apt_core.training.opening import Opening
 from apt_core.training.prepare import horizon, num_threads, prepare, settle_device
 from apt_core.training.run_folder import RunFolder
@@ -189,6 +190,8 @@ class Trainer:
             return self._finish()
         except BaseException as error:
             known = attributed(self.kernel, error, self._terms)
+            if is_out_of_memory(error):
+                known = self._out_of_memory()
             self._die(known)
             if known is error:
                 raise
@@ -196,7 +199,7 @@ class Trainer:
 
     def _train(self) -> None:
         """The loop, from the current position to the end."""
-        training, evaluation, world = self.config.training, self.config.evaluation, self.world
+        training, world = self.config.training, self.world
         plan, hook, device, clock = self.parts.plan, self.manager.hook, self.device, self.clock
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         clip = Clipping(parameters, training.gradient_clip)
@@ -205,6 +208,9 @@ class Trainer:
         self.model.train()
         if self.ended_epochs < first_epoch and first_index == 0:
             self._end_epoch(first_epoch)
+        elif first_index and self._evaluation_due() and self.stopping.judged_step != self.step:
+            # The run was told to stop before it.
+            self._evaluate(everything=False)
 
         for epoch in range(first_epoch + 1, training.max_epochs + 1):
             if self._over():
@@ -248,6 +254,7 @@ class Trainer:
                         terms[name] = terms.get(name, 0.0) + term.detach()
                     summed.backward(scale)
                     total = summed.detach() + total
+                    del output, summed  # before the next forward takes as much memory
                 loss = total * scale
                 self._terms = {}  # what fails from here on is not theirs
                 if world.size > 1:
@@ -286,7 +293,7 @@ class Trainer:
                     self._enabling.share_quarantines()
                     self.saving.poll()
                 ends_epoch = index + 1 == plan.steps_per_epoch
-                if evaluation.eval_freq and step % evaluation.eval_freq == 0 and not ends_epoch:
+                if self._evaluation_due() and not ends_epoch:
                     self._evaluate(everything=False)
                 if self._save_due() and not ends_epoch:
                     self._save()
@@ -318,6 +325,10 @@ class Trainer:
         if (save_freq and epoch % save_freq == 0) or self._save_due():
             self._save()
 
+    def _evaluation_due(self) -> bool:
+        every = self.config.evaluation.eval_freq
+        return every > 0 and self.step % every == 0
+
     def _save_due(self) -> bool:
         every = self.config.training.save_every_steps
         if every is not None and self.step % every == 0:
@@ -335,7 +346,7 @@ class Trainer:
         # A plugin that asks to stop here ends its own stage, not the others.
         with suppress(StopTraining):
             if status != "interrupted" and self.scores.get("step") != self.step:
-                self._evaluate(everything=True)
+                self._evaluate(everything=True, final=True)
         with suppress(StopTraining):
             self._step_log.throughput.pause()
             self.saving.save_last()
@@ -359,6 +370,16 @@ class Trainer:
         write_manifest(self, status)
         return result
 
+    def _out_of_memory(self) -> TrainingError:
+        """Let go of what the checkpoint does not need, and say what would fit."""
+        self.optimizer.zero_grad(set_to_none=True)
+        world, device = self.world, self.device
+        here = 1 if device.type == "cuda" else world.on_this_machine
+        advice = out_of_memory_advice(
+            self.kernel, world.size, world.sharding, available_memory(device) // here, device=device
+        )
+        return TrainingError(f"out of memory in step {self.step + 1}: {advice}")
+
     def _die(self, error: BaseException) -> None:
         """The run ends by ``error``: keep what can be kept and tell the plugins."""
         if isinstance(error, KeyboardInterrupt):
@@ -378,8 +399,9 @@ class Trainer:
 
     # Evaluation, figures, checkpoints --------------------------------------------------------
 
-    def _evaluate(self, *, everything: bool) -> dict[str, float]:
-        """Score the held-out text, or a few batches of it, and tell of the result."""
+    def _evaluate(self, *, everything: bool, final: bool = False) -> dict[str, float]:
+        """Score the held-out text, or a few batches of it, and tell of the result; ``final`` says
+        that only the end of the run asks for it."""
         self._step_log.throughput.pause()
         self.model.eval()
         self.manager.hook.on_evaluation_start(trainer=self)
@@ -389,7 +411,7 @@ class Trainer:
             if everything:
                 self.scores = {"step": self.step, **scores}
             if self.step > 0:
-                self.stopping.judge(evaluation.watched_loss, self.step)
+                self.stopping.judge(evaluation.watched_loss, self.step, final=final)
             row = {"step": self.step, "epoch": self.epoch, "tokens": self.tokens, **scores}
             self.metrics = {**self.metrics, **scores}
             self.folder.write_metrics(row)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,8 @@ from apt_core.cli.run_command import run_command
 from apt_core.cli.train import app
 from apt_core.testing import TINY_PROFILE
 from apt_core.testing.tiny import TEXT
+from apt_core.training import checkpoint
+from apt_core.training.checkpoint import Checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -88,3 +93,105 @@ def apt_train(
         return CliRun(code, captured.out, captured.err, folder)
 
     return call
+
+
+@pytest.fixture
+def in_children() -> Callable[..., list[int]]:
+    """Call each function in a forked process of its own, all at once; returns their exit codes,
+    negative for a signal.
+
+    A process that is to be killed costs no start of an interpreter this way.
+    """
+
+    def start(function: Callable[[], object]) -> int:
+        with warnings.catch_warnings():
+            # With one thread, torch has none that a fork could lose.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child:
+            return child
+        code = 1
+        try:
+            function()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        os._exit(code)
+
+    def call(*functions: Callable[[], object]) -> list[int]:
+        children = [start(function) for function in functions]
+        return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+    return call
+
+
+@pytest.fixture
+def differences() -> Callable[[Path, Path], list[str]]:
+    """Everything that differs between the last checkpoints and the rows of two runs' folders,
+    except what is measured on a clock."""
+
+    def last(folder: Path) -> Checkpoint:
+        return checkpoint.load(checkpoint.list_checkpoints(folder / "checkpoints")[-1])
+
+    def tensors(found: Checkpoint) -> dict[str, torch.Tensor]:
+        read = {f"plugins: {name}": tensor for name, tensor in found.plugins.items()}
+        for kind in ("model", "optimizer", "ema"):
+            if list(found.path.glob(f"{kind}*")):
+                saved = found.tensors(kind)
+                own = {
+                    name: torch.empty(shape, dtype=dtype)
+                    for name, (shape, dtype) in saved.shapes.items()
+                }
+                saved.read_into(own, kind)
+                read.update({f"{kind}: {name}": tensor for name, tensor in own.items()})
+        return read
+
+    def rows(folder: Path) -> dict[tuple[int, bool], dict[str, Any]]:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        found = [json.loads(line) for line in lines]
+        keyed = {
+            (row["step"], "loss" in row): {
+                key: value for key, value in row.items() if not key.startswith(CLOCKED)
+            }
+            for row in found
+        }
+        assert len(keyed) == len(found), "a row was written twice"
+        return keyed
+
+    def compare(one: Path, other: Path) -> list[str]:
+        first, second = last(one), last(other)
+        own, others = tensors(first), tensors(second)
+        found = [f"only in one of them: {name}" for name in own.keys() ^ others.keys()]
+        found += [
+            name
+            for name in own.keys() & others.keys()
+            # As bytes: a NaN is itself, and 0.0 is not -0.0.
+            if not own[name]
+            .view(-1)
+            .view(torch.uint8)
+            .equal(others[name].view(-1).view(torch.uint8))
+        ]
+        for key in first.state.keys() | second.state.keys():
+            if _without_clocks(first.state.get(key)) != _without_clocks(second.state.get(key)):
+                found.append(f"state: {key}")
+        own_rows, other_rows = rows(one), rows(other)
+        for key in own_rows.keys() | other_rows.keys():
+            row, same = own_rows.get(key, {}), other_rows.get(key, {})
+            found += [
+                f"{name} after step {key[0]}"
+                for name in row.keys() | same.keys()
+                if row.get(name) != same.get(name)
+            ]
+        return sorted(found)
+
+    return compare
+
+
+CLOCKED = ("tokens_per_s", "mfu", "memory_mb", "time/")
+"""Beginnings of the names of figures that are of the machine."""
+
+
+def _without_clocks(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_clocks(v) for k, v in value.items() if not k.startswith(CLOCKED)}
+    return value

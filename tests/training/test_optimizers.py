@@ -77,7 +77,7 @@ def same(one, other):
 # Groups
 
 
-BLOCK = {"attention.qkv_weight", "attention.out_weight", "ffn.up.weight", "ffn.down.weight"}
+BLOCK = ("attention.qkv_weight", "attention.out_weight", "ffn.up.weight", "ffn.down.weight")
 
 
 @pytest.mark.parametrize(
@@ -90,10 +90,10 @@ BLOCK = {"attention.qkv_weight", "attention.out_weight", "ffn.up.weight", "ffn.d
         # As wide as the vocabulary: the shape does not tell a head.
         ({"attention_name": "mha", "ffn_name": "gelu", "vocab_size": 64, "d_ff": 64}, BLOCK),
         ({"ffn_name": "gelu"}, BLOCK),
-        ({"ffn_name": "gelu", "tva": {"s": 1}}, BLOCK | {"attention.compensator.basis"}),
+        ({"ffn_name": "gelu", "tva": {"s": 1}}, (*BLOCK, "attention.compensator.basis")),
         (
             {"attention_name": "mha", "ffn_name": "vft"},
-            BLOCK | {"ffn.gate.weight", "ffn.compress", "ffn.lift"},
+            (*BLOCK, "ffn.gate.weight", "ffn.compress", "ffn.lift"),
         ),
     ],
     ids=str,
