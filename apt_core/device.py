@@ -82,17 +82,23 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+THREADS_RESERVE = 208 * 2**20
+"""Address space that the threads of a run take when they start, that of the backward pass and the
+one that writes checkpoints: a heap of 64 MiB and a stack of 8 MiB each, and for a moment a second
+heap."""
+
+
 def available_memory(device: torch.device) -> int:
     """The bytes that this process may use on ``device``, those that it has already included.
 
-    On a GPU all of its memory. On a CPU the least of what the system has left, the limits of the
+    On a GPU what it has left. On a CPU the least of what the system has left, the limits of the
     control groups that the process is in, and of its address space (``ulimit -v``), of which
     libraries reserve more than they use.
     """
     import torch
 
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[1])
+        return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
     pages = Path("/proc/self/statm")
     if not pages.exists():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -106,8 +112,23 @@ def available_memory(device: torch.device) -> int:
     limits = [left * 1024 + held, *_control_group_limits()]
     address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
     if address_space != resource.RLIM_INFINITY:
-        limits.append(address_space - reserved + held)
-    return min(limits)
+        limits.append(address_space - reserved + held - THREADS_RESERVE)
+    return max(0, min(limits))
+
+
+def held_memory(device: torch.device) -> int:
+    """The bytes of :func:`available_memory` that this process has already: on a CPU all that is its
+    own, libraries included, on a GPU its tensors."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    pages = Path("/proc/self/statm")
+    if not pages.exists():
+        return 0
+    import resource
+
+    return int(pages.read_text().split()[1]) * resource.getpagesize()
 
 
 def _control_group_limits(

@@ -80,6 +80,10 @@ class TrainingError(AptError):
     """The run cannot go on: too many non-finite steps in a row, an empty data set, …"""
 
 
+class ProcessLostError(AptError):
+    """Another process of the run has ended, or does not answer."""
+
+
 class StopTraining(Exception):
     """Raise it in any hook to end the run cleanly, with a checkpoint; it is not a failure."""
 

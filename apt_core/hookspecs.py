@@ -1,11 +1,13 @@
 """Every hook of APT, grouped by the life of a run.
 
 ``apt_*`` hooks ask for something, ``on_*`` hooks tell. An implementation takes only the
-parameters that it wants. Unless a docstring says otherwise: a hook fires on every rank, on the
-main thread; what an ``on_*`` implementation returns is ignored; what it raises is caught, counted
-and reported, and the run goes on (a plugin is quarantined at its third failure; the profile's
+parameters that it wants. Unless a docstring says otherwise: a hook fires on every rank (in every
+process of the run) at the same position, on the main thread; what an ``on_*`` implementation
+returns is ignored; what it raises is caught, counted and reported, and the run goes on (a plugin
+is quarantined at its third failure; the profile's
 ``on_failure: required`` and ``--strict`` make it fatal). Trainer hooks never fire per layer or per
-token. ``step`` counts optimizer steps of the whole run from 1, epochs count from 1.
+token. StopTraining ends the run, in a run of several processes once the step is done in all of
+them. ``step`` counts optimizer steps of the whole run from 1, epochs count from 1.
 
 Every example below is a complete plugin module; the tests run each of them.
 """
@@ -117,6 +119,7 @@ def apt_build_provider(spec: ProviderSpec, config: Any) -> Any:
     Returns: the provider, or None to leave it to the next plugin and in the end to
     ``spec.factory(config)``. The first result wins.
     Raising: the plugin is quarantined, the next one is asked.
+    Ranks: every one asks, and must get the same.
 
     Example::
 
@@ -140,6 +143,7 @@ def apt_param_groups(model: nn.Module) -> Sequence[Mapping[str, Any]]:
     (a factor on the scheduled learning rate) and ``weight_decay``. A parameter goes to the first
     group that names it; the rest get the profile's settings.
     Raising: the plugin is quarantined, its groups are not used.
+    Ranks: every one asks, and must get the same. Under FSDP2 the parameters are sharded.
 
     Example::
 
@@ -226,7 +230,7 @@ def on_epoch_start(epoch: int, trainer: Any) -> None:
 def on_step_start(step: int, batch: Sequence[Any], trainer: Any) -> None:
     """An optimizer step begins, before its first forward.
 
-    ``batch`` is a list of the step's micro-batches, each with ``input_ids`` [B, T] and
+    ``batch`` is a list of the step's micro-batches on this rank, each with ``input_ids`` [B, T] and
     ``targets`` [B, T] (-100 where nothing is predicted). Changing the list changes nothing.
 
     Example::
@@ -248,7 +252,8 @@ def apt_loss_terms(trainer: Any, batch: Any, output: ModelOutput) -> Mapping[str
     by its coefficient. A term is weighted like the cross-entropy, by the micro-batch's share of
     the step's target tokens, and logged as ``loss/<plugin>.<name>``.
     Raising, or returning anything else: the plugin is quarantined and the step goes on without it;
-    under torch.distributed it is fatal, since the ranks would no longer agree.
+    in a run of several processes it is fatal, since they would no longer train on the same loss.
+    Ranks: every one adds its terms for its own micro-batches; they all count.
 
     Example::
 
@@ -264,6 +269,8 @@ def apt_loss_terms(trainer: Any, batch: Any, output: ModelOutput) -> Mapping[str
 def on_backward_end(step: int, trainer: Any) -> None:
     """The gradients of the step are complete, before the finite check and clipping.
 
+    Ranks: they are those of the whole step; under FSDP2 each rank holds its shards of them.
+
     Example::
 
         from apt_core import hookimpl
@@ -278,8 +285,8 @@ def on_backward_end(step: int, trainer: Any) -> None:
 def on_step_end(step: int, loss: Tensor, trainer: Any) -> None:
     """The optimizer has stepped.
 
-    ``loss`` is the step's total loss in nats per target token, a 0-d device tensor: reading it
-    (``.item()``) waits for the device, so read it seldom.
+    ``loss`` is the step's total loss over all ranks in nats per target token, a 0-d device tensor:
+    reading it (``.item()``) waits for the device, so read it seldom.
 
     Example::
 
@@ -298,6 +305,7 @@ def apt_metrics(trainer: Any) -> Mapping[str, float]:
 
     When: each log interval. Returns: ``{name: number}``; they are written to ``metrics.jsonl``
     and passed to ``on_metrics`` as ``<plugin>/<name>``.
+    Ranks: every one asks; what the first says is written.
 
     Example::
 
@@ -311,7 +319,7 @@ def apt_metrics(trainer: Any) -> Mapping[str, float]:
 
 @hookspec
 def on_metrics(metrics: Mapping[str, float], step: int) -> None:
-    """A row of metrics was written: what loggers implement. Main process only.
+    """A row of metrics was written: what loggers implement. On the first rank only.
 
     Training rows have ``epoch tokens loss lr grad_norm tokens_per_s``, evaluation rows
     ``val_loss val_ppl val_bpb``.
@@ -345,6 +353,8 @@ def on_evaluation_start(trainer: Any) -> None:
 @hookspec
 def on_evaluation_end(trainer: Any, metrics: Mapping[str, float]) -> None:
     """The held-out text was scored: ``val_loss`` (nats per token), ``val_ppl``, ``val_bpb``.
+
+    Ranks: every one, with the same figures; ``on_metrics`` has them on the first rank only.
 
     Example::
 
@@ -397,6 +407,7 @@ def apt_state_dict(trainer: Any) -> Mapping[str, Any]:
 
     When: a checkpoint is written. Returns: a mapping of JSON values and tensors, nested as you
     like. Raising: the checkpoint is written without the plugin's state, and says so.
+    Ranks: every one asks; what the first returns is saved, and every rank gets it back.
 
     Example::
 
@@ -440,7 +451,7 @@ def apt_load_state_dict(trainer: Any, state: Mapping[str, Any]) -> None:
 
 @hookspec
 def on_checkpoint_saved(path: Path, trainer: Any) -> None:
-    """A checkpoint is complete on disk in the folder ``path``. Main thread, main process.
+    """A checkpoint is complete on disk in the folder ``path``. On the first rank only.
 
     Example::
 
@@ -473,6 +484,9 @@ def on_provider_fallback(event: FallbackEvent) -> None:
 def on_plugin_failure(failure: PluginFailure) -> None:
     """A plugin has failed. A failure in here is logged and counted, never told again.
 
+    Ranks: the one on which it failed. A quarantine takes effect on the others at the next log
+    interval.
+
     Example::
 
         from apt_core import hookimpl
@@ -486,6 +500,8 @@ def on_plugin_failure(failure: PluginFailure) -> None:
 @hookspec
 def on_exception(error: BaseException, trainer: Any) -> None:
     """The run is about to die of ``error``; the last checkpoint was attempted already.
+
+    Ranks: each that dies; those that lose another one get a ProcessLostError. Do not communicate.
 
     Example::
 
@@ -506,6 +522,7 @@ def apt_rewrite_prompt(request: GenerationRequest) -> str | None:
 
     When: a generation starts. Returns: the new prompt, or None to leave it; each implementation
     sees what the one before made of it.
+    Ranks: the sample at the end of a run is generated on every rank, which must get the same.
 
     Example::
 

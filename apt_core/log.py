@@ -6,8 +6,9 @@ Every part of APT logs to a child of the logger ``apt``; plugins may do the same
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -60,6 +61,36 @@ class ConsoleHandler(logging.Handler):
             self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
         except Exception:
             self.handleError(record)
+
+
+class LogFile(logging.FileHandler):
+    """Appends records to a file. A disk that is full costs what does not fit on it: that is said
+    once, and the run goes on."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", delay=True)
+        self._lacking = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # the file cannot be made
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._lacking:
+            self._lacking = True
+            # The console still hears it; here it would come back.
+            logging.getLogger("apt.training").error(
+                "%s is incomplete: %s", Path(self.baseFilename).name, error
+            )
+
+    def close(self) -> None:
+        with suppress(OSError):  # what is buffered still does not fit
+            super().close()
 
 
 class Backlog(logging.Handler):
@@ -117,7 +148,7 @@ def logging_to(
         shown.setLevel(level)
         handlers.append(shown)
     if file is not None:
-        written = logging.FileHandler(file, encoding="utf-8")
+        written = LogFile(file)
         written.setLevel(level)
         written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         if backlog is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Throughput:
 
     def __init__(self) -> None:
         self._tokens = 0
+        self._read_tokens, self._read_seconds = 0, 0.0
         self._start = time.perf_counter()
         self._paused_at: float | None = None
 
@@ -51,23 +53,41 @@ class Throughput:
 
     def read(self) -> float:
         """Tokens per second since the last call."""
-        now = time.perf_counter() if self._paused_at is None else self._paused_at
+        now = self._now()
         seconds, tokens = now - self._start, self._tokens
+        self._read_tokens += tokens
+        self._read_seconds += seconds
         self._start, self._tokens = now, 0
         return tokens / seconds if seconds > 0 else 0.0
 
+    def overall(self) -> float:
+        """Tokens per second since the beginning."""
+        seconds = self._read_seconds + self._now() - self._start
+        return (self._read_tokens + self._tokens) / seconds if seconds > 0 else 0.0
+
+    def _now(self) -> float:
+        return time.perf_counter() if self._paused_at is None else self._paused_at
+
 
 class ProgressDisplay:
-    """Shows loss, tokens/s and the time that is left.
+    """Shows loss, tokens/s, the share of the device's peak, and the time that is left.
 
-    On a terminal it is one live bar; elsewhere plain lines at intervals, so that logs of a job
-    stay readable. Without a console it shows nothing.
+    ``total_steps`` is the step that the run ends with, ``max_seconds`` the time that ends it
+    earlier. On a terminal it is one live bar; elsewhere plain lines at intervals, so that logs of
+    a job stay readable. Without a console it shows nothing.
     """
 
-    def __init__(self, console: Console | None, total_steps: int, max_epochs: int) -> None:
+    def __init__(
+        self,
+        console: Console | None,
+        total_steps: int,
+        max_epochs: int,
+        max_seconds: float | None = None,
+    ) -> None:
         self._console = console
         self._total = total_steps
         self._epochs = max_epochs
+        self._max_seconds = inf if max_seconds is None else max_seconds
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._started = 0.0
@@ -98,13 +118,17 @@ class ProgressDisplay:
             self._progress = None
 
     def update(self, step: int, epoch: int, row: Mapping[str, Any]) -> None:
-        """Show a row of metrics (``loss``, ``lr``, ``tokens_per_s``)."""
+        """Show a row of metrics: ``loss``, ``lr``, ``tokens_per_s``, and where it has them ``mfu``
+        and ``skipped_steps``."""
         if self._console is None:
             return
-        figures = (
-            f"loss {row['loss']:.3f}  lr {row['lr']:.1e}  {rate(row['tokens_per_s'])} tok/s  "
-            f"left {duration(self._seconds_left(step))}"
-        )
+        parts = [f"loss {row['loss']:.3f}", f"lr {row['lr']:.1e}",
+                 f"{rate(row['tokens_per_s'])} tok/s"]  # fmt: skip
+        if "mfu" in row:
+            parts.append(f"mfu {row['mfu']:.0%}")
+        if "skipped_steps" in row:
+            parts.append(f"skipped {row['skipped_steps']}")
+        figures = "  ".join([*parts, f"left {duration(self._seconds_left(step))}"])
         name = f"epoch {epoch}/{self._epochs}"
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=step, description=name, figures=figures)
@@ -118,4 +142,5 @@ class ProgressDisplay:
     def _seconds_left(self, step: int) -> float:
         done = step - self._first_step
         elapsed = time.perf_counter() - self._started
-        return elapsed / done * (self._total - step) if done else 0.0
+        left = elapsed / done * (self._total - step) if done else 0.0
+        return max(0.0, min(left, self._max_seconds - elapsed))

@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import logging
 import tempfile
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from _apt_turns import handing_over, trainer_loop
 from _bare import Recipe, adamw, random_windows, train
 from _harness import Report, run
 from _turns import Loop, TurnTimings, take_turns
 from apt_core import hookimpl
-from apt_core.data.batches import Batch, BatchPlan
+from apt_core.data.batches import Batch
 from apt_core.modeling import ModelBuilder
 from apt_core.plugin_manager import PluginManager
 from apt_core.registry import Registry
@@ -179,30 +178,13 @@ class Observer:
 
 
 def apt(job: Job, observers: int = 0) -> Loop[nn.Module]:
-    def loop(fetched: Callable[[], None]) -> nn.Module:
+    def make() -> Trainer:
         manager = PluginManager()
         for number in range(observers):
             manager.register(Observer(), f"observer_{number}")
-        trainer = Trainer(job.profile(), manager, output=job.folder / f"apt-{observers}")
-        PLANS.fetched = fetched
-        trainer.fit()
-        return trainer.model
+        return Trainer(job.profile(), manager, output=job.folder / f"apt-{observers}")
 
-    return loop
-
-
-PLANS = threading.local()
-"""Whom the batch plan of a thread's trainer tells of every fetch."""
-
-
-def telling_plan(plan: BatchPlan, epoch: int, index: int) -> list[Batch]:
-    """In the place of ``BatchPlan.step_batches``: the trainer has no other place to hand over at
-    that is neither its own code nor a plugin."""
-    PLANS.fetched()
-    return STEP_BATCHES(plan, epoch, index)
-
-
-STEP_BATCHES = BatchPlan.step_batches
+    return trainer_loop(make)
 
 
 def hugging_face(job: Job) -> Loop[nn.Module]:
@@ -347,7 +329,7 @@ def timed(
     # One epoch lasts to the end: what happens between epochs is no part of a step.
     needed = (recipe.steps + 1) * recipe.batch_size * recipe.length
     job = Job(shape, recipe, text.train * -(-needed // len(text.train)), text.val, folder)
-    with patch.object(BatchPlan, "step_batches", telling_plan):
+    with handing_over():
         times = take_turns(
             {name: SIDES[name](job) for name in sides},
             baseline="bare",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from apt_core.errors import AptError, ConfigError
+from apt_core.errors import AptError, ConfigError, PluginError, ProviderError
 from apt_core.failures import one_line
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def run_command(app: typer.Typer, prog: str, args: Sequence[str] | None = None) 
     except AptError as error:
         return _report(error, args, error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if not place_among_processes()[1]:
+            print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader went away; keep the interpreter from complaining about it at exit.
@@ -52,24 +54,43 @@ def run_command(app: typer.Typer, prog: str, args: Sequence[str] | None = None) 
     except Exception as error:
         usage = getattr(error, "format_message", None)
         if usage is not None:
-            print(f"error: {usage()} (see {prog} --help)", file=sys.stderr)
-            return 2
+            return _report(ConfigError(f"{usage()} (see {prog} --help)"), args, 2)
         return _report(error, args, 1)
     return result if isinstance(result, int) else 0
 
 
+def place_among_processes() -> tuple[bool, int]:
+    """Is this one of several processes that torchrun has started, and which of them?"""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    rank = os.environ.get("RANK", "0")
+    return several, int(rank) if several and rank.isdigit() else 0
+
+
 def _report(error: Exception, args: Sequence[str], code: int) -> int:
-    if "--debug" in args:
-        traceback.print_exception(error)
-    if isinstance(error, AptError):
-        print(f"error: {error}", file=sys.stderr)
-    else:
-        print(f"error: unexpected failure: {one_line(error)}", file=sys.stderr)
-    if isinstance(error, ConfigError):
+    several, rank = place_among_processes()
+    if several and _is_said(error, rank):
         return code
-    if "--debug" not in args:
-        print("(add --debug for the traceback)", file=sys.stderr)
+    # What failed in one of many processes can seldom be had again.
+    foreign = not isinstance(error, AptError) or isinstance(error, PluginError | ProviderError)
+    whole = "--debug" in args or (several and foreign)
+    text = str(error) if isinstance(error, AptError) else f"unexpected failure: {one_line(error)}"
+    lines = "".join(traceback.format_exception(error)) if whole else ""
+    lines += f"error: {text}\n"
+    if not whole and not isinstance(error, ConfigError):
+        lines += "(add --debug for the traceback)\n"
+    if rank:
+        lines = "".join(f"process {rank}: {line}\n" for line in lines.splitlines())
+    # In one piece, so that the lines of processes do not mix.
+    print(lines, end="", file=sys.stderr, flush=True)
     return code
+
+
+def _is_said(error: Exception, rank: int) -> bool:
+    from apt_core.training.launch import is_said
+
+    # Whoever started the processes ends them all when the first has ended.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return is_said(f"{type(error).__name__}: {error}", rank)
 
 
 def print_json(value: Any) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
-from apt_core.cli.run_command import print_json, run_command
+from apt_core.cli.run_command import place_among_processes, print_json, run_command
 from apt_core.errors import ConfigError, Problem, TrainingError, did_you_mean
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def train(
         raise ConfigError(Problem("--json goes with --dry-run"))
     if verify_resume and (resume or resume_from is not None or dry_run):
         raise ConfigError(Problem("--verify-resume goes without --resume and --dry-run"))
-    inside, rank = _place_among_processes()
+    inside, rank = place_among_processes()
     if inside and nproc is not None:
         raise ConfigError(
             Problem("torchrun has started the processes already", "--nproc", hint="leave it out")
@@ -136,7 +136,7 @@ def train(
         if dry_run:
             from apt_core.training.plan import make_plan, print_plan
 
-            plan = make_plan(kernel)
+            plan = make_plan(kernel, nproc)
             if not json:
                 print_plan(console, plan)
         elif verify_resume:
@@ -154,6 +154,7 @@ def train(
             )
             return launch(processes, arguments)
         else:
+            arguments += _options(nproc=os.environ["WORLD_SIZE"] if inside else None)
             return run(
                 kernel,
                 None if rank else console,
@@ -192,13 +193,6 @@ def _options(**values: Any) -> list[str]:
             words.append(f"--{name.replace('_', '-')}")
             words += [] if value is True else [str(value)]
     return words
-
-
-def _place_among_processes() -> tuple[bool, int]:
-    """Is this one of several processes that torchrun has started, and which of them?"""
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
-    rank = os.environ.get("RANK", "0")
-    return several, int(rank) if several and rank.isdigit() else 0
 
 
 def _processes_wanted(kernel: Kernel) -> int:

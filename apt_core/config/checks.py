@@ -178,6 +178,24 @@ def _vft_rank(view: View) -> Iterator[Problem]:
         )
 
 
+def _ngram(view: View) -> Iterator[Problem]:
+    if view["model.ngram"] is None:
+        return
+    orders, buckets = view["model.ngram.orders"], view["model.ngram.buckets"]
+    if not orders:
+        yield view.problem(
+            "must not be empty", "model.ngram.orders", "leave model.ngram out to have no n-grams"
+        )
+    elif len(set(orders)) != len(orders):
+        yield view.problem(f"{list(orders)} has an order twice", "model.ngram.orders", "keep one")
+    elif len(orders) != len(buckets):
+        yield view.problem(
+            f"{len(orders)} orders and {len(buckets)} tables: every order has a table",
+            "model.ngram.buckets model.ngram.orders model.ngram",
+            "give as many numbers to model.ngram.buckets as to model.ngram.orders",
+        )
+
+
 def _pattern(view: View) -> Iterator[Problem]:
     pattern, layers = view["model.attention_pattern"], view["model.num_layers"]
     if pattern is not None and not pattern:
@@ -307,6 +325,7 @@ COLLECTORS: tuple[Callable[[View], Iterator[Problem]], ...] = (
     _tva_rank,
     _mha_width,
     _vft_rank,
+    _ngram,
     _pattern,
     _lengths,
     _warmup,

@@ -103,6 +103,23 @@ class RoPEConfig(Section):
     )
 
 
+class NgramConfig(Section):
+    """``model.ngram``: embeddings of the last few tokens together, by hash."""
+
+    orders: Annotated[
+        tuple[Annotated[int, Field(ge=2, le=64)], ...],
+        Strict(False),
+        Field(max_length=63),
+    ] = Field(default=(2, 3, 4), description="Lengths of the n-grams, in tokens.")
+    buckets: Annotated[tuple[Size, ...], Strict(False), Field(max_length=63)] = Field(
+        default=(4096, 16384, 16384),
+        description="Rows of each order's table; n-grams that share a row share what they learn.",
+    )
+    lr_scale: Annotated[float, Field(gt=0, le=1e6)] = Field(
+        default=6.0, description="Learning rate of the tables over that of the token embeddings."
+    )
+
+
 class MoeSection(Section):
     """``model.moe``, as long as no plugin owns it."""
 
@@ -162,6 +179,9 @@ class ModelSection(Section):
     tie_embeddings: bool = Field(
         default=True, description="Share the weights of the embedding and the output."
     )
+    embedding_norm: bool = Field(
+        default=False, description="Normalise the embeddings before the first block."
+    )
     logits_soft_cap: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         default=None,
         description="Bound of the logits, c * tanh(logits / c); without it they are not bounded.",
@@ -179,6 +199,9 @@ class ModelSection(Section):
     mha: MHAConfig = Field(default_factory=MHAConfig, description="Settings of mha.")
     vft: VFTConfig = Field(default_factory=VFTConfig, description="Settings of vft.")
     rope: RoPEConfig = Field(default_factory=RoPEConfig, description="Settings of rope.")
+    ngram: NgramConfig | None = Field(
+        default=None, description="Add embeddings of hashed n-grams; without it there are none."
+    )
     moe: MoeSection | None = Field(default=None, description="Mixture of experts.")
     bistate: BistateSection | None = Field(default=None, description="Two-state alignment.")
     voting: VotingSection | None = Field(default=None, description="Voting on uncertain tokens.")

@@ -9,6 +9,7 @@ from torch import nn
 
 from apt_core.config import Config
 from apt_core.modeling.init import construction_rng, initialize_parameters
+from apt_core.modeling.layers.ngram import NgramEmbedding
 from apt_core.providers.attention import AttentionProvider
 from apt_core.providers.backbone import BackboneProvider
 from apt_core.providers.ffn import FeedForwardProvider
@@ -106,6 +107,7 @@ class ModelBuilder:
                 tie_embeddings=self.model.tie_embeddings,
                 dropout=self.model.dropout,
                 logits_soft_cap=self.model.logits_soft_cap,
+                **self._embedding_parts(),
             )
         return self._initialized(built)
 
@@ -161,6 +163,16 @@ class ModelBuilder:
     def _position(self) -> PositionProvider | None:
         name = self.model.position_name
         return None if name == "none" else cast(PositionProvider, self._provider("position", name))
+
+    def _embedding_parts(self) -> dict[str, nn.Module]:
+        """What the profile adds to the embeddings: backbones need know of no more than that."""
+        parts: dict[str, nn.Module] = {}
+        width, ngram = self.model.d_model, self.model.ngram
+        if ngram is not None:
+            parts["ngram"] = NgramEmbedding(width, ngram.orders, ngram.buckets, ngram.lr_scale)
+        if self.model.embedding_norm:
+            parts["embedding_norm"] = self._norm(width)
+        return parts
 
     def _backbone(self) -> BackboneProvider:
         name = self.model.backbone_name

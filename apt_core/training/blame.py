@@ -8,6 +8,7 @@ from collections.abc import Collection
 from apt_core.errors import AptError, ConfigError, Problem, ProviderError, TrainingError
 from apt_core.failures import one_line, short_path
 from apt_core.kernel import Kernel
+from apt_core.training.distributed import explained
 from apt_core.types import CORE, ProviderSpec
 
 
@@ -18,6 +19,7 @@ def attributed(kernel: Kernel, error: BaseException, terms: Collection[str] = ()
 
     Once weights train, such a failure is fatal: another layer would be another model.
     """
+    error = explained(error)
     if isinstance(error, AptError) or not isinstance(error, Exception):
         return error
     found = _culprit(kernel, error)

@@ -187,7 +187,7 @@ def _verify(path: Path, expected: Mapping[str, str]) -> None:
     """Raises CheckpointError for a file that is missing, changed, or not listed."""
     present = {file.relative_to(path).as_posix() for file in _files(path)} - {"manifest.json"}
     for name in sorted(expected.keys() - present):
-        raise CheckpointError(f"{path / name}: there is no such file")
+        raise CheckpointError(f"{path}: there is no file {name!r} in it")
     for stray in sorted(path.rglob(f"*{SUFFIX}")):
         if stray.relative_to(path).as_posix() not in expected:
             raise CheckpointError(f"{stray}: the manifest does not list it")

@@ -23,6 +23,7 @@ from apt_core.device import autocast_dtype
 from apt_core.failures import one_line
 from apt_core.kernel import Kernel
 from apt_core.modeling.compose import ModelBuilder, ProviderSource
+from apt_core.modeling.layers.ngram import NgramEmbedding
 from apt_core.types import ProviderSpec
 
 BACKWARD_AND_FORWARD = 3
@@ -31,9 +32,10 @@ CACHE_DTYPE, CACHE_BYTES = "bfloat16", 2
 LAYERS = ("attention", "ffn", "norm")
 
 Part = tuple[str, str]
-"""Kind and name of the provider as the profile names it; the embeddings have no name."""
+"""Kind and name of the provider as the profile names it; embeddings and n-grams have no name."""
 
 EMBEDDINGS: Part = ("embeddings", "")
+NGRAMS: Part = ("ngrams", "")
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,8 @@ def model_cost(kernel: Kernel) -> ModelCost:
     parts.append(part("norm", model.norm_name, None, 0))
     output = 2 * model.d_model * model.vocab_size * BACKWARD_AND_FORWARD
     parts.append(part(*EMBEDDINGS, None, output))
+    if counts[NGRAMS]:
+        parts.append(part(*NGRAMS, None, 0))
     return ModelCost(seq_len, model.max_seq_len, parts, notes)
 
 
@@ -178,6 +182,9 @@ def count_parameters(config: Config, registry: ProviderSource) -> Counter[Part]:
     owners = {
         id(parameter): part for part, layer in noting.made for parameter in layer.parameters()
     }
+    for module in built.modules():
+        if isinstance(module, NgramEmbedding):
+            owners[id(module.weight)] = NGRAMS
     counts: Counter[Part] = Counter()
     for parameter in built.parameters():
         counts[owners.get(id(parameter), EMBEDDINGS)] += parameter.numel()

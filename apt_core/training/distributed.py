@@ -8,8 +8,9 @@ the processes must agree on (the loss of a step, a request to stop, the run's fo
 from __future__ import annotations
 
 import os
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +25,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from apt_core.config import Config
-from apt_core.errors import AptError, ConfigError, Problem, TrainingError
+from apt_core.errors import AptError, ConfigError, Problem, ProcessLostError, TrainingError
+from apt_core.training.resume import differences
 
 Value = TypeVar("Value")
 
@@ -32,6 +34,12 @@ Sharding = Literal["none", "ddp", "fsdp"]
 
 PATIENCE = timedelta(minutes=30)
 """How long a process waits for the others: one of them may tokenise, or write a large file."""
+
+
+MOMENT = 5.0
+"""Seconds in which a process that dies expects the others to do so too, if it is of the same."""
+
+POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,8 @@ class World:
         dist.init_process_group(both, timeout=PATIENCE)
         try:
             yield
+        except RuntimeError as error:
+            raise explained(error) from error
         finally:
             dist.destroy_process_group()
 
@@ -146,10 +156,34 @@ class World:
         """Is it so in any of the processes?"""
         return any(self.gather(flag))
 
-    def barrier(self) -> None:
-        """Wait for the others."""
-        if self.size > 1:
-            dist.barrier()
+    def all_at(self, place: str) -> bool:
+        """Do all the processes come to ``place`` within a moment? Unlike a barrier this ends when
+        one of them is gone, and is the same for those who come later."""
+        store, key = shared_store(), f"apt/at/{place}"
+        until = time.monotonic() + MOMENT
+        count = store.add(key, 1)
+        while 0 < count < self.size and time.monotonic() < until:
+            time.sleep(POLL_SECONDS)
+            count = store.add(key, 0)
+        if count != self.size:
+            store.add(key, -2 * self.size)
+        return bool(count == self.size)
+
+    def require_alike(self, facts: Mapping[str, Any]) -> None:
+        """Raise ConfigError in every process, where ``facts`` (a nested mapping) differ between
+        them: their gradients would be of different models or texts."""
+        everyone = self.gather(dict(facts))
+        problems = [
+            Problem(
+                f"{there!r} in process {rank}, {here!r} in process 0",
+                key=key,
+                hint="all the processes of a run need the same",
+            )
+            for rank, others in enumerate(everyone)
+            for key, here, there in differences(everyone[0], others)
+        ]
+        if problems:
+            raise ConfigError(problems)
 
     def from_first(
         self, function: Callable[[], Value], group: dist.ProcessGroup | None = None
@@ -178,6 +212,26 @@ class World:
 
 
 ALONE = World()
+
+
+def shared_store() -> dist.TCPStore:
+    """Where the processes have found each other, and keep small values for each other.
+
+    torchrun keeps it, so that it outlives them. Raises torch's DistError once it is gone.
+    """
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=10))
+
+
+def explained(error: BaseException) -> BaseException:
+    """``error``, or a ProcessLostError for what a collective raises once a process has gone."""
+    text = str(error)
+    if "/gloo/" in text:
+        # "[a source file] what happened. Some advice."
+        text = text.partition("] ")[2].partition(". ")[0]
+    elif "remote process exited" not in text:
+        return error
+    return ProcessLostError(f"another process of the run has ended or does not answer ({text})")
 
 
 def is_sharded(tensor: Tensor) -> bool:

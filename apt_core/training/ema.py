@@ -30,10 +30,16 @@ class WeightAverage:
         self._averages = [local_part(value) for value in self.values.values()]
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take the weights after ``step`` in."""
-        decay = min(self.decay, (1 + step) / (WARMUP + step))
-        torch._foreach_lerp_(self._averages, self._live, 1 - decay)
+    def update(self, step: int, void: bool | Tensor = False) -> None:
+        """Take the weights after ``step`` in, unless the step was ``void``, of which the device may
+        know alone (0-d, 1.0 or 0.0)."""
+        share = 1 - min(self.decay, (1 + step) / (WARMUP + step))
+        if isinstance(void, Tensor):
+            weight = share * (1 - void)
+            for average, live in zip(self._averages, self._live, strict=True):
+                average.lerp_(live, weight.to(average.dtype))
+        elif not void:
+            torch._foreach_lerp_(self._averages, self._live, share)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

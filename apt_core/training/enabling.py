@@ -18,6 +18,7 @@ class Enabling:
         self.trainer = trainer
         self.manager = trainer.manager
         self.scheduled: list[str] = []
+        self._told: set[str] = set()
 
     def announce(self) -> None:
         """Put plugins with a schedule to sleep and tell of those that are enabled at the start."""
@@ -51,19 +52,27 @@ class Enabling:
 
     def share_quarantines(self) -> None:
         """Quarantine in every process what is quarantined in one of them: the same plugins run
-        everywhere, or nowhere."""
-        if self.trainer.world_size == 1:
+        everywhere, or nowhere. The first process logs the failures that others had alone."""
+        world, records = self.trainer.world, self.manager.records
+        if world.size == 1:
             return
-        own = {
-            name: record.reason
-            for name, record in self.manager.records.items()
-            if record.state == "quarantined"
-        }
-        for rank, others in enumerate(self.trainer.world.gather(own)):
+        failures = [
+            f"plugin {f.plugin} failed in {f.hook} at step {f.step} ({f.where}): {f.error}"
+            for record in records.values()
+            for f in record.failures
+        ]
+        own = {name: r.reason for name, r in records.items() if r.state == "quarantined"}
+        everyone = world.gather((own, [text for text in failures if text not in self._told]))
+        self._told.update(failures)
+        for rank, (others, told) in enumerate(everyone):
+            for failure in told:
+                if world.is_first and failure not in failures:
+                    log.warning("process %d: %s", rank, failure)
             for name, reason in others.items():
                 if name not in own:
                     own[name] = reason
                     self.manager.set_state(name, "quarantined", f"{reason}, in process {rank}")
+                    log.warning("plugin %s is quarantined in all processes", name)
 
     def _note(self, plugin: str, event: str, epoch: int, step: int) -> None:
         log.info("%s %s (epoch %d, step %d)", event, plugin, epoch, step)

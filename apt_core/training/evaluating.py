@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``scores`` by name. ``watched_loss`` is the loss on the same few batches in every evaluation
-    of the run, so that those that look at everything compare with those that do not."""
+    """``scores`` by name; ``val_tokens`` of them is how many targets were looked at, which tells an
+    evaluation of everything from one of a few batches. ``watched_loss`` is the loss on the same few
+    batches in every evaluation of the run, so that those two kinds compare."""
 
     scores: dict[str, float]
     watched_loss: float
@@ -65,7 +66,9 @@ class Evaluator:
             by_index.update(share)
         bytes_per_token = trainer.parts.bytes_per_token
         watched = summarize([by_index[index] for index in self._watched], bytes_per_token)
-        scores = summarize([by_index[index] for index in sorted(by_index)], bytes_per_token)
+        every = [by_index[index] for index in sorted(by_index)]
+        scores = summarize(every, bytes_per_token)
+        scores["val_tokens"] = sum(score.num_targets for score in every)
         return Evaluation(scores, watched["val_loss"])
 
     def sample(self) -> str:

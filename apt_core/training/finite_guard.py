@@ -35,9 +35,12 @@ class FiniteGuard:
         self._total = self._in_a_row = 0
         self._skipped: list[int] = []
 
-    def step(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
+    def step(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool | Tensor:
         """Take the optimizer's step, which is step ``step`` of the run, unless ``loss`` or
-        ``grad_norm`` (0-d) is not finite."""
+        ``grad_norm`` (0-d) is not finite.
+
+        Returns whether it was void; where the device decides, a 0-d tensor of 1.0 or 0.0.
+        """
         if self._slots:
             if len(self._pending) == len(self._slots):
                 self._collect()
@@ -48,11 +51,13 @@ class FiniteGuard:
             self._optimizer.grad_scale = None
             self._optimizer.found_inf = skip
             self._optimizer.step()
-        elif isfinite(loss.item()) and isfinite(grad_norm.item()):
+            return skip
+        if isfinite(loss.item()) and isfinite(grad_norm.item()):
             self._in_a_row = 0
             self._optimizer.step()
-        else:
-            self._count(step)
+            return False
+        self._count(step)
+        return True
 
     def read(self) -> tuple[int, int, list[int]]:
         """Skipped steps in all, those in a row up to now, and the numbers of those since the last
@@ -60,6 +65,11 @@ class FiniteGuard:
         self._collect()
         steps, self._skipped = self._skipped, []
         return self._total, self._in_a_row, steps
+
+    @property
+    def known(self) -> int:
+        """Skipped steps in all, as far as the host knows of them."""
+        return self._total
 
     def state(self) -> list[int]:
         """What a checkpoint keeps, for :meth:`load`; waits for the device. The numbers that were

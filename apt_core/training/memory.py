@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from apt_core.config import Config
 from apt_core.kernel import Kernel
-from apt_core.training.distributed import Sharding
+from apt_core.training.distributed import Sharding, local_part
 from apt_core.training.footprint import Footprint, Weights, sequence_length
 
 MOST_PROCESSES = 1024
@@ -195,6 +196,12 @@ def _beyond_the_batch(
         f"training.batch_size 1 needs {gib(alone.total)}, so that a smaller one alone does not "
         f"help; what does is {', or '.join(options)}"
     )
+
+
+def own_memory(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers that this process holds of ``model``."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(local_part(tensor.detach()).nbytes for tensor in tensors)
 
 
 def sharding_of(config: Config, world_size: int) -> Sharding:

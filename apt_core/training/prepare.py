@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from apt_core.training.costs import support_notices
 from apt_core.training.distributed import ALONE, World
 from apt_core.training.parameter_groups import parameter_groups
 from apt_core.training.peak import measured_peak_flops
+from apt_core.training.run_folder import versions
 
 log = logging.getLogger("apt.training")
 
@@ -75,7 +77,10 @@ def prepare(kernel: Kernel, device: torch.device, world: World = ALONE) -> Parts
     except StopTraining as stop:
         raise ConfigError(f"a plugin stopped the run before it began: {stop.reason}") from stop
     except Exception as error:
-        raise attributed(kernel, error) from error
+        known = attributed(kernel, error)
+        if known is error:
+            raise
+        raise known from error
 
 
 def _prepare(kernel: Kernel, device: torch.device, world: World) -> Parts:
@@ -97,9 +102,9 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> Parts:
         kernel.manager,
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
-        scales=learning_rate_scales(model, config.model.d_model)
-        if training.scale_lr_by_width
-        else None,
+        scales=learning_rate_scales(
+            model, config.model.d_model if training.scale_lr_by_width else None
+        ),
         separate_matrices=getattr(provider, "separates_matrices", False),
     )
     optimizer = provider.create(
@@ -107,6 +112,7 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> Parts:
     )
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
+    world.require_alike(_what_decides(kernel, dtype, data))
     forward = world.replicate(model, device)
     return Parts(
         device=device,
@@ -121,6 +127,21 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> Parts:
         optimizer=optimizer,
         lr_schedule=registry.get("lr_schedule", training.lr_schedule_name),
     )
+
+
+def _what_decides(
+    kernel: Kernel, dtype: torch.dtype | None, data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What has to be the same in all the processes of a run."""
+    config, registry, records = kernel.config, kernel.registry, kernel.manager.records
+    return {
+        **{section: config.to_dict()[section] for section in ("model", "training")},
+        "data": {"sha256": data["sha256"]},
+        "providers": {row.kind: row.used for row in registry.resolutions.values()},
+        "plugins": {r.name: r.version for r in records.values() if r.state == "active"},
+        "precision": str(dtype),
+        "versions": versions(),
+    }
 
 
 def _note_what_needs_others(kernel: Kernel) -> None:

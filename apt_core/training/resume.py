@@ -65,7 +65,7 @@ def check_resume(
     naming every key that must not differ.
     """
     changed, refused = [], []
-    for key, before, after in _differences(checkpoint_profile, config.to_dict()):
+    for key, before, after in differences(checkpoint_profile, config.to_dict()):
         section = key.split(".")[0]
         free = section in FREE_SECTIONS or key in FREE_KEYS
         if free or (key in HORIZON_KEYS and constant_horizon):
@@ -88,13 +88,13 @@ def check_resume(
     return changed
 
 
-def _differences(
+def differences(
     before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
     for key in dict.fromkeys([*before, *after]):
         old, new = before.get(key), after.get(key)
         path = f"{prefix}{key}"
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from _differences(old, new, f"{path}.")
+            yield from differences(old, new, f"{path}.")
         elif old != new:
             yield path, old, new

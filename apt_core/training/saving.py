@@ -110,7 +110,7 @@ class Saving:
         if self._world.is_first:
             log.info("checkpoint: %s", short_path(str(path)))
             self._prune()
-        self._trainer.manager.hook.on_checkpoint_saved(path=path, trainer=self._trainer)
+            self._trainer.manager.hook.on_checkpoint_saved(path=path, trainer=self._trainer)
 
     def save_last(self) -> None:
         """Save, and wait for it. Raises TrainingError when it cannot be written."""
@@ -119,18 +119,15 @@ class Saving:
         if self.saved != self._position():
             raise TrainingError(self.failures[-1])
 
-    def save_in_emergency(self, *, together: bool) -> None:
-        """Save before the run dies; ``together`` says that all the processes die of the same.
-
-        Raises OSError.
-        """
+    def save_in_emergency(self) -> None:
+        """Save before the run dies. Raises OSError."""
         if self._write is not None:
             write, self._write = self._write, None
             if write.future.exception() is None:
                 self.saved = write.position
         if self.saved == self._position():
             return
-        if self._group is not None and not together:
+        if self._group is not None and not self._world.all_at(self._here()):
             log.error(
                 "no checkpoint of step %d: the other processes have the rest of the model",
                 self._trainer.step,
@@ -140,6 +137,10 @@ class Saving:
             path = self._written(self._snapshot(emergency=True))
             log.info("checkpoint: %s", short_path(str(path)))
             self._prune()
+
+    def _here(self) -> str:
+        """A name for where this process has come to, in this run."""
+        return f"{self._folder} {self._position()}"
 
     def close(self) -> None:
         """Wait for what is being written."""

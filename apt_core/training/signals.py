@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-
 SAME_SECONDS = 2.0
 """Of several processes each may be told by the launcher and by whoever told that: signals so close
 to each other are one."""
@@ -29,8 +28,8 @@ class Interrupts:
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number: 130 for SIGINT, 143 for SIGTERM."""
-        return 128 + int(self.received or signal.SIGINT)
+        """128 + the signal's number (130 for SIGINT, 143 for SIGTERM), or 0 without one."""
+        return 0 if self.received is None else 128 + int(self.received)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:

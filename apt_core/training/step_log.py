@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from apt_core.data.batches import cut_windows
 from apt_core.device import peak_memory_bytes
 from apt_core.errors import TrainingError
 from apt_core.monitor import Throughput
@@ -31,10 +32,13 @@ class StepLog:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self.throughput = Throughput()
-        self._dumps = 0
         cost = model_cost(trainer.kernel)
         self._flops_per_token = cost.flops_per_token
         self._peak_flops = 0.0
+
+    def begin(self) -> None:
+        """The first step is about to be taken: what came before it is no training time."""
+        self.throughput = Throughput()
 
     def write(
         self, loss: Tensor, grad_norm: Tensor, lr: float, terms: Mapping[str, Tensor]
@@ -44,7 +48,10 @@ class StepLog:
         Raises TrainingError after too many steps in a row that were not finite.
         """
         trainer = self._trainer
-        skipped, in_a_row, steps = trainer.guard.read()
+        own = {name: term.item() for name, term in terms.items()}
+        skipped, in_a_row = self.tell_skipped(
+            [n for n, value in own.items() if not isfinite(value)]
+        )
         row: dict[str, Any] = {
             "step": trainer.step,
             "epoch": trainer.epoch,
@@ -54,7 +61,6 @@ class StepLog:
             "grad_norm": grad_norm.item(),
             **self._speed(),
         }
-        own = {name: term.item() for name, term in terms.items()}
         shares = trainer.world.gather(own)
         for name in dict.fromkeys(name for share in shares for name in share):
             row[name] = sum(share.get(name, 0.0) for share in shares) / len(shares)
@@ -68,20 +74,12 @@ class StepLog:
                 row.update({f"{plugin}/{name}": float(v) for name, v in metrics.items()})
             except (TypeError, ValueError, AttributeError) as error:
                 trainer.manager.fail(plugin, "apt_metrics", error)
-        bad = [name for name in own if not isfinite(row[name])]
-        for step in steps:
-            self._dump(step)
-        if steps:
-            log.warning(
-                "not finite, and changed nothing: step %s (%d in all)%s; see nonfinite/",
-                ", ".join(map(str, steps)),
-                skipped,
-                f": {', '.join(bad)} is not finite" if bad else "",
-            )
         trainer.folder.write_metrics(row)
         trainer.metrics = row
-        trainer.manager.hook.on_metrics(metrics=dict(row), step=trainer.step)
+        if trainer.world.is_first:
+            trainer.manager.hook.on_metrics(metrics=dict(row), step=trainer.step)
         if in_a_row >= trainer.config.training.max_nonfinite_steps:
+            bad = [name for name in own if not isfinite(row[name])]
             raise TrainingError(
                 f"{in_a_row} steps in a row had a loss or gradient that is not finite, the last "
                 f"one step {trainer.step}: "
@@ -94,6 +92,40 @@ class StepLog:
             )
         return row
 
+    def tell_skipped(self, bad: Sequence[str] = ()) -> tuple[int, int]:
+        """Log and dump the steps that were not finite, those since the last call; waits for the
+        device. ``bad`` are loss terms that are known not to be.
+
+        Returns how many there were in all, and how many in a row up to now.
+        """
+        skipped, in_a_row, steps = self._trainer.guard.read()
+        if steps:
+            shown = ", ".join(map(str, steps[:MAX_DUMPS]))
+            log.warning(
+                "not finite, and changed nothing: step %s%s (%d in all)%s; see nonfinite/",
+                shown,
+                f" and {len(steps) - MAX_DUMPS} more" if len(steps) > MAX_DUMPS else "",
+                skipped,
+                f": {', '.join(bad)} is not finite" if bad else "",
+            )
+        if self._trainer.folder.writes:
+            for step in steps[:MAX_DUMPS]:
+                self._dump(step)
+        return skipped, in_a_row
+
+    def figures(self) -> dict[str, float]:
+        """Of this part of the run as a whole: speed, memory, and what went wrong."""
+        trainer = self._trainer
+        figures = {
+            "tokens_per_s": round(self.throughput.overall(), 1),
+            "memory_mb": round(peak_memory_bytes(trainer.device) / 2**20, 1),
+        }
+        counts = {
+            "skipped_steps": trainer.guard.known,
+            "failed_checkpoints": len(trainer.saving.failures),
+        }
+        return {**figures, **{name: count for name, count in counts.items() if count}}
+
     def _speed(self) -> dict[str, float]:
         """Throughput, model FLOPs utilisation, memory, and where the time of a step goes."""
         trainer = self._trainer
@@ -104,29 +136,32 @@ class StepLog:
                 trainer.device, trainer.parts.dtype or torch.float32
             )
             used = self._flops_per_token * tokens_per_s / trainer.world_size
-            row["mfu"] = round(used / self._peak_flops, 4)
+            row["mfu"] = float(f"{used / self._peak_flops:.3g}")
         row["memory_mb"] = round(peak_memory_bytes(trainer.device) / 2**20, 1)
         for part, milliseconds in trainer.clock.read().items():
             row[f"time/{part}_ms"] = round(milliseconds, 3)
         for plugin, seconds in trainer.manager.take_call_seconds().items():
             row[f"time/hooks/{plugin}_ms"] = round(1e3 * seconds, 3)
+        # What hooks do from here to the next step is no part of a step.
+        trainer.manager.time_calls(False)
         return row
 
     def _dump(self, step: int) -> None:
-        """Write down which batch a non-finite step had: its windows and token ids."""
-        self._dumps += 1
-        if self._dumps > MAX_DUMPS:
+        """Write down which batch a non-finite step had, in all processes together: its windows of
+        the text, and the token ids of each."""
+        folder, plan = self._trainer.folder, self._trainer.parts.plan
+        # Those of the run before it was resumed count too.
+        if sum(1 for _ in folder.path.glob("nonfinite/step-*.json")) >= MAX_DUMPS:
             return
-        plan = self._trainer.parts.plan
         epoch, index = divmod(step - 1, plan.steps_per_epoch)
-        self._trainer.folder.write_json(
+        windows = plan.step_windows(epoch + 1, index)
+        batch = cut_windows(plan.tokens, windows, plan.seq_len)
+        folder.write_json(
             f"nonfinite/step-{step:08d}.json",
             {
                 "step": step,
                 "epoch": epoch + 1,
-                "windows": plan.step_windows(epoch + 1, index).tolist(),
-                "input_ids": [
-                    batch.input_ids.tolist() for batch in plan.step_batches(epoch + 1, index)
-                ],
+                "windows": windows.tolist(),
+                "input_ids": batch.input_ids.tolist(),
             },
         )

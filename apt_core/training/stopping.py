@@ -54,6 +54,11 @@ class Stopping:
         """Did a signal ask to stop, as far as one process may act on it by itself?"""
         return bool(self.interrupts) and self._alone
 
+    def last_step(self, total_steps: int) -> int:
+        """The step that the run ends with, as far as steps tell; of the profile it is
+        ``total_steps``."""
+        return min(total_steps, self._stop_at_step or total_steps)
+
     def check_limits(self, step: int, tokens: int) -> None:
         """Request a stop where a limit is reached."""
         if self._max_tokens is not None and tokens >= self._max_tokens:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from apt_core.failures import short_path
 from apt_core.kernel import Kernel
-from apt_core.monitor import duration
+from apt_core.monitor import duration, rate
 from apt_core.plugin_records import PluginRecord
 from apt_core.training.checkpoint import list_checkpoints
 
@@ -30,8 +30,18 @@ def summary_lines(result: RunResult, kernel: Kernel) -> list[str]:
     lines = [
         "",
         f"{result.status}{why}: {result.step} steps, {result.tokens:,} tokens in "
-        f"{duration(figures['seconds'])}",
+        f"{duration(figures['seconds'])}, {rate(figures['tokens_per_s'])} tok/s, "
+        f"{figures['memory_mb']:.0f} MB at the most",
     ]
+    if "skipped_steps" in figures:
+        lines.append(
+            f"skipped steps, which were not finite: {figures['skipped_steps']}; see nonfinite/"
+        )
+    if "failed_checkpoints" in figures:
+        lines.append(
+            f"checkpoints that could not be written: {figures['failed_checkpoints']}; see "
+            "manifest.json"
+        )
     if "val_loss" in figures:
         started = ""
         if "val_bpb_start" in figures:

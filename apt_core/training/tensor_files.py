@@ -26,6 +26,9 @@ from apt_core.training.distributed import fill
 
 SUFFIX = ".safetensors"
 
+MALFORMED = (ValueError, KeyError, TypeError, IndexError)
+"""What torch's reader raises for metadata of shards that are not what it wrote."""
+
 
 def copy_to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the CPU that share nothing; a sharded tensor stays sharded as it is."""
@@ -132,5 +135,5 @@ class SavedTensors:
             yield
         except CheckpointError:
             raise
-        except (SafetensorError, CheckpointException, OSError, ValueError, KeyError) as error:
+        except (SafetensorError, CheckpointException, OSError, *MALFORMED) as error:
             raise CheckpointError(f"{self._stem}: {error}") from None

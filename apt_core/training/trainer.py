@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from apt_core.config import Config
-from apt_core.device import autocast, available_memory, cpu_threads, is_out_of_memory
+from apt_core.device import autocast, available_memory, cpu_threads, held_memory, is_out_of_memory
 from apt_core.errors import PluginError, StopTraining, TrainingError
 from apt_core.kernel import Kernel, boot
 from apt_core.log import keeping_backlog
@@ -30,7 +31,7 @@ from apt_core.training.finite_guard import FiniteGuard
 from apt_core.training.gradients import Clipping, name_bad_gradients
 from apt_core.training.loss import cross_entropy_sum, loss_terms
 from apt_core.training.manifest import write_manifest
-from apt_core.training.memory import out_of_memory_advice
+from apt_core.training.memory import out_of_memory_advice, own_memory
 from apt_core.training.opening import Opening
 from apt_core.training.prepare import horizon, num_threads, prepare, settle_device
 from apt_core.training.run_folder import RunFolder
@@ -112,6 +113,8 @@ class Trainer:
         self.stopping = Stopping(self.config, stop_at_step, alone=self.world_size == 1)
         self._terms: dict[str, Tensor] = {}
         self._updating = False
+        if self.world_size > 1:
+            self.manager.stop_together = self.request_stop
         self._opening = Opening(output, resume, resume_from)
 
     # What hooks may use ----------------------------------------------------------------------
@@ -151,9 +154,17 @@ class Trainer:
         ):
             self.device = settle_device(self.kernel, self.world)
             with self.world.joined(self.device, self.config.hardware.backend):
-                self.parts = prepare(self.kernel, self.device, self.world)
+                self._held = held_memory(self.device)
+                try:
+                    self.parts = prepare(self.kernel, self.device, self.world)
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    raise self._out_of_memory(error, "before the first step") from error
                 self.model: nn.Module = self.parts.model
                 self.optimizer = self.parts.optimizer
+                # The text too, but not what the run is to have.
+                self._held = held_memory(self.device) - own_memory(self.model)
                 self.guard = FiniteGuard(
                     self.optimizer, self.device, window=training.log_every_steps
                 )
@@ -173,7 +184,10 @@ class Trainer:
     def _run(self) -> RunResult:
         self._started = time.perf_counter()
         self._display = ProgressDisplay(
-            self.console, self.total_steps, self.config.training.max_epochs
+            self.console,
+            self.stopping.last_step(self.total_steps),
+            self.config.training.max_epochs,
+            self.config.training.max_seconds,
         )
         try:
             try:
@@ -190,8 +204,9 @@ class Trainer:
             return self._finish()
         except BaseException as error:
             known = attributed(self.kernel, error, self._terms)
-            if is_out_of_memory(error):
-                known = self._out_of_memory()
+            if is_out_of_memory(error) and not isinstance(error, PluginError):
+                self.optimizer.zero_grad(set_to_none=True)
+                known = self._out_of_memory(error, f"in step {self.step + 1}")
             self._die(known)
             if known is error:
                 raise
@@ -206,11 +221,14 @@ class Trainer:
         seeds = ModelSeeds(device, training.seed, self.rank)
         first_epoch, first_index = divmod(self.step, plan.steps_per_epoch)
         self.model.train()
+        self._step_log.begin()
         if self.ended_epochs < first_epoch and first_index == 0:
             self._end_epoch(first_epoch)
         elif first_index and self._evaluation_due() and self.stopping.judged_step != self.step:
             # The run was told to stop before it.
             self._evaluate(everything=False)
+            if self._save_due():
+                self._save()
 
         for epoch in range(first_epoch + 1, training.max_epochs + 1):
             if self._over():
@@ -274,10 +292,10 @@ class Trainer:
                 if self.config.debug.check_gradients:
                     name_bad_gradients(self.model, grad_norm, step)
                 self._updating = True
-                self.guard.step(step, loss, grad_norm)
+                void = self.guard.step(step, loss, grad_norm)
                 self.step, self.tokens = step, self.tokens + targets
                 if self.average is not None:
-                    self.average.update(step)
+                    self.average.update(step, void)
                 self._updating = False
                 clock.lap("optimizer")
                 self._step_log.throughput.add(targets)
@@ -339,7 +357,8 @@ class Trainer:
         """Evaluate and save what was not yet, tell the plugins, show a sample, sum up."""
         status = "finished"
         reason = next(filter(None, self.world.gather(self.stopping.reason)), "")
-        if self.world.any(bool(self.stopping.interrupts)):
+        exit_code = max(self.world.gather(self.stopping.interrupts.exit_code))
+        if exit_code:
             status = "interrupted"
         elif reason:
             status = "stopped"
@@ -347,6 +366,7 @@ class Trainer:
         with suppress(StopTraining):
             if status != "interrupted" and self.scores.get("step") != self.step:
                 self._evaluate(everything=True, final=True)
+        self._step_log.tell_skipped()
         with suppress(StopTraining):
             self._step_log.throughput.pause()
             self.saving.save_last()
@@ -362,7 +382,7 @@ class Trainer:
             folder=self.folder.path,
             sample=sample,
             reason=reason,
-            exit_code=self.stopping.interrupts.exit_code if status == "interrupted" else 0,
+            exit_code=exit_code,
         )
         write_manifest(self, status, figures=result.figures, sample=sample, reason=reason)
         with suppress(StopTraining):
@@ -370,15 +390,16 @@ class Trainer:
         write_manifest(self, status)
         return result
 
-    def _out_of_memory(self) -> TrainingError:
+    def _out_of_memory(self, error: BaseException, when: str) -> TrainingError:
         """Let go of what the checkpoint does not need, and say what would fit."""
-        self.optimizer.zero_grad(set_to_none=True)
+        traceback.clear_frames(error.__traceback__)  # the activations are there
         world, device = self.world, self.device
         here = 1 if device.type == "cuda" else world.on_this_machine
+        available = max(0, available_memory(device) - self._held) // here
         advice = out_of_memory_advice(
-            self.kernel, world.size, world.sharding, available_memory(device) // here, device=device
+            self.kernel, world.size, world.sharding, available, device=device
         )
-        return TrainingError(f"out of memory in step {self.step + 1}: {advice}")
+        return TrainingError(f"out of memory {when}: {advice}")
 
     def _die(self, error: BaseException) -> None:
         """The run ends by ``error``: keep what can be kept and tell the plugins."""
@@ -386,7 +407,7 @@ class Trainer:
             log.warning("interrupted")
         if not self._updating and self.step > 0:
             try:
-                self.saving.save_in_emergency(together=isinstance(error, TrainingError))
+                self.saving.save_in_emergency()
             except Exception as failure:
                 log.error("no checkpoint of step %d could be written: %s", self.step, failure)
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -418,7 +439,8 @@ class Trainer:
             try:
                 self.manager.hook.on_evaluation_end(trainer=self, metrics=dict(scores))
             finally:
-                self.manager.hook.on_metrics(metrics=dict(row), step=self.step)
+                if self.world.is_first:
+                    self.manager.hook.on_metrics(metrics=dict(row), step=self.step)
         self.model.train()
         self._step_log.throughput.resume()
         return scores
@@ -429,7 +451,7 @@ class Trainer:
         train = {"loss": self.metrics["loss"]} if "loss" in self.metrics else {}
         seconds = round(time.perf_counter() - self._started, 2)
         return {"steps": self.step, "tokens": self.tokens, "seconds": seconds,
-                **train, **start, **final}  # fmt: skip
+                **self._step_log.figures(), **train, **start, **final}  # fmt: skip
 
     def _save(self) -> None:
         self._step_log.throughput.pause()

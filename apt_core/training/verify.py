@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,10 @@ from apt_core.training.checkpoint import Checkpoint
 
 VOLATILE = ("tokens_per_s", "mfu", "memory_mb", "time/")
 """Beginnings of the names of figures that are of the machine, not of the training."""
+
+UNCOMPARED = {"metrics", "plugin_records"}
+"""Parts of a checkpoint's state: the newest row, which is compared as a row, and the tracebacks of
+plugins."""
 
 POLL_SECONDS = 0.01
 TAIL = 20
@@ -92,32 +96,55 @@ def _failed(code: int, output: str) -> str:
 def _compare(whole: Path, killed: Path, half: int, steps: int) -> Verdict:
     name = f"checkpoints/{checkpoint.folder_name(steps)}"
     expected, actual = checkpoint.load(whole / name), checkpoint.load(killed / name)
-    compared, differences = [], []
-    for kind in ("model", "optimizer", "ema"):
-        if (expected.path / f"{kind}.safetensors").exists() or (expected.path / kind).is_dir():
-            tensors, different = _compare_tensors(kind, expected, actual)
-            compared.append(f"{tensors} tensors of {kind}")
-            differences += different
-    if expected.state["plugins"] != actual.state["plugins"]:
-        differences.append("the state of plugins")
+    compared: list[str] = []
+    differences: list[str] = []
+    for kind in ("model", "optimizer", "ema", "plugins"):
+        pair = [_tensors(kind, found) for found in (expected, actual)]
+        if pair[0] or pair[1]:
+            compared.append(f"{len(pair[0])} tensors of {kind}")
+            differences += [f"{kind}: {name}" for name in _unequal(*pair)]
+    for part in expected.state.keys() - UNCOMPARED:
+        values = [found.state[part] for found in (expected, actual)]
+        if part == "plugins":
+            differences += [f"the state of plugin {name}" for name in _different(*values)]
+        elif _text(values[0]) != _text(values[1]):
+            differences.append(f"the state: {part}")
     rows, row_differences, notes = _compare_rows(whole, killed, half, steps)
-    compared.append(f"{rows} rows of metrics after step {half}")
-    return Verdict(compared, differences + row_differences, notes)
+    compared += ["the rest of the state", f"{rows} rows of metrics after step {half}"]
+    return Verdict(compared, sorted(differences) + row_differences, notes)
 
 
-def _compare_tensors(kind: str, expected: Checkpoint, actual: Checkpoint) -> tuple[int, list[str]]:
-    pairs = [_read(checkpoint_.tensors(kind)) for checkpoint_ in (expected, actual)]
-    names = pairs[0].keys() | pairs[1].keys()
-    different = [
-        f"{kind}: {name}"
-        for name in sorted(names)
-        if name not in pairs[0]
-        or name not in pairs[1]
-        or not torch.equal(
-            pairs[0][name].view(-1).view(torch.uint8), pairs[1][name].view(-1).view(torch.uint8)
-        )
+def _tensors(kind: str, found: Checkpoint) -> Mapping[str, torch.Tensor]:
+    if kind == "plugins":
+        return found.plugins
+    if (found.path / f"{kind}.safetensors").exists() or (found.path / kind).is_dir():
+        return _read(found.tensors(kind))
+    return {}
+
+
+def _unequal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of tensors that do not have the same bytes, or are only in one."""
+    shared = one.keys() & other.keys()
+    return [
+        *(one.keys() ^ other.keys()),
+        *(
+            name
+            for name in shared
+            if one[name].dtype != other[name].dtype
+            or not torch.equal(
+                one[name].reshape(-1).view(torch.uint8), other[name].reshape(-1).view(torch.uint8)
+            )
+        ),
     ]
-    return len(names), different
+
+
+def _different(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    return [n for n in one.keys() | other.keys() if _text(one.get(n)) != _text(other.get(n))]
+
+
+def _text(value: Any) -> str:
+    """As JSON: a NaN is itself there."""
+    return json.dumps(value, sort_keys=True)
 
 
 def _read(saved: Any) -> dict[str, torch.Tensor]:

@@ -82,9 +82,8 @@ def is_shown(expected: str, printed: str) -> bool:
     return any(pattern.search(" ".join(line.split())) for line in printed.splitlines())
 
 
-GUIDES = {
-    name: read_guide(name) for name in ("plugins.md", "profiles.md", "model.md", "training.md")
-}
+PAGES = ("plugins.md", "profiles.md", "model.md", "training.md", "scaling.md")
+GUIDES = {name: read_guide(name) for name in PAGES}
 SECTIONS = [(name, section) for name, guide in GUIDES.items() for section in guide.consoles]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from apt_core import hookimpl
 from apt_core.testing import TINY_PROFILE, TinyRun, tiny_run
@@ -244,3 +245,47 @@ def test_two_processes_that_are_killed_resume_exactly(tmp_path, in_children, dif
     assert in_children(*ranks(lambda: made.train("killed", resume=True))) == [0, 0]
     assert "(step 7)" in (tmp_path / "killed" / "log.txt").read_text(encoding="utf-8")
     assert differences(tmp_path / "whole", tmp_path / "killed") == []
+
+
+QUICK = {"evaluation.sample_tokens": 0, "hardware.num_threads": 1, "training.log_every_steps": 1}
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_deterministic_kernels_are_used_inside_and_put_back(wanted, before):
+    class Looks:
+        inside = None
+
+        @hookimpl
+        def on_step_end(self) -> None:
+            self.inside = torch.are_deterministic_algorithms_enabled()
+
+    looks = Looks()
+    torch.use_deterministic_algorithms(before)
+    try:
+        tiny_run(looks, steps=1, overrides={**QUICK, "training.deterministic": wanted})
+        assert looks.inside is (wanted or before)
+        assert torch.are_deterministic_algorithms_enabled() is before
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_they_are_put_back_after_a_run_that_fails():
+    class Fails:
+        @hookimpl
+        def on_step_end(self) -> None:
+            raise ValueError("boom")
+
+    with pytest.raises(Exception, match="boom"):
+        tiny_run(Fails(), steps=1, overrides={**QUICK, "training.deterministic": True})
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_seed_decides_about_everything_that_is_drawn():
+    settings = {**QUICK, "model.dropout": 0.3}
+    first, same, other = (
+        tiny_run(steps=3, overrides={**settings, "training.seed": seed}) for seed in (1, 1, 2)
+    )
+    assert first.same_weights(same)
+    assert [row.get("loss") for row in first.metrics] == [row.get("loss") for row in same.metrics]
+    assert not first.same_weights(other)

@@ -253,6 +253,8 @@ def test_a_singular_matrix_and_zeros_stay_finite():
 def test_a_step_is_that_of_torchs_muon_computed_in_fp32(nesterov, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     model = build(ffn_name="gelu", attention_name="mha")
+    for block in model.blocks:
+        block.attention.stacked = {}  # torch's takes every parameter as one matrix
     names = sorted(hidden_matrices(model))
     settings = {"learning_rate": 0.05, "weight_decay": 0.1, "nesterov": nesterov}
     twin = copy.deepcopy(model)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt_core.modeling.init import embedding_std, normal_
+from apt_core.modeling.layers.ngram import NgramEmbedding
 from apt_core.providers.attention import DecodingCache
 from apt_core.providers.backbone import BackboneProvider
 from apt_core.types import ModelOutput
@@ -57,7 +58,9 @@ class GPT(nn.Module):
 
     With ``tie_embeddings`` the embedding matrix is the projection too, and ``head`` is None: one
     tensor under one name, for checkpoints and for models that are given memory late. With
-    ``logits_soft_cap`` c, logits are c * tanh(logits / c) (Gemma 2, arXiv:2408.00118).
+    ``logits_soft_cap`` c, logits are c * tanh(logits / c) (Gemma 2, arXiv:2408.00118). ``ngram`` is
+    added to the token embeddings, and ``embedding_norm`` normalises their sum before the blocks
+    (Dettmers et al., arXiv:2110.02861).
     """
 
     def __init__(
@@ -72,12 +75,14 @@ class GPT(nn.Module):
         tie_embeddings: bool = False,
         dropout: float = 0.0,
         logits_soft_cap: float | None = None,
+        ngram: NgramEmbedding | None = None,
+        embedding_norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.d_model, self.max_seq_len, self.dropout = d_model, max_seq_len, dropout
         self.logits_soft_cap = logits_soft_cap
         self.embedding = nn.Embedding(vocab_size, d_model)
-        self.position = position
+        self.position, self.ngram, self.embedding_norm = position, ngram, embedding_norm
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = final_norm
         self.head = None if tie_embeddings else nn.Linear(d_model, vocab_size, bias=False)
@@ -94,9 +99,9 @@ class GPT(nn.Module):
         return True
 
     def create_caches(self, max_length: int) -> list[DecodingCache] | None:
-        """One cache a block, for decoding up to ``max_length`` tokens; None where an attention has
-        none."""
-        caches = []
+        """One cache a block, then that of the n-grams where there are any, for decoding up to
+        ``max_length`` tokens; None where an attention has none."""
+        caches: list[DecodingCache] = []
         for block in self.blocks:
             create = getattr(block.attention, "create_cache", None)
             cache = None if create is None else create(max_length)
@@ -104,6 +109,8 @@ class GPT(nn.Module):
                 log.info("%s decodes without a cache", type(block.attention).__name__)
                 return None
             caches.append(cache)
+        if self.ngram is not None:
+            caches.append(self.ngram.create_cache(max_length))
         return caches
 
     def forward(
@@ -127,8 +134,13 @@ class GPT(nn.Module):
         x = self.embedding(input_ids)
         if positions is None and (start or self.position is not None):
             positions = torch.arange(start, start + length, device=input_ids.device)
+        if self.ngram is not None:
+            cache = None if caches is None else caches[-1]
+            x = x + self.ngram(input_ids, positions=positions, cache=cache)
         if self.position is not None:
             x = x + self.position(positions)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
         for index, block in enumerate(self.blocks):
@@ -174,6 +186,8 @@ class GPTProvider(BackboneProvider):
         tie_embeddings: bool = False,
         dropout: float = 0.0,
         logits_soft_cap: float | None = None,
+        ngram: NgramEmbedding | None = None,
+        embedding_norm: nn.Module | None = None,
     ) -> nn.Module:
         return GPT(
             vocab_size=vocab_size,
@@ -185,4 +199,6 @@ class GPTProvider(BackboneProvider):
             tie_embeddings=tie_embeddings,
             dropout=dropout,
             logits_soft_cap=logits_soft_cap,
+            ngram=ngram,
+            embedding_norm=embedding_norm,
         )

@@ -1,0 +1,144 @@
+"""The average of the weights: its formula, and what runs with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from apt_core import hookimpl
+from apt_core.inference.generator import generate
+from apt_core.testing import tiny_run
+from apt_core.training import checkpoint
+from apt_core.training.ema import WARMUP, WeightAverage
+
+QUIET = {"training.log_every_steps": 1, "evaluation.sample_tokens": 0, "hardware.num_threads": 1}
+AVERAGED = {**QUIET, "training.ema_decay": 0.8, "training.learning_rate": 1e-2}
+
+
+def test_it_follows_the_formula():
+    model = nn.Linear(3, 2)
+    average = WeightAverage(model, 0.5)
+    expected = {name: p.detach().double() for name, p in model.named_parameters()}
+    for step in range(1, 30):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator(step)))
+        average.update(step)
+        decay = min(0.5, (1 + step) / (WARMUP + step))
+        for name, p in model.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * p.detach().double()
+    for name, value in average.values.items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_weights_come_back_as_they_were():
+    model = nn.Linear(3, 2)
+    average = WeightAverage(model, 0.9)
+    with torch.no_grad():
+        model.weight.mul_(3.0)
+    average.update(1)
+    live, averaged = model.weight.detach().clone(), average.values["weight"].clone()
+    with average.in_place():
+        assert model.weight.equal(averaged)
+    with pytest.raises(RuntimeError, match="in between"), average.in_place():
+        raise RuntimeError("in between")
+    assert model.weight.equal(live)
+    assert average.values["weight"].equal(averaged)
+    assert not live.equal(averaged)
+
+
+def saved_average(path: Path) -> dict[str, torch.Tensor]:
+    saved = checkpoint.load(path).tensors("ema")
+    values = {name: torch.empty(shape) for name, (shape, _) in saved.shapes.items()}
+    saved.read_into(values, "ema")
+    return values
+
+
+class Follows:
+    """Averages the weights a second time."""
+
+    def __init__(self) -> None:
+        self.mine: dict[str, torch.Tensor] = {}
+
+    @hookimpl
+    def on_training_start(self, trainer: Any) -> None:
+        self.mine = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+
+    @hookimpl
+    def on_step_end(self, step: int, trainer: Any) -> None:
+        decay = min(0.8, (1 + step) / (WARMUP + step))
+        for name, p in trainer.model.named_parameters():
+            self.mine[name].lerp_(p.detach(), 1 - decay)
+
+
+def test_a_run_averages_evaluates_with_it_and_keeps_it_beside_the_weights(tmp_path):
+    follows = Follows()
+    plain = tiny_run(steps=9, overrides={**AVERAGED, "training.ema_decay": None})
+    run = tiny_run(follows, steps=9, overrides=AVERAGED, output=tmp_path / "run")
+    # It observes: the weights are those of a run without it.
+    assert run.same_weights(plain)
+    found = checkpoint.load(tmp_path / "run" / "checkpoints" / "step-00000009")
+    averaged = saved_average(found.path)
+    live = {name: torch.empty_like(weight) for name, weight in run.weights.items()}
+    found.tensors("model").read_into(live, "model")
+    assert averaged.keys() == live.keys()
+    for name, value in averaged.items():
+        torch.testing.assert_close(value, follows.mine[name], rtol=1e-5, atol=1e-7)
+        assert live[name].equal(run.weights[name])
+        assert not value.equal(live[name])
+
+    assert run.result.figures["val_loss"] != plain.result.figures["val_loss"]
+
+
+def test_the_evaluation_is_that_of_the_averaged_weights():
+    """The held-out loss is the one which a model with these weights has."""
+
+    class Scores:
+        loss = 0.0
+
+        @hookimpl
+        def on_training_end(self, trainer: Any) -> None:
+            with torch.no_grad():
+                for name, parameter in trainer.model.named_parameters():
+                    parameter.copy_(trainer.average.values[name])
+            trainer.average = None
+            self.loss = trainer._evaluator.evaluate(everything=True).scores["val_loss"]
+
+    scores = Scores()
+    run = tiny_run(scores, steps=9, overrides=AVERAGED)
+    assert run.result.figures["val_loss"] == scores.loss
+
+
+def test_the_sample_is_from_the_averaged_weights(tmp_path, monkeypatch):
+    used: dict[str, torch.Tensor] = {}
+
+    def sampling(model: nn.Module, *arguments: Any, **options: Any) -> Any:
+        used.update({name: p.detach().clone() for name, p in model.named_parameters()})
+        return generate(model, *arguments, **options)
+
+    monkeypatch.setattr("apt_core.training.evaluating.generate", sampling)
+    changes = {**AVERAGED, "evaluation.sample_tokens": 2}
+    run = tiny_run(steps=3, overrides=changes, output=tmp_path / "run")
+    averaged = saved_average(tmp_path / "run" / "checkpoints" / "step-00000003")
+    assert run.result.sample
+    assert all(used[name].equal(value) for name, value in averaged.items())
+
+
+def test_a_step_that_is_not_finite_leaves_the_average_finite(tmp_path):
+    class Poison:
+        @hookimpl
+        def on_backward_end(self, step: int, trainer: Any) -> None:
+            if step == 3:
+                next(trainer.model.parameters()).grad.fill_(float("nan"))
+
+    tiny_run(Poison(), steps=5, overrides=AVERAGED, output=tmp_path / "run")
+    averaged = saved_average(tmp_path / "run" / "checkpoints" / "step-00000005")
+    assert all(value.isfinite().all() for value in averaged.values())

@@ -1,0 +1,255 @@
+"""Starting several processes, and every way in which they end.
+
+Each test that starts processes takes seconds, so each asks several things of its run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from apt_core.training.checkpoint import load, newest_intact
+from apt_core.training.tensor_files import SavedTensors
+
+ROOT = Path(__file__).parents[2]
+APT_TRAIN = [sys.executable, "-m", "apt_core", "train"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TWO = ["--nproc", "2", "--training.grad_accum_steps", "1"]
+
+DIES = """
+import os, signal
+from apt_core import hookimpl
+
+MODE = os.environ["MODE"]
+
+@hookimpl
+def on_training_start(trainer):
+    (trainer.output_dir / f"{trainer.rank}.pid").write_text(str(os.getpid()))
+
+@hookimpl
+def on_step_start(step, trainer):
+    if (trainer.rank, step) != (1, 5):
+        return
+    if MODE == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if MODE == "layer":
+        def broken(*arguments):
+            raise RuntimeError("a layer of the second process is broken")
+        trainer.model.register_forward_pre_hook(broken)
+
+@hookimpl
+def apt_loss_terms(trainer, output):
+    if MODE == "term" and (trainer.rank, trainer.step) == (1, 4):
+        raise RuntimeError("a term of the second process is broken")
+    return {"none": output.logits.sum() * 0}
+"""
+
+
+@pytest.fixture
+def arguments(profile: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """The words after ``apt-train`` for a run in ``tmp_path / name``."""
+
+    def words(*more: str, name: str = "run") -> list[str]:
+        common = {"grad_accum_steps": 2, "log_every_steps": 1, "keep_last": 0}
+        settings = [f"--training.{key}={value}" for key, value in common.items()]
+        settings += ["--hardware.num_threads=1", "--output", str(tmp_path / name)]
+        return ["-p", str(profile), *settings, *more]
+
+    return words
+
+
+@pytest.fixture
+def dies(tmp_path: Path) -> str:
+    path = tmp_path / "dies.py"
+    path.write_text(DIES, encoding="utf-8")
+    return str(path)
+
+
+def environment(mode: str = "") -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MODE": mode}
+
+
+def train(words: Sequence[str], mode: str = "", program: Sequence[str] = APT_TRAIN) -> Any:
+    return subprocess.run(
+        [*program, *words], env=environment(mode), capture_output=True, text=True, timeout=120
+    )
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    saved = SavedTensors(checkpoint / "model")
+    targets = {name: torch.zeros(size, dtype=kind) for name, (size, kind) in saved.shapes.items()}
+    saved.read_into(targets, "model")
+    return targets
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_of_two_processes_speaks_with_one_voice(
+    arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    done = train(arguments("--training.max_steps=6", *TWO))
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    for begins in ("model built:", "Epoch 1/", "checkpoint:", "finished:", "tokenizer:"):
+        found = [line for line in lines if line.startswith(begins)]
+        assert len(found) == len(set(found)) >= 1, done.stdout
+    assert "in 2 processes (ddp)" in done.stdout
+    steps = [row["step"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count("model built") == 1
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["world_size"] == 2
+
+
+def test_a_loss_term_that_fails_in_one_process_ends_the_run_which_resumes_bit_equal(
+    arguments: Callable[..., list[str]], apt_train: Callable[..., Any], dies: str, tmp_path: Path
+) -> None:
+    done = train(arguments("--plugin", dies, *TWO), "term")
+    assert done.returncode == 1
+    own = [line for line in done.stderr.splitlines() if line.startswith("process 1: ")]
+    assert own[0] == "process 1: Traceback (most recent call last):"
+    assert any(line.startswith(f'process 1:   File "{dies}", line') for line in own)
+    assert "the processes of a run must train on the same loss" in own[-1]
+    assert "error: another process of the run has ended" in done.stderr
+    assert "step 4; to go on: apt-train" in done.stderr
+    assert "--nproc 2" in done.stderr
+    assert load(tmp_path / "run" / "checkpoints" / "step-00000004").state["step"] == 4
+    # Goes on in one process, as if nothing had been.
+    for name, more in (("run", ["--resume"]), ("whole", [])):
+        assert apt_train(*arguments(*more, name=name)[2:], name=name).code == 0
+    ends = [tmp_path / name / "checkpoints" / "step-00000012" for name in ("run", "whole")]
+    resumed, whole = map(weights, ends)
+    assert all(tensor.equal(whole[name]) for name, tensor in resumed.items())
+
+
+def test_a_process_that_is_killed_ends_the_run_with_a_checkpoint(
+    arguments: Callable[..., list[str]], dies: str, tmp_path: Path
+) -> None:
+    started = time.monotonic()
+    done = train(arguments("--plugin", dies, *TWO), "kill")
+    assert time.monotonic() - started < 60
+    assert done.returncode == 1
+    assert "error: process 1 was killed by signal 9" in done.stderr
+    assert "error: another process of the run has ended" in done.stderr
+    assert newest_intact(tmp_path / "run" / "checkpoints").state["step"] == 4
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["status"] == "failed"
+    assert "another process of the run has ended" in manifest["error"]
+
+
+def test_a_layer_that_fails_in_one_process_leaves_the_last_sharded_checkpoint(
+    arguments: Callable[..., list[str]], apt_train: Callable[..., Any], dies: str, tmp_path: Path
+) -> None:
+    sharded = ["--hardware.distributed", "fsdp", "--training.save_every_steps", "3"]
+    done = train(arguments("--plugin", dies, *sharded, *TWO), "layer")
+    assert done.returncode == 1
+    assert "process 1: RuntimeError: a layer of the second process is broken" in done.stderr
+    assert "no checkpoint of step 4: the other processes have the rest" in done.stdout
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in sorted(checkpoints.iterdir())] == ["step-00000003"]
+    resumed = apt_train(*arguments("--resume")[2:])
+    assert resumed.code == 0
+    assert "resumed from" in resumed.out
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "to_workers"),
+    [(signal.SIGTERM, 143, True), (signal.SIGINT, 130, False)],
+    ids=["SIGTERM to all", "Ctrl-C"],
+)
+def test_a_signal_ends_all_processes_with_a_checkpoint(
+    arguments: Callable[..., list[str]],
+    dies: str,
+    tmp_path: Path,
+    number: signal.Signals,
+    code: int,
+    to_workers: bool,
+) -> None:
+    """A scheduler may signal every process, and the launcher tells its own once more; a terminal
+    signals the group of the launcher."""
+    words = arguments("--plugin", dies, "--training.max_epochs=100000", *TWO)
+    with subprocess.Popen(
+        [*APT_TRAIN, *words],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while process.poll() is None and (not metrics.exists() or len(rows(tmp_path / "run")) < 4):
+            time.sleep(0.05)
+        for file in (tmp_path / "run").glob("*.pid") if to_workers else ():
+            os.kill(int(file.read_text()), number)
+        os.killpg(process.pid, number)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (code, "")
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["status"] == "interrupted"
+    assert newest_intact(tmp_path / "run" / "checkpoints").state["step"] == manifest["step"]
+    assert f"interrupted: {manifest['step']} steps" in out
+    assert out.count("to go on: apt-train") == 1
+
+
+def test_bad_input_that_every_process_finds_is_reported_once(
+    arguments: Callable[..., list[str]],
+) -> None:
+    done = train(arguments("--training.batch_size=64", *TWO))
+    assert done.returncode == 2
+    assert done.stderr.count("one optimizer step takes 128") == 1
+    assert done.stderr.startswith("error: data.train_path: the training text has")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_torchrun_starts_the_processes_too(
+    arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    module = ["-m", "apt_core", "train"]
+    refused = train(arguments("--nproc=2"), program=[*TORCHRUN, "--", *module])
+    assert refused.returncode != 0
+    assert refused.stderr.count("error: --nproc: torchrun has started the processes already") == 1
+    done = train(arguments("--training.max_steps=2"), program=[*TORCHRUN, *module])
+    assert done.returncode == 0
+    assert done.stdout.count("in 2 processes (ddp)") == 1
+    assert len([row for row in rows(tmp_path / "run") if "loss" in row]) == 2
+
+
+def test_a_profile_for_gpus_that_are_not_there_trains_in_one_process(
+    arguments: Callable[..., list[str]], apt_train: Callable[..., Any]
+) -> None:
+    words = ["--hardware.distributed", "true", "--hardware.num_gpus", "4", "--training.max_steps=2"]
+    done = apt_train(*words)
+    assert done.code == 0
+    assert "hardware.num_gpus: 4 asked, 0 usable here: 1 process(es)" in done.out
+    assert "inactive: hardware.distributed (the run has one process" in done.out
+    assert done.manifest["world_size"] == 1
+    strict = apt_train(*words, "--strict", name="strict")
+    assert strict.code == 2
+    assert "4 asked, 0 usable here" in strict.err
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "two"])
+def test_a_number_of_processes_below_one_is_bad_input(
+    apt_train: Callable[..., Any], number: str
+) -> None:
+    done = apt_train("--nproc", number)
+    assert done.code == 2
+    assert "nproc" in done.err
+
+
+def test_one_process_is_this_one(apt_train: Callable[..., Any]) -> None:
+    done = apt_train("--nproc", "1", "--training.max_steps=2")
+    assert done.code == 0
+    assert done.manifest["world_size"] == 1

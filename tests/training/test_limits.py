@@ -1,0 +1,329 @@
+"""Where a run ends, where it stops, and which limits a resume may change."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from apt_core import hookimpl
+from apt_core.errors import ConfigError
+from apt_core.testing import tiny_run
+from apt_core.training.evaluating import Evaluation, Evaluator
+
+QUIET = {
+    "training.log_every_steps": 1,
+    "evaluation.eval_freq": 0,
+    "evaluation.sample_tokens": 0,
+    "hardware.num_threads": 1,
+}
+STEP = 4 * 16
+"""Target tokens of a whole step of the tiny profile: 12 of them make an epoch of 766 tokens."""
+CONSTANT = {**QUIET, "training.lr_schedule_name": "constant"}
+
+
+def trained(run: Any) -> list[dict[str, Any]]:
+    return [row for row in run.metrics if "loss" in row]
+
+
+# max_steps, max_tokens, max_seconds, --stop-at-step ------------------------------------------
+
+
+def test_max_steps_ends_the_run_and_its_schedule():
+    run = tiny_run(overrides={**QUIET, "training.max_steps": 5})
+    assert (run.result.status, run.result.step) == ("finished", 5)
+    assert trained(run)[-1]["lr"] < trained(run)[0]["lr"] / 10
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (3 * STEP, 3), (3 * STEP + 1, 4)])
+def test_max_tokens_ends_with_the_step_that_reaches_it(tokens, steps):
+    run = tiny_run(overrides={**QUIET, "training.max_tokens": tokens})
+    assert run.result.step == steps
+    assert run.result.tokens >= tokens > run.result.tokens - STEP
+
+
+def test_max_tokens_may_be_more_than_an_epoch():
+    run = tiny_run(overrides={**QUIET, "training.max_tokens": 766 + 2 * STEP})
+    assert (run.result.epoch, run.result.step) == (2, 14)
+    assert run.result.tokens == 766 + 2 * STEP
+
+
+def test_the_rate_decays_to_the_step_that_reaches_max_tokens():
+    by_tokens = tiny_run(overrides={**QUIET, "training.max_tokens": 5 * STEP})
+    by_steps = tiny_run(overrides={**QUIET, "training.max_steps": 5})
+    assert [row["lr"] for row in trained(by_tokens)] == [row["lr"] for row in trained(by_steps)]
+    assert by_tokens.same_weights(by_steps)
+
+
+def test_max_seconds_stops_with_a_checkpoint_and_a_resume_has_as_much_again(tmp_path, monkeypatch):
+    """Every look at the clock is one second later."""
+
+    class Clock:
+        now = 0.0
+
+        def monotonic(self) -> float:
+            self.now += 1.0
+            return self.now
+
+    monkeypatch.setattr("apt_core.training.stopping.time", Clock())
+    changes = {**QUIET, "training.max_seconds": 4.5}
+    first = tiny_run(output=tmp_path / "run", overrides=changes)
+    assert (first.result.status, first.result.step) == ("stopped", 5)
+    assert "training.max_seconds" in first.result.reason
+    assert (tmp_path / "run" / "checkpoints" / "step-00000005").is_dir()
+    second = tiny_run(output=tmp_path / "run", overrides=changes, resume=True)
+    # A resume looks once before its first step.
+    assert second.result.step == 9
+
+
+def test_stop_at_step_leaves_the_schedule_as_it_is(tmp_path):
+    whole = tiny_run(overrides=QUIET)
+    run = tiny_run(output=tmp_path / "run", overrides=QUIET, stop_at_step=5)
+    assert (run.result.status, run.result.step) == ("stopped", 5)
+    rows = trained(whole)
+    assert [row["lr"] for row in trained(run)] == [row["lr"] for row in rows[:5]]
+    run = tiny_run(output=tmp_path / "run", overrides=QUIET, resume=True)
+    assert run.result.status == "finished"
+    assert run.same_weights(whole)
+    assert [row["loss"] for row in trained(run)] == [row["loss"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({}, {"stop_at_step": 5}),
+        ({}, {"stop_at_step": 3}),
+        ({"training.max_tokens": 5 * STEP}, {}),
+        ({"training.max_tokens": 2 * STEP}, {}),
+        ({"training.max_steps": 5}, {}),
+        ({"training.max_steps": 4}, {}),
+    ],
+)
+def test_a_limit_that_is_reached_already_lets_a_resume_take_no_step(tmp_path, changes, options):
+    first = tiny_run(output=tmp_path / "run", overrides=CONSTANT, stop_at_step=5)
+    again = tiny_run(
+        output=tmp_path / "run", overrides={**CONSTANT, **changes}, resume=True, **options
+    )
+    assert again.result.step == 5
+    assert again.metrics == first.metrics
+
+
+# Early stopping ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Let the watched loss after a step be the one given."""
+
+    def script(losses: dict[int, float]) -> None:
+        def scripted(self: Evaluator, *, everything: bool) -> Evaluation | None:
+            found = evaluate(self, everything=everything)
+            if found is None:
+                return None  # told to stop meanwhile
+            return Evaluation(found.scores, losses.get(self._trainer.step, 9.0))
+
+        monkeypatch.setattr(Evaluator, "evaluate", scripted)
+
+    evaluate = Evaluator.evaluate
+    return script
+
+
+def patient(patience: int, **more: Any) -> dict[str, Any]:
+    changes = {"evaluation.eval_freq": 2, "training.early_stopping_patience": patience}
+    return {**QUIET, **changes, **more}
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "step"),
+    [
+        ({2: 3.0, 4: 3.0}, 1, 4),
+        ({2: 3.0, 4: 2.0, 6: 2.5, 8: 2.4}, 2, 8),
+        ({2: 3.0, 4: 3.5, 6: 2.9, 8: 3.5, 10: 3.5}, 2, 10),
+        ({2: 3.0, 4: float("nan"), 6: float("nan")}, 2, 6),
+        ({2: float("nan"), 4: 3.0, 6: 2.0, 8: 1.0, 10: 0.5}, 2, 14),
+    ],
+    ids=["at once", "after two", "a better one begins anew", "nan", "nan first"],
+)
+def test_it_stops_after_so_many_evaluations_without_a_better_loss(watched, losses, patience, step):
+    """Epochs end at 12 and 24, with an evaluation each."""
+    watched(losses)
+    run = tiny_run(overrides=patient(patience))
+    assert (run.result.status, run.result.step) == ("stopped", step)
+    assert f"no better validation loss in {patience} evaluations" in run.result.reason
+
+
+@pytest.mark.parametrize(("delta", "step"), [(0.0, 24), (0.05, 24), (0.2, 6)])
+def test_a_loss_must_be_better_by_min_delta(watched, delta, step):
+    watched({step: 3.0 - 0.05 * step for step in range(0, 25)})
+    changes = patient(2, **{"training.early_stopping_min_delta": delta})
+    assert tiny_run(overrides=changes).result.step == step
+
+
+def test_small_gains_add_up(watched):
+    """They are measured against the last loss that was better by enough."""
+    watched({step: 3.0 - 0.05 * step for step in range(0, 25)})
+    changes = patient(3, **{"training.early_stopping_min_delta": 0.15})
+    assert tiny_run(overrides=changes).result.status == "finished"
+
+
+def test_patience_goes_on_where_a_resume_does(watched, tmp_path):
+    watched({2: 3.0})
+    whole = tiny_run(overrides=patient(4), output=tmp_path / "whole")
+    tiny_run(overrides=patient(4), output=tmp_path / "parts", stop_at_step=7)
+    parts = tiny_run(overrides=patient(4), output=tmp_path / "parts", resume=True)
+    assert whole.result.step == parts.result.step == 10
+    assert whole.same_weights(parts)
+
+
+def test_a_last_evaluation_does_not_try_the_patience(watched, tmp_path):
+    """The run in one go would not have made it."""
+    watched({2: 3.0, 3: 1.0, 4: 2.0})
+    whole = tiny_run(overrides=patient(2), output=tmp_path / "whole")
+    for stop in (3, 5):
+        tiny_run(
+            overrides=patient(2), output=tmp_path / "parts", stop_at_step=stop, resume=stop > 3
+        )
+    parts = tiny_run(overrides=patient(2), output=tmp_path / "parts", resume=True)
+    assert whole.result.step == parts.result.step == 8
+
+
+def test_a_run_that_stopped_early_stays_so_until_its_patience_is_raised(watched, tmp_path):
+    watched({2: 3.0})
+    first = tiny_run(overrides=patient(2), output=tmp_path / "run")
+    assert first.result.step == 6
+    again = tiny_run(overrides=patient(2), output=tmp_path / "run", resume=True)
+    assert (again.result.status, again.result.step) == ("stopped", 6)
+    more = tiny_run(overrides=patient(3), output=tmp_path / "run", resume=True)
+    assert more.result.step == 8
+
+
+def test_an_evaluation_that_a_signal_kept_from_being_made_is_made_by_the_resume(tmp_path):
+    """So that rows, patience and the best checkpoint are those of a run in one go."""
+
+    class Interrupts:
+        @hookimpl
+        def on_step_end(self, step: int) -> None:
+            if step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = tiny_run(overrides=patient(50), output=tmp_path / "whole")
+    first = tiny_run(Interrupts(), overrides=patient(50), output=tmp_path / "parts")
+    assert (first.result.status, first.result.exit_code) == ("interrupted", 143)
+    parts = tiny_run(overrides=patient(50), output=tmp_path / "parts", resume=True)
+    evaluated = [
+        [(row["step"], row["val_loss"]) for row in run.metrics if "val_loss" in row]
+        for run in (whole, parts)
+    ]
+    assert evaluated[0] == evaluated[1]
+    assert 4 in dict(evaluated[0])
+
+
+# What a resume may change --------------------------------------------------------------------
+
+LONGER = {
+    "training.max_steps": 9,
+    "training.max_epochs": 3,
+    "training.max_tokens": 9 * STEP,
+}
+
+
+@pytest.fixture
+def resumed(tmp_path):
+    """Train three steps, and resume with other settings."""
+
+    def resume(before: dict[str, Any], after: dict[str, Any], **options: Any) -> Any:
+        tiny_run(output=tmp_path / "run", overrides={**QUIET, **before}, stop_at_step=3)
+        return tiny_run(
+            output=tmp_path / "run", overrides={**QUIET, **before, **after}, resume=True, **options
+        )
+
+    return resume
+
+
+@pytest.mark.parametrize("key", LONGER)
+def test_a_constant_rate_allows_another_length(resumed, key):
+    constant = {"training.lr_schedule_name": "constant", "training.warmup_steps": 2}
+    run = resumed(constant, {key: LONGER[key]}, stop_at_step=9)
+    assert run.same_weights(
+        tiny_run(overrides={**QUIET, **constant, key: LONGER[key]}, stop_at_step=9)
+    )
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
+@pytest.mark.parametrize("key", LONGER)
+def test_a_rate_that_decays_refuses_another_length(resumed, key, name):
+    with pytest.raises(ConfigError, match=rf"{key}.*depend on the length of the run"):
+        resumed({"training.lr_schedule_name": name}, {key: LONGER[key]})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("training.max_seconds", 1e6), ("training.early_stopping_patience", 9),
+        ("training.early_stopping_min_delta", 0.5), ("training.save_freq", 0),
+        ("training.save_every_steps", 5), ("training.keep_last", 7),
+        ("training.log_every_steps", 3), ("training.max_nonfinite_steps", 2),
+        ("evaluation.eval_freq", 3), ("evaluation.save_best", True),
+        ("debug.check_gradients", True), ("description", "another"),
+    ],
+)  # fmt: skip
+def test_what_does_not_change_the_weights_may_change(resumed, key, value):
+    run = resumed({}, {key: value}, stop_at_step=5)
+    assert run.same_weights(tiny_run(overrides=QUIET, stop_at_step=5))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.dropout", 0.1), ("model.d_ff", 64), ("training.learning_rate", 0.1),
+        ("training.weight_decay", 0.5), ("training.seed", 1), ("training.warmup_steps", 1),
+        ("training.gradient_clip", 0.5), ("training.ema_decay", 0.5),
+        ("training.optimizer_name", "muon"), ("training.deterministic", True),
+        ("training.betas", [0.8, 0.9]), ("data.max_length", 8),
+    ],
+)  # fmt: skip
+def test_what_changes_the_weights_is_refused_by_name(resumed, key, value):
+    with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
+        resumed({}, {key: value})
+
+
+def test_everything_that_is_refused_is_named_at_once(resumed):
+    with pytest.raises(ConfigError) as refused:
+        resumed({}, {"training.seed": 1, "training.weight_decay": 0.5})
+    assert {problem.key for problem in refused.value.problems} == {
+        "training.seed", "training.weight_decay",
+    }  # fmt: skip
+
+
+def test_the_batch_may_be_cut_another_way(resumed):
+    """4 * 1 = 2 * 2 windows a step: the position is the same one."""
+    run = resumed({}, {"training.batch_size": 2, "training.grad_accum_steps": 2}, stop_at_step=5)
+    whole = tiny_run(overrides=QUIET, stop_at_step=5)
+    for name, weight in whole.weights.items():
+        torch.testing.assert_close(run.weights[name], weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "hint"),
+    [(2, "--training.grad_accum_steps 2 makes it 4"), (3, "training.grad_accum_steps for 4")],
+)
+def test_a_step_of_another_size_is_refused_with_what_would_fit(resumed, batch_size, hint):
+    with pytest.raises(ConfigError, match=f"took 4 when .*{hint}") as refused:
+        resumed({}, {"training.batch_size": batch_size})
+    assert "training.batch_size" in str(refused.value)
+
+
+def test_the_hint_counts_processes(resumed, monkeypatch):
+    """Two processes with half the batch each make the step what it was."""
+    from apt_core.training import restoring
+
+    parts = SimpleNamespace(plan=SimpleNamespace(windows_per_step=4))
+    config = SimpleNamespace(training=SimpleNamespace(batch_size=2))
+    trainer: Any = SimpleNamespace(parts=parts, config=config, world_size=2)
+    restoring._check_global_batch(trainer, 4)
+    with pytest.raises(ConfigError, match="grad_accum_steps 4 makes it 16"):
+        restoring._check_global_batch(trainer, 16)
