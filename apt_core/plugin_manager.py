@@ -177,7 +177,7 @@ class PluginManager(pluggy.PluginManager):
                 if type(result) is GeneratorType:
                     result = list(result)
             except BaseException as error:
-                self._failed(call, error)
+                self._raised(call, error)
                 continue
             if firstresult:
                 return result
@@ -200,7 +200,7 @@ class PluginManager(pluggy.PluginManager):
             result = call.function(*arguments)
             return list(result) if type(result) is GeneratorType else result
         except BaseException as error:
-            self._failed(call, error)
+            self._raised(call, error)
             return None
 
     def _wrapped(self, plan: Plan, kwargs: Mapping[str, object], firstresult: bool) -> list[Owned]:
@@ -210,7 +210,7 @@ class PluginManager(pluggy.PluginManager):
             kwargs,
             firstresult,
             lambda: self._all(plan, kwargs, firstresult),
-            self._failed,
+            self._raised,
         )
 
     def call_each(self, hook_name: str, **kwargs: Any) -> list[tuple[str, Any]]:
@@ -264,7 +264,7 @@ class PluginManager(pluggy.PluginManager):
             return [(owner, getattr(current, attribute))]
 
         for plugin, value in run_wrapped(
-            plan.wrappers, {"request": request}, True, inner, self._failed
+            plan.wrappers, {"request": request}, True, inner, self._raised
         ):
             take(plugin, value)
         return current
@@ -362,10 +362,17 @@ class PluginManager(pluggy.PluginManager):
             code = own[0] if own else self.get_plugin(plugin)
         self._failed(Call(code, (), plugin, hook_name, 0, False), error)
 
+    def _raised(self, call: Call, error: BaseException) -> None:
+        """What an implementation raised: raise what the guard lets through, unless it has to wait
+        for the other processes, and count the rest."""
+        if not isinstance(error, PASSES):
+            self._failed(call, error)
+        elif isinstance(error, StopTraining) and self.stop_together is not None:
+            self.stop_together(error.reason)
+        else:
+            raise error
+
     def _failed(self, call: Call, error: BaseException) -> None:
-        if isinstance(error, PASSES):
-            self._let_pass(error)
-            return
         if call.hook == "apt_configure" and isinstance(error, ConfigError):
             raise ConfigError(
                 [replace(p, message=f"plugin {call.plugin}: {p.message}") for p in error.problems]
@@ -396,13 +403,6 @@ class PluginManager(pluggy.PluginManager):
                 where=failure.where,
             )
         self._tell(failure, fatal, error)
-
-    def _let_pass(self, error: BaseException) -> None:
-        """Raise what the guard lets through, unless it has to wait for the other processes."""
-        if isinstance(error, StopTraining) and self.stop_together is not None:
-            self.stop_together(error.reason)
-        else:
-            raise error
 
     def _fatal_because(self, call: Call, record: PluginRecord) -> str:
         """Why a failure of ``call`` ends the run, or an empty string."""

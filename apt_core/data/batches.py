@@ -130,6 +130,12 @@ class BatchPlan:
         count = len(self.step_windows(epoch, index)) * self.seq_len
         return count - (self._missing if self._is_ragged(epoch, index) else 0)
 
+    def targets_before(self, epoch: int, index: int) -> int:
+        """How many target tokens the steps of ``epoch`` before step ``index`` have together."""
+        windows = min(index * self.windows_per_step, self.num_windows)
+        place = place_of_last(self.seed, epoch, self.num_windows)
+        return windows * self.seq_len - (self._missing if place < windows else 0)
+
     def step_batches(self, epoch: int, index: int) -> list[Batch]:
         """This process's micro-batches of step ``index`` of ``epoch``; a pure function.
 

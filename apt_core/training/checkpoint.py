@@ -239,7 +239,8 @@ def prune(root: Path, keep_last: int, keep: Path | None = None) -> None:
 def split_tensors(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     """``value`` with each tensor moved into ``tensors`` and a reference left in its place.
 
-    Raises TypeError for anything that is neither JSON nor a tensor.
+    Raises TypeError for anything that is neither JSON nor a tensor, UnicodeError for text that is no
+    Unicode.
     """
     if isinstance(value, Tensor):
         name = f"{prefix}#{len(tensors)}"
@@ -252,7 +253,10 @@ def split_tensors(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
         return {k: split_tensors(v, f"{prefix}.{k}", tensors) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [split_tensors(v, f"{prefix}.{i}", tensors) for i, v in enumerate(value)]
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, str):
+        value.encode()  # a lone surrogate raises here, and not in the thread that writes
+        return value
+    if value is None or isinstance(value, bool | int | float):
         return value
     raise TypeError(f"state {prefix!r} is a {type(value).__name__}: neither JSON nor a tensor")
 

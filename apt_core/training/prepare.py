@@ -153,13 +153,14 @@ def _note_what_needs_others(kernel: Kernel) -> None:
 
 
 def horizon(config: Config, plan: BatchPlan) -> Horizon:
-    """How long the run is, with what limits it. Under ``training.max_tokens`` that is the number of
-    full steps which reach it: an epoch's one short step may make it one more."""
+    """How long the run is, with what limits it; ``training.max_tokens`` in steps."""
     training = config.training
     limits = [] if training.max_steps is None else [training.max_steps]
     if training.max_tokens is not None:
         epochs, rest = divmod(training.max_tokens, plan.targets_per_epoch)
         steps = -(-rest // (plan.windows_per_step * plan.seq_len))
+        # The short window may be among them.
+        steps += plan.targets_before(epochs + 1, steps) < rest
         limits.append(epochs * plan.steps_per_epoch + steps)
     return Horizon(
         training.max_epochs,

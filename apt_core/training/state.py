@@ -105,7 +105,7 @@ def plugin_states(manager: PluginManager, trainer: Any) -> tuple[dict[str, Any],
         own: dict[str, Tensor] = {}
         try:
             states[plugin] = split_tensors(state, plugin, own)
-        except (TypeError, RecursionError) as error:
+        except (TypeError, UnicodeError, RecursionError) as error:
             manager.fail(plugin, "apt_state_dict", error)
             continue
         tensors.update(own)

@@ -163,3 +163,13 @@ def test_processes_share_out_the_steps_of_one(count, seq_len, batch_size, accumu
         whole = alone.step_batches(1, index)
         assert [b.input_ids.tolist() for b in dealt] == [b.input_ids.tolist() for b in whole]
         assert sum(b.num_targets for b in whole) == ranks[-1].step_targets(1, index)
+
+
+@given(count=st.integers(9, 300), seq_len=st.integers(1, 9), epoch=st.integers(1, 3))
+def test_targets_before_a_step_are_those_of_the_steps_before(count, seq_len, epoch):
+    if (count - 1) // seq_len < 2:
+        return
+    plan = plan_of(count, seq_len=seq_len, batch_size=2, grad_accum_steps=1)
+    for index in range(plan.steps_per_epoch + 1):
+        counted = sum(plan.step_targets(epoch, step) for step in range(index))
+        assert plan.targets_before(epoch, index) == counted
