@@ -118,7 +118,10 @@ class World:
         if self.sharding != "ddp":
             return model
         devices = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        # Buffers are functions of the settings (RoPE's tables), the same in every process.
+        return DistributedDataParallel(
+            model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
 
     def sum_gradients_in_backward(self, model: nn.Module, forward: nn.Module, *, now: bool) -> None:
         """Say before a forward whether its backward ends the step: only then are the gradients of
