@@ -321,8 +321,9 @@ def apt_metrics(trainer: Any) -> Mapping[str, float]:
 def on_metrics(metrics: Mapping[str, float], step: int) -> None:
     """A row of metrics was written: what loggers implement. On the first rank only.
 
-    Training rows have ``epoch tokens loss lr grad_norm tokens_per_s``, evaluation rows
-    ``val_loss val_ppl val_bpb``.
+    Training rows have ``epoch tokens loss lr grad_norm tokens_per_s mfu memory_mb`` and, in
+    milliseconds, where the time of a step went (``time/…``); evaluation rows ``val_loss val_ppl
+    val_bpb val_tokens``.
 
     Example::
 
@@ -352,7 +353,8 @@ def on_evaluation_start(trainer: Any) -> None:
 
 @hookspec
 def on_evaluation_end(trainer: Any, metrics: Mapping[str, float]) -> None:
-    """The held-out text was scored: ``val_loss`` (nats per token), ``val_ppl``, ``val_bpb``.
+    """The held-out text was scored: ``val_loss`` (nats per token), ``val_ppl``, ``val_bpb``, and on
+    how many targets (``val_tokens``).
 
     Ranks: every one, with the same figures; ``on_metrics`` has them on the first rank only.
 

@@ -95,7 +95,8 @@ def panels(metrics: Metrics, marks: Sequence[Mark]) -> Panels:
     series = metrics.series
     steps = step_axis(metrics.last_step)
     split = [name for name in series if PART.fullmatch(name) or HOOKS.fullmatch(name)]
-    single = [name for name in series if name not in ("tokens", "loss", "val_loss", *split)]
+    shown = ("tokens", "loss", "val_loss", "val_tokens", *split)
+    single = [name for name in series if name not in shown]
     left_out = max(0, len(single) - MAX_CHARTS)
     named = _grouped(single[:MAX_CHARTS])
     buckets = min(350, ALL_BUCKETS // (len(single) + 6))
