@@ -332,7 +332,7 @@ def _ablate(report: Report, base: Sequence[float]) -> None:
             row = [ablation.label, statistics.mean(losses), statistics.mean(differences), far]
             rows.append(row)
     columns = ["the profile, but for", "nats per byte", "difference", "±"]
-    report.table(f"Ablations at the same number of steps, {len(base)} seeds", columns, rows)
+    report.table(f"Ablations at the same number of steps, seeds: {len(base)}", columns, rows)
     report.note(HELPED)
 
 

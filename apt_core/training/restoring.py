@@ -66,7 +66,7 @@ def restore(trainer: Trainer, found: Checkpoint) -> None:
     trainer.metrics, trainer.timeline = state["metrics"], state["timeline"]
     trainer.guard.load(*state["nonfinite_steps"])
     trainer.stopping.load_state_dict(state["stopping"])
-    trainer.stopping.check_limits(trainer.step, trainer.tokens)
+    trainer.stopping.check_limits(trainer.step)
     trainer.manager.step = trainer.step
     trainer.manager.load_state_dict(state["plugin_records"])
     restore_plugins(trainer.manager, trainer, state["plugins"], found.plugins)

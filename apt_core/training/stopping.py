@@ -25,7 +25,7 @@ class Stopping:
         self.reason = ""
         self.agreed = False
         self._alone = alone
-        self._max_tokens, self._max_seconds = training.max_tokens, training.max_seconds
+        self._max_seconds = training.max_seconds
         self._stop_at_step = stop_at_step
         self._started = time.monotonic()
         self._patience = training.early_stopping_patience
@@ -59,10 +59,8 @@ class Stopping:
         ``total_steps``."""
         return min(total_steps, self._stop_at_step or total_steps)
 
-    def check_limits(self, step: int, tokens: int) -> None:
+    def check_limits(self, step: int) -> None:
         """Request a stop where a limit is reached."""
-        if self._max_tokens is not None and tokens >= self._max_tokens:
-            self._stop_all(f"training.max_tokens {self._max_tokens:,} reached")
         if self._stop_at_step is not None and step >= self._stop_at_step:
             self._stop_all(f"step {step} reached, where it was told to stop")
         if self._max_seconds is not None and time.monotonic() - self._started >= self._max_seconds:

@@ -302,7 +302,7 @@ class Trainer:
                 hook.on_step_end(step=step, loss=loss, trainer=self)
                 clock.lap("hooks")
 
-                self.stopping.check_limits(step, self.tokens)
+                self.stopping.check_limits(step)
                 if logged:
                     shares = {name: term * scale for name, term in terms.items()}
                     lr = training.learning_rate * factor
