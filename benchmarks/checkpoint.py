@@ -14,7 +14,7 @@ from apt_core.training import Trainer
 
 SAVE_EVERY = 20
 BATCH_SIZE, LENGTH = 8, 256
-ROUNDS, WARMUP = 8, 1
+ROUNDS, WARMUP = 4, 1
 MODEL = {
     "num_layers": 6,
     "num_heads": 6,

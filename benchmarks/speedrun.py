@@ -313,6 +313,11 @@ def measure(report: Report, quick: bool) -> None:
         _ablate(report, [outcome.val_loss for outcome in own])
 
 
+def alone(ablation: Ablation) -> Changes:
+    """With one thread: as many runs at once as there are cores, of which only the loss counts."""
+    return {**ablation.changes, "hardware.num_threads": 1}
+
+
 def _median(side: Sequence[Outcome], figure: str) -> float:
     return statistics.median(getattr(outcome, figure) for outcome in side)
 
@@ -321,7 +326,7 @@ def _ablate(report: Report, base: Sequence[float]) -> None:
     seeds = range(len(base))
     with fresh(len(os.sched_getaffinity(0))) as pool:
         runs = [
-            (ablation, [pool.submit(run_profile, seed, ablation.changes) for seed in seeds])
+            (ablation, [pool.submit(run_profile, seed, alone(ablation)) for seed in seeds])
             for ablation in ABLATIONS
         ]
         rows: list[list[str | float]] = [["the profile", statistics.mean(base), 0.0, 0.0]]

@@ -44,6 +44,13 @@ class BackboneProvider(Provider, ABC):
         tie_embeddings: bool = False,
         dropout: float = 0.0,
         logits_soft_cap: float | None = None,
+        ngram: nn.Module | None = None,
+        embedding_norm: nn.Module | None = None,
     ) -> nn.Module:
-        """The model around ``blocks``; ``position`` is an embedding to add, where there is one, and
-        ``logits_soft_cap`` a bound of the logits."""
+        """The model around ``blocks``.
+
+        Where there are any: ``position`` is an embedding to add, ``ngram`` another, called as
+        ``ngram(input_ids, positions=…, cache=…)``, ``embedding_norm`` what normalises their sum, and
+        ``logits_soft_cap`` a bound of the logits. ``ngram`` and ``embedding_norm`` are passed
+        only where the profile sets them.
+        """
