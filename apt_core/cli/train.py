@@ -99,23 +99,30 @@ def train(
     """
     options = [name for parameter in context.command.params for name in parameter.opts]
     overrides = collect_overrides(set_ or (), context.args, options)
-    if not profile:
-        raise ConfigError(
-            Problem("no profile was given", hint="apt-train --profile tiny_debug; see --help")
-        )
-    if resume and resume_from is not None:
-        raise ConfigError(
-            Problem("--resume and --resume-from exclude each other", hint="give one of them")
-        )
-    if json and not dry_run:
-        raise ConfigError(Problem("--json goes with --dry-run"))
-    if verify_resume and (resume or resume_from is not None or dry_run):
-        raise ConfigError(Problem("--verify-resume goes without --resume and --dry-run"))
     inside, rank = place_among_processes()
-    if inside and nproc is not None:
-        raise ConfigError(
-            Problem("torchrun has started the processes already", "--nproc", hint="leave it out")
-        )
+    going_on = resume or resume_from is not None
+    mistakes = (
+        (not profile, "no profile was given", "apt-train --profile tiny_debug; see --help"),
+        (
+            resume and resume_from is not None,
+            "--resume and --resume-from exclude each other",
+            "give one of them",
+        ),
+        (json and not dry_run, "--json goes with --dry-run", ""),
+        (
+            verify_resume and (going_on or dry_run),
+            "--verify-resume goes without --resume and --dry-run",
+            "",
+        ),
+        (
+            inside and nproc is not None,
+            "--nproc: torchrun has started the processes already",
+            "leave it out",
+        ),
+    )
+    problems = [Problem(message, hint=hint) for found, message, hint in mistakes if found]
+    if problems:
+        raise ConfigError(problems)
 
     from rich.console import Console
 

@@ -37,11 +37,15 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
+        device = torch.device(device)
         if self.input_ids.device == device:
             return self
+        ids, targets = self.input_ids, self.targets
+        if device.type == "cuda":  # from other memory a copy waits for the device
+            ids, targets = ids.pin_memory(), targets.pin_memory()
         return Batch(
-            self.input_ids.to(device, non_blocking=True),
-            self.targets.to(device, non_blocking=True),
+            ids.to(device, non_blocking=True),
+            targets.to(device, non_blocking=True),
             self.num_targets,
         )
 

@@ -50,7 +50,7 @@ class BackboneProvider(Provider, ABC):
         """The model around ``blocks``.
 
         Where there are any: ``position`` is an embedding to add, ``ngram`` another, called as
-        ``ngram(input_ids, positions=…, cache=…)``, ``embedding_norm`` what normalises their sum, and
-        ``logits_soft_cap`` a bound of the logits. ``ngram`` and ``embedding_norm`` are passed
-        only where the profile sets them.
+        ``ngram(input_ids, positions=…, cache=…)``, ``embedding_norm`` normalises their sum, and
+        ``logits_soft_cap`` bounds the logits. ``ngram`` and ``embedding_norm`` are passed only
+        where the profile sets them.
         """

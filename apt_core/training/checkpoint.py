@@ -22,7 +22,7 @@ from typing import Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from apt_core.errors import CheckpointError
@@ -46,12 +46,12 @@ TENSOR_KEY = "__tensor__"
 class Snapshot:
     """Everything that a checkpoint holds. ``tensors`` are those of ``model``, ``optimizer``, and
     where there is one ``ema``, by name; they are on the CPU, contiguous and unshared, and each
-    process may hold shards."""
+    process may hold shards. ``state`` is JSON: nothing of a snapshot changes as the run goes on."""
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
     plugins: dict[str, Tensor]
-    state: dict[str, Any]
+    state: str
     profile: str
     manifest: dict[str, Any] = field(default_factory=dict)
 
@@ -78,8 +78,8 @@ def save(
         temporary.mkdir(parents=True)
 
     def complete() -> Path:
-        save_file(snapshot.plugins, temporary / "plugins.safetensors")
-        _write_json(temporary / "state.json", snapshot.state)
+        write_whole(temporary / "plugins", snapshot.plugins)
+        (temporary / "state.json").write_text(snapshot.state, "utf-8", "backslashreplace")
         (temporary / "profile.yaml").write_text(snapshot.profile, encoding="utf-8")
         files = {
             path.relative_to(temporary).as_posix(): _sha256(path) for path in _files(temporary)
@@ -104,9 +104,6 @@ def save(
         for name, tensors in snapshot.tensors.items():
             write_shards(temporary / name, tensors, group)
         return world.from_first(complete, group)
-    except SafetensorError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"{target}: {error}") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -239,8 +236,8 @@ def prune(root: Path, keep_last: int, keep: Path | None = None) -> None:
 def split_tensors(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     """``value`` with each tensor moved into ``tensors`` and a reference left in its place.
 
-    Raises TypeError for anything that is neither JSON nor a tensor, UnicodeError for text that is no
-    Unicode.
+    Raises TypeError for anything that is neither JSON nor a tensor, UnicodeError for text that is
+    no Unicode.
     """
     if isinstance(value, Tensor):
         name = f"{prefix}#{len(tensors)}"

@@ -94,7 +94,10 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            raise explained(error) from error
+            known = explained(error)
+            if known is error:
+                raise
+            raise known from error
         finally:
             dist.destroy_process_group()
 
@@ -252,11 +255,16 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def shard_like(whole: Tensor, like: Tensor) -> Tensor:
+    """``whole``, which all processes have, sharded as ``like`` is."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(
+        whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+    )
+
+
 @torch.no_grad()
 def fill(target: Tensor, whole: Tensor) -> None:
     """Copy ``whole`` into ``target``, of which each process may hold a part."""
-    if isinstance(target, DTensor):
-        whole = distribute_tensor(
-            whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None
-        )
-    target.copy_(whole)
+    target.copy_(shard_like(whole, target))

@@ -28,6 +28,7 @@ class WeightAverage:
         self.values = {name: p.detach().clone() for name, p in parameters.items()}
         self._live = [local_part(p.detach()) for p in parameters.values()]
         self._averages = [local_part(value) for value in self.values.values()]
+        self._exchanged, self._exchanging = 0, False
 
     @torch.no_grad()
     def update(self, step: int, void: bool | Tensor = False) -> None:
@@ -35,24 +36,36 @@ class WeightAverage:
         know alone (0-d, 1.0 or 0.0)."""
         share = 1 - min(self.decay, (1 + step) / (WARMUP + step))
         if isinstance(void, Tensor):
-            weight = share * (1 - void)
-            for average, live in zip(self._averages, self._live, strict=True):
-                average.lerp_(live, weight.to(average.dtype))
+            ahead = torch._foreach_sub(self._live, self._averages)
+            torch._foreach_mul_(ahead, share * (1 - void))
+            torch._foreach_add_(self._averages, ahead)
         elif not void:
             torch._foreach_lerp_(self._averages, self._live, share)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Let the model have the averaged weights inside, and its own again after."""
-        self._exchange()
         try:
+            while self._exchanged < len(self._live):
+                self._exchange(self._exchanged)
+                self._exchanged += 1
             yield
         finally:
-            self._exchange()
+            while self._exchanged:
+                self._exchange(self._exchanged - 1)
+                self._exchanged -= 1
+
+    @property
+    def is_apart(self) -> bool:
+        """Are the weights and their averages where they belong? Not inside :meth:`in_place`, nor
+        after an exchange that was interrupted."""
+        return not self._exchanged and not self._exchanging
 
     @torch.no_grad()
-    def _exchange(self) -> None:
-        for live, average in zip(self._live, self._averages, strict=True):
-            kept: Tensor = live.clone()
-            live.copy_(average)
-            average.copy_(kept)
+    def _exchange(self, index: int) -> None:
+        live, average = self._live[index], self._averages[index]
+        kept = live.clone()  # may run out of memory, and has changed nothing then
+        self._exchanging = True
+        live.copy_(average)
+        average.copy_(kept)
+        self._exchanging = False

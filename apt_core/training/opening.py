@@ -50,9 +50,11 @@ class Opening:
             path = world.from_first(lambda: self._look(config.name))
             if path is not None:
                 restore(trainer, self._found or checkpoint.load(path, verify=False))
+            goes_on = world.from_first(lambda: self._folder is not None)
             places = world.from_first(lambda: self._make(trainer))
             trainer.folder = self._folder or RunFolder(*places, writes=False)
-            trainer.saving = Saving(trainer, trainer.folder, resumed=path is not None)
+            resumed = path is not None and goes_on
+            trainer.saving = Saving(trainer, trainer.folder, resumed=resumed)
             if not world.is_first:
                 backlog.drop()
             file = trainer.folder.log_file if world.is_first else None

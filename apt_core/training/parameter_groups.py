@@ -50,7 +50,7 @@ def parameter_groups(
             key = _Key(lr_scale, decay, matrices[name])
         else:
             if decay is None:
-                decay = weight_decay
+                decay = weight_decay if parameter.ndim >= 2 else 0.0
             scale = scales.get(name, 1.0)
             key = _Key(learning_rate * lr_scale * scale, decay / scale)
         groups.setdefault(key, []).append(parameter)
@@ -71,7 +71,7 @@ def parameter_groups(
                 if id(parameter) in left:
                     add(*left.pop(id(parameter)), lr_scale, decay)
     for name, parameter in left.values():
-        add(name, parameter, 1.0, None if parameter.ndim >= 2 else 0.0)
+        add(name, parameter, 1.0, None)
     return [_group(key, parameters) for key, parameters in groups.items()]
 
 

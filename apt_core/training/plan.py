@@ -51,7 +51,10 @@ def make_plan(kernel: Kernel, world_size: int | None = None) -> dict[str, Any]:
         memory = estimate(footprint, world_size, sharding_of(kernel.config, world_size))
         batch = _batch(kernel, tokenizer, world_size)
     except Exception as error:
-        raise attributed(kernel, error) from error
+        known = attributed(kernel, error)
+        if known is error:
+            raise
+        raise known from error
     return {
         "profile": kernel.config.name,
         "device": str(device),

@@ -129,14 +129,18 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> Parts:
     )
 
 
+OWN_SECTIONS = ("name", "version", "description", "monitoring", "hardware", "debug")
+"""What may differ between the processes of a run."""
+
+
 def _what_decides(
     kernel: Kernel, dtype: torch.dtype | None, data: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What has to be the same in all the processes of a run."""
     config, registry, records = kernel.config, kernel.registry, kernel.manager.records
     return {
-        **{section: config.to_dict()[section] for section in ("model", "training")},
-        "data": {"sha256": data["sha256"]},
+        **{key: part for key, part in config.to_dict().items() if key not in OWN_SECTIONS},
+        "text": {"sha256": data["sha256"]},
         "providers": {row.kind: row.used for row in registry.resolutions.values()},
         "plugins": {r.name: r.version for r in records.values() if r.state == "active"},
         "precision": str(dtype),

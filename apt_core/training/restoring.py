@@ -11,6 +11,7 @@ import torch
 
 from apt_core.errors import CheckpointError, ConfigError, Problem
 from apt_core.failures import short_path
+from apt_core.kernel import NAME_KEYS
 from apt_core.training import checkpoint
 from apt_core.training.checkpoint import Checkpoint
 from apt_core.training.resume import check_resume, saved_profile
@@ -57,7 +58,7 @@ def restore(trainer: Trainer, found: Checkpoint) -> None:
         raise CheckpointError(f"{found.path}: it was trained on another text than the profile's")
     found.tensors("model").read_into(model_tensors(trainer.model), "model")
     load_optimizer(trainer.model, trainer.optimizer, found.tensors("optimizer"))
-    load_optimizer_groups(trainer.optimizer, state["optimizer_groups"])
+    load_optimizer_groups(trainer.model, trainer.optimizer, state["optimizer_groups"])
     if trainer.average is not None:
         found.tensors("ema").read_into(trainer.average.values, "average of the weights")
     trainer.step, trainer.epoch = state["step"], state["epoch"]
@@ -138,5 +139,5 @@ def _check_providers(trainer: Trainer, manifest: Mapping[str, Any]) -> None:
             raise CheckpointError(
                 f"{row['slot']}: the checkpoint was trained with {row['used']!r}, here "
                 f"{used!r} would run; ask for it: "
-                f"--model.{row['slot']}_name {row['used']}"
+                f"--{NAME_KEYS[row['slot']]} {row['used']}"
             )

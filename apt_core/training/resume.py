@@ -20,6 +20,7 @@ FREE_KEYS = (
     # Their product with the number of processes may not differ, which is checked apart.
     "training.batch_size",
     "training.grad_accum_steps",
+    "training.compile",
     "training.max_seconds",
     "training.early_stopping_patience",
     "training.early_stopping_min_delta",

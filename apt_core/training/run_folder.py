@@ -178,7 +178,7 @@ class RunFolder:
             return
         kept = []
         # The last line may have been cut, in the middle of a letter too.
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 row = json.loads(line)
             except ValueError:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
-from apt_core.errors import PluginError, TrainingError
+from apt_core.errors import PluginError, StopTraining, TrainingError
 from apt_core.failures import short_path
 from apt_core.training import checkpoint
 from apt_core.training.checkpoint import Snapshot
@@ -62,6 +65,7 @@ class Saving:
         # A group of its own: a checkpoint is written while the run communicates.
         sharded = self._world.sharding == "fsdp"
         self._group = dist.new_group(backend="gloo") if sharded else None
+        self._mesh = init_device_mesh("cpu", (self._world.size,)) if sharded else None
 
     def save(self) -> None:
         """Take a snapshot of the current position, unless there is a checkpoint of it, and have it
@@ -94,16 +98,16 @@ class Saving:
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, and tell of it."""
-        write, self._write = self._write, None
+        write = self._write
         if write is None:
             return
         try:
-            path = write.future.result()
+            path = write.future.result()  # an interrupt here leaves it to save_in_emergency
         except OSError as error:
-            message = f"the checkpoint of step {write.position[0]} was not written: {error}"
-            self.failures.append(message)
-            log.error("%s; earlier checkpoints are intact and the run goes on", message)
+            self._write = None
+            self._failed(write, error)
             return
+        self._write = None
         self.saved = write.position
         if write.is_best:
             self.best_step = write.position[0]
@@ -113,9 +117,11 @@ class Saving:
             self._trainer.manager.hook.on_checkpoint_saved(path=path, trainer=self._trainer)
 
     def save_last(self) -> None:
-        """Save, and wait for it. Raises TrainingError when it cannot be written."""
-        self.save()
-        self.finish()
+        """Save, and wait for it; a plugin that is told and asks to stop does not keep it from being
+        done. Raises TrainingError when it cannot be written."""
+        for part in (self.finish, self.save, self.finish):
+            with suppress(StopTraining):
+                part()
         if self.saved != self._position():
             raise TrainingError(self.failures[-1])
 
@@ -123,8 +129,11 @@ class Saving:
         """Save before the run dies. Raises OSError."""
         if self._write is not None:
             write, self._write = self._write, None
-            if write.future.exception() is None:
+            error = write.future.exception()
+            if error is None:
                 self.saved = write.position
+            else:
+                self._failed(write, error)
         if self.saved == self._position():
             return
         if self._group is not None and not self._world.all_at(self._here()):
@@ -134,9 +143,15 @@ class Saving:
             )
             return
         if self._world.is_first or self._group is not None:
-            path = self._written(self._snapshot(emergency=True))
+            snapshot = self._snapshot(emergency=True)
+            path = self._thread.submit(self._written, snapshot).result()
             log.info("checkpoint: %s", short_path(str(path)))
             self._prune()
+
+    def _failed(self, write: _Write, error: BaseException) -> None:
+        message = f"the checkpoint of step {write.position[0]} was not written: {error}"
+        self.failures.append(message)
+        log.error("%s; earlier checkpoints are intact and the run goes on", message)
 
     def _here(self) -> str:
         """A name for where this process has come to, in this run."""
@@ -163,33 +178,16 @@ class Saving:
             states, plugin_tensors = {}, {}
         tensors = {}
         if self._world.is_first or self._group is not None:
-            tensors["model"] = copy_to_cpu(model_tensors(trainer.model))
-            tensors["optimizer"] = copy_to_cpu(optimizer_tensors(trainer.model, trainer.optimizer))
+            optimizer = optimizer_tensors(trainer.model, trainer.optimizer)
+            tensors["model"] = copy_to_cpu(model_tensors(trainer.model), self._mesh)
+            tensors["optimizer"] = copy_to_cpu(optimizer, self._mesh)
             if trainer.average is not None:
-                tensors["ema"] = copy_to_cpu(trainer.average.values)
+                tensors["ema"] = copy_to_cpu(trainer.average.values, self._mesh)
         return Snapshot(
             step=trainer.step,
             tensors=tensors,
             plugins=plugin_tensors,
-            state={
-                "step": trainer.step,
-                "epoch": trainer.epoch,
-                "ended_epochs": trainer.ended_epochs,
-                "tokens": trainer.tokens,
-                "windows_per_step": trainer.parts.plan.windows_per_step,
-                "nonfinite_steps": trainer.guard.state(),
-                "start_scores": trainer.start_scores,
-                "scores": trainer.scores,
-                "metrics": trainer.metrics,
-                "stopping": trainer.stopping.state_dict(),
-                "timeline": list(trainer.timeline),
-                "precision": str(trainer.parts.dtype or torch.float32),
-                "data_sha256": trainer.parts.data["sha256"],
-                "plugins": states,
-                "plugin_records": trainer.manager.state_dict(),
-                "optimizer_groups": optimizer_groups(trainer.optimizer),
-                "transforms": [],
-            },
+            state=json.dumps(self._state(states), indent=1, ensure_ascii=False) + "\n",
             profile=trainer.config.to_yaml(),
             manifest={
                 "written": now(),
@@ -198,6 +196,34 @@ class Saving:
                 "plugins": plugin_rows(kernel),
             },
         )
+
+    def _state(self, plugins: dict[str, Any]) -> dict[str, Any]:
+        """Where the run is, as JSON values."""
+        trainer = self._trainer
+        return {
+            "step": trainer.step,
+            "epoch": trainer.epoch,
+            "ended_epochs": trainer.ended_epochs,
+            "tokens": trainer.tokens,
+            "windows_per_step": trainer.parts.plan.windows_per_step,
+            "nonfinite_steps": trainer.guard.state(),
+            "start_scores": trainer.start_scores,
+            "scores": trainer.scores,
+            # A plugin may have put anything into it.
+            "metrics": {
+                name: value
+                for name, value in trainer.metrics.items()
+                if isinstance(name, str) and isinstance(value, bool | int | float | str)
+            },
+            "stopping": trainer.stopping.state_dict(),
+            "timeline": trainer.timeline,
+            "precision": str(trainer.parts.dtype or torch.float32),
+            "data_sha256": trainer.parts.data["sha256"],
+            "plugins": plugins,
+            "plugin_records": trainer.manager.state_dict(),
+            "optimizer_groups": optimizer_groups(trainer.model, trainer.optimizer),
+            "transforms": [],
+        }
 
     def _prune(self) -> None:
         best = None

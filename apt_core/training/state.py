@@ -47,26 +47,35 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
     return tensors
 
 
-def optimizer_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """What an optimizer keeps of each group beside its parameters, as far as it is JSON.
-
-    The rate is left out: it is a function of the position.
-    """
+def optimizer_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What an optimizer keeps of each group, as far as it is JSON: ``parameters``, their names, and
+    ``settings`` but for the rate, which is a function of profile, plugins and position."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [
-        {k: v for k, v in group.items() if k != "lr" and isinstance(v, bool | int | float | str)}
+        {
+            "parameters": [names[id(parameter)] for parameter in group["params"]],
+            "settings": {
+                key: value
+                for key, value in group.items()
+                if key not in ("lr", "initial_lr") and isinstance(value, bool | int | float | str)
+            },
+        }
         for group in optimizer.param_groups
     ]
 
 
-def load_optimizer_groups(optimizer: Optimizer, saved: Sequence[Mapping[str, Any]]) -> None:
-    """Put them back. Raises CheckpointError for another number of groups."""
-    if len(saved) != len(optimizer.param_groups):
+def load_optimizer_groups(
+    model: nn.Module, optimizer: Optimizer, saved: Sequence[Mapping[str, Any]]
+) -> None:
+    """Put them back. Raises CheckpointError for groups of other parameters."""
+    own = optimizer_groups(model, optimizer)
+    if [group["parameters"] for group in own] != [group["parameters"] for group in saved]:
         raise CheckpointError(
-            f"the checkpoint has {len(saved)} parameter groups, here are "
-            f"{len(optimizer.param_groups)}: a plugin that chooses groups came or went"
+            "the checkpoint has other parameter groups: a plugin that chooses groups came, went or "
+            "changed its mind"
         )
     for group, values in zip(optimizer.param_groups, saved, strict=True):
-        group.update(values)
+        group.update(values["settings"])
 
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, saved: SavedTensors) -> None:

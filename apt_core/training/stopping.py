@@ -76,7 +76,7 @@ class Stopping:
 
         Patience does not count a ``final`` one: the run may go on, and would not have had it.
         """
-        if not final:
+        if not final and step != self.judged_step:
             self.judged_step = step
             if loss < self._reference - self._min_delta:
                 self._reference, self._since = loss, 0

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from apt_core.config import Config
 from apt_core.device import autocast, available_memory, cpu_threads, held_memory, is_out_of_memory
 from apt_core.errors import PluginError, StopTraining, TrainingError
+from apt_core.failures import one_line
 from apt_core.kernel import Kernel, boot
 from apt_core.log import keeping_backlog
 from apt_core.modeling.init import seed_of
@@ -267,6 +268,8 @@ class Trainer:
                         output = self.parts.forward(batch.input_ids)
                         summed = cross_entropy_sum(output, batch)
                     for name, term in loss_terms(self, batch, output):
+                        if not batch.num_targets:  # padding, of which a mean may be no number
+                            continue
                         term = batch.num_targets * term
                         summed = summed + term
                         terms[name] = terms.get(name, 0.0) + term.detach()
@@ -367,9 +370,8 @@ class Trainer:
             if status != "interrupted" and self.scores.get("step") != self.step:
                 self._evaluate(everything=True, final=True)
         self._step_log.tell_skipped()
-        with suppress(StopTraining):
-            self._step_log.throughput.pause()
-            self.saving.save_last()
+        self._step_log.throughput.pause()
+        self.saving.save_last()
         sample = ""
         with suppress(StopTraining):
             sample = "" if status == "interrupted" else self._evaluator.sample()
@@ -396,16 +398,20 @@ class Trainer:
         world, device = self.world, self.device
         here = 1 if device.type == "cuda" else world.on_this_machine
         available = max(0, available_memory(device) - self._held) // here
-        advice = out_of_memory_advice(
-            self.kernel, world.size, world.sharding, available, device=device
-        )
+        try:
+            advice = out_of_memory_advice(
+                self.kernel, world.size, world.sharding, available, device=device
+            )
+        except Exception as failure:
+            advice = f"what would fit cannot be told ({one_line(failure)})"
         return TrainingError(f"out of memory {when}: {advice}")
 
     def _die(self, error: BaseException) -> None:
         """The run ends by ``error``: keep what can be kept and tell the plugins."""
         if isinstance(error, KeyboardInterrupt):
             log.warning("interrupted")
-        if not self._updating and self.step > 0:
+        averaging = self.average is not None and not self.average.is_apart
+        if not self._updating and not averaging and self.step > 0:
             try:
                 self.saving.save_in_emergency()
             except Exception as failure:

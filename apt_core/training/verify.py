@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,20 +74,33 @@ def _run(command: Sequence[str]) -> None:
 
 def _run_until(command: Sequence[str], appears: Path) -> None:
     """Run until ``appears`` is there, and then kill every process of it."""
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    ) as process:
-        while not appears.exists():
-            if process.poll() is not None:
-                assert process.stdout is not None
-                raise TrainingError(_failed(process.returncode, process.stdout.read()))
-            time.sleep(POLL_SECONDS)
-        os.killpg(process.pid, signal.SIGKILL)
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as output,
+        subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process,
+    ):
+        try:
+            while not appears.exists():
+                if process.poll() is not None:
+                    output.seek(0)
+                    raise TrainingError(_failed(process.returncode, output.read()))
+                time.sleep(POLL_SECONDS)
+        finally:
+            for pid in [*_descendants(process.pid), process.pid]:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def _descendants(pid: int) -> Iterator[int]:
+    """The processes that ``pid`` has started, and those that these have: torchrun's workers are in
+    sessions of their own. The innermost first."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            # The command's name, in parentheses, may hold anything.
+            parent = path.read_text(errors="replace").rpartition(")")[2].split()[1]
+            if int(parent) == pid:
+                child = int(path.parent.name)
+                yield from _descendants(child)
+                yield child
 
 
 def _failed(code: int, output: str) -> str:
@@ -174,7 +189,7 @@ def _compare_rows(
 def _rows(folder: Path, half: int, steps: int) -> Iterator[tuple[tuple[int, str], dict[str, Any]]]:
     """The rows of steps after ``half``, by step and by whether they are of an evaluation; the whole
     evaluation that ends each part of a run is left out."""
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
         row = json.loads(line)
         if half < row["step"] <= steps:
             kind = "evaluation" if "loss" not in row else "training"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from apt_core import PluginInfo, Priority, hookimpl
 
@@ -34,7 +35,13 @@ class Budget:
         self._written_at, self._seconds = end, end - start
 
 
-budget = Budget(time.perf_counter())
+budgets: WeakKeyDictionary[Any, Budget] = WeakKeyDictionary()
+"""By trainer, for a process may make several runs."""
+
+
+@hookimpl
+def on_training_start(trainer: Any) -> None:
+    budgets[trainer] = Budget(time.perf_counter())
 
 
 def write(trainer: Any) -> None:
@@ -45,12 +52,13 @@ def write(trainer: Any) -> None:
 
     start = time.perf_counter()
     write_report(trainer.output_dir)
-    budget.spent(start, time.perf_counter())
+    if trainer in budgets:
+        budgets[trainer].spent(start, time.perf_counter())
 
 
 @hookimpl(priority=Priority.LAST)
 def on_epoch_end(trainer: Any) -> None:
-    if budget.allows(time.perf_counter()):
+    if trainer in budgets and budgets[trainer].allows(time.perf_counter()):
         write(trainer)
 
 

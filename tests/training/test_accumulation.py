@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from apt_core import hookimpl
-from apt_core.data.batches import IGNORED, cut_windows
+from apt_core.data.batches import IGNORED, BatchPlan, cut_windows
 from apt_core.testing import tiny_run
 
 WINDOWS_PER_STEP, SEQ_LEN = 8, 13
@@ -114,3 +114,22 @@ def test_accumulation_changes_no_gradient_and_no_loss(with_term):
                 )
             loss, mean = run.losses[step]
             assert loss == pytest.approx(mean, rel=1e-6)
+
+
+def test_a_term_of_a_micro_batch_without_targets_counts_nothing(monkeypatch):
+    """Of several processes one may have such a batch; a mean over its targets is no number."""
+
+    class Mean:
+        @hookimpl
+        def apt_loss_terms(self, batch, output):
+            counted = batch.targets != IGNORED
+            return {"mean": output.logits[counted].square().mean()}
+
+    batches = BatchPlan.step_batches
+
+    def padded(self, epoch, index):
+        return [*batches(self, epoch, index), self._padding()]
+
+    plain = tiny_run(Mean(), steps=3)
+    monkeypatch.setattr(BatchPlan, "step_batches", padded)
+    assert tiny_run(Mean(), steps=3).same_weights(plain)

@@ -15,13 +15,14 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from apt_core import hookimpl
-from apt_core.errors import CheckpointError, TrainingError
+from apt_core.errors import CheckpointError, StopTraining, TrainingError
 from apt_core.testing import TINY_PROFILE, tiny_run
 from apt_core.testing.tiny import TEXT
 from apt_core.training import checkpoint
@@ -345,6 +346,53 @@ def test_a_save_waits_for_the_one_before(monkeypatch):
     order = [("end", first), "step-00000001", ("begin", second), ("end", second), "step-00000002"]
     places = [happened.index(what) for what in order]
     assert places == sorted(places)
+
+
+def test_a_plugin_that_stops_when_it_is_told_of_a_checkpoint_does_not_cost_the_last(tmp_path):
+    class Stops:
+        @hookimpl
+        def on_checkpoint_saved(self) -> None:
+            raise StopTraining("enough")
+
+    changes = {**QUIET, "training.save_every_steps": 3, "training.log_every_steps": 10}
+    run = tiny_run(Stops(), steps=5, overrides=changes, output=tmp_path / "run")
+    assert run.result.step == 5
+    assert steps_of(tmp_path / "run" / "checkpoints") == [3, 5]
+
+
+def test_an_interrupt_while_waiting_for_the_writer_leaves_it_alone(tmp_path, monkeypatch):
+    """There is one writer: what it began, it ends, and the run ends after it."""
+    finish, write, at_once = Saving.finish, checkpoint.write_whole, threading.Lock()
+
+    def slow(stem: Path, tensors: Any) -> None:
+        assert at_once.acquire(blocking=False), "two writers"
+        with_time = threading.Event()
+        with_time.wait(0.05)
+        write(stem, tensors)
+        at_once.release()
+
+    class Interrupted:
+        def __init__(self, future: Any) -> None:
+            self.future, self.done = future, future.done
+
+        def result(self) -> Path:
+            self.result = self.future.result
+            raise KeyboardInterrupt
+
+        def exception(self) -> Any:
+            return self.future.exception()
+
+    def interrupted(self: Saving) -> None:
+        if self._write is not None and self._trainer.step == 4:
+            self._write = replace(self._write, future=Interrupted(self._write.future))
+        finish(self)
+
+    monkeypatch.setattr(checkpoint, "write_whole", slow)
+    monkeypatch.setattr(Saving, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(steps=4, overrides=QUIET, output=tmp_path / "run")
+    assert steps_of(tmp_path / "run" / "checkpoints") == [4]
+    checkpoint.newest_intact(tmp_path / "run" / "checkpoints")
 
 
 def test_the_snapshot_is_of_its_moment(tmp_path, monkeypatch):

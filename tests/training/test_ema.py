@@ -142,3 +142,47 @@ def test_a_step_that_is_not_finite_leaves_the_average_finite(tmp_path):
     tiny_run(Poison(), steps=5, overrides=AVERAGED, output=tmp_path / "run")
     averaged = saved_average(tmp_path / "run" / "checkpoints" / "step-00000005")
     assert all(value.isfinite().all() for value in averaged.values())
+
+
+def test_an_exchange_that_fails_halfway_is_undone(monkeypatch):
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 3))
+    average = WeightAverage(model, 0.9)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    live = [parameter.detach().clone() for parameter in model.parameters()]
+    clone, calls = torch.Tensor.clone, []
+
+    def runs_out(tensor: torch.Tensor) -> torch.Tensor:
+        calls.append(tensor)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no memory for a copy")
+        return clone(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "clone", runs_out)
+    with pytest.raises(torch.OutOfMemoryError), average.in_place():
+        pass
+    assert all(map(torch.equal, model.parameters(), live))
+    assert average.is_apart
+
+
+def test_no_checkpoint_is_made_of_weights_that_were_not_put_back(tmp_path, monkeypatch):
+    """An interrupt between the two copies of an exchange cannot be undone."""
+    copy = torch.Tensor.copy_
+
+    def interrupted(target, *arguments):
+        monkeypatch.setattr(torch.Tensor, "copy_", copy)
+        copy(target, *arguments)
+        raise KeyboardInterrupt
+
+    class Interrupts:
+        @hookimpl
+        def on_evaluation_start(self, trainer):
+            if trainer.step == 3:
+                monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+
+    changes = {"training.ema_decay": 0.9, "evaluation.eval_freq": 3, "training.save_every_steps": 2}
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(Interrupts(), steps=6, overrides=changes, output=tmp_path / "run")
+    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved == ["step-00000002"]

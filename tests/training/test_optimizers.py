@@ -160,7 +160,7 @@ def test_rates_of_hidden_matrices_are_the_optimizers_times_what_plugins_ask_for(
     }
     expected = {
         "blocks.0.ffn.up.weight": (0.02, 0.2, True),
-        "blocks.0.ffn_norm.weight": (0.005, 0.1, False),
+        "blocks.0.ffn_norm.weight": (0.005, 0.0, False),
         "blocks.1.ffn.up.weight": (0.04, 0.3, True),
         "blocks.1.ffn.down.weight": (0.04, 0.2, True),
         "blocks.1.ffn_norm.weight": (0.01, 0.0, False),
@@ -338,7 +338,7 @@ def test_the_state_makes_a_resume_exact():
     twin = copy.deepcopy(model)
     resumed = optimizer_of(twin)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    load_optimizer_groups(resumed, optimizer_groups(optimizer))
+    load_optimizer_groups(twin, resumed, optimizer_groups(model, optimizer))
     for network, own in ((model, optimizer), (twin, resumed)):
         for group in own.param_groups:
             group["lr"] /= 2
@@ -383,7 +383,7 @@ def test_muons_defaults_are_the_profiles():
         optimizer_of(model, MuonProvider(config))
         for config in (None, Config.from_dict({}).section("training"))
     )
-    assert optimizer_groups(plain) == optimizer_groups(profile)
+    assert optimizer_groups(model, plain) == optimizer_groups(model, profile)
     group = next(g for g in profile.param_groups if g["hidden_matrices"])
     keys = {"lr" if key == "learning_rate" else key: v for key, v in MuonConfig()}
     assert {key: group[key] for key in keys} == keys

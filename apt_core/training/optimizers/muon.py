@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from apt_core.providers.optimizer import OptimizerProvider
+from apt_core.training.distributed import shard_like, whole_tensor
 from apt_core.training.optimizers.newton_schulz import orthogonalize
 
 MATRICES = "hidden_matrices"
@@ -107,10 +108,10 @@ class Muon(Optimizer):
         if group["nesterov"]:
             updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
         rows, columns = weights[0].shape[-2] // group["stacked"], weights[0].shape[-1]
-        whole = [_whole(update).reshape(-1, rows, columns) for update in updates]
+        whole = [whole_tensor(update).reshape(-1, rows, columns) for update in updates]
         directions = orthogonalize(torch.cat(whole), group["ns_steps"]).to(weights[0].dtype)
         pieces = [
-            _shard(piece.view(weight.shape), weight)
+            shard_like(piece.view(weight.shape), weight)
             for piece, weight in zip(
                 directions.split([len(part) for part in whole]), weights, strict=True
             )
@@ -138,22 +139,6 @@ def _batches(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         count = max(1, BATCH_ELEMENTS // alike[0].numel())
         for start in range(0, len(alike), count):
             yield alike[start : start + count]
-
-
-def _whole(tensor: Any) -> Tensor:
-    """``tensor``, gathered from all processes if it is sharded."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _shard(whole: Tensor, like: Any) -> Tensor:
-    """What this process keeps of ``whole``, which all processes have, as ``like`` is sharded."""
-    if not hasattr(like, "full_tensor"):
-        return whole
-    from torch.distributed.tensor import DTensor, Replicate
-
-    everywhere = [Replicate()] * like.device_mesh.ndim
-    replicated = DTensor.from_local(whole, like.device_mesh, everywhere, run_check=False)
-    return replicated.redistribute(placements=like.placements)
 
 
 class MuonProvider(OptimizerProvider):

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,13 @@ from apt_plugins.report.page import build_report
 
 REPORT = "apt_plugins.report.plugin"
 ROOT = Path(__file__).parents[3]
+
+
+class Run:
+    """What the plugin uses of a trainer."""
+
+    def __init__(self, output_dir, rank=0):
+        self.output_dir, self.rank = output_dir, rank
 
 
 def test_a_run_with_the_plugin_leaves_its_page(tmp_path):
@@ -61,7 +67,7 @@ def test_a_report_that_fails_does_not_fail_the_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_only_the_main_process_writes(make_run, rank):
     folder = make_run()
-    plugin.on_training_end(trainer=types.SimpleNamespace(rank=rank, output_dir=folder))
+    plugin.on_training_end(trainer=Run(folder, rank))
     assert (folder / "report.html").exists() == (rank == 0)
 
 
@@ -76,11 +82,11 @@ def test_pages_in_mid_run_cost_at_most_a_hundredth_of_the_time():
 
 def test_an_epochs_end_writes_when_the_budget_allows_it(make_run, monkeypatch):
     folder = make_run()
-    trainer = types.SimpleNamespace(rank=0, output_dir=folder)
-    monkeypatch.setattr(plugin, "budget", plugin.Budget(now=float("inf")))
+    trainer = Run(folder)
+    monkeypatch.setitem(plugin.budgets, trainer, plugin.Budget(now=float("inf")))
     plugin.on_epoch_end(trainer=trainer)
     assert not (folder / "report.html").exists()
-    monkeypatch.setattr(plugin, "budget", plugin.Budget(now=float("-inf")))
+    monkeypatch.setitem(plugin.budgets, trainer, plugin.Budget(now=float("-inf")))
     plugin.on_epoch_end(trainer=trainer)
     assert (folder / "report.html").exists()
 
