@@ -253,7 +253,9 @@ def apt_loss_terms(trainer: Any, batch: Any, output: ModelOutput) -> Mapping[str
     the step's target tokens, and logged as ``loss/<plugin>.<name>``.
     Raising, or returning anything else: the plugin is quarantined and the step goes on without it;
     in a run of several processes it is fatal, since they would no longer train on the same loss.
-    Ranks: every one adds its terms for its own micro-batches; they all count.
+    Ranks: every one adds its terms for its own micro-batches; they all count, but for those of a
+    micro-batch that is all padding (``batch.num_targets`` is 0), which some ranks get in the last
+    step of an epoch.
 
     Example::
 

@@ -71,7 +71,7 @@ class Shape:
 
 
 TINY = Shape("One layer", 1, 1, 32, batch_size=2, length=32, turn=20, rounds=600)
-NANO = Shape("nanoGPT's shape for CPUs", 4, 4, 128, batch_size=12, length=64, turn=10, rounds=100)
+NANO = Shape("nanoGPT's shape for CPUs", 4, 4, 128, batch_size=12, length=64, turn=10, rounds=50)
 SHAPES = {"tiny": TINY, "nano": NANO}
 WARMUP = 3
 """Rounds that are not counted."""

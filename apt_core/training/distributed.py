@@ -123,7 +123,7 @@ class World:
         devices = [device] if device.type == "cuda" else None
         # Buffers are functions of the settings (RoPE's tables), the same in every process.
         return DistributedDataParallel(
-            model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+            model, device_ids=devices, gradient_as_bucket_view=True, forward_sync_buffers=False
         )
 
     def sum_gradients_in_backward(self, model: nn.Module, forward: nn.Module, *, now: bool) -> None:

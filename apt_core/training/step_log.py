@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("apt.training")
 
+MEMORY_SECONDS = 1.0
+"""Asking the system takes it up to half a millisecond."""
+
 MAX_DUMPS = 20
 """Of how many non-finite steps the batch is written down."""
 
@@ -34,6 +38,7 @@ class StepLog:
         self.throughput = Throughput()
         cost = model_cost(trainer.kernel)
         self._flops_per_token = cost.flops_per_token
+        self._memory, self._memory_due = 0.0, 0.0
         self._peak_flops = 0.0
 
     def begin(self) -> None:
@@ -113,12 +118,20 @@ class StepLog:
                 self._dump(step)
         return skipped, in_a_row
 
+    def _memory_mb(self) -> float:
+        """The peak so far, at most MEMORY_SECONDS old."""
+        now = time.monotonic()
+        if now >= self._memory_due:
+            self._memory_due = now + MEMORY_SECONDS
+            self._memory = round(peak_memory_bytes(self._trainer.device) / 2**20, 1)
+        return self._memory
+
     def figures(self) -> dict[str, float]:
         """Of this part of the run as a whole: speed, memory, and what went wrong."""
         trainer = self._trainer
         figures = {
             "tokens_per_s": round(self.throughput.overall(), 1),
-            "memory_mb": round(peak_memory_bytes(trainer.device) / 2**20, 1),
+            "memory_mb": self._memory_mb(),
         }
         counts = {
             "skipped_steps": trainer.guard.known,
@@ -137,7 +150,7 @@ class StepLog:
             )
             used = self._flops_per_token * tokens_per_s / trainer.world_size
             row["mfu"] = float(f"{used / self._peak_flops:.3g}")
-        row["memory_mb"] = round(peak_memory_bytes(trainer.device) / 2**20, 1)
+        row["memory_mb"] = self._memory_mb()
         for part, milliseconds in trainer.clock.read().items():
             row[f"time/{part}_ms"] = round(milliseconds, 3)
         for plugin, seconds in trainer.manager.take_call_seconds().items():

@@ -29,10 +29,10 @@ def test_a_run_goes_through_the_whole_life_cycle() -> None:
         "on_step_end",
         "on_metrics",
         "on_epoch_end",
-        "on_checkpoint_saved",
         "on_epoch_start",
-        "on_training_end",
+        "on_checkpoint_saved",
         "on_generation_end",
+        "on_training_end",
     )
     assert run.result.status == "finished" and run.result.epoch == 2
     assert recorder.count("on_step_end") == run.result.step > 10

@@ -213,7 +213,7 @@ def test_the_best_checkpoint_is_kept(tmp_path):
 def test_a_full_disk_costs_one_checkpoint(tmp_path, monkeypatch, caplog):
     from apt_core.training import checkpoint
 
-    write, calls = checkpoint.save_file, []
+    write, calls = checkpoint.write_whole, []
 
     def full(tensors, path):
         calls.append(path)
@@ -221,7 +221,7 @@ def test_a_full_disk_costs_one_checkpoint(tmp_path, monkeypatch, caplog):
             raise OSError(errno.ENOSPC, "No space left on device")
         write(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_whole", full)
     run = tiny_run(output=tmp_path / "run")
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["step-00000024"]
@@ -234,7 +234,7 @@ def test_a_final_checkpoint_that_cannot_be_written_fails_the_run(tmp_path, monke
     def full(tensors, path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_whole", full)
     with pytest.raises(TrainingError, match="No space left"):
         tiny_run(output=tmp_path / "run", steps=2)
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
