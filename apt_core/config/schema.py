@@ -492,6 +492,11 @@ class Config(Section):
         config._plugin_sections = {**self._plugin_sections, **sections}
         return config
 
+    @property
+    def seq_len(self) -> int:
+        """The tokens of a training sequence."""
+        return self.data.max_length or self.model.max_seq_len
+
     def section(self, path: str) -> BaseModel | None:
         """The section at a dotted path (``"model.moe"``), a plugin's or the core's, or None."""
         if path in self._plugin_sections:

@@ -100,7 +100,7 @@ def model_cost(kernel: Kernel) -> ModelCost:
     registry resolved, and what one of them cannot tell is a note that names it."""
     config, model = kernel.config, kernel.config.model
     registry = kernel.registry
-    seq_len = config.data.max_length or model.max_seq_len
+    seq_len = config.seq_len
     counts = count_parameters(config, registry)
     notes: list[str] = []
 

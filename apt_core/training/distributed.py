@@ -71,8 +71,7 @@ class World:
             ) from None
         if size == 1:
             return cls()
-        asked = config.hardware.distributed
-        return cls(rank, size, local_rank, here, "fsdp" if asked == "fsdp" else "ddp")
+        return cls(rank, size, local_rank, here, sharding_of(config, size))
 
     @property
     def is_first(self) -> bool:
@@ -218,6 +217,13 @@ class World:
 
 
 ALONE = World()
+
+
+def sharding_of(config: Config, world_size: int) -> Sharding:
+    """How a run of so many processes divides the model."""
+    if world_size == 1:
+        return "none"
+    return "fsdp" if config.hardware.distributed == "fsdp" else "ddp"
 
 
 def shared_store() -> dist.TCPStore:

@@ -142,7 +142,7 @@ class Footprint:
         config = self.config
         dtype = autocast_dtype(config.training.mixed_precision, self.device, config.model.d_model)
         with CountedAllocations() as counted:
-            ids = torch.zeros(batch_size, sequence_length(config), dtype=torch.int64)
+            ids = torch.zeros(batch_size, config.seq_len, dtype=torch.int64)
             with autocast(CPU, dtype):
                 output = model(ids)
                 loss = cross_entropy_sum(output, Batch(ids, ids, ids.numel())) / ids.numel()
@@ -208,11 +208,6 @@ def _fake_like(tensor: Tensor) -> Tensor:
     if tensor.requires_grad:
         parameter.grad = torch.empty_like(fake)
     return parameter
-
-
-def sequence_length(config: Config) -> int:
-    """The tokens of a training sequence."""
-    return config.data.max_length or config.model.max_seq_len
 
 
 def measured_depths(num_layers: int, period: int) -> tuple[int, ...]:

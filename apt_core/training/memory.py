@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from apt_core.config import Config
 from apt_core.kernel import Kernel
 from apt_core.training.distributed import Sharding, local_part
-from apt_core.training.footprint import Footprint, Weights, sequence_length
+from apt_core.training.footprint import Footprint, Weights
 
 MOST_PROCESSES = 1024
 
@@ -181,7 +180,7 @@ def _beyond_the_batch(
 ) -> str:
     """What helps where a smaller micro-batch does not."""
     alone = estimate(footprint, world_size, sharding, batch_size=1)
-    options = ["a smaller model", f"a data.max_length below {sequence_length(footprint.config)}"]
+    options = ["a smaller model", f"a data.max_length below {footprint.config.seq_len}"]
     count = 2
     while count <= MOST_PROCESSES:
         sharded = estimate(footprint, count, "fsdp", batch_size=1)
@@ -202,13 +201,6 @@ def own_memory(model: nn.Module) -> int:
     """Bytes of the parameters and buffers that this process holds of ``model``."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum(local_part(tensor.detach()).nbytes for tensor in tensors)
-
-
-def sharding_of(config: Config, world_size: int) -> Sharding:
-    """How a run of so many processes divides the model."""
-    if world_size == 1:
-        return "none"
-    return "fsdp" if config.hardware.distributed == "fsdp" else "ddp"
 
 
 def gib(count: int) -> str:

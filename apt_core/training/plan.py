@@ -15,9 +15,10 @@ from apt_core.kernel import Kernel
 from apt_core.providers.tokenizer import TokenizerProvider
 from apt_core.training.blame import attributed
 from apt_core.training.costs import ModelCost, model_cost, support_notices
-from apt_core.training.footprint import Footprint, sequence_length
+from apt_core.training.distributed import sharding_of
+from apt_core.training.footprint import Footprint
 from apt_core.training.manifest import plugin_rows
-from apt_core.training.memory import MemoryEstimate, estimate, sharding_of
+from apt_core.training.memory import MemoryEstimate, estimate
 from apt_core.training.plan_text import print_plan
 from apt_core.training.prepare import build_tokenizer, settle_device
 
@@ -99,7 +100,7 @@ def processes(config: Config) -> int:
 def _batch(kernel: Kernel, tokenizer: TokenizerProvider, world_size: int) -> dict[str, Any]:
     """What one optimizer step takes, and how many make an epoch."""
     config, training = kernel.config, kernel.config.training
-    length = sequence_length(config)
+    length = config.seq_len
     sequences = training.batch_size * training.grad_accum_steps * world_size
     windows = _windows(kernel, tokenizer, length)
     return {

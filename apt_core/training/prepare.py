@@ -47,7 +47,7 @@ def num_threads(config: Config) -> int | None:
     since results depend on it in their last bits."""
     if config.hardware.num_threads is not None:
         return config.hardware.num_threads
-    model, length = config.model, config.data.max_length or config.model.max_seq_len
+    model, length = config.model, config.seq_len
     work = config.training.batch_size * length * model.d_model * model.d_ff
     return 1 if work < ONE_THREAD_BELOW else None
 
@@ -245,7 +245,7 @@ def _data(
     val_tokens = tokenize(tokenizer, loaded.val)
     plan = BatchPlan(
         tokens,
-        seq_len=config.data.max_length or config.model.max_seq_len,
+        seq_len=config.seq_len,
         batch_size=config.training.batch_size,
         grad_accum_steps=config.training.grad_accum_steps,
         seed=config.training.seed,

@@ -20,6 +20,7 @@ from apt_core.kernel import Kernel, boot
 from apt_core.modeling import ModelBuilder
 from apt_core.modeling.layers import SwiGLUProvider
 from apt_core.plugin_manager import PluginManager
+from apt_core.training.distributed import sharding_of
 from apt_core.training.footprint import CountedAllocations, Footprint
 from apt_core.training.loss import cross_entropy_sum
 from apt_core.training.memory import (
@@ -27,7 +28,6 @@ from apt_core.training.memory import (
     fitting_batch,
     memory_per_rank,
     out_of_memory_advice,
-    sharding_of,
 )
 
 CPU = torch.device("cpu")
