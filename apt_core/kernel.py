@@ -203,15 +203,6 @@ class _Boot:
             self.sections += declared.sections
             for section in declared.sections:
                 self.params.update(dict.fromkeys(section.schedule_params, name))
-            if self.manager.implements(name, "apt_transform_model"):
-                self.problems.append(
-                    Problem(
-                        "it implements apt_transform_model, which this version does not apply",
-                        key=f"plugin {name}",
-                        where=wanted.where,
-                        hint=f"leave it out with --plugin no:{name}",
-                    )
-                )
             return
         # Its sections and schedules are not judged: the one problem is the plugin.
         self.left_out[name] = f"plugin {name} is broken"
@@ -257,6 +248,7 @@ class _Boot:
             params=self.params,
             blocked={**self.left_out, **inert_params},
             lenient=lenient,
+            permanent=[n for n in names if self.manager.implements(n, "apt_transform_model")],
         )
         self.problems += problems
         inactive += more

@@ -28,6 +28,9 @@ from apt_core.validation import check_plugin_object, implementation_options, plu
 
 log = logging.getLogger("apt.plugins")
 
+JUDGES = ("apt_configure", "apt_transform_model")
+"""Hooks in which a ConfigError is no failure of the plugin but bad input."""
+
 
 class PluginManager(pluggy.PluginManager):
     """Registers plugins and calls their hooks.
@@ -373,7 +376,7 @@ class PluginManager(pluggy.PluginManager):
             raise error
 
     def _failed(self, call: Call, error: BaseException) -> None:
-        if call.hook == "apt_configure" and isinstance(error, ConfigError):
+        if call.hook in JUDGES and isinstance(error, ConfigError):
             raise ConfigError(
                 [replace(p, message=f"plugin {call.plugin}: {p.message}") for p in error.problems]
             ) from error

@@ -24,18 +24,20 @@ def check_schedules(
     params: Mapping[str, str],
     blocked: Mapping[str, str],
     lenient: bool = False,
+    permanent: Collection[str] = (),
 ) -> tuple[list[Problem], list[InactiveKey]]:
     """Problems, and keys that do nothing.
 
     ``plugins`` are the active ones, ``params`` maps each declared parameter to its plugin,
     ``blocked`` maps plugins that were left out (and parameters of theirs) to the reason. With
     ``lenient``, one of those could not be asked what it declares, so that an undeclared parameter
-    may be its. ``config`` may be None where the profile has other problems.
+    may be its. ``permanent`` are plugins that change the structure of the model, which cannot be
+    taken back. ``config`` may be None where the profile has other problems.
     """
     entries = source.get("schedules")
     if not isinstance(entries, dict):
         return [], []
-    check = _Check(config, source, plugins, params, blocked, lenient)
+    check = _Check(config, source, plugins, params, blocked, lenient, permanent)
     switches = {
         key: switch for key, value in entries.items() if (switch := read_switch(key, value))
     }
@@ -55,6 +57,7 @@ class _Check:
     params: Mapping[str, str]
     blocked: Mapping[str, str]
     lenient: bool
+    permanent: Collection[str]
     problems: list[Problem] = field(default_factory=list)
     inactive: list[InactiveKey] = field(default_factory=list)
 
@@ -73,6 +76,12 @@ class _Check:
                 switch.key,
                 f"set model.{switch.plugin}.enabled to true (it then means: from that moment), or "
                 "take this key out",
+            )
+        if not switch.enables and switch.plugin in self.permanent:
+            self.problem(
+                f"{switch.plugin} changes the structure of the model, which cannot be taken back",
+                switch.key,
+                f"take this key out, or leave the plugin out: --plugin no:{switch.plugin}",
             )
         self.within_run(switch)
 

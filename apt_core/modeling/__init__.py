@@ -15,10 +15,13 @@ from apt_core.modeling.masks import (
     padding_positions,
 )
 from apt_core.modeling.probe import probe_layer
+from apt_core.modeling.transforms import Carried, ModelTransform
 
 __all__ = [
+    "Carried",
     "KeyValueCache",
     "ModelBuilder",
+    "ModelTransform",
     "construction_rng",
     "document_mask",
     "document_positions",

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -68,8 +68,10 @@ def construction_rng(seed: int, name: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def initialize_parameters(model: nn.Module, seed: int, *, num_layers: int = 1) -> None:
-    """Give every parameter of ``model`` its initial value, in place.
+def initialize_parameters(
+    model: nn.Module, seed: int, *, num_layers: int = 1, only: Collection[str] | None = None
+) -> None:
+    """Give every parameter of ``model``, or those that ``only`` names, its initial value, in place.
 
     ``num_layers`` is the depth by which outputs into the residual stream are scaled down.
     Parameters on the meta device are left alone.
@@ -80,7 +82,7 @@ def initialize_parameters(model: nn.Module, seed: int, *, num_layers: int = 1) -
         if reset_buffers is not None:
             reset_buffers()
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+        if parameter.is_meta or (only is not None and name not in only):
             continue
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         value = torch.empty(parameter.shape, dtype=dtype, device="cpu")

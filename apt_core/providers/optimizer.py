@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from apt_core.providers.base import Provider
@@ -16,10 +16,18 @@ class OptimizerProvider(Provider, ABC):
     """Builds the optimizer of a run.
 
     One that treats hidden matrices (those that map one hidden vector to another, not embeddings or
-    the output head) in a way of its own sets ``separates_matrices``.
+    the output head) in a way of its own sets ``separates_matrices``. ``moments`` says which state
+    of a parameter, by name, is of the size of its gradient (1) or of the gradient's square (2): so
+    that it can be carried over when a plugin changes the structure of the model.
     """
 
     separates_matrices: ClassVar[bool] = False
+    moments: ClassVar[Mapping[str, int]] = {
+        "exp_avg": 1,
+        "momentum_buffer": 1,
+        "exp_avg_sq": 2,
+        "max_exp_avg_sq": 2,
+    }
 
     @abstractmethod
     def create(

@@ -1,11 +1,12 @@
 """Checkpoints: a folder of safetensors and JSON that is complete or does not exist.
 
 ``step-00001234/`` holds ``model.safetensors``, ``optimizer.safetensors`` (keyed by parameter
-name), ``ema.safetensors`` where there is an average of the weights (a sharded run has folders of
-shards in place of these), ``plugins.safetensors``, ``state.json``, ``profile.yaml`` and
-``manifest.json`` with the sha256 of each file and of what it says itself. It is written under a
-temporary name, fsynced, and renamed; without its manifest, or with a file that does not match it,
-it is not used. Nothing in it can run code.
+name), ``ema.safetensors`` where there is an average of the weights, ``average-N.safetensors`` for
+those that plugins keep (a sharded run has folders of shards in place of these),
+``plugins.safetensors``, ``state.json``, ``profile.yaml`` and ``manifest.json`` with the sha256 of
+each file and of what it says itself. It is written under a temporary name, fsynced, and renamed;
+without its manifest, or with a file that does not match it, it is not used. Nothing in it can run
+code.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ PREFIX = "step-"
 STATE_KEYS = {
     "step", "epoch", "ended_epochs", "tokens", "nonfinite_steps", "start_scores", "scores",
     "metrics", "windows_per_step", "stopping", "timeline", "precision", "data_sha256", "plugins",
-    "plugin_records", "optimizer_groups", "transforms",
+    "plugin_records", "optimizer_groups", "transforms", "averages",
 }  # fmt: skip
 TENSOR_KEY = "__tensor__"
 """Stands, in the JSON of a plugin's state, for a tensor in ``plugins.safetensors``."""
@@ -44,9 +45,10 @@ TENSOR_KEY = "__tensor__"
 
 @dataclass
 class Snapshot:
-    """Everything that a checkpoint holds. ``tensors`` are those of ``model``, ``optimizer``, and
-    where there is one ``ema``, by name; they are on the CPU, contiguous and unshared, and each
-    process may hold shards. ``state`` is JSON: nothing of a snapshot changes as the run goes on."""
+    """Everything that a checkpoint holds. ``tensors`` are those of ``model``, ``optimizer`` and, as
+    there are any, ``ema`` and ``average-N``, by name; they are on the CPU, contiguous and unshared,
+    and each process may hold shards. ``state`` is JSON: nothing of a snapshot changes as the run
+    goes on."""
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
@@ -147,7 +149,7 @@ class Checkpoint:
     manifest: dict[str, Any]
 
     def tensors(self, name: str) -> SavedTensors:
-        """Those of ``model``, ``optimizer`` or ``ema``. Raises CheckpointError."""
+        """Those of ``model``, ``optimizer``, ``ema`` or ``average-N``. Raises CheckpointError."""
         return SavedTensors(self.path / name)
 
 

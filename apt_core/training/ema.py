@@ -1,46 +1,82 @@
-"""An exponential moving average of the weights."""
+"""Exponential moving averages of the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.func import functional_call
 
 from apt_core.training.distributed import local_part
+from apt_core.types import ModelOutput
 
 WARMUP = 10
-"""The average begins short, as long as there is little to average: its decay is at most
-(1 + step) / (WARMUP + step)."""
+"""An average with a warm-up begins short, as long as there is little to average: its decay is at
+most (1 + step) / (WARMUP + step)."""
 
 
 class WeightAverage:
     """``values`` [name] follow the parameters of ``model`` with ``decay`` a step.
 
-    Parameters that are sharded are averaged where they lie.
+    It starts with a copy of the weights, or with ``values``, which then are its own. Parameters
+    that are sharded are averaged where they lie. ``decay`` may be set before any step.
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: float,
+        *,
+        warmup: bool = True,
+        values: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.decay, self.warmup = decay, warmup
+        self._model = model
         parameters = dict(model.named_parameters())
-        self.values = {name: p.detach().clone() for name, p in parameters.items()}
+        self.values: Mapping[str, Tensor] = (
+            {name: p.detach().clone() for name, p in parameters.items()}
+            if values is None
+            else values
+        )
         self._live = [local_part(p.detach()) for p in parameters.values()]
-        self._averages = [local_part(value) for value in self.values.values()]
+        self._averages = [local_part(self.values[name]) for name in parameters]
         self._exchanged, self._exchanging = 0, False
 
     @torch.no_grad()
     def update(self, step: int, void: bool | Tensor = False) -> None:
         """Take the weights after ``step`` in, unless the step was ``void``, of which the device may
         know alone (0-d, 1.0 or 0.0)."""
-        share = 1 - min(self.decay, (1 + step) / (WARMUP + step))
+        decay = min(self.decay, (1 + step) / (WARMUP + step)) if self.warmup else self.decay
+        share = 1 - decay
         if isinstance(void, Tensor):
             ahead = torch._foreach_sub(self._live, self._averages)
             torch._foreach_mul_(ahead, share * (1 - void))
             torch._foreach_add_(self._averages, ahead)
         elif not void:
             torch._foreach_lerp_(self._averages, self._live, share)
+
+    @torch.no_grad()
+    def output(self, input_ids: Tensor) -> ModelOutput:
+        """What the model gives for ``input_ids`` [B, T] with the averaged weights, in eval mode;
+        the weights themselves and what a backward of theirs needs are left alone."""
+        model, training = self._model, self._model.training
+        model.eval()
+        try:
+            if not isinstance(model, FSDPModule):
+                return functional_call(model, dict(self.values), (input_ids,))
+            # Its forward gathers what lies in the shards.
+            model.reshard()
+            with self.in_place():
+                try:
+                    return model(input_ids)
+                finally:
+                    model.reshard()
+        finally:
+            model.train(training)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -21,17 +21,22 @@ class Enabling:
         self._told: set[str] = set()
 
     def announce(self) -> None:
-        """Put plugins with a schedule to sleep and tell of those that are enabled at the start."""
+        """Put plugins with a schedule to sleep, but for those that a resumed run had enabled, and
+        tell of those that are enabled at the start."""
         active = [r.name for r in self.manager.records.values() if r.state == "active"]
         with_schedule = {boundary.plugin for boundary in self.trainer.schedule.boundaries()}
         self.scheduled = [name for name in active if name in with_schedule]
+        enabled_before = [name for name in self.scheduled if self._last_event(name) == "enabled"]
         for name in self.scheduled:
-            self.manager.set_state(name, "dormant", "waits for its schedule")
+            if name not in enabled_before:
+                self.manager.set_state(name, "dormant", "waits for its schedule")
         self.manager.step = self.trainer.step
         for name in active:
-            if name not in with_schedule:
+            known = name in enabled_before
+            if known or (name not in with_schedule and self.trainer.switching.switch(name)):
                 self.manager.hook.on_plugin_enabled(plugin=name, trainer=self.trainer)
-        self.enable_due()
+        if self.trainer.step == 0:  # else what is due next is so for the step that comes
+            self.enable_due()
 
     def enable_due(self) -> None:
         """Enable and disable what the schedule says for the step that comes next."""
@@ -42,7 +47,7 @@ class Enabling:
             due = trainer.schedule.should_enable_plugin(
                 name, epoch=epoch, step=step, tokens=trainer.tokens
             )
-            if due and state == "dormant":
+            if due and state == "dormant" and trainer.switching.switch(name):
                 self.manager.set_state(name, "active")
                 self._note(name, "enabled", epoch, step)
                 self.manager.hook.on_plugin_enabled(plugin=name, trainer=trainer)
@@ -76,8 +81,10 @@ class Enabling:
 
     def _note(self, plugin: str, event: str, epoch: int, step: int) -> None:
         log.info("%s %s (epoch %d, step %d)", event, plugin, epoch, step)
-        timeline = self.trainer.timeline
-        earlier = [entry["event"] for entry in timeline if entry["plugin"] == plugin]
-        # A resume enables again what was enabled before.
-        if event not in earlier[-1:]:
-            timeline.append({"plugin": plugin, "event": event, "epoch": epoch, "step": step})
+        self.trainer.timeline.append(
+            {"plugin": plugin, "event": event, "epoch": epoch, "step": step}
+        )
+
+    def _last_event(self, plugin: str) -> str:
+        events = [entry["event"] for entry in self.trainer.timeline if entry["plugin"] == plugin]
+        return events[-1] if events else ""

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from apt_core.data.batches import EvaluationPlan
+from apt_core.data.batches import Batch, EvaluationPlan
 from apt_core.evaluation.quick_eval import BatchScore, score_batches, summarize
 from apt_core.inference.generator import generate
 from apt_core.types import GenerationRequest
@@ -71,6 +71,10 @@ class Evaluator:
         scores["val_tokens"] = sum(score.num_targets for score in every)
         return Evaluation(scores, watched["val_loss"])
 
+    def fixed_batch(self) -> Batch:
+        """A batch of held-out text, the same in every process and all through the run."""
+        return self._plan.batch(self._watched[0])
+
     def sample(self) -> str:
         """The continuation of the profile's prompt, or nothing where none is wanted."""
         trainer, settings = self._trainer, self._trainer.config.evaluation
@@ -98,7 +102,7 @@ class Evaluator:
     def _weights(self) -> Iterator[None]:
         """The weights to evaluate with, while the context lasts."""
         trainer = self._trainer
-        with nullcontext() if trainer.average is None else trainer.average.in_place():
+        with nullcontext() if trainer.ema is None else trainer.ema.in_place():
             try:
                 yield
             finally:

@@ -25,6 +25,7 @@ def write_manifest(trainer: Trainer, status: str, **entries: Any) -> None:
         providers=[row.row() for row in kernel.registry.resolutions.values()],
         plugins=plugin_rows(kernel),
         timeline=trainer.timeline,
+        switches=trainer.switching.switches,
         inactive_keys=[{"key": k.key, "reason": k.reason} for k in kernel.inactive],
         step=trainer.step,
         failed_checkpoints=trainer.saving.failures,

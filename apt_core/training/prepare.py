@@ -32,6 +32,7 @@ from apt_core.training.distributed import ALONE, World
 from apt_core.training.parameter_groups import parameter_groups
 from apt_core.training.peak import measured_peak_flops
 from apt_core.training.run_folder import versions
+from apt_core.training.structure import rehearse
 
 log = logging.getLogger("apt.training")
 
@@ -92,28 +93,13 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> Parts:
     # Before the model takes its memory.
     measured_peak_flops(device, dtype or torch.float32)
     tokenizer, plan, val_tokens, bytes_per_token, data = _data(kernel, world)
+    rehearse(kernel)
     model = ModelBuilder(config, registry).build_model()
     world.shard(model, device)
     model.to(device)
     kernel.notices += support_notices(kernel, device)
-    provider: OptimizerProvider = registry.get("optimizer", training.optimizer_name)
-    groups = parameter_groups(
-        model,
-        kernel.manager,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-        scales=learning_rate_scales(
-            model, config.model.d_model if training.scale_lr_by_width else None
-        ),
-        separate_matrices=getattr(provider, "separates_matrices", False),
-    )
-    optimizer = provider.create(
-        groups, learning_rate=training.learning_rate, weight_decay=training.weight_decay
-    )
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
+    optimizer = build_optimizer(kernel, model)
     world.require_alike(_what_decides(kernel, dtype, data))
-    forward = world.replicate(model, device)
     return Parts(
         device=device,
         dtype=dtype,
@@ -123,10 +109,39 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> Parts:
         bytes_per_token=bytes_per_token,
         data=data,
         model=model,
-        forward=torch.compile(forward) if training.compile else forward,
+        forward=loop_forward(kernel, model, device, world),
         optimizer=optimizer,
         lr_schedule=registry.get("lr_schedule", training.lr_schedule_name),
     )
+
+
+def build_optimizer(kernel: Kernel, model: nn.Module) -> Optimizer:
+    """The profile's optimizer of ``model``, whose groups keep their peak rate as ``initial_lr``."""
+    training = kernel.config.training
+    provider: OptimizerProvider = kernel.registry.get("optimizer", training.optimizer_name)
+    groups = parameter_groups(
+        model,
+        kernel.manager,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        scales=learning_rate_scales(
+            model, kernel.config.model.d_model if training.scale_lr_by_width else None
+        ),
+        separate_matrices=getattr(provider, "separates_matrices", False),
+    )
+    optimizer = provider.create(
+        groups, learning_rate=training.learning_rate, weight_decay=training.weight_decay
+    )
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+def loop_forward(kernel: Kernel, model: nn.Module, device: torch.device, world: World) -> nn.Module:
+    """What the loop calls: ``model``, under DDP in a run that replicates it, compiled where the
+    profile asks for it."""
+    forward = world.replicate(model, device)
+    return torch.compile(forward) if kernel.config.training.compile else forward
 
 
 OWN_SECTIONS = ("name", "version", "description", "monitoring", "hardware", "debug")

@@ -56,11 +56,13 @@ def restore(trainer: Trainer, found: Checkpoint) -> None:
     _check_providers(trainer, found.manifest)
     if state["data_sha256"] != trainer.parts.data["sha256"]:
         raise CheckpointError(f"{found.path}: it was trained on another text than the profile's")
+    trainer.switching.replay(state["transforms"])
     found.tensors("model").read_into(model_tensors(trainer.model), "model")
     load_optimizer(trainer.model, trainer.optimizer, found.tensors("optimizer"))
     load_optimizer_groups(trainer.model, trainer.optimizer, state["optimizer_groups"])
-    if trainer.average is not None:
-        found.tensors("ema").read_into(trainer.average.values, "average of the weights")
+    if trainer.ema is not None:
+        found.tensors("ema").read_into(trainer.ema.values, "average of the weights")
+    _restore_averages(trainer, found)
     trainer.step, trainer.epoch = state["step"], state["epoch"]
     trainer.tokens, trainer.ended_epochs = state["tokens"], state["ended_epochs"]
     trainer.start_scores, trainer.scores = state["start_scores"], state["scores"]
@@ -78,6 +80,17 @@ def restore(trainer: Trainer, found: Checkpoint) -> None:
         for r in kernel.manager.records.values()
         if r.state == "quarantined"
     ]
+
+
+def _restore_averages(trainer: Trainer, found: Checkpoint) -> None:
+    """Put back the averages that plugins keep, of those that are active."""
+    for index, saved in enumerate(found.state["averages"]):
+        plugin, decay = saved["plugin"], saved["decay"]
+        if trainer.manager.has_plugin(plugin):
+            average = trainer.average(plugin, decay)
+            found.tensors(f"average-{index}").read_into(average.values, f"average of {plugin}")
+        else:
+            log.warning("the checkpoint holds an average of plugin %s, which is not active", plugin)
 
 
 def _check_global_batch(trainer: Trainer, before: int) -> None:

@@ -181,8 +181,10 @@ class Saving:
             optimizer = optimizer_tensors(trainer.model, trainer.optimizer)
             tensors["model"] = copy_to_cpu(model_tensors(trainer.model), self._mesh)
             tensors["optimizer"] = copy_to_cpu(optimizer, self._mesh)
-            if trainer.average is not None:
-                tensors["ema"] = copy_to_cpu(trainer.average.values, self._mesh)
+            if trainer.ema is not None:
+                tensors["ema"] = copy_to_cpu(trainer.ema.values, self._mesh)
+            for index, average in enumerate(trainer.averages.values()):
+                tensors[f"average-{index}"] = copy_to_cpu(average.values, self._mesh)
         return Snapshot(
             step=trainer.step,
             tensors=tensors,
@@ -222,7 +224,11 @@ class Saving:
             "plugins": plugins,
             "plugin_records": trainer.manager.state_dict(),
             "optimizer_groups": optimizer_groups(trainer.model, trainer.optimizer),
-            "transforms": [],
+            "transforms": trainer.switching.switches,
+            "averages": [
+                {"plugin": plugin, "decay": average.decay}
+                for plugin, average in trainer.averages.items()
+            ],
         }
 
     def _prune(self) -> None:

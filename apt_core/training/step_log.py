@@ -15,7 +15,7 @@ from apt_core.data.batches import cut_windows
 from apt_core.device import peak_memory_bytes
 from apt_core.errors import TrainingError
 from apt_core.monitor import Throughput
-from apt_core.training.costs import model_cost
+from apt_core.training.costs import BACKWARD_AND_FORWARD, model_cost
 from apt_core.training.peak import measured_peak_flops
 
 if TYPE_CHECKING:
@@ -40,6 +40,11 @@ class StepLog:
         self._flops_per_token = cost.flops_per_token
         self._memory, self._memory_due = 0.0, 0.0
         self._peak_flops = 0.0
+
+    def structure_changed(self, added_flops: int) -> None:
+        """From now on the forward of a token computes so much more."""
+        if self._flops_per_token is not None:
+            self._flops_per_token += BACKWARD_AND_FORWARD * added_flops
 
     def begin(self) -> None:
         """The first step is about to be taken: what came before it is no training time."""

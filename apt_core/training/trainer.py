@@ -6,13 +6,14 @@ import logging
 import time
 import traceback
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from apt_core.config import Config
 from apt_core.device import autocast, available_memory, cpu_threads, held_memory, is_out_of_memory
@@ -34,13 +35,14 @@ from apt_core.training.loss import cross_entropy_sum, loss_terms
 from apt_core.training.manifest import write_manifest
 from apt_core.training.memory import out_of_memory_advice, own_memory
 from apt_core.training.opening import Opening
-from apt_core.training.prepare import horizon, num_threads, prepare, settle_device
+from apt_core.training.prepare import horizon, loop_forward, num_threads, prepare, settle_device
 from apt_core.training.run_folder import RunFolder
 from apt_core.training.saving import Saving
 from apt_core.training.seeds import ModelSeeds, deterministic_kernels
 from apt_core.training.step_clock import StepClock
 from apt_core.training.step_log import StepLog
 from apt_core.training.stopping import Stopping
+from apt_core.training.switching import Switching
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,10 +75,11 @@ class Trainer:
     with the newest checkpoint in it, ``resume_from`` with a named one. ``stop_at_step`` ends this
     part of the run there and leaves the schedules as they are.
 
-    What hooks may use: ``config model optimizer schedule epoch step tokens device rank world_size
-    metrics output_dir rng(plugin) request_stop(reason)``. ``epoch`` counts from 1, ``step`` is the
-    number of optimizer steps taken, ``tokens`` the target tokens seen, ``metrics`` the newest row,
-    ``output_dir`` the run's folder.
+    What hooks may use: ``config registry model optimizer schedule epoch step tokens device rank
+    world_size metrics output_dir param(name) rng(plugin) autocast() average(plugin, decay)
+    request_stop(reason)``. ``epoch`` counts from 1, ``step`` is the number of optimizer steps
+    taken, ``tokens`` the target tokens seen, ``metrics`` the newest row, ``output_dir`` the run's
+    folder. A plugin may replace ``model`` and ``optimizer`` in mid-run: do not keep them.
     """
 
     folder: RunFolder
@@ -101,7 +104,7 @@ class Trainer:
         else:
             self.kernel = boot(config, manager=manager, strict=strict)
         self.config: Config = self.kernel.config
-        self.manager = self.kernel.manager
+        self.manager, self.registry = self.kernel.manager, self.kernel.registry
         self.console = console
         self.world = World.from_environment(self.config)
         self.rank, self.world_size = self.world.rank, self.world.size
@@ -111,6 +114,7 @@ class Trainer:
         self.scores: dict[str, float] = {}
         self.ended_epochs = 0
         self.timeline: list[dict[str, Any]] = []
+        self.averages: dict[str, WeightAverage] = {}
         self.stopping = Stopping(self.config, stop_at_step, alone=self.world_size == 1)
         self._terms: dict[str, Tensor] = {}
         self._updating = False
@@ -124,6 +128,29 @@ class Trainer:
     def output_dir(self) -> Path:
         """The run's folder."""
         return self.folder.path
+
+    def param(self, name: str, default: Any = None) -> Any:
+        """The scheduled value of a parameter in the step at hand; ``default`` if the profile gives
+        it none."""
+        return self.schedule.get_param(
+            name, epoch=self.epoch, step=self.manager.step, tokens=self.tokens, default=default
+        )
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision in which the loop computes its forward, for another one."""
+        return autocast(self.device, self.parts.dtype)
+
+    def average(self, plugin: str, decay: float) -> WeightAverage:
+        """A moving average of the weights that belongs to the plugin: made of the present weights
+        by the first call, and the same one after.
+
+        As long as the plugin is enabled it takes the weights in after every step, with its
+        ``decay``, which may be set before any of them; it is carried along when the structure of
+        the model changes, and is part of checkpoints.
+        """
+        if plugin not in self.averages:
+            self.averages[plugin] = WeightAverage(self.model, decay, warmup=False)
+        return self.averages[plugin]
 
     def rng(self, plugin: str) -> torch.Generator:
         """A CPU generator that is the plugin's own: a function of (seed, plugin, step)."""
@@ -162,23 +189,20 @@ class Trainer:
                     if not is_out_of_memory(error):
                         raise
                     raise self._out_of_memory(error, "before the first step") from error
-                self.model: nn.Module = self.parts.model
-                self.optimizer = self.parts.optimizer
                 # The text too, but not what the run is to have.
-                self._held = held_memory(self.device) - own_memory(self.model)
-                self.guard = FiniteGuard(
-                    self.optimizer, self.device, window=training.log_every_steps
-                )
-                self.average = None
+                self._held = held_memory(self.device) - own_memory(self.parts.model)
+                self._use(self.parts.model, self.parts.optimizer)
+                self.ema = None
                 if training.ema_decay is not None:
-                    self.average = WeightAverage(self.model, training.ema_decay)
+                    self.ema = WeightAverage(self.model, training.ema_decay)
                 ends = horizon(self.config, self.parts.plan)
                 self.schedule = self.kernel.schedule.with_horizon(ends)
                 self.total_steps = ends.last("step") or 0
                 self.clock = StepClock(self.device)
-                self._step_log = StepLog(self)
+                self.step_log = StepLog(self)
+                self.switching = Switching(self)
                 self._enabling = Enabling(self)
-                self._evaluator = Evaluator(self)
+                self.evaluator = Evaluator(self)
                 with self._opening.opened(self, backlog):
                     return self._run()
 
@@ -217,12 +241,10 @@ class Trainer:
         """The loop, from the current position to the end."""
         training, world = self.config.training, self.world
         plan, hook, device, clock = self.parts.plan, self.manager.hook, self.device, self.clock
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        clip = Clipping(parameters, training.gradient_clip)
         seeds = ModelSeeds(device, training.seed, self.rank)
         first_epoch, first_index = divmod(self.step, plan.steps_per_epoch)
         self.model.train()
-        self._step_log.begin()
+        self.step_log.begin()
         if self.ended_epochs < first_epoch and first_index == 0:
             self._end_epoch(first_epoch)
         elif first_index and self._evaluation_due() and self.stopping.judged_step != self.step:
@@ -286,7 +308,7 @@ class Trainer:
                 hook.on_backward_end(step=step, trainer=self)
                 clock.lap("hooks")
 
-                grad_norm = clip()
+                grad_norm = self._clip()
                 factor = self.parts.lr_schedule.factor(
                     step, self.total_steps, training.warmup_steps, training.min_lr_ratio
                 )
@@ -297,11 +319,14 @@ class Trainer:
                 self._updating = True
                 void = self.guard.step(step, loss, grad_norm)
                 self.step, self.tokens = step, self.tokens + targets
-                if self.average is not None:
-                    self.average.update(step, void)
+                if self.ema is not None:
+                    self.ema.update(step, void)
+                for plugin, average in self.averages.items():
+                    if self.manager.records[plugin].state == "active":
+                        average.update(step, void)
                 self._updating = False
                 clock.lap("optimizer")
-                self._step_log.throughput.add(targets)
+                self.step_log.throughput.add(targets)
                 hook.on_step_end(step=step, loss=loss, trainer=self)
                 clock.lap("hooks")
 
@@ -309,7 +334,7 @@ class Trainer:
                 if logged:
                     shares = {name: term * scale for name, term in terms.items()}
                     lr = training.learning_rate * factor
-                    row = self._step_log.write(loss, grad_norm, lr, shares)
+                    row = self.step_log.write(loss, grad_norm, lr, shares)
                     self._display.update(step, epoch, row)
                     self._enabling.share_quarantines()
                     self.saving.poll()
@@ -321,6 +346,24 @@ class Trainer:
 
             first_index = 0
             self._end_epoch(epoch)
+
+    def switch_to(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Go on with another model, which has the place of the one before in everything."""
+        skipped = self.guard.state()
+        # What held the old one, DDP's buckets for instance, goes first.
+        del self.parts.forward
+        self._use(model, optimizer)
+        self.guard.load(*skipped)
+        self.parts.model, self.parts.optimizer = model, optimizer
+        self.parts.forward = loop_forward(self.kernel, model, self.device, self.world)
+
+    def _use(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Train ``model`` with ``optimizer``."""
+        training = self.config.training
+        self.model, self.optimizer = model, optimizer
+        self.guard = FiniteGuard(optimizer, self.device, window=training.log_every_steps)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._clip = Clipping(parameters, training.gradient_clip)
 
     def _over(self) -> bool:
         return self.stopping.due or self.step >= self.total_steps
@@ -369,12 +412,12 @@ class Trainer:
         with suppress(StopTraining):
             if status != "interrupted" and self.scores.get("step") != self.step:
                 self._evaluate(everything=True, final=True)
-        self._step_log.tell_skipped()
-        self._step_log.throughput.pause()
+        self.step_log.tell_skipped()
+        self.step_log.throughput.pause()
         self.saving.save_last()
         sample = ""
         with suppress(StopTraining):
-            sample = "" if status == "interrupted" else self._evaluator.sample()
+            sample = "" if status == "interrupted" else self.evaluator.sample()
         result = RunResult(
             status=status,
             step=self.step,
@@ -410,7 +453,8 @@ class Trainer:
         """The run ends by ``error``: keep what can be kept and tell the plugins."""
         if isinstance(error, KeyboardInterrupt):
             log.warning("interrupted")
-        averaging = self.average is not None and not self.average.is_apart
+        averages = [a for a in (self.ema, *self.averages.values()) if a is not None]
+        averaging = not all(average.is_apart for average in averages)
         if not self._updating and not averaging and self.step > 0:
             try:
                 self.saving.save_in_emergency()
@@ -429,10 +473,10 @@ class Trainer:
     def _evaluate(self, *, everything: bool, final: bool = False) -> dict[str, float]:
         """Score the held-out text, or a few batches of it, and tell of the result; ``final`` says
         that only the end of the run asks for it."""
-        self._step_log.throughput.pause()
+        self.step_log.throughput.pause()
         self.model.eval()
         self.manager.hook.on_evaluation_start(trainer=self)
-        evaluation = self._evaluator.evaluate(everything=everything)
+        evaluation = self.evaluator.evaluate(everything=everything)
         scores = {} if evaluation is None else evaluation.scores
         if evaluation is not None:
             if everything:
@@ -448,7 +492,7 @@ class Trainer:
                 if self.world.is_first:
                     self.manager.hook.on_metrics(metrics=dict(row), step=self.step)
         self.model.train()
-        self._step_log.throughput.resume()
+        self.step_log.throughput.resume()
         return scores
 
     def _figures(self) -> dict[str, float]:
@@ -457,9 +501,9 @@ class Trainer:
         train = {"loss": self.metrics["loss"]} if "loss" in self.metrics else {}
         seconds = round(time.perf_counter() - self._started, 2)
         return {"steps": self.step, "tokens": self.tokens, "seconds": seconds,
-                **self._step_log.figures(), **train, **start, **final}  # fmt: skip
+                **self.step_log.figures(), **train, **start, **final}  # fmt: skip
 
     def _save(self) -> None:
-        self._step_log.throughput.pause()
+        self.step_log.throughput.pause()
         self.saving.save()
-        self._step_log.throughput.resume()
+        self.step_log.throughput.resume()

@@ -315,11 +315,13 @@ def test_a_failure_while_configuring_is_a_failure_of_the_plugin(write: Write) ->
         start({}, "mine.py", strict=True)
 
 
-def test_a_plugin_that_would_change_the_model_in_mid_run_is_refused(write: Write) -> None:
+def test_a_plugin_that_changes_the_model_cannot_be_disabled(write: Write) -> None:
     source = HEAD + "@hookimpl\ndef apt_transform_model(model):\n    return None\n"
     write("mine.py", source)
-    (problem,) = problems({}, "mine.py").values()
-    assert "apt_transform_model" in problem.message
+    schedules = {"enable_mine_at_epoch": 1, "disable_mine_at_epoch": 2}
+    found = problems({"schedules": schedules}, "mine.py")
+    assert set(found) == {"schedules.disable_mine_at_epoch"}
+    assert "cannot be taken back" in found["schedules.disable_mine_at_epoch"].message
 
 
 def test_a_schedule_of_a_plugin_that_nobody_blocked_is_an_error(install: Install) -> None:

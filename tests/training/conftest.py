@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
+import socket
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -18,6 +21,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from apt_core import hookimpl
 from apt_core.cli.run_command import run_command
 from apt_core.cli.train import app
 from apt_core.testing import TINY_PROFILE
@@ -138,7 +142,8 @@ def differences() -> Callable[[Path, Path], list[str]]:
 
     def tensors(found: Checkpoint) -> dict[str, torch.Tensor]:
         read = {f"plugins: {name}": tensor for name, tensor in found.plugins.items()}
-        for kind in ("model", "optimizer", "ema"):
+        averages = {path.name.removesuffix(".safetensors") for path in found.path.glob("average-*")}
+        for kind in ("model", "optimizer", "ema", *sorted(averages)):
             if list(found.path.glob(f"{kind}*")):
                 saved = found.tensors(kind)
                 own = {
@@ -195,6 +200,51 @@ def _without_clocks(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_clocks(v) for k, v in value.items() if not k.startswith(CLOCKED)}
     return value
+
+
+class Killer:
+    """Kills its own process in a micro-batch of the step after step ``n``, when the checkpoint of
+    step ``saved`` is there."""
+
+    def __init__(self, n: int, *, micro: int = 2, saved: int | None = None) -> None:
+        self.n, self.micro, self.saved = n, micro, n if saved is None else saved
+        self.seen = 0
+
+    @hookimpl
+    def apt_loss_terms(self, trainer: Any) -> dict[str, Any]:
+        self.seen += trainer.step == self.n
+        if self.seen == self.micro:
+            folder = trainer.output_dir / "checkpoints" / f"step-{self.saved:08d}"
+            while not folder.exists():
+                time.sleep(0.002)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+
+@pytest.fixture
+def killer() -> type[Killer]:
+    """A plugin that kills the run."""
+    return Killer
+
+
+def _ranks(train: Callable[[], object]) -> list[Callable[[], None]]:
+    """``train`` as each of two processes of one run calls it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def rank(number: str) -> None:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        os.environ.update(WORLD_SIZE="2", RANK=number, LOCAL_RANK=number)
+        train()
+
+    return [lambda: rank("0"), lambda: rank("1")]
+
+
+@pytest.fixture
+def ranks() -> Callable[[Callable[[], object]], list[Callable[[], None]]]:
+    """For ``in_children``: a run in two processes."""
+    return _ranks
 
 
 @pytest.fixture

@@ -108,9 +108,9 @@ def test_the_evaluation_is_that_of_the_averaged_weights():
         def on_training_end(self, trainer: Any) -> None:
             with torch.no_grad():
                 for name, parameter in trainer.model.named_parameters():
-                    parameter.copy_(trainer.average.values[name])
-            trainer.average = None
-            self.loss = trainer._evaluator.evaluate(everything=True).scores["val_loss"]
+                    parameter.copy_(trainer.ema.values[name])
+            trainer.ema = None
+            self.loss = trainer.evaluator.evaluate(everything=True).scores["val_loss"]
 
     scores = Scores()
     run = tiny_run(scores, steps=9, overrides=AVERAGED)

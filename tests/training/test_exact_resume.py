@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import socket
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,25 +80,6 @@ def apt_load_state_dict(trainer, state):
 """
 
 
-class Killer:
-    """Kills its own process in a micro-batch of the step after step ``n``, when the checkpoint of
-    step ``saved`` is there."""
-
-    def __init__(self, n: int, *, micro: int = 2, saved: int | None = None) -> None:
-        self.n, self.micro, self.saved = n, micro, n if saved is None else saved
-        self.seen = 0
-
-    @hookimpl
-    def apt_loss_terms(self, trainer: Any) -> dict[str, Any]:
-        self.seen += trainer.step == self.n
-        if self.seen == self.micro:
-            folder = trainer.output_dir / "checkpoints" / f"step-{self.saved:08d}"
-            while not folder.exists():
-                time.sleep(0.002)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return {}
-
-
 @dataclass
 class Experiment:
     """One profile with the plugin, trained as often as asked in folders of its own."""
@@ -141,11 +119,11 @@ def experiment(request, tmp_path_factory) -> Experiment:
 
 @pytest.mark.parametrize("n", [2, EPOCH - 1, EPOCH, EPOCH + 1, 2 * EPOCH - 1])
 def test_killed_inside_an_accumulation_window_and_resumed_is_in_one_go(
-    experiment, in_children, differences, n
+    experiment, in_children, differences, killer, n
 ):
     name = f"killed-{n}"
     saving = {"training.save_every_steps": 1}
-    codes = in_children(lambda: experiment.train(name, Killer(n), changes=saving))
+    codes = in_children(lambda: experiment.train(name, killer(n), changes=saving))
     assert codes == [-signal.SIGKILL]
     resumed = experiment.train(name, resume=True)
     assert f"(step {n})" in (experiment.folder / name / "log.txt").read_text(encoding="utf-8")
@@ -153,14 +131,14 @@ def test_killed_inside_an_accumulation_window_and_resumed_is_in_one_go(
     assert differences(experiment.folder / "whole", experiment.folder / name) == []
 
 
-def test_killed_long_after_its_checkpoint_and_twice(experiment, in_children, differences):
+def test_killed_long_after_its_checkpoint_and_twice(experiment, in_children, differences, killer):
     """The steps between are taken again; the rows of them stand once."""
     for attempt, n in enumerate((5, 8)):
-        killer = Killer(n, saved=n - n % 3, micro=1)
+        kills = killer(n, saved=n - n % 3, micro=1)
         saving = {"training.save_every_steps": 3, "training.save_freq": 0}
         codes = in_children(
-            lambda killer=killer, saving=saving, again=attempt > 0: experiment.train(
-                "twice", killer, changes=saving, resume=again
+            lambda kills=kills, saving=saving, again=attempt > 0: experiment.train(
+                "twice", kills, changes=saving, resume=again
             )
         )
         assert codes == [-signal.SIGKILL]
@@ -202,13 +180,13 @@ BROKEN = {
 
 @pytest.mark.parametrize("item", BROKEN)
 def test_the_comparison_notices_a_state_item_that_is_not_restored(
-    experiment, in_children, differences, monkeypatch, item
+    experiment, in_children, differences, killer, monkeypatch, item
 ):
     """The control of the tests above."""
     source = experiment.folder / "source"
     if not source.exists():
         saving = {"training.save_every_steps": 6}
-        codes = in_children(lambda: experiment.train("source", Killer(6), changes=saving))
+        codes = in_children(lambda: experiment.train("source", killer(6), changes=saving))
         assert codes == [-signal.SIGKILL]
     copy = experiment.folder / f"broken-{item}"
     shutil.copytree(source, copy)
@@ -219,28 +197,16 @@ def test_the_comparison_notices_a_state_item_that_is_not_restored(
     assert any(expected in difference for difference in found), found
 
 
-def ranks(train: Callable[[], object]) -> list[Callable[[], None]]:
-    """``train`` as each of two processes of one run calls it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-
-    def rank(number: str) -> None:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        os.environ.update(WORLD_SIZE="2", RANK=number, LOCAL_RANK=number)
-        train()
-
-    return [lambda: rank("0"), lambda: rank("1")]
-
-
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_two_processes_that_are_killed_resume_exactly(tmp_path, in_children, differences, sharding):
+def test_two_processes_that_are_killed_resume_exactly(
+    tmp_path, in_children, differences, killer, ranks, sharding
+):
     """48 windows in steps of 2 processes * 2 * 2: the last step of an epoch is whole."""
     settings = {"hardware.distributed": sharding, "training.batch_size": 2}
     made = Experiment(tmp_path, settings)
     assert in_children(*ranks(lambda: made.train("whole"))) == [0, 0]
     saving = {"training.save_every_steps": 1}
-    killed = ranks(lambda: made.train("killed", Killer(7), changes=saving))
+    killed = ranks(lambda: made.train("killed", killer(7), changes=saving))
     assert in_children(*killed) == [-signal.SIGKILL, -signal.SIGKILL]
     assert in_children(*ranks(lambda: made.train("killed", resume=True))) == [0, 0]
     assert "(step 7)" in (tmp_path / "killed" / "log.txt").read_text(encoding="utf-8")

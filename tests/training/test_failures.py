@@ -57,7 +57,7 @@ class Watcher:
             for index, state in enumerate(trainer.optimizer.state.values())
             for name, tensor in state.items()
         }
-        average = {f"average {n}": value.clone() for n, value in trainer.average.values.items()}
+        average = {f"average {n}": value.clone() for n, value in trainer.ema.values.items()}
         return {**model, **moments, **average}
 
 

@@ -1,0 +1,219 @@
+"""Switches of the model's structure in mid-run, by plugins that become enabled, and their replay
+when a checkpoint is loaded."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim import Optimizer
+
+from apt_core.data.batches import IGNORED, Batch
+from apt_core.device import is_out_of_memory
+from apt_core.errors import CheckpointError, ConfigError, Problem
+from apt_core.modeling.transforms import ModelTransform
+from apt_core.training.ema import WeightAverage
+from apt_core.training.prepare import build_optimizer
+from apt_core.training.structure import HOOK, base_structure, transform_of
+from apt_core.training.transforming import carry_average, carry_optimizer_state, materialize
+
+if TYPE_CHECKING:
+    from apt_core.training.trainer import Trainer
+
+log = logging.getLogger("apt.training")
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What takes the place of the run's model and of all that holds its parameters; ``structure``
+    is the model on the meta device."""
+
+    structure: nn.Module
+    model: nn.Module
+    optimizer: Optimizer
+    average: WeightAverage | None
+    averages: dict[str, WeightAverage]
+
+
+class Switching:
+    """Applies the transforms of plugins to the run.
+
+    ``switches`` are those that were made, in order, as manifests and checkpoints have them:
+    ``plugin``, the first ``epoch`` and ``step`` of the new structure, ``loss_before`` and
+    ``loss_after`` on a fixed batch of held-out text (nats per token, in fp32).
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._structure: nn.Module | None = None
+        self.switches: list[dict[str, Any]] = []
+
+    def switch(self, plugin: str) -> bool:
+        """Let ``plugin``, which is due, change the model; False if it failed, in which case nothing
+        is changed and it is quarantined in every process."""
+        trainer, manager = self._trainer, self._trainer.manager
+        if not manager.implements(plugin, HOOK) or plugin in self._plugins:
+            return True
+        try:
+            transform = self._transform(plugin)
+        except ConfigError as error:
+            manager.fail(plugin, HOOK, error)
+            transform = None
+        if not self._agreed(plugin):
+            return False
+        if transform is None:
+            return True
+        batch = trainer.evaluator.fixed_batch().to(trainer.device)
+        before = fixed_loss(trainer, trainer.model, batch)
+        after = float("nan")
+        try:
+            made = self._make(transform)
+            after = fixed_loss(trainer, made.model, batch)
+            # Not "difference > tolerance", of which NaN knows nothing.
+            if not abs(after - before) <= transform.tolerance:
+                raise ValueError(
+                    f"the loss of a fixed batch went from {before:.7g} to {after:.7g}, by more "
+                    f"than its tolerance of {transform.tolerance:g}"
+                )
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            manager.fail(plugin, HOOK, error)
+        if not self._agreed(plugin):
+            return False
+        grown = [sum(p.numel() for p in m.parameters()) for m in (trainer.model, made.model)]
+        self._adopt(made, transform)
+        epoch, step = trainer.epoch, trainer.step + 1
+        self.switches.append(
+            {
+                "plugin": plugin,
+                "epoch": epoch,
+                "step": step,
+                "loss_before": before,
+                "loss_after": after,
+            }
+        )
+        log.info(
+            "%s changed the model: %s parameters, %s before; loss of a fixed batch %.6f, "
+            "%.6f before (%+.1e)",
+            plugin,
+            f"{grown[1]:,}",
+            f"{grown[0]:,}",
+            after,
+            before,
+            after - before,
+        )
+        return True
+
+    def replay(self, switches: Sequence[Mapping[str, Any]]) -> None:
+        """Give the model the structure that it had after ``switches``, with weights that are to be
+        loaded. Raises ConfigError where a plugin that made one is not active, CheckpointError where
+        it does not make it again."""
+        manager = self._trainer.manager
+        absent = [s["plugin"] for s in switches if not manager.has_plugin(s["plugin"])]
+        if absent:
+            raise ConfigError(
+                [
+                    Problem(
+                        f"plugin {name} has changed the structure of the checkpoint's model, and "
+                        "is not active here",
+                        key="plugins",
+                        hint=f"--plugin {name}, with the settings that it had",
+                    )
+                    for name in absent
+                ]
+            )
+        for switch in switches:
+            transform = self._transform(switch["plugin"])
+            if transform is None:
+                reason = manager.records[switch["plugin"]].reason
+                raise CheckpointError(
+                    f"plugin {switch['plugin']} changed the structure of the checkpoint's model, "
+                    f"and does not do so now{f' ({reason})' if reason else ''}"
+                )
+            self._adopt(self._make(transform, carry=False), transform)
+            self.switches.append(dict(switch))
+
+    @property
+    def _plugins(self) -> list[str]:
+        return [switch["plugin"] for switch in self.switches]
+
+    def _transform(self, plugin: str) -> ModelTransform | None:
+        """What the plugin makes of a copy of the present structure."""
+        kernel = self._trainer.kernel
+        if self._structure is None:
+            self._structure = base_structure(kernel)
+        return transform_of(kernel, plugin, copy.deepcopy(self._structure))
+
+    def _agreed(self, plugin: str) -> bool:
+        """Is the plugin well in all processes? Where it is not in one, it is quarantined in all."""
+        trainer, record = self._trainer, self._trainer.manager.records[plugin]
+        quarantined = record.state == "quarantined"
+        reasons = trainer.world.gather(record.reason if quarantined else "")
+        for rank, reason in enumerate(reasons):
+            if reason and record.state != "quarantined":
+                trainer.manager.set_state(plugin, "quarantined", f"{reason}, in process {rank}")
+        if any(reasons):
+            log.warning("the model stays as it is, without what %s would have changed", plugin)
+        return not any(reasons)
+
+    def _make(self, transform: ModelTransform, *, carry: bool = True) -> _Made:
+        trainer, kernel = self._trainer, self._trainer.kernel
+        old, config = trainer.model, trainer.config
+        structure = copy.deepcopy(transform.model)
+        model = materialize(
+            transform,
+            old,
+            seed=config.training.seed,
+            num_layers=config.model.num_layers,
+            device=trainer.device,
+            world=trainer.world,
+        )
+        optimizer = build_optimizer(kernel, model)
+        if carry:
+            provider = trainer.registry.get("optimizer", config.training.optimizer_name)
+            carry_optimizer_state(
+                transform, old, trainer.optimizer, model, optimizer, provider.moments
+            )
+
+        def moved(average: WeightAverage) -> WeightAverage:
+            values = carry_average(transform, average.values, model)
+            return WeightAverage(model, average.decay, warmup=average.warmup, values=values)
+
+        return _Made(
+            structure,
+            model,
+            optimizer,
+            None if trainer.ema is None else moved(trainer.ema),
+            {plugin: moved(average) for plugin, average in trainer.averages.items()},
+        )
+
+    def _adopt(self, made: _Made, transform: ModelTransform) -> None:
+        trainer = self._trainer
+        self._structure = made.structure
+        trainer.ema, trainer.averages = made.average, made.averages
+        trainer.switch_to(made.model, made.optimizer)
+        trainer.step_log.structure_changed(transform.added_flops)
+
+
+@torch.no_grad()
+def fixed_loss(trainer: Trainer, model: nn.Module, batch: Batch) -> float:
+    """The mean cross-entropy of ``batch`` in nats per token, computed in fp32 in eval mode."""
+    training = model.training
+    model.eval()
+    try:
+        logits = model(batch.input_ids).logits.flatten(0, 1).float()
+        losses = F.cross_entropy(
+            logits, batch.targets.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+    finally:
+        model.train(training)
+        trainer.world.reshard(model)
+    # The last digits of a sum in fp32 are what is to be compared.
+    return float(losses.cpu().double().sum() / batch.num_targets)

@@ -1,0 +1,150 @@
+"""From one structure of the model to the next: weights, averages of them, optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from apt_core.modeling.init import initialize_parameters
+from apt_core.modeling.transforms import ModelTransform, Rule
+from apt_core.training.distributed import ALONE, World, shard_like, whole_tensor
+
+CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+def materialize(
+    transform: ModelTransform,
+    old: nn.Module,
+    *,
+    seed: int,
+    num_layers: int,
+    device: torch.device = CPU,
+    world: World = ALONE,
+) -> nn.Module:
+    """The new model, in memory on ``device`` and sharded as the run's is, with what ``old`` has to
+    give; parameters that start anew are initialised by (``seed``, name).
+
+    ``old`` is not changed. Raises ValueError for a rule that gives another shape, and for a new
+    buffer that nothing computes.
+    """
+    new = transform.model
+    values = dict(old.named_parameters())
+    # As at the start of a run, a model to be sharded is put together on the CPU.
+    _give_memory(new, CPU if world.sharding == "fsdp" else device)
+    origins = {name: transform.origin(name, values) for name, _ in new.named_parameters()}
+    anew = {name for name, origin in origins.items() if origin is None}
+    initialize_parameters(new, seed, num_layers=num_layers, only=anew)
+    for name, parameter in new.named_parameters():
+        origin = origins[name]
+        if origin is not None:
+            whole = whole_tensor(values[origin.source].detach())
+            parameter.copy_(_by(origin.value, whole, parameter, name))
+    buffers = dict(old.named_buffers())
+    for name, buffer in new.named_buffers():
+        if name in buffers and buffers[name].shape == buffer.shape:
+            buffer.copy_(buffers[name])
+        elif not _computes_buffers(new, name):
+            raise ValueError(
+                f"the new model has the buffer {name}, which the old one has not: its module needs "
+                "a reset_buffers() that computes it"
+            )
+    world.shard(new, device)
+    return new.to(device).train(old.training)
+
+
+@torch.no_grad()
+def carry_average(
+    transform: ModelTransform, averages: Mapping[str, Tensor], new: nn.Module
+) -> dict[str, Tensor]:
+    """``averages`` [name] of the old weights as averages of the weights of ``new``; where there is
+    none, the weight itself."""
+    carried = {}
+    for name, parameter in new.named_parameters():
+        origin = transform.origin(name, averages)
+        if origin is None:
+            carried[name] = parameter.detach().clone()
+        else:
+            whole = _by(origin.value, whole_tensor(averages[origin.source]), parameter, name)
+            carried[name] = shard_like(whole, parameter).clone()
+    return carried
+
+
+@torch.no_grad()
+def carry_optimizer_state(
+    transform: ModelTransform,
+    old: nn.Module,
+    old_optimizer: Optimizer,
+    new: nn.Module,
+    new_optimizer: Optimizer,
+    moments: Mapping[str, int],
+) -> None:
+    """Give ``new_optimizer``, which has taken no step, what ``old_optimizer`` keeps.
+
+    ``moments`` are those of the optimizer's provider. Raises ValueError for state of the size of
+    its parameter that is not among them.
+    """
+    before, after = dict(old.named_parameters()), dict(new.named_parameters())
+    names = {id(parameter): name for name, parameter in after.items()}
+    packed = new_optimizer.state_dict()
+    ordered = [p for group in new_optimizer.param_groups for p in group["params"]]
+    for index, parameter in enumerate(ordered):
+        name = names[id(parameter)]
+        origin = transform.origin(name, before)
+        if origin is None or before[origin.source] not in old_optimizer.state:
+            continue
+        source = before[origin.source]
+        rules: dict[int, Rule] = {1: origin.first_moment, 2: origin.second_moment}
+        state = packed["state"][index] = {}
+        for key, value in old_optimizer.state[source].items():
+            if key in moments:
+                whole = _by(rules[moments[key]], whole_tensor(value), parameter, f"{name}//{key}")
+                state[key] = shard_like(whole, parameter).clone()
+            elif isinstance(value, Tensor) and value.numel() > 1:
+                raise ValueError(
+                    f"{type(old_optimizer).__name__} keeps {key!r} of {origin.source}, and its "
+                    "provider does not say in moments what that is: it cannot be carried over"
+                )
+            else:
+                state[key] = value.clone() if isinstance(value, Tensor) else value
+    new_optimizer.load_state_dict(packed)
+
+
+def _by(rule: Rule, whole: Tensor, target: Tensor, name: str) -> Tensor:
+    made = rule(whole)
+    if made.shape != target.shape:
+        raise ValueError(
+            f"the rule for {name} gives {list(made.shape)}, and {list(target.shape)} is wanted"
+        )
+    return made
+
+
+def _give_memory(model: nn.Module, device: torch.device) -> None:
+    """Put a model that is on the meta device into memory, whose values are not set; what is shared
+    stays shared."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = made.setdefault(id(tensor), _empty_like(tensor, device))
+
+
+def _empty_like(tensor: Tensor, device: torch.device) -> Tensor:
+    empty = torch.empty_like(tensor, device=device)
+    if not isinstance(tensor, nn.Parameter):
+        return empty
+    return nn.Parameter(empty, requires_grad=tensor.requires_grad)
+
+
+def _computes_buffers(model: nn.Module, name: str) -> bool:
+    """Has a module around the buffer a way to compute it?"""
+    path = name.rpartition(".")[0]
+    while path:
+        if hasattr(model.get_submodule(path), "reset_buffers"):
+            return True
+        path = path.rpartition(".")[0]
+    return hasattr(model, "reset_buffers")
