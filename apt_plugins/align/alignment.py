@@ -1,0 +1,73 @@
+"""The two states of one run: what is set at the start of a step, and the terms of a micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from apt_core import ModelOutput
+from apt_core.providers import AlignProvider
+from apt_plugins.align.settings import SECTION, WEIGHT, BistateSettings
+
+NAME = "align"
+
+
+class Alignment:
+    """``weight`` and ``momentum`` are those of the step at hand. The stable state is either
+    ``average``, the teacher, or a second pass of the model (mode: rdrop)."""
+
+    def __init__(self, trainer: Any) -> None:
+        settings = trainer.config.section(SECTION)
+        assert isinstance(settings, BistateSettings)
+        self.settings = settings
+        self.objective: AlignProvider = trainer.registry.get("align", settings.align)
+        self.weight, self.momentum = 0.0, settings.momentum_start
+        self.average: Any = None
+        self.vein: Tensor | None = None
+        self._first_step = first_step(trainer.schedule)
+
+    def begin_step(self, step: int, trainer: Any) -> None:
+        """Take the values of this step; in the first one the teacher begins as the model is."""
+        self.weight = trainer.param(WEIGHT, self.settings.weight)
+        if self.settings.mode == "ema":
+            self.momentum = self.settings.momentum(max(0, step - self._first_step))
+            self.average = trainer.average(NAME, self.momentum)
+            self.average.decay = self.momentum
+        self.vein = vein_of(trainer.model) if self.weight else None
+
+    def terms(self, trainer: Any, batch: Any, output: ModelOutput) -> Mapping[str, Tensor]:
+        """The objective's terms times ``weight``; without a weight, nothing is computed."""
+        if not self.weight:
+            return {}
+        with trainer.autocast():
+            if self.average is None:
+                stable = trainer.model(batch.input_ids)
+            else:
+                stable = self.average.output(batch.input_ids)
+        terms = self.objective.terms(
+            output, stable, batch.targets, vein=self.vein, mutual=self.average is None
+        )
+        return {name: self.weight * term for name, term in terms.items()}
+
+
+def first_step(schedule: Any) -> int:
+    """The step in which the plugin is enabled."""
+    for boundary in schedule.boundaries():
+        if boundary.plugin == NAME and boundary.enables:
+            step: int = schedule.horizon.convert(boundary.at, boundary.unit, "step")
+            return step
+    return 1
+
+
+@torch.no_grad()
+def vein_of(model: nn.Module) -> Tensor | None:
+    """The main directions [D, m] of the last layer that has any, whole where it is sharded."""
+    having = [module for module in model.modules() if hasattr(module, "orthonormal_basis")]
+    if not having:
+        return None
+    basis = having[-1].orthonormal_basis()
+    return basis.full_tensor() if isinstance(basis, DTensor) else basis

@@ -1,0 +1,84 @@
+"""Registers ``align:bistate_default`` and adds its terms to the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from apt_core import ConfigError, PluginInfo, Priority, ProviderSpec, SectionSpec, hookimpl
+from apt_plugins.align.settings import (
+    DEFAULT,
+    SECTION,
+    WEIGHT,
+    BistateSettings,
+    contradictions,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from apt_core.config import Config
+    from apt_plugins.align.alignment import Alignment
+
+PLUGIN = PluginInfo(
+    summary="pulls the model towards a stable state of itself: a teacher of averaged weights, or "
+    "R-Drop",
+    version="1.0.0",
+)
+
+runs: WeakKeyDictionary[Any, Alignment] = WeakKeyDictionary()
+"""By trainer, for a process may make several runs."""
+
+
+@hookimpl
+def apt_register_providers() -> list[ProviderSpec]:
+    return [
+        ProviderSpec(
+            kind="align",
+            name=DEFAULT,
+            factory="apt_plugins.align.objective:BistateProvider",
+            version="1.0.0",
+            summary="divergence of predictions and contrast of states, between two states",
+            section=SECTION,
+            config="apt_plugins.align.settings:BistateSettings",
+        )
+    ]
+
+
+@hookimpl
+def apt_register_config() -> list[SectionSpec]:
+    return [SectionSpec(SECTION, BistateSettings, schedule_params=(WEIGHT,))]
+
+
+@hookimpl
+def apt_configure(config: Config) -> None:
+    settings = config.section(SECTION)
+    assert isinstance(settings, BistateSettings)
+    problems = list(contradictions(config, settings))
+    if problems:
+        raise ConfigError(problems)
+
+
+@hookimpl
+def on_step_start(step: int, trainer: Any) -> None:
+    if trainer not in runs:
+        from apt_plugins.align.alignment import Alignment
+
+        runs[trainer] = Alignment(trainer)
+    runs[trainer].begin_step(step, trainer)
+
+
+# Late: others read what the forward left behind in the layers, and a second pass replaces it.
+@hookimpl(priority=Priority.LATE)
+def apt_loss_terms(trainer: Any, batch: Any, output: Any) -> Mapping[str, Tensor]:
+    return runs[trainer].terms(trainer, batch, output)
+
+
+@hookimpl
+def apt_metrics(trainer: Any) -> Mapping[str, float]:
+    alignment = runs[trainer]
+    metrics = {"weight": alignment.weight}
+    if alignment.average is not None:
+        metrics["momentum"] = alignment.momentum
+    return metrics

@@ -1,0 +1,119 @@
+"""The section ``model.bistate`` of the profile, and what contradicts it elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from apt_core.config import Config, Ramp, Section
+from apt_core.errors import Problem
+
+SECTION = "model.bistate"
+WEIGHT = "align_weight"
+"""The schedule parameter that stands in for ``weight``."""
+
+DEFAULT = "bistate_default"
+VEIN_ATTENTIONS = ("tva_default", "flash_v2")
+"""Those whose compensator has the directions that the contrastive term looks at."""
+
+
+class BistateSettings(Section):
+    """``model.bistate``: a stable state of the model, and how much the live one is pulled to it."""
+
+    alpha: Annotated[float, Field(ge=0, le=1e6)] = Field(
+        default=0.35, description="Weight of the divergence between the two states."
+    )
+    beta: Annotated[float, Field(ge=0, le=1e6)] = Field(
+        default=0.20, description="Weight of the contrastive term; it needs model.tva.s >= 1."
+    )
+    tau_align: Annotated[float, Field(gt=0, le=1e6)] = Field(
+        default=0.15, description="Temperature of the contrastive term."
+    )
+    weight: Annotated[float, Field(ge=0, le=1e6)] = Field(
+        default=1.0,
+        description="Factor on both terms; schedules.align_weight overrides it. 0: no second "
+        "forward.",
+    )
+    mode: Literal["ema", "rdrop"] = Field(
+        default="ema",
+        description="The second state: a moving average of the weights, or another pass of the "
+        "model with other dropout.",
+    )
+    momentum_start: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.99, description="Decay of the average in the first step (mode: ema)."
+    )
+    momentum_end: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.999, description="Decay that the average comes to as it grows old (mode: ema)."
+    )
+    align: Annotated[str, Field(min_length=1, max_length=500)] = Field(
+        default=DEFAULT, description="Provider of the objective."
+    )
+
+    def momentum(self, age: int) -> float:
+        """The decay of the average, ``age`` steps after the one in which it began.
+
+        The average reaches back 1/(1 - momentum) steps. That is one step more in every step, from
+        ``momentum_start`` until it is ``momentum_end``: a function of the position alone, and not
+        of the length of the run.
+        """
+        return min(self.momentum_end, 1 - 1 / (1 / (1 - self.momentum_start) + age))
+
+
+def contradictions(config: Config, settings: BistateSettings) -> Iterator[Problem]:
+    """What cannot work, each with its remedy."""
+    model = config.model
+    if settings.alpha == settings.beta == 0:
+        yield Problem(
+            "alpha and beta are both 0: nothing would be aligned",
+            SECTION,
+            hint="raise one of them, or leave the plugin out: --plugin no:align",
+        )
+    if settings.beta > 0 and settings.align == DEFAULT:
+        attentions = model.attention_pattern or (model.attention_name,)
+        with_vein = " and ".join(VEIN_ATTENTIONS)
+        what = "the contrastive term looks at the vein, the main directions of the compensator"
+        if not set(attentions) & set(VEIN_ATTENTIONS):
+            yield Problem(
+                f"{what}, which no attention of this model has, only {with_vein}",
+                f"{SECTION}.beta",
+                hint="set model.attention_name to tva_default with model.tva.s of 1 or more, or "
+                "model.bistate.beta to 0",
+            )
+        elif model.tva.s == 0:
+            yield Problem(
+                f"{what}, and model.tva.s is 0",
+                f"{SECTION}.beta",
+                hint="set model.tva.s to 1 or more, or model.bistate.beta to 0",
+            )
+    if settings.mode == "rdrop" and model.dropout == 0:
+        yield Problem(
+            "rdrop compares two passes with other dropout, and model.dropout is 0: they are the "
+            "same",
+            f"{SECTION}.mode",
+            hint="set model.dropout above 0, or model.bistate.mode to ema",
+        )
+    if settings.mode == "rdrop" and config.hardware.distributed == "fsdp":
+        # The backward of the second pass gathers the shards. A process whose micro-batch is all
+        # padding adds no term, so that the others would wait for it.
+        yield Problem(
+            "rdrop is not possible with sharded weights (hardware.distributed: fsdp)",
+            f"{SECTION}.mode",
+            hint="set model.bistate.mode to ema, or hardware.distributed to true",
+        )
+    if settings.mode == "ema" and settings.momentum_start > settings.momentum_end:
+        yield Problem(
+            f"{settings.momentum_start} is more than momentum_end = {settings.momentum_end}: the "
+            "average only reaches further back as it grows old",
+            f"{SECTION}.momentum_start",
+            hint="lower it, or raise model.bistate.momentum_end",
+        )
+    weight = config.schedules.get(WEIGHT, 0)
+    lowest = min(weight.start, weight.end) if isinstance(weight, Ramp) else weight
+    if lowest < 0:
+        yield Problem(
+            f"{lowest} would push the two states apart",
+            f"schedules.{WEIGHT}",
+            hint="weights are 0 or more",
+        )
