@@ -3,13 +3,14 @@
 What plugin authors import is here; nothing in this module imports torch.
 """
 
-from apt_core.errors import AptError, ConfigError, StopTraining
+from apt_core.errors import AptError, ConfigError, Problem, StopTraining
 from apt_core.markers import Priority, hookimpl
 from apt_core.types import (
     FallbackEvent,
     GenerationRequest,
     GenerationResult,
     ModelOutput,
+    PluginCosts,
     PluginFailure,
     PluginInfo,
     ProviderSpec,
@@ -25,9 +26,11 @@ __all__ = [
     "GenerationRequest",
     "GenerationResult",
     "ModelOutput",
+    "PluginCosts",
     "PluginFailure",
     "PluginInfo",
     "Priority",
+    "Problem",
     "ProviderSpec",
     "SectionSpec",
     "StopTraining",

@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from apt_core.config import Config
+    from apt_core.registry import Registry
     from apt_core.types import (
         FallbackEvent,
         GenerationRequest,
         GenerationResult,
         ModelOutput,
+        PluginCosts,
         PluginFailure,
         ProviderSpec,
         SectionSpec,
@@ -157,21 +159,72 @@ def apt_param_groups(model: nn.Module) -> Sequence[Mapping[str, Any]]:
 
 
 @hookspec(dormant=True, failure_limit=1)
-def apt_transform_model(model: nn.Module, config: Config) -> Any:
+def apt_transform_model(model: nn.Module, config: Config, registry: Registry) -> Any:
     """Change the model's structure in mid-run.
 
-    When: the plugin becomes enabled, for that plugin alone; replayed when a checkpoint is loaded.
-    This version declares the hook but does not apply transforms yet: a run with a plugin that
-    implements it is refused as bad input, so that a switch is never silently left out.
-    Returns: a ``ModelTransform``; the given model must not be touched.
+    When: the plugin becomes enabled, for that plugin alone; at the start of the run as a rehearsal,
+    so that what is wrong is told then; and once more when a checkpoint of after the switch is
+    loaded. It must give the same structure every time.
+    ``model`` is the present structure on the meta device, built for this call: change it in place,
+    or build another. ``registry`` has the providers (``registry.get("router", name)``).
+    Returns: a :class:`~apt_core.modeling.ModelTransform`, or None to leave the model as it is.
+    The kernel builds the new structure, carries weights, optimizer state and averages over,
+    compares the loss of a fixed batch before and after, and only then lets the run go on with it.
+    Raising: :class:`~apt_core.ConfigError` is bad input (exit code 2); after anything else, or
+    where the loss changes by more than the transform's tolerance, the plugin is quarantined, and
+    the run goes on with the model that it has, in all processes.
+    Ranks: every one asks, and must get the same.
 
     Example::
 
         from apt_core import hookimpl
 
         @hookimpl
-        def apt_transform_model(model, config):
-            return None
+        def apt_transform_model(model):
+            import torch
+            from torch import nn
+
+            from apt_core.modeling import Carried, ModelTransform
+
+            class Shifted(nn.Module):
+                def __init__(self, layer, width):
+                    super().__init__()
+                    self.layer, self.shift = layer, nn.Parameter(torch.empty(width))
+
+                def init_parameter(self, name, tensor, generator, *, num_layers):
+                    if name == "shift":
+                        tensor.zero_()  # so that no output changes
+                    return name == "shift"
+
+                def forward(self, x):
+                    return self.layer(x) + self.shift
+
+            origins = {}
+            for index, block in enumerate(model.blocks):
+                for name, _ in block.ffn.named_parameters():
+                    path = f"blocks.{index}.ffn"
+                    origins[f"{path}.layer.{name}"] = Carried(f"{path}.{name}")
+                block.ffn = Shifted(block.ffn, model.d_model)
+            return ModelTransform(model, origins)
+    """
+
+
+@hookspec(dormant=True, failure_limit=1)
+def apt_costs(config: Config) -> PluginCosts:
+    """Say what the plugin takes of memory and arithmetic while it is enabled.
+
+    When: a run is planned (``apt-train --dry-run``), and when it has run out of memory.
+    Returns: a :class:`~apt_core.PluginCosts`, or None for nothing that is worth telling.
+    Raising: the plugin is quarantined.
+
+    Example::
+
+        from apt_core import PluginCosts, hookimpl
+
+        @hookimpl
+        def apt_costs(config):
+            # A teacher, whose predictions it wants for every micro-batch.
+            return PluginCosts(averages=1, forwards=1)
     """
 
 
@@ -581,8 +634,9 @@ def apt_decoder(request: GenerationRequest) -> Any:
     """Choose the next token in place of sampling.
 
     When: once per generation request. Returns: an object with
-    ``choose(input_ids [1, T], logits [V]) -> int``; the first result wins. If ``choose`` raises,
-    it counts as a failure of the plugin and plain sampling takes over.
+    ``choose(input_ids [1, T], logits [V]) -> int | None``; the first result wins. Where ``choose``
+    returns None, this token is left to plain sampling; if it raises, it counts as a failure of the
+    plugin and plain sampling takes over for the rest of the request.
 
     Example::
 

@@ -49,6 +49,9 @@ NAME_KEYS = {
 }
 """The profile key that names the provider of each kind."""
 
+ALL_NAME_KEYS = {**NAME_KEYS, "router": "model.moe.router", "align": "model.bistate.align"}
+"""Those too of kinds that a run has only where a plugin owns the section."""
+
 
 @dataclass
 class Kernel:
@@ -71,22 +74,31 @@ class Kernel:
         """``(kind, name)`` of every provider that the profile uses."""
         data = self.config.data
         text = ("dataset", data.text_source or data.loader)
-        named = named_providers(self.config.to_dict())
+        named = chosen_providers(self.config)
         return [pair for pair in named if pair[0] != "dataset"] + [text]
 
 
-def named_providers(data: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """``(kind, name)`` of every provider that a profile names; data may be unchecked."""
+def chosen_providers(config: Config) -> list[tuple[str, str]]:
+    """``(kind, name)`` of every provider that a checked profile names."""
+    return named_providers(config.to_dict(), ALL_NAME_KEYS)
+
+
+def named_providers(
+    data: Mapping[str, Any], keys: Mapping[str, str] = NAME_KEYS
+) -> list[tuple[str, str]]:
+    """``(kind, name)`` of every provider that a profile names under ``keys``; data may be
+    unchecked."""
 
     def at(path: str) -> Any:
-        section, key = path.split(".")
-        values = data.get(section)
-        return values.get(key) if isinstance(values, Mapping) else None
+        value: Any = data
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
 
     def names() -> Iterator[tuple[str, Any]]:
         pattern = at("model.attention_pattern")
         attentions = pattern if isinstance(pattern, list | tuple) else ()
-        for kind, path in NAME_KEYS.items():
+        for kind, path in keys.items():
             if not (kind == "attention" and attentions):
                 yield kind, at(path)
         yield "dataset", at("data.source")
@@ -295,8 +307,8 @@ class _Boot:
             raise ConfigError(problems)
 
     def _check_providers(self, config: Config) -> list[Problem]:
-        named = named_providers(config.to_dict())
-        keys = {(kind, name): NAME_KEYS[kind] for kind, name in named}
+        named = chosen_providers(config)
+        keys = {(kind, name): ALL_NAME_KEYS[kind] for kind, name in named}
         keys["dataset", config.data.source or ""] = "data.source"
         for name in config.model.attention_pattern or ():
             keys["attention", name] = "model.attention_pattern"
@@ -340,7 +352,7 @@ class _Boot:
     def _settings_in_vain(self, config: Config, overridden: Sequence[str]) -> Iterator[InactiveKey]:
         """Settings that the command line gives to a provider of the model that is not used. Those
         of the profile may wait for another choice."""
-        named = named_providers(config.to_dict())
+        named = chosen_providers(config)
         core = {(spec.kind, spec.name) for spec in self.registry.specs() if spec.plugin == CORE}
         may_fall_back = {kind for kind, name in named if (kind, name) not in core}
         specs = [spec for spec in self.registry.specs() if spec.section.startswith("model.")]

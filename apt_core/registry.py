@@ -36,6 +36,8 @@ METHODS = {
     "backbone": "create_model",
     "tokenizer": "encode",
     "dataset": "load",
+    "router": "create_router",
+    "align": "terms",
     "optimizer": "create",
     "lr_schedule": "factor",
 }

@@ -116,6 +116,24 @@ class FallbackEvent:
     reason: str
 
 
+@dataclass(frozen=True)
+class PluginCosts:
+    """What a plugin takes while it is enabled, beside the training of the model: how many
+    ``averages`` of the weights it keeps, and how often it computes the model for each micro-batch,
+    in ``forwards`` without gradients and in ``passes`` with their backward."""
+
+    averages: int = 0
+    forwards: int = 0
+    passes: int = 0
+
+    def __add__(self, other: PluginCosts) -> PluginCosts:
+        return PluginCosts(
+            self.averages + other.averages,
+            self.forwards + other.forwards,
+            self.passes + other.passes,
+        )
+
+
 @dataclass
 class ModelOutput:
     """What a backbone returns: ``logits`` [B, T, V], the last ``hidden`` states [B, T, D], and

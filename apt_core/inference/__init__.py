@@ -1,5 +1,5 @@
 """Generating text."""
 
-from apt_core.inference.generator import generate
+from apt_core.inference.generator import candidates, generate
 
-__all__ = ["generate"]
+__all__ = ["candidates", "generate"]

@@ -115,10 +115,16 @@ def sample(logits: Tensor, request: GenerationRequest, generator: torch.Generato
     """A token id from ``logits`` [V] by temperature and top-k."""
     if request.temperature <= 0:
         return int(logits.argmax())
+    probabilities, ids = candidates(logits, request)
+    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def candidates(logits: Tensor, request: GenerationRequest) -> tuple[Tensor, Tensor]:
+    """What is sampled from, given ``logits`` [V] and a temperature above 0: the probabilities [K]
+    and the token ids [K] of the top k, the most probable first."""
     kept = min(request.top_k, logits.numel()) if request.top_k > 0 else logits.numel()
     values, ids = (logits / request.temperature).topk(kept)
-    choice = torch.multinomial(values.softmax(-1), 1, generator=generator)
-    return int(ids[choice])
+    return values.softmax(-1), ids
 
 
 def _processors(manager: PluginManager, request: GenerationRequest) -> list[Processor]:
@@ -155,23 +161,32 @@ def _guarded(manager: PluginManager, plugin: str, function: Any) -> Processor:
 
 
 class _Decoder:
-    """A plugin's decoder while it works, plain sampling otherwise."""
+    """A plugin's decoder while it works and chooses, plain sampling otherwise."""
 
     def __init__(self, manager: PluginManager, request: GenerationRequest) -> None:
         self._manager, self._request = manager, request
         self._chosen = manager.call_first("apt_decoder", request=request)
 
     def choose(self, input_ids: Tensor, logits: Tensor, generator: torch.Generator) -> int:
-        if self._chosen is not None:
-            plugin, decoder = self._chosen
-            try:
-                token = int(decoder.choose(input_ids, logits.clone()))
-                if not 0 <= token < logits.numel():
-                    raise ValueError(f"the decoder chose token {token} of {logits.numel()}")
-                return token
-            except PASSES:
-                raise
-            except BaseException as error:
-                self._chosen = None
-                self._manager.fail(plugin, "apt_decoder", error)
-        return sample(logits, self._request, generator)
+        token = self._ask(input_ids, logits)
+        return sample(logits, self._request, generator) if token is None else token
+
+    def _ask(self, input_ids: Tensor, logits: Tensor) -> int | None:
+        """The plugin's token, or None where it leaves this one, or all from now on, to sampling."""
+        if self._chosen is None:
+            return None
+        plugin, decoder = self._chosen
+        try:
+            token = decoder.choose(input_ids, logits.clone())
+            if token is None:
+                return None
+            token = int(token)
+            if not 0 <= token < logits.numel():
+                raise ValueError(f"the decoder chose token {token} of {logits.numel()}")
+            return token
+        except PASSES:
+            raise
+        except BaseException as error:
+            self._chosen = None
+            self._manager.fail(plugin, "apt_decoder", error)
+            return None

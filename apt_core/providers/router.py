@@ -20,5 +20,7 @@ class RouterProvider(Provider, ABC):
     """
 
     @abstractmethod
-    def create_router(self, d_model: int, num_experts: int, top_k: int) -> nn.Module:
+    def create_router(
+        self, d_model: int, num_experts: int, top_k: int, *, groups: int = 1
+    ) -> nn.Module:
         """A new router. Raises ValueError where ``top_k`` exceeds ``num_experts``."""

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from apt_core.config import Config
+from apt_core.config.schema import ModelSection
 from apt_core.device import autocast_dtype
 from apt_core.failures import one_line
 from apt_core.kernel import Kernel
@@ -139,6 +140,35 @@ def model_cost(kernel: Kernel) -> ModelCost:
     if counts[NGRAMS]:
         parts.append(part(*NGRAMS, None, 0))
     return ModelCost(seq_len, model.max_seq_len, parts, notes)
+
+
+def layer_flops(kernel: Kernel, model: ModelSection, seq_len: int) -> list[float] | None:
+    """What training computes in each layer, per token of a sequence of ``seq_len``; ``model`` has
+    the sizes. None where a provider cannot tell."""
+    unsaid: list[str] = []
+    names = ModelBuilder(kernel.config, kernel.registry).attention_names()
+    asking = _Asking(kernel, "ffn", model.ffn_name, unsaid)
+    ffn = asking.number("flops", model.d_model, model.d_ff, seq_len)
+    heads = {"num_kv_heads": model.num_kv_heads}
+    by_name = {
+        name: _Asking(kernel, "attention", name, unsaid).number(
+            "flops", model.d_model, model.num_heads, seq_len, **heads
+        )
+        for name in dict.fromkeys(names)
+    }
+    layers = []
+    for name in names:
+        attention = by_name[name]
+        if attention is None or ffn is None:
+            return None
+        layers.append((attention + ffn) * BACKWARD_AND_FORWARD / seq_len)
+    return layers
+
+
+def layers_of(model: nn.Module) -> Sequence[nn.Module]:
+    """The layers of a backbone: its first list of modules, of which World.shard makes groups."""
+    lists = (child for child in model.children() if isinstance(child, nn.ModuleList))
+    return [*next(lists, ())]
 
 
 def support_notices(kernel: Kernel, device: torch.device) -> list[str]:

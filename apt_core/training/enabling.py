@@ -55,6 +55,18 @@ class Enabling:
                 self.manager.set_state(name, "dormant", "disabled by its schedule")
                 self._note(name, "disabled", epoch, step)
 
+    def tell_parameters(self) -> None:
+        """Log what the annealed parameters of enabled plugins are in the step that comes next."""
+        trainer, schedule = self.trainer, self.trainer.schedule
+        position = {"epoch": trainer.epoch, "step": trainer.step + 1, "tokens": trainer.tokens}
+        told = [
+            f"{name}={schedule.get_param(name, **position):.4g}"
+            for name in schedule.annealed
+            if self.manager.records[schedule.params[name]].state == "active"
+        ]
+        if told:
+            log.info("epoch %d starts with %s", trainer.epoch, ", ".join(told))
+
     def share_quarantines(self) -> None:
         """Quarantine in every process what is quarantined in one of them: the same plugins run
         everywhere, or nowhere. The first process logs the failures that others had alone."""

@@ -2,17 +2,19 @@
 
 The model is built without values, and one micro-batch goes forward and backward through it on fake
 tensors, which know their size and nothing else, while every allocation is counted. Of a deep model
-two shallow ones are measured: its memory is affine in the number of layers. Both give what the
-whole model takes in real memory, to the byte.
+a few of its layers are measured, with one more of each kind in turn: its memory is affine in the
+number of each. That gives what the whole model takes in real memory, to the byte.
 
 Not counted: what the allocator loses between blocks, the workspace of single kernels, the libraries
-themselves (some hundred MiB), what plugins keep, and what torch.compile saves by fusing.
+themselves (some hundred MiB), what plugins keep beyond what ``apt_costs`` says, what their terms of
+the loss compute, and what torch.compile saves by fusing.
 """
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,7 +25,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from apt_core.config import Config
 from apt_core.data.batches import Batch
 from apt_core.device import autocast, autocast_dtype, resolve_device
 from apt_core.failures import one_line
@@ -31,10 +32,14 @@ from apt_core.kernel import Kernel
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.plugin_manager import PluginManager
 from apt_core.providers.optimizer import OptimizerProvider
+from apt_core.training.costs import layers_of
 from apt_core.training.loss import cross_entropy_sum
 from apt_core.training.parameter_groups import parameter_groups
+from apt_core.training.structure import base_structure
+from apt_core.types import PluginCosts
 
 CPU = torch.device("cpu")
+NO_COSTS = PluginCosts()
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,8 @@ class Weights:
 
     @classmethod
     def of(cls, model: nn.Module) -> Weights:
-        """The layers are those that World.shard makes groups of."""
         parameters = count_bytes(model.parameters())
-        stack = next((m for m in model.children() if isinstance(m, nn.ModuleList)), ())
-        layers = [count_bytes(layer.parameters()) for layer in stack]
+        layers = [count_bytes(layer.parameters()) for layer in layers_of(model)]
         return cls(
             parameters=parameters,
             trainable=count_bytes(p for p in model.parameters() if p.requires_grad),
@@ -64,24 +67,34 @@ class Weights:
 
 
 class Footprint:
-    """What training the profile's whole model takes on ``device`` (by default the one that the
-    profile names), each figure measured when it is first needed.
+    """What training a model takes on ``device`` (by default the one that the profile names), each
+    figure measured when it is first needed.
 
-    ``notes`` say what could not be measured, and why.
+    ``structure`` is the model on the meta device, by default that with which the run starts, and
+    ``costs`` what plugins take beside it. ``notes`` say what could not be measured, and why.
     """
 
-    def __init__(self, kernel: Kernel, device: torch.device | None = None) -> None:
-        self.config, self._registry = kernel.config, kernel.registry
+    def __init__(
+        self,
+        kernel: Kernel,
+        device: torch.device | None = None,
+        structure: nn.Module | None = None,
+        costs: PluginCosts = NO_COSTS,
+    ) -> None:
+        self.config, self.costs = kernel.config, costs
+        self._registry = kernel.registry
+        self._attention_names = ModelBuilder(self.config, self._registry).attention_names()
         asked = self.config.hardware.device
         default = resolve_device(asked)[0] if asked == "auto" else torch.device(asked)
         self.device = device or default
+        self.structure = base_structure(kernel) if structure is None else structure
         self.notes: list[str] = []
         self._activations: dict[int, int | None] = {}
 
     @cached_property
     def weights(self) -> Weights:
         """The bytes of the model itself."""
-        return Weights.of(self._build(self.config.model.num_layers))
+        return Weights.of(self.structure)
 
     @cached_property
     def optimizer(self) -> tuple[int, int]:
@@ -111,41 +124,40 @@ class Footprint:
 
     def _extrapolated(self, measure: Callable[[nn.Module], tuple[int, ...]]) -> list[int]:
         """What ``measure`` finds in the whole model."""
-        layers = self.config.model.num_layers
-        depths = measured_depths(layers, len(self.config.model.attention_pattern or "1"))
-        found = []
-        for depth in depths:
-            with FakeTensorMode():
-                found.append(measure(self._fake(depth)))
-        first, last = depths[0], depths[-1]
-        times = 0 if first == last else (layers - first) // (last - first)
-        return [a + (b - a) * times for a, b in zip(found[0], found[-1], strict=True)]
+        first, more = measured_layers(layer_kinds(self.structure, self._attention_names))
+        found = self._measured(measure, first)
+        total = [*found]
+        for layers, times in more:
+            for index, (one, other) in enumerate(
+                zip(found, self._measured(measure, layers), strict=True)
+            ):
+                total[index] += (other - one) * times
+        return total
 
-    def _build(self, num_layers: int) -> nn.Module:
-        with torch.device("meta"):
-            return ModelBuilder(with_layers(self.config, num_layers), self._registry).build_model()
-
-    def _fake(self, num_layers: int) -> nn.Module:
-        """The model in fake memory, inside a FakeTensorMode, with gradients that are there already,
-        as in every micro-batch but the first."""
-        # The CPU, for fake tensors of a GPU need one; its kernels keep what those of a GPU keep.
-        model = self._build(num_layers).train()
-        made: dict[int, Tensor] = {}
-        for module in model.modules():
-            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-                if tensor is not None:
-                    fake = made.setdefault(id(tensor), _fake_like(tensor))
-                    setattr(module, name, fake)
-        return model
+    def _measured(
+        self, measure: Callable[[nn.Module], tuple[int, ...]], layers: Sequence[int]
+    ) -> tuple[int, ...]:
+        model = with_layers(self.structure, layers).train()
+        with FakeTensorMode():
+            return measure(_faked(model))
 
     def _run(self, model: nn.Module, batch_size: int) -> tuple[int]:
         config = self.config
         dtype = autocast_dtype(config.training.mixed_precision, self.device, config.model.d_model)
         with CountedAllocations() as counted:
             ids = torch.zeros(batch_size, config.seq_len, dtype=torch.int64)
+            batch = Batch(ids, ids, ids.numel())
             with autocast(CPU, dtype):
-                output = model(ids)
-                loss = cross_entropy_sum(output, Batch(ids, ids, ids.numel())) / ids.numel()
+                # What the forwards give is there until the backward is done.
+                outputs = [model(ids)]
+                loss = cross_entropy_sum(outputs[0], batch)
+                with torch.no_grad():
+                    outputs += [model.eval()(ids) for _ in range(self.costs.forwards)]
+                model.train()
+                for _ in range(self.costs.passes):
+                    outputs.append(model(ids))
+                    loss = loss + cross_entropy_sum(outputs[-1], batch)
+                loss = loss / ids.numel()
             loss.backward()
         return (counted.peak,)
 
@@ -210,21 +222,61 @@ def _fake_like(tensor: Tensor) -> Tensor:
     return parameter
 
 
-def measured_depths(num_layers: int, period: int) -> tuple[int, ...]:
-    """The numbers of layers to measure for a model of ``num_layers`` whose layers repeat after
-    ``period``: its own, or two that end like it and are a period apart.
+def layer_kinds(model: nn.Module, attention_names: Sequence[str]) -> list[Hashable]:
+    """What tells the layers of ``model`` apart; the names are those of the profile, by layer."""
+    layers = layers_of(model)
+    named = len(attention_names) == len(layers)
+    return [
+        (
+            attention_names[index] if named else "",
+            tuple(type(module) for module in layer.modules()),
+            tuple((name, p.shape, p.requires_grad) for name, p in layer.named_parameters()),
+        )
+        for index, layer in enumerate(layers)
+    ]
 
-    >>> measured_depths(24, 1), measured_depths(3, 1), measured_depths(25, 4)
-    ((2, 3), (3,), (9, 13))
+
+def measured_layers(
+    kinds: Sequence[Hashable],
+) -> tuple[list[int], list[tuple[list[int], int]]]:
+    """Which layers to measure of a model whose layers are of ``kinds``: the last two of each kind,
+    and these with one more, which stands for so many.
+
+    >>> measured_layers("aaaaa")
+    ([3, 4], [([2, 3, 4], 3)])
+    >>> measured_layers("ababab")
+    ([2, 3, 4, 5], [([0, 2, 3, 4, 5], 1), ([1, 2, 3, 4, 5], 1)])
     """
-    first = 2 * period + num_layers % period
-    return (first, first + period) if num_layers > first + period else (num_layers,)
+    places: dict[Hashable, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        places.setdefault(kind, []).append(index)
+    first = sorted(index for found in places.values() for index in found[-2:])
+    more = [(sorted([*first, found[-3]]), len(found) - 2) for found in places.values() if found[2:]]
+    return first, more
 
 
-def with_layers(config: Config, num_layers: int) -> Config:
-    """The profile with another depth."""
-    model = config.model.model_copy(update={"num_layers": num_layers})
-    return config.model_copy(update={"model": model})
+def with_layers(structure: nn.Module, layers: Sequence[int]) -> nn.Module:
+    """A copy of ``structure`` with some of its layers."""
+    everything = layers_of(structure)
+    copied: dict[int, Any] = {}
+    kept = nn.ModuleList([copy.deepcopy(everything[index], copied) for index in layers])
+    for child in structure.children():
+        if isinstance(child, nn.ModuleList):
+            copied[id(child)] = kept
+            break
+    return copy.deepcopy(structure, copied)
+
+
+def _faked(model: nn.Module) -> nn.Module:
+    """``model`` in fake memory, inside a FakeTensorMode, with gradients that are there already, as
+    in every micro-batch but the first."""
+    # The CPU, for fake tensors of a GPU need one; its kernels keep what those of a GPU keep.
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                setattr(module, name, made.setdefault(id(tensor), _fake_like(tensor)))
+    return model
 
 
 def count_bytes(tensors: Iterable[Tensor]) -> int:

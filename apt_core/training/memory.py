@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import nn
 from apt_core.kernel import Kernel
 from apt_core.training.distributed import Sharding, local_part
 from apt_core.training.footprint import Footprint, Weights
+from apt_core.training.stages import plugin_costs
+from apt_core.training.structure import structure_after
 
 MOST_PROCESSES = 1024
 
@@ -19,6 +22,7 @@ MOST_PROCESSES = 1024
 class MemoryEstimate:
     """Bytes that each of ``world_size`` processes needs, by what they are for.
 
+    ``ema`` are the averages of the weights that the run and its plugins keep.
     ``activations`` are the most that the forward and backward of one micro-batch, or else the
     optimizer's step, hold beside the rest; None where that could not be measured, and then not in
     the total. ``buffers`` are what distribution holds twice or whole, ``snapshot`` the copy from
@@ -88,7 +92,7 @@ def estimate(
     elif sharding == "ddp":
         # Else its buckets are the gradients.
         buffers = weights.trainable if whole else 0
-    ema = parameters if training.ema_decay is not None else 0
+    ema = parameters * ((training.ema_decay is not None) + footprint.costs.averages)
     return MemoryEstimate(
         world_size=world_size,
         sharding=sharding,
@@ -102,6 +106,13 @@ def estimate(
         buffers=buffers,
         snapshot=parameters + share(state) + ema if footprint.device.type == "cpu" else 0,
     )
+
+
+def switch_memory(before: MemoryEstimate, after: MemoryEstimate) -> int:
+    """Bytes that each process needs at the moment at which one structure of the model takes the
+    place of another: all that lasts of both, and the old gradients."""
+    old = before.total - (before.activations or 0)
+    return old + after.parameters + after.optimizer + after.ema
 
 
 def _gathered(weights: Weights) -> int:
@@ -151,12 +162,16 @@ def out_of_memory_advice(
     available: int,
     *,
     device: torch.device | None = None,
+    switched_by: Sequence[str] = (),
 ) -> str:
     """What to change so that the run fits into ``available`` bytes a process, in one line.
 
-    ``device`` is the run's, where that is not the one which the profile names.
+    ``device`` is the run's, where that is not the one which the profile names; ``switched_by`` are
+    the plugins that have changed the model so far.
     """
-    footprint = Footprint(kernel, device)
+    active = [r.name for r in kernel.manager.records.values() if r.state == "active"]
+    structure = structure_after(kernel, switched_by)
+    footprint = Footprint(kernel, device, structure, plugin_costs(kernel, active))
     training = kernel.config.training
     now = estimate(footprint, world_size, sharding)
     if now.activations is None:

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from apt_core.config import Config
+from apt_core.config import Config, Source, check_files
+from apt_core.config.switches import UNITS
 from apt_core.data.batches import num_windows
 from apt_core.data.tokens import tokenize
 from apt_core.errors import AptError
 from apt_core.failures import one_line
 from apt_core.kernel import Kernel
 from apt_core.providers.tokenizer import TokenizerProvider
+from apt_core.schedules import Horizon
 from apt_core.training.blame import attributed
-from apt_core.training.costs import ModelCost, model_cost, support_notices
+from apt_core.training.calibration import Calibration, Speed
+from apt_core.training.costs import (
+    BACKWARD_AND_FORWARD,
+    ModelCost,
+    model_cost,
+    support_notices,
+)
 from apt_core.training.distributed import sharding_of
 from apt_core.training.footprint import Footprint
+from apt_core.training.launch import processes_for
 from apt_core.training.manifest import plugin_rows
-from apt_core.training.memory import MemoryEstimate, estimate
+from apt_core.training.memory import MemoryEstimate, estimate, switch_memory
 from apt_core.training.plan_text import print_plan
 from apt_core.training.prepare import build_tokenizer, settle_device
+from apt_core.training.stages import Stage, stages
+from apt_core.types import PluginCosts
 
 __all__ = ["make_plan", "print_plan", "processes"]
 
@@ -30,32 +40,46 @@ READ_UP_TO = 64 * 2**20
 
 def make_plan(kernel: Kernel, world_size: int | None = None) -> dict[str, Any]:
     """The plan as JSON values, with the keys profile, device, providers, plugins, inactive_keys,
-    notices, model, batch and stages.
+    notices, missing, model, batch, calibration and stages.
 
-    ``model`` has the parts of the model with their costs, as :mod:`apt_core.training.costs` counts
-    them; what a provider cannot tell is null there, with a notice. ``batch`` says what a step takes
-    and how many make an epoch, null where the text is not at hand or is large. A stage has the
-    ``memory`` of one process, in bytes, as :mod:`apt_core.training.memory` counts it, for
-    ``world_size`` processes (by default those that ``hardware`` asks for) on the device that the
-    profile names. No value of the model is computed, so that a large profile is planned in seconds;
+    ``missing`` has what the run needs and this machine lacks: ``key`` of the profile and
+    ``message``. ``model`` has the parts of the model at the start with their costs, as
+    :mod:`apt_core.training.costs` counts them; what a provider cannot tell is null there, with a
+    notice. ``batch`` says what a step takes and how many make an epoch, null where the text is not
+    at hand or is large.
+
+    A stage begins where a plugin becomes enabled or disabled. It has the parameters (those that a
+    token passes through are ``params_active``) and the FLOPs per token of training, in
+    ``plugin_flops_per_token`` those of what plugins compute beside it; ``memory`` of one process in
+    bytes, as :mod:`apt_core.training.memory` counts it, for ``world_size`` processes (by default
+    those that ``hardware`` asks for) on the device that the profile names; ``switch_memory``, what
+    it takes to change the structure of the model there, null where nothing changes it; and the
+    seconds that an epoch, or a million tokens, are expected to take on ``calibration.device``,
+    which :mod:`apt_core.training.calibration` has timed, null where that is not known.
+
+    No value of the whole model is computed, so that a large profile is planned in seconds;
     providers are probed as at the start of a run. Raises ConfigError as a run would.
     """
+    missing = missing_parts(kernel, world_size)
     if world_size is None:
         world_size = processes(kernel.config)
+    known = len(kernel.notices)
     device = settle_device(kernel)
+    missing += [_entry(text) for text in kernel.notices[known:]]
+    del kernel.notices[known:]
     try:
         for kind, name in kernel.named_providers():
             kernel.registry.get(kind, name)
         tokenizer = build_tokenizer(kernel)
         cost = model_cost(kernel)
-        footprint = Footprint(kernel)
-        memory = estimate(footprint, world_size, sharding_of(kernel.config, world_size))
         batch = _batch(kernel, tokenizer, world_size)
+        planning = _Planning(kernel, cost, batch, Calibration(kernel, device, cost))
+        rows = planning.rows()
     except Exception as error:
-        known = attributed(kernel, error)
-        if known is error:
+        explained = attributed(kernel, error)
+        if explained is error:
             raise
-        raise known from error
+        raise explained from error
     return {
         "profile": kernel.config.name,
         "device": str(device),
@@ -66,12 +90,31 @@ def make_plan(kernel: Kernel, world_size: int | None = None) -> dict[str, Any]:
             *kernel.notices,
             *support_notices(kernel, device),
             *cost.notes,
-            *footprint.notes,
+            *planning.notes,
         ],
+        "missing": missing,
         "model": cost.row(),
         "batch": batch,
-        "stages": [_stage(cost, memory, **at) for at in _positions(kernel)],
+        "calibration": planning.calibration.row(),
+        "stages": rows,
     }
+
+
+def missing_parts(kernel: Kernel, world_size: int | None) -> list[dict[str, str]]:
+    """What the profile names and this machine lacks, but for the device: data files, and GPUs for
+    all the processes where nobody else said how many there are to be."""
+    config = kernel.config
+    files = check_files(config, Source.from_dict(config.to_dict()))
+    found = [{"key": p.key, "message": p.message} for p in files]
+    if world_size is None and processes(config) > 1:
+        _, notice = processes_for(config)
+        found += [_entry(notice)] if notice else []
+    return found
+
+
+def _entry(notice: str) -> dict[str, str]:
+    key, _, message = notice.partition(": ")
+    return {"key": key, "message": message}
 
 
 def _at_the_start(kernel: Kernel, row: dict[str, Any]) -> dict[str, Any]:
@@ -80,16 +123,6 @@ def _at_the_start(kernel: Kernel, row: dict[str, Any]) -> dict[str, Any]:
     if row["state"] == "active" and not enabled:
         return {**row, "state": "dormant", "reason": "waits for its schedule"}
     return row
-
-
-def _positions(kernel: Kernel) -> Iterable[dict[str, Any]]:
-    """The start, and each moment at which a plugin becomes enabled or disabled."""
-    yield {"name": "start", "unit": "epoch", "at": 1}
-    for boundary in kernel.schedule.boundaries():
-        if kernel.manager.has_plugin(boundary.plugin):
-            verb = "enable" if boundary.enables else "disable"
-            name = f"{verb} {boundary.plugin}"
-            yield {"name": name, "unit": boundary.unit, "at": boundary.at}
 
 
 def processes(config: Config) -> int:
@@ -103,15 +136,32 @@ def _batch(kernel: Kernel, tokenizer: TokenizerProvider, world_size: int) -> dic
     length = config.seq_len
     sequences = training.batch_size * training.grad_accum_steps * world_size
     windows = _windows(kernel, tokenizer, length)
+    steps = None if windows is None else -(-windows[0] // sequences)
     return {
+        "processes": world_size,
         "sequences_per_step": sequences,
         "tokens_per_step": sequences * length,
-        "steps_per_epoch": windows and -(-windows // sequences),
+        "steps_per_epoch": steps,
+        "tokens_per_epoch": None if windows is None else windows[0] * length,
+        "evaluated_tokens_per_epoch": None
+        if windows is None or steps is None
+        else _evaluated(config, steps, windows[1]) * length,
     }
 
 
-def _windows(kernel: Kernel, tokenizer: TokenizerProvider, length: int) -> int | None:
-    """The sequences of the training text; None where it would take long to tell, or fails."""
+def _evaluated(config: Config, steps: int, windows: int) -> int:
+    """The sequences that are evaluated in an epoch: a few batches now and then, and all held-out
+    text at its end."""
+    evaluation = config.evaluation
+    few = min(windows, evaluation.eval_batches * config.training.batch_size)
+    # What would be due at the end of the epoch is done with the rest.
+    times = (steps - 1) // evaluation.eval_freq if evaluation.eval_freq else 0
+    return times * few + windows
+
+
+def _windows(kernel: Kernel, tokenizer: TokenizerProvider, length: int) -> tuple[int, int] | None:
+    """The sequences of the training text and the held-out one; None where it would take long to
+    tell, or fails."""
     data = kernel.config.data
     if data.text_source is None:
         paths = [Path(path) for path in (data.train_path, data.val_path) if path]
@@ -122,22 +172,102 @@ def _windows(kernel: Kernel, tokenizer: TokenizerProvider, length: int) -> int |
     except (AptError, OSError, ValueError) as error:
         kernel.notices.append(f"data: {one_line(error)}")
         return None
-    return num_windows(len(tokenize(tokenizer, text.train)), length)
+    train, val = (len(tokenize(tokenizer, part)) for part in (text.train, text.val))
+    return num_windows(train, length), num_windows(val, length)
 
 
-def _stage(
-    cost: ModelCost, memory: MemoryEstimate, name: str, unit: str, at: int
-) -> dict[str, Any]:
-    return {
-        "name": name,
-        "epoch": at if unit == "epoch" else None,
-        "step": at if unit == "step" else None,
-        "token": at if unit == "token" else None,
-        "params_total": cost.params,
-        "params_active": cost.params,
-        "memory": memory.row(),
-        "memory_mb": round(memory.total / 2**20, 1),
-        "flops_per_token": cost.flops_per_token,
-        "kv_cache_bytes_per_token": cost.kv_cache_bytes_per_token,
-        "kv_cache_bytes_per_sequence": cost.kv_cache_bytes_per_sequence,
-    }
+class _Planning:
+    """The stages of the run as rows; ``notes`` say what could not be told, and why."""
+
+    def __init__(
+        self, kernel: Kernel, cost: ModelCost, batch: dict[str, Any], calibration: Calibration
+    ) -> None:
+        self.kernel, self.cost, self.batch = kernel, cost, batch
+        self.calibration = calibration
+        self._footprints: dict[tuple[int, PluginCosts], Footprint] = {}
+        self._speeds: dict[int, Speed | None] = {}
+
+    @property
+    def notes(self) -> list[str]:
+        """Each of them once."""
+        footprints = self._footprints.values()
+        said = [note for footprint in footprints for note in footprint.notes]
+        return [*dict.fromkeys([*said, *self.calibration.notes])]
+
+    def rows(self) -> list[dict[str, Any]]:
+        horizon = Horizon(steps_per_epoch=self.batch["steps_per_epoch"])
+        rows = []
+        before: MemoryEstimate | None = None
+        # All of them first: what a plugin cannot do is said before anything takes time.
+        for stage in [*stages(self.kernel, horizon)]:
+            memory = self._memory(stage)
+            switching = switch_memory(before, memory) if stage.switches and before else None
+            rows.append(self._row(stage, memory, switching))
+            before = memory
+        return rows
+
+    def _memory(self, stage: Stage) -> MemoryEstimate:
+        size = self.batch["processes"]
+        key = id(stage.structure), stage.costs
+        if key not in self._footprints:
+            model = stage.structure.model
+            self._footprints[key] = Footprint(self.kernel, structure=model, costs=stage.costs)
+        return estimate(self._footprints[key], size, sharding_of(self.kernel.config, size))
+
+    def _row(self, stage: Stage, memory: MemoryEstimate, switching: int | None) -> dict[str, Any]:
+        structure, cost = stage.structure, self.cost
+        flops = structure.flops_per_token(cost)
+        extra = None if flops is None else _plugin_flops(flops, stage.costs)
+        return {
+            "name": stage.name,
+            **{unit: stage.at if unit == stage.unit else None for unit in UNITS},
+            "params_total": structure.params,
+            "params_active": structure.active_params,
+            "memory": memory.row(),
+            "memory_mb": round(memory.total / 2**20, 1),
+            "switch_memory": switching,
+            "flops_per_token": flops,
+            "plugin_flops_per_token": extra,
+            "kv_cache_bytes_per_token": cost.kv_cache_bytes_per_token,
+            "kv_cache_bytes_per_sequence": cost.kv_cache_bytes_per_sequence,
+            **self._time(stage, memory, flops, extra),
+        }
+
+    def _time(
+        self, stage: Stage, memory: MemoryEstimate, flops: int | None, extra: int | None
+    ) -> dict[str, Any]:
+        """How long the run takes in this stage, evaluations included where an epoch is known."""
+        structure, batch = stage.structure, self.batch
+        if id(structure) not in self._speeds:
+            self._speeds[id(structure)] = self.calibration.speed(structure)
+        speed = self._speeds[id(structure)]
+        row = dict.fromkeys(("seconds_per_epoch", "seconds_per_million_tokens"))
+        if speed is None or flops is None or extra is None:
+            return {**row, "flops_per_s": None, "measured": None}
+        size = batch["processes"]
+        shards = size if memory.sharding == "fsdp" else 1
+        slowdown = self.calibration.slowdown(size)
+        work = batch["tokens_per_step"] / size * (flops + extra)
+        step = speed.step_seconds(work, structure.params // shards) * slowdown
+        epoch = None
+        if batch["steps_per_epoch"] is not None:
+            steps = batch["tokens_per_epoch"] / batch["tokens_per_step"]
+            evaluated = batch["evaluated_tokens_per_epoch"] / size * flops / BACKWARD_AND_FORWARD
+            epoch = steps * step + speed.step_seconds(evaluated, 0) * slowdown
+        return {
+            "seconds_per_epoch": epoch and _rounded(epoch),
+            "seconds_per_million_tokens": _rounded(step / batch["tokens_per_step"] * 1e6),
+            "flops_per_s": _rounded(speed.flops_per_s),
+            "measured": speed.measured,
+        }
+
+
+def _plugin_flops(flops: int, costs: PluginCosts) -> int:
+    """What plugins compute beside the training, per token."""
+    forward = flops // BACKWARD_AND_FORWARD
+    return forward * (costs.forwards + BACKWARD_AND_FORWARD * costs.passes)
+
+
+def _rounded(value: float) -> float:
+    """An estimate's three figures."""
+    return float(f"{value:.3g}")

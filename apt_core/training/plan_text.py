@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ def print_plan(console: Console, plan: dict[str, Any]) -> None:
         console.print(text, markup=False)
 
     say(f"plan of profile {plan['profile']} on {plan['device']} (nothing is trained)")
+    for row in plan["missing"]:
+        say(f"missing here: {row['key']}: {row['message']}")
     for notice in plan["notices"]:
         say(f"note: {notice}")
     providers = Table("slot", "asked", "used", "reason", box=None, header_style="bold")
@@ -33,19 +36,36 @@ def print_plan(console: Console, plan: dict[str, Any]) -> None:
     for row in plan["inactive_keys"]:
         say(f"inactive: {row['key']} ({row['reason']})")
     _print_model(console, plan["model"], plan["stages"][0])
-    stages = Table("stage", "from", "parameters", "active", "memory", box=None, header_style="bold")
+    _print_stages(console, plan)
+    for line in (*_memory(plan["stages"]), *_time(plan), _batch(plan)):
+        say(line)
+
+
+def _print_stages(console: Console, plan: dict[str, Any]) -> None:
+    """The timeline: what changes when, and what the model then takes."""
+    from rich.table import Table
+
+    per_epoch = plan["batch"]["steps_per_epoch"] is not None
+    table = Table(box=None, header_style="bold")
+    for column in ("stage", "from"):
+        table.add_column(column, no_wrap=True)
+    time = "epoch" if per_epoch else "1M tokens"
+    for column in ("parameters", "active", "memory", "FLOPs/token", time):
+        table.add_column(column, justify="right", no_wrap=True)
     for stage in plan["stages"]:
         unit = next(u for u in ("epoch", "step", "token") if stage[u] is not None)
-        stages.add_row(
+        flops, extra = stage["flops_per_token"], stage["plugin_flops_per_token"]
+        seconds = stage["seconds_per_epoch" if per_epoch else "seconds_per_million_tokens"]
+        table.add_row(
             stage["name"],
             f"{unit} {stage[unit]}",
-            f"{stage['params_total']:,}",
-            f"{stage['params_active']:,}",
+            _count(stage["params_total"]),
+            _count(stage["params_active"]),
             gib(stage["memory"]["total"]),
+            _flops(None if flops is None else flops + extra),
+            "unknown" if seconds is None else _duration(seconds),
         )
-    console.print(stages)
-    say(_memory(plan["stages"][0]["memory"]))
-    say(_batch(plan))
+    console.print(table)
 
 
 def _print_model(console: Console, model: dict[str, Any], total: dict[str, Any]) -> None:
@@ -97,19 +117,47 @@ def _print_model(console: Console, model: dict[str, Any], total: dict[str, Any])
         console.print(line, markup=False)
 
 
-def _memory(memory: dict[str, Any]) -> str:
-    """What the memory of one process is made of."""
+def _memory(stages: list[dict[str, Any]]) -> Iterator[str]:
+    """What the memory of one process is made of, where it changes."""
     words = {"ema": "average", "buffers": "communication", "snapshot": "copy for checkpoints"}
-    parts = ", ".join(
-        f"{words.get(part, part)} {'unknown' if memory[part] is None else gib(memory[part])}"
-        for part in (
-            "parameters", "gradients", "optimizer", "ema", "activations", "buffers", "snapshot",
-        )
-        if memory[part] != 0
-    )  # fmt: skip
-    size = memory["world_size"]
-    of = "" if size == 1 else f" of each of {size} processes ({memory['sharding']})"
-    return f"memory{of}: {parts}"
+    before = None
+    for stage in stages:
+        memory, switching = stage["memory"], stage["switch_memory"]
+        at = "" if all(s["memory"] == memory for s in stages) else f" ({stage['name']})"
+        if memory != before:
+            parts = ", ".join(
+                f"{words.get(part, part)} "
+                f"{'unknown' if memory[part] is None else gib(memory[part])}"
+                for part in (
+                    "parameters", "gradients", "optimizer", "ema", "activations", "buffers",
+                    "snapshot",
+                )
+                if memory[part] != 0
+            )  # fmt: skip
+            size = memory["world_size"]
+            of = "" if size == 1 else f" of each of {size} processes ({memory['sharding']})"
+            yield f"memory{of}{at}: {parts}"
+        if switching is not None:
+            yield (
+                f"switch{at}: {gib(switching)} for the moment in which the old structure and the "
+                "new one are there"
+            )
+        before = memory
+
+
+def _time(plan: dict[str, Any]) -> Iterator[str]:
+    """How the time was come by."""
+    calibration = plan["calibration"]
+    measured = [stage["measured"] for stage in plan["stages"] if stage["measured"]]
+    if not measured:
+        return
+    on, threads = calibration["device"], calibration["threads"]
+    if on == "cpu":
+        on += f", {threads} threads" if threads > 1 else ", 1 thread"
+    elsewhere = "" if calibration["is_the_runs_device"] else ", not the profile's device"
+    what = ", then ".join(dict.fromkeys(measured))
+    of = "with its evaluations, " if plan["batch"]["steps_per_epoch"] is not None else ""
+    yield f"time: an estimate, {of}on {on}{elsewhere}; timed: {what}"
 
 
 def _batch(plan: dict[str, Any]) -> str:
@@ -127,6 +175,28 @@ def _batch(plan: dict[str, Any]) -> str:
 
 def _flops(value: int | None) -> str:
     return "unknown" if value is None else scaled(value, "FLOP", 1000)
+
+
+def _count(value: int) -> str:
+    """
+    >>> _count(987), _count(149_700), _count(10_904_000_000)
+    ('987', '149.7K', '10.90B')
+    """
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if value >= size:
+            return f"{value / size:.{2 if unit == 'B' else 1}f}{unit}"
+    return str(value)
+
+
+def _duration(seconds: float) -> str:
+    """
+    >>> _duration(0.25), _duration(75), _duration(5_400), _duration(2_000_000)
+    ('0.2 s', '75 s', '1.5 h', '23.1 days')
+    """
+    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size or (unit == "h" and seconds >= size):
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
 def _cache(value: int | None, without: bool) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from apt_core.errors import CheckpointError, ConfigError, Problem
 from apt_core.failures import short_path
-from apt_core.kernel import NAME_KEYS
+from apt_core.kernel import ALL_NAME_KEYS
 from apt_core.training import checkpoint
 from apt_core.training.checkpoint import Checkpoint
 from apt_core.training.resume import check_resume, saved_profile
@@ -152,5 +152,5 @@ def _check_providers(trainer: Trainer, manifest: Mapping[str, Any]) -> None:
             raise CheckpointError(
                 f"{row['slot']}: the checkpoint was trained with {row['used']!r}, here "
                 f"{used!r} would run; ask for it: "
-                f"--{NAME_KEYS[row['slot']]} {row['used']}"
+                f"--{ALL_NAME_KEYS[row['slot']]} {row['used']}"
             )

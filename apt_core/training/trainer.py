@@ -258,6 +258,7 @@ class Trainer:
                 return
             self.epoch = epoch
             self._enabling.enable_due()
+            self._enabling.tell_parameters()
             hook.on_epoch_start(epoch=epoch, trainer=self)
 
             for index in range(first_index, plan.steps_per_epoch):

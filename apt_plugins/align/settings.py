@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from apt_core import Problem
 from apt_core.config import Config, Ramp, Section
-from apt_core.errors import Problem
 
 SECTION = "model.bistate"
 WEIGHT = "align_weight"

@@ -41,6 +41,7 @@ PREFIXES = {"loss": "Terms of the loss", "schedule": "Scheduled parameters"}
 
 PART = re.compile(r"time/(?!step_ms$|total_ms$)([^/]+)_ms")
 HOOKS = re.compile(r"time/hooks/(.+)_ms")
+QUANTILE = re.compile(r"(.+)_(?:min|p\d\d?|max)")
 
 MAX_CHARTS = 120
 ALL_BUCKETS = 14_000
@@ -102,7 +103,10 @@ def panels(metrics: Metrics, marks: Sequence[Mark]) -> Panels:
     buckets = min(350, ALL_BUCKETS // (len(single) + 6))
     groups = []
     for title, names in named.items():
-        charts = [_chart(series[name], title, steps, buckets) for name in names]
+        charts = [
+            _chart([series[name] for name in together], title, steps, buckets)
+            for together in _together(names)
+        ]
         groups.append(Group(title, [chart for chart in charts if chart is not None]))
     return Panels(
         loss=_loss_charts(metrics, marks, buckets),
@@ -128,14 +132,31 @@ def _grouped(names: Sequence[str]) -> dict[str, list[str]]:
     return groups
 
 
-def _chart(series: Series, group: str, steps: Axis, buckets: int) -> Chart | None:
-    name = series.name
-    label = name.partition("/")[2] if group.startswith("Metrics of") else name
+def _together(names: Sequence[str]) -> list[list[str]]:
+    """Names by chart: the quantiles of one figure share theirs, every other name has its own."""
+    charts: dict[str, list[str]] = {}
+    for name in names:
+        quantile = QUANTILE.fullmatch(name)
+        charts.setdefault(f"{quantile[1]}_*" if quantile else name, []).append(name)
+    return list(charts.values())
+
+
+def _chart(series: Sequence[Series], group: str, steps: Axis, buckets: int) -> Chart | None:
+    """One chart of one series, or of the quantiles of one figure."""
+    name = series[0].name
+    quantile = QUANTILE.fullmatch(name) if len(series) > 1 else None
+    label = quantile[1] if quantile else name
+    label = label.partition("/")[2] if group.startswith("Metrics of") else label
+    if quantile:
+        curves = [Curve(s, s.name.rpartition("_")[2], i) for i, s in enumerate(series)]
+    else:
+        color = int(name.startswith("val_"))
+        curves = [Curve(series[0], label, color, noisy=is_noisy(series[0]))]
     return line_chart(
-        TITLES.get(name, label),
-        [Curve(series, label, int(name.startswith("val_")), noisy=is_noisy(series))],
+        TITLES.get(name, f"{label}, quantiles" if quantile else label),
+        curves,
         steps,
-        buckets=buckets,
+        buckets=buckets // len(series),
         frame=SMALL,
         log=False if name in ("lr", *FROM_ZERO) else None,
         zero=name in FROM_ZERO,

@@ -22,6 +22,7 @@ from apt_core.modeling import ModelBuilder
 from apt_core.modeling.layers import MHAProvider
 from apt_core.plugin_manager import PluginManager
 from apt_core.providers.attention import AttentionSupport
+from apt_core.training import calibration
 from apt_core.training.costs import support_notices
 from apt_core.training.memory import memory_per_rank
 from apt_core.training.plan import make_plan, print_plan
@@ -59,6 +60,11 @@ class Plugin:
     def apt_register_providers(self) -> list[ProviderSpec]:
         factories = {"recomputing": Recomputing, "failing": Failing, "duck": Duck}
         return [ProviderSpec("attention", name, factory) for name, factory in factories.items()]
+
+
+@pytest.fixture(autouse=True)
+def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "SECONDS", 0.005)
 
 
 @pytest.fixture
@@ -337,6 +343,7 @@ PICKY = """
 from apt_core import ProviderSpec, hookimpl
 from apt_core.modeling.layers import MHAProvider
 from apt_core.providers.attention import AttentionSupport
+from apt_core.training import calibration
 
 
 class Picky(MHAProvider):

@@ -134,6 +134,13 @@ def test_the_policy_admits_the_pages_own_style_and_script_alone(make_run, page):
     assert rules["script-src"] == named(shown.scripts[1])
 
 
+def test_quantiles_of_one_figure_share_a_chart(make_run, make_rows, page):
+    more = {"moe/load_min": 0.1, "moe/load_p50": 1.0, "moe/load_max": 2.5, "moe/drop_max": 0.5}
+    shown = page(make_run(make_rows(50, **more)))
+    assert {"load, quantiles", "drop_max"} <= set(shown.titles)
+    assert "load_p50" not in shown.titles
+
+
 def test_every_chart_tells_its_values_in_words_too(make_run, page):
     shown = page(make_run())
     labels = [

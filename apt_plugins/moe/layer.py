@@ -1,0 +1,99 @@
+"""The layer that takes the place of a dense feed-forward.
+
+Legend: B batch, T positions, D d_model, N = B*T tokens, E experts in each of G groups, K of them a
+token in each group.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from apt_plugins.moe.experts import Experts
+
+
+class MoELayer(nn.Module):
+    """y = experts(x), weighted by the ``router``, with a ``shared`` feed-forward beside them.
+
+    With ``shared_weight`` λ it is (1 - λ) * experts(x) + λ * shared(x), without it their sum. In
+    training an expert takes at most ceil(``capacity`` * N * K / E) of the tokens of a forward, in
+    their order, so that no token is kept from an expert by a later one of its sequence; None sets
+    no limit. What is beyond it is dropped, and the token's other weights in the group sum to one
+    (with K = 1 there are none): while experts are alike, an overflow changes little.
+
+    A forward in training leaves ``indices`` [N, G*K], the experts that were chosen, and ``kept``
+    [N, G*K], False where one was dropped, None if nothing can be. ``load`` [G*E] and ``dropped``
+    (0-d) are for whoever counts.
+    """
+
+    def __init__(
+        self,
+        router: nn.Module,
+        experts: Experts,
+        *,
+        top_k: int,
+        granularity: int = 1,
+        capacity: float | None = None,
+        dropout: float = 0.0,
+        shared: nn.Module | None = None,
+        shared_weight: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.router, self.experts, self.shared = router, experts, shared
+        self.top_k, self.granularity = top_k, granularity
+        self.num_experts = experts.num_experts // granularity
+        self.capacity, self.dropout, self.shared_weight = capacity, dropout, shared_weight
+        self.indices: Tensor | None = None
+        self.kept: Tensor | None = None
+        self.register_buffer("load", torch.empty(experts.num_experts), persistent=False)
+        self.register_buffer("dropped", torch.empty(()), persistent=False)
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        self.load.zero_()
+        self.dropped.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, D] to [B, T, D]."""
+        tokens = x.flatten(0, -2)
+        indices, weights = self.router(tokens)
+        if self.training:
+            self.indices, self.kept = indices, self._within_capacity(indices)
+            if self.kept is not None:
+                weights = self._without_dropped(weights, self.kept)
+        dropout = self.dropout if self.training else 0.0
+        y = self.experts(tokens, indices, weights, dropout).view_as(x)
+        if self.shared is None:
+            return y
+        if self.shared_weight is None:
+            return y + self.shared(x)
+        return torch.lerp(y, self.shared(x), self.shared_weight)
+
+    def _within_capacity(self, indices: Tensor) -> Tensor | None:
+        if self.capacity is None:
+            return None
+        limit = math.ceil(self.capacity * len(indices) * self.top_k / self.num_experts)
+        # A token chooses an expert once at most.
+        if limit >= len(indices):
+            return None
+        chosen = indices.flatten()
+        ordered, order = chosen.sort(stable=True)
+        first = torch.searchsorted(ordered, ordered)
+        places = torch.arange(len(order), device=order.device) - first
+        kept = torch.empty_like(order, dtype=torch.bool).scatter_(0, order, places < limit)
+        return kept.view_as(indices)
+
+    def _without_dropped(self, weights: Tensor, kept: Tensor) -> Tensor:
+        weights = weights * kept
+        if self.top_k == 1:
+            return weights
+        groups = weights.unflatten(-1, (self.granularity, self.top_k))
+        total = groups.sum(-1, keepdim=True)
+        return (groups / total.where(total > 0, 1.0)).flatten(-2)
+
+
+def moe_layers(model: nn.Module) -> list[MoELayer]:
+    """The layers of ``model`` that are mixtures of experts, in their order."""
+    return [module for module in model.modules() if isinstance(module, MoELayer)]

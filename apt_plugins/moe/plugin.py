@@ -1,0 +1,119 @@
+"""A mixture of experts: turns every dense feed-forward into experts, at any moment of a run."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from apt_core import ConfigError, PluginInfo, Priority, ProviderSpec, SectionSpec, hookimpl
+from apt_plugins.moe.settings import MoeSettings, contradictions, settings_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from apt_core.config import Config
+    from apt_core.modeling import ModelTransform
+    from apt_plugins.moe.layer import MoELayer
+
+PLUGIN = PluginInfo(
+    summary="mixture of experts, grown from the dense feed-forwards without a change of outputs",
+    version="1.0.0",
+)
+
+log = logging.getLogger("apt.moe")
+
+layers_of: WeakKeyDictionary[Any, list[MoELayer]] = WeakKeyDictionary()
+"""By model: to search one takes longer than to count what its experts are sent."""
+
+
+@hookimpl
+def apt_register_providers() -> list[ProviderSpec]:
+    return [
+        ProviderSpec(
+            kind="router",
+            name=name,
+            factory="apt_plugins.moe.router:TopKProvider",
+            version="1.0.0",
+            summary=summary,
+            config=MoeSettings,
+        )
+        for name, summary in (
+            ("topk_moe", "the top k experts of a linear score, their weights renormalised"),
+            ("topk_default", "another name of topk_moe"),
+        )
+    ]
+
+
+@hookimpl
+def apt_register_config() -> list[SectionSpec]:
+    return [SectionSpec("model.moe", MoeSettings)]
+
+
+@hookimpl
+def apt_configure(config: Config) -> None:
+    if not settings_of(config).enabled:
+        log.info("model.moe.enabled is false: the dense feed-forward stays")
+        return
+    problems = list(contradictions(config))
+    if problems:
+        raise ConfigError(problems)
+
+
+@hookimpl
+def apt_transform_model(model: Any, config: Config, registry: Any) -> ModelTransform | None:
+    settings = settings_of(config)
+    if not settings.enabled:
+        return None
+    from apt_plugins.moe.upcycle import upcycled
+
+    return upcycled(model, config, settings, registry)
+
+
+def moe_layers_of(trainer: Any) -> list[MoELayer]:
+    """The layers that the trainer's present model has of this plugin, maybe none."""
+    model = trainer.model
+    if model not in layers_of:
+        from apt_plugins.moe.layer import moe_layers
+
+        layers_of[model] = moe_layers(model)
+    return layers_of[model]
+
+
+@hookimpl(priority=Priority.EARLY)
+def on_step_start(trainer: Any) -> None:
+    if layers := moe_layers_of(trainer):
+        from apt_plugins.moe.statistics import start_counting
+
+        start_counting(layers)
+
+
+# Early: a plugin that makes a second forward replaces what the layers keep of the first.
+@hookimpl(priority=Priority.EARLY)
+def apt_loss_terms(trainer: Any, batch: Any) -> dict[str, Tensor]:
+    layers = moe_layers_of(trainer)
+    if not layers:
+        return {}
+    from apt_plugins.moe.statistics import losses
+
+    return losses(layers, batch, settings_of(trainer.config))
+
+
+# Early: who balances the load by it, at the end of the step, wants that of all processes.
+@hookimpl(priority=Priority.EARLY)
+def on_step_end(trainer: Any) -> None:
+    layers = moe_layers_of(trainer)
+    if layers and trainer.world_size > 1:
+        from apt_plugins.moe.statistics import sum_over_processes
+
+        sum_over_processes(layers)
+
+
+@hookimpl
+def apt_metrics(trainer: Any) -> dict[str, float]:
+    layers = moe_layers_of(trainer)
+    if not layers:
+        return {}
+    from apt_plugins.moe.statistics import figures
+
+    return figures(layers)

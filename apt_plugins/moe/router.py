@@ -1,0 +1,125 @@
+"""The router ``router:topk_moe``: which experts a token is sent to, and with what weight.
+
+Legend: N tokens, D d_model, E experts in each of G groups, K of them a token in each group.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from apt_core.providers import RouterProvider
+
+ROUTER_STD = 0.02
+
+
+class TopKRouter(nn.Module):
+    """Scores s of logits x Wᵀ / T, of which the K largest in each group are chosen.
+
+    ``softmax`` scores are probabilities within the group, ``sigmoid`` ones each for itself. The
+    weights of the chosen are their scores over the sum of these, so that they sum to one in each
+    group. With K = 1 that sum is taken as a constant: the weight is one, and the router learns by
+    its gradient all the same.
+
+    ``bias`` [G*E] is added to the scores for the choice alone (Wang et al., arXiv:2408.15664).
+    While it ``explores``, in training, the choice is made by the scores of logits with Gumbel noise
+    of scale ``noise`` (0-d): of scale 1 with softmax scores it draws K experts without replacement,
+    by their probabilities (Kool et al., arXiv:1903.06059). ``temperature`` (0-d) is T.
+
+    Everything is computed in fp32 or wider, also under autocast.
+    """
+
+    reads_stream = ("weight",)
+    # Its rows are learned apart, as those of an output head.
+    elementwise = ("weight",)
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        groups: int = 1,
+        scores: Literal["softmax", "sigmoid"] = "softmax",
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(
+                f"model.moe.top_k: {top_k} experts per token, and model.moe.experts is "
+                f"{num_experts}: choose top_k from 1 to experts"
+            )
+        self.num_experts, self.top_k, self.groups, self.scores = num_experts, top_k, groups, scores
+        self.explores = False
+        self.weight = nn.Parameter(torch.empty(groups * num_experts, d_model))
+        self.register_buffer("bias", torch.empty(groups * num_experts))
+        self.register_buffer("temperature", torch.empty(()), persistent=False)
+        self.register_buffer("noise", torch.empty(()), persistent=False)
+        self.register_buffer("offsets", torch.empty(groups, 1, dtype=torch.int64), persistent=False)
+        self.probabilities: Tensor | None = None
+        self.logits: Tensor | None = None
+        self.reset_buffers()
+        nn.init.normal_(self.weight, 0.0, ROUTER_STD)
+
+    def init_parameter(
+        self, name: str, tensor: Tensor, generator: torch.Generator | None, *, num_layers: int
+    ) -> bool:
+        nn.init.normal_(tensor, 0.0, ROUTER_STD, generator=generator)
+        return True
+
+    @torch.no_grad()
+    def reset_buffers(self) -> None:
+        self.bias.zero_()
+        self.temperature.fill_(1.0)
+        self.noise.zero_()
+        if not self.offsets.is_meta:
+            self.offsets.copy_(self.num_experts * torch.arange(self.groups)[:, None])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [N, D] to the chosen experts int64 [N, G*K] (expert e of group g is g*E + e) and their
+        weights [N, G*K].
+
+        In training ``probabilities`` and ``logits`` [N, G*E] of this forward stay behind.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            wide = torch.promote_types(x.dtype, torch.float32)
+            logits = nn.functional.linear(x.to(wide), self.weight.to(wide))
+            logits = (logits / self.temperature).unflatten(-1, (self.groups, self.num_experts))
+            scores = self._scores(logits)
+            choice = scores
+            if self.explores and self.training:
+                # -log of an exponential variable is a Gumbel one.
+                gumbel = torch.empty_like(logits).exponential_().log_().neg_()
+                choice = self._scores(logits.detach() + self.noise * gumbel)
+            choice = choice.detach() + self.bias.view(self.groups, self.num_experts)
+            indices = choice.topk(self.top_k, dim=-1).indices
+            chosen = scores.gather(-1, indices)
+            total = chosen.sum(-1, keepdim=True)
+            weights = chosen / (total.detach() if self.top_k == 1 else total)
+            if self.training:
+                self.logits = logits.flatten(1)
+                self.probabilities = self._probabilities(scores).flatten(1)
+            return (indices + self.offsets).flatten(1), weights.flatten(1)
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-1) if self.scores == "softmax" else logits.sigmoid()
+
+    def _probabilities(self, scores: Tensor) -> Tensor:
+        return scores if self.scores == "softmax" else scores / scores.sum(-1, keepdim=True)
+
+
+class TopKProvider(RouterProvider):
+    """``router:topk_moe``; of the settings ``model.moe`` it reads ``scores``."""
+
+    name = "topk_moe"
+    version = "1.0.0"
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self.scores: Literal["softmax", "sigmoid"] = getattr(config, "scores", "softmax")
+
+    def create_router(
+        self, d_model: int, num_experts: int, top_k: int, *, groups: int = 1
+    ) -> nn.Module:
+        return TopKRouter(d_model, num_experts, top_k, groups=groups, scores=self.scores)

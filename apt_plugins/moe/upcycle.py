@@ -1,0 +1,209 @@
+"""From dense feed-forwards to experts: the same function, with the optimizer's state.
+
+Every expert starts as a copy of the dense layer, or, with granularity G, of a G-th of its hidden
+units; the weights of the chosen ones sum to one in each group, so that whatever the router chooses
+the output is that of the dense layer (Komatsuzaki et al., arXiv:2212.05055, without their change of
+the output). Copies that are told apart by nothing would stay copies where they are sent the same
+tokens. So each hidden unit of a copy has a gauge c of 1/2, 1 or 2, by which its input is scaled and
+its output scaled back: exactly, for c is a power of two, and Adam moves both by steps that are
+other shares of them.
+
+Legend: D d_model, F d_ff, E experts, K of them a token, G granularity; expert (g, e) has the place
+g*E + e.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from apt_core import ConfigError, Problem
+from apt_core.config import Config
+from apt_core.modeling import Carried, ModelTransform, generator_for
+from apt_core.modeling.layers import GELU, FeedForward, SquaredReLU, SwiGLU
+from apt_plugins.moe.experts import Experts
+from apt_plugins.moe.layer import MoELayer
+from apt_plugins.moe.settings import MoeSettings
+
+if TYPE_CHECKING:
+    from apt_core.registry import Registry
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """``degree``: scaling the inputs of a hidden unit by c scales it by c to this power, for c > 0;
+    0 where it is no power of c."""
+
+    activation: str
+    degree: int
+
+
+KINDS: dict[type[nn.Module], _Kind] = {
+    SwiGLU: _Kind("swiglu", 1),
+    SquaredReLU: _Kind("relu2", 2),
+    GELU: _Kind("gelu", 0),
+}
+"""The feed-forwards that can be cloned. Not what derives from them: it may compute otherwise."""
+
+
+def upcycled(
+    model: nn.Module, config: Config, settings: MoeSettings, registry: Registry
+) -> ModelTransform:
+    """``model``, on the meta device and changed in place, with experts in every block.
+
+    Raises ConfigError where a block has no feed-forward that can be cloned.
+    """
+    own = registry.spec("router", settings.router).config is MoeSettings
+    router = registry.get("router", settings.router, settings if own else None)
+    origins: dict[str, Carried] = {}
+    active_share: dict[str, float] = {}
+    added_flops = 0
+    for place, parent, leaf in _dense_layers(model, config.model.ffn_name):
+        dense = parent.get_submodule(leaf)
+        layer = _layer_for(dense, settings, router)
+        setattr(parent, leaf, layer)
+        copies = _Copies(place, dense, settings, config.training.seed)
+        origins.update(copies.origins())
+        share = settings.top_k / settings.experts
+        active_share.update({f"{place}.experts.{name}": share for name in copies.names})
+        size = sum(parameter.numel() for parameter in dense.parameters())
+        times = settings.top_k - 1 + (layer.shared is not None)
+        router_size = sum(parameter.numel() for parameter in layer.router.parameters())
+        added_flops += 2 * (times * size + router_size)
+    return ModelTransform(
+        model, origins=origins, active_share=active_share, added_flops=added_flops
+    )
+
+
+def _dense_layers(model: nn.Module, ffn_name: str) -> Iterator[tuple[str, nn.Module, str]]:
+    """(name, parent, its attribute) of the feed-forward of each block."""
+    stacks = (n for n, child in model.named_children() if isinstance(child, nn.ModuleList))
+    stack = next(stacks, None)
+    if stack is None:
+        raise _not_clonable(ffn_name, f"{type(model).__name__} keeps no list of blocks")
+    for index, block in enumerate(model.get_submodule(stack)):
+        place = f"{stack}.{index}"
+        leaves = [name for name, child in block.named_children() if type(child) in KINDS]
+        if not leaves:
+            own = getattr(block, "ffn", block)
+            raise _not_clonable(ffn_name, f"{place} has a {type(own).__name__}")
+        for leaf in leaves:
+            yield f"{place}.{leaf}", block, leaf
+
+
+def _not_clonable(ffn_name: str, what: str) -> ConfigError:
+    return ConfigError(
+        Problem(
+            f"{ffn_name!r} cannot become experts: {what}",
+            key="model.ffn_name",
+            hint="choose default, gelu or relu2, or leave out moe with --plugin no:moe",
+        )
+    )
+
+
+def _layer_for(dense: FeedForward, settings: MoeSettings, router: Any) -> MoELayer:
+    """The layer that replaces ``dense``, on the meta device."""
+    groups, sizes = settings.granularity, (dense.d_model, dense.d_ff // settings.granularity)
+    split = settings.shared_expert == "split"
+    return MoELayer(
+        router.create_router(dense.d_model, settings.experts, settings.top_k, groups=groups),
+        Experts(settings.experts * groups, *sizes, KINDS[type(dense)].activation),
+        top_k=settings.top_k,
+        granularity=groups,
+        capacity=None if settings.dropless else settings.capacity,
+        dropout=dense.dropout,
+        shared=None if settings.shared_expert == "none" else dense,
+        shared_weight=settings.shared_weight if split else None,
+    )
+
+
+class _Copies:
+    """How the parameters of the layer at ``place`` come from those of the ``dense`` one that was
+    there."""
+
+    def __init__(self, place: str, dense: FeedForward, settings: MoeSettings, seed: int) -> None:
+        self.place, self.seed, self.settings = place, seed, settings
+        self.names = ["gate", "up", "down"] if dense.gated else ["up", "down"]
+        self.degree = KINDS[type(dense)].degree
+        self.hidden = dense.d_ff // settings.granularity
+
+    def origins(self) -> dict[str, Carried]:
+        carried = {f"{self.place}.experts.{name}": self._expert(name) for name in self.names}
+        if self.settings.shared_expert != "none":
+            for name in self.names:
+                carried[f"{self.place}.shared.{name}.weight"] = self._shared(name)
+        return carried
+
+    def _expert(self, name: str) -> Carried:
+        """A copy for each of E experts.
+
+        The gradient g of the dense layer is a mean over tokens. An expert is sent a K-th of each,
+        weighted by 1/K, with a probability of K/E: the mean of its gradient is g/E, and that of its
+        square, which is noise for the most part, g²/(E*K). With a shared expert that has the share
+        λ of the output both are of (1-λ)*g, and scaling by the gauge scales gradients inversely.
+        """
+        settings = self.settings
+        gauge = {"gate": 0, "up": 1, "down": -self.degree}[name] if self.degree else 0
+        mean = 1 / settings.experts
+        square = mean / settings.top_k
+        if settings.shared_expert == "split":
+            mean *= 1 - settings.shared_weight
+            square *= (1 - settings.shared_weight) ** 2
+        cut = partial(self._cut, name)
+        return Carried(
+            self._source(name),
+            value=partial(cut, power=gauge),
+            first_moment=partial(cut, power=-gauge, factor=mean),
+            second_moment=partial(cut, power=-2 * gauge, factor=square),
+        )
+
+    def _shared(self, name: str) -> Carried:
+        """The dense layer itself, as the shared expert.
+
+        Its gradient is λ times what it was where the output is split. The zero form has a down
+        projection of 0, whose gradient stays what it was, and so the others have none at first:
+        their mean starts at 0, their mean square stays, so that the first steps are not large.
+        """
+        if self.settings.shared_expert == "split":
+            weight = self.settings.shared_weight
+            return Carried(
+                self._source(name),
+                first_moment=partial(torch.mul, other=weight),
+                second_moment=partial(torch.mul, other=weight**2),
+            )
+        if name == "down":
+            return Carried(self._source(name), value=torch.zeros_like)
+        return Carried(self._source(name), first_moment=torch.zeros_like)
+
+    def _source(self, name: str) -> str:
+        return f"{self.place}.{name}.weight"
+
+    def _cut(self, name: str, whole: Tensor, *, power: int, factor: float = 1.0) -> Tensor:
+        """``whole``, [F, D] or for down [D, F], as [G*E, F/G, D] or [G*E, D, F/G]: cut by hidden
+        units, copied, and times ``factor`` * gauge^``power``."""
+        groups, experts = self.settings.granularity, self.settings.experts
+        down = name == "down"
+        parts = whole.unflatten(1 if down else 0, (groups, self.hidden))
+        parts = parts.movedim(1, 0) if down else parts
+        copies = parts[:, None].expand(groups, experts, *parts.shape[1:]).flatten(0, 1)
+        if power and self.settings.symmetry_breaking:
+            scale = whole.new_tensor([0.5**power, 1.0, 2.0**power])[self._gauge().to(whole.device)]
+            copies = copies * scale[:, None, :] if down else copies * scale[:, :, None]
+        return copies * factor
+
+    def _gauge(self) -> Tensor:
+        """1 + log2 of c by expert and hidden unit, int64 [G*E, F/G]; c is 1 in the first expert of
+        a group. The rules for up and down, and for their moments, draw the same ones.
+        """
+        groups, experts = self.settings.granularity, self.settings.experts
+        generator = generator_for(self.seed, f"{self.place}.gauge")
+        # Rules may be called under a default device that is not the generator's.
+        sizes = (groups, experts, self.hidden)
+        drawn = torch.randint(3, sizes, generator=generator, device="cpu")
+        drawn[:, 0] = 1
+        return drawn.flatten(0, 1)

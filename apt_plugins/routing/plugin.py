@@ -1,0 +1,101 @@
+"""Sets temperature, exploration and capacity of a mixture of experts, and balances its load."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from apt_core import ConfigError, PluginInfo, SectionSpec, hookimpl
+from apt_plugins.routing.settings import (
+    SCHEDULE_PARAMS,
+    RoutingSettings,
+    contradictions,
+    has_experts,
+    settings_of,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from apt_core.config import Config
+    from apt_plugins.routing.controls import RoutingControls
+
+PLUGIN = PluginInfo(
+    summary="how a mixture of experts routes: temperature, exploration, capacity, balance",
+    version="1.0.0",
+)
+
+log = logging.getLogger("apt.routing")
+
+controls: WeakKeyDictionary[Any, RoutingControls] = WeakKeyDictionary()
+"""By model: a switch in mid-run makes another one, whose layers know nothing of the values yet."""
+
+
+@hookimpl
+def apt_register_config() -> list[SectionSpec]:
+    return [SectionSpec("routing", RoutingSettings, schedule_params=SCHEDULE_PARAMS)]
+
+
+@hookimpl
+def apt_configure(config: Config) -> None:
+    problems = list(contradictions(config))
+    if problems:
+        raise ConfigError(problems)
+
+
+def controls_of(model: Any) -> RoutingControls:
+    if model not in controls:
+        from apt_plugins.moe.layer import moe_layers
+        from apt_plugins.routing.controls import RoutingControls
+
+        controls[model] = RoutingControls(moe_layers(model))
+    return controls[model]
+
+
+def set_controls(trainer: Any) -> None:
+    """Set what the schedule says for the step at hand. An evaluation computes with it too."""
+    controls_of(trainer.model).set(
+        {
+            "temperature": trainer.param("route_temp"),
+            "exploration": settings_of(trainer.config).exploration,
+            "capacity": trainer.param("moe_capacity"),
+        }
+    )
+
+
+@hookimpl
+def on_training_start(trainer: Any) -> None:
+    set_controls(trainer)
+    if not has_experts(trainer.config):
+        log.warning(
+            "routing does nothing: the run has no mixture of experts (add moe to plugins, or "
+            "leave routing out)"
+        )
+
+
+@hookimpl
+def on_step_start(trainer: Any) -> None:
+    set_controls(trainer)
+
+
+@hookimpl
+def on_step_end(loss: Tensor, trainer: Any) -> None:
+    settings, layers = settings_of(trainer.config), controls_of(trainer.model).layers
+    if settings.balancing == "none" or not layers:
+        return
+    from apt_plugins.routing.balancing import move_biases
+
+    move_biases(layers, settings.bias_rate, loss)
+
+
+# What was set last stays when the schedule disables the plugin; the routers do not save it.
+@hookimpl
+def apt_state_dict(trainer: Any) -> dict[str, float]:
+    return controls_of(trainer.model).state_dict()
+
+
+@hookimpl
+def apt_load_state_dict(trainer: Any, state: Mapping[str, float]) -> None:
+    controls_of(trainer.model).set(state)

@@ -1,0 +1,70 @@
+"""``routing``: how tokens find their experts, beside what ``model.moe`` says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from apt_core import Problem
+from apt_core.config import Config, Ramp, Section
+from apt_plugins.moe.settings import MoeSettings
+
+SCHEDULE_PARAMS = ("route_temp", "moe_capacity")
+
+
+class RoutingSettings(Section):
+    """``routing``: exploration and balance of the routers of a mixture of experts."""
+
+    exploration: Annotated[float, Field(ge=0, le=1e3)] = Field(
+        default=0.0,
+        description="Gumbel noise on the routers' scores in training: 0 always takes the top k, "
+        "1 draws k experts by their probabilities.",
+    )
+    balancing: Literal["none", "bias"] = Field(
+        default="none",
+        description="bias: even out the load by a bias on the choice of experts, which moves "
+        "against the load after every step and changes no gradient.",
+    )
+    bias_rate: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1e-3, description="By how much that bias moves in a step; made for sigmoid scores."
+    )
+
+
+def settings_of(config: Config) -> RoutingSettings:
+    """The section of a profile that was checked with the plugin."""
+    settings = config.section("routing")
+    assert isinstance(settings, RoutingSettings)
+    return settings
+
+
+def has_experts(config: Config) -> bool:
+    """Does the run have a mixture of experts, now or later?"""
+    moe = config.section("model.moe")
+    return isinstance(moe, MoeSettings) and moe.enabled
+
+
+def contradictions(config: Config) -> Iterator[Problem]:
+    """What single keys cannot show."""
+    for name in SCHEDULE_PARAMS:
+        value = config.schedules.get(name)
+        if value is None:
+            continue
+        ends = (value.start, value.end) if isinstance(value, Ramp) else (value,)
+        if min(ends) <= 0:
+            yield Problem(
+                f"reaches {min(ends):g}, and a {_MEANINGS[name]} is more than 0",
+                key=f"schedules.{name}",
+                hint="choose positive values",
+            )
+    moe = config.section("model.moe")
+    if "moe_capacity" in config.schedules and isinstance(moe, MoeSettings) and moe.dropless:
+        yield Problem(
+            "limits what an expert takes, and model.moe.dropless says that nothing is dropped",
+            key="schedules.moe_capacity",
+            hint="set model.moe.dropless to false, or take this key out",
+        )
+
+
+_MEANINGS = {"route_temp": "temperature", "moe_capacity": "capacity"}

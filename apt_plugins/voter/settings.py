@@ -1,0 +1,55 @@
+"""``model.voting``: when tokens are voted on, and by how many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated
+
+from pydantic import Field
+
+from apt_core import Problem
+from apt_core.config import Config, Ramp, Section
+
+
+class VotingSettings(Section):
+    """``model.voting``: the vote on tokens that the model is uncertain of."""
+
+    threshold: Annotated[float, Field(ge=0, le=1e6)] = Field(
+        default=2.2, description="Entropy in nats from which tokens are voted on."
+    )
+    k: Annotated[int, Field(ge=1, le=2**16)] = Field(
+        default=3, description="Number of voters; 1 is plain sampling."
+    )
+    normalized: bool = Field(
+        default=False,
+        description="The threshold is a share, from 0 to 1, of the largest entropy that there can "
+        "be: ln of the number of token ids.",
+    )
+
+
+def settings_of(config: Config) -> VotingSettings:
+    """The section of a profile that was checked with the plugin."""
+    settings = config.section("model.voting")
+    assert isinstance(settings, VotingSettings)
+    return settings
+
+
+def contradictions(config: Config) -> Iterator[Problem]:
+    """What single keys cannot show."""
+    settings = settings_of(config)
+    key, value = "schedules.vote_threshold", config.schedules.get("vote_threshold")
+    if value is None:
+        key, value = "model.voting.threshold", settings.threshold
+    ends = (value.start, value.end) if isinstance(value, Ramp) else (value,)
+    if min(ends) < 0:
+        yield Problem(
+            f"reaches {min(ends):g}, and no entropy is below 0",
+            key=key,
+            hint="0 votes on every token",
+        )
+    if settings.normalized and max(ends) > 1:
+        yield Problem(
+            f"reaches {max(ends):g}, which is never reached by a share of the largest entropy",
+            key=key,
+            hint="choose values from 0 to 1, or set model.voting.normalized to false",
+        )

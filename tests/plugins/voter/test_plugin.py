@@ -1,0 +1,234 @@
+"""The voter in generations and in runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from apt_core import AptError, ConfigError, GenerationRequest, hookimpl
+from apt_core.kernel import boot
+from apt_core.testing import TINY_PROFILE, tiny_run
+from apt_plugins.voter import plugin
+from apt_plugins.voter.settings import VotingSettings
+
+VOTER = "apt_plugins.voter.plugin"
+ROOT = Path(__file__).parents[3]
+
+
+def booted(voting=None, schedules=None):
+    model = {**TINY_PROFILE["model"], "voting": voting or {}}
+    data = {**TINY_PROFILE, "model": model, "schedules": schedules or {}}
+    return boot(data, plugins=[VOTER], files=False)
+
+
+def test_a_vote_that_is_never_triggered_is_plain_decoding_token_for_token(
+    continuation, voter, caplog
+):
+    caplog.set_level("INFO", "apt.voter")
+    voter.settings = VotingSettings(threshold=100.0)
+    assert continuation(plugin)[0] == continuation()[0]
+    assert "0 of 24 tokens were put to the vote" in caplog.text
+
+
+def test_uncertain_tokens_are_voted_on_and_counted(continuation, voter, caplog):
+    caplog.set_level("INFO", "apt.voter")
+    voter.settings = VotingSettings(threshold=0.0)
+    tokens, manager = continuation(plugin)
+    assert tokens != continuation()[0]
+    assert continuation(plugin)[0] == tokens
+    assert "24 of 24 tokens were put to the vote" in caplog.text
+    assert manager.records["plugin_0"].failures == []
+
+
+def test_tokens_before_the_first_vote_are_those_of_plain_decoding(continuation, voter, caplog):
+    caplog.set_level("INFO", "apt.voter")
+    plain = continuation(max_new_tokens=40)[0]
+    seen = []
+
+    class Watches:
+        @hookimpl
+        def apt_logits_processors(self):
+            def watch(input_ids, logits):
+                seen.append(float(torch.special.entr((logits / 0.8).softmax(-1)).sum()))
+                return logits
+
+            return [watch]
+
+    continuation(Watches(), max_new_tokens=40)
+    # So high that the first vote comes late.
+    threshold = max(seen)
+    first = seen.index(threshold)
+    assert first > 2
+    voter.settings = VotingSettings(threshold=threshold - 1e-6)
+    voted = continuation(plugin, max_new_tokens=40)[0]
+    assert voted[:first] == plain[:first]
+    assert "0 of 40" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "request_"), [({"k": 1}, {}), ({"threshold": 0.0}, {"temperature": 0.0})]
+)
+def test_one_voter_and_temperature_zero_are_plain_decoding(
+    continuation, voter, caplog, settings, request_
+):
+    caplog.set_level("INFO", "apt.voter")
+    voter.settings = VotingSettings(**{"threshold": 0.0, **settings})
+    assert continuation(plugin, **request_)[0] == continuation(**request_)[0]
+    assert "put to the vote" not in caplog.text
+
+
+def test_a_voter_that_fails_leaves_plain_sampling(continuation, voter, monkeypatch):
+    from apt_plugins.voter.decoder import VotingDecoder
+
+    def fails(self, input_ids, logits):
+        raise RuntimeError("no quorum")
+
+    voter.settings = VotingSettings(threshold=0.0)
+    monkeypatch.setattr(VotingDecoder, "choose", fails)
+    tokens, manager = continuation(plugin)
+    assert tokens == continuation()[0]
+    (failure,) = manager.records["plugin_0"].failures
+    assert (failure.hook, "no quorum" in failure.error) == ("apt_decoder", True)
+
+
+def test_a_decoder_may_leave_single_tokens_to_plain_sampling(continuation):
+    class EveryThird:
+        def __init__(self):
+            self.calls = 0
+
+        def choose(self, input_ids, logits):
+            self.calls += 1
+            return None if self.calls % 3 else ord("y")
+
+    class Plugin:
+        @hookimpl
+        def apt_decoder(self):
+            return EveryThird()
+
+    tokens, manager = continuation(Plugin())
+    assert tokens[2::3] == [ord("y")] * 8
+    assert tokens[:2] == continuation()[0][:2]
+    assert manager.records["plugin_0"].failures == []
+
+
+class Thresholds:
+    """Notes the threshold of each generation."""
+
+    def __init__(self):
+        self.seen = []
+
+    @hookimpl(priority=0)
+    def on_generation_start(self, request):
+        chosen = plugin.apt_decoder(request)
+        self.seen.append(None if chosen is None else chosen._threshold)
+
+
+def test_the_sample_of_a_run_is_voted_on_by_the_threshold_of_that_moment(caplog):
+    caplog.set_level("INFO", "apt.voter")
+    thresholds = Thresholds()
+    run = tiny_run(
+        VOTER,
+        thresholds,
+        overrides={
+            "schedules.vote_threshold": {"start": 9.0, "end": 1.0, "by": "epoch"},
+            "model.voting.threshold": 5.0,
+            "training.max_epochs": 3,
+        },
+    )
+    assert thresholds.seen == [1.0]
+    assert "4 of 4 tokens were put to the vote" in caplog.text
+    assert run.manager.records["voter"].failures == []
+
+
+def test_a_run_that_is_stopped_early_votes_by_the_threshold_of_its_step():
+    thresholds = Thresholds()
+    ramp = {"start": 9.0, "end": 1.0, "by": "step", "until": 9}
+    tiny_run(VOTER, thresholds, steps=5, overrides={"schedules.vote_threshold": ramp})
+    assert thresholds.seen == [5.0]
+
+
+def test_the_profile_alone_gives_the_threshold_where_nothing_is_scheduled():
+    thresholds = Thresholds()
+    tiny_run(VOTER, thresholds, steps=2, overrides={"model.voting.threshold": 4.5})
+    assert thresholds.seen == [4.5]
+
+
+def test_a_voter_that_waits_for_its_schedule_does_not_vote(caplog):
+    caplog.set_level("INFO", "apt.voter")
+    tiny_run(VOTER, steps=3, overrides={"schedules.enable_voter_at_epoch": 2})
+    assert "put to the vote" not in caplog.text
+
+
+def test_after_a_run_the_static_threshold_counts():
+    class Keeps:
+        @hookimpl
+        def on_training_start(self, trainer):
+            self.trainer = trainer
+
+    schedules = {"schedules.vote_threshold": 1.0, "model.voting.threshold": 4.5}
+    tiny_run(VOTER, kept := Keeps(), steps=2, overrides=schedules)
+    assert kept.trainer.param("vote_threshold") == 1.0
+    assert plugin.apt_decoder(GenerationRequest(""))._threshold == 4.5
+
+
+def test_a_run_that_died_is_forgotten(voter):
+    class Dies:
+        @hookimpl
+        def on_step_end(self, step):
+            raise RuntimeError("broken on purpose")
+
+    with pytest.raises(AptError):
+        tiny_run(VOTER, Dies(), overrides={"schedules.vote_threshold": 1.0})
+    assert voter.trainer is None
+
+
+def test_another_profile_read_meanwhile_changes_nothing_of_a_run():
+    class Boots:
+        @hookimpl
+        def on_step_end(self, step):
+            booted({"threshold": 7.0})
+
+    thresholds = Thresholds()
+    tiny_run(VOTER, Boots(), thresholds, steps=2, overrides={"model.voting.threshold": 4.5})
+    assert thresholds.seen == [4.5]
+
+
+def test_the_weights_are_those_of_a_run_without_it():
+    assert tiny_run(VOTER, steps=4).same_weights(tiny_run(steps=4))
+
+
+@pytest.mark.parametrize(
+    ("voting", "schedules", "says"),
+    [
+        ({"normalized": True}, {}, "model.voting.threshold: .*reaches 2.2"),
+        (
+            {"normalized": True, "threshold": 0.5},
+            {"vote_threshold": {"start": 1.5, "end": 0.5}},
+            "schedules.vote_threshold: .*reaches 1.5",
+        ),
+        (
+            {},
+            {"vote_threshold": {"start": 1.0, "end": -1.0}},
+            "schedules.vote_threshold: .*reaches -1",
+        ),
+        ({"k": 0}, {}, "model.voting.k"),
+    ],
+)
+def test_bad_settings_are_told_at_the_start(voting, schedules, says):
+    with pytest.raises(ConfigError, match=says):
+        booted(voting, schedules)
+
+
+def test_a_scheduled_threshold_takes_the_place_of_the_static_one():
+    booted({"normalized": True}, {"vote_threshold": 0.5})
+
+
+def test_the_plugin_needs_no_torch_before_it_votes():
+    code = f"import sys, {VOTER}; sys.exit('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
