@@ -268,10 +268,7 @@ class _Boot:
             inactive += self._settings_in_vain(config, overridden)
             self.problems += self._check_providers(config)
             missing = check_files(config, self.source)
-            if files:
-                self.problems += missing
-            else:
-                self.notices += map(str, missing)
+            self.problems += missing if files else ()
         if self.strict:
             self.problems += self._strict_problems(inactive, lenient)
         if self.problems or config is None:

@@ -58,7 +58,7 @@ class Switching:
         """Let ``plugin``, which is due, change the model; False if it failed, in which case nothing
         is changed and it is quarantined in every process."""
         trainer, manager = self._trainer, self._trainer.manager
-        if not manager.implements(plugin, HOOK) or plugin in self._plugins:
+        if not manager.implements(plugin, HOOK) or plugin in self.plugins:
             return True
         try:
             transform = self._transform(plugin)
@@ -141,7 +141,8 @@ class Switching:
             self.switches.append(dict(switch))
 
     @property
-    def _plugins(self) -> list[str]:
+    def plugins(self) -> list[str]:
+        """Those that have changed the model, in order."""
         return [switch["plugin"] for switch in self.switches]
 
     def _transform(self, plugin: str) -> ModelTransform | None:

@@ -116,6 +116,7 @@ class Trainer:
         self.timeline: list[dict[str, Any]] = []
         self.averages: dict[str, WeightAverage] = {}
         self.stopping = Stopping(self.config, stop_at_step, alone=self.world_size == 1)
+        self.switching = Switching(self)
         self._terms: dict[str, Tensor] = {}
         self._updating = False
         if self.world_size > 1:
@@ -200,7 +201,6 @@ class Trainer:
                 self.total_steps = ends.last("step") or 0
                 self.clock = StepClock(self.device)
                 self.step_log = StepLog(self)
-                self.switching = Switching(self)
                 self._enabling = Enabling(self)
                 self.evaluator = Evaluator(self)
                 with self._opening.opened(self, backlog):
@@ -444,7 +444,12 @@ class Trainer:
         available = max(0, available_memory(device) - self._held) // here
         try:
             advice = out_of_memory_advice(
-                self.kernel, world.size, world.sharding, available, device=device
+                self.kernel,
+                world.size,
+                world.sharding,
+                available,
+                device=device,
+                switched_by=self.switching.plugins,
             )
         except Exception as failure:
             advice = f"what would fit cannot be told ({one_line(failure)})"

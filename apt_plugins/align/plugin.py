@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from apt_core import ConfigError, PluginInfo, Priority, ProviderSpec, SectionSpec, hookimpl
+from apt_core import (
+    ConfigError,
+    PluginCosts,
+    PluginInfo,
+    Priority,
+    ProviderSpec,
+    SectionSpec,
+    hookimpl,
+)
 from apt_plugins.align.settings import (
     DEFAULT,
     SECTION,
@@ -58,6 +66,15 @@ def apt_configure(config: Config) -> None:
     problems = list(contradictions(config, settings))
     if problems:
         raise ConfigError(problems)
+
+
+@hookimpl
+def apt_costs(config: Config) -> PluginCosts:
+    settings = config.section(SECTION)
+    assert isinstance(settings, BistateSettings)
+    if settings.mode == "rdrop":
+        return PluginCosts(passes=1)
+    return PluginCosts(averages=1, forwards=1)
 
 
 @hookimpl
