@@ -184,6 +184,19 @@ class Schedule:
 
         return sorted(found, key=order)
 
+    def first_step_of(self, name: str) -> int:
+        """The step from which on the plugin is enabled: the first one if it has no schedule.
+
+        Raises ValueError where the horizon does not tell.
+        """
+        for switch in self._switches.get(name, ()):
+            if switch.enables:
+                step = self.horizon.convert(*self._moment(switch), "step")
+                if step is None:
+                    raise ValueError(f"schedules.{switch.key}: the horizon must tell its step")
+                return step
+        return FIRST["step"]
+
     @property
     def is_annealed(self) -> bool:
         """Does any value depend on the run's length? Then it is not to be resumed with another."""

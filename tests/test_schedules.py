@@ -373,3 +373,12 @@ def test_schedules_are_checked_even_if_the_profile_has_other_problems() -> None:
     ((problem,), _) = check(profile)
     assert problem.key == "schedules.enable_mo_at_epoch"
     assert check({"schedules": 3}) == ([], [])
+
+
+def test_the_first_step_of_a_plugin_is_that_of_its_switch() -> None:
+    horizon = Horizon(max_epochs=4, steps_per_epoch=10, tokens_per_epoch=105)
+    entries = {"enable_a_at_epoch": 3, "enable_b_at_step": 7, "enable_c_at_token": 25}
+    schedule = Schedule(entries, horizon=horizon)
+    assert [schedule.first_step_of(name) for name in "abcd"] == [21, 7, 4, 1]
+    with pytest.raises(ValueError, match="enable_a_at_epoch: the horizon must tell"):
+        Schedule(entries).first_step_of("a")

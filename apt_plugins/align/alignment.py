@@ -28,7 +28,7 @@ class Alignment:
         self.weight, self.momentum = 0.0, settings.momentum_start
         self.average: Any = None
         self.vein: Tensor | None = None
-        self._first_step = first_step(trainer.schedule)
+        self._first_step = trainer.schedule.first_step_of(NAME)
 
     def begin_step(self, step: int, trainer: Any) -> None:
         """Take the values of this step; in the first one the teacher begins as the model is."""
@@ -52,15 +52,6 @@ class Alignment:
             output, stable, batch.targets, vein=self.vein, mutual=self.average is None
         )
         return {name: self.weight * term for name, term in terms.items()}
-
-
-def first_step(schedule: Any) -> int:
-    """The step in which the plugin is enabled."""
-    for boundary in schedule.boundaries():
-        if boundary.plugin == NAME and boundary.enables:
-            step: int = schedule.horizon.convert(boundary.at, boundary.unit, "step")
-            return step
-    return 1
 
 
 @torch.no_grad()
