@@ -1,12 +1,15 @@
-"""The experts' computation on a CPU: forward and backward of the whole in one function.
+"""The experts' computation on a CPU: the forward of all in one operator, the backward in another.
 
 Autograd over single operations would keep and fill more than is needed: here the products write
 into slices of one tensor, the weight gradients into their places, and the hidden units are computed
-again in the backward. Legend as in :mod:`apt_plugins.moe.experts`.
+again in the backward. As operators of torch they have shapes without numbers, for torch.compile and
+for models on the meta device. Legend as in :mod:`apt_plugins.moe.experts`.
 """
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from typing import Any
 
 import torch
@@ -14,6 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 aten = torch.ops.aten
+
+BLOCK_ROWS = 1024
+"""What is done to each number alone is done to so many rows at once: torch shares out no less than
+32,768 numbers among threads, and what is much larger leaves the processor's caches."""
+
+FRESH_BYTES = 32 * 2**20
+HUGE_PAGE = 2 * 2**20
+MADV_HUGEPAGE = 14
+
+Part = tuple[int, slice]
+"""An expert and its rows."""
 
 
 def assigned_on_cpu(
@@ -24,16 +38,15 @@ def assigned_on_cpu(
     gate: Tensor | None,
     up: Tensor,
     down: Tensor,
-    kept: Tensor | None,
+    factors: Tensor | None,
 ) -> Tensor:
-    """The weighted sum [N, D] of the chosen experts; all tensors have one type.
+    """The weighted sum [N, D] of the chosen experts, of the type of ``x``, which is that of the
+    parameters too.
 
-    ``kept`` [S, F] are factors on the hidden units of the assignments in the order of experts.
+    ``factors`` [S, F] are of the hidden units of the assignments in the order of experts. There is
+    no second derivative: asking for one raises RuntimeError.
     """
-    flat = indices.flatten()
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=len(up)).tolist()
-    return _Assigned.apply(activation, counts, order, x, weights, gate, up, down, kept)
+    return _Assigned.apply(activation, x, indices, weights, gate, up, down, factors)
 
 
 class _Assigned(torch.autograd.Function):
@@ -41,99 +54,242 @@ class _Assigned(torch.autograd.Function):
     def forward(
         ctx: Any,
         activation: str,
-        counts: list[int],
-        order: Tensor,
         x: Tensor,
+        indices: Tensor,
         weights: Tensor,
         gate: Tensor | None,
         up: Tensor,
         down: Tensor,
-        kept: Tensor | None,
+        factors: Tensor | None,
     ) -> Tensor:
-        top_k = weights.shape[1]
-        rows = x.index_select(0, order // top_k)
-        shares = weights.flatten().index_select(0, order).unsqueeze(1)
-        width = up.shape[1]
-        a = None if gate is None else x.new_empty(len(order), width)
-        b = x.new_empty(len(order), width)
-        outputs = torch.empty_like(rows)
-        scratch = x.new_empty(max(counts), width)
-        for e, part in _parts(counts):
-            hidden = scratch[: part.stop - part.start]
-            torch.mm(rows[part], up[e].t(), out=b[part])
-            if gate is not None:
-                torch.mm(rows[part], gate[e].t(), out=a[part])
-            _hidden(activation, None if a is None else a[part], b[part], hidden)
-            hidden.mul_(shares[part])
-            if kept is not None:
-                hidden.mul_(kept[part])
-            torch.mm(hidden, down[e].t(), out=outputs[part])
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order))
-        back = back.view(-1, top_k)
-        ctx.save_for_backward(rows, order, back, shares, a, b, gate, up, down, kept)
-        ctx.counts, ctx.activation = counts, activation
-        return _sum_rows(outputs, back)
+        y, *kept = torch.ops.apt_moe.forward(
+            activation, x, indices, weights, gate, up, down, factors
+        )
+        ctx.save_for_backward(weights, gate, up, down, factors, *kept)
+        ctx.activation = activation
+        return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        rows, order, back, shares, a, b, gate, up, down, kept = ctx.saved_tensors
-        counts = ctx.counts
-        wanted = upstream.index_select(0, order // back.shape[1])
-        d_gate = None if gate is None else torch.empty_like(gate)
-        d_up, d_down, d_rows = torch.empty_like(up), torch.empty_like(down), torch.empty_like(rows)
-        d_shares = shares.new_empty(len(order))
-        width = up.shape[1]
-        scratch = [rows.new_empty(max(counts), width) for _ in range(4)]
-        for e, part in _parts(counts):
-            d_hidden, hidden, d_a, d_b = (s[: part.stop - part.start] for s in scratch)
-            a_part = None if a is None else a[part]
-            torch.mm(wanted[part], down[e], out=d_hidden)
-            _hidden(ctx.activation, a_part, b[part], hidden)
-            if kept is not None:
-                d_hidden.mul_(kept[part])
-            torch.mul(d_hidden, hidden, out=d_a)
-            torch.sum(d_a, 1, out=d_shares[part])
-            hidden.mul_(shares[part])
-            if kept is not None:
-                hidden.mul_(kept[part])
-            torch.mm(wanted[part].t(), hidden, out=d_down[e])
-            d_hidden.mul_(shares[part])
-            _hidden_backward(ctx.activation, a_part, b[part], d_hidden, d_a, d_b)
-            torch.mm(d_b.t(), rows[part], out=d_up[e])
-            torch.mm(d_b, up[e], out=d_rows[part])
-            if d_gate is not None:
-                torch.mm(d_a.t(), rows[part], out=d_gate[e])
-                d_rows[part].addmm_(d_a, gate[e])
-        for e, count in enumerate(counts):
-            if not count:
-                for gradient in (d_gate, d_up, d_down):
-                    if gradient is not None:
-                        gradient[e].zero_()
-        d_weights = d_shares.index_select(0, back.flatten()).view_as(back)
-        d_x = _sum_rows(d_rows, back)
-        return None, None, None, d_x, d_weights, d_gate, d_up, d_down, None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        d_x, d_weights, d_gate, d_up, d_down = torch.ops.apt_moe.backward(
+            ctx.activation, upstream, *ctx.saved_tensors
+        )
+        gated = ctx.saved_tensors[1] is not None
+        return None, d_x, None, d_weights, d_gate if gated else None, d_up, d_down, None
 
 
-def _parts(counts: list[int]) -> list[tuple[int, slice]]:
-    """The experts that are chosen, with their rows."""
-    parts, start = [], 0
-    for expert, count in enumerate(counts):
+@torch.library.custom_op(
+    "apt_moe::forward",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(str activation, Tensor x, Tensor indices, Tensor weights, Tensor? gate, Tensor up, "
+    "Tensor down, Tensor? factors) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(
+    activation: str,
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    factors: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """The sum [N, D], and for the backward: the experts' inputs [S, D], their products with gate
+    and up [S, F], in the order of experts; that order [S], where in it the assignments of each
+    token are [N, K], and how many each expert has, after those that are nobody's [1 + E]."""
+    flat = indices.flatten()
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat + 1, minlength=len(up) + 1)
+    rows = x.index_select(0, order // indices.shape[1])
+    shares = weights.flatten().index_select(0, order).unsqueeze(1)
+    b = x.new_empty(len(order), up.shape[1])
+    a = torch.empty_like(b) if gate is not None else x.new_empty(0)
+    outputs = torch.empty_like(rows)
+    dropped, *assigned = counts.tolist()
+    outputs[:dropped].zero_()
+    blocks = _blocks(assigned, dropped)
+    scratch = x.new_empty(_most_rows(blocks), up.shape[1])
+    for block, parts in blocks:
+        for expert, part in parts:
+            torch.mm(rows[part], up[expert].t(), out=b[part])
+            if gate is not None:
+                torch.mm(rows[part], gate[expert].t(), out=a[part])
+        hidden = scratch[: block.stop - block.start]
+        _hidden(activation, a[block], b[block], hidden)
+        if factors is not None:
+            hidden.mul_(factors[block])
+        hidden.mul_(shares[block])
+        for expert, part in parts:
+            torch.mm(hidden[_within(part, block)], down[expert].t(), out=outputs[part])
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order))
+    places = places.view_as(indices)
+    return _sum_rows(outputs, places), rows, a, b, order, places, counts
+
+
+@_forward.register_fake
+def _(
+    activation: str,
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    factors: Tensor | None,
+) -> tuple[Tensor, ...]:
+    number, width = indices.numel(), up.shape[1]
+    return (
+        torch.empty_like(x),
+        x.new_empty(number, x.shape[1]),
+        x.new_empty(0) if gate is None else x.new_empty(number, width),
+        x.new_empty(number, width),
+        indices.new_empty(number),
+        indices.new_empty(indices.shape),
+        indices.new_empty(len(up) + 1),
+    )
+
+
+@torch.library.custom_op(
+    "apt_moe::backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(str activation, Tensor upstream, Tensor weights, Tensor? gate, Tensor up, "
+    "Tensor down, Tensor? factors, Tensor rows, Tensor a, Tensor b, Tensor order, Tensor places, "
+    "Tensor counts) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(
+    activation: str,
+    upstream: Tensor,
+    weights: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    factors: Tensor | None,
+    rows: Tensor,
+    a: Tensor,
+    b: Tensor,
+    order: Tensor,
+    places: Tensor,
+    counts: Tensor,
+) -> tuple[Tensor, ...]:
+    """The gradients of x, weights, gate (empty where there is none), up and down."""
+    wanted = upstream.index_select(0, order // places.shape[1])
+    shares = weights.flatten().index_select(0, order).unsqueeze(1)
+    d_gate = _gradient_like(gate) if gate is not None else rows.new_empty(0)
+    d_up, d_down = _gradient_like(up), _gradient_like(down)
+    d_rows, d_shares = torch.empty_like(rows), torch.empty_like(shares)
+    dropped, *assigned = counts.tolist()
+    d_rows[:dropped].zero_()
+    d_shares[:dropped].zero_()
+    blocks = _blocks(assigned, dropped)
+    scratch = [rows.new_empty(_most_rows(blocks), up.shape[1]) for _ in range(3)]
+    for block, parts in blocks:
+        d_hidden, hidden, d_b = (s[: block.stop - block.start] for s in scratch)
+        for expert, part in parts:
+            torch.mm(wanted[part], down[expert], out=d_hidden[_within(part, block)])
+        _hidden(activation, a[block], b[block], hidden)
+        if factors is not None:
+            hidden.mul_(factors[block])
+        torch.mul(d_hidden, hidden, out=d_b)
+        torch.sum(d_b, 1, keepdim=True, dtype=shares.dtype, out=d_shares[block])
+        hidden.mul_(shares[block])
+        for expert, part in parts:
+            torch.mm(wanted[part].t(), hidden[_within(part, block)], out=d_down[expert])
+        d_hidden.mul_(shares[block])
+        if factors is not None:
+            d_hidden.mul_(factors[block])
+        # What was the hidden units is now the gradient of a.
+        d_a = hidden
+        _hidden_backward(activation, a[block], b[block], d_hidden, d_a, d_b)
+        for expert, part in parts:
+            inside = _within(part, block)
+            torch.mm(d_b[inside].t(), rows[part], out=d_up[expert])
+            torch.mm(d_b[inside], up[expert], out=d_rows[part])
+            if gate is not None:
+                torch.mm(d_a[inside].t(), rows[part], out=d_gate[expert])
+                d_rows[part].addmm_(d_a[inside], gate[expert])
+    for expert, count in enumerate(assigned):
+        if not count:
+            for gradient in (d_gate[expert : expert + 1], d_up[expert], d_down[expert]):
+                gradient.zero_()
+    d_weights = d_shares.flatten().index_select(0, places.flatten()).view_as(places)
+    return _sum_rows(d_rows, places), d_weights, d_gate, d_up, d_down
+
+
+@_backward.register_fake
+def _(
+    activation: str,
+    upstream: Tensor,
+    weights: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    factors: Tensor | None,
+    rows: Tensor,
+    a: Tensor,
+    b: Tensor,
+    order: Tensor,
+    places: Tensor,
+    counts: Tensor,
+) -> tuple[Tensor, ...]:
+    return (
+        rows.new_empty(upstream.shape),
+        weights.new_empty(weights.shape),
+        rows.new_empty(0) if gate is None else torch.empty_like(gate),
+        torch.empty_like(up),
+        torch.empty_like(down),
+    )
+
+
+def _blocks(assigned: list[int], start: int) -> list[tuple[slice, list[Part]]]:
+    """The rows from ``start`` on, those of whole experts together until they are BLOCK_ROWS; only
+    experts that have any."""
+    blocks, parts, first = [], [], start
+    for expert, count in enumerate(assigned):
         if count:
             parts.append((expert, slice(start, start + count)))
             start += count
-    return parts
+        if parts and (start - first >= BLOCK_ROWS or expert == len(assigned) - 1):
+            blocks.append((slice(first, start), parts))
+            parts, first = [], start
+    return blocks
 
 
-def _sum_rows(rows: Tensor, back: Tensor) -> Tensor:
-    """rows [S, D], of which ``back`` [N, K] says which belong to a token, to their sums [N, D]."""
+def _most_rows(blocks: list[tuple[slice, list[Part]]]) -> int:
+    return max((block.stop - block.start for block, _ in blocks), default=0)
+
+
+def _within(part: slice, block: slice) -> slice:
+    return slice(part.start - block.start, part.stop - block.start)
+
+
+def _gradient_like(weight: Tensor) -> Tensor:
+    """Memory for a gradient of ``weight``, in huge pages if it is large.
+
+    The C library returns more than 32 MiB to the system whenever it is freed, and to be given
+    pages of 4 KiB anew at every step takes longer than to write the gradient.
+    """
+    gradient = torch.empty_like(weight)
+    if gradient.nbytes > FRESH_BYTES and sys.platform == "linux":
+        first = -(-gradient.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+        last = (gradient.data_ptr() + gradient.nbytes) // HUGE_PAGE * HUGE_PAGE
+        # Advice: where it is refused nothing is lost but time.
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_HUGEPAGE
+        )
+    return gradient
+
+
+def _sum_rows(rows: Tensor, places: Tensor) -> Tensor:
+    """rows [S, D], of which ``places`` [N, K] says which belong to a token, to their sums."""
     if rows.dtype in (torch.float32, torch.float64):
-        return F.embedding_bag(back, rows, mode="sum")
-    return rows.index_select(0, back.flatten()).view(*back.shape, -1).sum(1)
+        return F.embedding_bag(places, rows, mode="sum")
+    return rows.index_select(0, places.flatten()).view(*places.shape, -1).sum(1)
 
 
-def _hidden(activation: str, a: Tensor | None, b: Tensor, out: Tensor) -> None:
+def _hidden(activation: str, a: Tensor, b: Tensor, out: Tensor) -> None:
     """The hidden units of ``b``, the product with up, and of ``a``, that with gate."""
     if activation == "swiglu":
         aten.silu.out(a, out=out)
@@ -146,7 +302,7 @@ def _hidden(activation: str, a: Tensor | None, b: Tensor, out: Tensor) -> None:
 
 
 def _hidden_backward(
-    activation: str, a: Tensor | None, b: Tensor, d_hidden: Tensor, d_a: Tensor, d_b: Tensor
+    activation: str, a: Tensor, b: Tensor, d_hidden: Tensor, d_a: Tensor, d_b: Tensor
 ) -> None:
     """The gradients of ``a`` and ``b``; changes ``d_hidden``."""
     if activation == "swiglu":

@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from apt_core.modeling import write_std
 from apt_plugins.moe.cpu_experts import assigned_on_cpu
+from apt_plugins.moe.device_experts import assigned_on_device
 
 Activation = Literal["swiglu", "gelu", "relu2"]
 
@@ -58,68 +58,32 @@ class Experts(nn.Module):
         nn.init.normal_(tensor, 0.0, std, generator=generator)
         return True
 
-    def forward(self, x: Tensor, indices: Tensor, weights: Tensor, dropout: float = 0.0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        indices: Tensor,
+        weights: Tensor,
+        dropout: float = 0.0,
+        limit: int | None = None,
+    ) -> Tensor:
         """The weighted sum of the chosen experts.
 
-        x [N, D], indices int64 [N, K], weights [N, K] to [N, D]. An assignment of weight 0 adds
-        nothing. ``dropout`` is a probability for the hidden units.
+        x [N, D], indices int64 [N, K], weights [N, K] to [N, D]. An index of -1 is no expert's: it
+        adds nothing and costs next to nothing. ``dropout`` is a probability for the hidden units.
+        No expert is chosen more than ``limit`` times, or, where that is None, N times.
         """
+        # Without numbers it is as on a CPU: there is no autocast of the meta device.
+        device = "cpu" if x.is_meta else x.device.type
         gate = self.gate if self.activation == "swiglu" else None
-        tensors = [x, gate, self.up, self.down]
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
-        x, gate, up, down = tensors
-        weights = weights.to(x.dtype)
-        kept = None
+        up, down = self.up, self.down
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            x, up, down = x.to(dtype), up.to(dtype), down.to(dtype)
+            gate = None if gate is None else gate.to(dtype)
+        factors = None
         if dropout:
-            ones = x.new_ones(indices.numel(), self.d_ff)
-            kept = F.dropout(ones, dropout)
-        with torch.autocast(x.device.type, enabled=False):
-            if _computes_on_cpu(x):
-                return assigned_on_cpu(self.activation, x, indices, weights, gate, up, down, kept)
-            return _grouped(self.activation, x, indices, weights, gate, up, down, kept)
-
-
-def _computes_on_cpu(x: Tensor) -> bool:
-    """Are there numbers to be read, without waiting for anything and without breaking a graph?"""
-    return (
-        x.device.type == "cpu"
-        and not isinstance(x, FakeTensor)
-        and not torch.compiler.is_compiling()
-    )
-
-
-def _grouped(
-    activation: Activation,
-    x: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    gate: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    kept: Tensor | None,
-) -> Tensor:
-    """By grouped products, whose sizes stay on the device."""
-    order = indices.flatten().argsort(stable=True)
-    experts = torch.arange(len(up), device=x.device)
-    ends = torch.searchsorted(indices.flatten()[order], experts, right=True).to(torch.int32)
-    tokens = order // indices.shape[1]
-
-    def product(rows: Tensor, matrices: Tensor) -> Tensor:
-        return F.grouped_mm(rows, matrices.transpose(-2, -1), offs=ends)
-
-    rows = x[tokens]
-    hidden = product(rows, up)
-    if gate is not None:
-        hidden = F.silu(product(rows, gate)) * hidden
-    elif activation == "relu2":
-        hidden = F.relu(hidden)
-        hidden = hidden * hidden
-    else:
-        hidden = F.gelu(hidden)
-    if kept is not None:
-        hidden = hidden * kept
-    outputs = product(hidden * weights.flatten()[order, None], down)
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-    return outputs[back].view(*indices.shape, -1).sum(1)
+            factors = F.dropout(x.new_ones(indices.numel(), self.d_ff), dropout)
+        tensors = (x, indices, weights, gate, up, down, factors)
+        if device == "cpu":
+            return assigned_on_cpu(self.activation, *tensors)
+        return assigned_on_device(self.activation, *tensors, limit=limit)

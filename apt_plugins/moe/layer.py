@@ -7,6 +7,7 @@ token in each group.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,9 @@ class MoELayer(nn.Module):
     With ``shared_weight`` λ it is (1 - λ) * experts(x) + λ * shared(x), without it their sum. In
     training an expert takes at most ceil(``capacity`` * N * K / E) of the tokens of a forward, in
     their order, so that no token is kept from an expert by a later one of its sequence; None sets
-    no limit. What is beyond it is dropped, and the token's other weights in the group sum to one
-    (with K = 1 there are none): while experts are alike, an overflow changes little.
+    no limit, and none holds while ``limited`` is False. What is beyond it is dropped, and the token's other weights in the group sum to one:
+    while experts are alike, an overflow changes nothing, but for a token that loses all of them,
+    whose experts give 0. ``dropout`` is a probability for the experts' hidden units.
 
     A forward in training leaves ``indices`` [N, G*K], the experts that were chosen, and ``kept``
     [N, G*K], False where one was dropped, None if nothing can be. ``load`` [G*E] and ``dropped``
@@ -45,6 +47,7 @@ class MoELayer(nn.Module):
         self.top_k, self.granularity = top_k, granularity
         self.num_experts = experts.num_experts // granularity
         self.capacity, self.dropout, self.shared_weight = capacity, dropout, shared_weight
+        self.limited = True
         self.indices: Tensor | None = None
         self.kept: Tensor | None = None
         self.register_buffer("load", torch.empty(experts.num_experts), persistent=False)
@@ -59,27 +62,31 @@ class MoELayer(nn.Module):
         """x [B, T, D] to [B, T, D]."""
         tokens = x.flatten(0, -2)
         indices, weights = self.router(tokens)
+        limit = self._limit(len(tokens))
         if self.training:
-            self.indices, self.kept = indices, self._within_capacity(indices)
+            self.indices = indices
+            self.kept = None if limit is None else self._within(indices, limit)
             if self.kept is not None:
                 weights = self._without_dropped(weights, self.kept)
+                indices = indices.masked_fill(~self.kept, -1)
         dropout = self.dropout if self.training else 0.0
-        y = self.experts(tokens, indices, weights, dropout).view_as(x)
+        y = self.experts(tokens, indices, weights, dropout, limit).view_as(x)
         if self.shared is None:
             return y
         if self.shared_weight is None:
             return y + self.shared(x)
         return torch.lerp(y, self.shared(x), self.shared_weight)
 
-    def _within_capacity(self, indices: Tensor) -> Tensor | None:
-        if self.capacity is None:
+    def _limit(self, num_tokens: int) -> int | None:
+        """How many of so many tokens an expert takes; None for all that it is sent."""
+        if self.capacity is None or not (self.limited and self.training):
             return None
-        limit = math.ceil(self.capacity * len(indices) * self.top_k / self.num_experts)
+        limit = math.ceil(self.capacity * num_tokens * self.top_k / self.num_experts)
         # A token chooses an expert once at most.
-        if limit >= len(indices):
-            return None
-        chosen = indices.flatten()
-        ordered, order = chosen.sort(stable=True)
+        return limit if limit < num_tokens else None
+
+    def _within(self, indices: Tensor, limit: int) -> Tensor:
+        ordered, order = indices.flatten().sort(stable=True)
         first = torch.searchsorted(ordered, ordered)
         places = torch.arange(len(order), device=order.device) - first
         kept = torch.empty_like(order, dtype=torch.bool).scatter_(0, order, places < limit)
@@ -92,6 +99,10 @@ class MoELayer(nn.Module):
         groups = weights.unflatten(-1, (self.granularity, self.top_k))
         total = groups.sum(-1, keepdim=True)
         return (groups / total.where(total > 0, 1.0)).flatten(-2)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies are of the module and not of its last forward.
+        return {**self.__dict__, "indices": None, "kept": None}
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from apt_core.modeling import ModelTransform
     from apt_plugins.moe.layer import MoELayer
 
+NAME = "moe"
+
 PLUGIN = PluginInfo(
     summary="mixture of experts, grown from the dense feed-forwards without a change of outputs",
     version="1.0.0",
@@ -81,11 +83,16 @@ def moe_layers_of(trainer: Any) -> list[MoELayer]:
 
 
 @hookimpl(priority=Priority.EARLY)
-def on_step_start(trainer: Any) -> None:
-    if layers := moe_layers_of(trainer):
-        from apt_plugins.moe.statistics import start_counting
+def on_step_start(step: int, trainer: Any) -> None:
+    layers = moe_layers_of(trainer)
+    if not layers:
+        return
+    from apt_plugins.moe.statistics import start_counting
 
-        start_counting(layers)
+    start_counting(layers)
+    first = trainer.schedule.first_step_of(NAME) + settings_of(trainer.config).dropless_steps
+    for layer in layers:
+        layer.limited = step >= first
 
 
 # Early: a plugin that makes a second forward replaces what the layers keep of the first.

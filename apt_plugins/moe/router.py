@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt_core.providers import RouterProvider
@@ -82,31 +83,38 @@ class TopKRouter(nn.Module):
 
         In training ``probabilities`` and ``logits`` [N, G*E] of this forward stay behind.
         """
-        with torch.autocast(x.device.type, enabled=False):
+        # Without numbers it is as on a CPU: there is no autocast of the meta device.
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             wide = torch.promote_types(x.dtype, torch.float32)
-            logits = nn.functional.linear(x.to(wide), self.weight.to(wide))
-            logits = (logits / self.temperature).unflatten(-1, (self.groups, self.num_experts))
+            logits = F.linear(x.to(wide), self.weight.to(wide)) / self.temperature
+            logits = logits.unflatten(-1, (self.groups, self.num_experts))
+            log_scores = logits if self.scores == "softmax" else F.logsigmoid(logits)
             scores = self._scores(logits)
-            choice = scores
+            choice = scores.detach()
             if self.explores and self.training:
                 # -log of an exponential variable is a Gumbel one.
                 gumbel = torch.empty_like(logits).exponential_().log_().neg_()
                 choice = self._scores(logits.detach() + self.noise * gumbel)
-            choice = choice.detach() + self.bias.view(self.groups, self.num_experts)
+            choice = choice + self.bias.view(self.groups, self.num_experts)
             indices = choice.topk(self.top_k, dim=-1).indices
-            chosen = scores.gather(-1, indices)
-            total = chosen.sum(-1, keepdim=True)
-            weights = chosen / (total.detach() if self.top_k == 1 else total)
+            if self.top_k == 1:
+                chosen = scores.gather(-1, indices)
+                weights = chosen / chosen.detach()
+            else:
+                # That of the logarithms is the scores over their sum, however small they are.
+                weights = log_scores.gather(-1, indices).softmax(-1)
             if self.training:
                 self.logits = logits.flatten(1)
-                self.probabilities = self._probabilities(scores).flatten(1)
+                softmax = self.scores == "softmax"
+                self.probabilities = (scores if softmax else log_scores.softmax(-1)).flatten(1)
             return (indices + self.offsets).flatten(1), weights.flatten(1)
 
     def _scores(self, logits: Tensor) -> Tensor:
         return logits.softmax(-1) if self.scores == "softmax" else logits.sigmoid()
 
-    def _probabilities(self, scores: Tensor) -> Tensor:
-        return scores if self.scores == "softmax" else scores / scores.sum(-1, keepdim=True)
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies are of the module and not of its last forward, whose graph could not be copied.
+        return {**self.__dict__, "logits": None, "probabilities": None}
 
 
 class TopKProvider(RouterProvider):

@@ -30,6 +30,11 @@ class MoeSettings(Section):
     dropless: bool = Field(
         default=False, description="Drop nothing, whatever an expert is sent: no capacity."
     )
+    dropless_steps: Annotated[int, Field(ge=0, le=2**62)] = Field(
+        default=100,
+        description="Steps after the switch without a limit: the router has not learned to even "
+        "out the load yet.",
+    )
     balance_loss: Weight = Field(
         default=0.01, description="Weight of the load-balancing loss, which is 1 when balanced."
     )

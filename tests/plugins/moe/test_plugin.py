@@ -189,3 +189,14 @@ def test_other_plugins_see_the_sums():
 def test_the_router_has_two_names():
     kernel = boot({"plugins": [MOE], "model": {"moe": {}}})
     assert kernel.registry.list_providers("router") == {"router": ["topk_default", "topk_moe"]}
+
+
+def test_nothing_is_dropped_in_the_first_steps_after_the_switch():
+    tight = {"model.moe.capacity": 0.3, "model.moe.dropless_steps": 3}
+    overrides = {**LATER, **tight, "training.log_every_steps": 1}
+    run = tiny_run(MOE, overrides=overrides)
+    rates = {row["step"]: row["moe/drop_rate"] for row in run.metrics if "moe/drop_rate" in row}
+    first = min(rates)
+    assert [rates[step] for step in range(first, first + 3)] == [0.0] * 3
+    assert all(rates[step] > 0.1 for step in range(first + 3, max(rates) + 1))
+    assert max(rates) > first + 3

@@ -1,0 +1,77 @@
+"""The experts' computation on an accelerator: nothing waits for how many rows an expert has.
+
+Legend as in :mod:`apt_plugins.moe.experts`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GROUPED_CAPABILITY = (8, 0)
+"""Of the CUDA devices whose grouped products read the numbers of rows from the device."""
+
+
+def assigned_on_device(
+    activation: str,
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    factors: Tensor | None,
+    *,
+    limit: int | None,
+) -> Tensor:
+    """The weighted sum [N, D] of the chosen experts, of the type of ``x``, which is that of the
+    parameters too.
+
+    ``factors`` [S, F] are of the hidden units of the assignments in the order of experts. Products
+    are grouped where that runs (:func:`runs_grouped`). Elsewhere each expert's rows are padded to
+    ``limit``, or to N, which without a limit computes E/K times as much.
+    """
+    experts = torch.arange(len(up), device=x.device)
+    grouped = runs_grouped(x, up)
+    # What is nobody's comes last: beyond all bins, or to the last expert with a weight of 0.
+    owners = indices.where(indices >= 0, len(up) - grouped).flatten()
+    ordered, order = owners.sort(stable=True)
+    positions = torch.arange(len(order), device=x.device)
+    ends = torch.searchsorted(ordered, experts, right=True).to(torch.int32)
+    size = len(x) if limit is None else min(limit, len(x))
+    places = size * ordered + positions - torch.searchsorted(ordered, ordered)
+    places = places.clamp(max=size * len(up))
+
+    def product(rows: Tensor, matrices: Tensor) -> Tensor:
+        if grouped:
+            return F.grouped_mm(rows, matrices.transpose(1, 2), offs=ends)
+        bins = rows.new_zeros(size * len(matrices) + 1, rows.shape[1]).index_copy(0, places, rows)
+        outputs = torch.bmm(bins[:-1].unflatten(0, (-1, size)), matrices.transpose(1, 2))
+        return F.pad(outputs.flatten(0, 1), (0, 0, 0, 1))[places]
+
+    rows = x[order // indices.shape[1]]
+    hidden = product(rows, up)
+    if gate is not None:
+        hidden = F.silu(product(rows, gate)) * hidden
+    elif activation == "relu2":
+        positive = F.relu(hidden)
+        hidden = positive * positive
+    else:
+        hidden = F.gelu(hidden)
+    if factors is not None:
+        hidden = hidden * factors
+    shares = weights.masked_fill(indices < 0, 0).flatten()[order, None]
+    outputs = product((hidden * shares).to(x.dtype), down)
+    back = torch.empty_like(order).scatter_(0, order, positions)
+    return outputs[back].unflatten(0, indices.shape).sum(1)
+
+
+def runs_grouped(x: Tensor, up: Tensor) -> bool:
+    """Whether ``torch.nn.functional.grouped_mm`` runs on the type, device and widths of these
+    without asking the device for the number of rows."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cuda":
+        return False
+    # Rows begin at multiples of 16 bytes.
+    aligned = up.shape[1] % 8 == 0 and up.shape[2] % 8 == 0
+    return aligned and torch.cuda.get_device_capability(x.device) >= GROUPED_CAPABILITY
