@@ -269,15 +269,15 @@ class _Boot:
             self.problems += self._check_providers(config)
             missing = check_files(config, self.source)
             self.problems += missing if files else ()
+            # The list as it took effect, with what the command line added and left out.
+            requests = [PluginRequest.model_validate(wanted.as_profile()) for wanted in self.active]
+            config = config.model_copy(update={"plugins": tuple(requests)})
+            self.problems += self._configure(config)
         if self.strict:
             self.problems += self._strict_problems(inactive, lenient)
         if self.problems or config is None:
             raise ConfigError(self.problems)
-        # The list as it took effect, with what the command line added and left out.
-        requests = [PluginRequest.model_validate(wanted.as_profile()) for wanted in self.active]
-        config = config.model_copy(update={"plugins": tuple(requests)})
         self.registry.profile, self.registry.probe = config, probe
-        self._configure(config)
         return Kernel(
             config=config,
             manager=self.manager,
@@ -289,8 +289,8 @@ class _Boot:
             notices=self.notices,
         )
 
-    def _configure(self, config: Config) -> None:
-        """Show the profile to every plugin, and raise what all of them have against it."""
+    def _configure(self, config: Config) -> list[Problem]:
+        """Show the profile to every plugin; what all of them have against it."""
         problems: list[Problem] = []
         names = [call.plugin for call in self.manager.order("apt_configure", dormant=True)]
         for name in dict.fromkeys(names):
@@ -300,8 +300,7 @@ class _Boot:
                 problems += error.problems
             except StopTraining as stop:
                 problems.append(Problem(f"it stopped the run: {stop.reason}", f"plugin {name}"))
-        if problems:
-            raise ConfigError(problems)
+        return problems
 
     def _check_providers(self, config: Config) -> list[Problem]:
         named = chosen_providers(config)

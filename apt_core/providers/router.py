@@ -14,9 +14,12 @@ if TYPE_CHECKING:
 class RouterProvider(Provider, ABC):
     """Builds routers, called as ``router(x) -> (indices, weights)`` with x [N, D].
 
-    ``indices`` is int64 [N, K], the experts chosen for each token, ``weights`` [N, K], which sum
-    to one over K, so that identical experts give what one of them gives. ``router.aux`` is a
-    mapping of names to the 0-d tensors of its losses and figures.
+    There are E experts in each of G groups, and K of each group are chosen for a token: ``indices``
+    is int64 [N, G*K], group by group, where g*E + e is expert e of group g; ``weights`` [N, G*K]
+    sum to one in each group, so that identical experts give what one of them gives.
+
+    A forward in training leaves ``router.logits`` and ``router.probabilities`` [N, G*E], both with
+    their gradients, for losses and figures; one in evaluation leaves them as they are.
     """
 
     @abstractmethod

@@ -39,6 +39,12 @@ STATE_KEYS = {
     "metrics", "windows_per_step", "stopping", "timeline", "precision", "data_sha256", "plugins",
     "plugin_records", "optimizer_groups", "transforms", "averages",
 }  # fmt: skip
+LISTED: Mapping[str, Mapping[str, Any]] = {
+    "transforms": {"plugin": str},
+    "averages": {"plugin": str, "decay": (int, float)},
+}
+"""Lists of mappings in the state, with what each entry must have."""
+
 TENSOR_KEY = "__tensor__"
 """Stands, in the JSON of a plugin's state, for a tensor in ``plugins.safetensors``."""
 
@@ -179,7 +185,18 @@ def load(path: Path, *, verify: bool = True) -> Checkpoint:
     missing = STATE_KEYS - state.keys()
     if missing or not isinstance(manifest.get("step"), int):
         raise CheckpointError(f"{path}: its state has no {', '.join(sorted(missing)) or 'step'}")
+    for key, shape in LISTED.items():
+        if not _has_shape(state[key], shape):
+            raise CheckpointError(f"{path / 'state.json'}: {key} is not what a checkpoint holds")
     return Checkpoint(path, state, plugins, profile, manifest)
+
+
+def _has_shape(value: Any, keys: Mapping[str, Any]) -> bool:
+    """Is it a list of mappings that have ``keys``, of these types?"""
+    return isinstance(value, list) and all(
+        isinstance(item, dict) and all(isinstance(item.get(k), t) for k, t in keys.items())
+        for item in value
+    )
 
 
 def _verify(path: Path, expected: Mapping[str, str]) -> None:

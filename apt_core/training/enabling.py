@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("apt.training")
 
+_WAITING, _DISABLED = "waits for its schedule", "disabled by its schedule"
+
 
 class Enabling:
     """Keeps the states of plugins with a schedule what the position says they are."""
@@ -23,13 +25,15 @@ class Enabling:
     def announce(self) -> None:
         """Put plugins with a schedule to sleep, but for those that a resumed run had enabled, and
         tell of those that are enabled at the start."""
-        active = [r.name for r in self.manager.records.values() if r.state == "active"]
-        with_schedule = {boundary.plugin for boundary in self.trainer.schedule.boundaries()}
-        self.scheduled = [name for name in active if name in with_schedule]
-        enabled_before = [name for name in self.scheduled if self._last_event(name) == "enabled"]
-        for name in self.scheduled:
-            if name not in enabled_before:
-                self.manager.set_state(name, "dormant", "waits for its schedule")
+        # In the order of names and moments: plugins that change the model build on each other.
+        active = sorted(r.name for r in self.manager.records.values() if r.state == "active")
+        with_schedule = dict.fromkeys(b.plugin for b in self.trainer.schedule.boundaries())
+        self.scheduled = [name for name in with_schedule if name in active]
+        before = {name: self._last_event(name) for name in self.scheduled}
+        enabled_before = [name for name, event in before.items() if event == "enabled"]
+        for name, event in before.items():
+            if event != "enabled":
+                self.manager.set_state(name, "dormant", _DISABLED if event else _WAITING)
         self.manager.step = self.trainer.step
         for name in active:
             known = name in enabled_before
@@ -52,15 +56,15 @@ class Enabling:
                 self._note(name, "enabled", epoch, step)
                 self.manager.hook.on_plugin_enabled(plugin=name, trainer=trainer)
             elif not due and state == "active":
-                self.manager.set_state(name, "dormant", "disabled by its schedule")
+                self.manager.set_state(name, "dormant", _DISABLED)
+                trainer.averages.pop(name, None)  # it is not enabled again
                 self._note(name, "disabled", epoch, step)
 
     def tell_parameters(self) -> None:
         """Log what the annealed parameters of enabled plugins are in the step that comes next."""
         trainer, schedule = self.trainer, self.trainer.schedule
-        position = {"epoch": trainer.epoch, "step": trainer.step + 1, "tokens": trainer.tokens}
         told = [
-            f"{name}={schedule.get_param(name, **position):.4g}"
+            f"{name}={trainer.param(name):.4g}"
             for name in schedule.annealed
             if self.manager.records[schedule.params[name]].state == "active"
         ]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from apt_core.config import Config, inactive_alone
+from apt_core.config import Config, InactiveKey, inactive_alone
 from apt_core.data.batches import BatchPlan
 from apt_core.data.tokens import tokenize
 from apt_core.device import autocast_dtype, resolve_device
@@ -25,7 +25,7 @@ from apt_core.modeling.probe import probe_layer
 from apt_core.providers.lr_schedule import LRScheduleProvider
 from apt_core.providers.optimizer import OptimizerProvider
 from apt_core.providers.tokenizer import TokenizerProvider
-from apt_core.schedules import Horizon
+from apt_core.schedules import Horizon, Schedule
 from apt_core.training.blame import attributed
 from apt_core.training.costs import support_notices
 from apt_core.training.distributed import ALONE, World
@@ -93,7 +93,9 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> Parts:
     # Before the model takes its memory.
     measured_peak_flops(device, dtype or torch.float32)
     tokenizer, plan, val_tokens, bytes_per_token, data = _data(kernel, world)
-    rehearse(kernel)
+    schedule = kernel.schedule.with_horizon(horizon(config, plan))
+    _note_what_comes_too_late(kernel, schedule)
+    rehearse(kernel, schedule)
     model = ModelBuilder(config, registry).build_model()
     world.shard(model, device)
     model.to(device)
@@ -161,6 +163,24 @@ def _what_decides(
         "precision": str(dtype),
         "versions": versions(),
     }
+
+
+def _note_what_comes_too_late(kernel: Kernel, schedule: Schedule) -> None:
+    """A plugin that is to be enabled after the last step never is. (Where the profile alone tells,
+    that is an error already.) Raises ConfigError if ``strict``."""
+    last = schedule.horizon.last("step")
+    inactive = []
+    for boundary in schedule.boundaries():
+        if not (boundary.enables and kernel.manager.has_plugin(boundary.plugin)):
+            continue
+        first = schedule.first_step_of(boundary.plugin)
+        key = f"schedules.enable_{boundary.plugin}_at_{boundary.unit}"
+        known = any(item.key == key for item in kernel.inactive)
+        if last is not None and first > last and not known:
+            inactive.append(InactiveKey(key, f"the run ends with step {last}, before step {first}"))
+    if inactive and kernel.manager.strict:
+        raise ConfigError([Problem(i.reason, i.key, hint="--strict allows none") for i in inactive])
+    kernel.inactive += inactive
 
 
 def _note_what_needs_others(kernel: Kernel) -> None:

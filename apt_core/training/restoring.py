@@ -21,6 +21,7 @@ from apt_core.training.state import (
     model_tensors,
     restore_plugins,
 )
+from apt_core.training.transforming import tell_buffers_loaded
 
 if TYPE_CHECKING:
     from apt_core.training.trainer import Trainer
@@ -46,6 +47,8 @@ def named_checkpoint(path: Path) -> Checkpoint:
 def restore(trainer: Trainer, found: Checkpoint) -> None:
     """Put the trainer where the checkpoint was taken. Raises CheckpointError, ConfigError."""
     kernel, state = trainer.kernel, found.state
+    # First: without its plugin, every setting of an absent one differs too.
+    trainer.switching.check_plugins(state["transforms"])
     _check_global_batch(trainer, state["windows_per_step"])
     _check_precision(trainer, state["precision"])
     changed = check_resume(
@@ -58,6 +61,7 @@ def restore(trainer: Trainer, found: Checkpoint) -> None:
         raise CheckpointError(f"{found.path}: it was trained on another text than the profile's")
     trainer.switching.replay(state["transforms"])
     found.tensors("model").read_into(model_tensors(trainer.model), "model")
+    tell_buffers_loaded(trainer.model)
     load_optimizer(trainer.model, trainer.optimizer, found.tensors("optimizer"))
     load_optimizer_groups(trainer.model, trainer.optimizer, state["optimizer_groups"])
     if trainer.ema is not None:

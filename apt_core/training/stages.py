@@ -99,16 +99,15 @@ def stages(kernel: Kernel, horizon: Horizon) -> Iterator[Stage]:
     The plugins that change the model do so here, one after the other, as the run will have it.
     Raises ConfigError and PluginError where one of them does.
     """
+    schedule = kernel.schedule.with_horizon(horizon)
     boundaries = [
-        boundary
-        for boundary in kernel.schedule.with_horizon(horizon).boundaries()
-        if kernel.manager.has_plugin(boundary.plugin)
+        boundary for boundary in schedule.boundaries() if kernel.manager.has_plugin(boundary.plugin)
     ]
     waiting = {boundary.plugin for boundary in boundaries if boundary.enables}
     records = kernel.manager.records.values()
     enabled = {r.name: None for r in records if r.state == "active" and r.name not in waiting}
     structure = Structure.first(kernel)
-    transforming = transforming_plugins(kernel)
+    transforming = transforming_plugins(kernel, schedule)
     for plugin in transforming:
         if plugin not in waiting:
             structure = _after(kernel, structure, plugin) or structure

@@ -76,9 +76,8 @@ class StepLog:
             row[name] = sum(share.get(name, 0.0) for share in shares) / len(shares)
         if skipped:
             row["skipped_steps"] = skipped
-        position = {"epoch": trainer.epoch, "step": trainer.step, "tokens": trainer.tokens}
         for name in trainer.schedule.annealed:
-            row[f"schedule/{name}"] = trainer.schedule.get_param(name, **position)
+            row[f"schedule/{name}"] = trainer.param(name)
         for plugin, metrics in trainer.manager.call_each("apt_metrics", trainer=trainer):
             try:
                 row.update({f"{plugin}/{name}": float(v) for name, v in metrics.items()})

@@ -11,6 +11,7 @@ from apt_core.config import Config
 from apt_core.kernel import Kernel
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.modeling.transforms import ModelTransform
+from apt_core.schedules import Schedule
 
 HOOK = "apt_transform_model"
 
@@ -65,9 +66,10 @@ def structure_after(
     return structure
 
 
-def transforming_plugins(kernel: Kernel) -> list[str]:
-    """The plugins that may transform the model, in the order in which they become enabled."""
-    manager, schedule = kernel.manager, kernel.schedule
+def transforming_plugins(kernel: Kernel, schedule: Schedule) -> list[str]:
+    """The plugins that may transform the model, in the order in which they become enabled by
+    ``schedule``, the kernel's with its horizon."""
+    manager = kernel.manager
     able = [
         record.name
         for record in manager.records.values()
@@ -78,11 +80,11 @@ def transforming_plugins(kernel: Kernel) -> list[str]:
     return from_the_start + [name for name in moments if name in able]
 
 
-def rehearse(kernel: Kernel) -> None:
+def rehearse(kernel: Kernel, schedule: Schedule) -> None:
     """Go through the transforms of the whole run, so that what fails in epoch 2 fails now.
 
     Raises as :func:`transform_of` does.
     """
-    plugins = transforming_plugins(kernel)
+    plugins = transforming_plugins(kernel, schedule)
     if plugins:
         structure_after(kernel, plugins)

@@ -63,7 +63,8 @@ class Switching:
         try:
             transform = self._transform(plugin)
         except ConfigError as error:
-            manager.fail(plugin, HOOK, error)
+            # Bad input at the start of a run, and a failure in the middle of it.
+            manager.fail(plugin, HOOK, RuntimeError(str(error)))
             transform = None
         if not self._agreed(plugin):
             return False
@@ -88,17 +89,17 @@ class Switching:
         if not self._agreed(plugin):
             return False
         grown = [sum(p.numel() for p in m.parameters()) for m in (trainer.model, made.model)]
-        self._adopt(made, transform)
-        epoch, step = trainer.epoch, trainer.step + 1
+        # Before the rest: a run that dies in it saves the new model.
         self.switches.append(
             {
                 "plugin": plugin,
-                "epoch": epoch,
-                "step": step,
+                "epoch": trainer.epoch,
+                "step": trainer.step + 1,
                 "loss_before": before,
                 "loss_after": after,
             }
         )
+        self._adopt(made, transform)
         log.info(
             "%s changed the model: %s parameters, %s before; loss of a fixed batch %.6f, "
             "%.6f before (%+.1e)",
@@ -111,10 +112,8 @@ class Switching:
         )
         return True
 
-    def replay(self, switches: Sequence[Mapping[str, Any]]) -> None:
-        """Give the model the structure that it had after ``switches``, with weights that are to be
-        loaded. Raises ConfigError where a plugin that made one is not active, CheckpointError where
-        it does not make it again."""
+    def check_plugins(self, switches: Sequence[Mapping[str, Any]]) -> None:
+        """Raise ConfigError where a plugin that made one of ``switches`` is not active."""
         manager = self._trainer.manager
         absent = [s["plugin"] for s in switches if not manager.has_plugin(s["plugin"])]
         if absent:
@@ -129,6 +128,12 @@ class Switching:
                     for name in absent
                 ]
             )
+
+    def replay(self, switches: Sequence[Mapping[str, Any]]) -> None:
+        """Give the model the structure that it had after ``switches``, whose plugins are active,
+        with weights that are to be loaded. Raises CheckpointError where one does not make it
+        again."""
+        manager = self._trainer.manager
         for switch in switches:
             transform = self._transform(switch["plugin"])
             if transform is None:

@@ -117,6 +117,7 @@ class Trainer:
         self.averages: dict[str, WeightAverage] = {}
         self.stopping = Stopping(self.config, stop_at_step, alone=self.world_size == 1)
         self.switching = Switching(self)
+        self._at = 0, 0  # the step at hand, and the tokens before it
         self._terms: dict[str, Tensor] = {}
         self._updating = False
         if self.world_size > 1:
@@ -133,8 +134,9 @@ class Trainer:
     def param(self, name: str, default: Any = None) -> Any:
         """The scheduled value of a parameter in the step at hand; ``default`` if the profile gives
         it none."""
+        step, tokens = self._at
         return self.schedule.get_param(
-            name, epoch=self.epoch, step=self.manager.step, tokens=self.tokens, default=default
+            name, epoch=self.epoch, step=step, tokens=tokens, default=default
         )
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -149,6 +151,8 @@ class Trainer:
         ``decay``, which may be set before any of them; it is carried along when the structure of
         the model changes, and is part of checkpoints.
         """
+        if plugin not in self.manager.records:
+            raise ValueError(f"there is no plugin {plugin!r} that an average could belong to")
         if plugin not in self.averages:
             self.averages[plugin] = WeightAverage(self.model, decay, warmup=False)
         return self.averages[plugin]
@@ -204,6 +208,7 @@ class Trainer:
                 self._enabling = Enabling(self)
                 self.evaluator = Evaluator(self)
                 with self._opening.opened(self, backlog):
+                    self._at = self.step, self.tokens
                     return self._run()
 
     def _run(self) -> RunResult:
@@ -257,6 +262,7 @@ class Trainer:
             if self._over():
                 return
             self.epoch = epoch
+            self._at = self.step + 1, self.tokens
             self._enabling.enable_due()
             self._enabling.tell_parameters()
             hook.on_epoch_start(epoch=epoch, trainer=self)
@@ -267,6 +273,7 @@ class Trainer:
                 step = self.step + 1
                 logged = step % training.log_every_steps == 0 or step == self.total_steps
                 self.manager.step = step
+                self._at = step, self.tokens
                 self.manager.time_calls(logged)
                 self._enabling.enable_due()
                 clock.start(sampling=logged)

@@ -52,8 +52,17 @@ def materialize(
                 f"the new model has the buffer {name}, which the old one has not: its module needs "
                 "a reset_buffers() that computes it"
             )
+    tell_buffers_loaded(new)
     world.shard(new, device)
     return new.to(device).train(old.training)
+
+
+def tell_buffers_loaded(model: nn.Module) -> None:
+    """Let modules that keep what their buffers say elsewhere too, as numbers, read them: those that
+    have a ``buffers_loaded()``."""
+    for module in model.modules():
+        if hasattr(module, "buffers_loaded"):
+            module.buffers_loaded()
 
 
 @torch.no_grad()

@@ -113,7 +113,8 @@ def _compare(whole: Path, killed: Path, half: int, steps: int) -> Verdict:
     expected, actual = checkpoint.load(whole / name), checkpoint.load(killed / name)
     compared: list[str] = []
     differences: list[str] = []
-    for kind in ("model", "optimizer", "ema", "plugins"):
+    averages = [f"average-{index}" for index in range(len(expected.state["averages"]))]
+    for kind in ("model", "optimizer", "ema", *averages, "plugins"):
         pair = [_tensors(kind, found) for found in (expected, actual)]
         if pair[0] or pair[1]:
             compared.append(f"{len(pair[0])} tensors of {kind}")

@@ -17,8 +17,8 @@ NAME = "align"
 
 
 class Alignment:
-    """``weight`` and ``momentum`` are those of the step at hand. The stable state is either
-    ``average``, the teacher, or a second pass of the model (mode: rdrop)."""
+    """``weight`` and ``momentum`` are those of the step at hand. The stable state is either the
+    plugin's average of the weights, the teacher, or a second pass of the model (mode: rdrop)."""
 
     def __init__(self, trainer: Any) -> None:
         settings = trainer.config.section(SECTION)
@@ -26,17 +26,16 @@ class Alignment:
         self.settings = settings
         self.objective: AlignProvider = trainer.registry.get("align", settings.align)
         self.weight, self.momentum = 0.0, settings.momentum_start
-        self.average: Any = None
+        self.has_teacher = settings.mode == "ema"
         self.vein: Tensor | None = None
         self._first_step = trainer.schedule.first_step_of(NAME)
 
     def begin_step(self, step: int, trainer: Any) -> None:
         """Take the values of this step; in the first one the teacher begins as the model is."""
         self.weight = trainer.param(WEIGHT, self.settings.weight)
-        if self.settings.mode == "ema":
+        if self.has_teacher:
             self.momentum = self.settings.momentum(max(0, step - self._first_step))
-            self.average = trainer.average(NAME, self.momentum)
-            self.average.decay = self.momentum
+            trainer.average(NAME, self.momentum).decay = self.momentum
         self.vein = vein_of(trainer.model) if self.weight else None
 
     def terms(self, trainer: Any, batch: Any, output: ModelOutput) -> Mapping[str, Tensor]:
@@ -44,12 +43,12 @@ class Alignment:
         if not self.weight:
             return {}
         with trainer.autocast():
-            if self.average is None:
-                stable = trainer.model(batch.input_ids)
+            if self.has_teacher:
+                stable = trainer.average(NAME, self.momentum).output(batch.input_ids)
             else:
-                stable = self.average.output(batch.input_ids)
+                stable = trainer.model(batch.input_ids)
         terms = self.objective.terms(
-            output, stable, batch.targets, vein=self.vein, mutual=self.average is None
+            output, stable, batch.targets, vein=self.vein, mutual=not self.has_teacher
         )
         return {name: self.weight * term for name, term in terms.items()}
 

@@ -96,6 +96,6 @@ def apt_loss_terms(trainer: Any, batch: Any, output: Any) -> Mapping[str, Tensor
 def apt_metrics(trainer: Any) -> Mapping[str, float]:
     alignment = runs[trainer]
     metrics = {"weight": alignment.weight}
-    if alignment.average is not None:
+    if alignment.has_teacher:
         metrics["momentum"] = alignment.momentum
     return metrics

@@ -18,7 +18,7 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
-BLOCK_ROWS = 1024
+BLOCK_ROWS = 2048
 """What is done to each number alone is done to so many rows at once: torch shares out no less than
 32,768 numbers among threads, and what is much larger leaves the processor's caches."""
 
@@ -65,7 +65,7 @@ class _Assigned(torch.autograd.Function):
         y, *kept = torch.ops.apt_moe.forward(
             activation, x, indices, weights, gate, up, down, factors
         )
-        ctx.save_for_backward(weights, gate, up, down, factors, *kept)
+        ctx.save_for_backward(x, weights, gate, up, down, factors, *kept)
         ctx.activation = activation
         return y
 
@@ -74,7 +74,7 @@ class _Assigned(torch.autograd.Function):
         d_x, d_weights, d_gate, d_up, d_down = torch.ops.apt_moe.backward(
             ctx.activation, upstream, *ctx.saved_tensors
         )
-        gated = ctx.saved_tensors[1] is not None
+        gated = ctx.saved_tensors[2] is not None
         return None, d_x, None, d_weights, d_gate if gated else None, d_up, d_down, None
 
 
@@ -83,7 +83,7 @@ class _Assigned(torch.autograd.Function):
     mutates_args=(),
     device_types="cpu",
     schema="(str activation, Tensor x, Tensor indices, Tensor weights, Tensor? gate, Tensor up, "
-    "Tensor down, Tensor? factors) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor down, Tensor? factors) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(
     activation: str,
@@ -95,9 +95,9 @@ def _forward(
     down: Tensor,
     factors: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """The sum [N, D], and for the backward: the experts' inputs [S, D], their products with gate
-    and up [S, F], in the order of experts; that order [S], where in it the assignments of each
-    token are [N, K], and how many each expert has, after those that are nobody's [1 + E]."""
+    """The sum [N, D], and for the backward: the products with gate and up [S, F], in the order of
+    experts; that order [S], where in it the assignments of each token are [N, K], and how many
+    each expert has, after those that are nobody's [1 + E]."""
     flat = indices.flatten()
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat + 1, minlength=len(up) + 1)
@@ -125,7 +125,7 @@ def _forward(
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order))
     places = places.view_as(indices)
-    return _sum_rows(outputs, places), rows, a, b, order, places, counts
+    return _sum_rows(outputs, places), a, b, order, places, counts
 
 
 @_forward.register_fake
@@ -142,7 +142,6 @@ def _(
     number, width = indices.numel(), up.shape[1]
     return (
         torch.empty_like(x),
-        x.new_empty(number, x.shape[1]),
         x.new_empty(0) if gate is None else x.new_empty(number, width),
         x.new_empty(number, width),
         indices.new_empty(number),
@@ -155,19 +154,19 @@ def _(
     "apt_moe::backward",
     mutates_args=(),
     device_types="cpu",
-    schema="(str activation, Tensor upstream, Tensor weights, Tensor? gate, Tensor up, "
-    "Tensor down, Tensor? factors, Tensor rows, Tensor a, Tensor b, Tensor order, Tensor places, "
+    schema="(str activation, Tensor upstream, Tensor x, Tensor weights, Tensor? gate, Tensor up, "
+    "Tensor down, Tensor? factors, Tensor a, Tensor b, Tensor order, Tensor places, "
     "Tensor counts) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
     activation: str,
     upstream: Tensor,
+    x: Tensor,
     weights: Tensor,
     gate: Tensor | None,
     up: Tensor,
     down: Tensor,
     factors: Tensor | None,
-    rows: Tensor,
     a: Tensor,
     b: Tensor,
     order: Tensor,
@@ -175,7 +174,8 @@ def _backward(
     counts: Tensor,
 ) -> tuple[Tensor, ...]:
     """The gradients of x, weights, gate (empty where there is none), up and down."""
-    wanted = upstream.index_select(0, order // places.shape[1])
+    tokens = order // places.shape[1]
+    rows, wanted = x.index_select(0, tokens), upstream.index_select(0, tokens)
     shares = weights.flatten().index_select(0, order).unsqueeze(1)
     d_gate = _gradient_like(gate) if gate is not None else rows.new_empty(0)
     d_up, d_down = _gradient_like(up), _gradient_like(down)
@@ -222,12 +222,12 @@ def _backward(
 def _(
     activation: str,
     upstream: Tensor,
+    x: Tensor,
     weights: Tensor,
     gate: Tensor | None,
     up: Tensor,
     down: Tensor,
     factors: Tensor | None,
-    rows: Tensor,
     a: Tensor,
     b: Tensor,
     order: Tensor,
@@ -235,9 +235,9 @@ def _(
     counts: Tensor,
 ) -> tuple[Tensor, ...]:
     return (
-        rows.new_empty(upstream.shape),
+        x.new_empty(x.shape),
         weights.new_empty(weights.shape),
-        rows.new_empty(0) if gate is None else torch.empty_like(gate),
+        x.new_empty(0) if gate is None else torch.empty_like(gate),
         torch.empty_like(up),
         torch.empty_like(down),
     )
@@ -268,11 +268,11 @@ def _within(part: slice, block: slice) -> slice:
 def _gradient_like(weight: Tensor) -> Tensor:
     """Memory for a gradient of ``weight``, in huge pages if it is large.
 
-    The C library returns more than 32 MiB to the system whenever it is freed, and to be given
+    The C library returns 32 MiB and more to the system whenever they are freed, and to be given
     pages of 4 KiB anew at every step takes longer than to write the gradient.
     """
     gradient = torch.empty_like(weight)
-    if gradient.nbytes > FRESH_BYTES and sys.platform == "linux":
+    if gradient.nbytes >= FRESH_BYTES and sys.platform == "linux":
         first = -(-gradient.data_ptr() // HUGE_PAGE) * HUGE_PAGE
         last = (gradient.data_ptr() + gradient.nbytes) // HUGE_PAGE * HUGE_PAGE
         # Advice: where it is refused nothing is lost but time.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,13 +22,14 @@ class MoELayer(nn.Module):
     With ``shared_weight`` λ it is (1 - λ) * experts(x) + λ * shared(x), without it their sum. In
     training an expert takes at most ceil(``capacity`` * N * K / E) of the tokens of a forward, in
     their order, so that no token is kept from an expert by a later one of its sequence; None sets
-    no limit, and none holds while ``limited`` is False. What is beyond it is dropped, and the token's other weights in the group sum to one:
-    while experts are alike, an overflow changes nothing, but for a token that loses all of them,
-    whose experts give 0. ``dropout`` is a probability for the experts' hidden units.
+    no limit, and none holds while ``limited`` is False. What is beyond it is dropped, and the
+    token's other weights in the group sum to one: while experts are alike, an overflow changes
+    nothing, but for a token that loses all of them, whose experts give 0. ``dropout`` is a
+    probability for the experts' hidden units.
 
     A forward in training leaves ``indices`` [N, G*K], the experts that were chosen, and ``kept``
     [N, G*K], False where one was dropped, None if nothing can be. ``load`` [G*E] and ``dropped``
-    (0-d) are for whoever counts.
+    (0-d) are for whoever counts, ``counted_step`` is the step of which they are.
     """
 
     def __init__(
@@ -46,15 +48,46 @@ class MoELayer(nn.Module):
         self.router, self.experts, self.shared = router, experts, shared
         self.top_k, self.granularity = top_k, granularity
         self.num_experts = experts.num_experts // granularity
-        self.capacity, self.dropout, self.shared_weight = capacity, dropout, shared_weight
-        self.limited = True
+        self.dropout, self.shared_weight = dropout, shared_weight
         self.indices: Tensor | None = None
         self.kept: Tensor | None = None
+        # Part of checkpoints: they stay what they were when who has set them is gone.
+        self.register_buffer("limits", torch.empty(2))
         self.register_buffer("load", torch.empty(experts.num_experts), persistent=False)
         self.register_buffer("dropped", torch.empty(()), persistent=False)
+        self._start, self._capacity, self._limited = capacity, capacity, True
+        self.counted_step = 0
         self.reset_buffers()
 
+    @property
+    def capacity(self) -> float | None:
+        return self._capacity
+
+    @capacity.setter
+    def capacity(self, value: float | None) -> None:
+        # As the buffer keeps it, so that it is the same after it was read back.
+        self._capacity = None if value is None else float(np.float32(value))
+        self.limits[0].fill_(math.inf if value is None else value)
+
+    @property
+    def limited(self) -> bool:
+        return self._limited
+
+    @limited.setter
+    def limited(self, value: bool) -> None:
+        if value != self._limited:
+            self._limited = value
+            self.limits[1].fill_(value)
+
+    def buffers_loaded(self) -> None:
+        capacity, limited = self.limits.tolist()
+        self._capacity = None if capacity == math.inf else capacity
+        self._limited = bool(limited)
+
     def reset_buffers(self) -> None:
+        self.capacity = self._start
+        self._limited = True
+        self.limits[1].fill_(1.0)
         self.load.zero_()
         self.dropped.zero_()
 

@@ -108,12 +108,14 @@ def apt_loss_terms(trainer: Any, batch: Any) -> dict[str, Tensor]:
 
 # Early: who balances the load by it, at the end of the step, wants that of all processes.
 @hookimpl(priority=Priority.EARLY)
-def on_step_end(trainer: Any) -> None:
+def on_step_end(step: int, trainer: Any) -> None:
     layers = moe_layers_of(trainer)
     if layers and trainer.world_size > 1:
         from apt_plugins.moe.statistics import sum_over_processes
 
         sum_over_processes(layers)
+    for layer in layers:
+        layer.counted_step = step
 
 
 @hookimpl

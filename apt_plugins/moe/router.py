@@ -55,8 +55,9 @@ class TopKRouter(nn.Module):
         self.explores = False
         self.weight = nn.Parameter(torch.empty(groups * num_experts, d_model))
         self.register_buffer("bias", torch.empty(groups * num_experts))
-        self.register_buffer("temperature", torch.empty(()), persistent=False)
-        self.register_buffer("noise", torch.empty(()), persistent=False)
+        # Part of checkpoints: they stay what they were when who has set them is gone.
+        self.register_buffer("temperature", torch.empty(()))
+        self.register_buffer("noise", torch.empty(()))
         self.register_buffer("offsets", torch.empty(groups, 1, dtype=torch.int64), persistent=False)
         self.probabilities: Tensor | None = None
         self.logits: Tensor | None = None
@@ -77,6 +78,9 @@ class TopKRouter(nn.Module):
         if not self.offsets.is_meta:
             self.offsets.copy_(self.num_experts * torch.arange(self.groups)[:, None])
 
+    def buffers_loaded(self) -> None:
+        self.explores = bool(self.noise > 0)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [N, D] to the chosen experts int64 [N, G*K] (expert e of group g is g*E + e) and their
         weights [N, G*K].
@@ -88,7 +92,8 @@ class TopKRouter(nn.Module):
             wide = torch.promote_types(x.dtype, torch.float32)
             logits = F.linear(x.to(wide), self.weight.to(wide)) / self.temperature
             logits = logits.unflatten(-1, (self.groups, self.num_experts))
-            log_scores = logits if self.scores == "softmax" else F.logsigmoid(logits)
+            softmax = self.scores == "softmax"
+            log_scores = logits.log_softmax(-1) if softmax else F.logsigmoid(logits)
             scores = self._scores(logits)
             choice = scores.detach()
             if self.explores and self.training:
@@ -97,15 +102,12 @@ class TopKRouter(nn.Module):
                 choice = self._scores(logits.detach() + self.noise * gumbel)
             choice = choice + self.bias.view(self.groups, self.num_experts)
             indices = choice.topk(self.top_k, dim=-1).indices
-            if self.top_k == 1:
-                chosen = scores.gather(-1, indices)
-                weights = chosen / chosen.detach()
-            else:
-                # That of the logarithms is the scores over their sum, however small they are.
-                weights = log_scores.gather(-1, indices).softmax(-1)
+            # By logarithms: a score may be so small that it is 0.
+            chosen = log_scores.gather(-1, indices)
+            alone = self.top_k == 1
+            weights = (chosen - chosen.detach()).exp() if alone else chosen.softmax(-1)
             if self.training:
                 self.logits = logits.flatten(1)
-                softmax = self.scores == "softmax"
                 self.probabilities = (scores if softmax else log_scores.softmax(-1)).flatten(1)
             return (indices + self.offsets).flatten(1), weights.flatten(1)
 

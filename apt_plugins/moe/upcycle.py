@@ -26,7 +26,7 @@ from apt_core import ConfigError, Problem
 from apt_core.config import Config
 from apt_core.modeling import Carried, ModelTransform, generator_for
 from apt_core.modeling.layers import GELU, FeedForward, SquaredReLU, SwiGLU
-from apt_plugins.moe.experts import Experts
+from apt_plugins.moe.experts import Activation, Experts
 from apt_plugins.moe.layer import MoELayer
 from apt_plugins.moe.settings import MoeSettings
 
@@ -39,7 +39,7 @@ class _Kind:
     """``degree``: scaling the inputs of a hidden unit by c scales it by c to this power, for c > 0;
     0 where it is no power of c."""
 
-    activation: str
+    activation: Activation
     degree: int
 
 

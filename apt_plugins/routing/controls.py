@@ -29,10 +29,6 @@ class RoutingControls:
             for layer in self.layers:
                 _SETTERS[name](layer, value)
 
-    def state_dict(self) -> dict[str, float]:
-        """What was set, as ``set`` takes it."""
-        return dict(self._values)
-
 
 def _set_temperature(layer: MoELayer, value: float) -> None:
     layer.router.temperature.fill_(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -67,7 +66,8 @@ def set_controls(trainer: Any) -> None:
 
 @hookimpl
 def on_training_start(trainer: Any) -> None:
-    set_controls(trainer)
+    if trainer.step == 0:  # else the layers have what they had, and an evaluation may be due
+        set_controls(trainer)
     if not has_experts(trainer.config):
         log.warning(
             "routing does nothing: the run has no mixture of experts (add moe to plugins, or "
@@ -81,21 +81,11 @@ def on_step_start(trainer: Any) -> None:
 
 
 @hookimpl
-def on_step_end(loss: Tensor, trainer: Any) -> None:
+def on_step_end(step: int, loss: Tensor, trainer: Any) -> None:
     settings, layers = settings_of(trainer.config), controls_of(trainer.model).layers
-    if settings.balancing == "none" or not layers:
+    # Where nobody counts any more, the loads are those of an earlier step.
+    if settings.balancing == "none" or not layers or layers[0].counted_step != step:
         return
     from apt_plugins.routing.balancing import move_biases
 
     move_biases(layers, settings.bias_rate, loss)
-
-
-# What was set last stays when the schedule disables the plugin; the routers do not save it.
-@hookimpl
-def apt_state_dict(trainer: Any) -> dict[str, float]:
-    return controls_of(trainer.model).state_dict()
-
-
-@hookimpl
-def apt_load_state_dict(trainer: Any, state: Mapping[str, float]) -> None:
-    controls_of(trainer.model).set(state)

@@ -15,11 +15,13 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = [
     "hooks list",
     "hooks list --json",
+    "hooks list --plugin moe,align,routing,voter",
     "hooks list --all --profile gpt5_moe_reasoning --plugin no:moe,no:align,no:routing,no:voter",
     "hooks show on_step_end",
     "hooks plugins",
     "hooks plugins --json",
     "hooks providers",
+    "hooks providers router",
     "hooks info attention flash_v2",
     "hooks schema",
     "hooks docs",
@@ -83,8 +85,12 @@ def python(code: str, *arguments: str, folder: Path) -> list[object]:
         "apt_core.cli.plugin_info",
         "apt_core.providers",
         "apt_core.schedules",
+        "apt_plugins.align.plugin",
         "apt_plugins.flash_attn.plugin",
+        "apt_plugins.moe.plugin",
         "apt_plugins.report.plugin",
+        "apt_plugins.routing.plugin",
+        "apt_plugins.voter.plugin",
     ],
 )
 def test_importing_imports_no_torch(module: str, folder: Path) -> None:

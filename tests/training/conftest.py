@@ -88,13 +88,11 @@ def profile(tmp_path: Path) -> Path:
 def apt_train(
     profile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., CliRun]:
-    """Call apt-train on the tiny profile; ``name`` is the run's folder."""
+    """Call apt-train on the tiny profile, or ``of`` another; ``name`` is the run's folder."""
 
-    def call(*arguments: str, name: str = "run") -> CliRun:
+    def call(*arguments: str, name: str = "run", of: str | Path = profile) -> CliRun:
         folder = tmp_path / name
-        code = run_command(
-            app, "apt-train", ["-p", str(profile), "--output", str(folder), *arguments]
-        )
+        code = run_command(app, "apt-train", ["-p", str(of), "--output", str(folder), *arguments])
         captured = capsys.readouterr()
         return CliRun(code, captured.out, captured.err, folder)
 

@@ -172,9 +172,10 @@ def test_a_second_forward_by_another_plugin_is_not_counted():
 def test_counts_of_several_processes_are_summed_at_the_end_of_a_step(monkeypatch, world_size):
     summed = []
     monkeypatch.setattr(statistics, "sum_over_processes", summed.append)
-    layers = [object()]
+    layers = [SimpleNamespace(counted_step=0)]
     monkeypatch.setattr(plugin, "moe_layers_of", lambda trainer: layers)
-    plugin.on_step_end(trainer=SimpleNamespace(world_size=world_size))
+    plugin.on_step_end(step=7, trainer=SimpleNamespace(world_size=world_size))
+    assert layers[0].counted_step == 7
     assert summed == [layers] * (world_size - 1)
 
 

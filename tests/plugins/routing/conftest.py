@@ -21,6 +21,7 @@ class Trainer:
     """Enough of one: a model of MoE layers, a profile, and the values of its schedule."""
 
     world_size = 1
+    step = 0
 
     def __init__(self, model, settings, values):
         sections = {"routing": RoutingSettings(**settings), "model.moe": MoeSettings()}

@@ -14,6 +14,11 @@ from apt_plugins.routing.balancing import move_biases
 FINITE = torch.tensor(1.0)
 
 
+def counted(layers, step):
+    for layer in layers:
+        layer.counted_step = step
+
+
 def max_violations(trainer, tokens, steps):
     """MaxVio, the largest load over its fair share minus 1 in the worst group, of each of ``steps``
     steps on random tokens, with an optimizer."""
@@ -33,7 +38,8 @@ def max_violations(trainer, tokens, steps):
         loss.backward()
         optimizer.step()
         count(layers, torch.ones(512, dtype=torch.bool))
-        plugin.on_step_end(loss=loss.detach(), trainer=trainer)
+        counted(layers, step)
+        plugin.on_step_end(step=step, loss=loss.detach(), trainer=trainer)
         loads = torch.stack([layer.load for layer in layers]).view(-1, layers[0].num_experts)
         violations.append(float((loads.amax(1) / loads.mean(1)).max()) - 1)
     return violations
@@ -80,10 +86,11 @@ def test_an_even_load_moves_nothing_whatever_the_number_of_experts(make_model):
 def test_a_step_without_a_finite_loss_moves_nothing(make_model, make_trainer, loss):
     model = make_model()
     model[0].load.copy_(torch.arange(8.0))
+    counted(model, 1)
     trainer = make_trainer(model, {"balancing": "bias"})
-    plugin.on_step_end(loss=torch.tensor(loss), trainer=trainer)
+    plugin.on_step_end(step=1, loss=torch.tensor(loss), trainer=trainer)
     assert not model[0].router.bias.any()
-    plugin.on_step_end(loss=FINITE, trainer=trainer)
+    plugin.on_step_end(step=1, loss=FINITE, trainer=trainer)
     assert model[0].router.bias.any()
 
 
@@ -91,7 +98,11 @@ def test_the_rate_is_that_of_the_profile(make_model, make_trainer):
     model = make_model(experts=2, top_k=1)
     model[0].load.copy_(torch.tensor([3.0, 1.0]))
     trainer = make_trainer(model, {"balancing": "bias", "bias_rate": 0.5})
-    plugin.on_step_end(loss=FINITE, trainer=trainer)
+    counted(model, 4)
+    plugin.on_step_end(step=4, loss=FINITE, trainer=trainer)
+    assert model[0].router.bias.tolist() == [-0.5, 0.5]
+    # Nobody has counted in this step: what is there is of the one before.
+    plugin.on_step_end(step=5, loss=FINITE, trainer=trainer)
     assert model[0].router.bias.tolist() == [-0.5, 0.5]
 
 

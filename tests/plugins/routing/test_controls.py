@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from apt_core.training.transforming import tell_buffers_loaded
 from apt_plugins.routing import plugin
 from apt_plugins.routing.controls import RoutingControls
 
@@ -119,21 +120,33 @@ def test_a_model_that_has_become_a_mixture_is_set_too(make_model, make_trainer):
     trainer = make_trainer(torch.nn.Linear(2, 2), {"balancing": "bias"}, route_temp=1.5)
     plugin.on_training_start(trainer=trainer)
     plugin.on_step_start(trainer=trainer)
-    plugin.on_step_end(loss=torch.tensor(1.0), trainer=trainer)
+    plugin.on_step_end(step=1, loss=torch.tensor(1.0), trainer=trainer)
     trainer.model = make_model()
     plugin.on_step_start(trainer=trainer)
     assert trainer.model[0].router.temperature == 1.5
 
 
-def test_what_was_set_last_is_set_again_by_a_resume(make_model, make_trainer):
-    trainer = make_trainer(make_model(), {"exploration": 0.5}, route_temp=1.25, moe_capacity=1.75)
+def test_what_was_set_is_part_of_the_model_and_comes_back_with_it(make_model, make_trainer):
+    """Whoever has set it may be gone by then."""
+    trainer = make_trainer(make_model(), {"exploration": 0.5}, route_temp=1.25, moe_capacity=1.42)
     plugin.on_step_start(trainer=trainer)
-    resumed = make_trainer(make_model())
-    plugin.apt_load_state_dict(trainer=resumed, state=plugin.apt_state_dict(trainer=trainer))
-    layer = resumed.model[0]
-    assert (layer.router.temperature, layer.router.noise, layer.capacity) == (1.25, 0.5, 1.75)
-    assert layer.router.explores
-    assert plugin.apt_state_dict(trainer=resumed) == plugin.apt_state_dict(trainer=trainer)
+    trainer.model[0].limited = False
+    other = make_model()
+    other.load_state_dict(trainer.model.state_dict())
+    tell_buffers_loaded(other)
+    layer, same = other[0], trainer.model[0]
+    assert (layer.router.temperature, layer.router.noise) == (1.25, 0.5)
+    assert (layer.capacity, layer.limited, layer.router.explores) == (same.capacity, False, True)
+    assert layer.capacity == pytest.approx(1.42)
+
+
+def test_a_resumed_run_keeps_what_the_layers_have_until_its_next_step(make_model, make_trainer):
+    trainer = make_trainer(make_model(), route_temp=1.25)
+    trainer.step = 7
+    plugin.on_training_start(trainer=trainer)
+    assert trainer.model[0].router.temperature == 1.0
+    plugin.on_step_start(trainer=trainer)
+    assert trainer.model[0].router.temperature == 1.25
 
 
 def test_a_model_is_not_kept_alive():
@@ -154,4 +167,3 @@ def test_a_knob_without_a_value_stays_where_it_was_put(make_model):
     controls.set({"temperature": 1.5, "capacity": None})
     controls.set({"temperature": None})
     assert model[0].router.temperature == 1.5
-    assert controls.state_dict() == {"temperature": 1.5}

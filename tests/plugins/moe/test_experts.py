@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from apt_plugins.moe import cpu_experts
+from apt_plugins.moe.device_experts import assigned_on_device
+from apt_plugins.moe.experts import Experts
+
+ACTIVATIONS = ("swiglu", "gelu", "relu2")
+
+
+def inputs(experts, tokens=13, top_k=2, dtype=torch.float64):
+    """x, indices, of which the last expert gets none and two are nobody's, and weights."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(tokens, experts.d_model, generator=generator, dtype=dtype)
+    choice = torch.rand(tokens, experts.num_experts - 1, generator=generator)
+    indices = choice.topk(top_k).indices
+    indices[4, 1] = indices[2, 0] = -1
+    weights = torch.rand(tokens, top_k, generator=generator, dtype=dtype)
+    return x.requires_grad_(), indices, weights.requires_grad_()
+
+
+def experts_of(activation="swiglu", number=5, dtype=torch.float64):
+    experts = Experts(number, 8, 16, activation).to(dtype)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    return experts
+
+
+def gradients(y, *wanted):
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)
+    return torch.autograd.grad(y, wanted, upstream)
+
+
+def tensors_of(experts):
+    return getattr(experts, "gate", None), experts.up, experts.down
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_are_those_of_the_function(activation):
+    experts = experts_of(activation, number=3)
+    x, indices, weights = inputs(experts, tokens=5)
+    names = [name for name, _ in experts.named_parameters()]
+
+    def call(x, weights, *values):
+        parameters = dict(zip(names, values, strict=True))
+        return torch.func.functional_call(experts, parameters, (x, indices, weights))
+
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.mul_(0.3)
+    assert torch.autograd.gradcheck(call, (x, weights, *experts.parameters()))
+
+
+def test_an_expert_that_nobody_chose_has_gradients_of_zero():
+    experts = experts_of()
+    x, indices, weights = inputs(experts)
+    d_gate, d_up, d_down = gradients(experts(x, indices, weights), *experts.parameters())
+    for gradient in (d_gate, d_up, d_down):
+        assert gradient[-1].abs().max() == 0
+        assert gradient[:-1].abs().amax((1, 2)).min() > 0
+
+
+def test_an_index_of_nobody_adds_nothing():
+    experts = experts_of()
+    x, indices, weights = inputs(experts)
+    y = experts(x, indices, weights)
+    (d_weights,) = gradients(y, weights)
+    assert d_weights[4, 1] == d_weights[2, 0] == 0
+    without = weights.detach().clone()
+    without[4, 1] = without[2, 0] = 0
+    torch.testing.assert_close(y, experts(x, indices.clamp(min=0), without))
+    nobody = experts(x, torch.full_like(indices, -1), weights)
+    assert nobody.abs().max() == 0
+    assert all(g.abs().max() == 0 for g in gradients(nobody, x, weights, *experts.parameters()))
+
+
+def test_the_same_numbers_give_the_same_bits(monkeypatch):
+    experts = experts_of(dtype=torch.float32)
+    x, indices, weights = inputs(experts, tokens=200, dtype=torch.float32)
+    first, second = (
+        (y, *gradients(y, x, weights, *experts.parameters()))
+        for y in (experts(x, indices, weights), experts(x, indices, weights))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 10**6])
+def test_how_rows_are_blocked_changes_nothing(rows, monkeypatch):
+    experts = experts_of()
+    x, indices, weights = inputs(experts, tokens=40)
+    wanted = (x, weights, *experts.parameters())
+    y = experts(x, indices, weights)
+    expected = (y, *gradients(y, *wanted))
+    monkeypatch.setattr(cpu_experts, "BLOCK_ROWS", rows)
+    y = experts(x, indices, weights)
+    for found, other in zip((y, *gradients(y, *wanted)), expected, strict=True):
+        torch.testing.assert_close(found, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_large_gradient_is_in_huge_pages_and_the_same(monkeypatch):
+    experts = experts_of(dtype=torch.float32)
+    x, indices, weights = inputs(experts, dtype=torch.float32)
+    expected = gradients(experts(x, indices, weights), *experts.parameters())
+    monkeypatch.setattr(cpu_experts, "FRESH_BYTES", 0)
+    monkeypatch.setattr(cpu_experts, "HUGE_PAGE", 4096)
+    found = gradients(experts(x, indices, weights), *experts.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("limit", [None, 11])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_padded_products_give_what_the_cpu_gives(activation, limit):
+    experts = experts_of(activation)
+    x, indices, weights = inputs(experts)
+    assert torch.bincount(indices.flatten() + 1)[1:].max() <= (limit or len(x))
+    wanted = (x, weights, *experts.parameters())
+    y = experts(x, indices, weights)
+    tensors = (x, indices, weights, *tensors_of(experts), None)
+    padded = assigned_on_device(activation, *tensors, limit=limit)
+    torch.testing.assert_close(padded, y)
+    for found, expected in zip(gradients(padded, *wanted), gradients(y, *wanted), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_grouped_products_give_what_the_cpu_gives(activation, monkeypatch):
+    monkeypatch.setattr("apt_plugins.moe.device_experts.runs_grouped", lambda *_: True)
+    experts = experts_of(activation, dtype=torch.float32)
+    x, indices, weights = inputs(experts, dtype=torch.float32)
+    wanted = (x, weights, *experts.parameters())
+    y = experts(x, indices, weights)
+    tensors = (x, indices, weights, *tensors_of(experts), None)
+    grouped = assigned_on_device(activation, *tensors, limit=None)
+    torch.testing.assert_close(grouped, y, rtol=1e-4, atol=1e-4)
+    for found, expected in zip(gradients(grouped, *wanted), gradients(y, *wanted), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_computes_in_bf16_and_keeps_gradients_in_fp32():
+    experts = experts_of(dtype=torch.float32)
+    x, indices, weights = inputs(experts, tokens=60, dtype=torch.float32)
+    wanted = (x, weights, *experts.parameters())
+    expected = experts(x, indices, weights)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = experts(x, indices, weights)
+    assert y.dtype == torch.bfloat16
+    assert (y - expected).norm() < 0.01 * expected.norm()
+    for found, other in zip(gradients(y, *wanted), gradients(expected, *wanted), strict=True):
+        assert found.dtype == torch.float32
+        assert (found - other).norm() < 0.02 * other.norm()
+
+
+def test_dropout_scales_the_hidden_units_that_are_left():
+    experts = experts_of()
+    x, indices, weights = inputs(experts)
+    torch.manual_seed(0)
+    factors = torch.nn.functional.dropout(x.new_ones(indices.numel(), 16), 0.5)
+    torch.manual_seed(0)
+    y = experts(x, indices, weights, dropout=0.5)
+    tensors = (x, indices, weights, *tensors_of(experts))
+    expected = assigned_on_device(
+        "swiglu", *tensors, torch.cat([factors[2:], factors[:2]]), limit=None
+    )
+    # On the CPU the assignments that are nobody's come first, there they come last.
+    torch.testing.assert_close(y, expected)
+    wanted = (x, weights, *experts.parameters())
+    for found, other in zip(gradients(y, *wanted), gradients(expected, *wanted), strict=True):
+        torch.testing.assert_close(found, other)
+
+
+def test_there_is_no_second_derivative_and_it_says_so():
+    experts = experts_of()
+    x, indices, weights = inputs(experts)
+    (d_x,) = torch.autograd.grad(experts(x, indices, weights).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"backward through apt_moe\.backward"):
+        torch.autograd.grad(d_x.sum(), x)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_shapes_are_known_without_numbers(activation):
+    experts = experts_of(activation, dtype=torch.float32)
+    x, indices, weights = inputs(experts, dtype=torch.float32)
+    wanted = (x, weights, *experts.parameters())
+    y = experts(x, indices, weights)
+    expected = [tensor.shape for tensor in (y, *gradients(y, *wanted))]
+    with FakeTensorMode() as mode:
+        fake = Experts(5, 8, 16, activation)
+        x, indices, weights = map(mode.from_tensor, (x, indices, weights))
+        y = fake(x, indices, weights)
+        found = (y, *torch.autograd.grad(y.sum(), (x, weights, *fake.parameters())))
+    assert [tensor.shape for tensor in found] == expected
+    assert all(tensor.dtype == torch.float32 for tensor in found)
+
+
+@pytest.mark.parametrize(
+    ("operator", "activation"), [(o, a) for o in ("forward", "backward") for a in ACTIVATIONS]
+)
+def test_the_operators_keep_their_word_to_the_compiler(operator, activation):
+    experts = experts_of(activation)
+    x, indices, weights = inputs(experts)
+    given = [t.detach() for t in (x, indices, weights)]
+    parameters = [t if t is None else t.detach() for t in tensors_of(experts)]
+    arguments = (activation, *given, *parameters, None)
+    if operator == "backward":
+        _, *kept = torch.ops.apt_moe.forward(*arguments)
+        arguments = (activation, given[0], given[0], given[2], *parameters, None, *kept)
+    torch.library.opcheck(
+        getattr(torch.ops.apt_moe, operator), arguments, test_utils=("test_schema",)
+    )
+    real = getattr(torch.ops.apt_moe, operator)(*arguments)
+    with FakeTensorMode() as mode:
+        fake = getattr(torch.ops.apt_moe, operator)(
+            *(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments)
+        )
+    for a, b in zip(real, fake, strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+def test_sizes_that_cannot_be_built_are_refused():
+    with pytest.raises(ValueError, match=r"model\.moe\.experts"):
+        Experts(0, 8, 16)

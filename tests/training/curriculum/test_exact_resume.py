@@ -1,0 +1,133 @@
+"""Promise 4 on either side of each switch of a curriculum, with all of its plugins on."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from apt_core.training import opening, restoring
+
+if TYPE_CHECKING:
+    from tests.training.curriculum.conftest import Curriculum
+
+MOE, ALIGN, VOTER = 5, 8, 10
+"""The last steps before each becomes enabled."""
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "shared": {"training.ema_decay": 0.9},
+    # The values that routing has set last stay when it is disabled.
+    "granular": {
+        "model.moe.granularity": 2,
+        "model.moe.scores": "sigmoid",
+        "model.moe.shared_expert": "none",
+        "training.optimizer_name": "muon",
+        "schedules.disable_routing_at_step": 12,
+    },
+}
+KILLS = [("shared", n) for n in range(MOE - 1, VOTER + 2)]
+KILLS += [("granular", n) for n in (MOE, ALIGN, VOTER + 2)]
+SAVING = {"training.save_every_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def whole(make_curriculum: Callable[..., Curriculum]) -> Callable[[str], tuple[Curriculum, Any]]:
+    """A variant with its run in one go."""
+    made: dict[str, tuple[Curriculum, Any]] = {}
+
+    def get(variant: str) -> tuple[Curriculum, Any]:
+        if variant not in made:
+            curriculum = make_curriculum(VARIANTS[variant])
+            made[variant] = curriculum, curriculum.train("whole")
+        return made[variant]
+
+    return get
+
+
+def events(manifest: dict[str, Any]) -> list[tuple[str, str, int]]:
+    return [(e["plugin"], e["event"], e["step"]) for e in manifest["timeline"]]
+
+
+@pytest.mark.parametrize(("variant", "n"), KILLS)
+def test_killed_and_resumed_is_in_one_go(
+    whole, in_children, differences, killer, variant: str, n: int
+) -> None:
+    curriculum, run = whole(variant)
+    name = f"killed-{n}"
+    codes = in_children(lambda: curriculum.train(name, killer(n), changes=SAVING))
+    assert codes == [-signal.SIGKILL]
+    resumed = curriculum.train(name, resume=True)
+    assert f"(step {n})" in curriculum.log(name)
+    folder = curriculum.folder
+    assert differences(folder / "whole", folder / name) == []
+    for key in ("sample", "switches", "timeline"):
+        assert resumed.manifest[key] == run.manifest[key]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_everything_that_is_compared_takes_part(whole, variant: str) -> None:
+    curriculum, run = whole(variant)
+    seen = events(run.manifest)
+    expected = [("moe", MOE + 1), ("align", ALIGN + 1), ("voter", VOTER + 1)]
+    assert [event for event in seen if event[0] != "routing"] == [
+        (plugin, "enabled", step) for plugin, step in expected
+    ]
+    last = [row for row in run.metrics if "loss" in row][-1]
+    assert {"moe.balance", "moe.z", "align.kl", "align.info_nce"} <= {
+        key.removeprefix("loss/") for key in last
+    }
+    assert any(row.get("moe/drop_rate", 0) > 0 for row in run.metrics)
+    assert run.manifest["sample"]
+    assert "8 of 8 tokens were put to the vote" in curriculum.log("whole")
+    saved = torch.cat([t.flatten() for t in biases(curriculum)])
+    assert saved.abs().max() > 0
+
+
+def biases(curriculum: Curriculum) -> list[torch.Tensor]:
+    from safetensors.torch import load_file
+
+    saved = load_file(curriculum.checkpoints("whole")[-1] / "model.safetensors")
+    return [tensor for name, tensor in saved.items() if name.endswith("router.bias")]
+
+
+def without_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    restore = restoring.restore
+
+    def restored(trainer: Any, found: Any) -> None:
+        restore(trainer, found)
+        for name, buffer in trainer.model.named_buffers():
+            if name.endswith("router.bias"):
+                buffer.zero_()
+
+    monkeypatch.setattr(opening, "restore", restored)
+
+
+def without_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restoring, "_restore_averages", lambda trainer, found: None)
+
+
+def without_routing_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restoring, "tell_buffers_loaded", lambda model: None)
+
+
+@pytest.mark.parametrize(
+    ("forget", "variant", "n", "seen_in"),
+    [
+        (without_bias, "shared", MOE + 1, "router.bias"),
+        (without_teacher, "shared", ALIGN + 1, "average-"),
+        (without_routing_values, "granular", VOTER + 2, "loss"),
+    ],
+)
+def test_what_is_not_restored_is_noticed(
+    whole, in_children, differences, killer, monkeypatch, forget, variant, n, seen_in
+) -> None:
+    curriculum, _ = whole(variant)
+    name = forget.__name__
+    assert in_children(lambda: curriculum.train(name, killer(n), changes=SAVING)) == [-9]
+    forget(monkeypatch)
+    curriculum.train(name, resume=True)
+    found = differences(curriculum.folder / "whole", curriculum.folder / name)
+    assert any(seen_in in item for item in found)

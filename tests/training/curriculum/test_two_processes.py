@@ -1,0 +1,61 @@
+"""A curriculum in two processes: as exact as in one, and the same training."""
+
+from __future__ import annotations
+
+import json
+import signal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.training.curriculum.conftest import Curriculum
+
+IN_TWO = {"training.batch_size": 2}
+KILLS = {"ddp": (5, 8, 11), "fsdp": (6,)}
+"""After these steps; experts come before 6, alignment before 9, the vote before 11."""
+
+
+@pytest.mark.parametrize("sharding", KILLS)
+def test_killed_and_resumed_is_in_one_go(
+    curriculum: Curriculum, in_children, differences, killer, ranks, sharding: str
+) -> None:
+    curriculum.settings = {**IN_TWO, "hardware.distributed": sharding}
+    assert in_children(*ranks(lambda: curriculum.train("whole"))) == [0, 0]
+    saving = {"training.save_every_steps": 1}
+    for n in KILLS[sharding]:
+        name = f"killed-{n}"
+        killed = ranks(lambda name=name, n=n: curriculum.train(name, killer(n), changes=saving))
+        assert in_children(*killed) == [-signal.SIGKILL] * 2
+        assert in_children(*ranks(lambda name=name: curriculum.train(name, resume=True))) == [0, 0]
+        assert f"(step {n})" in curriculum.log(name)
+        assert differences(curriculum.folder / "whole", curriculum.folder / name) == []
+
+
+DRAWS_NOTHING = {
+    "model.dropout": 0.0,
+    "routing.exploration": 0.0,
+    # A capacity is that of a process in a micro-batch.
+    "model.moe.dropless": True,
+    "schedules.moe_capacity": None,
+}
+
+
+@pytest.mark.parametrize("sharding", KILLS)
+def test_two_processes_train_as_one_does(
+    curriculum: Curriculum, in_children, ranks, sharding: str
+) -> None:
+    curriculum.settings = {**IN_TWO, **DRAWS_NOTHING}
+    alone = curriculum.train("alone", changes={"training.grad_accum_steps": 4})
+    divided = {"hardware.distributed": sharding}
+    together = ranks(lambda: curriculum.train("together", changes=divided))
+    assert in_children(*together) == [0, 0]
+    lines = (curriculum.folder / "together" / "metrics.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in lines.splitlines()]
+    for figure in ("loss", "loss/align.kl", "moe/max_violation"):
+        assert values(rows, figure) == pytest.approx(values(alone.metrics, figure), abs=1e-5)
+    assert len(values(rows, "loss/align.kl")) > 4
+
+
+def values(rows: list[dict[str, Any]], figure: str) -> list[float]:
+    return [row[figure] for row in rows if figure in row]
