@@ -179,12 +179,12 @@ def test_a_kind_without_checks_is_named(write: WritePlugin) -> None:
     plugin = write(
         "class Mine:\n    def __init__(self, config):\n        pass\n\n"
         "@hookimpl\ndef apt_register_providers():\n"
-        "    return [ProviderSpec('router', 'mine', Mine)]\n"
+        "    return [ProviderSpec('retrieval', 'mine', Mine)]\n"
     )
     findings = {finding.check: finding for finding in check_plugin(plugin)}
-    found = findings["router:mine, behaviour"]
+    found = findings["retrieval:mine, behaviour"]
     assert (found.ok, found.result) == (True, "left out")
-    assert found.detail == "there are no checks of what a provider of kind router does"
+    assert found.detail == "there are no checks of what a provider of kind retrieval does"
 
 
 # The core
