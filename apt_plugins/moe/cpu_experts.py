@@ -8,26 +8,21 @@ for models on the meta device. Legend as in :mod:`apt_plugins.moe.experts`.
 
 from __future__ import annotations
 
-import ctypes
-import sys
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apt_plugins.moe.cpu_memory import gradient_like
+from apt_plugins.moe.cpu_products import Group, group, multiply
+
 aten = torch.ops.aten
 
-BLOCK_ROWS = 2048
+BLOCK_ROWS = 1024
 """What is done to each number alone is done to so many rows at once: torch shares out no less than
 32,768 numbers among threads, and what is much larger leaves the processor's caches."""
-
-FRESH_BYTES = 32 * 2**20
-HUGE_PAGE = 2 * 2**20
-MADV_HUGEPAGE = 14
-
-Part = tuple[int, slice]
-"""An expert and its rows."""
 
 
 def assigned_on_cpu(
@@ -99,29 +94,30 @@ def _forward(
     experts; that order [S], where in it the assignments of each token are [N, K], and how many
     each expert has, after those that are nobody's [1 + E]."""
     flat = indices.flatten()
-    order = flat.argsort(stable=True)
     counts = torch.bincount(flat + 1, minlength=len(up) + 1)
+    dropped, *assigned = counts.tolist()
+    blocks = _blocks(group(assigned, dropped))
+    order = _ranks(blocks, len(up))[flat + 1].argsort(stable=True)
     rows = x.index_select(0, order // indices.shape[1])
     shares = weights.flatten().index_select(0, order).unsqueeze(1)
     b = x.new_empty(len(order), up.shape[1])
     a = torch.empty_like(b) if gate is not None else x.new_empty(0)
     outputs = torch.empty_like(rows)
-    dropped, *assigned = counts.tolist()
     outputs[:dropped].zero_()
-    blocks = _blocks(assigned, dropped)
     scratch = x.new_empty(_most_rows(blocks), up.shape[1])
-    for block, parts in blocks:
-        for expert, part in parts:
-            torch.mm(rows[part], up[expert].t(), out=b[part])
+    for block in blocks:
+        start, here = block[0].start, slice(block[0].start, block[-1].stop)
+        for each in block:
+            multiply(rows, up.mT, each, b)
             if gate is not None:
-                torch.mm(rows[part], gate[expert].t(), out=a[part])
-        hidden = scratch[: block.stop - block.start]
-        _hidden(activation, a[block], b[block], hidden)
+                multiply(rows, gate.mT, each, a)
+        hidden = scratch[: here.stop - start]
+        _hidden(activation, a[here], b[here], hidden)
         if factors is not None:
-            hidden.mul_(factors[block])
-        hidden.mul_(shares[block])
-        for expert, part in parts:
-            torch.mm(hidden[_within(part, block)], down[expert].t(), out=outputs[part])
+            hidden.mul_(factors[here])
+        hidden.mul_(shares[here])
+        for each in block:
+            multiply(scratch, down.mT, each, outputs, rows_start=start)
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order))
     places = places.view_as(indices)
@@ -177,39 +173,44 @@ def _backward(
     tokens = order // places.shape[1]
     rows, wanted = x.index_select(0, tokens), upstream.index_select(0, tokens)
     shares = weights.flatten().index_select(0, order).unsqueeze(1)
-    d_gate = _gradient_like(gate) if gate is not None else rows.new_empty(0)
-    d_up, d_down = _gradient_like(up), _gradient_like(down)
+    d_gate = gradient_like(gate) if gate is not None else rows.new_empty(0)
+    d_up, d_down = gradient_like(up), gradient_like(down)
     d_rows, d_shares = torch.empty_like(rows), torch.empty_like(shares)
     dropped, *assigned = counts.tolist()
     d_rows[:dropped].zero_()
     d_shares[:dropped].zero_()
-    blocks = _blocks(assigned, dropped)
+    blocks = _blocks(group(assigned, dropped))
     scratch = [rows.new_empty(_most_rows(blocks), up.shape[1]) for _ in range(3)]
-    for block, parts in blocks:
-        d_hidden, hidden, d_b = (s[: block.stop - block.start] for s in scratch)
-        for expert, part in parts:
-            torch.mm(wanted[part], down[expert], out=d_hidden[_within(part, block)])
-        _hidden(activation, a[block], b[block], hidden)
+    for block in blocks:
+        start, here = block[0].start, slice(block[0].start, block[-1].stop)
+        for each in block:
+            multiply(wanted, down, each, scratch[0], out_start=start)
+        d_hidden, hidden, d_b = (s[: here.stop - start] for s in scratch)
+        _hidden(activation, a[here], b[here], hidden)
         if factors is not None:
-            hidden.mul_(factors[block])
+            hidden.mul_(factors[here])
         torch.mul(d_hidden, hidden, out=d_b)
-        torch.sum(d_b, 1, keepdim=True, dtype=shares.dtype, out=d_shares[block])
-        hidden.mul_(shares[block])
-        for expert, part in parts:
-            torch.mm(wanted[part].t(), hidden[_within(part, block)], out=d_down[expert])
-        d_hidden.mul_(shares[block])
+        torch.sum(d_b, 1, keepdim=True, dtype=shares.dtype, out=d_shares[here])
+        hidden.mul_(shares[here])
+        parts = [part for each in block for part in each.parts()]
+        for expert, first, last in parts:
+            inside = slice(first - start, last - start)
+            torch.mm(wanted[first:last].t(), hidden[inside], out=d_down[expert])
+        d_hidden.mul_(shares[here])
         if factors is not None:
-            d_hidden.mul_(factors[block])
+            d_hidden.mul_(factors[here])
         # What was the hidden units is now the gradient of a.
         d_a = hidden
-        _hidden_backward(activation, a[block], b[block], d_hidden, d_a, d_b)
-        for expert, part in parts:
-            inside = _within(part, block)
-            torch.mm(d_b[inside].t(), rows[part], out=d_up[expert])
-            torch.mm(d_b[inside], up[expert], out=d_rows[part])
+        _hidden_backward(activation, a[here], b[here], d_hidden, d_a, d_b)
+        for each in block:
+            multiply(scratch[2], up, each, d_rows, rows_start=start)
             if gate is not None:
-                torch.mm(d_a[inside].t(), rows[part], out=d_gate[expert])
-                d_rows[part].addmm_(d_a[inside], gate[expert])
+                multiply(scratch[1], gate, each, d_rows, rows_start=start, add=True)
+        for expert, first, last in parts:
+            inside = slice(first - start, last - start)
+            torch.mm(d_b[inside].t(), rows[first:last], out=d_up[expert])
+            if gate is not None:
+                torch.mm(d_a[inside].t(), rows[first:last], out=d_gate[expert])
     for expert, count in enumerate(assigned):
         if not count:
             for gradient in (d_gate[expert : expert + 1], d_up[expert], d_down[expert]):
@@ -243,43 +244,26 @@ def _(
     )
 
 
-def _blocks(assigned: list[int], start: int) -> list[tuple[slice, list[Part]]]:
-    """The rows from ``start`` on, those of whole experts together until they are BLOCK_ROWS; only
-    experts that have any."""
-    blocks, parts, first = [], [], start
-    for expert, count in enumerate(assigned):
-        if count:
-            parts.append((expert, slice(start, start + count)))
-            start += count
-        if parts and (start - first >= BLOCK_ROWS or expert == len(assigned) - 1):
-            blocks.append((slice(first, start), parts))
-            parts, first = [], start
+def _blocks(groups: list[Group]) -> list[list[Group]]:
+    """Groups together until they are BLOCK_ROWS."""
+    blocks: list[list[Group]] = []
+    for each in groups:
+        if not blocks or blocks[-1][-1].stop - blocks[-1][0].start >= BLOCK_ROWS:
+            blocks.append([])
+        blocks[-1].append(each)
     return blocks
 
 
-def _most_rows(blocks: list[tuple[slice, list[Part]]]) -> int:
-    return max((block.stop - block.start for block, _ in blocks), default=0)
+def _ranks(blocks: list[list[Group]], experts: int) -> Tensor:
+    """The place [1 + E] of nobody's and of each expert's rows among all."""
+    ranks = torch.zeros(1 + experts, dtype=torch.long)
+    owners = [expert for each in chain.from_iterable(blocks) for expert in each.experts]
+    ranks[1 + torch.tensor(owners, dtype=torch.long)] = torch.arange(1, 1 + len(owners))
+    return ranks
 
 
-def _within(part: slice, block: slice) -> slice:
-    return slice(part.start - block.start, part.stop - block.start)
-
-
-def _gradient_like(weight: Tensor) -> Tensor:
-    """Memory for a gradient of ``weight``, in huge pages if it is large.
-
-    The C library returns 32 MiB and more to the system whenever they are freed, and to be given
-    pages of 4 KiB anew at every step takes longer than to write the gradient.
-    """
-    gradient = torch.empty_like(weight)
-    if gradient.nbytes >= FRESH_BYTES and sys.platform == "linux":
-        first = -(-gradient.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-        last = (gradient.data_ptr() + gradient.nbytes) // HUGE_PAGE * HUGE_PAGE
-        # Advice: where it is refused nothing is lost but time.
-        ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_HUGEPAGE
-        )
-    return gradient
+def _most_rows(blocks: list[list[Group]]) -> int:
+    return max((max(each.reach for each in block) - block[0].start for block in blocks), default=0)
 
 
 def _sum_rows(rows: Tensor, places: Tensor) -> Tensor:

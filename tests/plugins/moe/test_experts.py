@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from apt_plugins.moe import cpu_experts
+from apt_plugins.moe import cpu_experts, cpu_memory
 from apt_plugins.moe.device_experts import assigned_on_device
 from apt_plugins.moe.experts import Experts
 
@@ -101,12 +101,11 @@ def test_how_rows_are_blocked_changes_nothing(rows, monkeypatch):
         torch.testing.assert_close(found, other, rtol=1e-12, atol=1e-12)
 
 
-def test_a_large_gradient_is_in_huge_pages_and_the_same(monkeypatch):
+def test_a_large_gradient_is_in_kept_memory_and_the_same(monkeypatch):
     experts = experts_of(dtype=torch.float32)
     x, indices, weights = inputs(experts, dtype=torch.float32)
     expected = gradients(experts(x, indices, weights), *experts.parameters())
-    monkeypatch.setattr(cpu_experts, "FRESH_BYTES", 0)
-    monkeypatch.setattr(cpu_experts, "HUGE_PAGE", 4096)
+    monkeypatch.setattr(cpu_memory, "FRESH_BYTES", 0)
     found = gradients(experts(x, indices, weights), *experts.parameters())
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
