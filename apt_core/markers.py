@@ -25,7 +25,7 @@ class Priority(IntEnum):
 def hookimpl(function: F) -> F: ...
 @overload
 def hookimpl(
-    *, priority: int = ..., wrapper: bool = ..., specname: str | None = ...
+    *, priority: int = ..., wrapper: bool = ..., specname: str | None = ..., collective: bool = ...
 ) -> Callable[[F], F]: ...
 def hookimpl(
     function: F | None = None,
@@ -33,13 +33,16 @@ def hookimpl(
     priority: int = Priority.NORMAL,
     wrapper: bool = False,
     specname: str | None = None,
+    collective: bool = False,
 ) -> F | Callable[[F], F]:
     """Mark a function as the implementation of the hook that it is named after.
 
     ``priority`` is 0 to 100, lower runs earlier; ties break by plugin name. A ``wrapper`` is a
     generator that yields once, receives the inner result from the ``yield`` and returns the
     result to pass on (returning nothing passes the inner one on). ``specname`` implements a hook
-    of another name than the function's.
+    of another name than the function's. A ``collective`` implementation has a part to do in every
+    process of a run: it communicates with the others, or changes what must stay the same in all.
+    Where there are several, its failure in one ends the run.
 
     >>> @hookimpl(priority=Priority.EARLY)
     ... def on_step_end(step, loss):
@@ -51,7 +54,12 @@ def hookimpl(
         raise ValueError(f"hookimpl priority must be an integer from 0 to 100, not {priority!r}")
 
     def mark(func: F) -> F:
-        options = {"wrapper": wrapper, "specname": specname, "priority": int(priority)}
+        options = {
+            "wrapper": wrapper,
+            "specname": specname,
+            "priority": int(priority),
+            "collective": collective,
+        }
         # Under @staticmethod and @classmethod it is the function that the manager looks at.
         setattr(getattr(func, "__func__", func), f"{PROJECT}_impl", options)
         return func

@@ -24,7 +24,12 @@ from apt_core.markers import PROJECT, Priority
 from apt_core.plugin_records import PluginRecord, short_name
 from apt_core.requirements import unmet
 from apt_core.types import CORE, PluginFailure, PluginInfo
-from apt_core.validation import check_plugin_object, implementation_options, plugin_info
+from apt_core.validation import (
+    check_plugin_object,
+    implementation_options,
+    options_of,
+    plugin_info,
+)
 
 log = logging.getLogger("apt.plugins")
 
@@ -40,7 +45,8 @@ class PluginManager(pluggy.PluginManager):
     by side that no run would have together: their conflicts are not checked. ``step`` is the
     position that failures are recorded with; the trainer moves it. In a run of several processes
     it sets ``stop_together``, which is called with the reason where a hook raises StopTraining:
-    none may leave the others at once. A loss term that fails is fatal there.
+    none may leave the others at once. A loss term or a collective implementation that fails is
+    fatal there.
     """
 
     shared_timings: ClassVar[dict[tuple[str, str], list[float]] | None] = None
@@ -415,6 +421,9 @@ class PluginManager(pluggy.PluginManager):
             return "the profile says on_failure: required"
         if call.hook == "apt_loss_terms" and self.stop_together is not None:
             return "the processes of a run must train on the same loss"
+        collective = (options_of(call.function) or {}).get("collective")
+        if collective and self.stop_together is not None:
+            return "every process of it must do its part of a collective hook"
         return ""
 
     def _tell(

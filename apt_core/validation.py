@@ -33,7 +33,7 @@ def static_function(plugin: Any, name: str) -> Callable[..., Any] | None:
 def implementation_options(plugin: Any, name: str) -> dict[str, Any] | None:
     """The options that ``@hookimpl`` left on a function of the plugin, or None."""
     function = static_function(plugin, name)
-    return None if function is None else _mark(function)
+    return None if function is None else options_of(function)
 
 
 def _function(attribute: Any) -> Callable[..., Any] | None:
@@ -42,7 +42,8 @@ def _function(attribute: Any) -> Callable[..., Any] | None:
     return attribute if isinstance(attribute, FunctionType | MethodType) else None
 
 
-def _mark(attribute: Any) -> dict[str, Any] | None:
+def options_of(attribute: Any) -> dict[str, Any] | None:
+    """The options that ``@hookimpl`` left on a function or method, or None."""
     attribute = attribute.__func__ if isinstance(attribute, MethodType) else attribute
     options = inspect.getattr_static(attribute, f"{PROJECT}_impl", None)
     return options if isinstance(options, dict) else None
@@ -78,7 +79,7 @@ def check_plugin_object(plugin: Any, name: str, specs: Mapping[str, Any]) -> lis
         value = inspect.getattr_static(plugin, attribute, None)
         function = _function(value)
         if function is None:
-            if _mark(value) is not None:
+            if options_of(value) is not None:
                 problems.append(
                     Problem(
                         f"@hookimpl marks a {type(value).__name__}, not a function",
@@ -87,7 +88,7 @@ def check_plugin_object(plugin: Any, name: str, specs: Mapping[str, Any]) -> lis
                     )
                 )
             continue
-        options = _mark(function)
+        options = options_of(function)
         if options is not None:
             problems += _check_implementation(plugin, name, attribute, function, options, specs)
         elif attribute in specs and _defined_here(plugin, function):

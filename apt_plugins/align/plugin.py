@@ -77,7 +77,7 @@ def apt_costs(config: Config) -> PluginCosts:
     return PluginCosts(averages=1, forwards=1)
 
 
-@hookimpl
+@hookimpl(collective=True)
 def on_step_start(step: int, trainer: Any) -> None:
     if trainer not in runs:
         from apt_plugins.align.alignment import Alignment

@@ -82,7 +82,7 @@ def moe_layers_of(trainer: Any) -> list[MoELayer]:
     return layers_of[model]
 
 
-@hookimpl(priority=Priority.EARLY)
+@hookimpl(priority=Priority.EARLY, collective=True)
 def on_step_start(step: int, trainer: Any) -> None:
     layers = moe_layers_of(trainer)
     if not layers:
@@ -107,7 +107,7 @@ def apt_loss_terms(trainer: Any, batch: Any) -> dict[str, Tensor]:
 
 
 # Early: who balances the load by it, at the end of the step, wants that of all processes.
-@hookimpl(priority=Priority.EARLY)
+@hookimpl(priority=Priority.EARLY, collective=True)
 def on_step_end(step: int, trainer: Any) -> None:
     layers = moe_layers_of(trainer)
     if layers and trainer.world_size > 1:

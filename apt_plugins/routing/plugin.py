@@ -75,12 +75,12 @@ def on_training_start(trainer: Any) -> None:
         )
 
 
-@hookimpl
+@hookimpl(collective=True)
 def on_step_start(trainer: Any) -> None:
     set_controls(trainer)
 
 
-@hookimpl
+@hookimpl(collective=True)
 def on_step_end(step: int, loss: Tensor, trainer: Any) -> None:
     settings, layers = settings_of(trainer.config), controls_of(trainer.model).layers
     # Where nobody counts any more, the loads are those of an earlier step.

@@ -506,6 +506,21 @@ def test_a_loss_term_that_fails_among_several_processes_is_fatal() -> None:
         manager.call_each("apt_loss_terms", **arguments)
 
 
+def test_a_collective_hook_that_fails_is_fatal_among_several_processes_alone() -> None:
+    class Sums:
+        @hookimpl(collective=True)
+        def on_step_end(self) -> None:
+            raise RuntimeError("broken")
+
+    manager = PluginManager()
+    manager.register(Sums(), "sums")
+    manager.hook.on_step_end(step=1, loss=None, trainer=None)
+    assert [failure.hook for failure in manager.records["sums"].failures] == ["on_step_end"]
+    manager.stop_together = lambda reason: None
+    with pytest.raises(PluginError, match=r"broken.*; the run stops because every process"):
+        manager.hook.on_step_end(step=2, loss=None, trainer=None)
+
+
 def test_processes_that_do_not_train_the_same_are_refused(runs: Runs) -> None:
     for told in runs.told("differs"):
         assert told["error"] == (

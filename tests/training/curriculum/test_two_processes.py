@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,25 @@ def test_two_processes_train_as_one_does(
     for figure in ("loss", "loss/align.kl", "moe/max_violation"):
         assert values(rows, figure) == pytest.approx(values(alone.metrics, figure), abs=1e-5)
     assert len(values(rows, "loss/align.kl")) > 4
+
+
+@pytest.mark.parametrize("plugin", ["moe", "routing"])
+def test_what_fails_in_one_process_alone_ends_both(
+    curriculum: Curriculum, in_children, ranks, monkeypatch, capfd, plugin: str
+) -> None:
+    """Else the other one would wait for the first, or route by other biases."""
+    curriculum.settings = IN_TWO
+    name = {"moe": "statistics.sum_over_processes", "routing": "balancing.move_biases"}[plugin]
+
+    def train() -> None:
+        if os.environ["RANK"] == "1":
+            monkeypatch.setattr(f"apt_plugins.{plugin}.{name}", lambda *_: 1 // 0)
+        curriculum.train("run", strict=False)
+
+    assert 0 not in in_children(*ranks(train))
+    told = capfd.readouterr().err
+    assert f"plugin {plugin} failed in on_step_end" in told
+    assert "every process of it must do its part" in told
 
 
 def values(rows: list[dict[str, Any]], figure: str) -> list[float]:
