@@ -42,10 +42,12 @@ class Enabling:
         if self.trainer.step == 0:  # else what is due next is so for the step that comes
             self.enable_due()
 
-    def enable_due(self) -> None:
-        """Enable and disable what the schedule says for the step that comes next."""
+    def enable_due(self) -> bool:
+        """Enable and disable what the schedule says for the step that comes next; returns whether
+        anything was enabled."""
         trainer = self.trainer
         epoch, step = trainer.epoch, trainer.step + 1
+        enabled = False
         for name in self.scheduled:
             state = self.manager.records[name].state
             due = trainer.schedule.should_enable_plugin(
@@ -55,13 +57,16 @@ class Enabling:
                 self.manager.set_state(name, "active")
                 self._note(name, "enabled", epoch, step)
                 self.manager.hook.on_plugin_enabled(plugin=name, trainer=trainer)
+                enabled = True
             elif not due and state == "active":
                 self.manager.set_state(name, "dormant", _DISABLED)
                 trainer.averages.pop(name, None)  # it is not enabled again
                 self._note(name, "disabled", epoch, step)
+        return enabled
 
-    def tell_parameters(self) -> None:
-        """Log what the annealed parameters of enabled plugins are in the step that comes next."""
+    def tell_parameters(self, start: str) -> None:
+        """Log what the annealed parameters of enabled plugins are in the step that comes next, with
+        which the ``start`` of something is told."""
         trainer, schedule = self.trainer, self.trainer.schedule
         told = [
             f"{name}={trainer.param(name):.4g}"
@@ -69,7 +74,7 @@ class Enabling:
             if self.manager.records[schedule.params[name]].state == "active"
         ]
         if told:
-            log.info("epoch %d starts with %s", trainer.epoch, ", ".join(told))
+            log.info("%s starts with %s", start, ", ".join(told))
 
     def share_quarantines(self) -> None:
         """Quarantine in every process what is quarantined in one of them: the same plugins run

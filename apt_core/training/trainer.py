@@ -264,7 +264,7 @@ class Trainer:
             self.epoch = epoch
             self._at = self.step + 1, self.tokens
             self._enabling.enable_due()
-            self._enabling.tell_parameters()
+            self._enabling.tell_parameters(f"epoch {epoch}")
             hook.on_epoch_start(epoch=epoch, trainer=self)
 
             for index in range(first_index, plan.steps_per_epoch):
@@ -275,7 +275,8 @@ class Trainer:
                 self.manager.step = step
                 self._at = step, self.tokens
                 self.manager.time_calls(logged)
-                self._enabling.enable_due()
+                if self._enabling.enable_due():
+                    self._enabling.tell_parameters(f"step {step}")
                 clock.start(sampling=logged)
                 batches = [batch.to(device) for batch in plan.step_batches(epoch, index)]
                 targets = plan.step_targets(epoch, index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from apt_core.providers import AlignProvider
 from apt_plugins.align.settings import SECTION, WEIGHT, BistateSettings
 
 NAME = "align"
+
+log = logging.getLogger("apt.align")
 
 
 class Alignment:
@@ -34,6 +37,10 @@ class Alignment:
         """Take the values of this step; in the first one the teacher begins as the model is."""
         self.weight = trainer.param(WEIGHT, self.settings.weight)
         if self.has_teacher:
+            if NAME not in trainer.averages and step > self._first_step:
+                log.warning(
+                    "there is no teacher of before: it begins as the model of step %d", step
+                )
             self.momentum = self.settings.momentum(max(0, step - self._first_step))
             trainer.average(NAME, self.momentum).decay = self.momentum
         self.vein = vein_of(trainer.model) if self.weight else None

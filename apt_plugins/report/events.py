@@ -92,7 +92,8 @@ def events_of(run: Run) -> list[Event]:
         events += run.log.resumes
     for row in run.rows("switches"):
         if (step := _step(row)) is not None:
-            text = f"loss {row.get('loss_before')} before, {row.get('loss_after')} after"
+            losses = (_figure(row.get(name)) for name in ("loss_before", "loss_after"))
+            text = "loss {} before, {} after".format(*losses)
             events.append(Event(step, "transformed the model", str(row.get("plugin", "")), text))
     for plugin in run.rows("plugins"):
         failures = plugin.get("failures")
@@ -150,6 +151,10 @@ def _spans(events: list[Event], state: str, last: int) -> list[tuple[int, int]]:
 def _step(row: dict[str, Any]) -> int | None:
     step = row.get("step")
     return step if type(step) is int and 0 <= step < MAX_STEP else None
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, int | float) else "?"
 
 
 def _event(row: dict[str, Any]) -> Event:

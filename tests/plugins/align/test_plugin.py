@@ -146,6 +146,22 @@ def test_the_teacher_goes_through_a_switch_of_the_structure(align_run):
     assert not after["embedding.weight"].equal(watches.weights[4]["embedding.weight"])
 
 
+class Forgets:
+    PLUGIN = PluginInfo()
+
+    @hookimpl
+    def on_step_end(self, step, trainer):
+        if step == 5:
+            del trainer.averages["align"]
+
+
+@pytest.mark.parametrize(("plugins", "told"), [((), 0), ((Forgets(),), 1)])
+def test_a_teacher_that_is_gone_begins_anew_and_says_so(align_run, caplog, plugins, told):
+    align_run(*plugins, steps=STEPS)
+    assert caplog.text.count("it begins as the model of step 6") == told
+    assert caplog.text.count("there is no teacher of before") == told
+
+
 def test_in_its_first_step_the_teacher_agrees_with_the_student(align_run):
     run = align_run(steps=3, bistate={"beta": 0.0})
     terms = [row["loss/align.kl"] for row in run.metrics if "loss" in row]
