@@ -112,7 +112,7 @@ def _forward(
             if gate is not None:
                 multiply(rows, gate.mT, each, a)
         hidden = scratch[: here.stop - start]
-        _hidden(activation, a[here], b[here], hidden)
+        _hidden(activation, a[here], b[here], hidden, hidden)
         if factors is not None:
             hidden.mul_(factors[here])
         hidden.mul_(shares[here])
@@ -180,13 +180,15 @@ def _backward(
     d_rows[:dropped].zero_()
     d_shares[:dropped].zero_()
     blocks = _blocks(group(assigned, dropped))
-    scratch = [rows.new_empty(_most_rows(blocks), up.shape[1]) for _ in range(3)]
+    scratch = [rows.new_empty(_most_rows(blocks), up.shape[1]) for _ in range(4)]
     for block in blocks:
         start, here = block[0].start, slice(block[0].start, block[-1].stop)
         for each in block:
             multiply(wanted, down, each, scratch[0], out_start=start)
-        d_hidden, hidden, d_b = (s[: here.stop - start] for s in scratch)
-        _hidden(activation, a[here], b[here], hidden)
+        d_hidden, d_a, d_b, active = (s[: here.stop - start] for s in scratch)
+        # Until the gradient of a is known its place holds the hidden units.
+        hidden = d_a
+        _hidden(activation, a[here], b[here], hidden, active)
         if factors is not None:
             hidden.mul_(factors[here])
         torch.mul(d_hidden, hidden, out=d_b)
@@ -199,9 +201,7 @@ def _backward(
         d_hidden.mul_(shares[here])
         if factors is not None:
             d_hidden.mul_(factors[here])
-        # What was the hidden units is now the gradient of a.
-        d_a = hidden
-        _hidden_backward(activation, a[here], b[here], d_hidden, d_a, d_b)
+        _hidden_backward(activation, a[here], b[here], active, d_hidden, d_a, d_b)
         for each in block:
             multiply(scratch[2], up, each, d_rows, rows_start=start)
             if gate is not None:
@@ -273,11 +273,14 @@ def _sum_rows(rows: Tensor, places: Tensor) -> Tensor:
     return rows.index_select(0, places.flatten()).view(*places.shape, -1).sum(1)
 
 
-def _hidden(activation: str, a: Tensor, b: Tensor, out: Tensor) -> None:
-    """The hidden units of ``b``, the product with up, and of ``a``, that with gate."""
+def _hidden(activation: str, a: Tensor, b: Tensor, out: Tensor, active: Tensor) -> None:
+    """The hidden units of ``b``, the product with up, and of ``a``, that with gate.
+
+    ``active`` becomes the SiLU of ``a``, where there is a gate.
+    """
     if activation == "swiglu":
-        aten.silu.out(a, out=out)
-        out.mul_(b)
+        aten.silu.out(a, out=active)
+        torch.mul(active, b, out=out)
     elif activation == "relu2":
         torch.clamp_min(b, 0, out=out)
         out.mul_(out)
@@ -286,12 +289,17 @@ def _hidden(activation: str, a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def _hidden_backward(
-    activation: str, a: Tensor, b: Tensor, d_hidden: Tensor, d_a: Tensor, d_b: Tensor
+    activation: str,
+    a: Tensor,
+    b: Tensor,
+    active: Tensor,
+    d_hidden: Tensor,
+    d_a: Tensor,
+    d_b: Tensor,
 ) -> None:
-    """The gradients of ``a`` and ``b``; changes ``d_hidden``."""
+    """The gradients of ``a`` and ``b``, with what ``active`` became; changes ``d_hidden``."""
     if activation == "swiglu":
-        aten.silu.out(a, out=d_b)
-        d_b.mul_(d_hidden)
+        torch.mul(d_hidden, active, out=d_b)
         d_hidden.mul_(b)
         aten.silu_backward.grad_input(d_hidden, a, grad_input=d_a)
     elif activation == "relu2":
