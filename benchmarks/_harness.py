@@ -330,6 +330,7 @@ def run(
     versions |= {package: version(package) for package in ("apt-kernel", *packages)}
     report = Report(question=question, machine=describe_machine(), versions=versions)
     measure(report, options.quick)
-    report.show(Console())
+    # Written first: whoever reads the table may stop reading.
     if options.json:
         report.write(options.json)
+    report.show(Console())
