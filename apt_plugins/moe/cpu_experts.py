@@ -3,12 +3,12 @@
 Autograd over single operations would keep and fill more than is needed: here the products write
 into slices of one tensor, the weight gradients into their places, and the hidden units are computed
 again in the backward. As operators of torch they have shapes without numbers, for torch.compile and
-for models on the meta device. Legend as in :mod:`apt_plugins.moe.experts`.
+for models on the meta device. Legend as in :mod:`apt_plugins.moe.experts`, and P places, of which
+each assignment has one and some are padding.
 """
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 import torch
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apt_plugins.moe.cpu_memory import gradient_like
-from apt_plugins.moe.cpu_products import Group, group, multiply
+from apt_plugins.moe.cpu_products import Group, group, most_places, multiply
 
 aten = torch.ops.aten
 
-BLOCK_ROWS = 1024
+BLOCK_ROWS = 512
 """What is done to each number alone is done to so many rows at once: torch shares out no less than
 32,768 numbers among threads, and what is much larger leaves the processor's caches."""
 
@@ -38,8 +38,8 @@ def assigned_on_cpu(
     """The weighted sum [N, D] of the chosen experts, of the type of ``x``, which is that of the
     parameters too.
 
-    ``factors`` [S, F] are of the hidden units of the assignments in the order of experts. There is
-    no second derivative: asking for one raises RuntimeError.
+    ``factors`` [S, F] are of the hidden units of each assignment. There is no second derivative:
+    asking for one raises RuntimeError.
     """
     return _Assigned.apply(activation, x, indices, weights, gate, up, down, factors)
 
@@ -60,7 +60,8 @@ class _Assigned(torch.autograd.Function):
         y, *kept = torch.ops.apt_moe.forward(
             activation, x, indices, weights, gate, up, down, factors
         )
-        ctx.save_for_backward(x, weights, gate, up, down, factors, *kept)
+        # x, of which the rows are a copy, makes a second derivative that is asked for an error.
+        ctx.save_for_backward(x, gate, up, down, factors, *kept)
         ctx.activation = activation
         return y
 
@@ -69,7 +70,7 @@ class _Assigned(torch.autograd.Function):
         d_x, d_weights, d_gate, d_up, d_down = torch.ops.apt_moe.backward(
             ctx.activation, upstream, *ctx.saved_tensors
         )
-        gated = ctx.saved_tensors[2] is not None
+        gated = ctx.saved_tensors[1] is not None
         return None, d_x, None, d_weights, d_gate if gated else None, d_up, d_down, None
 
 
@@ -78,7 +79,8 @@ class _Assigned(torch.autograd.Function):
     mutates_args=(),
     device_types="cpu",
     schema="(str activation, Tensor x, Tensor indices, Tensor weights, Tensor? gate, Tensor up, "
-    "Tensor down, Tensor? factors) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor down, Tensor? factors) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(
     activation: str,
@@ -90,38 +92,40 @@ def _forward(
     down: Tensor,
     factors: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """The sum [N, D], and for the backward: the products with gate and up [S, F], in the order of
-    experts; that order [S], where in it the assignments of each token are [N, K], and how many
-    each expert has, after those that are nobody's [1 + E]."""
-    flat = indices.flatten()
-    counts = torch.bincount(flat + 1, minlength=len(up) + 1)
-    dropped, *assigned = counts.tolist()
-    blocks = _blocks(group(assigned, dropped))
-    order = _ranks(blocks, len(up))[flat + 1].argsort(stable=True)
-    rows = x.index_select(0, order // indices.shape[1])
-    shares = weights.flatten().index_select(0, order).unsqueeze(1)
+    """The sum [N, D], and what the backward needs.
+
+    By place: the products with gate and up, and the SiLU of the first [P, F] (two of them are empty
+    where there is no gate), the inputs and outputs [P, D], and as :func:`_places` has them the
+    assignment [P] and its weight [P]. By assignment: its place [N, K]. And how many each expert has
+    [E].
+    """
+    counts = torch.bincount(indices.flatten() + 1, minlength=len(up) + 1)[1:]
+    groups = group(counts.tolist())
+    order, shares, places = _places(groups, counts, indices, weights)
+    used = slice(_end(groups))
+    rows = x.new_empty(len(order), x.shape[1])
+    torch.index_select(x, 0, order[used] // indices.shape[1], out=rows[used])
     b = x.new_empty(len(order), up.shape[1])
     a = torch.empty_like(b) if gate is not None else x.new_empty(0)
+    active = torch.empty_like(a)
     outputs = torch.empty_like(rows)
-    outputs[:dropped].zero_()
+    outputs[-1].zero_()
+    blocks = _blocks(groups)
     scratch = x.new_empty(_most_rows(blocks), up.shape[1])
     for block in blocks:
         start, here = block[0].start, slice(block[0].start, block[-1].stop)
         for each in block:
-            multiply(rows, up.mT, each, b)
+            multiply(each.rows_of(rows), each.matrices_of(up).mT, each.rows_of(b))
             if gate is not None:
-                multiply(rows, gate.mT, each, a)
+                multiply(each.rows_of(rows), each.matrices_of(gate).mT, each.rows_of(a))
         hidden = scratch[: here.stop - start]
-        _hidden(activation, a[here], b[here], hidden, hidden)
+        _activate(activation, a[here], b[here], active[here], hidden)
         if factors is not None:
-            hidden.mul_(factors[here])
-        hidden.mul_(shares[here])
+            hidden.mul_(factors.index_select(0, order[here]))
         for each in block:
-            multiply(scratch, down.mT, each, outputs, rows_start=start)
-    places = torch.empty_like(order)
-    places[order] = torch.arange(len(order))
-    places = places.view_as(indices)
-    return _sum_rows(outputs, places), a, b, order, places, counts
+            multiply(each.rows_of(hidden, start), each.matrices_of(down).mT, each.rows_of(outputs))
+    y = _sum_rows(outputs, places, weights)
+    return y, a, b, active, rows, outputs, order, shares, places, counts
 
 
 @_forward.register_fake
@@ -135,14 +139,18 @@ def _(
     down: Tensor,
     factors: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    number, width = indices.numel(), up.shape[1]
+    number, width = most_places(indices.numel()), up.shape[1]
     return (
         torch.empty_like(x),
         x.new_empty(0) if gate is None else x.new_empty(number, width),
         x.new_empty(number, width),
+        x.new_empty(0) if gate is None else x.new_empty(number, width),
+        x.new_empty(number, x.shape[1]),
+        x.new_empty(number, x.shape[1]),
         indices.new_empty(number),
+        weights.new_empty(number),
         indices.new_empty(indices.shape),
-        indices.new_empty(len(up) + 1),
+        indices.new_empty(len(up)),
     )
 
 
@@ -150,72 +158,70 @@ def _(
     "apt_moe::backward",
     mutates_args=(),
     device_types="cpu",
-    schema="(str activation, Tensor upstream, Tensor x, Tensor weights, Tensor? gate, Tensor up, "
-    "Tensor down, Tensor? factors, Tensor a, Tensor b, Tensor order, Tensor places, "
-    "Tensor counts) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(str activation, Tensor upstream, Tensor x, Tensor? gate, Tensor up, Tensor down, "
+    "Tensor? factors, Tensor a, Tensor b, Tensor active, Tensor rows, Tensor outputs, "
+    "Tensor order, Tensor shares, Tensor places, Tensor counts) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
     activation: str,
     upstream: Tensor,
     x: Tensor,
-    weights: Tensor,
     gate: Tensor | None,
     up: Tensor,
     down: Tensor,
     factors: Tensor | None,
     a: Tensor,
     b: Tensor,
+    active: Tensor,
+    rows: Tensor,
+    outputs: Tensor,
     order: Tensor,
+    shares: Tensor,
     places: Tensor,
     counts: Tensor,
 ) -> tuple[Tensor, ...]:
     """The gradients of x, weights, gate (empty where there is none), up and down."""
-    tokens = order // places.shape[1]
-    rows, wanted = x.index_select(0, tokens), upstream.index_select(0, tokens)
-    shares = weights.flatten().index_select(0, order).unsqueeze(1)
+    assigned = counts.tolist()
+    groups = group(assigned)
+    used = slice(_end(groups))
+    wanted = upstream.index_select(0, order[used] // places.shape[1])
+    d_rows, d_shares = torch.empty_like(outputs), torch.zeros_like(shares)
+    d_rows[-1].zero_()
+    torch.mul(wanted, outputs[used], out=d_rows[used])
+    torch.sum(d_rows[used], 1, dtype=shares.dtype, out=d_shares[used])
+    wanted.mul_(shares[used].unsqueeze(1))
     d_gate = gradient_like(gate) if gate is not None else rows.new_empty(0)
     d_up, d_down = gradient_like(up), gradient_like(down)
-    d_rows, d_shares = torch.empty_like(rows), torch.empty_like(shares)
-    dropped, *assigned = counts.tolist()
-    d_rows[:dropped].zero_()
-    d_shares[:dropped].zero_()
-    blocks = _blocks(group(assigned, dropped))
-    scratch = [rows.new_empty(_most_rows(blocks), up.shape[1]) for _ in range(4)]
+    blocks = _blocks(groups)
+    scratch = [rows.new_empty(_most_rows(blocks), up.shape[1]) for _ in range(3)]
     for block in blocks:
         start, here = block[0].start, slice(block[0].start, block[-1].stop)
+        d_hidden, d_a, d_b = (each[: here.stop - start] for each in scratch)
         for each in block:
-            multiply(wanted, down, each, scratch[0], out_start=start)
-        d_hidden, d_a, d_b, active = (s[: here.stop - start] for s in scratch)
+            multiply(each.rows_of(wanted), each.matrices_of(down), each.rows_of(d_hidden, start))
         # Until the gradient of a is known its place holds the hidden units.
         hidden = d_a
-        _hidden(activation, a[here], b[here], hidden, active)
+        _hidden(activation, b[here], active[here], hidden)
         if factors is not None:
-            hidden.mul_(factors[here])
-        torch.mul(d_hidden, hidden, out=d_b)
-        torch.sum(d_b, 1, keepdim=True, dtype=shares.dtype, out=d_shares[here])
-        hidden.mul_(shares[here])
-        parts = [part for each in block for part in each.parts()]
-        for expert, first, last in parts:
-            inside = slice(first - start, last - start)
-            torch.mm(wanted[first:last].t(), hidden[inside], out=d_down[expert])
-        d_hidden.mul_(shares[here])
-        if factors is not None:
-            d_hidden.mul_(factors[here])
-        _hidden_backward(activation, a[here], b[here], active, d_hidden, d_a, d_b)
+            kept = factors.index_select(0, order[here])
+            hidden.mul_(kept)
+            d_hidden.mul_(kept)
         for each in block:
-            multiply(scratch[2], up, each, d_rows, rows_start=start)
+            multiply(each.rows_of(wanted).mT, each.rows_of(hidden, start), each.matrices_of(d_down))
+        _hidden_backward(activation, a[here], b[here], active[here], d_hidden, d_a, d_b)
+        for each in block:
+            mine, to = each.rows_of(rows), each.rows_of(d_rows)
+            multiply(each.rows_of(d_b, start), each.matrices_of(up), to)
+            multiply(each.rows_of(d_b, start).mT, mine, each.matrices_of(d_up))
             if gate is not None:
-                multiply(scratch[1], gate, each, d_rows, rows_start=start, add=True)
-        for expert, first, last in parts:
-            inside = slice(first - start, last - start)
-            torch.mm(d_b[inside].t(), rows[first:last], out=d_up[expert])
-            if gate is not None:
-                torch.mm(d_a[inside].t(), rows[first:last], out=d_gate[expert])
+                multiply(each.rows_of(d_a, start), each.matrices_of(gate), to, add=True)
+                multiply(each.rows_of(d_a, start).mT, mine, each.matrices_of(d_gate))
     for expert, count in enumerate(assigned):
         if not count:
             for gradient in (d_gate[expert : expert + 1], d_up[expert], d_down[expert]):
                 gradient.zero_()
-    d_weights = d_shares.flatten().index_select(0, places.flatten()).view_as(places)
+    d_weights = d_shares.index_select(0, places.flatten()).view_as(places)
     return _sum_rows(d_rows, places), d_weights, d_gate, d_up, d_down
 
 
@@ -224,24 +230,59 @@ def _(
     activation: str,
     upstream: Tensor,
     x: Tensor,
-    weights: Tensor,
     gate: Tensor | None,
     up: Tensor,
     down: Tensor,
     factors: Tensor | None,
     a: Tensor,
     b: Tensor,
+    active: Tensor,
+    rows: Tensor,
+    outputs: Tensor,
     order: Tensor,
+    shares: Tensor,
     places: Tensor,
     counts: Tensor,
 ) -> tuple[Tensor, ...]:
     return (
         x.new_empty(x.shape),
-        weights.new_empty(weights.shape),
+        shares.new_empty(places.shape),
         x.new_empty(0) if gate is None else torch.empty_like(gate),
         torch.empty_like(up),
         torch.empty_like(down),
     )
+
+
+def _places(
+    groups: list[Group], counts: Tensor, indices: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The assignment [P] and the weight [P] of each place, and the place [N, K] of each assignment.
+
+    Padding repeats an expert's last assignment with a weight of 0. The last place, which is no
+    expert's, is that of the assignments that are nobody's.
+    """
+    owners = torch.tensor([e for each in groups for e in each.experts], dtype=torch.long)
+    sizes = torch.tensor([each.rows for each in groups for _ in each.experts], dtype=torch.long)
+    ranks = torch.full((1 + len(counts),), len(owners), dtype=torch.long)
+    ranks[1 + owners] = torch.arange(len(owners))
+    counts = counts[owners]
+    ends = counts.cumsum(0)
+    sorted_ = ranks[indices.flatten() + 1].argsort(stable=True)[: int(counts.sum())]
+    shifts = sizes.cumsum(0) - sizes - (ends - counts)
+    taken = torch.arange(len(sorted_)) + shifts.repeat_interleave(counts)
+    number = most_places(indices.numel())
+    order = sorted_.new_zeros(number)
+    order[: _end(groups)] = sorted_[ends - 1].repeat_interleave(sizes)
+    order[taken] = sorted_
+    shares = weights.new_zeros(number)
+    shares[taken] = weights.flatten()[sorted_]
+    places = torch.full(indices.shape, number - 1)
+    places.view(-1)[sorted_] = taken
+    return order, shares, places
+
+
+def _end(groups: list[Group]) -> int:
+    return groups[-1].stop if groups else 0
 
 
 def _blocks(groups: list[Group]) -> list[list[Group]]:
@@ -254,38 +295,39 @@ def _blocks(groups: list[Group]) -> list[list[Group]]:
     return blocks
 
 
-def _ranks(blocks: list[list[Group]], experts: int) -> Tensor:
-    """The place [1 + E] of nobody's and of each expert's rows among all."""
-    ranks = torch.zeros(1 + experts, dtype=torch.long)
-    owners = [expert for each in chain.from_iterable(blocks) for expert in each.experts]
-    ranks[1 + torch.tensor(owners, dtype=torch.long)] = torch.arange(1, 1 + len(owners))
-    return ranks
-
-
 def _most_rows(blocks: list[list[Group]]) -> int:
-    return max((max(each.reach for each in block) - block[0].start for block in blocks), default=0)
+    return max((block[-1].stop - block[0].start for block in blocks), default=0)
 
 
-def _sum_rows(rows: Tensor, places: Tensor) -> Tensor:
-    """rows [S, D], of which ``places`` [N, K] says which belong to a token, to their sums."""
+def _sum_rows(rows: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
+    """rows [P, D], of which ``places`` [N, K] says which belong to a token, to their sums [N, D],
+    weighted by ``weights`` [N, K]."""
     if rows.dtype in (torch.float32, torch.float64):
-        return F.embedding_bag(places, rows, mode="sum")
-    return rows.index_select(0, places.flatten()).view(*places.shape, -1).sum(1)
+        weights = None if weights is None else weights.to(rows.dtype)
+        return F.embedding_bag(places, rows, mode="sum", per_sample_weights=weights)
+    apart = rows.index_select(0, places.flatten()).view(*places.shape, -1)
+    if weights is not None:
+        apart = apart * weights.unsqueeze(-1)
+    return apart.sum(1, dtype=rows.dtype)
 
 
-def _hidden(activation: str, a: Tensor, b: Tensor, out: Tensor, active: Tensor) -> None:
-    """The hidden units of ``b``, the product with up, and of ``a``, that with gate.
-
-    ``active`` becomes the SiLU of ``a``, where there is a gate.
-    """
+def _activate(activation: str, a: Tensor, b: Tensor, active: Tensor, hidden: Tensor) -> None:
+    """``active`` becomes the SiLU of ``a``, the product with gate where there is one, and
+    ``hidden`` the hidden units of ``b``, the product with up."""
     if activation == "swiglu":
         aten.silu.out(a, out=active)
-        torch.mul(active, b, out=out)
+    _hidden(activation, b, active, hidden)
+
+
+def _hidden(activation: str, b: Tensor, active: Tensor, hidden: Tensor) -> None:
+    """``hidden`` becomes the hidden units of ``b`` and what ``active`` is."""
+    if activation == "swiglu":
+        torch.mul(active, b, out=hidden)
     elif activation == "relu2":
-        torch.clamp_min(b, 0, out=out)
-        out.mul_(out)
+        torch.clamp_min(b, 0, out=hidden)
+        hidden.mul_(hidden)
     else:
-        aten.gelu.out(b, out=out)
+        aten.gelu.out(b, out=hidden)
 
 
 def _hidden_backward(
@@ -297,7 +339,7 @@ def _hidden_backward(
     d_a: Tensor,
     d_b: Tensor,
 ) -> None:
-    """The gradients of ``a`` and ``b``, with what ``active`` became; changes ``d_hidden``."""
+    """``d_a`` and ``d_b`` become the gradients of ``a`` and ``b``; changes ``d_hidden``."""
     if activation == "swiglu":
         torch.mul(d_hidden, active, out=d_b)
         d_hidden.mul_(b)

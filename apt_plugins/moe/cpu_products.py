@@ -1,98 +1,77 @@
 """Products of many experts' rows with their matrices, on a CPU.
 
 A product of few rows does not share out well among threads, and two such products in one call do.
-Experts of nearly as many rows are therefore neighbours, the one with more rows first: taken for two
-of that size the second reaches into the rows that follow, whose own results are written later.
+Experts of nearly as many rows are therefore taken in pairs, the smaller one padded. Legend as in
+:mod:`apt_plugins.moe.cpu_experts`, and G one or two experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-SPARE_ROWS = 1 / 8
-"""A pair computes at most this part of its first expert's rows in vain."""
+SPARE = 8
+"""A pair's padding is at most one in so many rows of its larger expert."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """One or two experts, in ascending order, and their rows from ``start`` on."""
+    """One or two experts, in ascending order, that have places for ``rows`` rows each from
+    ``start`` on."""
 
     experts: tuple[int, ...]
-    counts: tuple[int, ...]
+    rows: int
     start: int
 
     @property
     def stop(self) -> int:
-        return self.start + sum(self.counts)
+        return self.start + len(self.experts) * self.rows
 
-    @property
-    def reach(self) -> int:
-        """Where the rows end that its products write."""
-        return self.start + len(self.counts) * self.counts[0]
+    def rows_of(self, tensor: Tensor, first: int = 0) -> Tensor:
+        """The group's part of [., I], whose first row has the place ``first``: [G, rows, I]."""
+        part = tensor[self.start - first : self.stop - first]
+        return part.view(len(self.experts), self.rows, -1)
 
-    def parts(self) -> Iterator[tuple[int, int, int]]:
-        """Each expert with its first row and the end of its rows."""
-        start = self.start
-        for expert, count in zip(self.experts, self.counts, strict=True):
-            yield expert, start, start + count
-            start += count
+    def matrices_of(self, tensor: Tensor) -> Tensor:
+        """The group's part of [E, ., .]: [G, ., .]."""
+        first, last = self.experts[0], self.experts[-1]
+        return tensor[first : last + 1 : max(last - first, 1)]
 
 
-def group(counts: list[int], start: int) -> list[Group]:
-    """All experts with rows, of which there are ``counts``, with the most rows first."""
-    end = start + sum(counts)
+def group(counts: Sequence[int]) -> list[Group]:
+    """All experts with rows, of which there are ``counts``, the largest first."""
     waiting = sorted((e for e, n in enumerate(counts) if n), key=lambda e: -counts[e])
-    groups = []
+    groups: list[Group] = []
+    start = 0
     while waiting:
-        first = waiting.pop(0)
-        rows = counts[first]
-        for i, second in enumerate(waiting):
-            if counts[second] < rows * (1 - SPARE_ROWS):
-                break
-            # As a view of the matrices a pair has a positive step.
-            if second > first and start + 2 * rows <= end:
-                del waiting[i]
-                groups.append(Group((first, second), (rows, counts[second]), start))
-                break
-        if not groups or groups[-1].start != start:
-            groups.append(Group((first,), (rows,), start))
+        members = [waiting.pop(0)]
+        rows = counts[members[0]]
+        if waiting and (rows - counts[waiting[0]]) * SPARE <= rows:
+            members.append(waiting.pop(0))
+        groups.append(Group(tuple(sorted(members)), rows, start))
         start = groups[-1].stop
     return groups
 
 
-def multiply(
-    rows: Tensor,
-    matrices: Tensor,
-    group: Group,
-    out: Tensor,
-    *,
-    rows_start: int = 0,
-    out_start: int = 0,
-    add: bool = False,
-) -> None:
-    """The rows [., I] of a group with its experts' ``matrices`` [E, I, O], to ``out`` [., O].
+def most_places(rows: int) -> int:
+    """How many places so many rows need at the most, however they are shared out, and one more.
 
-    ``rows_start`` and ``out_start`` are the numbers of the first rows that ``rows`` and ``out``
-    hold. With ``add`` it is added to what ``out`` has.
+    Of a pair with r rows and its padding of r / SPARE at least 2r - r / SPARE are no padding.
     """
-    number, size = len(group.experts), group.counts[0]
-    left = rows[group.start - rows_start : group.reach - rows_start]
-    to = out[group.start - out_start : group.reach - out_start]
-    if number == 1:
-        matrix = matrices[group.experts[0]]
+    return rows + rows // (2 * SPARE - 1) + 1
+
+
+def multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """``out`` [G, M, O] becomes ``left`` [G, M, I] times ``right`` [G, I, O], or gets it added."""
+    if len(left) > 1:
         if add:
-            to.addmm_(left, matrix)
+            out.baddbmm_(left, right)
         else:
-            torch.mm(left, matrix, out=to)
-        return
-    first, second = group.experts
-    pair = matrices[first : second + 1 : second - first]
-    left, to = left.view(2, size, -1), to.view(2, size, -1)
-    if add:
-        to.baddbmm_(left, pair)
+            torch.bmm(left, right, out=out)
+    elif add:
+        out[0].addmm_(left[0], right[0])
     else:
-        torch.bmm(left, pair, out=to)
+        torch.mm(left[0], right[0], out=out[0])

@@ -28,9 +28,9 @@ def assigned_on_device(
     """The weighted sum [N, D] of the chosen experts, of the type of ``x``, which is that of the
     parameters too.
 
-    ``factors`` [S, F] are of the hidden units of the assignments in the order of experts. Products
-    are grouped where that runs (:func:`runs_grouped`). Elsewhere each expert's rows are padded to
-    ``limit``, or to N, which without a limit computes E/K times as much.
+    ``factors`` [S, F] are of the hidden units of each assignment. Products are grouped where that
+    runs (:func:`runs_grouped`). Elsewhere each expert's rows are padded to ``limit``, or to N,
+    which without a limit computes E/K times as much.
     """
     experts = torch.arange(len(up), device=x.device)
     grouped = runs_grouped(x, up)
@@ -60,7 +60,7 @@ def assigned_on_device(
     else:
         hidden = F.gelu(hidden)
     if factors is not None:
-        hidden = hidden * factors
+        hidden = hidden * factors[order]
     shares = weights.masked_fill(indices < 0, 0).flatten()[order, None]
     outputs = product((hidden * shares).to(x.dtype), down)
     back = torch.empty_like(order).scatter_(0, order, positions)

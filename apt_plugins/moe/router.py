@@ -93,7 +93,6 @@ class TopKRouter(nn.Module):
             logits = F.linear(x.to(wide), self.weight.to(wide)) / self.temperature
             logits = logits.unflatten(-1, (self.groups, self.num_experts))
             softmax = self.scores == "softmax"
-            log_scores = logits.log_softmax(-1) if softmax else F.logsigmoid(logits)
             scores = self._scores(logits)
             choice = scores.detach()
             if self.explores and self.training:
@@ -103,12 +102,20 @@ class TopKRouter(nn.Module):
             choice = choice + self.bias.view(self.groups, self.num_experts)
             indices = choice.topk(self.top_k, dim=-1).indices
             # By logarithms: a score may be so small that it is 0.
-            chosen = log_scores.gather(-1, indices)
-            alone = self.top_k == 1
-            weights = (chosen - chosen.detach()).exp() if alone else chosen.softmax(-1)
+            chosen = logits.gather(-1, indices)
+            if not softmax:
+                chosen = F.logsigmoid(chosen)
+            if self.top_k == 1:
+                if softmax:
+                    chosen = chosen - logits.logsumexp(-1, keepdim=True)
+                weights = (chosen - chosen.detach()).exp()
+            else:
+                # What is common to all scores of a softmax cancels.
+                weights = chosen.softmax(-1)
             if self.training:
                 self.logits = logits.flatten(1)
-                self.probabilities = (scores if softmax else log_scores.softmax(-1)).flatten(1)
+                shares = scores if softmax else F.logsigmoid(logits).softmax(-1)
+                self.probabilities = shares.flatten(1)
             return (indices + self.offsets).flatten(1), weights.flatten(1)
 
     def _scores(self, logits: Tensor) -> Tensor:

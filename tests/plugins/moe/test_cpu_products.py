@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from apt_plugins.moe.cpu_products import SPARE_ROWS, group, multiply
+from apt_plugins.moe.cpu_products import SPARE, group, most_places, multiply
 
 COUNTS = {
     "alike": [16] * 6,
@@ -19,37 +21,48 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
-def test_groups_hold_every_row_once_and_stay_inside(counts):
-    groups = group(counts, start=3)
-    parts = sorted((first, last, e) for each in groups for e, first, last in each.parts())
-    assert sorted(e for *_, e in parts) == [e for e, n in enumerate(counts) if n]
-    assert all(last - first == counts[e] for first, last, e in parts)
-    borders = [3, *(last for _, last, _ in parts)]
-    assert [first for first, *_ in parts] == borders[:-1]
-    assert borders[-1] == 3 + sum(counts)
+def test_every_expert_with_rows_has_places_for_them(counts):
+    groups = group(counts)
+    assert sorted(e for each in groups for e in each.experts) == [
+        e for e, n in enumerate(counts) if n
+    ]
+    assert [each.start for each in groups] == [0, *(each.stop for each in groups)][: len(groups)]
     for each in groups:
-        assert each.reach <= borders[-1]
-        assert each.reach - each.stop <= SPARE_ROWS * each.counts[0]
         assert list(each.experts) == sorted(each.experts)
+        members = [counts[e] for e in each.experts]
+        assert max(members) == each.rows
+        assert each.rows - min(members) <= each.rows / SPARE
 
 
-def test_most_of_many_experts_are_in_pairs():
+@given(st.lists(st.integers(0, 100), max_size=20))
+def test_there_are_always_enough_places(counts):
+    groups = group(counts)
+    assert (groups[-1].stop if groups else 0) < most_places(sum(counts))
+
+
+def test_the_bound_on_places_is_reached():
+    assert group([SPARE, SPARE - 1])[-1].stop == most_places(2 * SPARE - 1) - 1
+
+
+def test_experts_of_even_loads_are_in_pairs():
     torch.manual_seed(0)
     counts = torch.bincount(torch.randint(64, (4096,)), minlength=64).tolist()
-    assert sum(len(each.experts) == 2 for each in group(counts, 0)) >= 28
+    assert sum(len(each.experts) == 2 for each in group(counts)) >= 30
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 def test_products_are_those_of_each_expert(counts):
     torch.manual_seed(0)
-    rows = torch.randn(sum(counts), 5, dtype=torch.float64)
+    places = most_places(sum(counts))
+    rows = torch.randn(places, 5, dtype=torch.float64)
     matrices = torch.randn(len(counts), 5, 4, dtype=torch.float64)
-    # What a pair writes in vain is written anew later, whatever it was.
-    out = torch.full((sum(counts), 4), torch.nan, dtype=torch.float64)
-    groups = group(counts, 0)
-    for each in groups:
-        multiply(rows, matrices, each, out)
-        multiply(rows, matrices, each, out, add=True)
-    for each in groups:
-        for expert, first, last in each.parts():
-            torch.testing.assert_close(out[first:last], 2 * rows[first:last] @ matrices[expert])
+    out = torch.full((places, 4), torch.nan, dtype=torch.float64)
+    for each in group(counts):
+        for add in (False, True):
+            multiply(each.rows_of(rows), each.matrices_of(matrices), each.rows_of(out), add=add)
+        for i, expert in enumerate(each.experts):
+            here = slice(each.start + i * each.rows, each.start + (i + 1) * each.rows)
+            torch.testing.assert_close(out[here], 2 * rows[here] @ matrices[expert])
+            assert torch.equal(
+                each.rows_of(rows[3:], 3)[i] if each.start >= 3 else rows[here], rows[here]
+            )
