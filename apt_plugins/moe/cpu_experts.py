@@ -3,12 +3,15 @@
 Autograd over single operations would keep and fill more than is needed: here the products write
 into slices of one tensor, the weight gradients into their places, and the hidden units are computed
 again in the backward. As operators of torch they have shapes without numbers, for torch.compile and
-for models on the meta device. Legend as in :mod:`apt_plugins.moe.experts`, and P places, of which
-each assignment has one and some are padding.
+for models on the meta device. Legend as in :mod:`apt_plugins.moe.experts`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apt_plugins.moe.cpu_memory import gradient_like
-from apt_plugins.moe.cpu_products import Group, group, most_places, multiply
+from apt_plugins.moe.cpu_threads import do_all
 
 aten = torch.ops.aten
 
-BLOCK_ROWS = 512
-"""What is done to each number alone is done to so many rows at once: torch shares out no less than
-32,768 numbers among threads, and what is much larger leaves the processor's caches."""
+MOST_ROWS = 2048
+"""So many of an expert's rows are computed at once: what is not kept for the backward takes room
+for no more, and stays nearer to the processor."""
 
 
 def assigned_on_cpu(
@@ -60,8 +63,7 @@ class _Assigned(torch.autograd.Function):
         y, *kept = torch.ops.apt_moe.forward(
             activation, x, indices, weights, gate, up, down, factors
         )
-        # x, of which the rows are a copy, makes a second derivative that is asked for an error.
-        ctx.save_for_backward(x, gate, up, down, factors, *kept)
+        ctx.save_for_backward(x, weights, gate, up, down, factors, *kept)
         ctx.activation = activation
         return y
 
@@ -70,7 +72,7 @@ class _Assigned(torch.autograd.Function):
         d_x, d_weights, d_gate, d_up, d_down = torch.ops.apt_moe.backward(
             ctx.activation, upstream, *ctx.saved_tensors
         )
-        gated = ctx.saved_tensors[1] is not None
+        gated = ctx.saved_tensors[2] is not None
         return None, d_x, None, d_weights, d_gate if gated else None, d_up, d_down, None
 
 
@@ -80,7 +82,7 @@ class _Assigned(torch.autograd.Function):
     device_types="cpu",
     schema="(str activation, Tensor x, Tensor indices, Tensor weights, Tensor? gate, Tensor up, "
     "Tensor down, Tensor? factors) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(
     activation: str,
@@ -92,40 +94,38 @@ def _forward(
     down: Tensor,
     factors: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """The sum [N, D], and what the backward needs.
-
-    By place: the products with gate and up, and the SiLU of the first [P, F] (two of them are empty
-    where there is no gate), the inputs and outputs [P, D], and as :func:`_places` has them the
-    assignment [P] and its weight [P]. By assignment: its place [N, K]. And how many each expert has
-    [E].
-    """
-    counts = torch.bincount(indices.flatten() + 1, minlength=len(up) + 1)[1:]
-    groups = group(counts.tolist())
-    order, shares, places = _places(groups, counts, indices, weights)
-    used = slice(_end(groups))
-    rows = x.new_empty(len(order), x.shape[1])
-    torch.index_select(x, 0, order[used] // indices.shape[1], out=rows[used])
+    """The sum [N, D], and for the backward, in the order of experts: the products with gate and up
+    [S, F] and the outputs [S, D]; that order [S], where in it the assignments of each token are
+    [N, K], and how many each expert has, after those that are nobody's [1 + E]."""
+    flat = indices.flatten()
+    counts = torch.bincount(flat + 1, minlength=len(up) + 1)
+    order = flat.argsort(stable=True)
+    tokens = order // indices.shape[1]
     b = x.new_empty(len(order), up.shape[1])
     a = torch.empty_like(b) if gate is not None else x.new_empty(0)
-    active = torch.empty_like(a)
-    outputs = torch.empty_like(rows)
-    outputs[-1].zero_()
-    blocks = _blocks(groups)
-    scratch = x.new_empty(_most_rows(blocks), up.shape[1])
-    for block in blocks:
-        start, here = block[0].start, slice(block[0].start, block[-1].stop)
-        for each in block:
-            multiply(each.rows_of(rows), each.matrices_of(up).mT, each.rows_of(b))
+    outputs = x.new_empty(len(order), x.shape[1])
+    outputs[: counts[0]].zero_()
+    shares = _shares(counts)
+
+    def compute(share: _Share, scratch: Sequence[Tensor]) -> None:
+        expert = share.expert
+        for here in share.parts():
+            rows, hidden = (t[: here.stop - here.start] for t in scratch)
+            a_here, b_here = a[here], b[here]
+            torch.index_select(x, 0, tokens[here], out=rows)
+            torch.mm(rows, up[expert].t(), out=b_here)
             if gate is not None:
-                multiply(each.rows_of(rows), each.matrices_of(gate).mT, each.rows_of(a))
-        hidden = scratch[: here.stop - start]
-        _activate(activation, a[here], b[here], active[here], hidden)
-        if factors is not None:
-            hidden.mul_(factors.index_select(0, order[here]))
-        for each in block:
-            multiply(each.rows_of(hidden, start), each.matrices_of(down).mT, each.rows_of(outputs))
-    y = _sum_rows(outputs, places, weights)
-    return y, a, b, active, rows, outputs, order, shares, places, counts
+                torch.mm(rows, gate[expert].t(), out=a_here)
+            _hidden(activation, a_here, b_here, hidden)
+            if factors is not None:
+                hidden.mul_(factors.index_select(0, order[here]))
+            torch.mm(hidden, down[expert].t(), out=outputs[here])
+
+    do_all(shares, compute, lambda: _scratch(shares, [x, b]))
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order))
+    places = places.view_as(indices)
+    return _sum_rows(outputs, places, weights), a, b, outputs, order, places, counts
 
 
 @_forward.register_fake
@@ -139,18 +139,15 @@ def _(
     down: Tensor,
     factors: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    number, width = most_places(indices.numel()), up.shape[1]
+    number, width = indices.numel(), up.shape[1]
     return (
         torch.empty_like(x),
         x.new_empty(0) if gate is None else x.new_empty(number, width),
         x.new_empty(number, width),
-        x.new_empty(0) if gate is None else x.new_empty(number, width),
-        x.new_empty(number, x.shape[1]),
         x.new_empty(number, x.shape[1]),
         indices.new_empty(number),
-        weights.new_empty(number),
         indices.new_empty(indices.shape),
-        indices.new_empty(len(up)),
+        indices.new_empty(len(up) + 1),
     )
 
 
@@ -158,70 +155,70 @@ def _(
     "apt_moe::backward",
     mutates_args=(),
     device_types="cpu",
-    schema="(str activation, Tensor upstream, Tensor x, Tensor? gate, Tensor up, Tensor down, "
-    "Tensor? factors, Tensor a, Tensor b, Tensor active, Tensor rows, Tensor outputs, "
-    "Tensor order, Tensor shares, Tensor places, Tensor counts) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(str activation, Tensor upstream, Tensor x, Tensor weights, Tensor? gate, Tensor up, "
+    "Tensor down, Tensor? factors, Tensor a, Tensor b, Tensor outputs, Tensor order, "
+    "Tensor places, Tensor counts) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
     activation: str,
     upstream: Tensor,
     x: Tensor,
+    weights: Tensor,
     gate: Tensor | None,
     up: Tensor,
     down: Tensor,
     factors: Tensor | None,
     a: Tensor,
     b: Tensor,
-    active: Tensor,
-    rows: Tensor,
     outputs: Tensor,
     order: Tensor,
-    shares: Tensor,
     places: Tensor,
     counts: Tensor,
 ) -> tuple[Tensor, ...]:
     """The gradients of x, weights, gate (empty where there is none), up and down."""
-    assigned = counts.tolist()
-    groups = group(assigned)
-    used = slice(_end(groups))
-    wanted = upstream.index_select(0, order[used] // places.shape[1])
-    d_rows, d_shares = torch.empty_like(outputs), torch.zeros_like(shares)
-    d_rows[-1].zero_()
-    torch.mul(wanted, outputs[used], out=d_rows[used])
-    torch.sum(d_rows[used], 1, dtype=shares.dtype, out=d_shares[used])
-    wanted.mul_(shares[used].unsqueeze(1))
-    d_gate = gradient_like(gate) if gate is not None else rows.new_empty(0)
+    tokens, weight = order // places.shape[1], weights.flatten().index_select(0, order)[:, None]
+    d_gate = gradient_like(gate) if gate is not None else x.new_empty(0)
     d_up, d_down = gradient_like(up), gradient_like(down)
-    blocks = _blocks(groups)
-    scratch = [rows.new_empty(_most_rows(blocks), up.shape[1]) for _ in range(3)]
-    for block in blocks:
-        start, here = block[0].start, slice(block[0].start, block[-1].stop)
-        d_hidden, d_a, d_b = (each[: here.stop - start] for each in scratch)
-        for each in block:
-            multiply(each.rows_of(wanted), each.matrices_of(down), each.rows_of(d_hidden, start))
-        # Until the gradient of a is known its place holds the hidden units.
-        hidden = d_a
-        _hidden(activation, b[here], active[here], hidden)
-        if factors is not None:
-            kept = factors.index_select(0, order[here])
-            hidden.mul_(kept)
-            d_hidden.mul_(kept)
-        for each in block:
-            multiply(each.rows_of(wanted).mT, each.rows_of(hidden, start), each.matrices_of(d_down))
-        _hidden_backward(activation, a[here], b[here], active[here], d_hidden, d_a, d_b)
-        for each in block:
-            mine, to = each.rows_of(rows), each.rows_of(d_rows)
-            multiply(each.rows_of(d_b, start), each.matrices_of(up), to)
-            multiply(each.rows_of(d_b, start).mT, mine, each.matrices_of(d_up))
+    d_rows, d_weight = torch.empty_like(outputs), torch.empty_like(weight)
+    for gradient in (d_rows, d_weight):
+        gradient[: counts[0]].zero_()
+    shares = _shares(counts)
+
+    def compute(share: _Share, scratch: Sequence[Tensor]) -> None:
+        expert = share.expert
+        for here in share.parts():
+            # The first part of a share writes the expert's gradients, the others add to them.
+            add = here.start > share.first
+            size = here.stop - here.start
+            rows, wanted, d_hidden, d_a, d_b, active = (t[:size] for t in scratch)
+            tokens_here = tokens[here]
+            torch.index_select(x, 0, tokens_here, out=rows)
+            torch.index_select(upstream, 0, tokens_here, out=wanted)
+            a_here, b_here, d_rows_here = a[here], b[here], d_rows[here]
+            torch.mul(wanted, outputs[here], out=d_rows_here)
+            torch.sum(d_rows_here, 1, keepdim=True, dtype=weight.dtype, out=d_weight[here])
+            wanted.mul_(weight[here])
+            torch.mm(wanted, down[expert], out=d_hidden)
+            # Until the gradient of a is known its place holds the hidden units.
+            hidden = d_a
+            _hidden(activation, a_here, b_here, hidden, active)
+            if factors is not None:
+                kept = factors.index_select(0, order[here])
+                hidden.mul_(kept)
+                d_hidden.mul_(kept)
+            _multiply(wanted.t(), hidden, d_down[expert], add=add)
+            _hidden_backward(activation, a_here, b_here, active, d_hidden, d_a, d_b)
+            torch.mm(d_b, up[expert], out=d_rows_here)
+            _multiply(d_b.t(), rows, d_up[expert], add=add)
             if gate is not None:
-                multiply(each.rows_of(d_a, start), each.matrices_of(gate), to, add=True)
-                multiply(each.rows_of(d_a, start).mT, mine, each.matrices_of(d_gate))
-    for expert, count in enumerate(assigned):
-        if not count:
-            for gradient in (d_gate[expert : expert + 1], d_up[expert], d_down[expert]):
-                gradient.zero_()
-    d_weights = d_shares.index_select(0, places.flatten()).view_as(places)
+                _multiply(d_a, gate[expert], d_rows_here, add=True)
+                _multiply(d_a.t(), rows, d_gate[expert], add=add)
+
+    do_all(shares, compute, lambda: _scratch(shares, [x, x, b, b, b, b]))
+    for expert in (counts[1:] == 0).nonzero().flatten().tolist():
+        for gradient in (d_gate[expert : expert + 1], d_up[expert], d_down[expert]):
+            gradient.zero_()
+    d_weights = d_weight.flatten().index_select(0, places.flatten()).view_as(places)
     return _sum_rows(d_rows, places), d_weights, d_gate, d_up, d_down
 
 
@@ -230,77 +227,69 @@ def _(
     activation: str,
     upstream: Tensor,
     x: Tensor,
+    weights: Tensor,
     gate: Tensor | None,
     up: Tensor,
     down: Tensor,
     factors: Tensor | None,
     a: Tensor,
     b: Tensor,
-    active: Tensor,
-    rows: Tensor,
     outputs: Tensor,
     order: Tensor,
-    shares: Tensor,
     places: Tensor,
     counts: Tensor,
 ) -> tuple[Tensor, ...]:
     return (
         x.new_empty(x.shape),
-        shares.new_empty(places.shape),
+        weights.new_empty(weights.shape),
         x.new_empty(0) if gate is None else torch.empty_like(gate),
         torch.empty_like(up),
         torch.empty_like(down),
     )
 
 
-def _places(
-    groups: list[Group], counts: Tensor, indices: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The assignment [P] and the weight [P] of each place, and the place [N, K] of each assignment.
+@dataclass(frozen=True)
+class _Share:
+    """The rows of an expert in the order of experts: from ``first`` to before ``last``."""
 
-    Padding repeats an expert's last assignment with a weight of 0. The last place, which is no
-    expert's, is that of the assignments that are nobody's.
-    """
-    owners = torch.tensor([e for each in groups for e in each.experts], dtype=torch.long)
-    sizes = torch.tensor([each.rows for each in groups for _ in each.experts], dtype=torch.long)
-    ranks = torch.full((1 + len(counts),), len(owners), dtype=torch.long)
-    ranks[1 + owners] = torch.arange(len(owners))
-    counts = counts[owners]
-    ends = counts.cumsum(0)
-    sorted_ = ranks[indices.flatten() + 1].argsort(stable=True)[: int(counts.sum())]
-    shifts = sizes.cumsum(0) - sizes - (ends - counts)
-    taken = torch.arange(len(sorted_)) + shifts.repeat_interleave(counts)
-    number = most_places(indices.numel())
-    order = sorted_.new_zeros(number)
-    order[: _end(groups)] = sorted_[ends - 1].repeat_interleave(sizes)
-    order[taken] = sorted_
-    shares = weights.new_zeros(number)
-    shares[taken] = weights.flatten()[sorted_]
-    places = torch.full(indices.shape, number - 1)
-    places.view(-1)[sorted_] = taken
-    return order, shares, places
+    expert: int
+    first: int
+    last: int
+
+    @property
+    def size(self) -> int:
+        return self.last - self.first
+
+    def parts(self) -> list[slice]:
+        """In pieces of nearly the same size, none larger than MOST_ROWS."""
+        number = math.ceil(self.size / MOST_ROWS)
+        borders = [self.first + self.size * i // number for i in range(number + 1)]
+        return [slice(*pair) for pair in pairwise(borders)]
 
 
-def _end(groups: list[Group]) -> int:
-    return groups[-1].stop if groups else 0
+def _shares(counts: Tensor) -> list[_Share]:
+    """Those of all experts that have rows."""
+    ends = counts.cumsum(0).tolist()
+    pairs = enumerate(pairwise(ends))
+    return [_Share(expert, first, last) for expert, (first, last) in pairs if first < last]
 
 
-def _blocks(groups: list[Group]) -> list[list[Group]]:
-    """Groups together until they are BLOCK_ROWS."""
-    blocks: list[list[Group]] = []
-    for each in groups:
-        if not blocks or blocks[-1][-1].stop - blocks[-1][0].start >= BLOCK_ROWS:
-            blocks.append([])
-        blocks[-1].append(each)
-    return blocks
+def _scratch(shares: Sequence[_Share], like: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors as wide as those of ``like``, with room for a part of any of ``shares``."""
+    most = min(max((share.size for share in shares), default=0), MOST_ROWS)
+    return [each.new_empty(most, each.shape[1]) for each in like]
 
 
-def _most_rows(blocks: list[list[Group]]) -> int:
-    return max((block[-1].stop - block[0].start for block in blocks), default=0)
+def _multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
+    """``out`` becomes the product, or gets it added."""
+    if add:
+        out.addmm_(left, right)
+    else:
+        torch.mm(left, right, out=out)
 
 
 def _sum_rows(rows: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
-    """rows [P, D], of which ``places`` [N, K] says which belong to a token, to their sums [N, D],
+    """rows [S, D], of which ``places`` [N, K] says which belong to a token, to their sums [N, D],
     weighted by ``weights`` [N, K]."""
     if rows.dtype in (torch.float32, torch.float64):
         weights = None if weights is None else weights.to(rows.dtype)
@@ -311,17 +300,14 @@ def _sum_rows(rows: Tensor, places: Tensor, weights: Tensor | None = None) -> Te
     return apart.sum(1, dtype=rows.dtype)
 
 
-def _activate(activation: str, a: Tensor, b: Tensor, active: Tensor, hidden: Tensor) -> None:
-    """``active`` becomes the SiLU of ``a``, the product with gate where there is one, and
-    ``hidden`` the hidden units of ``b``, the product with up."""
+def _hidden(
+    activation: str, a: Tensor, b: Tensor, hidden: Tensor, active: Tensor | None = None
+) -> None:
+    """``hidden`` becomes the hidden units of ``b``, the product with up, and of ``a``, that with
+    gate, and ``active`` the SiLU of ``a``, where there is a gate."""
     if activation == "swiglu":
+        active = hidden if active is None else active
         aten.silu.out(a, out=active)
-    _hidden(activation, b, active, hidden)
-
-
-def _hidden(activation: str, b: Tensor, active: Tensor, hidden: Tensor) -> None:
-    """``hidden`` becomes the hidden units of ``b`` and what ``active`` is."""
-    if activation == "swiglu":
         torch.mul(active, b, out=hidden)
     elif activation == "relu2":
         torch.clamp_min(b, 0, out=hidden)

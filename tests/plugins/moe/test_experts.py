@@ -89,13 +89,13 @@ def test_the_same_numbers_give_the_same_bits(monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [1, 7, 10**6])
-def test_how_rows_are_blocked_changes_nothing(rows, monkeypatch):
+def test_how_rows_are_cut_changes_nothing(rows, monkeypatch):
     experts = experts_of()
     x, indices, weights = inputs(experts, tokens=40)
     wanted = (x, weights, *experts.parameters())
     y = experts(x, indices, weights)
     expected = (y, *gradients(y, *wanted))
-    monkeypatch.setattr(cpu_experts, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(cpu_experts, "MOST_ROWS", rows)
     y = experts(x, indices, weights)
     for found, other in zip((y, *gradients(y, *wanted)), expected, strict=True):
         torch.testing.assert_close(found, other, rtol=1e-12, atol=1e-12)
@@ -203,7 +203,7 @@ def test_the_operators_keep_their_word_to_the_compiler(operator, activation):
     arguments = (activation, *given, *parameters, None)
     if operator == "backward":
         _, *kept = torch.ops.apt_moe.forward(*arguments)
-        arguments = (activation, given[0], given[0], *parameters, None, *kept)
+        arguments = (activation, given[0], given[0], given[2], *parameters, None, *kept)
     torch.library.opcheck(
         getattr(torch.ops.apt_moe, operator), arguments, test_utils=("test_schema",)
     )
@@ -219,3 +219,18 @@ def test_the_operators_keep_their_word_to_the_compiler(operator, activation):
 def test_sizes_that_cannot_be_built_are_refused():
     with pytest.raises(ValueError, match=r"model\.moe\.experts"):
         Experts(0, 8, 16)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_two_threads_compute_what_one_does(activation):
+    experts = experts_of(activation)
+    x, indices, weights = inputs(experts, tokens=40)
+    wanted = (x, weights, *experts.parameters())
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        y = experts(x, indices, weights)
+        found.append((y, *gradients(y, *wanted)))
+    torch.set_num_threads(before)
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
