@@ -18,7 +18,13 @@ from apt_core.testing.tiny import tiny_run
 from apt_core.types import CORE, KINDS, ProviderSpec
 from apt_core.validation import misplaced_hooks
 
-ACTS = ("apt_loss_terms", "apt_param_groups", "apt_build_provider", "on_backward_end")
+ACTS = (
+    "apt_loss_terms",
+    "apt_param_groups",
+    "apt_build_provider",
+    "apt_transform_model",
+    "on_backward_end",
+)
 """Hooks by which a plugin may mean to change the weights."""
 
 TRAINED_WITH = ("attention", "ffn", "norm", "position", "backbone", "optimizer", "lr_schedule")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from apt_core.training.manifest import write_manifest
+
 if TYPE_CHECKING:
     from apt_core.training.trainer import Trainer
 
@@ -58,6 +60,8 @@ class Enabling:
                 self._note(name, "enabled", epoch, step)
                 self.manager.hook.on_plugin_enabled(plugin=name, trainer=trainer)
                 enabled = True
+                # A run that is killed later has been so too.
+                write_manifest(trainer, "running")
             elif not due and state == "active":
                 self.manager.set_state(name, "dormant", _DISABLED)
                 trainer.averages.pop(name, None)  # it is not enabled again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,11 @@ from apt_core.training.launch import processes_for
 from apt_core.training.manifest import plugin_rows
 from apt_core.training.memory import MemoryEstimate, estimate, switch_memory
 from apt_core.training.plan_text import print_plan
-from apt_core.training.prepare import build_tokenizer, settle_device
+from apt_core.training.prepare import (
+    build_tokenizer,
+    note_what_comes_too_late,
+    settle_device,
+)
 from apt_core.training.stages import Stage, stages
 from apt_core.types import PluginCosts
 
@@ -73,6 +78,9 @@ def make_plan(kernel: Kernel, world_size: int | None = None) -> dict[str, Any]:
         tokenizer = build_tokenizer(kernel)
         cost = model_cost(kernel)
         batch = _batch(kernel, tokenizer, world_size)
+        if batch["steps_per_epoch"] is not None:
+            horizon = planned_horizon(kernel.config, batch)
+            note_what_comes_too_late(kernel, kernel.schedule.with_horizon(horizon))
         planning = _Planning(kernel, cost, batch, Calibration(kernel, device, cost))
         rows = planning.rows()
     except Exception as error:
@@ -149,6 +157,20 @@ def _batch(kernel: Kernel, tokenizer: TokenizerProvider, world_size: int) -> dic
     }
 
 
+def planned_horizon(config: Config, batch: Mapping[str, Any]) -> Horizon:
+    """How long the run is, as far as ``batch`` tells the length of an epoch."""
+    training = config.training
+    limits = [] if training.max_steps is None else [training.max_steps]
+    if training.max_tokens is not None:
+        limits.append(-(-training.max_tokens // batch["tokens_per_step"]))
+    return Horizon(
+        training.max_epochs,
+        batch["steps_per_epoch"],
+        batch["tokens_per_epoch"],
+        min(limits, default=None),
+    )
+
+
 def _evaluated(config: Config, steps: int, windows: int) -> int:
     """The sequences that are evaluated in an epoch: a few batches now and then, and all held-out
     text at its end."""
@@ -195,7 +217,7 @@ class _Planning:
         return [*dict.fromkeys([*said, *self.calibration.notes])]
 
     def rows(self) -> list[dict[str, Any]]:
-        horizon = Horizon(steps_per_epoch=self.batch["steps_per_epoch"])
+        horizon = planned_horizon(self.kernel.config, self.batch)
         rows = []
         before: MemoryEstimate | None = None
         # All of them first: what a plugin cannot do is said before anything takes time.

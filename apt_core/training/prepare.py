@@ -94,7 +94,7 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> Parts:
     measured_peak_flops(device, dtype or torch.float32)
     tokenizer, plan, val_tokens, bytes_per_token, data = _data(kernel, world)
     schedule = kernel.schedule.with_horizon(horizon(config, plan))
-    _note_what_comes_too_late(kernel, schedule)
+    note_what_comes_too_late(kernel, schedule)
     rehearse(kernel, schedule)
     model = ModelBuilder(config, registry).build_model()
     world.shard(model, device)
@@ -165,7 +165,7 @@ def _what_decides(
     }
 
 
-def _note_what_comes_too_late(kernel: Kernel, schedule: Schedule) -> None:
+def note_what_comes_too_late(kernel: Kernel, schedule: Schedule) -> None:
     """A plugin that is to be enabled after the last step never is. (Where the profile alone tells,
     that is an error already.) Raises ConfigError if ``strict``."""
     last = schedule.horizon.last("step")
@@ -177,7 +177,10 @@ def _note_what_comes_too_late(kernel: Kernel, schedule: Schedule) -> None:
         key = f"schedules.enable_{boundary.plugin}_at_{boundary.unit}"
         known = any(item.key == key for item in kernel.inactive)
         if last is not None and first > last and not known:
-            inactive.append(InactiveKey(key, f"the run ends with step {last}, before step {first}"))
+            moment = f"{boundary.unit} {boundary.at}"
+            if boundary.unit != "step":
+                moment += f" (step {first})"
+            inactive.append(InactiveKey(key, f"the run ends with step {last}, before {moment}"))
     if inactive and kernel.manager.strict:
         raise ConfigError([Problem(i.reason, i.key, hint="--strict allows none") for i in inactive])
     kernel.inactive += inactive

@@ -10,7 +10,7 @@ from torch import nn
 
 from apt_core.kernel import Kernel
 from apt_core.modeling.transforms import ModelTransform
-from apt_core.schedules import FIRST, Horizon
+from apt_core.schedules import FIRST, Boundary, Horizon
 from apt_core.training.costs import (
     BACKWARD_AND_FORWARD,
     ModelCost,
@@ -101,7 +101,9 @@ def stages(kernel: Kernel, horizon: Horizon) -> Iterator[Stage]:
     """
     schedule = kernel.schedule.with_horizon(horizon)
     boundaries = [
-        boundary for boundary in schedule.boundaries() if kernel.manager.has_plugin(boundary.plugin)
+        boundary
+        for boundary in schedule.boundaries()
+        if kernel.manager.has_plugin(boundary.plugin) and _reached(boundary, schedule.horizon)
     ]
     waiting = {boundary.plugin for boundary in boundaries if boundary.enables}
     records = kernel.manager.records.values()
@@ -129,6 +131,13 @@ def stages(kernel: Kernel, horizon: Horizon) -> Iterator[Stage]:
             plugin_costs(kernel, enabled),
             changed is not None,
         )
+
+
+def _reached(boundary: Boundary, horizon: Horizon) -> bool:
+    """Does the run come to it, as far as ``horizon`` tells?"""
+    at, unit = boundary.at, boundary.unit
+    moments = [(at, horizon.last(unit)), (horizon.convert(at, unit, "step"), horizon.last("step"))]
+    return all(here is None or last is None or here <= last for here, last in moments)
 
 
 def _after(kernel: Kernel, structure: Structure, plugin: str) -> Structure | None:

@@ -16,12 +16,18 @@ from torch.optim import Optimizer
 
 from apt_core.data.batches import IGNORED, Batch
 from apt_core.device import is_out_of_memory
-from apt_core.errors import CheckpointError, ConfigError, Problem
+from apt_core.errors import CheckpointError, ConfigError, PluginError, Problem
 from apt_core.modeling.transforms import ModelTransform
+from apt_core.plugin_records import PluginRecord
 from apt_core.training.ema import WeightAverage
 from apt_core.training.prepare import build_optimizer
 from apt_core.training.structure import HOOK, base_structure, transform_of
-from apt_core.training.transforming import carry_average, carry_optimizer_state, materialize
+from apt_core.training.transforming import (
+    carry_average,
+    carry_frozen,
+    carry_optimizer_state,
+    materialize,
+)
 
 if TYPE_CHECKING:
     from apt_core.training.trainer import Trainer
@@ -46,7 +52,8 @@ class Switching:
 
     ``switches`` are those that were made, in order, as manifests and checkpoints have them:
     ``plugin``, the first ``epoch`` and ``step`` of the new structure, ``loss_before`` and
-    ``loss_after`` on a fixed batch of held-out text (nats per token, in fp32).
+    ``loss_after`` on a fixed batch of held-out text (nats per token, in fp32), and the plugins that
+    were ``quarantined``, which had no say in the new optimizer.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -73,8 +80,17 @@ class Switching:
         batch = trainer.evaluator.fixed_batch().to(trainer.device)
         before = fixed_loss(trainer, trainer.model, batch)
         after = float("nan")
+        others = self._others(plugin)
         try:
             made = self._make(transform)
+            self._refuse_if_changed(others)
+        except (Exception, SystemExit) as error:
+            self._failed(plugin, others, error)
+        # Under FSDP2 what follows needs all processes.
+        if not self._agreed(plugin):
+            self._restore(others)
+            return False
+        try:
             after = fixed_loss(trainer, made.model, batch)
             # Not "difference > tolerance", of which NaN knows nothing.
             if not abs(after - before) <= transform.tolerance:
@@ -82,21 +98,21 @@ class Switching:
                     f"the loss of a fixed batch went from {before:.7g} to {after:.7g}, by more "
                     f"than its tolerance of {transform.tolerance:g}"
                 )
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            manager.fail(plugin, HOOK, error)
+        except (Exception, SystemExit) as error:
+            self._failed(plugin, others, error)
         if not self._agreed(plugin):
+            self._restore(others)
             return False
         grown = [sum(p.numel() for p in m.parameters()) for m in (trainer.model, made.model)]
         # Before the rest: a run that dies in it saves the new model.
         self.switches.append(
             {
                 "plugin": plugin,
-                "epoch": trainer.epoch,
+                "epoch": 1 + trainer.step // trainer.parts.plan.steps_per_epoch,
                 "step": trainer.step + 1,
                 "loss_before": before,
                 "loss_after": after,
+                "quarantined": [r.name for r in self._quarantined()],
             }
         )
         self._adopt(made, transform)
@@ -135,6 +151,9 @@ class Switching:
         again."""
         manager = self._trainer.manager
         for switch in switches:
+            for name in switch.get("quarantined", []):
+                if manager.has_plugin(name):
+                    manager.set_state(name, "quarantined", "as in the checkpoint")
             transform = self._transform(switch["plugin"])
             if transform is None:
                 reason = manager.records[switch["plugin"]].reason
@@ -157,6 +176,44 @@ class Switching:
             self._structure = base_structure(kernel)
         return transform_of(kernel, plugin, copy.deepcopy(self._structure))
 
+    def _quarantined(self) -> list[PluginRecord]:
+        records = self._trainer.manager.records.values()
+        return [record for record in records if record.state == "quarantined"]
+
+    def _others(self, plugin: str) -> dict[str, tuple[str, str, int]]:
+        """State, reason and number of failures of all plugins but this one."""
+        records = self._trainer.manager.records.values()
+        return {r.name: (r.state, r.reason, len(r.failures)) for r in records if r.name != plugin}
+
+    def _refuse_if_changed(self, others: Mapping[str, tuple[str, str, int]]) -> None:
+        """Raise ValueError where one of ``others`` failed on the new model."""
+        lost = [r for r in self._quarantined() if r.name in others]
+        new = [f"{r.name}: {r.reason}" for r in lost if others[r.name][0] != r.state]
+        if new:
+            raise ValueError(f"the new model is one that other plugins fail on: {'; '.join(new)}")
+
+    def _restore(self, others: Mapping[str, tuple[str, str, int]]) -> None:
+        """Let plugins go on whose failure was about a model that the run does not get."""
+        manager = self._trainer.manager
+        for name, (state, reason, failures) in others.items():
+            record = manager.records[name]
+            if record.state != state:
+                log.warning("plugin %s goes on: the model that it failed on is not taken", name)
+                manager.set_state(name, state, reason)
+                del record.failures[failures:]
+
+    def _failed(
+        self, plugin: str, others: Mapping[str, tuple[str, str, int]], error: BaseException
+    ) -> None:
+        """Count an error in making or trying the new model as a failure of ``plugin``; raise those
+        that are to end the run."""
+        if is_out_of_memory(error) or isinstance(error, PluginError):
+            raise error
+        self._restore(others)
+        # A ConfigError of the hook is bad input; here it comes too late to be that.
+        told = RuntimeError(str(error)) if isinstance(error, ConfigError) else error
+        self._trainer.manager.fail(plugin, HOOK, told)
+
     def _agreed(self, plugin: str) -> bool:
         """Is the plugin well in all processes? Where it is not in one, it is quarantined in all."""
         trainer, record = self._trainer, self._trainer.manager.records[plugin]
@@ -173,9 +230,12 @@ class Switching:
         trainer, kernel = self._trainer, self._trainer.kernel
         old, config = trainer.model, trainer.config
         structure = copy.deepcopy(transform.model)
+        faults: list[Exception] = []
         model = materialize(
             transform,
             old,
+            carry=carry,
+            faults=faults,
             seed=config.training.seed,
             num_layers=config.model.num_layers,
             device=trainer.device,
@@ -185,20 +245,25 @@ class Switching:
         if carry:
             provider = trainer.registry.get("optimizer", config.training.optimizer_name)
             carry_optimizer_state(
-                transform, old, trainer.optimizer, model, optimizer, provider.moments
+                transform, old, trainer.optimizer, model, optimizer, provider.moments, faults
             )
+            # After the optimizer, which has the parameters of the old one, frozen or not.
+            carry_frozen(transform, old, model)
 
         def moved(average: WeightAverage) -> WeightAverage:
-            values = carry_average(transform, average.values, model)
+            values = carry_average(transform, average.values, model, faults) if carry else None
             return WeightAverage(model, average.decay, warmup=average.warmup, values=values)
 
-        return _Made(
+        made = _Made(
             structure,
             model,
             optimizer,
             None if trainer.ema is None else moved(trainer.ema),
             {plugin: moved(average) for plugin, average in trainer.averages.items()},
         )
+        if faults:
+            raise faults[0]
+        return made
 
     def _adopt(self, made: _Made, transform: ModelTransform) -> None:
         trainer = self._trainer

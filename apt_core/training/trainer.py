@@ -76,10 +76,12 @@ class Trainer:
     part of the run there and leaves the schedules as they are.
 
     What hooks may use: ``config registry model optimizer schedule epoch step tokens device rank
-    world_size metrics output_dir param(name) rng(plugin) autocast() average(plugin, decay)
-    request_stop(reason)``. ``epoch`` counts from 1, ``step`` is the number of optimizer steps
-    taken, ``tokens`` the target tokens seen, ``metrics`` the newest row, ``output_dir`` the run's
-    folder. A plugin may replace ``model`` and ``optimizer`` in mid-run: do not keep them.
+    world_size metrics output_dir step_void param(name) rng(plugin) autocast() average(plugin,
+    decay) request_stop(reason)``. ``epoch`` counts from 1, ``step`` is the number of optimizer
+    steps taken, ``tokens`` the target tokens seen, ``metrics`` the newest row, ``output_dir`` the
+    run's folder. ``step_void`` says whether the newest step was not finite, and so changed nothing:
+    a bool, or where the device alone knows 0-d, 1.0 or 0.0. A plugin may replace ``model`` and
+    ``optimizer`` in mid-run: do not keep them.
     """
 
     folder: RunFolder
@@ -119,6 +121,7 @@ class Trainer:
         self.switching = Switching(self)
         self._at = 0, 0  # the step at hand, and the tokens before it
         self._terms: dict[str, Tensor] = {}
+        self.step_void: bool | Tensor = False
         self._updating = False
         if self.world_size > 1:
             self.manager.stop_together = self.request_stop
@@ -326,7 +329,7 @@ class Trainer:
                 if self.config.debug.check_gradients:
                     name_bad_gradients(self.model, grad_norm, step)
                 self._updating = True
-                void = self.guard.step(step, loss, grad_norm)
+                void = self.step_void = self.guard.step(step, loss, grad_norm)
                 self.step, self.tokens = step, self.tokens + targets
                 if self.ema is not None:
                     self.ema.update(step, void)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from apt_core.modeling.init import initialize_parameters
-from apt_core.modeling.transforms import ModelTransform, Rule
+from apt_core.modeling.transforms import ModelTransform, Rule, unchanged
 from apt_core.training.distributed import ALONE, World, shard_like, whole_tensor
 
 CPU = torch.device("cpu")
@@ -20,6 +20,8 @@ def materialize(
     transform: ModelTransform,
     old: nn.Module,
     *,
+    carry: bool = True,
+    faults: list[Exception] | None = None,
     seed: int,
     num_layers: int,
     device: torch.device = CPU,
@@ -28,21 +30,24 @@ def materialize(
     """The new model, in memory on ``device`` and sharded as the run's is, with what ``old`` has to
     give; parameters that start anew are initialised by (``seed``, name).
 
-    ``old`` is not changed. Raises ValueError for a rule that gives another shape, and for a new
-    buffer that nothing computes.
+    ``old`` is not changed. What a rule raises is added to ``faults``: all processes take part in
+    all of this, whatever happens in one. Without ``carry`` no rule is asked, for weights that are
+    to be loaded. Raises ValueError for a new buffer that nothing computes.
     """
+    faults = [] if faults is None else faults
     new = transform.model
     values = dict(old.named_parameters())
     # As at the start of a run, a model to be sharded is put together on the CPU.
     _give_memory(new, CPU if world.sharding == "fsdp" else device)
-    origins = {name: transform.origin(name, values) for name, _ in new.named_parameters()}
+    names = [name for name, _ in new.named_parameters()]
+    origins = {name: transform.origin(name, values) if carry else None for name in names}
     anew = {name for name, origin in origins.items() if origin is None}
     initialize_parameters(new, seed, num_layers=num_layers, only=anew)
     for name, parameter in new.named_parameters():
         origin = origins[name]
         if origin is not None:
             whole = whole_tensor(values[origin.source].detach())
-            parameter.copy_(_by(origin.value, whole, parameter, name))
+            parameter.copy_(_by(origin.value, whole, parameter, name, faults))
     buffers = dict(old.named_buffers())
     for name, buffer in new.named_buffers():
         if name in buffers and buffers[name].shape == buffer.shape:
@@ -67,17 +72,21 @@ def tell_buffers_loaded(model: nn.Module) -> None:
 
 @torch.no_grad()
 def carry_average(
-    transform: ModelTransform, averages: Mapping[str, Tensor], new: nn.Module
+    transform: ModelTransform,
+    averages: Mapping[str, Tensor],
+    new: nn.Module,
+    faults: list[Exception],
 ) -> dict[str, Tensor]:
     """``averages`` [name] of the old weights as averages of the weights of ``new``; where there is
-    none, the weight itself."""
+    none, the weight itself. ``faults`` as in :func:`materialize`."""
     carried = {}
     for name, parameter in new.named_parameters():
         origin = transform.origin(name, averages)
         if origin is None:
             carried[name] = parameter.detach().clone()
         else:
-            whole = _by(origin.value, whole_tensor(averages[origin.source]), parameter, name)
+            whole = whole_tensor(averages[origin.source])
+            whole = _by(origin.value, whole, parameter, name, faults)
             carried[name] = shard_like(whole, parameter).clone()
     return carried
 
@@ -90,10 +99,12 @@ def carry_optimizer_state(
     new: nn.Module,
     new_optimizer: Optimizer,
     moments: Mapping[str, int],
+    faults: list[Exception],
 ) -> None:
     """Give ``new_optimizer``, which has taken no step, what ``old_optimizer`` keeps.
 
-    ``moments`` are those of the optimizer's provider. Raises ValueError for state of the size of
+    ``moments`` are those of the optimizer's provider, ``faults`` as in :func:`materialize`. Raises
+    ValueError for state of the size of
     its parameter that is not among them.
     """
     before, after = dict(old.named_parameters()), dict(new.named_parameters())
@@ -110,7 +121,8 @@ def carry_optimizer_state(
         state = packed["state"][index] = {}
         for key, value in old_optimizer.state[source].items():
             if key in moments:
-                whole = _by(rules[moments[key]], whole_tensor(value), parameter, f"{name}//{key}")
+                whole, what = whole_tensor(value), f"{name}//{key}"
+                whole = _by(rules[moments[key]], whole, parameter, what, faults)
                 state[key] = shard_like(whole, parameter).clone()
             elif isinstance(value, Tensor) and value.numel() > 1:
                 raise ValueError(
@@ -122,12 +134,29 @@ def carry_optimizer_state(
     new_optimizer.load_state_dict(packed)
 
 
-def _by(rule: Rule, whole: Tensor, target: Tensor, name: str) -> Tensor:
-    made = rule(whole)
-    if made.shape != target.shape:
-        raise ValueError(
-            f"the rule for {name} gives {list(made.shape)}, and {list(target.shape)} is wanted"
-        )
+def carry_frozen(transform: ModelTransform, old: nn.Module, new: nn.Module) -> None:
+    """Freeze in ``new`` what comes from parameters of ``old`` that are frozen."""
+    before = dict(old.named_parameters())
+    for name, parameter in new.named_parameters():
+        origin = transform.origin(name, before)
+        if origin is not None and not before[origin.source].requires_grad:
+            parameter.requires_grad_(False)
+
+
+def _by(rule: Rule, whole: Tensor, target: Tensor, name: str, faults: list[Exception]) -> Tensor:
+    """What ``rule`` makes of ``whole``; after one of the ``faults`` numbers without a meaning."""
+    if rule is unchanged and whole.shape == target.shape:
+        return whole
+    try:
+        # A copy: a rule that writes to what it is given must not write to the run's model.
+        made = rule(whole.clone())
+        if made.shape != target.shape:
+            raise ValueError(
+                f"the rule for {name} gives {list(made.shape)}, and {list(target.shape)} is wanted"
+            )
+    except Exception as error:
+        faults.append(error)
+        return whole.new_zeros(target.shape)
     return made
 
 

@@ -45,7 +45,8 @@ def _take(size: int) -> mmap.mmap:
             return _free.pop(i)
     # Blocks of sizes that are not asked for any more must not pile up.
     _free.clear()
-    block = mmap.mmap(-1, size)
+    # Private: a forked process gets a copy, and huge pages are had.
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         # Advice: where it is refused nothing is lost but time.
         with suppress(OSError):

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from apt_plugins.moe.experts import Experts
 
+LEAST_TOTAL = 1e-12
+"""Of the weights that are left to a token in a group: below it they are taken for equal."""
+
 
 class MoELayer(nn.Module):
     """y = experts(x), weighted by the ``router``, with a ``shared`` feed-forward beside them.
@@ -129,9 +132,14 @@ class MoELayer(nn.Module):
         weights = weights * kept
         if self.top_k == 1:
             return weights
-        groups = weights.unflatten(-1, (self.granularity, self.top_k))
+        sizes = (self.granularity, self.top_k)
+        groups, left = weights.unflatten(-1, sizes), kept.unflatten(-1, sizes)
         total = groups.sum(-1, keepdim=True)
-        return (groups / total.where(total > 0, 1.0)).flatten(-2)
+        # A quotient of numbers that are nearly 0 has gradients that are no numbers: what is left
+        # with so little is shared out evenly.
+        large = total > LEAST_TOTAL
+        even = left / left.sum(-1, keepdim=True).clamp(min=1)
+        return torch.where(large, groups / total.where(large, 1.0), even).flatten(-2)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies are of the module and not of its last forward.

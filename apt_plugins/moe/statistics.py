@@ -47,7 +47,7 @@ def losses(layers: Layers, batch: Any, settings: MoeSettings) -> dict[str, Tenso
     if settings.balance_loss:
         shares = counts / (batch.num_targets * layers[0].top_k)
         # Layer by layer: a stack of the probabilities themselves would be as large again.
-        means = [token_weights @ layer.router.probabilities for layer in layers]
+        means = [token_weights @ layer.router.probabilities.to(counts.dtype) for layer in layers]
         scale = settings.balance_loss * experts / (len(layers) * groups)
         terms["balance"] = scale * (shares * torch.stack(means)).sum()
     if settings.z_loss:

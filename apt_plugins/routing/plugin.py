@@ -16,8 +16,6 @@ from apt_plugins.routing.settings import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from apt_core.config import Config
     from apt_plugins.routing.controls import RoutingControls
 
@@ -81,11 +79,11 @@ def on_step_start(trainer: Any) -> None:
 
 
 @hookimpl(collective=True)
-def on_step_end(step: int, loss: Tensor, trainer: Any) -> None:
+def on_step_end(step: int, trainer: Any) -> None:
     settings, layers = settings_of(trainer.config), controls_of(trainer.model).layers
     # Where nobody counts any more, the loads are those of an earlier step.
     if settings.balancing == "none" or not layers or layers[0].counted_step != step:
         return
     from apt_plugins.routing.balancing import move_biases
 
-    move_biases(layers, settings.bias_rate, loss)
+    move_biases(layers, settings.bias_rate, trainer.step_void)

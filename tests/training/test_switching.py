@@ -340,6 +340,13 @@ FAULTS = {
     ),
     "is on the CPU": ("block.ffn = nn", "torch.set_default_device('cpu'); block.ffn = nn"),
     "returns something else": ("return ModelTransform(model, origins", "return dict(origins"),
+    "writes to what it is given": ("value=twice,", "value=lambda rows: twice(rows.mul_(1.5)),"),
+    "writes to moments": ("lambda m: twice(m) / 2", "lambda m: twice(m.zero_())[1:]"),
+    "finds the profile wrong too late": (
+        "value=twice,",
+        "value=lambda w: (_ for _ in ()).throw(__import__('apt_core').ConfigError('no')),",
+    ),
+    "leaves": ("value=twice,", "value=lambda rows: __import__('sys').exit(3),"),
     "has a buffer that nothing computes": ("def reset_buffers", "def reset_nothing"),
 }
 
@@ -386,13 +393,14 @@ def test_a_profile_that_a_transform_refuses_is_bad_input_at_the_start(wider: Exp
     assert not (wider.folder / "run").exists()
 
 
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_a_failure_in_one_process_leaves_the_model_in_both(
-    wider: Experiment, in_children, ranks
+    wider: Experiment, in_children, ranks, sharding: str
 ) -> None:
     only_second = "value=twice if __import__('os').environ['RANK'] == '0' else (lambda w: 1 / 0),"
     wider.files = ()
     wider.plugin("wider", WIDER.replace("value=twice,", only_second))
-    wider.settings |= {"hardware.distributed": "ddp", "training.batch_size": 2}
+    wider.settings |= {"hardware.distributed": sharding, "training.batch_size": 2}
     assert in_children(*ranks(lambda: wider.train("run"))) == [0, 0]
     manifest = json.loads((wider.folder / "run" / "manifest.json").read_text(encoding="utf-8"))
     (plugin,) = (p for p in manifest["plugins"] if p["name"] == "wider")
@@ -415,6 +423,96 @@ def test_a_quarantined_plugin_has_changed_the_model_for_good(
     wider.train("killed", resume=True)
     found = differences(wider.folder / "whole", wider.folder / "killed")
     assert [item for item in found if item != "state: plugin_records"] == []
+
+
+GROUPS = """
+from apt_core import hookimpl
+
+@hookimpl
+def apt_param_groups(model):
+    return [{"params": [model.blocks[0].ffn.up.weight], "lr_scale": 0.5}]
+
+@hookimpl
+def apt_loss_terms(trainer, output):
+    return {"small": 1e-3 * output.logits.square().mean()}
+"""
+"""Groups that only the structure at the start has."""
+
+
+def test_plugins_that_fail_on_a_refused_model_go_on(wider: Experiment) -> None:
+    wider.plugin("groups", GROUPS)
+    without = wider.train("without", "no:wider")
+    run = wider.train("run")
+    assert losses(run) == losses(without)
+    assert run.same_weights(without)
+    states = {p["name"]: p["state"] for p in run.manifest["plugins"]}
+    assert (states["groups"], states["wider"]) == ("active", "quarantined")
+    assert "groups: AttributeError" in wider.log("run")
+    with pytest.raises(PluginError, match="groups failed in apt_param_groups"):
+        wider.train("strict", strict=True)
+
+
+UPS = """
+from apt_core import hookimpl
+
+@hookimpl
+def apt_param_groups(model):
+    ups = [parameter for name, parameter in model.named_parameters() if "up" in name]
+    return [{"params": ups, "lr_scale": 0.5}]
+
+@hookimpl
+def on_step_end(step):
+    1 / 0
+"""
+
+
+def test_who_was_quarantined_before_the_switch_has_no_say_in_the_groups_after_a_resume(
+    wider: Experiment, differences, in_children, killer
+) -> None:
+    """Its groups would be others than those that the run has had."""
+    wider.plugin("groups", UPS)
+    whole = wider.train("whole")
+    assert whole.manifest["switches"][0]["quarantined"] == ["groups"]
+    saving = {"training.save_every_steps": 1}
+    assert in_children(lambda: wider.train("killed", killer(8), changes=saving)) == [-9]
+    wider.train("killed", resume=True)
+    assert differences(wider.folder / "whole", wider.folder / "killed") == []
+
+
+FREEZER = """
+from apt_core import hookimpl
+
+@hookimpl
+def on_training_start(trainer):
+    for name, parameter in trainer.model.named_parameters():
+        if name.startswith("blocks.0.ffn") and name.endswith("weight"):
+            parameter.requires_grad_(False)
+"""
+
+
+def test_what_is_frozen_stays_so_over_a_switch_and_a_resume(
+    wider: Experiment, differences, in_children, killer
+) -> None:
+    wider.plugin("freezer", FREEZER)
+    wider.train("whole")
+    saving = {"training.save_every_steps": 1}
+    assert in_children(lambda: wider.train("killed", killer(8), changes=saving)) == [-9]
+    wider.train("killed", resume=True)
+    assert differences(wider.folder / "whole", wider.folder / "killed") == []
+    first, last = (
+        load_file(path / "model.safetensors")
+        for path in (wider.checkpoints("killed")[0], wider.checkpoints("whole")[-1])
+    )
+    before = first["blocks.0.ffn.up.weight"]
+    assert torch.equal(last["blocks.0.ffn.0.up.weight"], torch.cat([before, before]))
+
+
+def test_the_manifest_tells_of_a_switch_at_once(wider: Experiment, in_children, killer) -> None:
+    saving = {"training.save_every_steps": 1}
+    assert in_children(lambda: wider.train("killed", killer(EPOCH + 1), changes=saving)) == [-9]
+    manifest = json.loads((wider.folder / "killed" / "manifest.json").read_text(encoding="utf-8"))
+    assert [(s["plugin"], s["epoch"]) for s in manifest["switches"]] == [("wider", 2)]
+    assert manifest["timeline"][0]["event"] == "enabled"
 
 
 def test_a_checkpoint_of_after_the_switch_needs_the_plugin(

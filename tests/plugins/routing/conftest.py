@@ -22,6 +22,7 @@ class Trainer:
 
     world_size = 1
     step = 0
+    step_void = False
 
     def __init__(self, model, settings, values):
         sections = {"routing": RoutingSettings(**settings), "model.moe": MoeSettings()}

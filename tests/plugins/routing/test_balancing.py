@@ -11,8 +11,6 @@ from apt_plugins.moe.statistics import count, start_counting
 from apt_plugins.routing import plugin
 from apt_plugins.routing.balancing import move_biases
 
-FINITE = torch.tensor(1.0)
-
 
 def counted(layers, step):
     for layer in layers:
@@ -39,7 +37,7 @@ def max_violations(trainer, tokens, steps):
         optimizer.step()
         count(layers, torch.ones(512, dtype=torch.bool))
         counted(layers, step)
-        plugin.on_step_end(step=step, loss=loss.detach(), trainer=trainer)
+        plugin.on_step_end(step=step, trainer=trainer)
         loads = torch.stack([layer.load for layer in layers]).view(-1, layers[0].num_experts)
         violations.append(float((loads.amax(1) / loads.mean(1)).max()) - 1)
     return violations
@@ -65,7 +63,7 @@ def test_an_expert_with_too_much_is_made_less_likely_and_the_mean_stays(make_mod
     layers = moe_layers(make_model(layers=2, experts=4, groups=2))
     layers[0].load.copy_(torch.tensor([10.0, 0.0, 4.0, 2.0, 4.0, 4.0, 4.0, 4.0]))
     layers[1].load.copy_(torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 13.0]))
-    move_biases(layers, 1e-3, FINITE)
+    move_biases(layers, 1e-3, False)
     # Signs (-1, 1, 0, 1) with a mean of 1/4, and (1, 1, 1, -1) with one of 1/2.
     expected = torch.tensor([-1.25, 0.75, -0.25, 0.75, 0, 0, 0, 0]) * 1e-3
     assert torch.allclose(layers[0].router.bias, expected)
@@ -78,19 +76,21 @@ def test_an_expert_with_too_much_is_made_less_likely_and_the_mean_stays(make_mod
 def test_an_even_load_moves_nothing_whatever_the_number_of_experts(make_model):
     layers = moe_layers(make_model(experts=7))
     layers[0].load.fill_(1000003.0)
-    move_biases(layers, 1e-3, FINITE)
+    move_biases(layers, 1e-3, False)
     assert not layers[0].router.bias.any()
 
 
-@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_a_step_without_a_finite_loss_moves_nothing(make_model, make_trainer, loss):
+@pytest.mark.parametrize("void", [True, torch.ones(())], ids=["known", "on the device"])
+def test_a_void_step_moves_nothing(make_model, make_trainer, void):
     model = make_model()
     model[0].load.copy_(torch.arange(8.0))
     counted(model, 1)
     trainer = make_trainer(model, {"balancing": "bias"})
-    plugin.on_step_end(step=1, loss=torch.tensor(loss), trainer=trainer)
+    trainer.step_void = void
+    plugin.on_step_end(step=1, trainer=trainer)
     assert not model[0].router.bias.any()
-    plugin.on_step_end(step=1, loss=FINITE, trainer=trainer)
+    trainer.step_void = False if void is True else torch.zeros(())
+    plugin.on_step_end(step=1, trainer=trainer)
     assert model[0].router.bias.any()
 
 
@@ -99,10 +99,10 @@ def test_the_rate_is_that_of_the_profile(make_model, make_trainer):
     model[0].load.copy_(torch.tensor([3.0, 1.0]))
     trainer = make_trainer(model, {"balancing": "bias", "bias_rate": 0.5})
     counted(model, 4)
-    plugin.on_step_end(step=4, loss=FINITE, trainer=trainer)
+    plugin.on_step_end(step=4, trainer=trainer)
     assert model[0].router.bias.tolist() == [-0.5, 0.5]
     # Nobody has counted in this step: what is there is of the one before.
-    plugin.on_step_end(step=5, loss=FINITE, trainer=trainer)
+    plugin.on_step_end(step=5, trainer=trainer)
     assert model[0].router.bias.tolist() == [-0.5, 0.5]
 
 

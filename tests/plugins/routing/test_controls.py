@@ -120,7 +120,7 @@ def test_a_model_that_has_become_a_mixture_is_set_too(make_model, make_trainer):
     trainer = make_trainer(torch.nn.Linear(2, 2), {"balancing": "bias"}, route_temp=1.5)
     plugin.on_training_start(trainer=trainer)
     plugin.on_step_start(trainer=trainer)
-    plugin.on_step_end(step=1, loss=torch.tensor(1.0), trainer=trainer)
+    plugin.on_step_end(step=1, trainer=trainer)
     trainer.model = make_model()
     plugin.on_step_start(trainer=trainer)
     assert trainer.model[0].router.temperature == 1.5
