@@ -93,6 +93,41 @@ def test_an_observer_that_draws_random_numbers_is_not(write: WritePlugin) -> Non
     assert failed(write(OBSERVER.format(body="torch.manual_seed(step), torch.rand(3)"))) == {}
 
 
+SHIFT = """
+@hookimpl
+def apt_transform_model(model):
+    from apt_core.modeling import Carried, ModelTransform
+
+    class Shift(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.shift = inner, nn.Parameter(torch.empty(model.d_model))
+
+        def init_parameter(self, name, tensor, generator, *, num_layers):
+            tensor.zero_()
+            return True
+
+        def forward(self, x):
+            return self.inner(x) + self.shift
+
+    ffn = model.blocks[0].ffn
+    names = [name for name, _ in ffn.named_parameters()]
+    model.blocks[0].ffn = Shift(ffn)
+    origins = {f"blocks.0.ffn.inner.{n}": Carried(f"blocks.0.ffn.{n}") for n in names}
+    return ModelTransform(model, origins)
+"""
+
+
+def test_a_plugin_that_changes_the_model_need_not_leave_the_weights_alone(
+    write: WritePlugin,
+) -> None:
+    findings = check_plugin(write(SHIFT))
+    assert [(finding.check, finding.ok) for finding in findings] == [
+        ("loads", True),
+        ("trains", True),
+    ]
+
+
 def test_a_hook_that_acts_on_the_weights_may(write: WritePlugin) -> None:
     plugin = write(
         "@hookimpl\ndef apt_loss_terms(output):\n"

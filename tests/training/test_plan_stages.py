@@ -83,6 +83,13 @@ ADDED_PARAMS = LAYERS // 2 * 2 * HIDDEN * WIDTH
 ADDED_FLOPS = 3 * 2 * ADDED_PARAMS
 
 
+SCHEDULES = {
+    "enable_wider_at_epoch": 2,
+    "enable_teacher_at_epoch": 3,
+    "disable_teacher_at_epoch": 4,
+}
+
+
 @pytest.fixture(autouse=True)
 def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "SECONDS", 0.005)
@@ -103,11 +110,7 @@ def kernel_of(tmp_path: Path) -> Callable[..., Kernel]:
             "plugins": [str(tmp_path / "wider.py"), str(tmp_path / "teacher.py")],
             "model": model,
             "training": {"batch_size": 4, "max_epochs": 5, **sections.pop("training", {})},
-            "schedules": {
-                "enable_wider_at_epoch": 2,
-                "enable_teacher_at_epoch": 3,
-                "disable_teacher_at_epoch": 4,
-            },
+            "schedules": SCHEDULES,
             "hardware": {"device": "cpu", **sections.pop("hardware", {})},
             **sections,
         }
@@ -124,6 +127,27 @@ def printed(plan: dict[str, Any]) -> str:
 
 def by_name(plan: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {stage["name"]: stage for stage in plan["stages"]}
+
+
+def test_stages_come_in_the_order_of_the_run_whatever_their_units(kernel_of) -> None:
+    text = {"source": "pydoc"}
+    plan = make_plan(kernel_of(data=text), world_size=1)
+    steps, tokens = (plan["batch"][key] for key in ("steps_per_epoch", "tokens_per_epoch"))
+    schedules = {"enable_wider_at_step": 2 * steps, "enable_teacher_at_token": tokens // 2}
+    plan = make_plan(kernel_of(data=text, schedules=schedules), world_size=1)
+    assert [*by_name(plan)] == ["start", "enable teacher", "enable wider"]
+
+
+def test_a_stage_that_the_run_does_not_reach_is_no_stage_and_is_said_to_be_inactive(
+    kernel_of,
+) -> None:
+    kernel = kernel_of(data={"source": "pydoc"}, training={"max_steps": 20})
+    plan = make_plan(kernel, world_size=1)
+    assert [*by_name(plan)] == ["start"]
+    assert {entry["key"] for entry in plan["inactive_keys"]} == {
+        "schedules.enable_wider_at_epoch",
+        "schedules.enable_teacher_at_epoch",
+    }
 
 
 # Parameters and arithmetic

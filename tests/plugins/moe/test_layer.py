@@ -118,6 +118,24 @@ def test_a_token_that_loses_all_its_experts_gets_the_shared_one_alone(make_layer
     assert layer(tokens)[lost].abs().max() == 0
 
 
+@pytest.mark.parametrize("gap", [30.0, 100.0, 150.0])
+def test_an_expert_that_is_left_with_hardly_any_weight_takes_it_all(make_layer, gap):
+    """The first choice of every token but one is full."""
+    layer = make_layer(experts=4, top_k=2, capacity=0.5).float()
+    x = torch.ones(8, 8, requires_grad=True)
+    with torch.no_grad():
+        layer.router.weight.zero_()
+        layer.router.weight[0] = 2 * gap / 8
+        layer.router.weight[1] = gap / 8
+    kept = torch.tensor([[False, True]]).expand(8, 2)
+    layer._within = lambda indices, limit: kept
+    y = layer(x[None])[0]
+    alone = layer.experts(x, layer.indices[:, 1:], torch.ones(8, 1))
+    torch.testing.assert_close(y, alone)
+    gradients = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 def copies_of(dense, layer):
     """Make every expert of each group a copy of its part of the hidden units of ``dense``."""
     groups, experts = layer.granularity, layer.num_experts
