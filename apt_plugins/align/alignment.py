@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,10 @@ from apt_plugins.align.settings import SECTION, WEIGHT, BistateSettings
 NAME = "align"
 
 log = logging.getLogger("apt.align")
+
+_last_with_vein: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+"""By model, the layer that :func:`vein_of` looks for: a search of all modules a step is no small
+part of a small model's."""
 
 
 class Alignment:
@@ -63,8 +68,11 @@ class Alignment:
 @torch.no_grad()
 def vein_of(model: nn.Module) -> Tensor | None:
     """The main directions [D, m] of the last layer that has any, whole where it is sharded."""
-    having = [module for module in model.modules() if hasattr(module, "orthonormal_basis")]
-    if not having:
+    if model not in _last_with_vein:
+        having = [module for module in model.modules() if hasattr(module, "orthonormal_basis")]
+        _last_with_vein[model] = having[-1] if having else None
+    layer = _last_with_vein[model]
+    if layer is None:
         return None
-    basis = having[-1].orthonormal_basis()
+    basis = layer.orthonormal_basis()
     return basis.full_tensor() if isinstance(basis, DTensor) else basis
