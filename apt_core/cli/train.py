@@ -250,7 +250,7 @@ def verify(console: Console, arguments: Sequence[str], output: Path | None, step
         )
         verdict = verify_resume(arguments, folder, steps)
     for note in verdict.notes:
-        console.print(f"note: a metric of a plugin differs: {note}", markup=False)
+        console.print(f"note: {note}", markup=False)
     for difference in verdict.differences:
         console.print(f"differs: {difference}", markup=False, style="red")
     if verdict.differences:

@@ -35,8 +35,8 @@ TAIL = 20
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was compared, and every difference. ``notes`` are differences of plugins' own metrics,
-    which need not be functions of the training."""
+    """What was compared, and every difference. ``notes`` tell of what was not compared, and of
+    differences of plugins' own metrics, which need not be functions of the training."""
 
     compared: list[str]
     differences: list[str]
@@ -126,6 +126,13 @@ def _compare(whole: Path, killed: Path, half: int, steps: int) -> Verdict:
         elif _text(values[0]) != _text(values[1]):
             differences.append(f"the state: {part}")
     rows, row_differences, notes = _compare_rows(whole, killed, half, steps)
+    records = expected.state["plugin_records"].items()
+    waiting = sorted(name for name, record in records if record["state"] == "dormant")
+    if waiting:
+        notes.append(
+            f"nothing was compared of {', '.join(waiting)}, not enabled after {steps} steps: "
+            "bring the schedule forward (schedules.enable_…_at_step) to try a resume with it"
+        )
     compared += ["the rest of the state", f"{rows} rows of metrics after step {half}"]
     return Verdict(compared, sorted(differences) + row_differences, notes)
 
@@ -184,7 +191,8 @@ def _compare_rows(
             text = f"{name} after step {step}: {one.get(name)} in one go, {other.get(name)} resumed"
             foreign = "/" in name and not name.startswith(("loss/", "schedule/"))
             (notes if foreign else differences).append(text)
-    return len(expected), sorted(differences), sorted(notes)
+    told = [f"a metric of a plugin differs: {text}" for text in sorted(notes)]
+    return len(expected), sorted(differences), told
 
 
 def _rows(folder: Path, half: int, steps: int) -> Iterator[tuple[tuple[int, str], dict[str, Any]]]:

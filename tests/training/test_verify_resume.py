@@ -99,6 +99,13 @@ def test_a_part_of_a_plugins_state_that_is_not_restored_is_found(verify):
     assert "2 differences" in err
 
 
+def test_a_plugin_that_is_not_enabled_yet_is_said_not_to_be_compared(verify):
+    schedule = ("--set", "schedules.enable_counting_at_step=9")
+    code, out, err = verify(PLUGIN + KEEPS_ITS_STATE, *schedule)
+    assert code == 0, out + err
+    assert "note: nothing was compared of counting, not enabled after 8 steps" in out
+
+
 def test_two_processes_with_a_sharded_model_are_verified(verify):
     code, out, err = verify(
         PLUGIN + KEEPS_ITS_STATE, "--nproc", "2", "--hardware.distributed", "fsdp",
