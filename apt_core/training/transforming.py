@@ -30,11 +30,10 @@ def materialize(
     """The new model, in memory on ``device`` and sharded as the run's is, with what ``old`` has to
     give; parameters that start anew are initialised by (``seed``, name).
 
-    ``old`` is not changed. What a rule raises is added to ``faults``: all processes take part in
-    all of this, whatever happens in one. Without ``carry`` no rule is asked, for weights that are
+    ``old`` is not changed. What a rule raises is added to ``faults``, if given: all processes take
+    part in all of this, whatever happens in one. Without ``carry`` no rule is asked, for weights that are
     to be loaded. Raises ValueError for a new buffer that nothing computes.
     """
-    faults = [] if faults is None else faults
     new = transform.model
     values = dict(old.named_parameters())
     # As at the start of a run, a model to be sharded is put together on the CPU.
@@ -75,7 +74,7 @@ def carry_average(
     transform: ModelTransform,
     averages: Mapping[str, Tensor],
     new: nn.Module,
-    faults: list[Exception],
+    faults: list[Exception] | None = None,
 ) -> dict[str, Tensor]:
     """``averages`` [name] of the old weights as averages of the weights of ``new``; where there is
     none, the weight itself. ``faults`` as in :func:`materialize`."""
@@ -99,7 +98,7 @@ def carry_optimizer_state(
     new: nn.Module,
     new_optimizer: Optimizer,
     moments: Mapping[str, int],
-    faults: list[Exception],
+    faults: list[Exception] | None = None,
 ) -> None:
     """Give ``new_optimizer``, which has taken no step, what ``old_optimizer`` keeps.
 
@@ -143,7 +142,9 @@ def carry_frozen(transform: ModelTransform, old: nn.Module, new: nn.Module) -> N
             parameter.requires_grad_(False)
 
 
-def _by(rule: Rule, whole: Tensor, target: Tensor, name: str, faults: list[Exception]) -> Tensor:
+def _by(
+    rule: Rule, whole: Tensor, target: Tensor, name: str, faults: list[Exception] | None
+) -> Tensor:
     """What ``rule`` makes of ``whole``; after one of the ``faults`` numbers without a meaning."""
     if rule is unchanged and whole.shape == target.shape:
         return whole
@@ -155,6 +156,8 @@ def _by(rule: Rule, whole: Tensor, target: Tensor, name: str, faults: list[Excep
                 f"the rule for {name} gives {list(made.shape)}, and {list(target.shape)} is wanted"
             )
     except Exception as error:
+        if faults is None:
+            raise
         faults.append(error)
         return whole.new_zeros(target.shape)
     return made
