@@ -31,8 +31,8 @@ def materialize(
     give; parameters that start anew are initialised by (``seed``, name).
 
     ``old`` is not changed. What a rule raises is added to ``faults``, if given: all processes take
-    part in all of this, whatever happens in one. Without ``carry`` no rule is asked, for weights that are
-    to be loaded. Raises ValueError for a new buffer that nothing computes.
+    part in all of this, whatever happens in one. Without ``carry`` no rule is asked, for weights
+    that are to be loaded. Raises ValueError for a new buffer that nothing computes.
     """
     new = transform.model
     values = dict(old.named_parameters())
