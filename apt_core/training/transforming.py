@@ -103,8 +103,7 @@ def carry_optimizer_state(
     """Give ``new_optimizer``, which has taken no step, what ``old_optimizer`` keeps.
 
     ``moments`` are those of the optimizer's provider, ``faults`` as in :func:`materialize`. Raises
-    ValueError for state of the size of
-    its parameter that is not among them.
+    ValueError for state of the size of its parameter that is not among them.
     """
     before, after = dict(old.named_parameters()), dict(new.named_parameters())
     names = {id(parameter): name for name, parameter in after.items()}
