@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from apt_core.discovery import Installed, LoadError, load, plugin_name
+from apt_core.discovery import Installed, LoadError, entry_for, load, plugin_name
 from apt_core.errors import ConfigError, PluginError, Problem
 from apt_core.plugin_manager import PluginManager
 from apt_core.plugin_records import PluginRecord
@@ -32,7 +32,7 @@ def declared_by(
     loaded, registered or asked has a record in the state broken.
     """
     manager = manager or PluginManager()
-    entry = installed.get(reference)
+    entry = entry_for(reference, installed)
     record = PluginRecord(plugin_name(reference, installed))
     if entry is not None:
         record.dist, record.version = entry.dist, entry.version

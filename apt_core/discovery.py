@@ -11,7 +11,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint, entry_points
@@ -20,7 +20,8 @@ from typing import Any
 
 from apt_core.errors import AptError, Problem, did_you_mean
 from apt_core.failures import formatted, one_line, short_path, where_raised
-from apt_core.plugin_records import PluginRecord, short_name
+from apt_core.plugin_names import is_file_reference, name_of, normalized_name
+from apt_core.plugin_records import PluginRecord
 from apt_core.validation import plugin_info
 
 GROUP = "apt.plugins"
@@ -62,25 +63,36 @@ def installed_plugins(group: str = GROUP) -> dict[str, Installed]:
         return {}
     found: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=group):
-        found.setdefault(point.name, []).append(point)
+        # Commands are called as they are written.
+        name = normalized_name(point.name) if group == GROUP else point.name
+        found.setdefault(name, []).append(point)
     return {name: Installed(name, tuple(points)) for name, points in sorted(found.items())}
 
 
-def is_file_reference(reference: str) -> bool:
-    return reference.endswith(".py") or "/" in reference or os.sep in reference
+def plugin_name(reference: str, installed: Mapping[str, Installed]) -> str:
+    """The plugin's name, however it is written: that of the entry point that the reference stands
+    for, else see :func:`apt_core.plugin_names.name_of`."""
+    entry = entry_for(reference, installed)
+    return entry.name if entry else name_of(reference)
 
 
-def plugin_name(reference: str, installed: Iterable[str] = ()) -> str:
-    """The plugin's name: an entry point's own, a file's stem, a dotted module's short name.
-
-    >>> plugin_name("ideas/my-idea.py"), plugin_name("my_package.plugin")
-    ('my_idea', 'my_package')
-    """
-    if reference in installed:
-        return reference
+def entry_for(reference: str, installed: Mapping[str, Installed]) -> Installed | None:
+    """The installed plugin that is meant by its own name, or by that of a distribution that offers
+    one plugin; None for files and modules."""
     if is_file_reference(reference):
-        return Path(reference).stem.replace("-", "_")
-    return short_name(reference)
+        return None
+    name = normalized_name(reference)
+    if name in installed:
+        entry = installed[name]
+        # A module of another package may end in the same words.
+        dotted = "." in reference and all(point.name != reference for point in entry.points)
+        return None if dotted else entry
+    offered = [
+        entry
+        for entry in installed.values()
+        if any(normalized_name(_dist_name(point)) == name for point in entry.points)
+    ]
+    return offered[0] if len(offered) == 1 else None
 
 
 def load(reference: str, installed: Mapping[str, Installed]) -> tuple[Any, PluginRecord]:
@@ -89,11 +101,10 @@ def load(reference: str, installed: Mapping[str, Installed]) -> tuple[Any, Plugi
     Raises LoadError when it is not there, when two distributions share its name, or when
     importing it fails in any way.
     """
-    name = plugin_name(reference, installed)
+    name, entry = plugin_name(reference, installed), entry_for(reference, installed)
     record = PluginRecord(name)
     start = time.perf_counter()
-    if reference in installed:
-        entry = installed[reference]
+    if entry is not None:
         record.dist, record.version = entry.dist, entry.version
         plugin = load_installed(entry)
     elif is_file_reference(reference):

@@ -154,6 +154,7 @@ class _Boot:
         self.params: dict[str, str] = {}
         self.left_out: dict[str, str] = {}
         self.blocked: dict[str, str] = {}
+        self.spared: set[str] = set()
         self.active: list[Wanted] = []
 
     def load_plugins(self, references: Sequence[str]) -> None:
@@ -167,14 +168,12 @@ class _Boot:
         )
         self.problems += selection.problems
         self.blocked = selection.blocked
+        self.spared = {
+            name
+            for name in selection.blocked
+            if name not in selection.listed and not self.manager.has_plugin(name)
+        }
         for name in selection.blocked:
-            known = {*self.installed, *self.manager.records, *selection.listed}
-            if name not in known:
-                hint = did_you_mean(name, known)
-                self.notices.append(
-                    f"--plugin no:{name} left nothing out: no plugin of this name is installed or "
-                    "listed" + (f" ({hint})" if hint else "")
-                )
             if self.manager.has_plugin(name):
                 self.manager.unregister(name=name)
             self.left_out[name] = f"plugin {name} is blocked"
@@ -239,6 +238,7 @@ class _Boot:
                 if (spec.kind, spec.name) not in missing:
                     continue
                 if record is not None:
+                    self.spared.discard(name)
                     self.registry.note_blocked(spec, f"its plugin {name} is blocked")
                 elif not self.manager.has_plugin(name):
                     self._load(Wanted(name, name, where=self.source.where(NAME_KEYS[spec.kind])))
@@ -273,6 +273,7 @@ class _Boot:
             requests = [PluginRequest.model_validate(wanted.as_profile()) for wanted in self.active]
             config = config.model_copy(update={"plugins": tuple(requests)})
             self.problems += self._configure(config)
+        self._tell_vain_blocks(inactive)
         if self.strict:
             self.problems += self._strict_problems(inactive, lenient)
         if self.problems or config is None:
@@ -288,6 +289,26 @@ class _Boot:
             inactive=inactive,
             notices=self.notices,
         )
+
+    def _tell_vain_blocks(self, inactive: Sequence[InactiveKey]) -> None:
+        """Tell of every ``no:NAME`` that left nothing out. One that names no plugin at all is
+        likely misspelt, so that what it was to leave out runs."""
+        reasons = {item.reason for item in inactive}
+        for name in sorted(self.spared):
+            if self.left_out[name] in reasons:
+                continue
+            message = f"--plugin no:{self.blocked[name]} left nothing out"
+            if name in self.installed:
+                self.notices.append(f"{message}: the profile does not ask for this plugin")
+                continue
+            running = [wanted.name for wanted in self.active]
+            hint = did_you_mean(name, running) or did_you_mean(name, self.installed)
+            message += ": no plugin of this name is installed or listed"
+            del self.manager.records[name]
+            if self.strict:
+                self.problems.append(Problem(message, hint=hint))
+            else:
+                self.notices.append(message + (f" ({hint})" if hint else ""))
 
     def _configure(self, config: Config) -> list[Problem]:
         """Show the profile to every plugin; what all of them have against it."""

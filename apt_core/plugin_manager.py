@@ -21,7 +21,8 @@ from apt_core import hookspecs
 from apt_core.errors import ConfigError, PluginError, Problem, StopTraining
 from apt_core.hook_calls import PASSES, Call, Owned, Plan, run_wrapped, timed, values_of
 from apt_core.markers import PROJECT, Priority
-from apt_core.plugin_records import PluginRecord, short_name
+from apt_core.plugin_names import normalized_name, short_name
+from apt_core.plugin_records import PluginRecord
 from apt_core.requirements import unmet
 from apt_core.types import CORE, PluginFailure, PluginInfo
 from apt_core.validation import (
@@ -76,13 +77,13 @@ class PluginManager(pluggy.PluginManager):
         *,
         record: PluginRecord | None = None,
     ) -> str:
-        """Validate and register a plugin (a module or an instance); returns its name.
+        """Validate and register a plugin (a module or an instance); returns its name, normalised.
 
         Nothing is changed when it raises ConfigError: an unknown hook, parameters that would
         never be passed, a class in place of an instance, an unmet requirement, a conflict with
         an active plugin, a name that is taken.
         """
-        name = name or canonical_name(plugin)
+        name = normalized_name(name or canonical_name(plugin))
         problems = check_plugin_object(plugin, name, self._specs())
         if name == CORE:
             problems.append(Problem("the name is the core's own", key=f"plugin {name}"))
@@ -107,12 +108,13 @@ class PluginManager(pluggy.PluginManager):
 
     def _unusable(self, name: str, info: PluginInfo) -> list[Problem]:
         reasons = [(f"it cannot be used: {reason}", "") for reason in unmet(info.requires)]
+        conflicts = list(map(normalized_name, info.conflicts))
         reasons += [
             (f"it conflicts with the active plugin {other!r}", f"block one: --plugin no:{other}")
             for other, plugin in self.list_name_plugin()
             if not self.listing
             and other != name
-            and (other in info.conflicts or name in plugin_info(plugin).conflicts)
+            and (other in conflicts or name in map(normalized_name, plugin_info(plugin).conflicts))
         ]
         return [Problem(reason, key=f"plugin {name}", hint=hint) for reason, hint in reasons]
 

@@ -12,17 +12,6 @@ FAILURES_IN_ALL = 3
 """Failures of any kind after which a plugin is quarantined; a hook may have a lower limit."""
 
 
-def short_name(module: str) -> str:
-    """The name of a plugin that is a module: its last part; for one called ``plugin``, that of its
-    package.
-
-    >>> short_name("my_package.plugin"), short_name("ideas.logger")
-    ('my_package', 'logger')
-    """
-    parts = module.split(".")
-    return parts[-2] if len(parts) > 1 and parts[-1] == "plugin" else parts[-1]
-
-
 @dataclass
 class PluginRecord:
     """What is known of one plugin.

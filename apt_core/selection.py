@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from apt_core.discovery import is_file_reference, plugin_name
+from apt_core.discovery import Installed, entry_for, plugin_name
 from apt_core.errors import Problem
+from apt_core.plugin_names import NO, is_file_reference
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Selection:
 def select(
     listed: Any,
     references: Iterable[str],
-    installed: Collection[str],
+    installed: Mapping[str, Installed],
     *,
     where: str = "",
     folder: Path | None = None,
@@ -54,26 +55,19 @@ def select(
     relative path in the profile is looked for beside the profile when it is not found from the
     working directory.
     """
-    selection = Selection()
+    selecting = _Selecting(installed)
     for item in listed if isinstance(listed, list) else []:
         options: Mapping[str, Any] = item if isinstance(item, Mapping) else {"name": item}
         reference = options.get("name")
-        if isinstance(reference, str) and reference:
-            _add(
-                selection,
-                _beside(reference, folder),
-                installed,
-                where,
-                options.get("priority"),
-                options.get("on_failure"),
-            )
+        if isinstance(reference, str) and reference.strip():
+            selecting.listed(reference.strip(), options, where, folder)
     for text in references:
         for reference in (part.strip() for part in text.split(",")):
-            if reference.startswith("no:"):
-                blocked = reference.removeprefix("no:").strip()
-                selection.blocked[plugin_name(blocked, installed)] = blocked
+            if reference.startswith(NO):
+                selecting.left_out(reference.removeprefix(NO).strip())
             elif reference:
-                _add(selection, reference, installed, "--plugin")
+                selecting.add(Wanted("", reference, where="--plugin"))
+    selection = selecting.selection
     selection.listed.update(selection.wanted)
     for name in selection.blocked:
         if name in selection.wanted:
@@ -81,34 +75,75 @@ def select(
     return selection
 
 
-def _add(
-    selection: Selection,
-    reference: str,
-    installed: Collection[str],
-    where: str,
-    priority: Any = None,
-    on_failure: Any = None,
-) -> None:
-    name = plugin_name(reference, installed)
-    known = selection.wanted.get(name)
-    if known is not None and not _same(known.reference, reference):
-        selection.problems.append(
-            Problem(
-                f"both {known.reference!r} and {reference!r} would have this name",
-                key=f"plugin {name}",
-                where=where,
-                hint="rename one of them",
+class _Selecting:
+    def __init__(self, installed: Mapping[str, Installed]) -> None:
+        self.installed = installed
+        self.selection = Selection()
+
+    def listed(
+        self, reference: str, options: Mapping[str, Any], where: str, folder: Path | None
+    ) -> None:
+        """Add an item of the profile's list."""
+        if reference.startswith(NO):
+            self._problem(
+                "a list names what runs",
+                reference.removeprefix(NO).strip(),
+                where,
+                f"take the plugin out of the list, or leave it out of a run: --plugin {reference}",
+            )
+            return
+        priority, on_failure = options.get("priority"), options.get("on_failure")
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            priority = None
+        self.add(
+            Wanted(
+                "",
+                _beside(reference, folder),
+                priority if priority is not None and 0 <= priority <= 100 else None,
+                on_failure if on_failure in ("isolate", "required") else None,
+                where,
             )
         )
-    if known is None:
-        valid = isinstance(priority, int) and 0 <= priority <= 100
-        selection.wanted[name] = Wanted(
-            name,
-            reference,
-            priority if valid else None,
-            on_failure if on_failure in ("isolate", "required") else None,
-            where,
-        )
+
+    def left_out(self, reference: str) -> None:
+        if reference:
+            self.selection.blocked[plugin_name(reference, self.installed)] = reference
+        else:
+            hint = "such as --plugin no:moe"
+            self.selection.problems.append(Problem("no: needs a name", "--plugin", hint=hint))
+
+    def add(self, wanted: Wanted) -> None:
+        """Ask for a plugin. One that is asked for already keeps its options, which a second
+        listing may not contradict: which of the two counts would be a guess."""
+        wanted = replace(wanted, name=plugin_name(wanted.reference, self.installed))
+        known = self.selection.wanted.setdefault(wanted.name, wanted)
+        if not self._same(known.reference, wanted.reference):
+            self._problem(
+                f"both {known.reference!r} and {wanted.reference!r} would have this name",
+                wanted.name,
+                wanted.where,
+                "rename one of them",
+            )
+        elif wanted.where != "--plugin" and _options(known) != _options(wanted):
+            self._problem(
+                f"named twice, with different options: {_shown(known)} and {_shown(wanted)}",
+                wanted.name,
+                wanted.where,
+                "keep one of them",
+            )
+
+    def _problem(self, message: str, name: str, where: str, hint: str) -> None:
+        self.selection.problems.append(Problem(message, f"plugin {name}", where, hint))
+
+    def _same(self, one: str, other: str) -> bool:
+        """Do two references load the same plugin?"""
+        if is_file_reference(one) and is_file_reference(other):
+            return Path(one).resolve() == Path(other).resolve()
+        return self._module(one) == self._module(other)
+
+    def _module(self, reference: str) -> str:
+        entry = entry_for(reference, self.installed)
+        return entry.points[0].value if entry else reference
 
 
 def _beside(reference: str, folder: Path | None) -> str:
@@ -118,8 +153,11 @@ def _beside(reference: str, folder: Path | None) -> str:
     return str(beside) if beside.exists() else reference
 
 
-def _same(one: str, other: str) -> bool:
-    """Do two references load the same plugin?"""
-    if is_file_reference(one) and is_file_reference(other):
-        return Path(one).resolve() == Path(other).resolve()
-    return one == other
+def _options(wanted: Wanted) -> tuple[int | None, str | None]:
+    return wanted.priority, wanted.on_failure
+
+
+def _shown(wanted: Wanted) -> str:
+    options = {"priority": wanted.priority, "on_failure": wanted.on_failure}
+    given = [f"{key}: {value}" for key, value in options.items() if value is not None]
+    return f"{wanted.reference!r} ({', '.join(given) or 'without options'})"

@@ -255,17 +255,6 @@ def _experts(view: View) -> Iterator[Problem]:
         )
 
 
-def _plugins(view: View) -> Iterator[Problem]:
-    seen: dict[str, Any] = {}
-    for request in view["plugins"]:
-        if seen.setdefault(request.name, request) != request:
-            yield view.problem(
-                f"{request.name!r} is named twice, with different options",
-                "plugins",
-                "keep one of them",
-            )
-
-
 def _ramps(view: View) -> Iterator[Problem]:
     for key, ramp in view["schedules"].items():
         if not isinstance(ramp, Ramp):
@@ -331,7 +320,6 @@ COLLECTORS: tuple[Callable[[View], Iterator[Problem]], ...] = (
     _warmup,
     _sources,
     _experts,
-    _plugins,
     _ramps,
     _switches,
 )

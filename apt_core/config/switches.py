@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from apt_core.plugin_names import normalized_name
+
 Unit = Literal["epoch", "step", "token"]
 UNITS: tuple[Unit, ...] = ("epoch", "step", "token")
 
@@ -14,7 +16,7 @@ _SWITCH = re.compile(r"(enable|disable)_(.+)_at_(epoch|step|token)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Switch:
-    """A plugin is enabled, or disabled, at every position from ``at`` on."""
+    """A plugin, by its normalised name, is enabled or disabled at every position from ``at`` on."""
 
     key: str
     plugin: str
@@ -34,4 +36,4 @@ def read_switch(key: str, value: Any) -> Switch | None:
     if match is None:
         return None
     unit = next(unit for unit in UNITS if unit == match[3])
-    return Switch(key, match[2], match[1] == "enable", unit, value)
+    return Switch(key, normalized_name(match[2]), match[1] == "enable", unit, value)

@@ -186,7 +186,6 @@ def test_a_wrong_value_says_what_is_expected(path: str, value: Any, words: str) 
         ),
         ({"data": {"source": "pydoc", "train_path": "x"}}, "data.source", "only one"),
         ({"model": {"moe": {"experts": 2, "top_k": 3}}}, "model.moe.top_k", "3 experts"),
-        ({"plugins": ["a", {"name": "a", "priority": 1}]}, "plugins", "twice"),
         (
             {"schedules": {"enable_a_at_epoch": 2, "enable_a_at_step": 9}},
             "schedules.enable_a_at_step",

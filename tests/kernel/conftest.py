@@ -91,9 +91,11 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
         names.add(dist)
         (site / f"{module}.py").write_text(source, encoding="utf-8")
         info = site / f"{dist.replace('-', '_')}-1.0.dist-info"
-        info.mkdir()
+        info.mkdir(exist_ok=True)
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[apt.plugins]\n{name} = {module}\n")
+        points = info / "entry_points.txt"
+        before = points.read_text() if points.exists() else "[apt.plugins]\n"
+        points.write_text(f"{before}{name} = {module}\n")
 
     return call
 
