@@ -13,9 +13,10 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from apt_core.errors import AptError, Problem, did_you_mean
@@ -141,6 +142,14 @@ def load_installed(entry: Installed) -> Any:
     return load_entry_point(entry.points[0], entry.name)
 
 
+class _SourceLoader(SourceFileLoader):
+    """Compiles the file as it is now. Python's kept bytecode is known by size and second of the
+    source: an edit within a second of the last run would train on the old code."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def _load_file(path: Path, name: str) -> Any:
     if not path.is_file():
         neighbours = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
@@ -152,7 +161,8 @@ def _load_file(path: Path, name: str) -> Any:
             )
         )
     module_name = f"apt_plugin_{name}"
-    spec = importlib.util.spec_from_file_location(module_name, path.resolve())
+    loader = _SourceLoader(module_name, str(path.resolve()))
+    spec = importlib.util.spec_from_file_location(module_name, path.resolve(), loader=loader)
     if spec is None or spec.loader is None:
         raise LoadError(Problem(f"{path} is not a Python file", key=f"plugin {name}"))
     module = importlib.util.module_from_spec(spec)

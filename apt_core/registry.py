@@ -84,7 +84,7 @@ class Registry:
         self.resolutions: dict[tuple[str, str], Resolution] = {}
         self._specs: dict[tuple[str, str], ProviderSpec] = {}
         self._blocked: dict[tuple[str, str], tuple[ProviderSpec, str]] = {}
-        self._built: dict[tuple[str, str, str], Any] = {}
+        self._built: dict[tuple[str, str, Any], Any] = {}
         self.problems: list[Problem] = []
         self.refresh()
 
@@ -263,7 +263,7 @@ class Registry:
         """
         spec = self._asked(kind, name)
         settings, reason = self._settings(spec, config)
-        key = (kind, spec.name, repr(settings))
+        key = (kind, spec.name, _content(settings))
         if key in self._built and (fallback or self.resolutions[kind, spec.name].used == spec.name):
             return self._built[key]
         provider = None
@@ -412,6 +412,37 @@ def _resolve(target: Any) -> Any:
         return target
     module, _, attribute = target.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+class _Itself:
+    """Equal to one of the same object alone, whatever that object calls equal."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _content(settings: Any) -> Any:
+    """What is equal for settings of the same content only. How they print does not tell: a field
+    may be left out there, a long array is cut. What cannot be looked into is equal to itself."""
+    if settings is None or isinstance(settings, bool | int | float | str | bytes):
+        return type(settings), repr(settings)
+    pairs: Iterable[tuple[Any, Any]]
+    if isinstance(settings, Mapping):
+        pairs = settings.items()
+    elif isinstance(settings, list | tuple):
+        pairs = enumerate(settings)
+    elif hasattr(type(settings), "model_fields"):
+        parts = (vars(settings), settings.__pydantic_extra__, settings.__pydantic_private__)
+        pairs = enumerate(dict(part) if part is not None else None for part in parts)
+    else:
+        return _Itself(settings)
+    return type(settings), tuple((_content(key), _content(value)) for key, value in pairs)
 
 
 def _told_by(cls: Any, method: str, default: Any) -> Any:

@@ -1,26 +1,81 @@
-"""From text to an array of token ids, kept on disk where that saves work."""
+"""From text to an array of token ids, and the hash by which ids are known."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from apt_core.cache import cached_array
-from apt_core.providers.tokenizer import TokenizerProvider
+from apt_core.errors import ConfigError, Problem
+from apt_core.providers.tokenizer import TokenizerProvider, token_dtype
+
+log = logging.getLogger("apt.data")
+
+Ids = npt.NDArray[Any]
 
 CACHE_FROM = 8 << 20
-"""Texts of so many characters and more are tokenised once and then read from the cache."""
+"""Texts of so many characters and more are kept as ids, if the tokenizer has a fingerprint."""
+
+SAMPLE = 1 << 16
+"""Characters at the beginning of the text that are tokenised again where ids were kept."""
+
+UNSURE = 64
+"""Ids at the end of that sample that the cut may have changed."""
+
+CHUNK = 1 << 20
 
 
-def tokenize(
-    tokenizer: TokenizerProvider, text: str, *, cache_from: int = CACHE_FROM
-) -> npt.NDArray[Any]:
-    """The ids of ``text``, 1-D and unsigned; from ``cache_from`` characters on, memory-mapped."""
-    if len(text) < cache_from:
-        return tokenizer.encode_array(text)
-    digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
-    settings = repr(tokenizer.config) if tokenizer.config is not None else ""
-    key = f"tokens/{tokenizer.get_name()}/{tokenizer.get_version()}/{settings}/{digest}"
-    return cached_array(key, lambda: tokenizer.encode_array(text))
+def tokenize(tokenizer: TokenizerProvider, text: str, *, cache_from: int = CACHE_FROM) -> Ids:
+    """The ids of ``text``, 1-D.
+
+    Ids are kept on disk, and memory-mapped, for a text of ``cache_from`` characters or more and a
+    tokenizer that tells by its ``fingerprint`` what they depend on. No name, version or settings
+    stand for that: without a fingerprint the text is tokenised in every run.
+
+    Raises ConfigError for what are no ids of the tokenizer's vocabulary.
+    """
+    tell = getattr(tokenizer, "fingerprint", None) if len(text) >= cache_from else None
+    fingerprint = tell() if tell is not None else None
+    if fingerprint is None:
+        return _checked(tokenizer, tokenizer.encode_array(text))
+    kind = f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}"
+    key = f"tokens/{kind}/{fingerprint}/{hashlib.sha256(text.encode('utf-8')).hexdigest()}"
+    ids = cached_array(key, lambda: tokenizer.encode_array(text))
+    if not _begin_alike(ids, tokenizer.encode_array(text[:SAMPLE])):
+        log.warning(
+            "tokenizer %s makes other ids than those kept under its fingerprint, which leaves "
+            "something out: its text is tokenised anew",
+            type(tokenizer).__name__,
+        )
+        ids = tokenizer.encode_array(text)
+    return _checked(tokenizer, ids)
+
+
+def ids_sha256(ids: Ids) -> str:
+    """The hash of 1-D ``ids``, the same for every integer type that holds them."""
+    dtype = token_dtype(int(ids.max()) + 1 if ids.size else 1).newbyteorder("<")
+    digest = hashlib.sha256(f"{dtype.itemsize}:{ids.size}:".encode())
+    for start in range(0, ids.size, CHUNK):
+        digest.update(ids[start : start + CHUNK].astype(dtype, order="C", copy=False).data)
+    return digest.hexdigest()
+
+
+def _begin_alike(ids: Ids, sample: Ids) -> bool:
+    sure = max(0, len(sample) - UNSURE)
+    return np.array_equal(ids[:sure], sample[:sure])
+
+
+def _checked(tokenizer: TokenizerProvider, ids: Ids) -> Ids:
+    what = ""
+    if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "ui":
+        what = f"a {type(ids).__name__} that is no 1-D array of whole numbers"
+    elif ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.vocab_size:
+        what = f"ids from {ids.min()} to {ids.max()}, of a vocabulary of {tokenizer.vocab_size}"
+    if what:
+        message = f"the tokenizer ({type(tokenizer).__name__}) makes {what}"
+        raise ConfigError(Problem(message, key="data.tokenizer_name"))
+    return ids

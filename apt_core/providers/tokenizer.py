@@ -39,6 +39,16 @@ class TokenizerProvider(Provider, ABC):
 
         return np.array(self.encode(text), dtype=token_dtype(self.vocab_size))
 
+    def fingerprint(self) -> str | None:
+        """A hash of everything that decides which ids a text has: the vocabulary's content, every
+        setting that matters, the code. None, the default, where that cannot be told.
+
+        Two tokenizers with one fingerprint make the same ids of every text. The ids of long texts
+        are kept on disk under it, and taken from there in later runs; without one each run
+        tokenises its text anew. A name or a version is no fingerprint.
+        """
+        return None
+
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """The smallest of uint8, uint16 and uint32 that holds ids below ``vocab_size``."""

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from apt_core.config import Config, InactiveKey, inactive_alone
 from apt_core.data.batches import BatchPlan
-from apt_core.data.tokens import tokenize
+from apt_core.data.tokens import ids_sha256, tokenize
 from apt_core.device import autocast_dtype, resolve_device
 from apt_core.errors import ConfigError, Problem, StopTraining
 from apt_core.kernel import Kernel
@@ -158,6 +158,7 @@ def _what_decides(
     return {
         **{key: part for key, part in config.to_dict().items() if key not in OWN_SECTIONS},
         "text": {"sha256": data["sha256"]},
+        "tokens": data["tokens_sha256"],
         "providers": {row.kind: row.used for row in registry.resolutions.values()},
         "plugins": {r.name: r.version for r in records.values() if r.state == "active"},
         "precision": str(dtype),
@@ -293,6 +294,7 @@ def _data(
     data = {
         "description": loaded.description,
         "sha256": loaded.sha256,
+        "tokens_sha256": {"train": ids_sha256(tokens), "val": ids_sha256(val_tokens)},
         "train_tokens": int(np.size(tokens)),
         "val_tokens": int(np.size(val_tokens)),
     }

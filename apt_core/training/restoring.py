@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("apt.checkpoint")
 
+TEXTS = {"train": "training text", "val": "held-out text"}
+
 
 def named_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at ``path``, or the newest intact one of the run there.
@@ -57,8 +59,7 @@ def restore(trainer: Trainer, found: Checkpoint) -> None:
         constant_horizon=_constant_horizon(trainer),
     )
     _check_providers(trainer, found.manifest)
-    if state["data_sha256"] != trainer.parts.data["sha256"]:
-        raise CheckpointError(f"{found.path}: it was trained on another text than the profile's")
+    _check_tokens(trainer, found)
     trainer.switching.replay(state["transforms"])
     found.tensors("model").read_into(model_tensors(trainer.model), "model")
     tell_buffers_loaded(trainer.model)
@@ -132,6 +133,29 @@ def _check_precision(trainer: Trainer, before: str) -> None:
                 hint=f"--training.mixed_precision {value}",
             )
         )
+
+
+def _check_tokens(trainer: Trainer, found: Checkpoint) -> None:
+    """The ids must be those that the weights were trained and judged on. Raises CheckpointError."""
+    data, state = trainer.parts.data, found.state
+    now, before = data["tokens_sha256"], state.get("tokens_sha256")
+    if before == now:
+        return
+    if state["data_sha256"] != data["sha256"]:
+        raise CheckpointError(f"{found.path}: it was trained on another text than the profile's")
+    name = trainer.config.data.tokenizer_name
+    if not isinstance(before, Mapping):
+        trainer.kernel.notices.append(
+            f"the checkpoint does not say which token ids it was trained on: that tokenizer "
+            f"{name!r} still makes the same ids is not checked"
+        )
+        return
+    texts = [words for part, words in TEXTS.items() if before.get(part) != now[part]]
+    raise CheckpointError(
+        f"{found.path}: tokenizer {name!r} makes other token ids of the same text than this "
+        f"checkpoint was trained on ({' and '.join(texts)}): its vocabulary, settings or code have "
+        "changed; put them back, or start a new run"
+    )
 
 
 def _constant_horizon(trainer: Trainer) -> bool:

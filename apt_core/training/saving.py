@@ -221,6 +221,7 @@ class Saving:
             "timeline": trainer.timeline,
             "precision": str(trainer.parts.dtype or torch.float32),
             "data_sha256": trainer.parts.data["sha256"],
+            "tokens_sha256": trainer.parts.data["tokens_sha256"],
             "plugins": plugins,
             "plugin_records": trainer.manager.state_dict(),
             "optimizer_groups": optimizer_groups(trainer.model, trainer.optimizer),

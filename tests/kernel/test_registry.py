@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from apt_core import ConfigError, FallbackEvent, ProviderSpec, StopTraining
 from apt_core.config import Source, validate
@@ -186,6 +187,29 @@ def test_a_provider_is_built_once_for_each_config(offer: Callable[..., Registry]
         "used": "bm25",
         "reason": "",
     }
+
+
+def test_settings_that_print_alike_are_not_the_same(offer: Callable[..., Registry]) -> None:
+    class Hidden(BaseModel):
+        seed: int = Field(default=0, repr=False)
+
+    class Opaque:
+        def __repr__(self) -> str:
+            return "opaque"
+
+        def __eq__(self, other: object) -> bool:
+            return True
+
+        __hash__ = None  # type: ignore[assignment]
+
+    registry = offer({"mine": [spec("bm25", config=Hidden), spec("open")]})
+    seeds = [registry.get("retrieval", "bm25", {"seed": seed}).config.seed for seed in (1, 2)]
+    assert seeds == [1, 2]
+    values = (1, True, 1.0, Opaque(), Opaque(), np.arange(2000), np.arange(2000) % 1999)
+    for value in values:
+        assert registry.get("retrieval", "open", {"value": [value]}).config["value"][0] is value
+        provider = registry.get("retrieval", "open", {"value": [value]})
+        assert registry.get("retrieval", "open", {"value": [value]}) is provider
 
 
 def test_a_factory_may_be_named_and_is_resolved_on_first_use(

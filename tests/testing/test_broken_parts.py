@@ -319,6 +319,13 @@ class SignedArrays(ByteTokenizer):
         return np.array(self.encode(text), dtype=np.int64)
 
 
+@breaks("tokenizer", "fingerprint")
+class AnotherEveryTime(ByteTokenizer):
+    def fingerprint(self):
+        self.asked = getattr(self, "asked", 0) + 1
+        return str(self.asked)
+
+
 @breaks("optimizer", "builds")
 class HoldsAStranger(AdamWProvider):
     def create(self, param_groups, **rates):

@@ -38,6 +38,11 @@ def test_it_is_measured_once_for_each_device_type_and_number_of_threads(monkeypa
     measured_peak_flops(CPU, torch.float32)
     torch.set_num_threads(threads)
     assert len(sizes) == 3
+    precision = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    measured_peak_flops(CPU, torch.float32)
+    torch.backends.mkldnn.matmul.fp32_precision = precision
+    assert len(sizes) == 4
 
 
 def test_the_products_grow_as_long_as_there_is_time(monkeypatch) -> None:

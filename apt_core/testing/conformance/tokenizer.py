@@ -30,6 +30,7 @@ def tokenizer_checks(provider: Any) -> list[Check]:
         Check("any ids", lambda: _any_ids(provider)),
         Check("lone surrogates", lambda: _lone_surrogates(provider)),
         Check("arrays", lambda: _arrays(provider)),
+        Check("fingerprint", lambda: _fingerprint(provider)),
     ]
 
 
@@ -76,3 +77,11 @@ def _arrays(tokenizer: Any) -> None:
         assert array.ndim == 1 and array.dtype.kind == "u", f"{array.dtype} {array.shape}"
         assert np.iinfo(array.dtype).max >= tokenizer.vocab_size - 1, f"ids end at {array.dtype}"
         assert array.tolist() == tokenizer.encode(text), f"other ids for {text!a} than encode"
+
+
+def _fingerprint(tokenizer: Any) -> None:
+    """None, or text that is the same every time: long texts are kept as ids under it."""
+    tell = getattr(tokenizer, "fingerprint", lambda: None)
+    found, again = tell(), tell()
+    assert found is None or (isinstance(found, str) and found), f"fingerprint is {found!r}"
+    assert found == again, f"fingerprint is {found!r}, and then {again!r}"
