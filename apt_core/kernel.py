@@ -20,6 +20,7 @@ from apt_core.config import (
     PluginRequest,
     Source,
     check_files,
+    core_text,
     read_profile,
     validate,
 )
@@ -131,7 +132,7 @@ def boot(
         source = read_profile(profile, overrides)
     else:
         data = profile.to_dict() if isinstance(profile, Config) else profile
-        source = Source.from_dict(data).with_overrides(overrides)
+        source = core_text(Source.from_dict(data).with_overrides(overrides))
     manager = manager or PluginManager()
     manager.strict = strict = strict or manager.strict
     starting = _Boot(source, manager, strict)
@@ -252,6 +253,7 @@ class _Boot:
         inert, inert_params, lenient = self._attribute_left_out(names)
         checked = validate(self.source, self.sections, inert=inert, active=names)
         config, inactive = checked.config, list(checked.inactive)
+        self.notices += checked.notices
         self.problems += checked.problems
         problems, more = check_schedules(
             config,

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from apt_core.config.checks import check_files
 from apt_core.config.fields import Ramp, Section
-from apt_core.config.inactive import InactiveKey, inactive_alone
+from apt_core.config.inactive import inactive_alone
 from apt_core.config.json_schema import json_schema
-from apt_core.config.loader import list_profiles, read_profile
+from apt_core.config.loader import core_text, list_profiles, read_profile
 from apt_core.config.overrides import Override, parse_override
 from apt_core.config.reference import profile_reference
 from apt_core.config.schema import Config, PluginRequest
-from apt_core.config.source import Source
+from apt_core.config.source import InactiveKey, Source
 from apt_core.config.validate import Validated, validate
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Source",
     "Validated",
     "check_files",
+    "core_text",
     "inactive_alone",
     "json_schema",
     "list_profiles",

@@ -6,24 +6,15 @@ A rule goes when its key starts to work.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from apt_core.config.schema import Config
+from apt_core.config.source import InactiveKey
 from apt_core.errors import did_you_mean
 
 METRICS = ("perplexity", "accuracy", "loss", "bits_per_byte")
 """The metrics that the core computes."""
-
-
-@dataclass(frozen=True)
-class InactiveKey:
-    """A key of the profile that does nothing here, and why. ``unclaimed``: no active plugin has
-    it, one that was left out may."""
-
-    key: str
-    reason: str
-    unclaimed: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from apt_core.config.overrides import Override
+from apt_core.config.schema import PLACEHOLDERS, Config
 from apt_core.config.source import Source, from_document
 from apt_core.config.yaml_text import MAX_CHARACTERS, parse_yaml
 from apt_core.errors import ConfigError, Problem, did_you_mean
@@ -44,7 +45,13 @@ def read_profile(profile: str | Path, overrides: Sequence[Override] = ()) -> Sou
     or cannot be read. What can be gone on from is in the result's ``problems``.
     """
     found = _find(str(profile), folder=None, skip=frozenset())
-    return _read(found, chain=()).with_overrides(overrides)
+    return core_text(_read(found, chain=()).with_overrides(overrides))
+
+
+def core_text(source: Source) -> Source:
+    """The source with the text of the core's own sections as it was written. That of plugins'
+    comes when it is checked: until then it is not known what they are."""
+    return source.with_text(Config, skip=PLACEHOLDERS)
 
 
 def list_profiles() -> list[str]:
@@ -77,6 +84,7 @@ def _read(found: _File, chain: tuple[_File, ...]) -> Source:
         )
     source = from_document(document, found.stem, found.label, found.folder)
     parent = source.data.pop("extends", None)
+    parent = source.marks.texts.get(("extends",)) or parent
     if parent is None:
         return source
     where = source.where("extends")

@@ -1,21 +1,31 @@
-"""Values from the command line: ``--training.max_epochs 5`` and ``--set training.max_epochs=5``."""
+"""Values from the command line: ``--training.max_epochs 5`` and ``--set training.max_epochs=5``.
+
+What a value is depends on its key: YAML for most, the argument as it is for text.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from apt_core.config.yaml_text import parse_yaml
+from apt_core.config.yaml_text import KeyPath, is_encodable, parse_yaml
 from apt_core.errors import ConfigError, Problem
 
 
 @dataclass(frozen=True)
 class Override:
-    """One value that replaces what the profile says. ``where`` is how the person wrote it."""
+    """One value that replaces what the profile says. ``where`` is how the person wrote it.
+
+    ``texts`` is the argument as it is, and the spelling of each scalar in it, by their paths below
+    the key; ``problem`` what is wrong with it where it is not taken for text.
+    """
 
     path: tuple[str, ...]
     value: Any
     where: str
+    texts: Mapping[KeyPath, str | None] = field(default_factory=dict)
+    problem: Problem | None = None
 
     @property
     def key(self) -> str:
@@ -23,10 +33,11 @@ class Override:
 
 
 def parse_override(text: str, where: str = "") -> Override:
-    """Read ``"training.max_epochs=5"``; the value follows the profile's own YAML rules.
+    """Read ``"training.max_epochs=5"``; the value follows the profile's own YAML rules, unless the
+    key turns out to be text.
 
     ``where`` is the option that it came from: ``"--set"``, or ``"--training.max_epochs"`` (the
-    default). ``key=null`` takes a key back. Raises ConfigError for anything else.
+    default). ``key=null`` takes a key back. Raises ConfigError for what names no key.
 
     >>> parse_override("training.learning_rate=3e-5").value
     3e-05
@@ -42,15 +53,17 @@ def parse_override(text: str, where: str = "") -> Override:
     path = tuple(key.split("."))
     if not all(part and part == part.strip() for part in path):
         raise ConfigError(Problem(f"{key!r} is no key", where=where or "--set", hint=hint))
+    if value_text == "null":
+        return Override(path, None, place)
+    texts: dict[KeyPath, str | None] = {(): value_text} if is_encodable(value_text) else {}
     if not value_text.strip():
-        hint = f"write {key}=null to take it back, or {key}='\"\"' for an empty text"
-        raise ConfigError(Problem("no value is given", key=key, where=place, hint=hint))
+        problem = Problem("no value is given", key, place, f"write {key}=null to take it back")
+        return Override(path, value_text, place, texts, problem)
     try:
         document = parse_yaml(value_text, place)
     except ConfigError as error:
-        hint = "quote the text twice, such as --set 'name=\"a: b\"'"
-        problem = error.problems[0]
-        raise ConfigError(Problem(problem.message, key=key, where=place, hint=hint)) from None
-    if document.problems:
-        raise ConfigError(document.problems)
-    return Override(path, document.data, place)
+        problem = Problem(error.problems[0].message, key, place)
+        return Override(path, value_text, place, texts, problem)
+    twice = [Problem(found.message, key, place, found.hint) for found in document.problems]
+    texts = {**document.texts, **texts}
+    return Override(path, document.data, place, texts, twice[0] if twice else None)

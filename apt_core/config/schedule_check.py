@@ -9,9 +9,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from apt_core.config.inactive import InactiveKey
 from apt_core.config.schema import Config
-from apt_core.config.source import Source
+from apt_core.config.source import InactiveKey, Source
 from apt_core.config.switches import Switch, looks_like_switch, read_switch
 from apt_core.errors import Problem, did_you_mean
 

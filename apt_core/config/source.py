@@ -3,30 +3,86 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
 
 from apt_core.config.overrides import Override
+from apt_core.config.text_keys import TextKeys
 from apt_core.config.yaml_text import MAX_DEPTH, MAX_NODES, Document, KeyPath, dotted
 from apt_core.errors import ConfigError, Problem
+from apt_core.plugin_names import name_of
 
 # What a file says about itself, which no other file inherits.
 IDENTITY = ("name", "version", "description", "extends")
 
+T = TypeVar("T")
+
+SHOWN = 6
+"""Keys or items of a section or a list that a message names."""
+
+
+@dataclass(frozen=True)
+class InactiveKey:
+    """A key of the profile that does nothing here, and why. ``unclaimed``: no active plugin has
+    it, one that was left out may."""
+
+    key: str
+    reason: str
+    unclaimed: bool = field(default=False, compare=False)
+
+
+@dataclass
+class Marks:
+    """What is known of values beside themselves, by path: their ``places``, their spelling
+    (``texts``), and what is ``wrong`` with one that is not taken for text."""
+
+    places: dict[KeyPath, str] = field(default_factory=dict)
+    texts: dict[KeyPath, str | None] = field(default_factory=dict)
+    wrong: dict[KeyPath, Problem] = field(default_factory=dict)
+
+    def copy(self) -> Marks:
+        return Marks(dict(self.places), dict(self.texts), dict(self.wrong))
+
+    def forget(self, path: KeyPath) -> None:
+        """Forget a value, and all within it."""
+        for known in (self.places, self.texts, self.wrong):
+            for place in [place for place in known if place[: len(path)] == path]:
+                del known[place]
+
+    def take(self, path: KeyPath, other: Marks) -> None:
+        """Have for a value, and all within it, what ``other`` has."""
+        self.forget(path)
+        self.places.update(_within(other.places, path))
+        self.texts.update(_within(other.texts, path))
+        self.wrong.update(_within(other.wrong, path))
+
+
+def _within(known: Mapping[KeyPath, T], path: KeyPath) -> dict[KeyPath, T]:
+    return {at: mark for at, mark in known.items() if at[: len(path)] == path}
+
 
 @dataclass(frozen=True)
 class Source:
-    """A profile as written. ``problems`` are those found while reading (a key given twice, an
-    override that fits nowhere); :func:`apt_core.config.validate` reports them with its own.
-    ``folder`` is where the profile's file lies, if it is one."""
+    """A profile as written.
+
+    ``problems`` are those found while reading (a key given twice, an override that fits nowhere),
+    ``inactive`` the keys that changed nothing, ``notices`` what else is to be told of it;
+    :func:`apt_core.config.validate` reports them with its own. ``folder`` is where the profile's
+    file lies, if it is one, ``bare`` are the keys after which nothing stands in it.
+    """
 
     name: str
     data: dict[str, Any]
     problems: tuple[Problem, ...] = ()
-    places: Mapping[KeyPath, str] = field(default_factory=dict)
+    marks: Marks = field(default_factory=Marks)
     folder: Path | None = None
+    bare: frozenset[KeyPath] = frozenset()
+    inactive: tuple[InactiveKey, ...] = ()
+    notices: tuple[str, ...] = ()
 
     @classmethod
     def from_dict(cls, profile: Mapping[str, Any], name: str = "profile") -> Source:
@@ -36,15 +92,15 @@ class Source:
         copier = _Copier()
         data = copier.copy(profile, ())
         data.pop("extends", None)
-        return cls(name, data, tuple(copier.problems), {(): name})
+        return cls(name, data, tuple(copier.problems), Marks({(): name}))
 
     def where(self, path: str | KeyPath) -> str:
         """The place of a key (``"tiny_debug.yaml:12"``, ``"--training.max_epochs"``), or of the
         nearest section around it that was written down."""
         keys = parse_path(path) if isinstance(path, str) else path
         for length in range(len(keys), -1, -1):
-            if keys[:length] in self.places:
-                return self.places[keys[:length]]
+            if keys[:length] in self.marks.places:
+                return self.marks.places[keys[:length]]
         return self.name
 
     def get(self, path: str | KeyPath, default: Any = None) -> Any:
@@ -69,6 +125,11 @@ class Source:
             layer = layer._with_override(override)
         return layer
 
+    def with_text(self, model: type[BaseModel], skip: Collection[str] = ()) -> Source:
+        """A copy in which the keys that are text for ``model``, that of a whole profile, are as
+        they were written. The sections ``skip`` stay as they are."""
+        return replace(self, data=TextKeys(self.marks.texts).section(self.data, model, skip=skip))
+
     def _with_override(self, override: Override) -> Source:
         section: Any = self.data
         for depth, key in enumerate(override.path[:-1]):
@@ -86,19 +147,33 @@ class Source:
                 )
                 return replace(self, problems=(*self.problems, problem))
         data: Any = override.value
-        places: dict[KeyPath, str] = {}
-        _mark_places(data, override.path, override.where, places)
+        marks = Marks(texts={(*override.path, *path): t for path, t in override.texts.items()})
+        _mark_places(data, override.path, override.where, marks.places)
+        if override.problem is not None:
+            marks.wrong[override.path] = override.problem
         for key in reversed(override.path):
             data = {key: data}
-        return self.below(Source(self.name, data, (), places, self.folder))
+        return self.below(Source(self.name, data, (), marks, self.folder))
 
     def below(self, child: Source) -> Source:
-        """``child`` on top of this one: mappings merge, lists replace, null deletes."""
-        places = dict(self.places)
-        data = _merge(self.data, child.data, (), places, child.places)
-        if () in child.places:
-            places[()] = child.places[()]
-        return Source(child.name, data, (*self.problems, *child.problems), places, child.folder)
+        """``child`` on top of this one: mappings merge, lists replace, null takes back.
+
+        What a section or a list with nothing after its key would drop is a problem: the keys may
+        have been commented out one by one. null says that it is meant, which is told.
+        """
+        merge = _Merge(self, child)
+        data = merge.mappings(self.data, child.data, ())
+        if () in child.marks.places:
+            merge.marks.places[()] = child.marks.places[()]
+        return Source(
+            child.name,
+            data,
+            (*self.problems, *child.problems, *merge.problems),
+            merge.marks,
+            child.folder,
+            inactive=(*self.inactive, *child.inactive, *merge.inactive),
+            notices=(*self.notices, *child.notices, *merge.notices),
+        )
 
     def inherited(self) -> Source:
         """This source as a parent: without what it says about itself."""
@@ -110,7 +185,9 @@ def from_document(document: Document, name: str, label: str, folder: Path | None
     """A source from a parsed file whose data is a mapping."""
     places = {path: f"{label}:{line}" for path, line in document.lines.items()}
     places[()] = label
-    return Source(name, document.data, tuple(document.problems), places, folder)
+    marks = Marks(places, document.texts)
+    bare = frozenset(document.bare)
+    return Source(name, document.data, tuple(document.problems), marks, folder, bare)
 
 
 def parse_path(path: str) -> KeyPath:
@@ -127,35 +204,83 @@ def parse_path(path: str) -> KeyPath:
     return tuple(keys)
 
 
-def _merge(
-    parent: dict[str, Any],
-    child: Mapping[str, Any],
-    path: KeyPath,
-    places: dict[KeyPath, str],
-    child_places: Mapping[KeyPath, str],
-) -> dict[str, Any]:
-    merged = dict(parent)
-    for key, value in child.items():
-        here = (*path, key)
-        if value is None and key in parent:
-            del merged[key]
-            _forget_places(here, places)
-        elif isinstance(value, dict) and isinstance(parent.get(key), dict):
-            if here in child_places:
-                places[here] = child_places[here]
-            merged[key] = _merge(parent[key], value, here, places, child_places)
-        else:
-            merged[key] = value
-            _forget_places(here, places)
-            for place, text in child_places.items():
-                if place[: len(here)] == here:
-                    places[place] = text
-    return merged
+class _Merge:
+    """Puts the data of one source on top of another's."""
+
+    def __init__(self, parent: Source, child: Source) -> None:
+        self.parent, self.child = parent, child
+        self.marks = parent.marks.copy()
+        self.problems: list[Problem] = []
+        self.inactive: list[InactiveKey] = []
+        self.notices: list[str] = []
+
+    def mappings(
+        self, parent: dict[str, Any], child: Mapping[str, Any], path: KeyPath
+    ) -> dict[str, Any]:
+        merged = dict(parent)
+        for key, value in child.items():
+            here = (*path, key)
+            below = parent.get(key)
+            if value is None and key in parent:
+                if isinstance(below, dict | list) and below and not self.meant(here, below):
+                    continue
+                del merged[key]
+                self.marks.forget(here)
+            elif isinstance(value, dict) and isinstance(below, dict):
+                if here in self.child.marks.places:
+                    self.marks.places[here] = self.child.marks.places[here]
+                if below and not value:
+                    self.unchanged(here, below)
+                merged[key] = self.mappings(below, value, here)
+            else:
+                if here == ("plugins",):
+                    self.tell_lost_options(below, value)
+                merged[key] = value
+                self.marks.take(here, self.child.marks)
+        return merged
+
+    def tell_lost_options(self, below: Any, value: Any) -> None:
+        """Tell which options of a plugin are lost with the list that another one replaces."""
+        before = dict(_plugin_items(below))
+        for name, options in _plugin_items(value):
+            lost = {key: old for key, old in before.get(name, {}).items() if key not in options}
+            if lost:
+                words = ", ".join(f"{key}: {old}" for key, old in lost.items())
+                self.notices.append(
+                    f"{self.child.where('plugins')}: plugins: the inherited list, which this one "
+                    f"replaces, says {words} of {name}"
+                )
+
+    def meant(self, path: KeyPath, below: Any) -> bool:
+        """Is what is inherited to be dropped? Tells that it is, or why that is not clear."""
+        key, where, lost = dotted(path), self.child.where(path), _summary(below)
+        if path in self.child.bare:
+            message = f"nothing stands under it, and it inherits {lost}"
+            hint = "take the key out to keep that, or write null after it to do without"
+            self.problems.append(Problem(message, key, where, hint))
+            return False
+        self.notices.append(f"{where}: {key}: null takes back what was set: {lost}")
+        return True
+
+    def unchanged(self, path: KeyPath, below: Any) -> None:
+        reason = f"an empty section changes nothing of what it inherits: {_summary(below)}"
+        key = dotted(path)
+        self.inactive.append(InactiveKey(key, f"{reason}; `{key}: null` takes it back"))
 
 
-def _forget_places(path: KeyPath, places: dict[KeyPath, str]) -> None:
-    for place in [place for place in places if place[: len(path)] == path]:
-        del places[place]
+def _plugin_items(listed: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The normalised names in a list of plugins, with their options."""
+    for item in listed if isinstance(listed, list) else ():
+        options = dict(item) if isinstance(item, dict) else {"name": item}
+        name = options.pop("name", None)
+        if isinstance(name, str):
+            yield name_of(name), options
+
+
+def _summary(value: dict[str, Any] | list[Any]) -> str:
+    """What a section or a list holds, in a few words."""
+    words = [str(item.get("name", "…")) if isinstance(item, dict) else str(item) for item in value]
+    return ", ".join(word[:60] for word in words[:SHOWN]) + (", …" if len(words) > SHOWN else "")
 
 
 def _mark_places(data: Any, path: KeyPath, text: str, places: dict[KeyPath, str]) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from apt_core.config.checks import find_contradictions
-from apt_core.config.inactive import InactiveKey, inactive_keys
+from apt_core.config.inactive import inactive_keys
 from apt_core.config.messages import KnownKeys, describe, ignored_keys, problem_of
 from apt_core.config.schema import PLACEHOLDERS, Config
-from apt_core.config.source import Source
+from apt_core.config.source import InactiveKey, Source
+from apt_core.config.text_keys import TextKeys
 from apt_core.config.yaml_text import KeyPath
 from apt_core.errors import ConfigError, Problem
 from apt_core.types import SectionSpec
@@ -23,11 +24,13 @@ _CORE = KnownKeys(Config, {}).children
 
 @dataclass(frozen=True)
 class Validated:
-    """``config`` is there if there is no problem. ``inactive`` keys are valid and do nothing."""
+    """``config`` is there if there is no problem. ``inactive`` keys are valid and do nothing,
+    ``notices`` are facts that the person should see."""
 
     config: Config | None
     problems: list[Problem]
     inactive: list[InactiveKey]
+    notices: list[str]
 
     def require(self) -> Config:
         """The config. Raises ConfigError with every problem if there is none."""
@@ -53,8 +56,9 @@ def validate(
     owned, spec_problems = _owned_sections(sections)
     problems += spec_problems
     known = KnownKeys(Config, owned)
-    data = _copy(source.data)
-    inactive = []
+    data, wrong = _with_text(source, owned)
+    problems += wrong.values()
+    inactive = list(source.inactive)
     for path, reason in (inert or {}).items():
         if _is_core(path) or path in owned:
             continue
@@ -77,11 +81,32 @@ def validate(
     data.setdefault("name", source.name)
     config, found, bad = _validate_core(data, source, known)
     problems += found
-    problems += find_contradictions(config, source, bad)
+    problems += find_contradictions(config, source, {*bad, *wrong})
     names = {request.name for request in config.plugins} if active is None else active
     inactive += inactive_keys(config, names, owned)
     problems = list(dict.fromkeys(problems))
-    return Validated(None if problems else config.with_plugin_sections(parts), problems, inactive)
+    config = config.with_plugin_sections(parts)
+    return Validated(None if problems else config, problems, inactive, list(source.notices))
+
+
+def _with_text(
+    source: Source, owned: Mapping[str, type[BaseModel]]
+) -> tuple[dict[str, Any], dict[KeyPath, Problem]]:
+    """The data with its text as written, and what is wrong with values that are no text: those
+    are taken out."""
+    keys = TextKeys(source.marks.texts)
+    data = keys.section(_copy(source.data), Config, skip=owned)
+    for section, model in owned.items():
+        *around, last = section.split(".")
+        place: Any = data
+        for key in around:
+            place = place.get(key) if isinstance(place, dict) else None
+        if isinstance(place, dict) and last in place:
+            place[last] = keys.section(place[last], model, (*around, last))
+    wrong = {path: found for path, found in source.marks.wrong.items() if path not in keys.found}
+    for path in wrong:
+        _cut(data, tuple(map(str, path)))
+    return data, wrong
 
 
 def _owned_sections(

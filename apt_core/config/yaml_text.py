@@ -83,10 +83,16 @@ for _class in (ProfileLoader, ProfileDumper):
 
 @dataclass
 class Document:
-    """A parsed text: its ``data``, the line of every path, and problems that do not stop it."""
+    """A parsed text: its ``data``, the line of every path, and problems that do not stop it.
+
+    ``texts`` holds how each scalar is spelled (None for a null and for what is no scalar), ``bare``
+    the keys after which nothing stands.
+    """
 
     data: Any = None
     lines: dict[KeyPath, int] = field(default_factory=dict)
+    texts: dict[KeyPath, str | None] = field(default_factory=dict)
+    bare: set[KeyPath] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -153,7 +159,13 @@ class _Builder:
             raise self.fail(node, f"nested more than {MAX_DEPTH} deep")
         self.result.lines.setdefault(path, node.start_mark.line + 1)
         if isinstance(node, yaml.ScalarNode):
-            return self.scalar(node)
+            value = self.scalar(node)
+            if value is None and not node.value:
+                self.result.bare.add(path)
+            # The first counts: what '<<' merges gives way to what the mapping says itself.
+            self.result.texts.setdefault(path, None if value is None else node.value)
+            return value
+        self.result.texts.setdefault(path, None)
         if node.tag not in (f"{_TAG}map", f"{_TAG}seq"):
             raise self.fail(node, f"the tag {node.tag!r} is not plain data")
         self.open.append(id(node))
@@ -205,7 +217,7 @@ class _Builder:
         if not isinstance(node, yaml.ScalarNode):
             self.problem("a key must be a word, not a list or a mapping", (), line, "")
             return None
-        if not _encodable(node.value):
+        if not is_encodable(node.value):
             raise self.fail(node, "half a surrogate pair is no character")
         return str(node.value)
 
@@ -217,7 +229,7 @@ class _Builder:
         text: str = node.value
         kind = node.tag.removeprefix(_TAG)
         if kind == "str":
-            if not _encodable(text):
+            if not is_encodable(text):
                 raise self.fail(node, "half a surrogate pair is no character")
             return text
         if kind == "null":
@@ -237,7 +249,8 @@ class _Builder:
         raise self.fail(node, f"{text[:60]!r} with the tag {node.tag!r} is not plain data")
 
 
-def _encodable(text: str) -> bool:
+def is_encodable(text: str) -> bool:
+    """Is it text, without half a surrogate pair?"""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 

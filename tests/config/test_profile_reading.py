@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
+from pydantic import BaseModel, create_model
 
 from apt_core.config import Source, list_profiles, parse_override, read_profile, validate
 from apt_core.errors import ConfigError, Problem
+from apt_core.types import SectionSpec
+
+
+class Mine(BaseModel):
+    note: str = ""
+    notes: list[str] = []
+    by: dict[str, str] = {}
+    either: str | float = ""
+    choice: Literal["on", "off"] = "off"
+    where: Path | None = None
+    number: float = 0
+    any: Any = None
 
 
 @pytest.fixture(autouse=True)
@@ -177,6 +191,84 @@ def test_merge_keys_work_and_own_keys_win() -> None:
     assert source.data["b"] == {"x": 1, "y": 3}
 
 
+# Text
+
+
+SPELLINGS = ("1.10", "77950e8", "007", "0x10", "1_000", "1e3", ".5", "on", "Yes", "off", "true",
+             "NULL!", "2024-01-01", "1:30", "über", "日本")  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_text_is_what_was_written(spelling: str) -> None:
+    write("parent.yaml", f"plugins: [a, {spelling}, {{name: {spelling}, priority: 010}}]\n")
+    path = write(
+        "x.yaml",
+        f"extends: parent\nversion: {spelling}\nname: {spelling}\n"
+        f"data: {{train_path: {spelling}, max_length: 010}}\n"
+        f"model: {{attention_pattern: [{spelling}], norm_name: {spelling}}}\n"
+        f"mine: {{note: {spelling}, notes: [{spelling}], by: {{x: {spelling}}}, part: {spelling}}}",
+    )
+    arguments = [f"evaluation.sample_prompt={spelling}", f"monitoring.wandb.tags=[{spelling}]"]
+    source = read_profile(path, [parse_override(argument) for argument in arguments])
+    # What a run needs before it knows its plugins.
+    assert source.get("plugins[1]") == source.get("plugins[2].name") == spelling
+    assert source.get("model.norm_name") == spelling
+    checked = validate(source, [SectionSpec("mine", Mine), SectionSpec("mine.part", Mine)])
+    # A section is never text.
+    assert [problem.key for problem in checked.problems] == ["mine.part"]
+    del source.data["mine"]["part"]
+    config = validate(source, [SectionSpec("mine", Mine)]).require()
+    assert (config.name, config.version) == (spelling, spelling)
+    assert (config.data.train_path, config.data.max_length) == (spelling, 10)
+    assert config.model.attention_pattern == (spelling,)
+    assert [plugin.name for plugin in config.plugins] == ["a", spelling, spelling]
+    assert config.plugins[2].priority == 10
+    assert (config.evaluation.sample_prompt, config.monitoring.wandb.tags) == (
+        spelling,
+        (spelling,),
+    )
+    mine = config.section("mine")
+    assert mine == Mine(note=spelling, notes=[spelling], by={"x": spelling})
+    write("again.yaml", config.to_yaml())
+    assert validate(read_profile("again.yaml"), [SectionSpec("mine", Mine)]).require() == config
+
+
+def test_what_may_be_more_than_text_is_read_as_yaml() -> None:
+    path = write("x.yaml", "mine: {either: 1.10, choice: on, where: 1.10, number: 1.10, any: 1.10}")
+    mine = validate(read_profile(path), [SectionSpec("mine", Mine)]).require().section("mine")
+    assert mine == Mine(either=1.1, choice="on", where=Path("1.10"), number=1.1, any=1.1)
+
+
+def test_merged_text_gives_way_to_what_the_mapping_says_itself() -> None:
+    text = "data: &d {train_path: 1.10, val_path: 1.20}\nmine:\n  <<: *d\n  train_path: 'x'\n"
+    models = {name: (str, ...) for name in ("train_path", "val_path")}
+    spec = SectionSpec("mine", create_model("Paths", **models))  # type: ignore[call-overload]
+    section = validate(read_profile(write("x.yaml", text)), [spec]).require().section("mine")
+    assert section is not None
+    assert section.model_dump() == {"train_path": "x", "val_path": "1.20"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["def ", " x", "a: b", "a: ", "# not a comment", "'quoted'", '"', "[1", "{c: 1, c: 2}", "@x",
+     "&x", "*x", "~", "", "one\ntwo\n", "\ttab", "x=y", "!!int 3", "- a"],
+)  # fmt: skip
+def test_text_from_the_command_line_is_the_argument_as_it_is(text: str) -> None:
+    keys = ["evaluation.sample_prompt", "mine.note", "mine.by.x"]
+    overrides = [parse_override(f"{key}={text}", where="--set") for key in keys]
+    source = Source.from_dict({}).with_overrides(overrides)
+    config = validate(source, [SectionSpec("mine", Mine)]).require()
+    assert config.evaluation.sample_prompt == text
+    assert config.section("mine") == Mine(note=text, by={"x": text})
+
+
+def test_null_from_the_command_line_takes_text_back() -> None:
+    source = Source.from_dict({"data": {"train_path": "x"}, "name": "y"}, name="z")
+    overrides = [parse_override(f"{key}=null") for key in ("data.train_path", "name")]
+    config = validate(source.with_overrides(overrides)).require()
+    assert (config.data.train_path, config.name) == (None, "z")
+
+
 # extends
 
 
@@ -189,6 +281,70 @@ def test_mappings_merge_lists_replace_null_deletes() -> None:
         "model": {"d_model": 64, "d_ff": 9, "tva": {"r": 2}},
         "training": {},
     }
+
+
+@pytest.mark.parametrize(
+    ("key", "inherited"),
+    [
+        ("model", "d_model, tva"),
+        ("model.tva", "r"),
+        ("schedules", "route_temp"),
+        ("plugins", "a, b"),
+        ("mine.deep", "x"),
+    ],
+)
+@pytest.mark.parametrize("written", ["", "  # all is commented out", "null", "~", "{}"])
+def test_an_emptied_section_is_told(key: str, inherited: str, written: str) -> None:
+    write(
+        "parent.yaml",
+        "plugins: [a, {name: b}]\nmodel: {d_model: 64, tva: {r: 1}}\n"
+        "schedules: {route_temp: 2.0}\nmine: {deep: {x: 1}}\n",
+    )
+    lines = [f"{'  ' * depth}{part}:" for depth, part in enumerate(key.split("."))]
+    child = write("child.yaml", "\n".join(["extends: parent", *lines]) + f" {written}\n")
+    parent, source = read_profile("parent.yaml"), read_profile(child)
+    where = f"child.yaml:{len(lines) + 1}"
+    if key == "plugins" and written == "{}":
+        assert source.data["plugins"] == {}
+    elif written in ("null", "~"):
+        assert not source.has(key)
+        notice = f"{where}: {key}: null takes back what was set: {inherited}"
+        assert (source.notices, source.problems, source.inactive) == ((notice,), (), ())
+    elif written == "{}":
+        (inactive,) = source.inactive
+        assert (source.data, inactive.key) == (parent.data, key)
+        assert f"changes nothing of what it inherits: {inherited}; " in inactive.reason
+    else:
+        (problem,) = source.problems
+        assert (problem.key, problem.where, source.data) == (key, where, parent.data)
+        assert problem.message == f"nothing stands under it, and it inherits {inherited}"
+
+
+def test_an_emptied_section_of_the_command_line_is_told() -> None:
+    write("x.yaml", "model: {tva: {r: 1}}\ntraining: {seed: 1}\n")
+    texts = ["training={}", "model.tva=null", "training.seed=null"]
+    source = read_profile("x.yaml", [parse_override(text, where="--set") for text in texts])
+    assert source.notices == ("--set model.tva: model.tva: null takes back what was set: r",)
+    assert [(key.key, key.reason.partition(":")[0]) for key in source.inactive] == [
+        ("training", "an empty section changes nothing of what it inherits")
+    ]
+
+
+def test_lists_replace_and_a_value_is_taken_back_without_a_word() -> None:
+    write("parent.yaml", "plugins: [a]\ntraining: {seed: 1}\nmodel: {ngram: {}}\n")
+    text = "extends: parent\nplugins: []\ntraining: {seed: }\nmodel: {ngram: null}\n"
+    source = read_profile(write("child.yaml", text))
+    assert source.data == {"plugins": [], "training": {}, "model": {}}
+    assert (source.notices, source.problems, source.inactive) == ((), (), ())
+
+
+def test_options_that_are_lost_with_a_replaced_list_are_told() -> None:
+    write("parent.yaml", "plugins: [a, {name: x/My-Log.py, on_failure: required, priority: 3}]\n")
+    child = write("child.yaml", "extends: parent\nplugins: [{name: my_log, priority: 4}, a]\n")
+    assert read_profile(child).notices == (
+        "child.yaml:2: plugins: the inherited list, which this one replaces, says "
+        "on_failure: required of my_log",
+    )
 
 
 def test_a_child_does_not_inherit_what_the_parent_says_about_itself() -> None:
@@ -261,16 +417,25 @@ def test_an_override_is_shown_as_it_was_written() -> None:
     assert parse_override("a.b=1", where="--a.b").where == "--a.b"
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("a.b", "=5", "a..b=5", ".a=5", "a.=5", "a. b=5", "a.b=", "a.b=[1", "a.b=@x"),
-        *("a.b={c: 1, c: 2}", "a.b=!!python/name:os"),
-    ],
-)
-def test_bad_overrides_are_refused(text: str) -> None:
+@pytest.mark.parametrize("text", ["a.b", "=5", "a..b=5", ".a=5", "a.=5", "a. b=5"])
+def test_overrides_of_what_is_no_key_are_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_override(text, where="--set")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [("", "no value"), ("[1", "'['"), ("@x", "cannot start"), ("!!python/name:os", "plain data"),
+     ("{c: 1, c: 2}", "given twice")],
+)  # fmt: skip
+@pytest.mark.parametrize("key", ["data.max_length", "model.tva", "training"])
+def test_overrides_that_are_no_yaml_are_refused_where_the_key_is_no_text(
+    key: str, value: str, words: str
+) -> None:
+    override = parse_override(f"{key}={value}", where="--set")
+    (problem,) = validate(Source.from_dict({}).with_overrides([override])).problems
+    assert words in problem.message
+    assert (problem.key, problem.where) == (key, f"--set {key}")
 
 
 def test_overrides_merge_create_and_take_back() -> None:
