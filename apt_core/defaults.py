@@ -106,6 +106,7 @@ _DECLARED = (
         section="data",
         summary="text files: .txt and, by suffix, .jsonl",
         default=True,
+        files=("train_path", "val_path"),
     ),
     ProviderSpec(
         kind="dataset",
@@ -113,6 +114,7 @@ _DECLARED = (
         factory="apt_core.data.loaders.pydoc:PydocDataset",
         section="data",
         summary="CPython's language reference, in every Python",
+        files=("val_path",),
     ),
     ProviderSpec(
         kind="optimizer",

@@ -29,7 +29,7 @@ from apt_core.discovery import LoadError, installed_plugins, load
 from apt_core.errors import ConfigError, Problem, StopTraining, did_you_mean
 from apt_core.plugin_manager import PluginManager
 from apt_core.plugin_records import PluginRecord
-from apt_core.registry import Probe, Registry
+from apt_core.registry import NO_FALLBACK, Probe, Registry
 from apt_core.schedules import Schedule, check_schedules
 from apt_core.selection import Wanted, select
 from apt_core.types import CORE, SectionSpec
@@ -73,15 +73,14 @@ class Kernel:
 
     def named_providers(self) -> list[tuple[str, str]]:
         """``(kind, name)`` of every provider that the profile uses."""
-        data = self.config.data
-        text = ("dataset", data.text_source or data.loader)
-        named = chosen_providers(self.config)
-        return [pair for pair in named if pair[0] != "dataset"] + [text]
+        return chosen_providers(self.config)
 
 
 def chosen_providers(config: Config) -> list[tuple[str, str]]:
-    """``(kind, name)`` of every provider that a checked profile names."""
-    return named_providers(config.to_dict(), ALL_NAME_KEYS)
+    """``(kind, name)`` of every provider that a checked profile uses."""
+    named = named_providers(config.to_dict(), ALL_NAME_KEYS)
+    text = ("dataset", config.data.dataset_name)
+    return [pair for pair in named if pair[0] != "dataset"] + [text]
 
 
 def named_providers(
@@ -108,6 +107,31 @@ def named_providers(
 
     named = [(kind, name) for kind, name in names() if isinstance(name, str) and name]
     return [pair for pair in dict.fromkeys(named) if pair != ("position", "none")]
+
+
+DATA_PATHS = ("train_path", "val_path")
+
+
+def data_files(config: Config, registry: Registry) -> tuple[str, ...]:
+    """The keys of ``data`` that the text's provider reads as files, as far as it tells."""
+    told = _told_files(config, registry) or ()
+    return tuple(key for key in DATA_PATHS if key in told)
+
+
+def _unread_paths(config: Config, registry: Registry) -> Iterator[InactiveKey]:
+    """Paths that the text's provider says it does not read."""
+    told = _told_files(config, registry)
+    if told is None:
+        return
+    for key in DATA_PATHS:
+        if getattr(config.data, key) is not None and key not in told:
+            reason = f"dataset:{config.data.dataset_name} does not read it"
+            yield InactiveKey(f"data.{key}", reason)
+
+
+def _told_files(config: Config, registry: Registry) -> Sequence[str] | None:
+    name = config.data.dataset_name
+    return next((spec.files for spec in registry.specs("dataset") if spec.name == name), None)
 
 
 def boot(
@@ -269,7 +293,8 @@ class _Boot:
         if config is not None:
             inactive += self._settings_in_vain(config, overridden)
             self.problems += self._check_providers(config)
-            missing = check_files(config, self.source)
+            inactive += _unread_paths(config, self.registry)
+            missing = check_files(config, self.source, data_files(config, self.registry))
             self.problems += missing if files else ()
             # The list as it took effect, with what the command line added and left out.
             requests = [PluginRequest.model_validate(wanted.as_profile()) for wanted in self.active]
@@ -369,12 +394,17 @@ class _Boot:
         return inert, params, lenient
 
     def _settings_in_vain(self, config: Config, overridden: Sequence[str]) -> Iterator[InactiveKey]:
-        """Settings that the command line gives to a provider of the model that is not used. Those
-        of the profile may wait for another choice."""
+        """Settings that the command line gives to a provider of the model or the text that is not
+        used. Those of the profile may wait for another choice."""
         named = chosen_providers(config)
         core = {(spec.kind, spec.name) for spec in self.registry.specs() if spec.plugin == CORE}
         may_fall_back = {kind for kind, name in named if (kind, name) not in core}
-        specs = [spec for spec in self.registry.specs() if spec.section.startswith("model.")]
+        specs = [
+            spec
+            for spec in self.registry.specs()
+            if spec.section.startswith("model.")
+            or (spec.kind in NO_FALLBACK and spec.section not in ("", "data"))
+        ]
         read = {
             spec.section
             for spec in specs

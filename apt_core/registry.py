@@ -29,6 +29,9 @@ log = logging.getLogger("apt.registry")
 NO_FALLBACK = ("dataset", "tokenizer")
 """Kinds without a fallback: other text, or other ids, would be another experiment."""
 
+SECTIONS = {"dataset": "data"}
+"""The section of providers that name none, by kind."""
+
 METHODS = {
     "attention": "create_layer",
     "ffn": "create_layer",
@@ -100,7 +103,8 @@ class Registry:
                 if problem:
                     problems.append(problem)
                 else:
-                    specs[spec.kind, spec.name] = replace(spec, plugin=plugin)
+                    section = spec.section or SECTIONS.get(spec.kind, "")
+                    specs[spec.kind, spec.name] = replace(spec, plugin=plugin, section=section)
         self._specs, self.problems = specs, problems
         return problems
 

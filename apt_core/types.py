@@ -53,7 +53,9 @@ class ProviderSpec:
     on first use. ``config`` is the pydantic model (or ``"module:attribute"``) of its settings, and
     ``section`` the part of the profile that holds them (``"model.tva"``). ``requires`` are PEP 508
     requirements, ``conflicts`` other providers as ``"kind:name"``. ``plugin`` is stamped by the
-    manager.
+    manager. A dataset tells by ``files`` which of ``train_path`` and ``val_path`` it reads as
+    files: these must be there before a run starts, and one that it does not read is reported
+    inactive; None: they may mean anything to it, such as a query.
     """
 
     kind: str
@@ -67,6 +69,7 @@ class ProviderSpec:
     section: str = ""
     default: bool = False
     plugin: str = ""
+    files: Sequence[str] | None = None
 
     @property
     def key(self) -> str:

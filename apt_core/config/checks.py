@@ -7,18 +7,17 @@ itself, the collector is left out: one mistake is reported once.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from apt_core.config.fields import Ramp
-from apt_core.config.schema import Config
+from apt_core.config.schema import Config, DataSection
 from apt_core.config.source import Source, parse_path
 from apt_core.config.switches import Switch, looks_like_switch, read_switch
 from apt_core.config.yaml_text import KeyPath
 from apt_core.errors import Problem, did_you_mean
 
 TVA_ATTENTIONS = ("tva_default", "flash_v2")
-FILE_LOADERS = ("text_default", "jsonl", "parquet", "hlbd")
 ROTATES = "rope turns pairs of dimensions"
 
 
@@ -66,13 +65,11 @@ def find_contradictions(
     return problems
 
 
-def check_files(config: Config, source: Source) -> list[Problem]:
+def check_files(config: Config, source: Source, files: Sequence[str]) -> list[Problem]:
     """Data files that the profile names and that are not there (relative to where it runs).
 
-    Only for loaders that read files: ``train_path`` may be a query or a data set's name to others.
+    ``files`` are the keys of ``data`` that the provider in use reads as files.
     """
-    if config.data.loader not in FILE_LOADERS:
-        return []
     return [
         Problem(
             f"there is no file {path!r}",
@@ -81,11 +78,8 @@ def check_files(config: Config, source: Source) -> list[Problem]:
             "paths are relative to the folder that the command runs in; without train_path, "
             "the embedded text is used",
         )
-        for key, path in (
-            ("train_path", config.data.train_path),
-            ("val_path", config.data.val_path),
-        )
-        if path is not None and not os.path.exists(path)
+        for key in files
+        if (path := getattr(config.data, key)) is not None and not os.path.exists(path)
     ]
 
 
@@ -242,6 +236,13 @@ def _sources(view: View) -> Iterator[Problem]:
             f"data.source is {source!r} and data.train_path is {path!r}: only one can be read",
             "data.source",
             "leave one of them out",
+        )
+    loader = view["data.loader"]
+    if source is not None and loader not in (source, DataSection().loader):
+        yield view.problem(
+            f"data.source is {source!r} and data.loader is {loader!r}: only one provides the text",
+            "data.source",
+            "leave one of them out; null takes an inherited one back",
         )
 
 

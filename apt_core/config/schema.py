@@ -327,13 +327,17 @@ class DataSection(Section):
 
     source: Name | None = Field(
         default=None,
-        description="Built-in text, such as pydoc. Without it: train_path if given, else pydoc.",
+        description="Built-in text, such as pydoc. Without it the loader reads; where that is the "
+        "default one and has no train_path, the text is pydoc.",
     )
     train_path: Name | None = Field(default=None, description="File to train on.")
     val_path: Name | None = Field(
         default=None, description="File to evaluate on; without it the last tenth is held out."
     )
-    loader: Name = Field(default="text_default", description="Provider that reads the files.")
+    loader: Name = Field(
+        default="text_default",
+        description="Provider that reads train_path; any but text_default is used without one too.",
+    )
     tokenizer_name: Name = Field(default="byte", description="Provider of the tokenizer.")
     max_length: Size | None = Field(
         default=None, description="Tokens per training sequence; without it, model.max_seq_len."
@@ -349,8 +353,14 @@ class DataSection(Section):
 
     @property
     def text_source(self) -> str | None:
-        """The built-in text to train on, or None where ``train_path`` is read instead."""
-        return self.source or (None if self.train_path else "pydoc")
+        """The built-in text to train on, or None where the loader reads instead."""
+        asked = self.train_path or self.loader != type(self).model_fields["loader"].default
+        return self.source or (None if asked else "pydoc")
+
+    @property
+    def dataset_name(self) -> str:
+        """The provider of the text."""
+        return self.text_source or self.loader
 
 
 class EvaluationSection(Section):

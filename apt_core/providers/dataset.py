@@ -6,8 +6,12 @@ import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from apt_core.providers.base import Provider
+
+if TYPE_CHECKING:
+    from apt_core.config.schema import DataSection
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,13 @@ class TextData:
 
 
 class DatasetProvider(Provider, ABC):
-    """Reads text. Its settings are those of the profile's ``data`` section."""
+    """Reads text.
+
+    ``config`` is the section that its ``ProviderSpec`` names, else the profile's ``data``;
+    ``data_section`` is the latter in either case, set before a run calls :meth:`load`.
+    """
+
+    data_section: DataSection | None = None
 
     @abstractmethod
     def load(self) -> TextData:

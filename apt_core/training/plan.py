@@ -12,7 +12,7 @@ from apt_core.data.batches import num_windows
 from apt_core.data.tokens import tokenize
 from apt_core.errors import AptError
 from apt_core.failures import one_line
-from apt_core.kernel import Kernel
+from apt_core.kernel import Kernel, data_files
 from apt_core.providers.tokenizer import TokenizerProvider
 from apt_core.schedules import Horizon
 from apt_core.training.blame import attributed
@@ -31,6 +31,7 @@ from apt_core.training.memory import MemoryEstimate, estimate, switch_memory
 from apt_core.training.plan_text import print_plan
 from apt_core.training.prepare import (
     build_tokenizer,
+    load_text,
     note_what_comes_too_late,
     settle_device,
 )
@@ -112,7 +113,8 @@ def missing_parts(kernel: Kernel, world_size: int | None) -> list[dict[str, str]
     """What the profile names and this machine lacks, but for the device: data files, and GPUs for
     all the processes where nobody else said how many there are to be."""
     config = kernel.config
-    files = check_files(config, Source.from_dict(config.to_dict()))
+    source = Source.from_dict(config.to_dict())
+    files = check_files(config, source, data_files(config, kernel.registry))
     found = [{"key": p.key, "message": p.message} for p in files]
     if world_size is None and processes(config) > 1:
         _, notice = processes_for(config)
@@ -185,12 +187,11 @@ def _windows(kernel: Kernel, tokenizer: TokenizerProvider, length: int) -> tuple
     """The sequences of the training text and the held-out one; None where it would take long to
     tell, or fails."""
     data = kernel.config.data
-    if data.text_source is None:
-        paths = [Path(path) for path in (data.train_path, data.val_path) if path]
-        if not all(path.is_file() and path.stat().st_size <= READ_UP_TO for path in paths):
-            return None
+    paths = [Path(path) for path in (data.train_path, data.val_path) if path]
+    if not all(path.is_file() and path.stat().st_size <= READ_UP_TO for path in paths):
+        return None
     try:
-        text = kernel.registry.get("dataset", data.text_source or data.loader, data).load()
+        text = load_text(kernel)
     except (AptError, OSError, ValueError) as error:
         kernel.notices.append(f"data: {one_line(error)}")
         return None

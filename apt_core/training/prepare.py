@@ -17,11 +17,12 @@ from apt_core.config import Config, InactiveKey, inactive_alone
 from apt_core.data.batches import BatchPlan
 from apt_core.data.tokens import ids_sha256, tokenize
 from apt_core.device import autocast_dtype, resolve_device
-from apt_core.errors import ConfigError, Problem, StopTraining
+from apt_core.errors import ConfigError, Problem, ProviderError, StopTraining
 from apt_core.kernel import Kernel
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.modeling.lr_scale import learning_rate_scales
 from apt_core.modeling.probe import probe_layer
+from apt_core.providers.dataset import DatasetProvider, TextData
 from apt_core.providers.lr_schedule import LRScheduleProvider
 from apt_core.providers.optimizer import OptimizerProvider
 from apt_core.providers.tokenizer import TokenizerProvider
@@ -272,13 +273,29 @@ def build_tokenizer(kernel: Kernel) -> TokenizerProvider:
     return tokenizer
 
 
+def load_text(kernel: Kernel) -> TextData:
+    """The text of the run. Raises ConfigError for what cannot be read, ProviderError for a dataset
+    that loads anything but text."""
+    name = kernel.config.data.dataset_name
+    provider = kernel.registry.get("dataset", name)
+    if isinstance(provider, DatasetProvider):
+        provider.data_section = kernel.config.data
+    loaded = provider.load()
+    if not isinstance(loaded, TextData):
+        plugin = kernel.registry.spec("dataset", name).plugin
+        raise ProviderError(
+            f"dataset:{name} (plugin {plugin}): load() returned a {type(loaded).__name__}, not "
+            "TextData"
+        )
+    return loaded
+
+
 def _data(
     kernel: Kernel, world: World
 ) -> tuple[TokenizerProvider, BatchPlan, npt.NDArray[Any], float, dict[str, Any]]:
-    config, registry = kernel.config, kernel.registry
+    config = kernel.config
     tokenizer = build_tokenizer(kernel)
-    text = registry.get("dataset", config.data.text_source or config.data.loader, config.data)
-    loaded = text.load()
+    loaded = load_text(kernel)
     log.info("data: %s", loaded.description)
     tokens = tokenize(tokenizer, loaded.train)
     val_tokens = tokenize(tokenizer, loaded.val)

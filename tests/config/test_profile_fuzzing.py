@@ -146,7 +146,7 @@ def use(source: Source) -> None:
         for item in checked.inactive:
             source.where(item.key)
     if config is not None:
-        check_files(config, source)
+        check_files(config, source, ("train_path", "val_path"))
         again = Source.from_dict(parse_yaml(config.to_yaml(), "x").data)
         assert validate(again, SECTIONS).require() == config
 

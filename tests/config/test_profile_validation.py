@@ -305,13 +305,13 @@ def test_missing_data_files_are_named(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     Path("here.txt").write_text("text")
     source = Source.from_dict({"data": {"train_path": "gone.txt", "val_path": "here.txt"}})
-    (problem,) = check_files(validate(source).require(), source)
+    (problem,) = check_files(validate(source).require(), source, ("train_path", "val_path"))
     assert problem.key == "data.train_path" and "'gone.txt'" in problem.message
 
 
 def test_paths_of_other_loaders_need_not_be_files() -> None:
     source = Source.from_dict({"data": {"train_path": "user/set", "loader": "hf_datasets"}})
-    assert check_files(validate(source).require(), source) == []
+    assert check_files(validate(source).require(), source, ()) == []
 
 
 # Sections of plugins
