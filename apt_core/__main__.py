@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+from contextlib import suppress
 
 from apt_core.errors import AptError, did_you_mean
 
@@ -47,5 +49,20 @@ def main() -> None:
         sys.exit(2)
 
 
+def _look_here_last() -> None:
+    """Move the working directory, which ``python -m`` puts first, to the end of the import path: a
+    file in it named like a library is not that library. A checkout is run from where it lies."""
+    with suppress(OSError):
+        here = os.getcwd()
+        inside = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+        if (
+            sys.path[:1] == [here]
+            and not sys.flags.safe_path
+            and not os.path.samefile(here, inside)
+        ):
+            sys.path.append(sys.path.pop(0))
+
+
 if __name__ == "__main__":
+    _look_here_last()
     main()

@@ -60,7 +60,7 @@ def run_command(app: typer.Typer, prog: str, args: Sequence[str] | None = None) 
 
 
 def place_among_processes() -> tuple[bool, int]:
-    """Is this one of several processes that torchrun has started, and which of them?"""
+    """Is this one of several processes of a run, which --nproc or torchrun starts, and which?"""
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     rank = os.environ.get("RANK", "0")
     return several, int(rank) if several and rank.isdigit() else 0

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from apt_core.config.overrides import Override
@@ -17,6 +15,9 @@ from apt_core.errors import ConfigError, Problem, did_you_mean
 
 SUFFIXES = (".yaml", ".yml")
 LOCAL_FOLDER = Path("profiles")
+INSTALLED_FOLDER = Path(__file__).resolve().parents[2] / "profiles"
+"""Beside the package. On the import path another folder of this name may come first, such as
+LOCAL_FOLDER."""
 MAX_PARENTS = 20
 
 
@@ -24,9 +25,9 @@ MAX_PARENTS = 20
 class _File:
     """A profile that was found. ``label`` is how messages name it, ``folder`` where it lies."""
 
-    file: Path | Traversable
+    file: Path
     label: str
-    folder: Path | None
+    folder: Path
 
     @property
     def stem(self) -> str:
@@ -34,7 +35,7 @@ class _File:
 
     @property
     def identity(self) -> str:
-        return os.path.realpath(self.file) if isinstance(self.file, Path) else str(self.file)
+        return os.path.realpath(self.file)
 
 
 def read_profile(profile: str | Path, overrides: Sequence[Override] = ()) -> Source:
@@ -57,12 +58,9 @@ def core_text(source: Source) -> Source:
 def list_profiles() -> list[str]:
     """The names that ``--profile`` takes without a path, sorted."""
     names: set[str] = set()
-    if LOCAL_FOLDER.is_dir():
-        names.update(file.stem for file in LOCAL_FOLDER.iterdir() if file.suffix in SUFFIXES)
-    installed = _installed_folder()
-    if installed is not None:
-        files = (file.name for file in installed.iterdir())
-        names.update(Path(name).stem for name in files if name.endswith(SUFFIXES))
+    for folder in (LOCAL_FOLDER, INSTALLED_FOLDER):
+        if folder.is_dir():
+            names.update(file.stem for file in folder.iterdir() if file.suffix in SUFFIXES)
     return sorted(names)
 
 
@@ -126,9 +124,9 @@ def _find(profile: str, folder: Path | None, skip: frozenset[str]) -> _File:
         looked.append(candidate.label)
         if candidate.identity in skip:
             continue
-        if _is_dir(candidate.file):
+        if os.path.isdir(candidate.file):
             directory = directory or candidate.label
-        elif _is_there(candidate.file):
+        elif os.path.lexists(candidate.file):  # reading a pipe or a broken link says why not
             return candidate
     if directory:
         raise ConfigError(Problem(f"{profile!r} is a directory, not a profile", where=directory))
@@ -146,26 +144,12 @@ def _candidates(profile: str, folder: Path | None) -> Iterator[_File]:
     names = [profile]
     if not profile.endswith(SUFFIXES):
         names += [f"{profile}{suffix}" for suffix in SUFFIXES]
-    folders = [folder or Path()] + ([LOCAL_FOLDER] if _is_bare(profile) else [])
+    folders = [folder or Path()]
+    folders += [LOCAL_FOLDER, INSTALLED_FOLDER] if _is_bare(profile) else []
     for base in folders:
         for name in names:
             file = base / os.path.expanduser(name)
             yield _File(file, _label(file), file.parent)
-    installed = _installed_folder() if _is_bare(profile) else None
-    if installed is not None:
-        for name in names:
-            entry = installed / name
-            if isinstance(entry, Path):
-                yield _File(entry, _label(entry), entry.parent)
-            else:
-                yield _File(entry, f"{name} (installed)", None)
-
-
-def _installed_folder() -> Traversable | None:
-    try:
-        return resources.files("profiles")
-    except ModuleNotFoundError:
-        return None
 
 
 def _is_bare(profile: str) -> bool:
@@ -173,15 +157,6 @@ def _is_bare(profile: str) -> bool:
         ".",
         "..",
     )
-
-
-def _is_dir(file: Path | Traversable) -> bool:
-    return os.path.isdir(file) if isinstance(file, Path) else file.is_dir()
-
-
-def _is_there(file: Path | Traversable) -> bool:
-    """A pipe or a broken link counts: reading it works, or says why it does not."""
-    return os.path.lexists(file) if isinstance(file, Path) else file.is_file()
 
 
 def _label(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""One run in several processes: torch's own DDP and FSDP2, started by torchrun.
+"""One run in several processes: torch's own DDP and FSDP2, started by --nproc or by torchrun.
 
 Every process takes the same path through the run and computes on micro-batches of its own; what
 the processes must agree on (the loss of a step, a request to stop, the run's folder) goes through
@@ -41,6 +41,10 @@ MOMENT = 5.0
 
 POLL_SECONDS = 0.05
 
+STORE_VARIABLE = "APT_STORE"
+"""In the environment of processes that --nproc has started: the file through which they find each
+other. torchrun's find each other at MASTER_ADDR."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -54,7 +58,7 @@ class World:
 
     @classmethod
     def from_environment(cls, config: Config) -> World:
-        """As torchrun describes it. Raises ConfigError for a variable that is no number."""
+        """As --nproc and torchrun describe it. Raises ConfigError for what is no number."""
         try:
             rank, size, local_rank, here = (
                 int(os.environ.get(name, default))
@@ -89,7 +93,14 @@ class World:
         chosen = backend or ("nccl" if device.type == "cuda" else "gloo")
         # What a checkpoint holds lies on the CPU, whatever the device is.
         both = chosen if chosen != "nccl" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(both, timeout=PATIENCE)
+        if STORE_VARIABLE in os.environ:
+            store = shared_store()
+            store.set_timeout(PATIENCE)
+            dist.init_process_group(
+                both, timeout=PATIENCE, store=store, rank=self.rank, world_size=self.size
+            )
+        else:
+            dist.init_process_group(both, timeout=PATIENCE)
         try:
             yield
         except RuntimeError as error:
@@ -226,13 +237,22 @@ def sharding_of(config: Config, world_size: int) -> Sharding:
     return "fsdp" if config.hardware.distributed == "fsdp" else "ddp"
 
 
-def shared_store() -> dist.TCPStore:
+def shared_store() -> dist.Store:
     """Where the processes have found each other, and keep small values for each other.
 
-    torchrun keeps it, so that it outlives them. Raises torch's DistError once it is gone.
+    It outlives them where :func:`has_lasting_store` says so. Raises RuntimeError once it is gone.
     """
+    file = os.environ.get(STORE_VARIABLE)
+    if file:
+        return dist.FileStore(file, -1)  # of an unknown number: none of them removes it
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=10))
+
+
+def has_lasting_store() -> bool:
+    """Does whoever started the processes keep their store, as --nproc and torchrun do?"""
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return agent or STORE_VARIABLE in os.environ
 
 
 def explained(error: BaseException) -> BaseException:

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ import torch
 from apt_core.errors import TrainingError
 from apt_core.training import checkpoint
 from apt_core.training.checkpoint import Checkpoint
+from apt_core.training.child_process import apt_train_command
 
 VOLATILE = ("tokens_per_s", "mfu", "memory_mb", "time/")
 """Beginnings of the names of figures that are of the machine, not of the training."""
@@ -35,8 +35,9 @@ TAIL = 20
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was compared, and every difference. ``notes`` tell of what was not compared, and of
-    differences of plugins' own metrics, which need not be functions of the training."""
+    """What was compared, and every difference. ``notes`` tell of plugins that failed, of what was
+    not compared, and of differences of plugins' own metrics, which need not be functions of the
+    training."""
 
     compared: list[str]
     differences: list[str]
@@ -52,7 +53,7 @@ def verify_resume(arguments: Sequence[str], folder: Path, steps: int) -> Verdict
     """
     every = ("training.log_every_steps=1", "training.keep_last=0", "evaluation.sample_tokens=0")
     settings = [word for setting in every for word in ("--set", setting)]
-    command = [sys.executable, "-m", "apt_core", "train", *arguments, *settings]
+    command = apt_train_command([*arguments, *settings])
     until = ["--stop-at-step", str(steps)]
     whole, killed = folder / "in_one_go", folder / "killed_and_resumed"
     _run([*command, "--output", str(whole), *until])
@@ -91,7 +92,7 @@ def _run_until(command: Sequence[str], appears: Path) -> None:
 
 
 def _descendants(pid: int) -> Iterator[int]:
-    """The processes that ``pid`` has started, and those that these have: torchrun's workers are in
+    """The processes that ``pid`` has started, and those that these have: those of --nproc are in
     sessions of their own. The innermost first."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -133,8 +134,28 @@ def _compare(whole: Path, killed: Path, half: int, steps: int) -> Verdict:
             f"nothing was compared of {', '.join(waiting)}, not enabled after {steps} steps: "
             "bring the schedule forward (schedules.enable_…_at_step) to try a resume with it"
         )
+    notes = _failures({"in one go": expected, "resumed": actual}) + notes
     compared += ["the rest of the state", f"{rows} rows of metrics after step {half}"]
     return Verdict(compared, sorted(differences) + row_differences, notes)
+
+
+def _failures(found: Mapping[str, Checkpoint]) -> list[str]:
+    """What failed of each plugin, and in which of the runs."""
+    runs_of: dict[str, list[str]] = {}
+    for run, saved in found.items():
+        for name, record in saved.state["plugin_records"].items():
+            # One failure stands for those after it, which a quarantine cuts short.
+            for failure in record["failures"][:1]:
+                place = f" at {failure['where']}" if failure["where"] else ""
+                text = (
+                    f"plugin {name} is {record['state']}: it failed in {failure['hook']}{place}: "
+                    f"{failure['error']}"
+                )
+                runs_of.setdefault(text, []).append(run)
+    return [
+        f"{text} ({' and '.join(runs)}); what it did not do was not compared"
+        for text, runs in sorted(runs_of.items())
+    ]
 
 
 def _tensors(kind: str, found: Checkpoint) -> Mapping[str, torch.Tensor]:

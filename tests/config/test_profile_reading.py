@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,6 +63,16 @@ def test_the_folder_profiles_comes_before_the_installed_ones() -> None:
 @pytest.mark.parametrize("asked", ["tiny_debug", "tiny_debug.yaml", "base", "gpt5_moe_reasoning"])
 def test_installed_profiles_are_found_by_bare_name(asked: str) -> None:
     assert read_profile(asked).data["name"] == asked.removesuffix(".yaml")
+
+
+def test_a_folder_profiles_on_the_import_path_hides_no_installed_one(
+    monkeypatch: pytest.MonkeyPatch, in_empty_folder: Path
+) -> None:
+    """As ``python -m`` puts the working directory there."""
+    write("profiles/__init__.py", "")
+    monkeypatch.syspath_prepend(str(in_empty_folder))
+    monkeypatch.delitem(sys.modules, "profiles", raising=False)
+    assert read_profile("tiny_debug").data["name"] == "tiny_debug"
 
 
 def test_profiles_are_listed() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,19 @@ def test_importing_imports_no_torch(module: str, folder: Path) -> None:
 @pytest.mark.parametrize("command", [*COMMANDS, *(f"hooks {verb} --help" for verb in VERBS)])
 def test_looking_imports_no_torch(command: str, folder: Path) -> None:
     assert python(RUN, *command.split(), folder=folder) == [0, False]
+
+
+def test_the_working_directory_comes_last_on_the_import_path(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plugin there may have the name of a library. A checkout is run from where it lies."""
+    monkeypatch.setattr(sys, "argv", ["apt", "--help"])
+    rest = [entry for entry in sys.path if entry not in ("", str(ROOT))]
+    for here, expected in ((folder, [*rest, str(folder)]), (ROOT, [str(ROOT), *rest])):
+        monkeypatch.chdir(here)
+        monkeypatch.setattr(sys, "path", [str(here), *rest])
+        runpy.run_module("apt_core", run_name="__main__")
+        assert sys.path == expected
 
 
 def test_the_verbs_are_all_of_them() -> None:

@@ -22,7 +22,8 @@ from apt_core.training.checkpoint import load, newest_intact
 from apt_core.training.tensor_files import SavedTensors
 
 ROOT = Path(__file__).parents[2]
-APT_TRAIN = [sys.executable, "-m", "apt_core", "train"]
+# As the console script: without the working directory on the import path.
+APT_TRAIN = [sys.executable, "-P", "-m", "apt_core", "train"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TWO = ["--nproc", "2", "--training.grad_accum_steps", "1"]
 
@@ -55,6 +56,33 @@ def apt_loss_terms(trainer, output):
 """
 
 
+WANDB = """
+import os, stat
+from pathlib import Path
+import wandb
+from apt_core import hookimpl
+
+def listening(pid):
+    "Addresses at which a process waits for others, as the kernel prints them."
+    found = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        link = os.readlink(descriptor) if descriptor.is_symlink() else ""
+        if link.startswith("socket:["):
+            found.add(link[8:-1])
+    tables = [Path(f"/proc/{pid}/net/{name}") for name in ("tcp", "tcp6")]
+    rows = [line.split() for table in tables for line in table.read_text().splitlines()[1:]]
+    return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in found]
+
+@hookimpl
+def on_training_start(trainer):
+    addresses = [*listening(os.getpid()), *listening(os.getppid())]
+    store = Path(os.environ["APT_STORE"]).parent
+    text = f"{wandb.NAME} {stat.S_IMODE(store.stat().st_mode):o} {' '.join(addresses)}"
+    (trainer.output_dir / f"{trainer.rank}.txt").write_text(text)
+"""
+LOOPBACK = ("0100007F", "0" * 24 + "01000000")
+
+
 @pytest.fixture
 def arguments(profile: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """The words after ``apt-train`` for a run in ``tmp_path / name``."""
@@ -75,13 +103,23 @@ def dies(tmp_path: Path) -> str:
     return str(path)
 
 
-def environment(mode: str = "") -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MODE": mode}
+def environment(mode: str = "", imports: Sequence[Path] = (ROOT,)) -> dict[str, str]:
+    path = os.pathsep.join(map(str, imports))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MODE": mode}
 
 
-def train(words: Sequence[str], mode: str = "", program: Sequence[str] = APT_TRAIN) -> Any:
+def train(
+    words: Sequence[str],
+    mode: str = "",
+    program: Sequence[str] = APT_TRAIN,
+    imports: Sequence[Path] = (ROOT,),
+) -> Any:
     return subprocess.run(
-        [*program, *words], env=environment(mode), capture_output=True, text=True, timeout=120
+        [*program, *words],
+        env=environment(mode, imports),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -96,11 +134,25 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_of_two_processes_speaks_with_one_voice(
-    arguments: Callable[..., list[str]], tmp_path: Path
+def test_a_run_of_two_processes_speaks_with_one_voice_and_is_closed_to_others(
+    arguments: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = train(arguments("--training.max_steps=6", *TWO))
+    """A plugin in the working directory has the name of the library that it uses, and a file the
+    name of one that every run uses."""
+    library = tmp_path / "library"
+    library.mkdir()
+    (library / "wandb.py").write_text("NAME = 'library'\n", encoding="utf-8")
+    (tmp_path / "wandb.py").write_text(WANDB, encoding="utf-8")
+    (tmp_path / "numpy.py").write_text("raise RuntimeError('not numpy')\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    words = arguments("--training.max_steps=6", "--plugin", "wandb.py", *TWO)
+    done = train(words, imports=[ROOT, library])
     assert (done.returncode, done.stderr) == (0, "")
+    for rank in range(2):
+        text = (tmp_path / "run" / f"{rank}.txt").read_text()
+        name, mode, *addresses = text.split()
+        assert (name, mode) == ("library", "700")
+        assert addresses and set(addresses) <= set(LOOPBACK), addresses
     lines = done.stdout.splitlines()
     for begins in ("model built:", "Epoch 1/", "checkpoint:", "finished:", "tokenizer:"):
         found = [line for line in lines if line.startswith(begins)]

@@ -49,6 +49,11 @@ def apt_load_state_dict(trainer, state):
 def on_step_start():
     globals()["since"] += 1
 """
+FAILS = """
+@hookimpl
+def on_metrics():
+    raise ValueError("broken")
+"""
 QUICK = (
     "--hardware.num_threads", "1", "--model.dropout", "0.1", "--training.grad_accum_steps", "2",
     "--training.ema_decay", "0.9", "--evaluation.eval_freq", "3", "--stop-at-step", "8",
@@ -97,6 +102,15 @@ def test_a_part_of_a_plugins_state_that_is_not_restored_is_found(verify):
     assert "differs: plugins: counting.seen#0" in out
     assert "differs: the state of plugin counting" in out
     assert "2 differences" in err
+
+
+def test_a_plugin_that_fails_is_told_beside_the_verdict(verify):
+    code, out, err = verify(PLUGIN + KEEPS_ITS_STATE + FAILS)
+    assert code == 0, out + err
+    assert "bit-equal: " in out
+    assert "note: plugin counting is " in out
+    assert "failed in on_metrics at " in out
+    assert "ValueError: broken (in one go and resumed); what it did not do was not compared" in out
 
 
 def test_a_plugin_that_is_not_enabled_yet_is_said_not_to_be_compared(verify):

@@ -1,0 +1,22 @@
+"""Starting ``apt-train`` in another process that imports what this one does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+
+
+def apt_train_command(arguments: Sequence[str]) -> list[str]:
+    """The command of a process that runs ``apt-train ARGUMENTS``.
+
+    It has this interpreter's options and import path. ``python -m`` would put the working directory
+    first on that path, so that a file there, called as a library is, were imported in its place.
+    """
+    path = [entry for entry in sys.path if isinstance(entry, str)]
+    start = (
+        f"import sys; sys.path[:] = {path!a}; sys.argv[0] = 'apt-train'; "
+        "from apt_core.cli.train import main; main()"
+    )
+    options = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    return [sys.executable, *options, "-c", start, *arguments]
