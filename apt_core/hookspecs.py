@@ -359,7 +359,8 @@ def apt_metrics(trainer: Any) -> Mapping[str, float]:
     """Report numbers of your own.
 
     When: each log interval. Returns: ``{name: number}``; they are written to ``metrics.jsonl``
-    and passed to ``on_metrics`` as ``<plugin>/<name>``.
+    and passed to ``on_metrics`` as ``<plugin>/<name>``. A plugin that is called ``loss``,
+    ``schedule`` or ``time`` as metrics of the core are, or has a slash in its name, is refused.
     Ranks: every one asks; what the first says is written.
 
     Example::
@@ -376,9 +377,10 @@ def apt_metrics(trainer: Any) -> Mapping[str, float]:
 def on_metrics(metrics: Mapping[str, float], step: int) -> None:
     """A row of metrics was written: what loggers implement. On the first rank only.
 
-    Training rows have ``epoch tokens loss lr grad_norm tokens_per_s mfu memory_mb`` and, in
+    Training rows have ``epoch tokens loss lr grad_norm tokens_per_s mfu memory_mb``, the parts of
+    the loss (``loss/cross_entropy``, and ``loss/<plugin>.<name>`` of each term) and, in
     milliseconds, where the time of a step went (``time/…``); evaluation rows ``val_loss val_ppl
-    val_bpb val_tokens``.
+    val_bpb val_tokens``. ``val_loss`` compares with ``loss/cross_entropy``.
 
     Example::
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from math import inf
+from math import inf, isnan
 from typing import TYPE_CHECKING, Any
+
+from apt_core.metric_names import CROSS_ENTROPY
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -118,12 +120,15 @@ class ProgressDisplay:
             self._progress = None
 
     def update(self, step: int, epoch: int, row: Mapping[str, Any]) -> None:
-        """Show a row of metrics: ``loss``, ``lr``, ``tokens_per_s``, and where it has them ``mfu``
-        and ``skipped_steps``."""
+        """Show a row of metrics: the cross-entropy, ``lr``, ``tokens_per_s``, and where it has them
+        the ``loss`` with the terms of plugins, ``mfu`` and ``skipped_steps``."""
         if self._console is None:
             return
-        parts = [f"loss {row['loss']:.3f}", f"lr {row['lr']:.1e}",
+        loss, entropy = row["loss"], row.get(CROSS_ENTROPY, row["loss"])
+        parts = [f"loss {entropy:.3f}", f"lr {row['lr']:.1e}",
                  f"{rate(row['tokens_per_s'])} tok/s"]  # fmt: skip
+        if loss != entropy and not (isnan(loss) and isnan(entropy)):
+            parts[0] += f" ({loss:.3f} with terms)"
         if "mfu" in row:
             parts.append(f"mfu {row['mfu']:.0%}")
         if "skipped_steps" in row:

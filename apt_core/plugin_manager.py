@@ -19,8 +19,18 @@ import pluggy
 
 from apt_core import hookspecs
 from apt_core.errors import ConfigError, PluginError, Problem, StopTraining
-from apt_core.hook_calls import PASSES, Call, Owned, Plan, run_wrapped, timed, values_of
+from apt_core.hook_calls import (
+    PASSES,
+    Call,
+    Owned,
+    Plan,
+    run_wrapped,
+    timed,
+    timed_wrapper,
+    values_of,
+)
 from apt_core.markers import PROJECT, Priority
+from apt_core.metric_names import why_not
 from apt_core.plugin_names import normalized_name, short_name
 from apt_core.plugin_records import PluginRecord
 from apt_core.requirements import unmet
@@ -36,6 +46,9 @@ log = logging.getLogger("apt.plugins")
 
 JUDGES = ("apt_configure", "apt_transform_model")
 """Hooks in which a ConfigError is no failure of the plugin but bad input."""
+
+TIMED = ("on_step_start", "apt_loss_terms", "on_backward_end", "on_step_end")
+"""Hooks that are called within a step, and not by one another: their times add up."""
 
 
 class PluginManager(pluggy.PluginManager):
@@ -63,7 +76,7 @@ class PluginManager(pluggy.PluginManager):
         self._plans: dict[str, Plan] = {}
         self._other_plans: dict[str, Plan] = {}
         self._timing = False
-        self._seconds: dict[str, list[float]] = {}
+        self._seconds: dict[tuple[str, str], list[float]] = {}
         self._telling = False
         self._pending: PluginError | None = None
         self.add_hookspecs(hookspecs)
@@ -94,6 +107,8 @@ class PluginManager(pluggy.PluginManager):
         taken = self.get_name(plugin)
         if taken is not None and taken != name:
             problems.append(Problem(f"it is active already as {taken!r}", key=f"plugin {name}"))
+        if self._gives_metrics(plugin) and (reason := why_not(name)):
+            problems.append(Problem(reason, key=f"plugin {name}", hint="give it another name"))
         info = plugin_info(plugin)
         problems += self._unusable(name, info)
         if problems:
@@ -105,6 +120,13 @@ class PluginManager(pluggy.PluginManager):
         record.version = record.version or info.version
         self.records[name] = record
         return name
+
+    def _gives_metrics(self, plugin: Any) -> bool:
+        for attribute in dir(plugin):
+            options = implementation_options(plugin, attribute)
+            if options and (options.get("specname") or attribute) == "apt_metrics":
+                return True
+        return False
 
     def _unusable(self, name: str, info: PluginInfo) -> list[Problem]:
         reasons = [(f"it cannot be used: {reason}", "") for reason in unmet(info.requires)]
@@ -283,15 +305,16 @@ class PluginManager(pluggy.PluginManager):
     # Plans -----------------------------------------------------------------------------------
 
     def time_calls(self, on: bool) -> None:
-        """Time the calls of every plugin from now on, or no more. Both kinds of plans are kept, so
-        that turning it on for a single step costs nothing."""
+        """Time what every plugin does within a step (the TIMED hooks) from now on, or no more. Both
+        kinds of plans are kept, so that turning it on for a single step costs nothing."""
         if on != self._timing:
             self._timing = on
             self._plans, self._other_plans = self._other_plans, self._plans
 
-    def take_call_seconds(self) -> dict[str, float]:
-        """By plugin, the seconds of its calls that were timed since they were last taken."""
-        taken = {plugin: sum(seconds) for plugin, seconds in self._seconds.items() if seconds}
+    def take_call_seconds(self) -> dict[tuple[str, str], float]:
+        """By (hook, plugin), the seconds of the calls that were timed since they were last
+        taken."""
+        taken = {key: sum(seconds) for key, seconds in self._seconds.items() if seconds}
         for seconds in self._seconds.values():
             seconds.clear()
         return taken
@@ -328,11 +351,12 @@ class PluginManager(pluggy.PluginManager):
         priority = own if record is None or record.priority is None else record.priority
         function = method.function
         argnames = tuple(inspect.signature(function).parameters)
-        if self.shared_timings is not None and not method.wrapper:
-            key = (hook_name, method.plugin_name)
-            function = timed(function, self.shared_timings.setdefault(key, []))
-        if self._timing and not method.wrapper:
-            function = timed(function, self._seconds.setdefault(method.plugin_name, []))
+        key = (hook_name, method.plugin_name)
+        timing = timed_wrapper if method.wrapper else timed
+        if self.shared_timings is not None:
+            function = timing(function, self.shared_timings.setdefault(key, []))
+        if self._timing and hook_name in TIMED:
+            function = timing(function, self._seconds.setdefault(key, []))
         return Call(function, argnames, method.plugin_name, hook_name, priority, method.wrapper)
 
     def _may_run(self, call: Call, dormant: bool) -> bool:

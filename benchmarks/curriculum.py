@@ -72,8 +72,7 @@ class Watch:
     @hookimpl
     def on_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         if "loss" in metrics:
-            terms = sum(value for name, value in metrics.items() if name.startswith("loss/"))
-            self.run.loss[step] = metrics["loss"] - terms
+            self.run.loss[step] = metrics["loss/cross_entropy"]
 
 
 def train(task: Task) -> Run:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apt_core.data.batches import IGNORED, Batch
+from apt_core.metric_names import of_term
 from apt_core.types import ModelOutput
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def loss_terms(trainer: Trainer, batch: Batch, output: ModelOutput) -> Iterator[
         "apt_loss_terms", trainer=trainer, batch=batch, output=output
     ):
         try:
-            checked = [(f"loss/{plugin}.{name}", _scalar(term)) for name, term in terms.items()]
+            checked = [(of_term(plugin, name), _scalar(term)) for name, term in terms.items()]
         except (TypeError, ValueError, AttributeError) as error:
             trainer.manager.fail(plugin, "apt_loss_terms", error)
             continue

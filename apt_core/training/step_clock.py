@@ -15,30 +15,30 @@ class StepClock:
 
     ``lap`` ends a stretch and says what it was. On a CPU every step counts. A GPU works behind the
     host's back, so there the step for which ``sampling`` is set counts alone, by events on the
-    device, and nothing waits for them before :meth:`read`.
+    device, and nothing waits for them before :meth:`read`. ``steps`` is how many count by now.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.sampling = False
-        self._on_device = device.type == "cuda"
+        self.every_step = device.type != "cuda"
         self._seconds = dict.fromkeys(PARTS, 0.0)
-        self._steps = 0
+        self.steps = 0
         self._last = 0.0
         self._events: list[tuple[str, Any]] = []
 
     def start(self, *, sampling: bool) -> None:
         """A step begins."""
         self.sampling = sampling
-        if self._on_device:
+        if not self.every_step:
             if sampling:
-                self._events = [("", self._event())]
+                self._events, self.steps = [("", self._event())], 1
             return
-        self._steps += 1
+        self.steps += 1
         self._last = perf_counter()
 
     def lap(self, part: str) -> None:
         """What has passed since the last lap was ``part``."""
-        if self._on_device:
+        if not self.every_step:
             if self.sampling:
                 self._events.append((part, self._event()))
             return
@@ -48,9 +48,9 @@ class StepClock:
 
     def read(self) -> dict[str, float]:
         """Milliseconds of a step by part, since the last reading; waits for the device."""
-        if self._on_device:
+        if not self.every_step:
             return self._read_events()
-        steps, self._steps = max(1, self._steps), 0
+        steps, self.steps = max(1, self.steps), 0
         milliseconds = {part: 1e3 * value / steps for part, value in self._seconds.items()}
         self._seconds = dict.fromkeys(PARTS, 0.0)
         return milliseconds
@@ -60,7 +60,7 @@ class StepClock:
         torch.cuda.synchronize()
         for (_, before), (part, after) in zip(self._events, self._events[1:], strict=False):
             milliseconds[part] += before.elapsed_time(after)
-        self._events = []
+        self._events, self.steps = [], 0
         return milliseconds
 
     @staticmethod

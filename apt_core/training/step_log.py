@@ -14,6 +14,7 @@ from torch import Tensor
 from apt_core.data.batches import cut_windows
 from apt_core.device import peak_memory_bytes
 from apt_core.errors import TrainingError
+from apt_core.metric_names import CROSS_ENTROPY, of_parameter, of_plugin, of_time
 from apt_core.monitor import Throughput
 from apt_core.training.costs import BACKWARD_AND_FORWARD, model_cost
 from apt_core.training.peak import measured_peak_flops
@@ -51,36 +52,39 @@ class StepLog:
         self.throughput = Throughput()
 
     def write(
-        self, loss: Tensor, grad_norm: Tensor, lr: float, terms: Mapping[str, Tensor]
+        self, loss: Tensor, grad_norm: Tensor, lr: float, shares: Mapping[str, Tensor]
     ) -> dict[str, Any]:
         """Write the row of the step that was just taken, and return it.
 
-        Raises TrainingError after too many steps in a row that were not finite.
+        ``loss`` is that of all processes, ``shares`` the parts that it has in this one: the
+        cross-entropy, and the terms of plugins. Raises TrainingError after too many steps in a row
+        that were not finite.
         """
         trainer = self._trainer
-        own = {name: term.item() for name, term in terms.items()}
-        skipped, in_a_row = self.tell_skipped(
-            [n for n, value in own.items() if not isfinite(value)]
-        )
+        own = {name: share.item() for name, share in shares.items()}
+        parts = _summed(trainer.world.gather(own), loss.item())
+        # Terms of an output that is not finite are not either.
+        bad = [name for name, value in parts.items() if not isfinite(value)]
+        bad = [] if CROSS_ENTROPY in bad else bad
+        skipped, in_a_row = self.tell_skipped(bad)
         row: dict[str, Any] = {
             "step": trainer.step,
             "epoch": trainer.epoch,
             "tokens": trainer.tokens,
             "loss": loss.item(),
+            CROSS_ENTROPY: parts.pop(CROSS_ENTROPY),
             "lr": lr,
             "grad_norm": grad_norm.item(),
             **self._speed(),
         }
-        shares = trainer.world.gather(own)
-        for name in dict.fromkeys(name for share in shares for name in share):
-            row[name] = sum(share.get(name, 0.0) for share in shares) / len(shares)
+        row |= parts
         if skipped:
             row["skipped_steps"] = skipped
         for name in trainer.schedule.annealed:
-            row[f"schedule/{name}"] = trainer.param(name)
+            row[of_parameter(name)] = trainer.param(name)
         for plugin, metrics in trainer.manager.call_each("apt_metrics", trainer=trainer):
             try:
-                row.update({f"{plugin}/{name}": float(v) for name, v in metrics.items()})
+                row.update({of_plugin(plugin, name): float(v) for name, v in metrics.items()})
             except (TypeError, ValueError, AttributeError) as error:
                 trainer.manager.fail(plugin, "apt_metrics", error)
         trainer.folder.write_metrics(row)
@@ -88,7 +92,6 @@ class StepLog:
         if trainer.world.is_first:
             trainer.manager.hook.on_metrics(metrics=dict(row), step=trainer.step)
         if in_a_row >= trainer.config.training.max_nonfinite_steps:
-            bad = [name for name in own if not isfinite(row[name])]
             raise TrainingError(
                 f"{in_a_row} steps in a row had a loss or gradient that is not finite, the last "
                 f"one step {trainer.step}: "
@@ -155,12 +158,26 @@ class StepLog:
             used = self._flops_per_token * tokens_per_s / trainer.world_size
             row["mfu"] = float(f"{used / self._peak_flops:.3g}")
         row["memory_mb"] = self._memory_mb()
-        for part, milliseconds in trainer.clock.read().items():
-            row[f"time/{part}_ms"] = round(milliseconds, 3)
-        for plugin, seconds in trainer.manager.take_call_seconds().items():
-            row[f"time/hooks/{plugin}_ms"] = round(1e3 * seconds, 3)
-        # What hooks do from here to the next step is no part of a step.
-        trainer.manager.time_calls(False)
+        return row | self._time()
+
+    def _time(self) -> dict[str, float]:
+        """Milliseconds of a step by part, and within two of the parts by plugin."""
+        trainer = self._trainer
+        steps = max(1, trainer.clock.steps)
+        whole = trainer.clock.read()
+        row = {of_time(part): round(milliseconds, 3) for part, milliseconds in whole.items()}
+        shares: dict[str, dict[str, float]] = {"hooks": {}, "loss_terms": {}}
+        for (hook, plugin), seconds in trainer.manager.take_call_seconds().items():
+            share = shares["loss_terms" if hook == "apt_loss_terms" else "hooks"]
+            share[plugin] = share.get(plugin, 0.0) + 1e3 * seconds / steps
+        for kind, part in (("hooks", "hooks"), ("loss_terms", "forward_backward")):
+            # A plugin that waits for a GPU waits for more than is the part's own.
+            total = sum(shares[kind].values())
+            factor = min(1.0, whole[part] / total) if total else 0.0
+            row |= {
+                of_time(kind, plugin): round(factor * milliseconds, 3)
+                for plugin, milliseconds in shares[kind].items()
+            }
         return row
 
     def _dump(self, step: int) -> None:
@@ -182,3 +199,11 @@ class StepLog:
                 "input_ids": batch.input_ids.tolist(),
             },
         )
+
+
+def _summed(shares: Sequence[Mapping[str, float]], loss: float) -> dict[str, float]:
+    """The parts of the loss by name, from those of each process; the cross-entropy first, which
+    without any term is the loss to the bit."""
+    names = dict.fromkeys(name for share in shares for name in share)
+    parts = {n: sum(share.get(n, 0.0) for share in shares) / len(shares) for n in names}
+    return parts if len(parts) > 1 else {CROSS_ENTROPY: loss}

@@ -21,6 +21,7 @@ from apt_core.errors import PluginError, StopTraining, TrainingError
 from apt_core.failures import one_line
 from apt_core.kernel import Kernel, boot
 from apt_core.log import keeping_backlog
+from apt_core.metric_names import CROSS_ENTROPY
 from apt_core.modeling.init import seed_of
 from apt_core.monitor import ProgressDisplay
 from apt_core.plugin_manager import PluginManager
@@ -277,7 +278,7 @@ class Trainer:
                 logged = step % training.log_every_steps == 0 or step == self.total_steps
                 self.manager.step = step
                 self._at = step, self.tokens
-                self.manager.time_calls(logged)
+                self.manager.time_calls(logged or clock.every_step)
                 if self._enabling.enable_due():
                     self._enabling.tell_parameters(f"step {step}")
                 clock.start(sampling=logged)
@@ -291,6 +292,7 @@ class Trainer:
                 # Gradients are averaged over the processes, and are to be their sum.
                 scale = torch.full((), world.size / targets, device=device)
                 total: Tensor | float = 0.0
+                entropy: Tensor | float = 0.0
                 terms = self._terms = {}
                 self.optimizer.zero_grad(set_to_none=True)
                 for micro, batch in enumerate(batches):
@@ -301,6 +303,8 @@ class Trainer:
                     with autocast(device, self.parts.dtype):
                         output = self.parts.forward(batch.input_ids)
                         summed = cross_entropy_sum(output, batch)
+                    if logged:
+                        entropy = summed.detach() + entropy
                     for name, term in loss_terms(self, batch, output):
                         if not batch.num_targets:  # padding, of which a mean may be no number
                             continue
@@ -344,7 +348,8 @@ class Trainer:
 
                 self.stopping.check_limits(step)
                 if logged:
-                    shares = {name: term * scale for name, term in terms.items()}
+                    shares = {CROSS_ENTROPY: entropy * scale}
+                    shares |= {name: term * scale for name, term in terms.items()}
                     lr = training.learning_rate * factor
                     row = self.step_log.write(loss, grad_norm, lr, shares)
                     self._display.update(step, epoch, row)
@@ -390,7 +395,7 @@ class Trainer:
             "Epoch %d/%d: loss=%.3f  held out: loss=%.3f ppl=%.2f bits/byte=%.3f",
             epoch,
             self.config.training.max_epochs,
-            self.metrics.get("loss", float("nan")),
+            self.metrics.get(CROSS_ENTROPY, float("nan")),
             scores["val_loss"],
             scores["val_ppl"],
             scores["val_bpb"],

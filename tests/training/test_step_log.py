@@ -12,10 +12,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from apt_core import hookimpl
+from apt_core import ConfigError, hookimpl
 from apt_core.cli.hooks import app as hooks_app
 from apt_core.cli.run_command import run_command
+from apt_core.errors import TrainingError
 from apt_core.monitor import ProgressDisplay
+from apt_core.plugin_manager import PluginManager
 from apt_core.testing import tiny_run
 from apt_core.training.peak import measured_peak_flops
 from apt_core.training.step_clock import PARTS
@@ -159,6 +161,61 @@ def test_the_time_of_a_hook_is_its_plugins_alone(every):
         assert row["time/hooks/quick_ms"] < row["time/hooks/sleepy_ms"]
 
 
+class Terms:
+    """Takes 4 ms of every forward."""
+
+    @hookimpl
+    def apt_loss_terms(self, output: Any) -> dict[str, Any]:
+        time.sleep(0.004)
+        return {"small": 0.25 * output.logits.square().mean()}
+
+
+class Around:
+    """Takes 6 ms before and after what the others do, every third time 4 more."""
+
+    @hookimpl(wrapper=True)
+    def on_backward_end(self, step: int) -> Any:
+        time.sleep(0.003)
+        yield
+        time.sleep(0.003 + 0.004 * (step % 3 == 1))
+
+    @hookimpl
+    def on_plugin_enabled(self) -> None:
+        time.sleep(0.03)
+
+
+class Metrics(Quick):
+    @hookimpl
+    def apt_metrics(self) -> dict[str, float]:
+        time.sleep(0.03)
+        return {"x": 1.0}
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_times_of_plugins_are_parts_of_their_part_of_the_step(every):
+    run = tiny_run(
+        Sleepy(),
+        Terms(),
+        Around(),
+        Metrics(),
+        steps=6,
+        overrides={
+            "training.log_every_steps": every,
+            "evaluation.eval_freq": 1,
+            "schedules.enable_metrics_at_step": 2,
+        },
+    )
+    for row in of_steps(run):
+        hooks = {k: v for k, v in row.items() if k.startswith("time/hooks/")}
+        assert set(hooks) <= {f"time/hooks/{name}_ms" for name in ("sleepy", "around", "metrics")}
+        # Each figure is rounded.
+        assert sum(hooks.values()) <= row["time/hooks_ms"] + 0.002
+        assert hooks["time/hooks/sleepy_ms"] >= 5
+        # Also what comes in steps without a row: the whole and its parts are means of the same.
+        assert hooks["time/hooks/around_ms"] >= 6 + (every == 3) * 4 / 3
+        assert 4 <= row["time/loss_terms/terms_ms"] <= row["time/forward_backward_ms"] + 0.002
+
+
 class Failing:
     """Fails until it is not called any more."""
 
@@ -218,6 +275,72 @@ def test_the_trace_and_the_rows_time_the_same_calls(profile, tmp_path, capsys, e
     rows = [row for row in map(json.loads, lines) if "loss" in row]
     assert all(row["time/hooks/slow_ms"] >= 5 for row in rows)
     assert "time/hooks/failing_ms" not in rows[-1]
+
+
+# The loss and its parts
+
+
+def test_the_cross_entropy_is_logged_apart_from_the_terms_of_plugins(tmp_path):
+    """In every row, to the bit as without terms; also in steps of several micro-batches, in the
+    short step that ends an epoch, and before a plugin is enabled."""
+    out = StringIO()
+    overrides = {
+        "training.log_every_steps": 1,
+        "training.grad_accum_steps": 3,
+        "training.batch_size": 3,
+        "training.learning_rate": 1e-30,
+    }
+    run = tiny_run(
+        Terms(),
+        overrides={**overrides, "schedules.enable_terms_at_step": 3},
+        output=tmp_path / "run",
+        console=Console(file=out, width=200),
+    )
+    plain = of_steps(tiny_run(overrides=overrides))
+    rows = of_steps(run)
+    assert [row["loss/cross_entropy"] for row in rows] == [row["loss"] for row in plain]
+    assert all(row["loss/cross_entropy"] == row["loss"] for row in plain)
+    for row in rows:
+        assert ("loss/terms.small" in row) == (row["step"] >= 3)
+        parts = [value for name, value in row.items() if name.startswith("loss/")]
+        assert row["loss"] == pytest.approx(sum(parts), rel=1e-6)
+    last = rows[-1]
+    assert last["loss"] > last["loss/cross_entropy"]
+    shown = f"loss {last['loss/cross_entropy']:.3f} ({last['loss']:.3f} with terms)"
+    assert shown in out.getvalue()
+    said = (tmp_path / "run" / "log.txt").read_text()
+    assert f"Epoch 2/2: loss={last['loss/cross_entropy']:.3f}  held out" in said
+
+
+def test_a_term_is_not_blamed_where_the_cross_entropy_is_not_finite_either():
+    class Spoils:
+        @hookimpl
+        def on_step_start(self, trainer: Any) -> None:
+            with torch.no_grad():
+                trainer.model.embedding.weight.fill_(float("nan"))
+
+    overrides = {"training.log_every_steps": 1, "training.max_nonfinite_steps": 2}
+    with pytest.raises(TrainingError) as caught:
+        tiny_run(Spoils(), Terms(), overrides=overrides)
+    assert "loss/terms.small" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["time", "schedule", "loss", "Time", "time/hooks", "a/b"])
+def test_no_plugin_writes_where_the_core_does(name):
+    manager = PluginManager()
+    with pytest.raises(ConfigError, match="metrics of this plugin would be called"):
+        manager.register(Metrics(), name)
+    manager.register(Sleepy(), name)  # it has no metrics of its own
+
+
+def test_the_name_of_a_metric_is_a_text():
+    class Numbered:
+        @hookimpl
+        def apt_metrics(self) -> dict[Any, float]:
+            return {1: 2.0}
+
+    run = tiny_run(Numbered(), strict=False, steps=2)
+    assert "is a int, not a text" in run.manager.records["numbered"].failures[0].error
 
 
 # Evaluations
