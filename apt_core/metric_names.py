@@ -1,4 +1,4 @@
-"""The names of the figures in a row of metrics: which are the core's own, and how a plugin's begin."""
+"""Names in rows of metrics: which are the core's own, and how those of plugins begin."""
 
 from __future__ import annotations
 

@@ -121,20 +121,19 @@ def line_chart(
     log: bool | None = None,
     zero: bool = False,
 ) -> Chart | None:
-    """Curves over steps, or None where no value is finite.
+    """Curves over steps, or None where no step has a value.
 
     ``log`` is chosen from the values where it is not given. A step whose value is not finite is a
-    gap in the curve with a cross below it.
+    gap in the curve with a cross below it; where none is finite there are crosses alone.
     """
     given = [_within(curve, steps) for curve in curves]
     values = [v for curve in given if (v := curve.series.finite.y).size]
-    if not values:
+    if not any(curve.series.x.size for curve in given):
         return None
     if log is None:
-        log = not zero and wants_log(np.concatenate(values))
-    axis = Axis.around(values, log=log, zero=zero)
+        log = not zero and bool(values) and wants_log(np.concatenate(values))
+    axis = Axis.around(values, log=log, zero=zero) if values else Axis(0.0, 1.0)
     lines, data = [], []
-    gaps: dict[float, str] = {}
     for curve in given:
         x, y = _thinned(curve.series, steps, buckets)
         across, up = steps.share(x), axis.share(y)
@@ -145,13 +144,11 @@ def line_chart(
         good = np.isfinite(y)
         if good.any():
             data.append(_values(curve.label, curve.color, x[good], y[good]))
-        for share, step in zip(across[~good], x[~good], strict=True):
-            gaps[frame.x(share)] = f"step {step:,.0f}"
         if curve.noisy:
             x, y = _thinned(smoothed(curve.series), steps, buckets // 2)
             d = _path(frame, steps.share(x), axis.share(y))
             lines.append(Path(d, curve.color % 8, f"{label}, running mean"))
-    notes = ["log scale"] if log else []
+    notes = ["log scale"] if log and values else []
     if len(given) == 1 and given[0].noisy:
         notes.append("with its running mean")
     missing = sum(int((~np.isfinite(c.series.y)).sum()) for c in given)
@@ -162,10 +159,10 @@ def line_chart(
         summary=_summary(given),
         frame=frame,
         x_ticks=[(frame.x(s), text) for s, text in steps.ticks(8 if frame is WIDE else 4)],
-        y_ticks=[(frame.y(s), text) for s, text in axis.ticks(5 if frame is WIDE else 4)],
+        y_ticks=[(frame.y(s), text) for s, text in axis.ticks(5 if frame is WIDE else 4) if values],
         lines=lines,
         marks=_marks(marks, steps, frame),
-        gaps=list(gaps.items()),
+        gaps=_gaps(given, steps, frame, buckets),
         notes=notes,
         data=_scales(frame, steps, axis) | {"series": data},
     )
@@ -212,14 +209,37 @@ def is_noisy(series: Series) -> bool:
 
 
 def _within(curve: Curve, steps: Axis) -> Curve:
-    x, y = curve.series.x, curve.series.y
+    x = curve.series.x
     inside = (x >= steps.low) & (x <= steps.high)
-    return replace(curve, series=Series(curve.series.name, x[inside], y[inside]))
+    return replace(curve, series=curve.series.where(inside))
 
 
 def _thinned(series: Series, steps: Axis, buckets: int) -> tuple[Array, Array]:
     kept = thin(steps.share(series.x), series.y, buckets)
     return series.x[kept], series.y[kept]
+
+
+def _gaps(
+    curves: Sequence[Curve], steps: Axis, frame: Frame, buckets: int
+) -> list[tuple[float, str]]:
+    """Crosses as (x, what it stands for): values too near to each other to tell apart share one."""
+    gaps = []
+    for curve in curves:
+        odd = curve.series.where(~np.isfinite(curve.series.y))
+        if not odd.x.size:
+            continue
+        shares = steps.share(odd.x)
+        bucket = np.minimum(np.floor(shares * buckets), buckets - 1)
+        starts = np.flatnonzero(np.diff(bucket, prepend=-1.0)).tolist()
+        for start, end in zip(starts, [*starts[1:], odd.x.size], strict=True):
+            label = f"step {odd.x[start]:,.0f}"
+            if end - start > 1:
+                label = f"{end - start:,} steps from {label} to {odd.x[end - 1]:,.0f}"
+            told = dict.fromkeys(number(value) for value in odd.raw[start:end].tolist()[:50])
+            label += f": {', '.join([*told][:3])}"
+            label += f" ({cut(curve.label, 60)})" if len(curves) > 1 else ""
+            gaps.append((frame.x(float(shares[start])), label))
+    return gaps
 
 
 def _path(frame: Frame, across: Array, up: Array) -> str:
@@ -268,12 +288,24 @@ def _summary(curves: Sequence[Curve]) -> str:
     """For who does not see the curves, or only prints them."""
     told = []
     for curve in curves:
-        points = curve.series.finite
-        if points.y.size:
+        series, points = curve.series, curve.series.finite
+        name = f"{cut(curve.label, 60)}: " if len(curves) > 1 else ""
+        if not points.y.size:
+            if series.x.size:
+                told.append(
+                    f"{name}never finite in {series.x.size:,} rows, "
+                    f"last {number(float(series.raw[-1]))} at step {series.x[-1]:,.0f}"
+                )
+        else:
             low, high = int(points.y.argmin()), int(points.y.argmax())
+            last = number(float(series.raw[-1]))
+            if points.x[-1] != series.x[-1]:
+                last += (
+                    f" at step {series.x[-1]:,.0f} (finite last at step {points.x[-1]:,.0f}: "
+                    f"{number(float(points.y[-1]))})"
+                )
             told.append(
-                (f"{cut(curve.label, 60)}: " if len(curves) > 1 else "")
-                + f"last {number(float(points.y[-1]))}, "
+                f"{name}last {last}, "
                 f"lowest {number(float(points.y[low]))} at step {points.x[low]:,.0f}, "
                 f"highest {number(float(points.y[high]))} at step {points.x[high]:,.0f}"
             )

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from apt_core.monitor import duration
-from apt_plugins.report.panels import extreme, typical
+from apt_plugins.report.metrics import NOT_FINITE, Series, training_loss
+from apt_plugins.report.panels import last, lowest, typical
 from apt_plugins.report.run_data import Run
 from apt_plugins.report.wording import cut, number, size
 
@@ -65,25 +68,28 @@ def header(run: Run) -> Header:
 
 
 def _tiles(run: Run) -> list[Tile]:
-    figures, series = run.entries("figures"), run.metrics.series
+    series = run.metrics.series
+    steps = max(manifest_number(run, "step", run.metrics.last_step), run.metrics.last_step)
 
     def figure(name: str) -> float | None:
-        value = figures.get(name)
-        if isinstance(value, int | float):
-            return value
-        return extreme(series.get(name))
+        value = _number(run.entries("figures").get(name))
+        return value if value is not None else last(series.get(name))
 
     tiles = []
     for name, label in (
         ("val_loss", "held-out loss"),
         ("val_bpb", "bits per byte"),
         ("val_ppl", "perplexity"),
-        ("loss", "training loss"),
     ):
         if (value := figure(name)) is not None:
-            tiles.append(Tile(label, number(round(value, 4)), _detail(run, name)))
-    step = manifest_number(run, "step", run.metrics.last_step)
-    tiles.append(Tile("steps", number(max(step, run.metrics.last_step))))
+            detail = _detail(run, name, series.get(name), value, steps)
+            tiles.append(Tile(label, number(round(value, 4)), detail))
+    loss = training_loss(series)
+    value = last(loss)
+    if value is not None:
+        detail = _detail(run, "loss", loss, value, steps)
+        tiles.append(Tile("training loss", number(round(value, 4)), detail))
+    tiles.append(Tile("steps", number(steps)))
     if (tokens := figure("tokens")) is not None:
         tiles.append(Tile("target tokens", size(tokens), in_full(tokens)))
     if (seconds := figure("seconds")) is not None:
@@ -109,9 +115,24 @@ def manifest_number(run: Run, key: str, otherwise: float) -> float:
     return value if type(value) in (int, float) else otherwise
 
 
-def _detail(run: Run, name: str) -> str:
-    start = run.entries("figures").get(f"{name}_start")
-    if isinstance(start, int | float):
-        return f"{number(round(start, 4))} at the start"
-    lowest = extreme(run.metrics.series.get(name), lowest=True)
-    return "" if lowest is None else f"lowest {number(round(lowest, 4))}"
+def _number(value: Any) -> float | None:
+    """A number as the run writes it, also one that is not finite; None for anything else."""
+    if type(value) in (int, float) or (type(value) is str and value in NOT_FINITE):
+        return float(value)
+    return None
+
+
+def _detail(run: Run, name: str, series: Series | None, value: float, steps: float) -> str:
+    """Of which step ``value`` is, where that is not the last one, and what it was before."""
+    told = []
+    if series is not None:
+        same = (series.raw == value) | (np.isnan(series.raw) & np.isnan(value))
+        if same.any() and (step := series.x[same][-1]) != steps:
+            told.append(f"at step {step:,.0f}")
+    start = _number(run.entries("figures").get(f"{name}_start"))
+    least = lowest(series)
+    if start is not None:
+        told.append(f"{number(round(start, 4))} at the start")
+    elif least is not None:
+        told.append(f"lowest {number(round(least, 4))}")
+    return ", ".join(told)

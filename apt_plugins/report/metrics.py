@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from apt_core.metric_names import CROSS_ENTROPY
 
 Array = NDArray[np.float64]
 
@@ -25,26 +29,36 @@ MAX_STEP = 10**15
 
 @dataclass(frozen=True)
 class Series:
-    """Values ``y`` [N] of one key at ascending steps ``x`` [N], one a step; ``y`` may be NaN."""
+    """Values ``raw`` [N] of one key at ascending steps ``x`` [N], one a step."""
 
     name: str
     x: Array
-    y: Array
+    raw: Array
+
+    @cached_property
+    def y(self) -> Array:
+        """What is drawn: NaN where a value is not finite, or too large."""
+        drawable = np.abs(self.raw) <= LARGEST
+        return self.raw if drawable.all() else np.where(drawable, self.raw, np.nan)
+
+    def where(self, kept: NDArray[np.bool_]) -> Series:
+        return Series(self.name, self.x[kept], self.raw[kept])
 
     @property
     def finite(self) -> Series:
-        kept = np.isfinite(self.y)
-        return Series(self.name, self.x[kept], self.y[kept])
+        return self.where(np.isfinite(self.y))
 
 
 @dataclass
 class Metrics:
-    """Every numeric key of the rows, ``samples`` by step, and the step that begins each epoch."""
+    """Every numeric key of the ``rows``, which are counted, ``samples`` by step, and the step that
+    begins each epoch."""
 
     series: dict[str, Series] = field(default_factory=dict)
     samples: list[tuple[int, str]] = field(default_factory=list)
     epochs: list[tuple[int, int]] = field(default_factory=list)
     last_step: int = 0
+    rows: int = 0
     notes: list[str] = field(default_factory=list)
 
 
@@ -66,6 +80,7 @@ def read_metrics(path: Path) -> Metrics:
                 unread += not cut_off
                 continue
             step = row["step"]
+            metrics.rows += 1
             metrics.last_step = max(metrics.last_step, step)
             if type(row.get("epoch")) is int and row["epoch"] != epoch:
                 epoch = row["epoch"]
@@ -110,10 +125,25 @@ def _number(value: float | str) -> float:
 
 
 def _series(name: str, steps: array[float], values: array[float]) -> Series:
-    x, y = np.frombuffer(steps), np.frombuffer(values).copy()
-    y[~(np.abs(y) <= LARGEST)] = np.nan
+    x, y = np.frombuffer(steps), np.frombuffer(values)
     order = np.argsort(x, kind="stable")
     x, y = x[order], y[order]
     # Two evaluations at one step: the later one, which is of the whole held-out text.
     kept = np.append(x[1:] != x[:-1], True)
     return Series(name, x[kept], y[kept])
+
+
+def training_loss(series: Mapping[str, Series]) -> Series | None:
+    """The cross-entropy of the steps; in rows that do not have it, the loss without its terms."""
+    entropy, loss = series.get(CROSS_ENTROPY), series.get("loss")
+    if loss is None or (entropy is not None and entropy.x.size == loss.x.size):
+        return entropy if entropy is not None else loss
+    rest = loss.raw.copy()
+    for name, term in series.items():
+        if name.startswith("loss/"):
+            _, at, of = np.intersect1d(loss.x, term.x, return_indices=True)
+            rest[at] -= term.raw[of]
+    if entropy is not None:
+        _, at, of = np.intersect1d(loss.x, entropy.x, return_indices=True)
+        rest[at] = entropy.raw[of]
+    return Series("loss", loss.x, rest)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from apt_core.metric_names import CROSS_ENTROPY
 from apt_plugins.report.axes import Axis
 from apt_plugins.report.charts import (
     SMALL,
@@ -20,10 +21,11 @@ from apt_plugins.report.charts import (
     line_chart,
     step_axis,
 )
-from apt_plugins.report.metrics import Array, Metrics, Series
+from apt_plugins.report.metrics import Array, Metrics, Series, training_loss
 from apt_plugins.report.thinning import means
 
 TITLES = {
+    "loss": "Loss with all terms",
     "lr": "Learning rate",
     "grad_norm": "Gradient norm, before clipping",
     "skipped_steps": "Steps skipped so far, not finite",
@@ -40,10 +42,14 @@ FROM_ZERO = (*SPEED, "skipped_steps")
 PREFIXES = {"loss": "Terms of the loss", "schedule": "Scheduled parameters"}
 
 PART = re.compile(r"time/(?!step_ms$|total_ms$)([^/]+)_ms")
-HOOKS = re.compile(r"time/hooks/(.+)_ms")
+WITHIN = {"hooks": ("hooks", "hooks of"), "loss_terms": ("forward_backward", "loss terms of")}
+"""What there is by plugin: the part of a step that it belongs to, and how it is called."""
+OF_PLUGIN = re.compile(rf"time/({'|'.join(WITHIN)})/(.+)_ms")
 QUANTILE = re.compile(r"(.+)_(?:min|p\d\d?|max)")
 
 MAX_CHARTS = 120
+MAX_PLUGINS = 40
+"""Plugins that are shown in the split of a part of a step."""
 ALL_BUCKETS = 14_000
 """Buckets of points on the whole page: a bound on its size that no number of metrics lifts."""
 
@@ -68,21 +74,23 @@ class Share:
 
 @dataclass(frozen=True)
 class TimeSplit:
-    """Where a step's time goes: parts of the step, and of the hooks' part each plugin."""
+    """Where a step's time goes: parts of the step, and within a part what plugins have of it, which
+    with its rest adds up to it."""
 
     chart: Chart
-    parts: list[Share]
-    plugins: list[Share]
+    parts: list[tuple[Share, list[Share]]]
 
 
 @dataclass
 class Panels:
-    """All charts; ``left_out`` counts the metrics beyond the most that are shown."""
+    """All charts; ``left_out`` counts the metrics beyond the most that are shown, ``without_loss``
+    says why there is no chart of the loss."""
 
     loss: list[Chart]
     groups: list[Group] = field(default_factory=list)
     time: TimeSplit | None = None
     left_out: int = 0
+    without_loss: str = ""
 
     @property
     def charts(self) -> list[Chart]:
@@ -95,8 +103,10 @@ def panels(metrics: Metrics, marks: Sequence[Mark]) -> Panels:
     """The charts of a run, with ``marks`` on those of the loss."""
     series = metrics.series
     steps = step_axis(metrics.last_step)
-    split = [name for name in series if PART.fullmatch(name) or HOOKS.fullmatch(name)]
-    shown = ("tokens", "loss", "val_loss", "val_tokens", *split)
+    split = [name for name in series if PART.fullmatch(name) or OF_PLUGIN.fullmatch(name)]
+    shown = ["tokens", CROSS_ENTROPY, "val_loss", "val_tokens", *split]
+    if not any(name.startswith("loss/") and name != CROSS_ENTROPY for name in series):
+        shown.append("loss")
     single = [name for name in series if name not in shown]
     left_out = max(0, len(single) - MAX_CHARTS)
     named = _grouped(single[:MAX_CHARTS])
@@ -113,6 +123,9 @@ def panels(metrics: Metrics, marks: Sequence[Mark]) -> Panels:
         groups=[group for group in groups if group.charts],
         time=_time_split(series, steps, buckets),
         left_out=left_out,
+        without_loss=f"{metrics.rows:,} rows were logged, none of them with a loss."
+        if metrics.rows
+        else "No step was logged.",
     )
 
 
@@ -124,7 +137,7 @@ def _grouped(names: Sequence[str]) -> dict[str, list[str]]:
         prefix, slash, _ = name.partition("/")
         if name in OPTIMISATION or name in SPEED:
             continue
-        if slash:
+        if slash or name in PREFIXES:
             title = PREFIXES.get(prefix, f"Metrics of {prefix}")
         else:
             title = "Held-out text" if name.startswith("val_") else "Other metrics"
@@ -167,8 +180,13 @@ def _loss_charts(metrics: Metrics, marks: Sequence[Mark], buckets: int) -> list[
     """Training and held-out loss over linear and over logarithmic steps."""
     curves = [
         Curve(series, label, color, noisy=is_noisy(series))
-        for color, (name, label) in enumerate((("loss", "training"), ("val_loss", "held out")))
-        if (series := metrics.series.get(name)) is not None
+        for color, (series, label) in enumerate(
+            (
+                (training_loss(metrics.series), "training"),
+                (metrics.series.get("val_loss"), "held out"),
+            )
+        )
+        if series is not None
     ]
     charts = [
         line_chart(
@@ -188,41 +206,58 @@ def _time_split(series: dict[str, Series], steps: Axis, buckets: int) -> TimeSpl
     parts = {m[1]: s for name, s in series.items() if (m := PART.fullmatch(name))}
     if not parts:
         return None
-    x, values = _table(list(parts.values()))
+    x = np.unique(np.concatenate([column.x for column in parts.values()]))
+    values = _table(x, list(parts.values()))
     labels = [label.replace("_", " ") for label in parts]
     mean = values.mean(axis=0)
     whole = float(mean.sum()) or 1.0
-    plugins = {m[1]: s for name, s in series.items() if (m := HOOKS.fullmatch(name))}
-    costs = _table(list(plugins.values()))[1].mean(axis=0) if plugins else np.zeros(0)
+    within: dict[str, dict[str, float]] = {name: {} for name in parts}
+    for name, column in series.items():
+        if (m := OF_PLUGIN.fullmatch(name)) and WITHIN[m[1]][0] in parts:
+            part, of = WITHIN[m[1]]
+            within[part][f"{of} {m[2]}"] = float(_table(x, [column]).mean())
     thin_x, thin_values = means(x, values, min(buckets, 250))
+    shares = [
+        Share(label, index % 8, float(ms), float(ms) / whole)
+        for index, (label, ms) in enumerate(zip(labels, mean, strict=True))
+    ]
     return TimeSplit(
         area_chart("Milliseconds a step", thin_x, thin_values, labels, steps, "ms a step"),
-        _shares(labels, mean, whole),
-        sorted(_shares(list(plugins), costs, whole), key=lambda share: -share.ms),
+        [(s, _split(s, within[name], whole)) for name, s in zip(parts, shares, strict=True)],
     )
 
 
-def _table(columns: Sequence[Series]) -> tuple[Array, Array]:
-    """Series as one table [N, K] over the steps of all; 0 where one has no finite value."""
-    x = np.unique(np.concatenate([column.x for column in columns]))
+def _split(part: Share, within: Mapping[str, float], whole: float) -> list[Share]:
+    """What plugins have of ``part``, the most first, and the rest of it."""
+    if not within:
+        return []
+    ordered = sorted(within.items(), key=lambda item: -item[1])
+    shown, others = ordered[:MAX_PLUGINS], ordered[MAX_PLUGINS:]
+    if others:
+        shown.append((f"{len(others):,} more", sum(ms for _, ms in others)))
+    shown.append((f"the rest of {part.label}", max(0.0, part.ms - sum(within.values()))))
+    return [Share(label, 7, ms, ms / whole) for label, ms in shown]
+
+
+def _table(x: Array, columns: Sequence[Series]) -> Array:
+    """Series as one table [N, K] over steps ``x`` [N]; 0 where one has no finite value."""
     values = np.zeros((x.size, len(columns)))
     for index, column in enumerate(columns):
-        values[np.searchsorted(x, column.x), index] = np.maximum(np.nan_to_num(column.y), 0.0)
-    return x, values
+        _, at, of = np.intersect1d(x, column.x, return_indices=True)
+        values[at, index] = np.maximum(np.nan_to_num(column.y[of]), 0.0)
+    return values
 
 
-def _shares(labels: Sequence[str], means_: Array, whole: float) -> list[Share]:
-    return [
-        Share(label, index % 8, float(ms), float(ms) / whole)
-        for index, (label, ms) in enumerate(zip(labels, means_, strict=True))
-    ]
-
-
-def extreme(series: Series | None, *, lowest: bool = False) -> float | None:
-    """The last finite value of a series, or its lowest; None where there is none."""
+def lowest(series: Series | None) -> float | None:
+    """The lowest finite value of a series; None where there is none."""
     if series is None or not (points := series.finite).y.size:
         return None
-    return float(points.y.min() if lowest else points.y[-1])
+    return float(points.y.min())
+
+
+def last(series: Series | None) -> float | None:
+    """The last value of a series, finite or not; None where there is none."""
+    return None if series is None or not series.x.size else float(series.raw[-1])
 
 
 def typical(series: Series | None) -> float | None:

@@ -27,6 +27,7 @@
 
   for (const svg of document.querySelectorAll("svg[data-chart]")) {
     const chart = charts[svg.dataset.chart];
+    if (!chart.series.length) continue;
     const cursor = make("path"), dots = make("g");
     cursor.setAttribute("class", "cursor");
     dots.setAttribute("class", "cursor-dots");

@@ -55,12 +55,57 @@ def test_known_metrics_have_names_and_unknown_ones_are_grouped_by_plugin(make_ru
 def test_the_time_of_a_step_is_split_by_part_and_by_plugin(make_run, make_rows, page):
     more = {"time/data_ms": 1.0, "time/forward_backward_ms": 6.0, "time/optimizer_ms": 2.0}
     more |= {"time/hooks_ms": 1.0, "time/hooks/moe_ms": 0.75, "time/step_ms": 10.0}
-    shown = page(make_run(make_rows(50, **more)))
+    more |= {"time/loss_terms/moe_ms": 1.5}
+    metrics = make_rows(50, **more)
+    for row in metrics[25:]:  # enabled in the middle of the run
+        row["time/hooks/late_ms"] = 0.2
+    shown = page(make_run(metrics))
     (stacked,) = [chart for chart in shown.charts if chart.get("stacked")]
     names = [series["name"] for series in stacked["series"]]
     assert names == ["data", "forward backward", "optimizer", "hooks"]
     assert "60.0%" in shown.text and "7.5%" in shown.text and "hooks of moe" in shown.text
     assert "time/step_ms" not in names
+    table = re.findall(
+        r"<td>([^<]+)</td><td class=.num.>([^<]+)</td><td class=.num.>([^<]+)%", shown.html
+    )
+    split = {label: float(ms) for label, ms, _ in table}
+    assert split == {
+        "data": 1.0,
+        "forward backward": 6.0,
+        "loss terms of moe": 1.5,
+        "the rest of forward backward": 4.5,
+        "optimizer": 2.0,
+        "hooks": 1.0,
+        "hooks of moe": 0.75,
+        "hooks of late": 0.1,
+        "the rest of hooks": 0.15,
+    }
+    assert sum(float(share) for label, _, share in table if " of " not in label) == 100.0
+
+
+def test_the_curve_is_the_cross_entropy_and_the_sum_is_among_the_terms(make_run, make_rows, page):
+    """Also of rows that do not have it yet."""
+    metrics = make_rows(6, **{"loss/moe.balance": 0.5})
+    for row in metrics[3:]:
+        row["loss/cross_entropy"] = row["loss"] - 0.5
+    shown = page(make_run(metrics))
+    (losses, _) = shown.charts[0]["series"], shown.charts[1]
+    expected = [row["loss"] - 0.5 for row in metrics]
+    assert [series["name"] for series in losses] == ["training"]
+    assert losses[0]["y"] == pytest.approx(expected)
+    assert {"Loss with all terms", "loss/moe.balance"} <= set(shown.titles)
+    assert "loss/cross_entropy" not in shown.titles
+    assert f"training loss{expected[-1]:g}" in shown.text
+
+
+def test_figures_of_another_step_than_the_last_say_so(make_run, make_rows, page):
+    metrics = [*make_rows(30), {"step": 20, "val_loss": 2.5}, {"step": 10, "val_loss": "nan"}]
+    folder = make_run(metrics, step=33, status="interrupted", figures={"val_loss": 2.5})
+    tiles = dict(
+        re.findall(r"<li><span>(.*?)</span><strong>.*?</strong><small>(.*?)<", page(folder).html)
+    )
+    assert tiles["held-out loss"] == "at step 20, lowest 2.5"
+    assert tiles["training loss"] == "at step 30, lowest 2"
 
 
 def test_the_values_under_the_pointer_are_those_of_the_rows(make_run, page):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -48,6 +49,62 @@ def test_values_that_are_not_finite_are_gaps_that_are_seen(make_run, make_rows, 
     assert "1 values are not finite" in shown.text
     assert "not finite at step 30" in shown.text
     assert 30 not in shown.charts[0]["series"][0]["x"]
+
+
+def crosses(shown, chart):
+    """What the crosses of a chart stand for."""
+    figure = shown.html.partition(f'data-chart="{chart}"')[2].partition("</svg>")[0]
+    return re.findall("<title>not finite at (.*?)</title>", figure)
+
+
+def test_losses_none_of_which_is_finite_are_shown_row_by_row(make_run, make_rows, page):
+    values = ["nan", "inf", 1e300, "-inf"] * 5
+    metrics = [{**row, "loss": v} for row, v in zip(make_rows(20), values, strict=True)]
+    shown = page(make_run(metrics, figures={"loss": "nan", "val_loss": "inf"}))
+    assert "No step was logged" not in shown.text
+    told = ["nan", "inf", "1e300", "-inf"] * 5
+    assert crosses(shown, 0) == [f"step {n}: {text}" for n, text in enumerate(told, 1)]
+    assert "20 values are not finite (crosses)" in shown.text
+    assert "never finite in 20 rows, last -inf at step 20" in shown.text
+    assert "training loss-inf" in shown.text and "held-out lossinf" in shown.text
+
+
+def test_the_last_value_is_the_last_one_finite_or_not(make_run, make_rows, page):
+    metrics = make_rows(20)
+    metrics[-1]["loss"] = "nan"
+    text = page(make_run(metrics)).text
+    assert "last nan at step 20 (finite last at step 19: 2.15), lowest 2.15 at step 19" in text
+    assert "training lossnanat step 20, lowest 2.15" in text
+
+
+def test_a_metric_that_is_never_finite_is_listed(make_run, make_rows, page):
+    more = {
+        "mine/bad": "nan",
+        "mine/load_min": "inf",
+        "mine/load_max": "inf",
+        "time/data_ms": "inf",
+    }
+    shown = page(make_run(make_rows(3, **more)))
+    assert {"bad", "load, quantiles"} <= set(shown.titles)
+    assert "never finite in 3 rows, last nan at step 3" in shown.text
+    assert "min: never finite in 3 rows, last inf at step 3" in shown.text
+
+
+def test_no_value_that_is_not_finite_is_lost_in_a_long_run(make_run, make_rows, page):
+    metrics = make_rows(5000)
+    for row in metrics[1000:]:
+        row["loss"] = "nan"
+    found = crosses(page(make_run(metrics)), 0)
+    counts = [
+        int(label.split()[0].replace(",", "")) if " steps " in label else 1 for label in found
+    ]
+    assert sum(counts) == 4000 and len(found) > 200
+    assert "to 5,000: nan" in found[-1]
+
+
+def test_rows_without_a_loss_are_counted(make_run, page):
+    shown = page(make_run([{"step": n, "loss": None, "lr": "x"} for n in range(4)]))
+    assert "4 rows were logged, none of them with a loss." in shown.text
 
 
 @pytest.mark.parametrize(
