@@ -103,7 +103,7 @@ def _read(profile: str) -> tuple[Any, Path | None, set[str]]:
             for boundary in schedule.boundaries()
             if not schedule.should_enable_plugin(boundary.plugin, epoch=1, step=1, tokens=0)
         }
-    return source.data.get("plugins"), source.folder, later
+    return source.data.get("plugins"), source.folder_of(("plugins",)), later
 
 
 def implementation_rows(listing: Listing, hook: str | None = None) -> list[dict[str, Any]]:

@@ -189,7 +189,7 @@ class _Boot:
             references,
             self.installed,
             where=self.source.where("plugins"),
-            folder=self.source.folder,
+            folder=self.source.folder_of(("plugins",)),
         )
         self.problems += selection.problems
         self.blocked = selection.blocked

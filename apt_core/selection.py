@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from apt_core.discovery import Installed, entry_for, plugin_name
 from apt_core.errors import Problem
+from apt_core.paths import found_path
 from apt_core.plugin_names import NO, is_file_reference
 
 
@@ -26,7 +28,7 @@ class Wanted:
         """As an item of the profile's ``plugins:`` list; a file by its absolute path."""
         reference = self.reference
         if is_file_reference(reference):
-            reference = str(Path(reference).resolve())
+            reference = found_path(reference)
         return {"name": reference, "priority": self.priority, "on_failure": self.on_failure}
 
 
@@ -51,9 +53,9 @@ def select(
 ) -> Selection:
     """Read the ``plugins:`` list of a profile (as it stands, unchecked) and ``--plugin`` values.
 
-    Items of the list that have no name are passed over: checking the profile reports them. A
-    relative path in the profile is looked for beside the profile when it is not found from the
-    working directory.
+    Items of the list that have no name are passed over: checking the profile reports them. A path
+    in the list is looked for in ``folder``, where the profile lies that has the list, and then in
+    the working directory; the others are there alone.
     """
     selecting = _Selecting(installed)
     for item in listed if isinstance(listed, list) else []:
@@ -66,7 +68,7 @@ def select(
             if reference.startswith(NO):
                 selecting.left_out(reference.removeprefix(NO).strip())
             elif reference:
-                selecting.add(Wanted("", reference, where="--plugin"))
+                selecting.add(Wanted("", _beside(reference, None), where="--plugin"))
     selection = selecting.selection
     selection.listed.update(selection.wanted)
     for name in selection.blocked:
@@ -147,10 +149,11 @@ class _Selecting:
 
 
 def _beside(reference: str, folder: Path | None) -> str:
-    if not is_file_reference(reference) or Path(reference).exists() or folder is None:
+    if not is_file_reference(reference):
         return reference
-    beside = folder / reference
-    return str(beside) if beside.exists() else reference
+    reference = os.path.expanduser(reference)
+    beside = folder / reference if folder is not None else None
+    return str(beside) if beside is not None and beside.exists() else reference
 
 
 def _options(wanted: Wanted) -> tuple[int | None, str | None]:

@@ -15,6 +15,7 @@ import typer
 
 from apt_core.cli.run_command import place_among_processes, print_json, run_command
 from apt_core.errors import ConfigError, Problem, TrainingError, did_you_mean
+from apt_core.paths import user_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -243,7 +244,7 @@ def verify(console: Console, arguments: Sequence[str], output: Path | None, step
     from apt_core.training.verify import verify_resume
 
     with TemporaryDirectory(prefix="apt-verify-") as temporary:
-        folder = output or Path(temporary)
+        folder = user_path(output or temporary)
         console.print(
             f"training {steps} steps in one go, and again with a SIGKILL and a resume halfway",
             markup=False,

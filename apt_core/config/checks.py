@@ -66,7 +66,7 @@ def find_contradictions(
 
 
 def check_files(config: Config, source: Source, files: Sequence[str]) -> list[Problem]:
-    """Data files that the profile names and that are not there (relative to where it runs).
+    """Data files that the profile names and that are not there.
 
     ``files`` are the keys of ``data`` that the provider in use reads as files.
     """
@@ -75,8 +75,8 @@ def check_files(config: Config, source: Source, files: Sequence[str]) -> list[Pr
             f"there is no file {path!r}",
             f"data.{key}",
             source.where(f"data.{key}"),
-            "paths are relative to the folder that the command runs in; without train_path, "
-            "the embedded text is used",
+            "a path is looked for beside the profile that says it, then in the folder that the "
+            "command runs in; without train_path, the embedded text is used",
         )
         for key in files
         if (path := getattr(config.data, key)) is not None and not os.path.exists(path)

@@ -145,7 +145,7 @@ def _candidates(profile: str, folder: Path | None) -> Iterator[_File]:
     if not profile.endswith(SUFFIXES):
         names += [f"{profile}{suffix}" for suffix in SUFFIXES]
     folders = [folder or Path()]
-    folders += [LOCAL_FOLDER, INSTALLED_FOLDER] if _is_bare(profile) else []
+    folders += [LOCAL_FOLDER, INSTALLED_FOLDER] if _is_bare(profile) else [Path()]
     for base in folders:
         for name in names:
             file = base / os.path.expanduser(name)

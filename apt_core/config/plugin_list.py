@@ -12,6 +12,7 @@ import yaml
 from apt_core.config.loader import LOCAL_FOLDER, SUFFIXES, read_profile
 from apt_core.config.yaml_text import ProfileDumper, parse_yaml
 from apt_core.errors import ConfigError, Problem
+from apt_core.paths import user_path
 
 
 def edit_plugin_list(profile: Path, plugin: str, *, present: bool) -> bool:
@@ -56,6 +57,7 @@ def listed_plugins(profile: Path) -> list[Any]:
 
 def _file(profile: Path) -> Path:
     """The file of a profile that can be read; those that come with APT are not to be edited."""
+    profile = user_path(profile)
     names = [profile, *(Path(f"{profile}{suffix}") for suffix in SUFFIXES)]
     local = [LOCAL_FOLDER / name for name in names] if profile.name == str(profile) else []
     file = next((path for path in (*names, *local) if path.is_file()), None)

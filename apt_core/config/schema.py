@@ -311,7 +311,9 @@ class TrainingSection(Section):
         default=3, description="Number of newest checkpoints to keep; 0 keeps all."
     )
     checkpoint_dir: Name | None = Field(
-        default=None, description="Folder of the checkpoints when no output folder is given."
+        default=None,
+        description="Where checkpoints are kept when no output folder is given: each run has a "
+        "folder PROFILE-TIME of its own in it.",
     )
     log_every_steps: Count = Field(
         default=10, description="Optimizer steps between rows of metrics."

@@ -14,6 +14,7 @@ from apt_core.config.overrides import Override
 from apt_core.config.text_keys import TextKeys
 from apt_core.config.yaml_text import MAX_DEPTH, MAX_NODES, Document, KeyPath, dotted
 from apt_core.errors import ConfigError, Problem
+from apt_core.paths import FOUND_BESIDE
 from apt_core.plugin_names import name_of
 
 # What a file says about itself, which no other file inherits.
@@ -38,18 +39,20 @@ class InactiveKey:
 @dataclass
 class Marks:
     """What is known of values beside themselves, by path: their ``places``, their spelling
-    (``texts``), and what is ``wrong`` with one that is not taken for text."""
+    (``texts``), what is ``wrong`` with one that is not taken for text, and the ``folders`` of the
+    files that say paths."""
 
     places: dict[KeyPath, str] = field(default_factory=dict)
     texts: dict[KeyPath, str | None] = field(default_factory=dict)
     wrong: dict[KeyPath, Problem] = field(default_factory=dict)
+    folders: dict[KeyPath, Path] = field(default_factory=dict)
 
     def copy(self) -> Marks:
-        return Marks(dict(self.places), dict(self.texts), dict(self.wrong))
+        return Marks(dict(self.places), dict(self.texts), dict(self.wrong), dict(self.folders))
 
     def forget(self, path: KeyPath) -> None:
         """Forget a value, and all within it."""
-        for known in (self.places, self.texts, self.wrong):
+        for known in (self.places, self.texts, self.wrong, self.folders):
             for place in [place for place in known if place[: len(path)] == path]:
                 del known[place]
 
@@ -59,6 +62,7 @@ class Marks:
         self.places.update(_within(other.places, path))
         self.texts.update(_within(other.texts, path))
         self.wrong.update(_within(other.wrong, path))
+        self.folders.update(_within(other.folders, path))
 
 
 def _within(known: Mapping[KeyPath, T], path: KeyPath) -> dict[KeyPath, T]:
@@ -71,15 +75,14 @@ class Source:
 
     ``problems`` are those found while reading (a key given twice, an override that fits nowhere),
     ``inactive`` the keys that changed nothing, ``notices`` what else is to be told of it;
-    :func:`apt_core.config.validate` reports them with its own. ``folder`` is where the profile's
-    file lies, if it is one, ``bare`` are the keys after which nothing stands in it.
+    :func:`apt_core.config.validate` reports them with its own. ``bare`` are the keys after which
+    nothing stands in the profile's file.
     """
 
     name: str
     data: dict[str, Any]
     problems: tuple[Problem, ...] = ()
     marks: Marks = field(default_factory=Marks)
-    folder: Path | None = None
     bare: frozenset[KeyPath] = frozenset()
     inactive: tuple[InactiveKey, ...] = ()
     notices: tuple[str, ...] = ()
@@ -102,6 +105,10 @@ class Source:
             if keys[:length] in self.marks.places:
                 return self.marks.places[keys[:length]]
         return self.name
+
+    def folder_of(self, path: KeyPath) -> Path | None:
+        """Where the profile's file lies that says this path; None for the command line's."""
+        return self.marks.folders.get(path)
 
     def get(self, path: str | KeyPath, default: Any = None) -> Any:
         """The value as written, or ``default`` where nothing is."""
@@ -153,7 +160,7 @@ class Source:
             marks.wrong[override.path] = override.problem
         for key in reversed(override.path):
             data = {key: data}
-        return self.below(Source(self.name, data, (), marks, self.folder))
+        return self.below(Source(self.name, data, (), marks))
 
     def below(self, child: Source) -> Source:
         """``child`` on top of this one: mappings merge, lists replace, null takes back.
@@ -170,7 +177,6 @@ class Source:
             data,
             (*self.problems, *child.problems, *merge.problems),
             merge.marks,
-            child.folder,
             inactive=(*self.inactive, *child.inactive, *merge.inactive),
             notices=(*self.notices, *child.notices, *merge.notices),
         )
@@ -186,8 +192,10 @@ def from_document(document: Document, name: str, label: str, folder: Path | None
     places = {path: f"{label}:{line}" for path, line in document.lines.items()}
     places[()] = label
     marks = Marks(places, document.texts)
+    if folder is not None:
+        marks.folders.update((path, folder) for path in FOUND_BESIDE)
     bare = frozenset(document.bare)
-    return Source(name, document.data, tuple(document.problems), marks, folder, bare)
+    return Source(name, document.data, tuple(document.problems), marks, bare)
 
 
 def parse_path(path: str) -> KeyPath:

@@ -16,6 +16,7 @@ from apt_core.config.source import InactiveKey, Source
 from apt_core.config.text_keys import TextKeys
 from apt_core.config.yaml_text import KeyPath
 from apt_core.errors import ConfigError, Problem
+from apt_core.paths import resolve_paths
 from apt_core.types import SectionSpec
 
 _ABSENT = object()
@@ -58,6 +59,7 @@ def validate(
     known = KnownKeys(Config, owned)
     data, wrong = _with_text(source, owned)
     problems += wrong.values()
+    resolve_paths(data, source.folder_of)
     inactive = list(source.inactive)
     for path, reason in (inert or {}).items():
         if _is_core(path) or path in owned:

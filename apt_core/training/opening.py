@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from apt_core.errors import ConfigError, Problem
 from apt_core.log import Backlog, logging_to
+from apt_core.paths import user_path
 from apt_core.training import checkpoint
 from apt_core.training.checkpoint import Checkpoint
 from apt_core.training.manifest import write_manifest
@@ -32,9 +33,9 @@ class Opening:
     def __init__(
         self, output: str | Path | None, resume: bool, resume_from: str | Path | None
     ) -> None:
-        self._output = Path(output) if output is not None else None
+        self._output = user_path(output) if output is not None else None
         self._resume = resume
-        self._resume_from = Path(resume_from) if resume_from is not None else None
+        self._resume_from = user_path(resume_from) if resume_from is not None else None
         self._folder: RunFolder | None = None
         self._found: Checkpoint | None = None
 

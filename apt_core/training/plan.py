@@ -12,7 +12,8 @@ from apt_core.data.batches import num_windows
 from apt_core.data.tokens import tokenize
 from apt_core.errors import AptError
 from apt_core.failures import one_line
-from apt_core.kernel import Kernel, data_files
+from apt_core.kernel import DATA_PATHS, Kernel, data_files
+from apt_core.plugin_names import is_file_reference
 from apt_core.providers.tokenizer import TokenizerProvider
 from apt_core.schedules import Horizon
 from apt_core.training.blame import attributed
@@ -95,6 +96,7 @@ def make_plan(kernel: Kernel, world_size: int | None = None) -> dict[str, Any]:
         "providers": [row.row() for row in kernel.registry.resolutions.values()],
         "plugins": [_at_the_start(kernel, row) for row in plugin_rows(kernel)],
         "inactive_keys": [{"key": k.key, "reason": k.reason} for k in kernel.inactive],
+        "paths": _paths(kernel.config),
         "notices": [
             *kernel.notices,
             *support_notices(kernel, device),
@@ -120,6 +122,17 @@ def missing_parts(kernel: Kernel, world_size: int | None) -> list[dict[str, str]
         _, notice = processes_for(config)
         found += [_entry(notice)] if notice else []
     return found
+
+
+def _paths(config: Config) -> list[dict[str, str]]:
+    """The paths of the profile as they were found, by key."""
+    named = {
+        **{f"data.{key}": getattr(config.data, key) for key in DATA_PATHS},
+        "training.checkpoint_dir": config.training.checkpoint_dir,
+    }
+    found = [{"key": key, "path": path} for key, path in named.items() if path is not None]
+    files = [plugin.name for plugin in config.plugins if is_file_reference(plugin.name)]
+    return [*({"key": "plugins", "path": path} for path in files), *found]
 
 
 def _entry(notice: str) -> dict[str, str]:

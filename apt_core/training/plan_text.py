@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from apt_core.failures import short_path
 from apt_core.providers.attention import AttentionSupport
 from apt_core.training.memory import gib
 
@@ -23,6 +24,8 @@ def print_plan(console: Console, plan: dict[str, Any]) -> None:
     say(f"plan of profile {plan['profile']} on {plan['device']} (nothing is trained)")
     for row in plan["missing"]:
         say(f"missing here: {row['key']}: {row['message']}")
+    for row in plan["paths"]:
+        say(f"{row['key']}: {short_path(row['path'])}")
     for notice in plan["notices"]:
         say(f"note: {notice}")
     providers = Table("slot", "asked", "used", "reason", box=None, header_style="bold")

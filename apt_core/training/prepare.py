@@ -22,6 +22,7 @@ from apt_core.kernel import Kernel
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.modeling.lr_scale import learning_rate_scales
 from apt_core.modeling.probe import probe_layer
+from apt_core.paths import READ
 from apt_core.providers.dataset import DatasetProvider, TextData
 from apt_core.providers.lr_schedule import LRScheduleProvider
 from apt_core.providers.optimizer import OptimizerProvider
@@ -155,9 +156,13 @@ def _what_decides(
     kernel: Kernel, dtype: torch.dtype | None, data: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What has to be the same in all the processes of a run."""
-    config, registry, records = kernel.config, kernel.registry, kernel.manager.records
+    registry, records = kernel.registry, kernel.manager.records
+    profile = {k: part for k, part in kernel.config.to_dict().items() if k not in OWN_SECTIONS}
+    # What is at the paths counts, and is compared: machines may keep it elsewhere.
+    for section, key in (*READ, ("training", "checkpoint_dir")):
+        del profile[section][key]
     return {
-        **{key: part for key, part in config.to_dict().items() if key not in OWN_SECTIONS},
+        **profile,
         "text": {"sha256": data["sha256"]},
         "tokens": data["tokens_sha256"],
         "providers": {row.kind: row.used for row in registry.resolutions.values()},

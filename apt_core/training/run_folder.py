@@ -7,8 +7,10 @@ import logging
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from math import isfinite
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,15 +40,16 @@ def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def default_folder(profile_name: str) -> Path:
-    """``runs/<profile>/<UTC time>``, with a number behind it if that exists already."""
-    parent = Path("runs") / _file_name(profile_name)
-    stem = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    candidate, number = parent / stem, 1
-    while candidate.exists():
-        number += 1
-        candidate = parent / f"{stem}-{number}"
-    return candidate
+def _new_folder(parent: Path, name: str) -> Path:
+    """A folder in ``parent`` that nobody else has made: ``name``, with a number behind it where
+    that exists already."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise AssertionError("numbers do not end")
 
 
 def newest_folder(profile_name: str) -> Path | None:
@@ -62,9 +65,9 @@ def _file_name(name: str) -> str:
 class RunFolder:
     """Creates and writes a run's folder.
 
-    ``checkpoints`` is where its checkpoints are: inside it, or below the profile's
-    ``training.checkpoint_dir`` when no output folder was named. Of several processes only the one
-    whose folder ``writes`` does, under a lock.
+    ``checkpoints`` is where its checkpoints are: inside it, or a folder of its own below the
+    profile's ``training.checkpoint_dir`` when no output folder was named. Of several processes only
+    the one whose folder ``writes`` does, with a lock on both.
     """
 
     def __init__(self, path: Path, checkpoints: Path, *, writes: bool = True) -> None:
@@ -75,7 +78,11 @@ class RunFolder:
         self.manifest: dict[str, Any] = {}
         self._metrics: BinaryIO | None = None
         self._unwritten = b""
-        self._lock = _locked(self.path) if writes else None
+        self._locks: list[int] = []
+        if writes:
+            self._lock(self.path, "--output")
+            if self.checkpoints.parent != self.path and self.checkpoints.is_dir():
+                self._lock(self.checkpoints, "training.checkpoint_dir")
 
     def __str__(self) -> str:
         return short_path(str(self.path))
@@ -84,32 +91,49 @@ class RunFolder:
     def create(
         cls, output: Path | None, profile_name: str, checkpoint_dir: str | None
     ) -> RunFolder:
-        """A new folder. Raises ConfigError if ``output`` is in use or cannot be written."""
-        path = output or default_folder(profile_name)
-        if (
-            output is not None
-            and output.exists()
-            and (not output.is_dir() or any(output.iterdir()))
-        ):
-            raise ConfigError(
-                Problem(
-                    "the output folder is in use",
-                    key="--output",
-                    where=str(output),
-                    hint="name another one, or add --resume to go on with the run in it",
-                )
-            )
-        checkpoints = path / "checkpoints"
-        if output is None and checkpoint_dir:
-            checkpoints = Path(checkpoint_dir) / path.name
+        """A new folder: ``output``, else ``runs/PROFILE/TIME``, and then with checkpoints in
+        ``PROFILE-TIME`` of ``checkpoint_dir``, if there is one. No two runs get the same.
+
+        Raises ConfigError if ``output`` is in use or cannot be written.
+        """
+        name = _file_name(profile_name)
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            checkpoints.mkdir(parents=True, exist_ok=True)
+            if output is not None:
+                return cls._of(output)
+            time = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+            path = _new_folder(Path("runs") / name, time)
+            if checkpoint_dir:
+                checkpoints = _new_folder(Path(checkpoint_dir), f"{name}-{path.name}")
+            else:
+                checkpoints = path / "checkpoints"
+                checkpoints.mkdir()
         except OSError as error:
             raise ConfigError(
                 Problem(f"the folder cannot be made: {error.strerror}", where=str(error.filename))
             ) from None
         return cls(path, checkpoints)
+
+    @classmethod
+    def _of(cls, output: Path) -> RunFolder:
+        """A new run in ``output``, which is empty or not there. Raises ConfigError, OSError."""
+        in_use = ConfigError(
+            Problem(
+                "the output folder is in use",
+                key="--output",
+                where=str(output),
+                hint="name another one, or add --resume to go on with the run in it",
+            )
+        )
+        if output.exists() and not output.is_dir():
+            raise in_use
+        output.mkdir(parents=True, exist_ok=True)
+        folder = cls(output, output / "checkpoints")
+        # Only now: another run may have come between.
+        if any(output.iterdir()):
+            folder.close()
+            raise in_use
+        folder.checkpoints.mkdir()
+        return folder
 
     @classmethod
     def existing(cls, path: Path) -> RunFolder:
@@ -210,38 +234,38 @@ class RunFolder:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        for descriptor in self._locks:
+            os.close(descriptor)
+        self._locks = []
 
+    def _lock(self, path: Path, key: str) -> None:
+        """Lock a folder until the process ends, where the system has such locks.
 
-def _locked(path: Path) -> int | None:
-    """A lock on the folder that ends with the process, where the system has such locks.
-
-    Raises ConfigError if another process holds it.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ConfigError(
-            Problem(
-                "another run is going on in this folder",
-                key="--output",
-                where=str(path),
-                hint="wait for it, or name another folder",
-            )
-        ) from None
-    except OSError:
-        # A file system without locks.
-        os.close(descriptor)
-        return None
-    return descriptor
+        Raises ConfigError if another process holds it.
+        """
+        try:
+            import fcntl
+        except ImportError:
+            return
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            self.close()
+            raise ConfigError(
+                Problem(
+                    "another run is going on in this folder",
+                    key=key,
+                    where=str(path),
+                    hint="wait for it, or name another folder",
+                )
+            ) from None
+        except OSError:
+            # A file system without locks.
+            os.close(descriptor)
+            return
+        self._locks.append(descriptor)
 
 
 def _without_nan(value: Any) -> Any:

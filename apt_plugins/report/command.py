@@ -12,6 +12,7 @@ import typer
 from apt_core import ConfigError
 from apt_core.cli.run_command import run_command
 from apt_core.errors import Problem
+from apt_core.paths import user_path
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -29,6 +30,7 @@ def report(
     The run may be going on, may have failed or been killed: what is in its folder is shown. The
     page is one file that loads nothing from anywhere.
     """
+    folder, output = user_path(folder), output and user_path(output)
     if not any((folder / name).is_file() for name in ("manifest.json", "metrics.jsonl")):
         raise ConfigError(
             Problem(

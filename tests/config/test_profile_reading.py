@@ -376,7 +376,7 @@ def test_places_are_those_of_the_file_that_says_it() -> None:
     assert source.where("training.max_epochs") == "--training.max_epochs"
     assert source.where("model.never_written") == "child.yaml:2"
     assert source.where("debug") == "child.yaml"
-    assert source.folder == Path()
+    assert source.folder_of(("plugins",)) == Path("up")
 
 
 def test_a_local_base_may_extend_the_installed_base() -> None:

@@ -287,7 +287,7 @@ def test_without_output_the_checkpoints_go_to_the_profiles_folder(
     assert run_command(app, "apt-train", [*arguments, *SHORT]) == 0
     runs = sorted((tmp_path / "runs" / "tiny_run").iterdir())
     kept = sorted((tmp_path / "elsewhere").iterdir())
-    assert [path.name for path in runs] == [path.name for path in kept]
+    assert [f"tiny_run-{path.name}" for path in runs] == [path.name for path in kept]
     assert len(runs) == 2
     capsys.readouterr()
     assert run_command(app, "apt-train", [*arguments, *SHORT, "--resume"]) == 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from apt_core.data.loaders.text_default import read_text
 from apt_core.data.preprocess import deduplicate_paragraphs, hold_out
 from apt_core.errors import ConfigError, Problem
+from apt_core.failures import short_path
 from apt_core.providers.dataset import DatasetProvider, TextData
 
 
@@ -42,7 +43,7 @@ class PydocDataset(DatasetProvider):
         else:
             problems: list[Problem] = []
             train, val = text, read_text(Path(val_path), "data.val_path", problems)
-            note = f"{len(val):,} from {val_path}"
+            note = f"{len(val):,} from {short_path(val_path)}"
             if problems:
                 raise ConfigError(problems)
         data = TextData(train, val, "")

@@ -8,6 +8,7 @@ from typing import Any
 
 from apt_core.data.preprocess import hold_out
 from apt_core.errors import ConfigError, Problem
+from apt_core.failures import short_path
 from apt_core.providers.dataset import DatasetProvider, TextData
 
 JSON_LINES = (".jsonl", ".ndjson")
@@ -42,14 +43,14 @@ class TextDataset(DatasetProvider):
             val, note = train, "validated on the same text, so not on unseen text"
         else:
             val = read_text(Path(val_path), "data.val_path", problems)
-            note = f"{len(val):,} from {val_path}"
+            note = f"{len(val):,} from {short_path(val_path)}"
         if problems:
             raise ConfigError(problems)
         data = TextData(train, val, "")
         return TextData(
             train,
             val,
-            f"{train_path}: {len(train):,} characters to train on, {note}, "
+            f"{short_path(train_path)}: {len(train):,} characters to train on, {note}, "
             f"sha256 {data.sha256[:12]}",
         )
 
@@ -65,7 +66,7 @@ def read_text(path: Path, key: str, problems: list[Problem]) -> str:
         data = path.read_bytes()
     except OSError as error:
         reason = error.strerror or str(error)
-        hint = "give the path of a .txt or .jsonl file, relative to where the command runs"
+        hint = "give the path of a .txt or .jsonl file"
         problems.append(Problem(f"cannot be read: {reason}", key=key, where=where, hint=hint))
         return ""
     try:
