@@ -66,20 +66,10 @@ def ask(manager: PluginManager, record: PluginRecord) -> Declared:
             key=f"plugin {record.name}",
             where=failed[0].where,
         )
-    for hook, answer, wanted in (
-        ("apt_register_config", sections, SectionSpec),
-        ("apt_register_providers", providers, ProviderSpec),
-    ):
-        if answer is None or problem:
-            continue
-        if not isinstance(answer, list | tuple) or not all(isinstance(a, wanted) for a in answer):
-            problem = Problem(
-                f"{hook} must return a list of {wanted.__name__}", key=f"plugin {record.name}"
-            )
     if problem is not None:
         manager.unregister(name=record.name)
         return broken(record, problem)
-    return Declared(record, list(providers or ()), list(sections or ()))
+    return Declared(record, providers or [], sections or [])
 
 
 def broken(record: PluginRecord, problem: Problem, details: str = "") -> Declared:

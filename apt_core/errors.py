@@ -87,7 +87,9 @@ class ProcessLostError(AptError):
 class StopTraining(Exception):
     """Raise it in any hook to end the run cleanly, with a checkpoint; it is not a failure."""
 
-    def __init__(self, reason: str = "a plugin asked to stop") -> None:
+    reason = "a plugin asked to stop"  # of a subclass that sets none
+
+    def __init__(self, reason: str = reason) -> None:
         super().__init__(reason)
         self.reason = reason
 

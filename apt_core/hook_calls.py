@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from apt_core.errors import PluginError, StopTraining
+from apt_core.errors import StopTraining
+from apt_core.markers import Returns
 
 Owned = tuple[str, Any]
 """A result, after the name of the plugin that it is from."""
 
-PASSES = (StopTraining, KeyboardInterrupt, GeneratorExit, PluginError)
-"""What the guard lets through; everything else that a hook raises is a failure of its plugin."""
+PASSES = (StopTraining, KeyboardInterrupt)
+"""What the guard lets through, beside the errors with which a manager ends the run; everything else
+that a hook raises is a failure of its plugin."""
 
 
 class Call(NamedTuple):
@@ -28,11 +30,12 @@ class Call(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The implementations of one hook that run now, in order."""
+    """The implementations of one hook that run now, in order, and what is made of their results."""
 
     methods: Sequence[Any]
     wrappers: tuple[Call, ...]
     calls: tuple[Call, ...]
+    returns: Returns
 
 
 Failed = Callable[[Call, BaseException], None]
@@ -40,13 +43,13 @@ Failed = Callable[[Call, BaseException], None]
 
 
 def run_wrapped(
-    wrappers: Sequence[Call],
+    plan: Plan,
     kwargs: Mapping[str, object],
     firstresult: bool,
     inner: Callable[[], list[Owned]],
     failed: Failed,
 ) -> list[Owned]:
-    """Run ``inner`` inside ``wrappers``; the results with their owners.
+    """Run ``inner`` inside the wrappers of ``plan``; the results with their owners.
 
     A wrapper that fails before its yield is left out; one that fails after it leaves the
     inner result as it was; what ends the run inside is seen by every wrapper and raised.
@@ -55,7 +58,7 @@ def run_wrapped(
     results: list[Owned] = []
     ending: BaseException | None = None
     try:
-        for call in wrappers:
+        for call in plan.wrappers:
             generator = _enter(call, kwargs, failed)
             if generator is not None:
                 running.append((generator, call))
@@ -63,14 +66,16 @@ def run_wrapped(
     except BaseException as error:
         ending = error
     for generator, call in reversed(running):
-        result = values_of(results, firstresult)
         try:
-            replaced = _leave(generator, call, result, ending, firstresult, failed)
+            after = _leave(generator, call, plan.returns, kwargs, results, ending, firstresult)
         except BaseException as error:
-            ending = error if ending is None else ending
-            continue
-        if replaced is not None:
-            results = _attributed([replaced] if firstresult else replaced, results, call.plugin)
+            if error is not ending:
+                try:
+                    failed(call, error)
+                except BaseException as fatal:
+                    ending = fatal if ending is None else ending
+        else:
+            results = results if after is None else after
     if ending is not None:
         raise ending
     return results
@@ -93,32 +98,40 @@ def _enter(call: Call, kwargs: Mapping[str, object], failed: Failed) -> Any:
 def _leave(
     generator: Any,
     call: Call,
-    result: Any,
+    returns: Returns,
+    kwargs: Mapping[str, object],
+    results: Sequence[Owned],
     ending: BaseException | None,
     first: bool,
-    failed: Failed,
-) -> Any:
-    """End one wrapper; returns what it puts in the place of ``result``, or None."""
+) -> list[Owned] | None:
+    """End one wrapper; the results after it, or None where they stay as they were.
+
+    It is shown converted results, of which the containers are copies: what it edits in them and
+    does not return is lost. Raises whatever is a failure of the wrapper, and ``ending``.
+    """
+    shown = [(plugin, returns(value, kwargs)) for plugin, value in results]
     try:
         if ending is not None:
             generator.throw(ending)
         else:
-            generator.send(result)
+            generator.send(values_of(shown, first))
         generator.close()
     except StopIteration as stop:
-        if ending is not None or stop.value is None or first or isinstance(stop.value, list):
-            return None if ending is not None else stop.value
-        failed(
-            call,
-            TypeError(f"the wrapper returned {type(stop.value).__name__}, not a list"),
-        )
+        value = stop.value
+    else:
+        raise RuntimeError("the wrapper yielded more than once")
+    if ending is not None or value is None:
         return None
-    except BaseException as error:
-        if error is not ending:
-            failed(call, error)
-        return None
-    failed(call, RuntimeError("the wrapper yielded more than once"))
-    return None
+    if not first and not isinstance(value, list):
+        raise TypeError(f"the wrapper returned {type(value).__name__}, not a list")
+    owned = []
+    for item in [value] if first else list(value):
+        index = next((i for i, (_, known) in enumerate(shown) if known is item), None)
+        owner = call.plugin if index is None else shown.pop(index)[0]
+        converted = returns(item, kwargs)
+        if converted is not None:
+            owned.append((owner, converted))
+    return owned
 
 
 def values_of(owned: Sequence[Owned], firstresult: bool) -> Any:
@@ -126,16 +139,6 @@ def values_of(owned: Sequence[Owned], firstresult: bool) -> Any:
     if firstresult:
         return owned[0][1] if owned else None
     return [value for _, value in owned]
-
-
-def _attributed(values: Sequence[Any], before: Sequence[Owned], plugin: str) -> list[Owned]:
-    """What a wrapper of ``plugin`` returned, with owners: what was there keeps its own."""
-    left = list(before)
-    owned = []
-    for value in values:
-        index = next((i for i, (_, known) in enumerate(left) if known is value), None)
-        owned.append((plugin, value) if index is None else left.pop(index))
-    return owned
 
 
 def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:

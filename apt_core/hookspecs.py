@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from apt_core import hook_returns as returns
 from apt_core.markers import hookspec
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 # Loading -------------------------------------------------------------------------------------
 
 
-@hookspec(dormant=True, failure_limit=1)
+@hookspec(returns=returns.provider_specs, dormant=True, failure_limit=1, changes_weights=True)
 def apt_register_providers() -> Sequence[ProviderSpec]:
     """Offer implementations of attention, feed-forward, tokenizer, …
 
@@ -67,7 +68,7 @@ def apt_register_providers() -> Sequence[ProviderSpec]:
     """
 
 
-@hookspec(dormant=True, failure_limit=1)
+@hookspec(returns=returns.section_specs, dormant=True, failure_limit=1)
 def apt_register_config() -> Sequence[SectionSpec]:
     """Declare the profile sections that the plugin owns and the schedule parameters it reads.
 
@@ -91,7 +92,7 @@ def apt_register_config() -> Sequence[SectionSpec]:
     """
 
 
-@hookspec(dormant=True, failure_limit=1)
+@hookspec(dormant=True, failure_limit=1, judges_input=True)
 def apt_configure(config: Config) -> None:
     """Look at the whole profile before anything is built.
 
@@ -113,7 +114,13 @@ def apt_configure(config: Config) -> None:
 # Building ------------------------------------------------------------------------------------
 
 
-@hookspec(firstresult=True, dormant=True, failure_limit=1)
+@hookspec(
+    returns=returns.provider,
+    firstresult=True,
+    dormant=True,
+    failure_limit=1,
+    changes_weights=True,
+)
 def apt_build_provider(spec: ProviderSpec, config: Any) -> Any:
     """Build a provider in place of its own factory.
 
@@ -136,7 +143,7 @@ def apt_build_provider(spec: ProviderSpec, config: Any) -> Any:
     """
 
 
-@hookspec(dormant=True, failure_limit=1)
+@hookspec(returns=returns.parameter_groups, dormant=True, failure_limit=1, changes_weights=True)
 def apt_param_groups(model: nn.Module) -> Sequence[Mapping[str, Any]]:
     """Choose optimizer settings for some of the parameters.
 
@@ -158,7 +165,13 @@ def apt_param_groups(model: nn.Module) -> Sequence[Mapping[str, Any]]:
     """
 
 
-@hookspec(dormant=True, failure_limit=1)
+@hookspec(
+    returns=returns.anything,
+    dormant=True,
+    failure_limit=1,
+    judges_input=True,
+    changes_weights=True,
+)
 def apt_transform_model(model: nn.Module, config: Config, registry: Registry) -> Any:
     """Change the model's structure in mid-run.
 
@@ -209,7 +222,7 @@ def apt_transform_model(model: nn.Module, config: Config, registry: Registry) ->
     """
 
 
-@hookspec(dormant=True, failure_limit=1)
+@hookspec(returns=returns.costs, dormant=True, failure_limit=1)
 def apt_costs(config: Config) -> PluginCosts:
     """Say what the plugin takes of memory and arithmetic while it is enabled.
 
@@ -296,7 +309,12 @@ def on_step_start(step: int, batch: Sequence[Any], trainer: Any) -> None:
     """
 
 
-@hookspec(failure_limit=1)
+@hookspec(
+    returns=returns.loss_terms,
+    failure_limit=1,
+    changes_weights=True,
+    fatal_among_processes=True,
+)
 def apt_loss_terms(trainer: Any, batch: Any, output: ModelOutput) -> Mapping[str, Tensor]:
     """Add terms to the loss.
 
@@ -354,7 +372,7 @@ def on_step_end(step: int, loss: Tensor, trainer: Any) -> None:
     """
 
 
-@hookspec
+@hookspec(returns=returns.metrics)
 def apt_metrics(trainer: Any) -> Mapping[str, float]:
     """Report numbers of your own.
 
@@ -460,7 +478,7 @@ def on_training_end(trainer: Any) -> None:
 # Checkpoints ---------------------------------------------------------------------------------
 
 
-@hookspec(dormant=True)
+@hookspec(returns=returns.state, dormant=True)
 def apt_state_dict(trainer: Any) -> Mapping[str, Any]:
     """Hand over the plugin's state for the checkpoint.
 
@@ -575,7 +593,7 @@ def on_exception(error: BaseException, trainer: Any) -> None:
 # Generation ----------------------------------------------------------------------------------
 
 
-@hookspec
+@hookspec(returns=returns.prompt)
 def apt_rewrite_prompt(request: GenerationRequest) -> str | None:
     """Rewrite the prompt, for instance with retrieved passages.
 
@@ -607,7 +625,7 @@ def on_generation_start(request: GenerationRequest) -> None:
     """
 
 
-@hookspec
+@hookspec(returns=returns.functions)
 def apt_logits_processors(
     request: GenerationRequest,
 ) -> Sequence[Callable[[Tensor, Tensor], Tensor]]:
@@ -631,7 +649,7 @@ def apt_logits_processors(
     """
 
 
-@hookspec(firstresult=True)
+@hookspec(returns=returns.decoder, firstresult=True)
 def apt_decoder(request: GenerationRequest) -> Any:
     """Choose the next token in place of sampling.
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from enum import IntEnum
+from types import GeneratorType
 from typing import Any, TypeVar, overload
 
 PROJECT = "apt"
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+Returns = Callable[[Any, Mapping[str, Any]], Any]
+"""From what an implementation returned, and the arguments of the call, to plain and checked types;
+what it raises is a failure of the implementation. None stands for no result."""
+
+
+def ignored(value: Any, arguments: Mapping[str, Any]) -> None:
+    """nothing: what is returned is not looked at"""
+    if isinstance(value, GeneratorType):
+        deque(value, maxlen=0)  # a hook that yields has not run before
 
 
 class Priority(IntEnum):
@@ -71,26 +83,46 @@ def hookimpl(
 def hookspec(function: F) -> F: ...
 @overload
 def hookspec(
-    *, firstresult: bool = ..., dormant: bool = ..., failure_limit: int = ...
+    *,
+    returns: Returns = ...,
+    firstresult: bool = ...,
+    dormant: bool = ...,
+    failure_limit: int = ...,
+    judges_input: bool = ...,
+    changes_weights: bool = ...,
+    fatal_among_processes: bool = ...,
 ) -> Callable[[F], F]: ...
 def hookspec(
     function: F | None = None,
     *,
+    returns: Returns = ignored,
     firstresult: bool = False,
     dormant: bool = False,
     failure_limit: int = 3,
+    judges_input: bool = False,
+    changes_weights: bool = False,
+    fatal_among_processes: bool = False,
 ) -> F | Callable[[F], F]:
-    """Mark a function as the specification of a hook.
+    """Mark a function as the specification of a hook, with all of its policy.
 
-    ``dormant``: does it fire for a plugin whose schedule has not enabled it yet? A plugin is
-    quarantined once it has failed ``failure_limit`` times.
+    ``returns`` makes plain types of what an implementation returned, inside the guard; by default
+    that is not looked at. ``dormant``: does it fire for a plugin whose schedule has not enabled it
+    yet? A plugin is quarantined once it has failed ``failure_limit`` times. With ``judges_input`` a
+    ConfigError is no failure but bad input. ``changes_weights``: is what it returns part of the
+    training (without it, a plugin that is left out leaves the weights as they are)?
+    ``fatal_among_processes``: does its failure end a run of several processes, which would no
+    longer do the same?
     """
 
     def mark(func: F) -> F:
         options = {
+            "returns": returns,
             "firstresult": firstresult,
             "dormant": dormant,
             "failure_limit": failure_limit,
+            "judges_input": judges_input,
+            "changes_weights": changes_weights,
+            "fatal_among_processes": fatal_among_processes,
         }
         setattr(func, f"{PROJECT}_spec", options)
         return func

@@ -12,13 +12,14 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from types import GeneratorType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
+from weakref import WeakSet
 
 import pluggy
 
 from apt_core import hookspecs
 from apt_core.errors import ConfigError, PluginError, Problem, StopTraining
+from apt_core.failures import one_line
 from apt_core.hook_calls import (
     PASSES,
     Call,
@@ -29,7 +30,7 @@ from apt_core.hook_calls import (
     timed_wrapper,
     values_of,
 )
-from apt_core.markers import PROJECT, Priority
+from apt_core.markers import PROJECT, Priority, Returns
 from apt_core.metric_names import why_not
 from apt_core.plugin_names import normalized_name, short_name
 from apt_core.plugin_records import PluginRecord
@@ -44,8 +45,7 @@ from apt_core.validation import (
 
 log = logging.getLogger("apt.plugins")
 
-JUDGES = ("apt_configure", "apt_transform_model")
-"""Hooks in which a ConfigError is no failure of the plugin but bad input."""
+T = TypeVar("T")
 
 TIMED = ("on_step_start", "apt_loss_terms", "on_backward_end", "on_step_end")
 """Hooks that are called within a step, and not by one another: their times add up."""
@@ -79,6 +79,7 @@ class PluginManager(pluggy.PluginManager):
         self._seconds: dict[tuple[str, str], list[float]] = {}
         self._telling = False
         self._pending: PluginError | None = None
+        self._raised_here: WeakSet[PluginError] = WeakSet()
         self.add_hookspecs(hookspecs)
 
     # Registration ----------------------------------------------------------------------------
@@ -207,8 +208,9 @@ class PluginManager(pluggy.PluginManager):
                 result = call[0](*arguments)
                 if result is None:
                     continue
-                if type(result) is GeneratorType:
-                    result = list(result)
+                result = plan[3](result, kwargs)
+                if result is None:
+                    continue
             except BaseException as error:
                 self._raised(call, error)
                 continue
@@ -220,18 +222,18 @@ class PluginManager(pluggy.PluginManager):
     def _all(self, plan: Plan, kwargs: Mapping[str, object], firstresult: bool) -> list[Owned]:
         results: list[Owned] = []
         for call in plan.calls:
-            result = self._guarded(call, kwargs)
+            result = self._guarded(call, kwargs, plan.returns)
             if result is not None:
                 results.append((call.plugin, result))
                 if firstresult:
                     break
         return results
 
-    def _guarded(self, call: Call, kwargs: Mapping[str, object]) -> Any:
+    def _guarded(self, call: Call, kwargs: Mapping[str, object], returns: Returns) -> Any:
         arguments = [kwargs[name] for name in call.argnames]
         try:
             result = call.function(*arguments)
-            return list(result) if type(result) is GeneratorType else result
+            return None if result is None else returns(result, kwargs)
         except BaseException as error:
             self._raised(call, error)
             return None
@@ -239,7 +241,7 @@ class PluginManager(pluggy.PluginManager):
     def _wrapped(self, plan: Plan, kwargs: Mapping[str, object], firstresult: bool) -> list[Owned]:
         """The results of all implementations, those of wrappers around the others."""
         return run_wrapped(
-            plan.wrappers,
+            plan,
             kwargs,
             firstresult,
             lambda: self._all(plan, kwargs, firstresult),
@@ -262,9 +264,10 @@ class PluginManager(pluggy.PluginManager):
 
     def call_plugin(self, plugin: str, hook_name: str, **kwargs: Any) -> Any:
         """Call one plugin's implementation of a hook; the first result that is not None."""
-        for call in self._plan_of(hook_name).calls:
+        plan = self._plan_of(hook_name)
+        for call in plan.calls:
             if call.plugin == plugin:
-                result = self._guarded(call, kwargs)
+                result = self._guarded(call, kwargs, plan.returns)
                 if result is not None:
                     return result
         return None
@@ -272,35 +275,34 @@ class PluginManager(pluggy.PluginManager):
     def chain(self, hook_name: str, request: Any, attribute: str) -> Any:
         """Pass ``request`` along the implementations: each result becomes its ``attribute``.
 
-        Returns the last request. ``request`` is a dataclass and is not changed in place; a result
-        of another type than the attribute has is a failure.
+        Returns the last request. ``request`` is a dataclass and is not changed in place.
         """
         plan = self._plan_of(hook_name)
-        current = request
-        wanted = type(getattr(request, attribute))
-
-        def take(plugin: str, value: Any) -> None:
-            nonlocal current
-            if isinstance(value, wanted):
-                current = replace(current, **{attribute: value})
-            else:
-                wrong = f"it returned {type(value).__name__}, not {wanted.__name__}"
-                self.fail(plugin, hook_name, TypeError(wrong))
 
         def inner() -> list[Owned]:
-            owner = ""
+            owner, current = "", request
             for call in plan.calls:
-                value = self._guarded(call, {"request": current})
+                value = self._guarded(call, {"request": current}, plan.returns)
                 if value is not None:
-                    owner = call.plugin
-                    take(owner, value)
+                    owner, current = call.plugin, replace(current, **{attribute: value})
             return [(owner, getattr(current, attribute))]
 
-        for plugin, value in run_wrapped(
-            plan.wrappers, {"request": request}, True, inner, self._raised
-        ):
-            take(plugin, value)
-        return current
+        ((_, value),) = run_wrapped(plan, {"request": request}, True, inner, self._raised)
+        return replace(request, **{attribute: value})
+
+    def attempt(
+        self, plugin: str, hook_name: str, function: Callable[[], T], *, code: Any = None
+    ) -> T | None:
+        """Call ``function``, which looks at or calls what the hook has handed over: its result, or
+        None where it raised, which is a failure of the plugin in that hook.
+
+        ``code`` is as in :meth:`fail`. Raises as a call of the hook does.
+        """
+        try:
+            return function()
+        except BaseException as error:
+            self._raised(self._call_for(plugin, hook_name, code), error)
+            return None
 
     # Plans -----------------------------------------------------------------------------------
 
@@ -334,6 +336,7 @@ class PluginManager(pluggy.PluginManager):
             methods,
             tuple(call for call in calls if call.wrapper),
             tuple(call for call in calls if not call.wrapper),
+            self._options(hook_name)["returns"],
         )
         self._plans[hook_name] = plan
         return plan
@@ -391,32 +394,43 @@ class PluginManager(pluggy.PluginManager):
         ``code`` is the function, class or module that failed where that is no implementation of
         the hook. Raises PluginError where the policy says that the run must stop.
         """
+        self._failed(self._call_for(plugin, hook_name, code), error)
+
+    def _call_for(self, plugin: str, hook_name: str, code: Any) -> Call:
         if code is None:
             methods = getattr(self.hook, hook_name).get_hookimpls()
             own = [method.function for method in methods if method.plugin_name == plugin]
             code = own[0] if own else self.get_plugin(plugin)
-        self._failed(Call(code, (), plugin, hook_name, 0, False), error)
+        return Call(code, (), plugin, hook_name, 0, False)
 
     def _raised(self, call: Call, error: BaseException) -> None:
         """What an implementation raised: raise what the guard lets through, unless it has to wait
         for the other processes, and count the rest."""
-        if not isinstance(error, PASSES):
-            self._failed(call, error)
-        elif isinstance(error, StopTraining) and self.stop_together is not None:
+        if isinstance(error, StopTraining) and self.stop_together is not None:
             self.stop_together(error.reason)
-        else:
+        elif isinstance(error, PASSES) or self.ends_run(error):
             raise error
+        else:
+            self._failed(call, error)
+
+    def ends_run(self, error: BaseException) -> bool:
+        """Is it this manager's own word that a failure ends the run, on its way up? (A PluginError
+        that a plugin raises by itself is a failure like any other.)"""
+        return type(error) is PluginError and error in self._raised_here
 
     def _failed(self, call: Call, error: BaseException) -> None:
-        if call.hook in JUDGES and isinstance(error, ConfigError):
+        options = self._options(call.hook)
+        if options["judges_input"] and isinstance(error, ConfigError):
+            known = [p for p in getattr(error, "problems", ()) if isinstance(p, Problem)]
+            problems = known or [Problem(one_line(error))]
             raise ConfigError(
-                [replace(p, message=f"plugin {call.plugin}: {p.message}") for p in error.problems]
+                [replace(p, message=f"plugin {call.plugin}: {p.message}") for p in problems]
             ) from error
         record = self.records.setdefault(call.plugin, PluginRecord(call.plugin, state="active"))
         failure = record.add_failure(
             error,
             hook=call.hook,
-            limit=self._options(call.hook)["failure_limit"],
+            limit=options["failure_limit"],
             step=self.step,
             code=call.function,
         )
@@ -437,6 +451,7 @@ class PluginManager(pluggy.PluginManager):
                 hook=failure.hook,
                 where=failure.where,
             )
+            self._raised_here.add(fatal)
         self._tell(failure, fatal, error)
 
     def _fatal_because(self, call: Call, record: PluginRecord) -> str:
@@ -445,7 +460,7 @@ class PluginManager(pluggy.PluginManager):
             return "--strict"
         if record.on_failure == "required":
             return "the profile says on_failure: required"
-        if call.hook == "apt_loss_terms" and self.stop_together is not None:
+        if self._options(call.hook)["fatal_among_processes"] and self.stop_together is not None:
             return "the processes of a run must train on the same loss"
         collective = (options_of(call.function) or {}).get("collective")
         if collective and self.stop_together is not None:

@@ -17,8 +17,16 @@ from typing import Any
 
 from apt_core import __version__
 from apt_core.defaults import core_providers
-from apt_core.errors import AptError, ConfigError, Problem, ProviderError, did_you_mean
+from apt_core.errors import (
+    AptError,
+    ConfigError,
+    PluginError,
+    Problem,
+    ProviderError,
+    did_you_mean,
+)
 from apt_core.failures import one_line
+from apt_core.hook_returns import check_provider
 from apt_core.markers import hookimpl
 from apt_core.plugin_manager import PluginManager
 from apt_core.requirements import unmet
@@ -31,20 +39,6 @@ NO_FALLBACK = ("dataset", "tokenizer")
 
 SECTIONS = {"dataset": "data"}
 """The section of providers that name none, by kind."""
-
-METHODS = {
-    "attention": "create_layer",
-    "ffn": "create_layer",
-    "norm": "create_layer",
-    "backbone": "create_model",
-    "tokenizer": "encode",
-    "dataset": "load",
-    "router": "create_router",
-    "align": "terms",
-    "optimizer": "create",
-    "lr_schedule": "factor",
-}
-"""What a provider of the kind must have, as far as it is looked at when it is built."""
 
 Probe = Callable[[ProviderSpec, Any, Any], "str | None"]
 """``probe(spec, provider, config)``: None if the provider works here, else the reason."""
@@ -98,7 +92,7 @@ class Registry:
         specs = {(spec.kind, spec.name): spec for spec in core_providers(__version__)}
         problems = []
         for plugin, declared in self.manager.call_each("apt_register_providers"):
-            for spec in declared if isinstance(declared, Sequence) else [declared]:
+            for spec in declared:
                 problem = self._check_spec(plugin, spec, specs)
                 if problem:
                     problems.append(problem)
@@ -109,13 +103,9 @@ class Registry:
         return problems
 
     def _check_spec(
-        self, plugin: str, spec: Any, specs: Mapping[tuple[str, str], ProviderSpec]
+        self, plugin: str, spec: ProviderSpec, specs: Mapping[tuple[str, str], ProviderSpec]
     ) -> Problem | None:
         key = f"plugin {plugin}"
-        if not isinstance(spec, ProviderSpec):
-            return Problem(
-                f"apt_register_providers returned {type(spec).__name__}, not ProviderSpec", key=key
-            )
         if spec.kind not in KINDS:
             hint = did_you_mean(spec.kind, KINDS) or f"kinds are {', '.join(KINDS)}"
             return Problem(f"{spec.key} has an unknown kind", key=key, hint=hint)
@@ -365,16 +355,13 @@ class Registry:
 
     def _build(self, spec: ProviderSpec, config: Any) -> tuple[Any, str]:
         """Build and probe; returns the provider, or the reason why it cannot be used."""
-        method = METHODS.get(spec.kind)
         built = self.manager.call_first("apt_build_provider", spec=spec, config=config)
-        if built is not None and method and not hasattr(built[1], method):
-            what = f"it returned a {type(built[1]).__name__}, which has no method {method}"
-            self.manager.fail(built[0], "apt_build_provider", TypeError(what))
-            built = None
         try:
-            provider = built[1] if built else _resolve(spec.factory)(config)
-            if method and not hasattr(provider, method):
-                raise TypeError(f"{type(provider).__name__} has no method {method}")
+            if built is not None:
+                provider = built[1]
+            else:
+                provider = _resolve(spec.factory)(config)
+                check_provider(provider, spec.kind)
         except BaseException as error:
             return None, self._reason(spec, error)
         reason = self.probe(spec, provider, config) if self.probe else None
@@ -386,7 +373,8 @@ class Registry:
         It counts as a failure of its plugin, unless only an import failed. Errors with a message
         for the person, and those of the core, are raised again.
         """
-        if isinstance(error, AptError | KeyboardInterrupt):
+        own = isinstance(error, AptError) and not isinstance(error, PluginError)
+        if own or isinstance(error, KeyboardInterrupt) or self.manager.ends_run(error):
             raise
         if isinstance(error, ImportError):
             return one_line(error)

@@ -27,6 +27,21 @@ KINDS = (
 """Every kind of provider, in the order in which listings show them."""
 
 
+METHODS = {
+    "attention": ("create_layer",),
+    "ffn": ("create_layer",),
+    "norm": ("create_layer",),
+    "backbone": ("create_model",),
+    "tokenizer": ("encode", "decode"),
+    "dataset": ("load",),
+    "router": ("create_router",),
+    "align": ("terms",),
+    "optimizer": ("create",),
+    "lr_schedule": ("factor",),
+}
+"""What a provider of the kind must have, as far as it is looked at when it is built."""
+
+
 CORE = "core"
 """What listings and manifests show as the plugin of the core's own providers."""
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from apt_core.hook_calls import PASSES
+from apt_core.hook_returns import logits
 from apt_core.plugin_manager import PluginManager
 from apt_core.providers.tokenizer import TokenizerProvider
 from apt_core.types import GenerationRequest, GenerationResult
@@ -128,34 +129,28 @@ def candidates(logits: Tensor, request: GenerationRequest) -> tuple[Tensor, Tens
 
 
 def _processors(manager: PluginManager, request: GenerationRequest) -> list[Processor]:
-    found: list[Processor] = []
-    for plugin, functions in manager.call_each("apt_logits_processors", request=request):
-        for function in functions if isinstance(functions, list | tuple) else [functions]:
-            found.append(_guarded(manager, plugin, function))
-    return found
+    return [
+        _guarded(manager, plugin, function)
+        for plugin, functions in manager.call_each("apt_logits_processors", request=request)
+        for function in functions
+    ]
 
 
 def _guarded(manager: PluginManager, plugin: str, function: Any) -> Processor:
     """A logits processor that is dropped, and counted as its plugin's failure, when it fails."""
     alive = True
 
-    def process(input_ids: Tensor, logits: Tensor) -> Tensor:
+    def process(input_ids: Tensor, given: Tensor) -> Tensor:
         nonlocal alive
         if not alive:
-            return logits
-        try:
-            changed = function(input_ids, logits.clone())
-            if not isinstance(changed, Tensor) or changed.shape != logits.shape:
-                raise TypeError(f"the logits processor did not return logits {list(logits.shape)}")
-            if changed.isnan().any() or not changed.isfinite().any():
-                raise ValueError("the logits processor left no token that can be chosen")
-            return changed
-        except PASSES:
-            raise
-        except BaseException as error:
-            alive = False
-            manager.fail(plugin, "apt_logits_processors", error)
-            return logits
+            return given
+        changed = manager.attempt(
+            plugin,
+            "apt_logits_processors",
+            lambda: logits(function(input_ids, given.clone()), given),
+        )
+        alive = changed is not None
+        return given if changed is None else changed
 
     return process
 
@@ -176,17 +171,18 @@ class _Decoder:
         if self._chosen is None:
             return None
         plugin, decoder = self._chosen
-        try:
+
+        def chosen() -> tuple[int | None]:
             token = decoder.choose(input_ids, logits.clone())
             if token is None:
-                return None
-            token = int(token)
+                return (None,)
+            token = operator.index(token)
             if not 0 <= token < logits.numel():
                 raise ValueError(f"the decoder chose token {token} of {logits.numel()}")
-            return token
-        except PASSES:
-            raise
-        except BaseException as error:
+            return (token,)
+
+        answer = self._manager.attempt(plugin, "apt_decoder", chosen)
+        if answer is None:
             self._chosen = None
-            self._manager.fail(plugin, "apt_decoder", error)
             return None
+        return answer[0]

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 
 from torch import Size, Tensor, nn
+
+from apt_core.hook_returns import number, within
 
 SHOWN = 5
 """Of so many problems a message tells."""
@@ -69,7 +72,8 @@ class ModelTransform:
 
     def check(self, before: Mapping[str, Size]) -> None:
         """Raise ValueError, with every problem, where this does not fit a structure whose
-        parameters have the shapes ``before``."""
+        parameters have the shapes ``before``; TypeError where a field is not what it says."""
+        self._check_types()
         after = {name: parameter.shape for name, parameter in self.model.named_parameters()}
         problems = [f"{name} is not on the meta device" for name in _real_tensors(self.model)]
         for what, names, structure, known in (
@@ -101,6 +105,20 @@ class ModelTransform:
             raise ValueError(
                 "the transform does not fit the model: " + "; ".join(problems[:SHOWN]) + more
             )
+
+    def _check_types(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise TypeError(f"its model is a {type(self.model).__name__}, not a module")
+        if isinstance(self.dropped, str):
+            raise TypeError("dropped is text, not a list of names")
+        for name, carried in self.origins.items():
+            if not isinstance(carried, Carried):
+                raise TypeError(f"the origin of {name} is a {type(carried).__name__}, not Carried")
+        for name, share in self.active_share.items():
+            within(share, f"the active_share of {name}", 1.0)
+        within(self.tolerance, "tolerance")
+        if not isfinite(number(self.added_flops, "added_flops")):
+            raise ValueError(f"added_flops is {self.added_flops}")
 
 
 def _real_tensors(model: nn.Module) -> list[str]:

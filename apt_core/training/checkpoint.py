@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from apt_core.errors import CheckpointError
+from apt_core.hook_returns import TENSOR_KEY
 from apt_core.training.distributed import ALONE, World
 from apt_core.training.tensor_files import SUFFIX, SavedTensors, write_shards, write_whole
 
@@ -44,9 +45,6 @@ LISTED: Mapping[str, Mapping[str, Any]] = {
     "averages": {"plugin": str, "decay": (int, float)},
 }
 """Lists of mappings in the state, with what each entry must have."""
-
-TENSOR_KEY = "__tensor__"
-"""Stands, in the JSON of a plugin's state, for a tensor in ``plugins.safetensors``."""
 
 
 @dataclass
@@ -253,28 +251,17 @@ def prune(root: Path, keep_last: int, keep: Path | None = None) -> None:
 
 
 def split_tensors(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
-    """``value`` with each tensor moved into ``tensors`` and a reference left in its place.
-
-    Raises TypeError for anything that is neither JSON nor a tensor, UnicodeError for text that is
-    no Unicode.
-    """
+    """A plugin's state, as :func:`~apt_core.hook_returns.state` makes it, with each tensor moved
+    into ``tensors`` and a reference left in its place."""
     if isinstance(value, Tensor):
         name = f"{prefix}#{len(tensors)}"
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        tensors[name] = value
         return {TENSOR_KEY: name}
-    if isinstance(value, Mapping):
-        bad = [key for key in value if not isinstance(key, str) or key == TENSOR_KEY]
-        if bad:
-            raise TypeError(f"state {prefix!r} has a key that cannot be saved: {bad[0]!r}")
-        return {k: split_tensors(v, f"{prefix}.{k}", tensors) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [split_tensors(v, f"{prefix}.{i}", tensors) for i, v in enumerate(value)]
-    if isinstance(value, str):
-        value.encode()  # a lone surrogate raises here, and not in the thread that writes
-        return value
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    raise TypeError(f"state {prefix!r} is a {type(value).__name__}: neither JSON nor a tensor")
+    if isinstance(value, dict):
+        return {key: split_tensors(item, prefix, tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [split_tensors(item, prefix, tensors) for item in value]
+    return value
 
 
 def join_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:

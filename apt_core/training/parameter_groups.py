@@ -41,7 +41,6 @@ def parameter_groups(
     """
     scales = scales or {}
     left = {id(p): (name, p) for name, p in model.named_parameters() if p.requires_grad}
-    own = {id(parameter) for parameter in model.parameters()}
     matrices = hidden_matrices(model) if separate_matrices else {}
     groups: dict[_Key, list[Tensor]] = {}
 
@@ -56,18 +55,17 @@ def parameter_groups(
         groups.setdefault(key, []).append(parameter)
 
     for plugin, asked in manager.call_each("apt_param_groups", model=model):
-        try:
-            planned = [_plugin_group(group) for group in asked]
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            manager.fail(plugin, "apt_param_groups", error)
+        steps = [
+            learning_rate * g.get("lr_scale", 1.0) * g.get("weight_decay", weight_decay)
+            for g in asked
+        ]
+        if max(steps, default=0.0) > 1:
+            wrong = f"rate times decay is {max(steps):g}: above 1 a step turns the weights around"
+            manager.fail(plugin, "apt_param_groups", ValueError(wrong))
             continue
-        strangers = [p for group in planned for p in group[0] if id(p) not in own]
-        if strangers:
-            message = f"{len(strangers)} of its tensors are no parameters of the model"
-            manager.fail(plugin, "apt_param_groups", ValueError(message))
-            continue
-        for parameters, lr_scale, decay in planned:
-            for parameter in parameters:
+        for group in asked:
+            decay, lr_scale = group.get("weight_decay"), group.get("lr_scale", 1.0)
+            for parameter in group["params"]:
                 if id(parameter) in left:
                     add(*left.pop(id(parameter)), lr_scale, decay)
     for name, parameter in left.values():
@@ -113,14 +111,3 @@ def _group(key: _Key, parameters: list[Tensor]) -> dict[str, Any]:
     decay = {} if key.decay is None else {"weight_decay": key.decay}
     kind = {"hidden_matrices": True, "stacked": key.stacked}
     return {"params": parameters, **kind, "lr_scale": key.lr, **decay}
-
-
-def _plugin_group(group: Mapping[str, Any]) -> tuple[list[Tensor], float, float | None]:
-    unknown = set(group) - {"params", "lr_scale", "weight_decay"}
-    if unknown:
-        raise ValueError(f"a parameter group has the unknown keys {sorted(unknown)}")
-    decay = float(group["weight_decay"]) if "weight_decay" in group else None
-    lr_scale = float(group.get("lr_scale", 1.0))
-    if (decay or 0.0) < 0 or lr_scale < 0:
-        raise ValueError(f"lr_scale {lr_scale} and weight_decay {decay} must not be negative")
-    return list(group["params"]), lr_scale, decay

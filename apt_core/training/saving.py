@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from apt_core.errors import PluginError, StopTraining, TrainingError
-from apt_core.failures import short_path
+from apt_core.errors import StopTraining, TrainingError
+from apt_core.failures import one_line, short_path
 from apt_core.training import checkpoint
 from apt_core.training.checkpoint import Snapshot
 from apt_core.training.distributed import World
@@ -171,10 +171,10 @@ class Saving:
         trainer, kernel = self._trainer, self._trainer.kernel
         try:
             states, plugin_tensors = plugin_states(trainer.manager, trainer)
-        except PluginError as error:
+        except BaseException as error:  # the run is ending: no reason is left to let it pass
             if not emergency:
                 raise
-            log.error("the checkpoint is without the state of plugins: %s", error)
+            log.error("the checkpoint is without the state of plugins: %s", one_line(error))
             states, plugin_tensors = {}, {}
         tensors = {}
         if self._world.is_first or self._group is not None:

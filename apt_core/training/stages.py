@@ -147,15 +147,8 @@ def _after(kernel: Kernel, structure: Structure, plugin: str) -> Structure | Non
 
 def plugin_costs(kernel: Kernel, plugins: Iterable[str]) -> PluginCosts:
     """What the plugins that are enabled say that they take, together."""
-    total, hook = PluginCosts(), "apt_costs"
-    for plugin in plugins:
-        asked = kernel.manager.call_plugin(plugin, hook, config=kernel.config)
-        if isinstance(asked, PluginCosts):
-            total = total + asked
-        elif asked is not None:
-            wrong = f"it returned {type(asked).__name__}, not PluginCosts"
-            kernel.manager.fail(plugin, hook, TypeError(wrong))
-    return total
+    asked = (kernel.manager.call_plugin(p, "apt_costs", config=kernel.config) for p in plugins)
+    return sum(filter(None, asked), PluginCosts())
 
 
 def _shapes(layer: nn.Module) -> list[tuple[str, tuple[int, ...]]]:

@@ -112,11 +112,7 @@ def plugin_states(manager: PluginManager, trainer: Any) -> tuple[dict[str, Any],
     tensors: dict[str, Tensor] = {}
     for plugin, state in manager.call_each("apt_state_dict", trainer=trainer):
         own: dict[str, Tensor] = {}
-        try:
-            states[plugin] = split_tensors(state, plugin, own)
-        except (TypeError, UnicodeError, RecursionError) as error:
-            manager.fail(plugin, "apt_state_dict", error)
-            continue
+        states[plugin] = split_tensors(state, plugin, own)
         tensors.update(own)
     return states, tensors
 

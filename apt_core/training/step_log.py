@@ -83,10 +83,7 @@ class StepLog:
         for name in trainer.schedule.annealed:
             row[of_parameter(name)] = trainer.param(name)
         for plugin, metrics in trainer.manager.call_each("apt_metrics", trainer=trainer):
-            try:
-                row.update({of_plugin(plugin, name): float(v) for name, v in metrics.items()})
-            except (TypeError, ValueError, AttributeError) as error:
-                trainer.manager.fail(plugin, "apt_metrics", error)
+            row.update({of_plugin(plugin, name): value for name, value in metrics.items()})
         trainer.folder.write_metrics(row)
         trainer.metrics = row
         if trainer.world.is_first:

@@ -44,14 +44,14 @@ def transform_of(
         )
     if transform is None:
         return None
-    try:
+
+    def checked() -> ModelTransform:
         if not isinstance(transform, ModelTransform):
             raise TypeError(f"it returned a {type(transform).__name__}, not a ModelTransform")
         transform.check(before)
-    except (TypeError, ValueError) as error:
-        manager.fail(plugin, HOOK, error)
-        return None
-    return transform
+        return transform
+
+    return manager.attempt(plugin, HOOK, checked)
 
 
 def structure_after(

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from apt_core.data.batches import IGNORED, Batch
 from apt_core.device import is_out_of_memory
-from apt_core.errors import CheckpointError, ConfigError, PluginError, Problem
+from apt_core.errors import CheckpointError, ConfigError, Problem
 from apt_core.modeling.transforms import ModelTransform
 from apt_core.plugin_records import PluginRecord
 from apt_core.training.ema import WeightAverage
@@ -84,7 +84,7 @@ class Switching:
         try:
             made = self._make(transform)
             self._refuse_if_changed(others)
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit, GeneratorExit) as error:
             self._failed(plugin, others, error)
         # Under FSDP2 what follows needs all processes.
         if not self._agreed(plugin):
@@ -98,7 +98,7 @@ class Switching:
                     f"the loss of a fixed batch went from {before:.7g} to {after:.7g}, by more "
                     f"than its tolerance of {transform.tolerance:g}"
                 )
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit, GeneratorExit) as error:
             self._failed(plugin, others, error)
         if not self._agreed(plugin):
             self._restore(others)
@@ -207,7 +207,7 @@ class Switching:
     ) -> None:
         """Count an error in making or trying the new model as a failure of ``plugin``; raise those
         that are to end the run."""
-        if is_out_of_memory(error) or isinstance(error, PluginError):
+        if is_out_of_memory(error) or self._trainer.manager.ends_run(error):
             raise error
         self._restore(others)
         # A ConfigError of the hook is bad input; here it comes too late to be that.

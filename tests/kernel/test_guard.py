@@ -18,7 +18,21 @@ from apt_core.errors import PluginError, Problem
 from apt_core.plugin_manager import PluginManager
 
 wrapper = hookimpl(wrapper=True)
-PASSING = [StopTraining("enough"), KeyboardInterrupt(), GeneratorExit()]
+PASSING = [StopTraining("enough"), KeyboardInterrupt()]
+
+
+class Answer(str):
+    """A decoder, as far as the kernel looks at it."""
+
+    def choose(self) -> None: ...
+
+
+def first(*_: Any) -> None:
+    """A logits processor."""
+
+
+def second(*_: Any) -> None:
+    """Another one."""
 
 
 class Unprintable(Exception):
@@ -70,6 +84,8 @@ def failures(manager: PluginManager, plugin: str = "bad") -> list[PluginFailure]
         (Unprintable(), "Unprintable: (its message cannot be printed)"),
         (Exiting(), "Exiting: (its message cannot be printed)"),
         (StopIteration("early"), "StopIteration: early"),
+        (GeneratorExit(), "GeneratorExit"),
+        (PluginError("its own", plugin="x", hook="y"), "PluginError: its own"),
         (RecursionError("too deep"), "RecursionError: too deep"),
         (
             BaseExceptionGroup("two", [ValueError(), SystemExit()]),
@@ -108,7 +124,7 @@ def test_a_first_result_hook_falls_through_a_failure(
 ) -> None:
     manager.register(plugin_of(apt_decoder=fail), "a")
     manager.register(plugin_of(apt_decoder=lambda: None), "b")
-    manager.register(plugin_of(apt_decoder=lambda: "c answers"), "c")
+    manager.register(plugin_of(apt_decoder=lambda: Answer("c answers")), "c")
     manager.register(plugin_of(apt_decoder=lambda: pytest.fail("asked after an answer")), "d")
     assert decoder(manager) == "c answers"
     assert manager.call_first("apt_decoder", request=None) == ("c", "c answers")
@@ -148,17 +164,18 @@ def test_a_parameter_that_the_caller_left_out_is_no_failure_of_the_plugin(
 def test_generator_results_are_read_inside_the_guard(
     manager: PluginManager, plugin_of: type
 ) -> None:
-    def good() -> Generator[str]:
-        yield from "ab"
+    def good() -> Generator[Callable[..., None]]:
+        yield from (first, second)
 
-    def bad() -> Generator[str]:
-        yield "a"
+    def bad() -> Generator[Callable[..., None]]:
+        yield first
         raise ValueError("half way")
 
     manager.register(plugin_of(apt_logits_processors=good), "a")
     manager.register(plugin_of(apt_logits_processors=bad), "bad")
-    assert manager.hook.apt_logits_processors(request=None) == [["a", "b"]]
-    assert manager.call_plugin("a", "apt_logits_processors", request=None) == ["a", "b"]
+    both = [first, second]
+    assert manager.hook.apt_logits_processors(request=None) == [both]
+    assert manager.call_plugin("a", "apt_logits_processors", request=None) == both
     assert failures(manager)[0].error == "ValueError: half way"
 
 
@@ -167,13 +184,15 @@ def test_generator_results_are_read_inside_the_guard(
 def test_what_ends_the_run_passes_and_is_no_failure(
     manager: PluginManager, plugin_of: type, error: BaseException, through: str
 ) -> None:
-    def generator() -> Generator[int]:
-        yield 1
+    def generator() -> Generator[Callable[..., None]]:
+        yield first
         raise error
 
-    functions = {"generator": generator, "setup": wrapper(generator_that(raise_first=error))}
-    manager.register(plugin_of(apt_metrics=functions.get(through, raising(error))), "ends")
+    setup = wrapper(generator_that(raise_first=error))
+    function = setup if through == "setup" else raising(error)
+    manager.register(plugin_of(apt_metrics=function, apt_logits_processors=generator), "ends")
     calls = {
+        "generator": lambda: manager.hook.apt_logits_processors(request=None),
         "call_each": lambda: manager.call_each("apt_metrics", trainer=None),
         "call_plugin": lambda: manager.call_plugin("ends", "apt_metrics", trainer=None),
     }
@@ -260,11 +279,11 @@ def test_a_wrapper_sees_the_result_and_may_replace_it(
     manager: PluginManager, plugin_of: type
 ) -> None:
     seen: list[Any] = []
-    manager.register(plugin_of(apt_metrics=empty, apt_decoder=lambda: "inner"), "inner")
+    manager.register(plugin_of(apt_metrics=empty, apt_decoder=lambda: Answer("inner")), "inner")
     manager.register(
         plugin_of(
             apt_metrics=wrapper(generator_that(returns=[{"outer": 1}], seen=seen)),
-            apt_decoder=wrapper(generator_that(returns="outer", seen=seen)),
+            apt_decoder=wrapper(generator_that(returns=Answer("outer"), seen=seen)),
         ),
         "outer",
     )
@@ -386,10 +405,10 @@ def test_a_first_result_belongs_to_the_last_one_who_changed_it(
     def passes_on() -> Generator[None, Any, Any]:
         return (yield)
 
-    manager.register(plugin_of(apt_decoder=lambda: "answer"), "inner")
+    manager.register(plugin_of(apt_decoder=lambda: Answer("answer")), "inner")
     manager.register(plugin_of(apt_decoder=passes_on), "outer")
     assert manager.call_first("apt_decoder", request=None) == ("inner", "answer")
-    replacing = plugin_of(apt_decoder=wrapper(generator_that(returns="better")))
+    replacing = plugin_of(apt_decoder=wrapper(generator_that(returns=Answer("better"))))
     manager.register(replacing, "replacing")
     assert manager.call_first("apt_decoder", request=None) == ("replacing", "better")
 
@@ -649,12 +668,12 @@ def fails_plainly(refs: list[Any]) -> Any:
     return function
 
 
-def fails_in_a_generator(refs: list[Any]) -> Any:
-    def function() -> Any:
-        yield 1
-        raise holding(refs)
+def fails_when_read(refs: list[Any]) -> Any:
+    class Rows(dict[str, float]):
+        def items(self) -> Any:
+            raise holding(refs)
 
-    return function
+    return lambda: Rows(row=1.0)
 
 
 def fails_before_the_yield(refs: list[Any]) -> Any:
@@ -675,7 +694,7 @@ def fails_after_the_yield(refs: list[Any]) -> Any:
 
 @pytest.mark.parametrize(
     "failing",
-    [fails_plainly, fails_in_a_generator, fails_before_the_yield, fails_after_the_yield],
+    [fails_plainly, fails_when_read, fails_before_the_yield, fails_after_the_yield],
 )
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_nothing_of_a_failure_is_kept_alive(

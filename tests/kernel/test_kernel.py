@@ -252,7 +252,7 @@ def test_one_plugin_named_twice_is_one_plugin(write: Write) -> None:
         ),
         (
             HEAD + "@hookimpl\ndef apt_register_providers():\n    return [3]\n",
-            "apt_register_providers must return a list of ProviderSpec",
+            "apt_register_providers failed: TypeError: it returned a list with a int",
         ),
     ],
 )

@@ -92,7 +92,6 @@ def test_a_name_of_the_core_cannot_be_taken(offer: Callable[..., Registry]) -> N
     ("declared", "message"),
     [
         ([spec("x", "atention")], "atention:x has an unknown kind"),
-        (["bm25"], "apt_register_providers returned str, not ProviderSpec"),
         (spec("x", "retrieval"), None),
     ],
 )

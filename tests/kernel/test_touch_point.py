@@ -6,6 +6,7 @@ These run with the oldest and the newest pluggy that are supported.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,11 +37,14 @@ def tell(value: Any) -> Callable[[], Any]:
     return lambda: value
 
 
+decides = SimpleNamespace(choose=lambda: None)
+
+
 @pytest.fixture
 def watching(plugin_of: type) -> Watching:
     manager = Watching()
     for name in "ab":
-        manager.register(plugin_of(apt_metrics=tell({name: 1}), apt_decoder=tell(name)), name)
+        manager.register(plugin_of(apt_metrics=tell({name: 1}), apt_decoder=tell(decides)), name)
     return manager
 
 
