@@ -11,8 +11,15 @@ HEADER = """# Hooks
 
 Generated from `apt_core/hookspecs.py` by `apt-hooks docs`. An implementation takes the parameters
 that it wants, in any order. "Dormant" says whether a hook fires for a plugin that its schedule has
-not enabled yet.
+not enabled yet. What an implementation returns is looked at where it is called: anything but what
+the hook accepts is a failure of the plugin there, like an exception.
 """
+
+POLICY = {
+    "changes_weights": "What it returns is part of the training.",
+    "judges_input": "A ConfigError is bad input.",
+    "fatal_among_processes": "A failure ends a run of several processes.",
+}
 
 
 def hook_reference() -> str:
@@ -24,10 +31,16 @@ def hook_reference() -> str:
         result = "the first result that is not None" if facts["firstresult"] else "every result"
         limit = facts["failure_limit"]
         after = "the first failure" if limit == 1 else f"failure {limit}"
+        told = [
+            f"Collects {result}.",
+            f"Fires for dormant plugins: {'yes' if facts['dormant'] else 'no'}.",
+            f"Quarantine after {after}.",
+            f"Accepts {facts['returns'].replace('``', '`')}.",
+            *(sentence for flag, sentence in POLICY.items() if facts[flag]),
+        ]
         parts.append(
-            f"## {name}\n\n`{facts['signature']}`\n\n"
-            f"Collects {result}. Fires for dormant plugins: {'yes' if facts['dormant'] else 'no'}. "
-            f"Quarantine after {after}.\n\n{_markdown(facts['doc'])}\n"
+            f"## {name}\n\n`{facts['signature']}`\n\n{' '.join(told)}\n\n"
+            f"{_markdown(facts['doc'])}\n"
         )
     return "\n".join(parts)
 

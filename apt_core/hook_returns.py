@@ -340,7 +340,7 @@ def state(value: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not isinstance(value, Mapping):
         raise TypeError(f"it returned {_name(value)}, not a mapping")
-    plain: dict[str, Any] = _State().plain(value, "")
+    plain: dict[str, Any] = _State().plain(value, ())
     return plain
 
 
@@ -350,49 +350,45 @@ class _State:
     def __init__(self) -> None:
         self._values = self._tensors = self._characters = 0
 
-    def plain(self, value: Any, path: str, depth: int = 0) -> Any:
-        """``value`` in plain types. Raises TypeError, ValueError."""
-        from torch import Tensor
-
+    def plain(self, value: Any, path: tuple[Any, ...]) -> Any:
+        """``value``, which stands at ``path``, in plain types. Raises TypeError, ValueError."""
         self._values += 1
         if self._values > MAX_VALUES:
             raise ValueError(f"the state has more than {MAX_VALUES} values")
-        if depth > MAX_DEPTH:
+        if len(path) > MAX_DEPTH:
             raise ValueError(f"the state is nested more than {MAX_DEPTH} deep")
-        what = f"state {path!r}" if path else "the state"
-        if isinstance(value, Tensor):
-            return self._tensor(value, what)
-        if isinstance(value, Mapping):
-            pairs = _pairs(value, what, MAX_VALUES - self._values)
-            for key, _ in pairs:
-                self._count_text(key)
-                if key == TENSOR_KEY:
-                    raise TypeError(f"{what} has a key that cannot be saved: {key!r}")
-            return {k: self.plain(v, _shown(path, k), depth + 1) for k, v in pairs}
-        if isinstance(value, list | tuple):
-            return [self.plain(v, _shown(path, i), depth + 1) for i, v in enumerate(value)]
-        if isinstance(value, str):
-            return self._count_text(text(value, what))
         if value is None or isinstance(value, bool):
-            return value
-        if isinstance(value, int):
-            value = int.__int__(value)
-            if value.bit_length() > MAX_INT_BITS:
-                raise ValueError(f"{what} is an integer of {value.bit_length()} bits")
             return value
         if isinstance(value, float):
             return float.__float__(value)
-        raise TypeError(f"{what} is a {_name(value)}: neither JSON nor a tensor")
+        if isinstance(value, int):
+            value = int.__int__(value)
+            if value.bit_length() > MAX_INT_BITS:
+                raise ValueError(f"{_place(path)} is an integer of {value.bit_length()} bits")
+            return value
+        if isinstance(value, str):
+            return self._counted(text(value, _place(path)))
+        if isinstance(value, list | tuple):
+            return [self.plain(item, (*path, index)) for index, item in enumerate(value)]
+        if isinstance(value, Mapping):
+            pairs = _pairs(value, _place(path), MAX_VALUES - self._values)
+            for key, _ in pairs:
+                if self._counted(key) == TENSOR_KEY:
+                    raise TypeError(f"{_place(path)} has a key that cannot be saved: {key!r}")
+            return {key: self.plain(item, (*path, key)) for key, item in pairs}
+        return self._tensor(value, _place(path))
 
-    def _count_text(self, value: str) -> str:
+    def _counted(self, value: str) -> str:
         self._characters += len(value)
         if self._characters > MAX_TEXT:
             raise ValueError(f"the state has more than {MAX_TEXT} characters of text")
         return value
 
-    def _tensor(self, value: Tensor, what: str) -> Tensor:
+    def _tensor(self, value: Any, what: str) -> Tensor:
         import torch
 
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{what} is a {_name(value)}: neither JSON nor a tensor")
         self._tensors += 1
         if self._tensors > MAX_TENSORS:
             raise ValueError(f"the state has more than {MAX_TENSORS} tensors")
@@ -402,13 +398,13 @@ class _State:
         held = tensor.untyped_storage().nbytes()
         if tensor.numel() * tensor.element_size() > max(held, MAX_EXPANDED):
             raise ValueError(f"{what} is expanded from {held} bytes: give what it is expanded from")
-        copied = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-        return copied.copy_(tensor)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor)
 
 
-def _shown(path: str, key: object) -> str:
-    """The path of an entry, for messages: no longer than a line."""
-    return f"{path}.{key}"[-60:] if path else str(key)[:60]
+def _place(path: tuple[Any, ...]) -> str:
+    """What a message calls the entry at ``path``: no more than a line."""
+    shown = ".".join(map(str, path))
+    return f"state {shown[:60]!r}" if path else "the state"
 
 
 @functools.cache

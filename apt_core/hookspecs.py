@@ -5,9 +5,11 @@ parameters that it wants. Unless a docstring says otherwise: a hook fires on eve
 process of the run) at the same position, on the main thread; what an ``on_*`` implementation
 returns is ignored; what it raises is caught, counted and reported, and the run goes on (a plugin
 is quarantined at its third failure; the profile's
-``on_failure: required`` and ``--strict`` make it fatal). Trainer hooks never fire per layer or per
-token. StopTraining ends the run, in a run of several processes once the step is done in all of
-them. ``step`` counts optimizer steps of the whole run from 1, epochs count from 1.
+``on_failure: required`` and ``--strict`` make it fatal); so is a result that is not what the hook
+accepts. All policy of a hook (who judges input, what is part of the training, what is fatal among
+processes, what is accepted as a result) stands on its ``@hookspec``. Trainer hooks never fire per
+layer or per token. StopTraining ends the run, in a run of several processes once the step is done
+in all of them. ``step`` counts optimizer steps of the whole run from 1, epochs count from 1.
 
 Every example below is a complete plugin module; the tests run each of them.
 """
@@ -149,8 +151,9 @@ def apt_param_groups(model: nn.Module) -> Sequence[Mapping[str, Any]]:
 
     When: the optimizer is built or rebuilt.
     Returns: a list of parameter groups, each ``{"params": [...], ...}`` with any of ``lr_scale``
-    (a factor on the scheduled learning rate) and ``weight_decay``. A parameter goes to the first
-    group that names it; the rest get the profile's settings.
+    (a factor on the scheduled learning rate) and ``weight_decay``, both finite, from 0 to 10,000;
+    the rate times the decay is at most 1. A parameter goes to the first group that names it; the
+    rest get the profile's settings.
     Raising: the plugin is quarantined, its groups are not used.
     Ranks: every one asks, and must get the same. Under FSDP2 the parameters are sharded.
 
@@ -482,8 +485,9 @@ def on_training_end(trainer: Any) -> None:
 def apt_state_dict(trainer: Any) -> Mapping[str, Any]:
     """Hand over the plugin's state for the checkpoint.
 
-    When: a checkpoint is written. Returns: a mapping of JSON values and tensors, nested as you
-    like. Raising: the checkpoint is written without the plugin's state, and says so.
+    When: a checkpoint is written. Returns: a mapping of JSON values and dense tensors, nested (64
+    deep, a million values, 10,000 tensors at most; integers of up to 2048 bits). It is copied at
+    once. Raising: the checkpoint is written without the plugin's state, and says so.
     Ranks: every one asks; what the first returns is saved, and every rank gets it back.
 
     Example::
@@ -633,7 +637,8 @@ def apt_logits_processors(
 
     When: once per generation request. Returns: a list of callables
     ``f(input_ids [1, T], logits [V]) -> logits [V]``, called for every token in turn; one that
-    raises counts as a failure of the plugin and is dropped for the rest of the request.
+    raises, or returns NaN, +inf or nothing to choose from, counts as a failure of the plugin and is
+    dropped for the rest of the request.
 
     Example::
 

@@ -134,7 +134,7 @@ def hook_names(manager: PluginManager) -> list[str]:
 
 
 def hook_facts(manager: PluginManager, name: str) -> dict[str, Any]:
-    """Signature, behaviour and contract of one hook."""
+    """Signature, behaviour, policy and contract of one hook."""
     spec = getattr(manager.hook, name).spec
     return {
         "hook": name,
@@ -142,6 +142,10 @@ def hook_facts(manager: PluginManager, name: str) -> dict[str, Any]:
         "firstresult": bool(spec.opts["firstresult"]),
         "dormant": bool(spec.opts["dormant"]),
         "failure_limit": spec.opts["failure_limit"],
+        "returns": (inspect.getdoc(spec.opts["returns"]) or "").partition("\n")[0],
+        "judges_input": spec.opts["judges_input"],
+        "changes_weights": spec.opts["changes_weights"],
+        "fatal_among_processes": spec.opts["fatal_among_processes"],
         "doc": inspect.getdoc(spec.function) or "",
     }
 

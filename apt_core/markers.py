@@ -18,7 +18,7 @@ what it raises is a failure of the implementation. None stands for no result."""
 
 
 def ignored(value: Any, arguments: Mapping[str, Any]) -> None:
-    """nothing: what is returned is not looked at"""
+    """no result: what is returned is not looked at"""
     if isinstance(value, GeneratorType):
         deque(value, maxlen=0)  # a hook that yields has not run before
 
