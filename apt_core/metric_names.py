@@ -18,12 +18,12 @@ def of_term(plugin: str, term: str) -> str:
     >>> of_term("moe", "balance")
     'loss/moe.balance'
     """
-    return f"{LOSS}/{plugin}.{_text(term)}"
+    return f"{LOSS}/{plugin}.{term}"
 
 
 def of_plugin(plugin: str, name: str) -> str:
     """What ``apt_metrics`` of a plugin calls ``name``."""
-    return f"{plugin}/{_text(name)}"
+    return f"{plugin}/{name}"
 
 
 def of_parameter(name: str) -> str:
@@ -47,9 +47,3 @@ def why_not(plugin: str) -> str:
     if "/" in plugin:
         return "metrics of this plugin would be called as those of another: its name has a slash"
     return ""
-
-
-def _text(name: object) -> str:
-    if not isinstance(name, str):
-        raise TypeError(f"the name of a metric is a {type(name).__name__}, not a text")
-    return name

@@ -272,6 +272,7 @@ WRONG: dict[str, dict[str, tuple[Any, str]]] = {
         "a vector": ({"a": torch.ones(2)}, "Error: "),
         "on no device": ({"a": torch.tensor(1.0, device="meta")}, "RuntimeError"),
         "half a letter": ({"\ud800": 1.0}, "surrogates"),
+        "a name that is a number": ({1: 2.0}, "a key of what it returned is a int"),
     },
     "apt_state_dict": {
         "a list": ([1], "list, not a mapping"),
