@@ -3,61 +3,103 @@
 Everything is a pure function of the position, so nothing can be missed or repeated by a resume.
 A position is given by any of ``epoch`` (from 1), ``step`` (optimizer steps of the whole run, from
 1) and ``tokens`` (target tokens trained on before it, from 0). What one unit needs and another
-gives is converted where the :class:`Horizon` is known.
+gives is converted where the :class:`Horizon` knows the steps of the run; no other count of tokens
+is made anywhere.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from apt_core.config import Config, Ramp
 from apt_core.config.schedule_check import check_schedules
 from apt_core.config.switches import UNITS, Switch, Unit, read_switch
 
-__all__ = ["FIRST", "Boundary", "Horizon", "Schedule", "check_schedules"]
+__all__ = ["FIRST", "Boundary", "Horizon", "Schedule", "Steps", "check_schedules"]
 
 FIRST: Mapping[Unit, int] = {"epoch": 1, "step": 1, "token": 0}
 """The first position of a run in each unit."""
 
 
+class Steps(Protocol):
+    """The steps of a run: how many an epoch has, and the target tokens that each trains on."""
+
+    steps_per_epoch: int
+    targets_per_epoch: int
+
+    def targets_before(self, epoch: int, index: int) -> int:
+        """The target tokens of those steps of ``epoch`` (from 1) that come before step ``index``
+        (from 0)."""
+
+
 @dataclass(frozen=True)
 class Horizon:
-    """How long the run is: lets positions be converted from one unit to another."""
+    """How long the run is, and its ``steps``, by which positions are converted from one unit to
+    another; None where the data is not known."""
 
     max_epochs: int | None = None
-    steps_per_epoch: int | None = None
-    tokens_per_epoch: int | None = None
     max_steps: int | None = None
+    steps: Steps | None = None
 
     def convert(self, value: int, given: Unit, wanted: Unit) -> int | None:
-        """The position in another unit (an epoch's is its first), or None where it is not known."""
+        """The position in another unit, or None where the steps are not known.
+
+        An epoch's is its first. A number of tokens that is reached within a step is converted as
+        the beginning of that step is.
+        """
         if given == wanted:
             return value
-        lengths: dict[Unit, int | None] = {
-            "epoch": 1,
-            "step": self.steps_per_epoch,
-            "token": self.tokens_per_epoch,
-        }
-        per_given, per_wanted = lengths[given], lengths[wanted]
-        if not per_given or not per_wanted:
+        steps = self.steps
+        if steps is None:
             return None
-        return (value - FIRST[given]) * per_wanted // per_given + FIRST[wanted]
+        if given == "epoch":
+            epoch, index = value, 0
+        elif given == "step":
+            epoch, index = divmod(value - 1, steps.steps_per_epoch)
+            epoch += 1
+        else:
+            epoch, rest = divmod(value, steps.targets_per_epoch)
+            epoch += 1
+            index = _step_at(steps, epoch, rest)
+        if wanted == "epoch":
+            return epoch
+        if wanted == "step":
+            return (epoch - 1) * steps.steps_per_epoch + index + 1
+        return (epoch - 1) * steps.targets_per_epoch + steps.targets_before(epoch, index)
+
+    def first_step_from(self, at: int, unit: Unit) -> int | None:
+        """The first step that begins at this position or after it, or None where it is not known.
+        A number of tokens is mostly reached within a step, so that it is the next one."""
+        step = self.convert(at, unit, "step")
+        if step is None or unit != "token":
+            return step
+        before = self.convert(step, "step", "token")
+        return step + (before is not None and before < at)
 
     def last(self, unit: Unit) -> int | None:
-        """The last position of the run in this unit, or None where it is not known.
-
-        ``max_steps`` does not end a ramp by epoch early: an epoch's value depends on epochs alone.
-        """
+        """The last position of the run in this unit, or None where it is not known."""
+        last = self.max_steps
+        if self.steps is not None and self.max_epochs:
+            whole = self.max_epochs * self.steps.steps_per_epoch
+            last = whole if last is None else min(whole, last)
+            return self.convert(last, "step", unit)
         if unit == "epoch":
             return self.max_epochs
-        if unit == "token" or not (self.max_epochs and self.steps_per_epoch):
-            return self.max_steps if unit == "step" else None
-        steps = self.max_epochs * self.steps_per_epoch
-        return min(steps, self.max_steps) if self.max_steps else steps
+        return last if unit == "step" else None
+
+
+def _step_at(steps: Steps, epoch: int, tokens: int) -> int:
+    """The step of ``epoch`` (from 0) that so many of its target tokens lead to, or into."""
+
+    def before(index: int) -> int:
+        return steps.targets_before(epoch, index)
+
+    return bisect_right(range(steps.steps_per_epoch), tokens, key=before) - 1 if tokens else 0
 
 
 @dataclass(frozen=True)
@@ -106,15 +148,21 @@ class Schedule:
                 self.values[key] = value
             else:
                 self._switches.setdefault(switch.plugin, []).append(switch)
+        self._spans: dict[str, tuple[int, int]] = {}
+        self._first_steps: dict[str, int | None] = {}
 
     def with_horizon(self, horizon: Horizon) -> Schedule:
-        """The same schedule, once the length of the run is known."""
+        """The same schedule, once the length of the run is known.
+
+        Where ``horizon`` has no ``max_epochs``, the profile's length limits it too.
+        """
+        known = self.horizon
+        if horizon.max_epochs is None:
+            max_steps = horizon.max_steps or known.max_steps
+            horizon = replace(horizon, max_epochs=known.max_epochs, max_steps=max_steps)
         scheduled = copy.copy(self)
-        scheduled.horizon = replace(
-            horizon,
-            max_epochs=horizon.max_epochs or self.horizon.max_epochs,
-            max_steps=horizon.max_steps or self.horizon.max_steps,
-        )
+        scheduled.horizon = horizon
+        scheduled._spans, scheduled._first_steps = {}, {}
         return scheduled
 
     def should_enable_plugin(
@@ -149,6 +197,9 @@ class Schedule:
     ) -> Any:
         """The value of a parameter at this position, or ``default`` where it has no schedule.
 
+        From the last position of its ramp on it is the ramp's end, also where that position is the
+        first one or lies before it: a ramp without length is at its end.
+
         Raises ValueError where the position, or the length of the run, is not given in a unit
         that tells.
         """
@@ -160,9 +211,20 @@ class Schedule:
         if value.start == value.end:
             return value.start
         here = self._position(value.by, name, epoch, step, tokens)
-        first = self._first(name, value)
-        length = self._length(name, value, first)
-        return _between(value, min(1.0, max(0.0, (here - first) / length)) if length > 0 else 0.0)
+        first, last = self.span(name)
+        if here >= last:
+            return value.end
+        return value.start if here <= first else _between(value, (here - first) / (last - first))
+
+    def span(self, name: str) -> tuple[int, int]:
+        """The first and the last position of the ramp ``name`` in its own unit; the last one may
+        come before the first. Raises ValueError where the horizon does not tell."""
+        if name not in self._spans:
+            ramp = self.values[name]
+            assert isinstance(ramp, Ramp)
+            first = self._first(name, ramp)
+            self._spans[name] = first, self._last(name, ramp, first)
+        return self._spans[name]
 
     def boundaries(self) -> list[Boundary]:
         """When plugins become enabled or disabled, in the order of the run.
@@ -174,7 +236,7 @@ class Schedule:
             for switches in self._switches.values()
             for switch in switches
         ]
-        steps = {b: self.horizon.convert(b.at, b.unit, "step") for b in found}
+        steps = {b: self.horizon.first_step_from(b.at, b.unit) for b in found}
         comparable = None not in steps.values()
 
         def order(boundary: Boundary) -> tuple[int, int, int, str, bool]:
@@ -189,18 +251,25 @@ class Schedule:
 
         Raises ValueError where the horizon does not tell.
         """
-        for switch in self._switches.get(name, ()):
-            if switch.enables:
-                step = self.horizon.convert(*self._moment(switch), "step")
-                if step is None:
-                    raise ValueError(f"schedules.{switch.key}: the horizon must tell its step")
-                return step
-        return FIRST["step"]
+        switch = self._enabling(name)
+        if switch is None:
+            return FIRST["step"]
+        step = self._first_step(switch)
+        if step is None:
+            raise ValueError(f"schedules.{switch.key}: the horizon must tell its step")
+        return step
 
-    @property
-    def is_annealed(self) -> bool:
-        """Does any value depend on the run's length? Then it is not to be resumed with another."""
-        return any(_ends_with_run(value) for value in self.values.values())
+    def last_step_of(self, name: str) -> int | None:
+        """The last step in which the plugin is enabled, if the run comes to it: that of the run, or
+        the one before it is disabled. None where the horizon does not tell."""
+        last = self.horizon.last("step")
+        for switch in self._switches.get(name, ()):
+            if not switch.enables:
+                step = self._first_step(switch)
+                if step is None or last is None:
+                    return None
+                last = min(last, step - 1)
+        return last
 
     @property
     def annealed(self) -> list[str]:
@@ -226,60 +295,56 @@ class Schedule:
         argument = "tokens" if unit == "token" else unit
         raise ValueError(f"schedules.{name} counts by {unit}: give {argument}=")
 
+    def _enabling(self, plugin: str) -> Switch | None:
+        """What enables the plugin; None if it is enabled from the start."""
+        return next((s for s in self._switches.get(plugin, ()) if s.enables), None)
+
+    def _first_step(self, switch: Switch) -> int | None:
+        if switch.key not in self._first_steps:
+            step = self.horizon.first_step_from(switch.at, switch.unit)
+            self._first_steps[switch.key] = step
+        return self._first_steps[switch.key]
+
     def _first(self, name: str, ramp: Ramp) -> int:
         """Where a ramp starts: when its plugin is enabled, or with the run."""
-        for switch in self._switches.get(self.params.get(name, ""), ()):
-            if switch.enables:
-                first = self.horizon.convert(*self._moment(switch), ramp.by)
-                if first is None:
-                    raise ValueError(
-                        f"schedules.{name} counts by {ramp.by} from {switch.key}: "
-                        "the horizon must tell how long an epoch is"
-                    )
-                return first
-        return FIRST[ramp.by]
+        switch = self._enabling(self.params.get(name, ""))
+        if switch is None:
+            return FIRST[ramp.by]
+        step = self._first_step(switch)
+        first = None if step is None else self.horizon.convert(step, "step", ramp.by)
+        if first is None and switch.unit == ramp.by:
+            first = switch.at
+        if first is None:
+            raise ValueError(
+                f"schedules.{name} counts by {ramp.by} from {switch.key}: "
+                "the horizon must tell the steps of an epoch"
+            )
+        return first
 
-    def _moment(self, switch: Switch) -> tuple[int, Unit]:
-        """When a switch acts. A number of tokens is mostly reached within a step, so that the next
-        one is the first that the plugin takes part in."""
-        step = self.horizon.convert(switch.at, "token", "step") if switch.unit == "token" else None
-        if step is None:
-            return switch.at, switch.unit
-        before = self.horizon.convert(step, "step", "token")
-        return step + (before is not None and before < switch.at), "step"
-
-    def _length(self, name: str, ramp: Ramp, first: int) -> int:
+    def _last(self, name: str, ramp: Ramp, first: int) -> int:
         if ramp.warmup is not None:
-            return ramp.warmup
+            return first + ramp.warmup
         last = ramp.until if ramp.until is not None else self.horizon.last(ramp.by)
         if last is None:
             raise ValueError(
                 f"schedules.{name} ends with the run: the horizon must tell its last {ramp.by}, "
                 "or the profile an `until`"
             )
-        return last - first
-
-
-def _ends_with_run(value: int | float | Ramp) -> bool:
-    return (
-        isinstance(value, Ramp)
-        and value.until is None
-        and value.warmup is None
-        and value.start != value.end
-    )
+        return last
 
 
 def _between(ramp: Ramp, share: float) -> float:
-    """The value ``share`` (0 to 1) of the way; exact at both ends."""
-    if share <= 0.0:
-        return ramp.start
-    if share >= 1.0:
-        return ramp.end
+    """The value ``share`` of the way, 0 < share < 1."""
+    start, end = ramp.start, ramp.end
     if ramp.shape == "exponential":
-        return ramp.start * math.exp(share * math.log(ramp.end / ramp.start))
-    if ramp.shape == "cosine":
-        share = (1 - math.cos(math.pi * share)) / 2
-    return ramp.start + (ramp.end - ramp.start) * share
+        # By logarithms: a quotient of the ends may be more than a number can be.
+        logs = math.log(abs(start)), math.log(abs(end))
+        value = math.copysign(math.exp(logs[0] + (logs[1] - logs[0]) * share), start)
+    elif ramp.shape == "cosine":
+        value = start + (end - start) * (1 - math.cos(math.pi * share)) / 2
+    else:
+        value = start + (end - start) * share
+    return min(max(value, min(start, end)), max(start, end))  # rounding may pass the end
 
 
 def _read(config: Config | Mapping[str, Any]) -> tuple[Mapping[str, Any], Horizon]:
@@ -290,4 +355,4 @@ def _read(config: Config | Mapping[str, Any]) -> tuple[Mapping[str, Any], Horizo
         relevant = {key: config[key] for key in ("schedules", "training") if key in config}
         config = Config.from_dict(relevant)
     training = config.training
-    return config.schedules, Horizon(training.max_epochs, max_steps=training.max_steps)
+    return config.schedules, Horizon(training.max_epochs, training.max_steps)

@@ -11,12 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apt_core.config import Config, InactiveKey, Source, parse_override, read_profile, validate
+from apt_core.data.batches import StepPlan
 from apt_core.errors import ConfigError, Problem
 from apt_core.schedules import Boundary, Horizon, Schedule, check_schedules
 
 quick = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 lengths = st.integers(1, 60)
 numbers = st.floats(-1e6, 1e6)
+
+
+def steps_of(per: int, batch: int = 1) -> StepPlan:
+    """Epochs of ``per`` steps of ``batch`` tokens."""
+    return StepPlan(per * batch + 1, seq_len=1, windows_per_step=batch)
 
 
 def epochs(schedule: Schedule, name: str, last: int) -> list[float]:
@@ -55,7 +61,7 @@ def test_disabled_from_then_on() -> None:
 @quick
 @given(at=lengths, unit=st.sampled_from(["epoch", "step", "token"]), per=lengths, batch=lengths)
 def test_once_enabled_a_plugin_stays_enabled(at: int, unit: str, per: int, batch: int) -> None:
-    horizon = Horizon(max_epochs=4, steps_per_epoch=per, tokens_per_epoch=per * batch)
+    horizon = Horizon(max_epochs=4, steps=steps_of(per, batch))
     schedule = Schedule({f"enable_p_at_{unit}": at}, horizon=horizon)
     seen = [
         schedule.should_enable_plugin(
@@ -69,7 +75,7 @@ def test_once_enabled_a_plugin_stays_enabled(at: int, unit: str, per: int, batch
 
 
 def test_positions_are_converted_where_the_horizon_is_known() -> None:
-    horizon = Horizon(max_epochs=3, steps_per_epoch=10, tokens_per_epoch=1000)
+    horizon = Horizon(max_epochs=3, steps=steps_of(10, 100))
     by_epoch = Schedule({"enable_p_at_epoch": 2}, horizon=horizon)
     assert [by_epoch.should_enable_plugin("p", step=step) for step in (10, 11)] == [False, True]
     by_step = Schedule({"enable_p_at_step": 11}, horizon=horizon)
@@ -102,9 +108,26 @@ def test_by_epoch_runs_over_all_epochs() -> None:
     assert epochs(schedule, "t", 7) == [1.5, 1.25, 1.0, 0.75, 0.5, 0.5, 0.5]
 
 
-def test_one_epoch_is_the_start() -> None:
-    schedule = Schedule({"t": {"start": 1.5, "end": 0.5}}, horizon=Horizon(max_epochs=1))
-    assert schedule.get_param("t", epoch=1) == 1.5
+@pytest.mark.parametrize(
+    ("ramp", "switch"),
+    [
+        ({}, {}),
+        ({"by": "step", "until": 1}, {}),
+        ({"by": "step"}, {"enable_p_at_step": 10}),
+        ({"by": "step", "until": 4}, {"enable_p_at_token": 17}),
+        ({"by": "token", "until": 16}, {"enable_p_at_step": 6}),
+        ({"by": "epoch", "until": 1}, {"enable_p_at_step": 4}),
+    ],
+)
+def test_a_ramp_without_length_is_at_its_end(ramp: dict[str, Any], switch: dict[str, int]) -> None:
+    """In one epoch, over one position, enabled in the last one, or after the ramp in another
+    unit."""
+    horizon = Horizon(max_epochs=1, steps=steps_of(10, 4))
+    entries = {"t": {"start": 1.5, "end": 0.5, **ramp}, **switch}
+    schedule = Schedule(entries, params={"t": "p"}, horizon=horizon)
+    first = schedule.first_step_of("p")
+    values = [schedule.get_param("t", step=step) for step in range(first, 11)]
+    assert values == [0.5] * len(values)
 
 
 def test_warmup_ramps_then_stays() -> None:
@@ -122,10 +145,10 @@ def test_until_is_the_last_position() -> None:
 
 def test_by_step_ends_with_the_run() -> None:
     entries = {"w": {"start": 0, "end": 1, "by": "step"}}
-    whole = Schedule(entries, horizon=Horizon(max_epochs=2, steps_per_epoch=5))
+    whole = Schedule(entries, horizon=Horizon(max_epochs=2, steps=steps_of(5)))
     assert [whole.get_param("w", step=step) for step in (1, 10)] == [0, 1]
     profile = {"schedules": entries, "training": {"max_steps": 7}}
-    cut = Schedule(profile).with_horizon(Horizon(steps_per_epoch=5))
+    cut = Schedule(profile).with_horizon(Horizon(steps=steps_of(5)))
     assert [cut.get_param("w", step=step) for step in (1, 7)] == [0, 1]
 
 
@@ -176,7 +199,7 @@ def test_starts_at_start_ends_at_end_and_never_turns(
 def test_nothing_jumps_when_a_plugin_is_enabled_later(
     data: st.DataObject, unit: str, by: str, per: int, batch: int
 ) -> None:
-    horizon = Horizon(max_epochs=6, steps_per_epoch=per, tokens_per_epoch=per * batch)
+    horizon = Horizon(max_epochs=6, steps=steps_of(per, batch))
     most = {"epoch": 6, "step": 6 * per, "token": (6 * per - 1) * batch}[unit]
     at = data.draw(st.integers(1, max(1, most)))
     entries = {f"enable_p_at_{unit}": at, "t": {"start": 2.0, "end": 1.0, "by": by}}
@@ -186,11 +209,96 @@ def test_nothing_jumps_when_a_plugin_is_enabled_later(
         for step in range(1, 6 * per + 1)
         if schedule.should_enable_plugin("p", step=step)
     ]
+    assert values == sorted(values, reverse=True)
     if values:
-        assert values[0] == 2.0
-        assert values == sorted(values, reverse=True)
-    if len(values) > per:
         assert values[-1] == 1.0
+    if len(values) > (per if by == "epoch" else 1):  # else there is nothing to move over
+        assert values[0] == 2.0
+
+
+@quick
+@given(
+    data=st.data(),
+    seq_len=st.integers(1, 5),
+    windows=st.integers(1, 4),
+    seed=st.integers(0, 3),
+    max_epochs=st.integers(1, 4),
+    by=st.sampled_from(["epoch", "step", "token"]),
+    shape=st.sampled_from(["linear", "cosine", "exponential"]),
+)
+def test_every_way_of_counting_agrees_with_the_steps_that_are_taken(
+    data: st.DataObject,
+    seq_len: int,
+    windows: int,
+    seed: int,
+    max_epochs: int,
+    by: str,
+    shape: str,
+) -> None:
+    """Ragged epochs, switches and ramps in any units, runs that end within an epoch."""
+    plan = StepPlan(
+        data.draw(st.integers(seq_len * windows + 1, 60)),
+        seq_len=seq_len,
+        windows_per_step=windows,
+        seed=seed,
+    )
+    taken = [
+        (epoch, (epoch - 1) * plan.steps_per_epoch + index + 1, plan.step_targets(epoch, index))
+        for epoch in range(1, max_epochs + 1)
+        for index in range(plan.steps_per_epoch)
+    ]
+    taken = taken[: data.draw(st.integers(1, len(taken)))]
+    before = [sum(count for _, _, count in taken[:index]) for index in range(len(taken))]
+    positions = {
+        "epoch": [epoch for epoch, _, _ in taken],
+        "step": [step for _, step, _ in taken],
+        "token": before,
+    }
+    horizon = Horizon(max_epochs, len(taken), plan)
+    for unit, own in positions.items():
+        assert horizon.last(unit) == own[-1]
+        for other, others in positions.items():
+            expected = [own[others.index(place)] for place in others]
+            assert [horizon.convert(place, other, unit) for place in others] == expected
+
+    unit = data.draw(st.sampled_from(["epoch", "step", "token"]))
+    at = data.draw(st.integers(1, max(1, positions[unit][-1])))
+    ramp: dict[str, Any] = {"start": 2.0, "end": 1.0, "by": by, "shape": shape}
+    if by == "token" or data.draw(st.booleans()):
+        ramp["until"] = data.draw(st.integers(1, max(1, positions[by][-1])))
+    schedule = Schedule({f"enable_p_at_{unit}": at, "t": ramp}, params={"t": "p"}, horizon=horizon)
+    enabled = [place >= at for place in positions[unit]]
+    assert enabled == [schedule.should_enable_plugin("p", step=step) for _, step, _ in taken]
+    assert enabled == [
+        schedule.should_enable_plugin("p", epoch=epoch, step=step, tokens=tokens)
+        for (epoch, step, _), tokens in zip(taken, before, strict=True)
+    ]
+    if not any(enabled):
+        assert schedule.first_step_of("p") > len(taken)
+        return
+    first = enabled.index(True)
+    assert schedule.first_step_of("p") == first + 1
+    values = [schedule.get_param("t", step=step) for _, step, _ in taken[first:]]
+    assert values == sorted(values, reverse=True)
+    own = positions[by][first:]
+    last = ramp.get("until", own[-1])
+    assert [value == 1.0 for value in values] == [place >= last for place in own]
+    assert [value == 2.0 for value in values] == [place == own[0] < last for place in own]
+
+
+@quick
+@given(
+    ends=st.tuples(st.floats(1e-300, 1e30), st.floats(1e-300, 1e30)),
+    sign=st.sampled_from([1, -1]),
+    last=st.integers(2, 50),
+)
+def test_an_exponential_ramp_takes_any_ends_of_one_sign(
+    ends: tuple[float, float], sign: int, last: int
+) -> None:
+    entry = {"start": sign * ends[0], "end": sign * ends[1], "shape": "exponential"}
+    values = epochs(Schedule({"t": entry}, horizon=Horizon(max_epochs=last)), "t", last)
+    assert (values[0], values[-1]) == (sign * ends[0], sign * ends[1])
+    assert values == sorted(values, reverse=values[0] > values[-1])
 
 
 def test_a_plugins_parameters_count_from_its_moment() -> None:
@@ -206,7 +314,7 @@ def test_a_plugins_parameters_count_from_its_moment() -> None:
     schedule = Schedule(
         {"enable_moe_at_epoch": 3, "w": by_step},
         params={"w": "moe"},
-        horizon=Horizon(max_epochs=5, steps_per_epoch=10),
+        horizon=Horizon(max_epochs=5, steps=steps_of(10)),
     )
     assert [schedule.get_param("w", step=at) for at in (21, 26, 31)] == [0, 0.5, 1]
 
@@ -243,20 +351,6 @@ def test_entries_that_are_not_valid_are_refused(entries: dict[str, Any]) -> None
         Schedule(entries)
 
 
-# Resuming
-
-
-def test_only_what_ends_with_the_run_forbids_another_horizon() -> None:
-    pinned = {
-        "a": 1.0,
-        "b": {"start": 0, "end": 1, "by": "step", "warmup": 10},
-        "c": {"start": 0, "end": 1, "until": 9},
-        "d": {"start": 1, "end": 1},
-    }
-    assert not Schedule(pinned).is_annealed
-    assert Schedule({**pinned, "t": {"start": 1.5, "end": 0.8}}).is_annealed
-
-
 # The timeline
 
 
@@ -268,7 +362,7 @@ def test_boundaries_come_in_the_order_of_the_run() -> None:
         "enable_d_at_token": 5,
         "t": 1,
     }
-    horizon = Horizon(max_epochs=5, steps_per_epoch=10, tokens_per_epoch=100)
+    horizon = Horizon(max_epochs=5, steps=steps_of(10, 10))
     boundaries = Schedule(entries, horizon=horizon).boundaries()
     assert [boundary.plugin for boundary in boundaries] == ["d", "c", "b", "a"]
     assert boundaries[1] == Boundary("c", False, "epoch", 2)
@@ -376,7 +470,7 @@ def test_schedules_are_checked_even_if_the_profile_has_other_problems() -> None:
 
 
 def test_the_first_step_of_a_plugin_is_that_of_its_switch() -> None:
-    horizon = Horizon(max_epochs=4, steps_per_epoch=10, tokens_per_epoch=105)
+    horizon = Horizon(max_epochs=4, steps=StepPlan(106, seq_len=1, windows_per_step=11))
     entries = {"enable_a_at_epoch": 3, "enable_b_at_step": 7, "enable_c_at_token": 25}
     schedule = Schedule(entries, horizon=horizon)
     assert [schedule.first_step_of(name) for name in "abcd"] == [21, 7, 4, 1]

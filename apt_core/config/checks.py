@@ -270,7 +270,9 @@ def _ramps(view: View) -> Iterator[Problem]:
             )
         if ramp.until is not None and ramp.warmup is not None:
             yield view.problem("until and warmup both say where the ramp ends", at, "keep one")
-        if ramp.shape == "exponential" and ramp.start * ramp.end <= 0:
+        # Not their product, which may round to 0.
+        one_sign = min(ramp.start, ramp.end) > 0 or max(ramp.start, ramp.end) < 0
+        if ramp.shape == "exponential" and not one_sign:
             yield view.problem(
                 f"an exponential ramp cannot go from {ramp.start} to {ramp.end}",
                 at,

@@ -11,7 +11,7 @@ from typing import Any
 
 from apt_core.config.schema import Config
 from apt_core.config.source import InactiveKey, Source
-from apt_core.config.switches import Switch, looks_like_switch, read_switch
+from apt_core.config.switches import Switch, Unit, looks_like_switch, read_switch
 from apt_core.errors import Problem, did_you_mean
 
 
@@ -46,6 +46,14 @@ def check_schedules(
         elif not looks_like_switch(key):
             check.parameter(key, value, list(switches.values()))
     return check.problems, check.inactive
+
+
+LENGTH_KEYS: Mapping[Unit, str] = {
+    "epoch": "training.max_epochs",
+    "step": "training.max_steps",
+    "token": "training.max_tokens",
+}
+"""What ends the run, by unit."""
 
 
 @dataclass
@@ -87,13 +95,14 @@ class _Check:
     def within_run(self, switch: Switch) -> None:
         """A switch after the end never acts. Shortening a run from the command line, to try
         something, is no mistake, so that it only makes the switch inactive."""
-        length_key = {"epoch": "training.max_epochs", "step": "training.max_steps"}.get(switch.unit)
-        if length_key is None:
+        length_key = LENGTH_KEYS[switch.unit]
+        length = self.number(length_key)
+        if length is None or not isinstance(switch.at, int):
             return
-        last = self.number(length_key)
-        if last is None or not isinstance(switch.at, int) or switch.at <= last:
+        # Epochs and steps count from 1; the last step begins before all of the tokens are seen.
+        if switch.at < length or (switch.at == length and switch.unit != "token"):
             return
-        message = f"{switch.unit} {switch.at} comes after the last one ({length_key} = {last})"
+        message = f"{switch.unit} {switch.at} comes after the last one ({length_key} = {length})"
         if self.source.where(length_key).startswith("--"):
             self.ignore(switch.key, message)
         else:

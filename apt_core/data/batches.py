@@ -71,52 +71,23 @@ def cut_windows(tokens: Tokens, windows: Sequence[int] | Tokens, seq_len: int) -
     )
 
 
-class BatchPlan:
-    """Which micro-batches make each optimizer step of a run over ``tokens``.
+class StepPlan:
+    """Which windows each optimizer step of a run takes, of a text of ``num_tokens`` tokens.
 
-    In an optimizer step each of ``world_size`` processes takes ``grad_accum_steps`` micro-batches
-    of ``batch_size`` windows of ``seq_len`` tokens, in the order of
-    :func:`~apt_core.data.sampler.epoch_order`; the last step of an epoch may have fewer
-    micro-batches and its last one fewer windows. Micro-batch ``i`` of the step goes to the process
-    ``i % world_size``, so that the step is the same for any number of processes. ``tokens`` is a
-    1-D array of ids and may be memory-mapped. Nothing has a state, so a run resumes anywhere at no
-    cost.
+    A step takes ``windows_per_step`` windows of ``seq_len`` tokens, those of all processes, in the
+    order of :func:`~apt_core.data.sampler.epoch_order`; the last step of an epoch may have fewer,
+    and the last window of the text fewer targets. All that counts a run in steps, epochs and
+    tokens counts by it. It knows no text, so that a plan of a run can be made without one.
     """
 
     def __init__(
-        self,
-        tokens: Tokens,
-        *,
-        seq_len: int,
-        batch_size: int,
-        grad_accum_steps: int = 1,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
+        self, num_tokens: int, *, seq_len: int, windows_per_step: int, seed: int = 0
     ) -> None:
-        """Raises ConfigError where ``tokens`` does not fill one batch of one step."""
-        if min(seq_len, batch_size, grad_accum_steps) < 1:
-            raise ValueError("seq_len, batch_size and grad_accum_steps must be at least 1")
-        self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
-        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.num_windows = num_windows(len(tokens), seq_len)
-        self.windows_per_step = needed = batch_size * grad_accum_steps * world_size
-        if self.num_windows < needed:
-            raise ConfigError(
-                Problem(
-                    f"the training text has {len(tokens):,} tokens, which is {self.num_windows} "
-                    f"windows of {seq_len}; one optimizer step takes {needed}",
-                    key="data.train_path",
-                    hint="give more text, or lower training.batch_size, "
-                    "training.grad_accum_steps or data.max_length",
-                )
-            )
-        self.steps_per_epoch = -(-self.num_windows // needed)
-        self.targets_per_epoch = len(tokens) - 1
+        self.seq_len, self.seed, self.windows_per_step = seq_len, seed, windows_per_step
+        self.num_windows = num_windows(num_tokens, seq_len)
+        self.steps_per_epoch = -(-self.num_windows // windows_per_step)
+        self.targets_per_epoch = num_tokens - 1
         self._missing = self.num_windows * seq_len - self.targets_per_epoch
-        # Row i is window i with its last target; the last window may be no whole row.
-        whole = np.lib.stride_tricks.sliding_window_view
-        self._rows = whole(tokens, seq_len + 1)[::seq_len] if len(tokens) > seq_len else None
 
     def step_windows(self, epoch: int, index: int) -> Tokens:
         """The windows of step ``index`` (from 0) of ``epoch`` (from 1), those of all processes.
@@ -137,8 +108,63 @@ class BatchPlan:
     def targets_before(self, epoch: int, index: int) -> int:
         """How many target tokens the steps of ``epoch`` before step ``index`` have together."""
         windows = min(index * self.windows_per_step, self.num_windows)
+        if windows == self.num_windows:
+            return self.targets_per_epoch
+        if not windows or not self._missing:  # the order of the epoch does not matter
+            return windows * self.seq_len
         place = place_of_last(self.seed, epoch, self.num_windows)
         return windows * self.seq_len - (self._missing if place < windows else 0)
+
+    def _is_ragged(self, epoch: int, index: int) -> bool:
+        """Is the window among the step's that runs over the end of the text?"""
+        if not self._missing:
+            return False
+        place = place_of_last(self.seed, epoch, self.num_windows)
+        return place // self.windows_per_step == index
+
+
+class BatchPlan(StepPlan):
+    """Which micro-batches make each optimizer step of a run over ``tokens``.
+
+    In an optimizer step each of ``world_size`` processes takes ``grad_accum_steps`` micro-batches
+    of ``batch_size`` windows of ``seq_len`` tokens; the last step of an epoch may have fewer
+    micro-batches and its last one fewer windows. Micro-batch ``i`` of the step goes to the process
+    ``i % world_size``, so that the step is the same for any number of processes. ``tokens`` is a
+    1-D array of ids and may be memory-mapped. Nothing has a state, so a run resumes anywhere at no
+    cost.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        *,
+        seq_len: int,
+        batch_size: int,
+        grad_accum_steps: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Raises ConfigError where ``tokens`` does not fill one batch of one step."""
+        if min(seq_len, batch_size, grad_accum_steps) < 1:
+            raise ValueError("seq_len, batch_size and grad_accum_steps must be at least 1")
+        needed = batch_size * grad_accum_steps * world_size
+        super().__init__(len(tokens), seq_len=seq_len, windows_per_step=needed, seed=seed)
+        self.tokens, self.batch_size = tokens, batch_size
+        self.rank, self.world_size = rank, world_size
+        if self.num_windows < needed:
+            raise ConfigError(
+                Problem(
+                    f"the training text has {len(tokens):,} tokens, which is {self.num_windows} "
+                    f"windows of {seq_len}; one optimizer step takes {needed}",
+                    key="data.train_path",
+                    hint="give more text, or lower training.batch_size, "
+                    "training.grad_accum_steps or data.max_length",
+                )
+            )
+        # Row i is window i with its last target; the last window may be no whole row.
+        whole = np.lib.stride_tricks.sliding_window_view
+        self._rows = whole(tokens, seq_len + 1)[::seq_len] if len(tokens) > seq_len else None
 
     def step_batches(self, epoch: int, index: int) -> list[Batch]:
         """This process's micro-batches of step ``index`` of ``epoch``; a pure function.
@@ -153,13 +179,6 @@ class BatchPlan:
             self._cut(chosen[first : first + size], ragged=ragged)
             for first in range(self.rank * size, self.rank * size + len(chosen), stride)
         ]
-
-    def _is_ragged(self, epoch: int, index: int) -> bool:
-        """Is the window among the step's that runs over the end of the text?"""
-        if not self._missing:
-            return False
-        place = place_of_last(self.seed, epoch, self.num_windows)
-        return place // self.windows_per_step == index
 
     def _cut(self, windows: Tokens, *, ragged: bool) -> Batch:
         if not len(windows):

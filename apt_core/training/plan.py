@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from apt_core.config import Config, Source, check_files
 from apt_core.config.switches import UNITS
-from apt_core.data.batches import num_windows
+from apt_core.data.batches import StepPlan, num_windows
 from apt_core.data.tokens import tokenize
 from apt_core.errors import AptError
 from apt_core.failures import one_line
 from apt_core.kernel import DATA_PATHS, Kernel, data_files
 from apt_core.plugin_names import is_file_reference
 from apt_core.providers.tokenizer import TokenizerProvider
-from apt_core.schedules import Horizon
+from apt_core.schedules import Horizon, Schedule
 from apt_core.training.blame import attributed
 from apt_core.training.calibration import Calibration, Speed
 from apt_core.training.costs import (
@@ -33,9 +32,9 @@ from apt_core.training.plan_text import print_plan
 from apt_core.training.prepare import (
     build_tokenizer,
     load_text,
-    note_what_comes_too_late,
     settle_device,
 )
+from apt_core.training.run_length import horizon, tell_what_the_length_decides
 from apt_core.training.stages import Stage, stages
 from apt_core.types import PluginCosts
 
@@ -79,11 +78,11 @@ def make_plan(kernel: Kernel, world_size: int | None = None) -> dict[str, Any]:
             kernel.registry.get(kind, name)
         tokenizer = build_tokenizer(kernel)
         cost = model_cost(kernel)
-        batch = _batch(kernel, tokenizer, world_size)
-        if batch["steps_per_epoch"] is not None:
-            horizon = planned_horizon(kernel.config, batch)
-            note_what_comes_too_late(kernel, kernel.schedule.with_horizon(horizon))
-        planning = _Planning(kernel, cost, batch, Calibration(kernel, device, cost))
+        batch, steps = _batch(kernel, tokenizer, world_size)
+        schedule = kernel.schedule.with_horizon(_planned_horizon(kernel.config, steps))
+        lr_schedule = kernel.registry.get("lr_schedule", kernel.config.training.lr_schedule_name)
+        tell_what_the_length_decides(kernel, schedule, lr_schedule)
+        planning = _Planning(kernel, cost, batch, schedule, Calibration(kernel, device, cost))
         rows = planning.rows()
     except Exception as error:
         explained = attributed(kernel, error)
@@ -153,37 +152,38 @@ def processes(config: Config) -> int:
     return max(1, config.hardware.num_gpus) if config.hardware.distributed else 1
 
 
-def _batch(kernel: Kernel, tokenizer: TokenizerProvider, world_size: int) -> dict[str, Any]:
-    """What one optimizer step takes, and how many make an epoch."""
+def _batch(
+    kernel: Kernel, tokenizer: TokenizerProvider, world_size: int
+) -> tuple[dict[str, Any], StepPlan | None]:
+    """What one optimizer step takes, and how many make an epoch; those steps, where the text is at
+    hand."""
     config, training = kernel.config, kernel.config.training
     length = config.seq_len
     sequences = training.batch_size * training.grad_accum_steps * world_size
-    windows = _windows(kernel, tokenizer, length)
-    steps = None if windows is None else -(-windows[0] // sequences)
-    return {
+    batch: dict[str, Any] = {
         "processes": world_size,
         "sequences_per_step": sequences,
         "tokens_per_step": sequences * length,
-        "steps_per_epoch": steps,
-        "tokens_per_epoch": None if windows is None else windows[0] * length,
-        "evaluated_tokens_per_epoch": None
-        if windows is None or steps is None
-        else _evaluated(config, steps, windows[1]) * length,
+        "steps_per_epoch": None,
+        "tokens_per_epoch": None,
+        "evaluated_tokens_per_epoch": None,
     }
+    counts = _token_counts(kernel, tokenizer)
+    if counts is None or num_windows(counts[0], length) < 1:
+        return batch, None
+    steps = StepPlan(counts[0], seq_len=length, windows_per_step=sequences, seed=training.seed)
+    evaluated = _evaluated(config, steps.steps_per_epoch, num_windows(counts[1], length))
+    batch["steps_per_epoch"] = steps.steps_per_epoch
+    batch["tokens_per_epoch"] = steps.num_windows * length
+    batch["evaluated_tokens_per_epoch"] = evaluated * length
+    return batch, steps
 
 
-def planned_horizon(config: Config, batch: Mapping[str, Any]) -> Horizon:
-    """How long the run is, as far as ``batch`` tells the length of an epoch."""
-    training = config.training
-    limits = [] if training.max_steps is None else [training.max_steps]
-    if training.max_tokens is not None:
-        limits.append(-(-training.max_tokens // batch["tokens_per_step"]))
-    return Horizon(
-        training.max_epochs,
-        batch["steps_per_epoch"],
-        batch["tokens_per_epoch"],
-        min(limits, default=None),
-    )
+def _planned_horizon(config: Config, steps: StepPlan | None) -> Horizon:
+    """How long the run is, as far as that can be told without its data."""
+    if steps is not None:
+        return horizon(config, steps)
+    return Horizon(config.training.max_epochs, config.training.max_steps)
 
 
 def _evaluated(config: Config, steps: int, windows: int) -> int:
@@ -196,9 +196,9 @@ def _evaluated(config: Config, steps: int, windows: int) -> int:
     return times * few + windows
 
 
-def _windows(kernel: Kernel, tokenizer: TokenizerProvider, length: int) -> tuple[int, int] | None:
-    """The sequences of the training text and the held-out one; None where it would take long to
-    tell, or fails."""
+def _token_counts(kernel: Kernel, tokenizer: TokenizerProvider) -> tuple[int, int] | None:
+    """The tokens of the training text and the held-out one; None where it would take long to tell,
+    or fails."""
     data = kernel.config.data
     paths = [Path(path) for path in (data.train_path, data.val_path) if path]
     if not all(path.is_file() and path.stat().st_size <= READ_UP_TO for path in paths):
@@ -208,18 +208,22 @@ def _windows(kernel: Kernel, tokenizer: TokenizerProvider, length: int) -> tuple
     except (AptError, OSError, ValueError) as error:
         kernel.notices.append(f"data: {one_line(error)}")
         return None
-    train, val = (len(tokenize(tokenizer, part)) for part in (text.train, text.val))
-    return num_windows(train, length), num_windows(val, length)
+    return len(tokenize(tokenizer, text.train)), len(tokenize(tokenizer, text.val))
 
 
 class _Planning:
     """The stages of the run as rows; ``notes`` say what could not be told, and why."""
 
     def __init__(
-        self, kernel: Kernel, cost: ModelCost, batch: dict[str, Any], calibration: Calibration
+        self,
+        kernel: Kernel,
+        cost: ModelCost,
+        batch: dict[str, Any],
+        schedule: Schedule,
+        calibration: Calibration,
     ) -> None:
         self.kernel, self.cost, self.batch = kernel, cost, batch
-        self.calibration = calibration
+        self.schedule, self.calibration = schedule, calibration
         self._footprints: dict[tuple[int, PluginCosts], Footprint] = {}
         self._speeds: dict[int, Speed | None] = {}
 
@@ -231,11 +235,10 @@ class _Planning:
         return [*dict.fromkeys([*said, *self.calibration.notes])]
 
     def rows(self) -> list[dict[str, Any]]:
-        horizon = planned_horizon(self.kernel.config, self.batch)
         rows = []
         before: MemoryEstimate | None = None
         # All of them first: what a plugin cannot do is said before anything takes time.
-        for stage in [*stages(self.kernel, horizon)]:
+        for stage in [*stages(self.kernel, self.schedule)]:
             memory = self._memory(stage)
             switching = switch_memory(before, memory) if stage.switches and before else None
             rows.append(self._row(stage, memory, switching))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from apt_core.config import Config, InactiveKey, inactive_alone
+from apt_core.config import Config, inactive_alone
 from apt_core.data.batches import BatchPlan
 from apt_core.data.tokens import ids_sha256, tokenize
 from apt_core.device import autocast_dtype, resolve_device
@@ -27,13 +27,13 @@ from apt_core.providers.dataset import DatasetProvider, TextData
 from apt_core.providers.lr_schedule import LRScheduleProvider
 from apt_core.providers.optimizer import OptimizerProvider
 from apt_core.providers.tokenizer import TokenizerProvider
-from apt_core.schedules import Horizon, Schedule
 from apt_core.training.blame import attributed
 from apt_core.training.costs import support_notices
 from apt_core.training.distributed import ALONE, World
 from apt_core.training.parameter_groups import parameter_groups
 from apt_core.training.peak import measured_peak_flops
 from apt_core.training.run_folder import versions
+from apt_core.training.run_length import horizon, tell_what_the_length_decides
 from apt_core.training.structure import rehearse
 
 log = logging.getLogger("apt.training")
@@ -96,7 +96,8 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> Parts:
     measured_peak_flops(device, dtype or torch.float32)
     tokenizer, plan, val_tokens, bytes_per_token, data = _data(kernel, world)
     schedule = kernel.schedule.with_horizon(horizon(config, plan))
-    note_what_comes_too_late(kernel, schedule)
+    lr_schedule = registry.get("lr_schedule", training.lr_schedule_name)
+    tell_what_the_length_decides(kernel, schedule, lr_schedule)
     rehearse(kernel, schedule)
     model = ModelBuilder(config, registry).build_model()
     world.shard(model, device)
@@ -115,7 +116,7 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> Parts:
         model=model,
         forward=loop_forward(kernel, model, device, world),
         optimizer=optimizer,
-        lr_schedule=registry.get("lr_schedule", training.lr_schedule_name),
+        lr_schedule=lr_schedule,
     )
 
 
@@ -172,51 +173,12 @@ def _what_decides(
     }
 
 
-def note_what_comes_too_late(kernel: Kernel, schedule: Schedule) -> None:
-    """A plugin that is to be enabled after the last step never is. (Where the profile alone tells,
-    that is an error already.) Raises ConfigError if ``strict``."""
-    last = schedule.horizon.last("step")
-    inactive = []
-    for boundary in schedule.boundaries():
-        if not (boundary.enables and kernel.manager.has_plugin(boundary.plugin)):
-            continue
-        first = schedule.first_step_of(boundary.plugin)
-        key = f"schedules.enable_{boundary.plugin}_at_{boundary.unit}"
-        known = any(item.key == key for item in kernel.inactive)
-        if last is not None and first > last and not known:
-            moment = f"{boundary.unit} {boundary.at}"
-            if boundary.unit != "step":
-                moment += f" (step {first})"
-            inactive.append(InactiveKey(key, f"the run ends with step {last}, before {moment}"))
-    if inactive and kernel.manager.strict:
-        raise ConfigError([Problem(i.reason, i.key, hint="--strict allows none") for i in inactive])
-    kernel.inactive += inactive
-
-
 def _note_what_needs_others(kernel: Kernel) -> None:
     """Keys of distribution do nothing in a run of one process. Raises ConfigError if ``strict``."""
     inactive = inactive_alone(kernel.config)
     if inactive and kernel.manager.strict:
         raise ConfigError([Problem(i.reason, i.key, hint="--strict allows none") for i in inactive])
     kernel.inactive += inactive
-
-
-def horizon(config: Config, plan: BatchPlan) -> Horizon:
-    """How long the run is, with what limits it; ``training.max_tokens`` in steps."""
-    training = config.training
-    limits = [] if training.max_steps is None else [training.max_steps]
-    if training.max_tokens is not None:
-        epochs, rest = divmod(training.max_tokens, plan.targets_per_epoch)
-        steps = -(-rest // (plan.windows_per_step * plan.seq_len))
-        # The short window may be among them.
-        steps += plan.targets_before(epochs + 1, steps) < rest
-        limits.append(epochs * plan.steps_per_epoch + steps)
-    return Horizon(
-        training.max_epochs,
-        plan.steps_per_epoch,
-        plan.targets_per_epoch,
-        min(limits, default=None),
-    )
 
 
 def settle_device(kernel: Kernel, world: World = ALONE) -> torch.device:

@@ -14,7 +14,8 @@ from apt_core.failures import short_path
 from apt_core.kernel import ALL_NAME_KEYS
 from apt_core.training import checkpoint
 from apt_core.training.checkpoint import Checkpoint
-from apt_core.training.resume import check_resume, saved_profile
+from apt_core.training.resume import check_resume, saved_config, saved_profile
+from apt_core.training.run_length import horizon, what_another_length_changes
 from apt_core.training.state import (
     load_optimizer,
     load_optimizer_groups,
@@ -53,11 +54,7 @@ def restore(trainer: Trainer, found: Checkpoint) -> None:
     trainer.switching.check_plugins(state["transforms"])
     _check_global_batch(trainer, state["windows_per_step"])
     _check_precision(trainer, state["precision"])
-    changed = check_resume(
-        trainer.config,
-        saved_profile(found.profile, kernel.sections),
-        constant_horizon=_constant_horizon(trainer),
-    )
+    changed = _check_profile(trainer, found)
     _check_providers(trainer, found.manifest)
     _check_tokens(trainer, found)
     trainer.switching.replay(state["transforms"])
@@ -158,16 +155,31 @@ def _check_tokens(trainer: Trainer, found: Checkpoint) -> None:
     )
 
 
-def _constant_horizon(trainer: Trainer) -> bool:
-    """Does the length of the run decide about nothing but its end?"""
-    training = trainer.config.training
-    total, factor = trainer.total_steps, trainer.parts.lr_schedule.factor
-    same_rate = all(
-        factor(step, total, training.warmup_steps, training.min_lr_ratio)
-        == factor(step, 2 * total, training.warmup_steps, training.min_lr_ratio)
-        for step in {1, max(1, total // 2), total}
+def _check_profile(trainer: Trainer, found: Checkpoint) -> list[str]:
+    """Keys of the profile that differ from the checkpoint's and may. Raises ConfigError."""
+    kernel, state, data = trainer.kernel, found.state, trainer.parts.data
+    profile = saved_profile(found.profile)
+    before = saved_config(profile, kernel.sections)
+
+    def another_past() -> str:
+        if before is None:
+            return "the learning rate and annealed parameters depend on the length of the run"
+        return what_another_length_changes(
+            kernel,
+            horizon(before, trainer.parts.plan),
+            trainer.schedule.horizon,
+            trainer.parts.lr_schedule,
+            state["step"],
+        )
+
+    same_text = state["data_sha256"] == data["sha256"]
+    return check_resume(
+        trainer.config,
+        profile,
+        before,
+        same_text=same_text or state.get("tokens_sha256") == data["tokens_sha256"],
+        another_past=another_past,
     )
-    return same_rate and not trainer.schedule.is_annealed
 
 
 def _check_providers(trainer: Trainer, manifest: Mapping[str, Any]) -> None:

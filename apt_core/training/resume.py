@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -30,6 +30,8 @@ FREE_KEYS = (
     "training.checkpoint_dir",
     "training.log_every_steps",
     "training.max_nonfinite_steps",
+    # It is for the machine to choose where it is auto.
+    "hardware.device",
     "hardware.num_gpus",
     "hardware.distributed",
     "hardware.backend",
@@ -38,55 +40,114 @@ FREE_KEYS = (
 HORIZON_KEYS = ("training.max_epochs", "training.max_steps", "training.max_tokens")
 """The end of the run. The learning rate is a function of it, and so are annealed parameters."""
 
+TEXT_KEYS = ("data.source", "data.train_path", "data.val_path", "data.loader")
+"""Where the text is from: what is read there decides, and not where."""
 
-def saved_profile(text: str, sections: Sequence[SectionSpec] = ()) -> dict[str, Any]:
-    """The profile in a checkpoint, with the defaults of keys that it does not have.
 
-    ``sections`` are those of the active plugins. Raises CheckpointError if it is not a mapping.
-    """
+def _tva_rank(config: Config) -> int:
+    model = config.model
+    return model.tva.rank or model.d_model // model.num_heads // model.tva.r
+
+
+def _vft_rank(config: Config) -> int:
+    return config.model.vft.rank or config.model.d_model // config.model.vft.r
+
+
+def _nothing(config: Config) -> None:
+    return None
+
+
+EFFECTS: Mapping[str, Callable[[Config], Any]] = {
+    "data.max_length": lambda config: config.seq_len,
+    "data.truncation": _nothing,
+    "data.padding": _nothing,
+    "model.num_kv_heads": lambda config: config.model.num_kv_heads or config.model.num_heads,
+    "model.tva.r": _tva_rank,
+    "model.tva.rank": _tva_rank,
+    "model.vft.r": _vft_rank,
+    "model.vft.rank": _vft_rank,
+    "training.amp_level": _nothing,
+    "training.decay_ratio": lambda config: (
+        config.training.lr_schedule_name not in ("cosine", "linear", "constant")
+        and config.training.decay_ratio
+    ),
+    "training.min_lr_ratio": lambda config: (
+        config.training.lr_schedule_name != "constant" and config.training.min_lr_ratio
+    ),
+    "training.muon": lambda config: (
+        config.training.optimizer_name != "adamw" and config.training.muon
+    ),
+}
+"""What keys come to, themselves or with others: where that is the same, they may differ."""
+
+
+def saved_profile(text: str) -> dict[str, Any]:
+    """The profile in a checkpoint. Raises CheckpointError if it is not a mapping."""
     try:
         profile = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise CheckpointError(f"the checkpoint's profile cannot be read: {error}") from None
     if not isinstance(profile, dict):
         raise CheckpointError("the checkpoint's profile is not a mapping")
+    return profile
+
+
+def saved_config(profile: Mapping[str, Any], sections: Sequence[SectionSpec] = ()) -> Config | None:
+    """A checkpoint's profile with the defaults of keys that it does not have; None for one of
+    another version, or with sections of plugins that are not active.
+
+    ``sections`` are those of the active plugins.
+    """
     try:
-        return Config.from_dict(profile, sections=sections).to_dict()
+        return Config.from_dict(profile, sections=sections)
     except ConfigError:
-        # Of another version, or with sections of plugins that are not active: as it stands.
-        return profile
+        return None
 
 
 def check_resume(
-    config: Config, checkpoint_profile: Mapping[str, Any], *, constant_horizon: bool
+    config: Config,
+    profile: Mapping[str, Any],
+    before: Config | None,
+    *,
+    same_text: bool,
+    another_past: Callable[[], str],
 ) -> list[str]:
-    """Keys that differ from the checkpoint's profile and may.
+    """Keys that differ from those of the checkpoint and may.
 
-    ``constant_horizon`` says that the run's length changes nothing but its end. Raises ConfigError
-    naming every key that must not differ.
+    ``profile`` is the checkpoint's, ``before`` is it as a Config, None where it is no valid one
+    here. ``same_text`` says whether both read the same text, and ``another_past`` is asked where
+    the length of the run differs: what a run of the present one would have had otherwise up to the
+    checkpoint, or "". Raises ConfigError naming every key that must not differ.
     """
     changed, refused = [], []
-    for key, before, after in differences(checkpoint_profile, config.to_dict()):
-        section = key.split(".")[0]
-        free = section in FREE_SECTIONS or key in FREE_KEYS
-        if free or (key in HORIZON_KEYS and constant_horizon):
+    saved = profile if before is None else before.to_dict()
+    differing = [*differences(saved, config.to_dict())]
+    length = another_past() if any(key in HORIZON_KEYS for key, _, _ in differing) else ""
+    for key, old, new in differing:
+        reason = "" if key.split(".")[0] in FREE_SECTIONS or key in FREE_KEYS else TRAINS
+        if key in HORIZON_KEYS:
+            reason = length
+        elif key in TEXT_KEYS:
+            reason = "" if same_text else "another text is read there"
+        elif reason and before is not None and _same_effect(key, before, config):
+            reason = ""
+        if not reason:
             changed.append(key)
-        else:
-            reason = (
-                "the learning rate and annealed parameters depend on the length of the run"
-                if key in HORIZON_KEYS
-                else "it changes how the weights train"
-            )
-            refused.append(
-                Problem(
-                    f"is {after!r}, the checkpoint was made with {before!r}: {reason}",
-                    key=key,
-                    hint=f"put it back, or start a new run: leave --resume out (was {before!r})",
-                )
-            )
+            continue
+        hint = f"put it back, or start a new run: leave --resume out (was {old!r})"
+        message = f"is {new!r}, the checkpoint was made with {old!r}: {reason}"
+        refused.append(Problem(message, key=key, hint=hint))
     if refused:
         raise ConfigError(refused)
     return changed
+
+
+TRAINS = "it changes how the weights train"
+
+
+def _same_effect(key: str, before: Config, now: Config) -> bool:
+    effect = next((EFFECTS[name] for name in EFFECTS if f"{key}.".startswith(f"{name}.")), None)
+    return effect is not None and effect(before) == effect(now)
 
 
 def differences(

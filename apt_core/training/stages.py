@@ -10,7 +10,7 @@ from torch import nn
 
 from apt_core.kernel import Kernel
 from apt_core.modeling.transforms import ModelTransform
-from apt_core.schedules import FIRST, Boundary, Horizon
+from apt_core.schedules import FIRST, Boundary, Horizon, Schedule
 from apt_core.training.costs import (
     BACKWARD_AND_FORWARD,
     ModelCost,
@@ -93,13 +93,13 @@ class Stage:
     switches: bool = False
 
 
-def stages(kernel: Kernel, horizon: Horizon) -> Iterator[Stage]:
-    """The start, and each moment at which a plugin becomes enabled or disabled.
+def stages(kernel: Kernel, schedule: Schedule) -> Iterator[Stage]:
+    """The start, and each moment at which a plugin becomes enabled or disabled, by ``schedule``,
+    the kernel's with its horizon.
 
     The plugins that change the model do so here, one after the other, as the run will have it.
     Raises ConfigError and PluginError where one of them does.
     """
-    schedule = kernel.schedule.with_horizon(horizon)
     boundaries = [
         boundary
         for boundary in schedule.boundaries()
@@ -135,9 +135,11 @@ def stages(kernel: Kernel, horizon: Horizon) -> Iterator[Stage]:
 
 def _reached(boundary: Boundary, horizon: Horizon) -> bool:
     """Does the run come to it, as far as ``horizon`` tells?"""
-    at, unit = boundary.at, boundary.unit
-    moments = [(at, horizon.last(unit)), (horizon.convert(at, unit, "step"), horizon.last("step"))]
-    return all(here is None or last is None or here <= last for here, last in moments)
+    unit = boundary.unit
+    here, last = horizon.first_step_from(boundary.at, unit), horizon.last("step")
+    if here is None:  # without the data, each unit by itself
+        here, last = boundary.at, horizon.last(unit)
+    return last is None or here <= last
 
 
 def _after(kernel: Kernel, structure: Structure, plugin: str) -> Structure | None:

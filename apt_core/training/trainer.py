@@ -36,8 +36,9 @@ from apt_core.training.loss import cross_entropy_sum, loss_terms
 from apt_core.training.manifest import write_manifest
 from apt_core.training.memory import out_of_memory_advice, own_memory
 from apt_core.training.opening import Opening
-from apt_core.training.prepare import horizon, loop_forward, num_threads, prepare, settle_device
+from apt_core.training.prepare import loop_forward, num_threads, prepare, settle_device
 from apt_core.training.run_folder import RunFolder
+from apt_core.training.run_length import horizon
 from apt_core.training.saving import Saving
 from apt_core.training.seeds import ModelSeeds, deterministic_kernels
 from apt_core.training.step_clock import StepClock

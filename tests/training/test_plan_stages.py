@@ -14,7 +14,6 @@ from rich.console import Console
 from torch import nn
 
 from apt_core.kernel import Kernel, boot
-from apt_core.schedules import Horizon
 from apt_core.training import calibration
 from apt_core.training.calibration import Calibration
 from apt_core.training.costs import model_cost
@@ -187,7 +186,7 @@ def test_the_arithmetic_that_a_transform_adds_is_that_of_the_layers_which_it_cha
     kernel_of,
 ) -> None:
     kernel = kernel_of()
-    first, wider, *_ = (stage.structure for stage in stages(kernel, Horizon()))
+    first, wider, *_ = (stage.structure for stage in stages(kernel, kernel.schedule))
     before, after = (s.layer_flops(kernel, 16) for s in (first, wider))
     each = ADDED_FLOPS / (LAYERS // 2)
     assert [b - a for a, b in zip(before, after, strict=True)] == [0.0, each] * (LAYERS // 2)
@@ -308,7 +307,7 @@ def test_the_measured_speed_is_that_of_the_structure_with_all_that_fits(
 ) -> None:
     kernel = kernel_of()
     cost = model_cost(kernel)
-    first, wider, *_ = (stage.structure for stage in stages(kernel, Horizon()))
+    first, wider, *_ = (stage.structure for stage in stages(kernel, kernel.schedule))
     timing = Calibration(kernel, CPU, cost)
     for structure in (first, wider):
         speed = timing.speed(structure)

@@ -190,7 +190,7 @@ def test_resume_without_a_run_is_refused(apt_train):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("training.learning_rate", "0.5"), ("training.max_epochs", "9")]
+    ("key", "value"), [("training.learning_rate", "0.5"), ("training.max_steps", "5")]
 )
 def test_a_key_that_changes_training_is_refused(apt_train, key, value):
     apt_train("--training.max_steps", "3")

@@ -1,0 +1,148 @@
+"""What may differ on a resume is judged by what it comes to: the past must be that of the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apt_core import ProviderSpec, SectionSpec, hookimpl
+from apt_core.errors import ConfigError
+from apt_core.providers.lr_schedule import LRScheduleProvider
+from apt_core.testing import TINY_PROFILE, tiny_run
+from apt_core.testing.tiny import TEXT
+
+PROFILE = {
+    **TINY_PROFILE,
+    "training": {**TINY_PROFILE["training"], "save_freq": 0, "max_steps": 10},
+    "evaluation": {"eval_freq": 0, "sample_tokens": 0},
+}
+"""Ten steps, of which an epoch has twelve."""
+
+
+class Stair(LRScheduleProvider):
+    """1, but a tenth in the third quarter of the run."""
+
+    def factor(
+        self, step: int, total_steps: int, warmup_steps: int = 0, min_ratio: float = 0.0
+    ) -> float:
+        return 0.1 if 0.55 < step / total_steps < 0.9 else 1.0
+
+
+class Pulling:
+    """A learning-rate schedule, and a loss term with an annealed weight."""
+
+    @hookimpl
+    def apt_register_providers(self) -> list[ProviderSpec]:
+        return [ProviderSpec("lr_schedule", "stair", Stair, summary="a dip")]
+
+    @hookimpl
+    def apt_register_config(self) -> list[SectionSpec]:
+        return [SectionSpec(schedule_params=("pull",))]
+
+    @hookimpl
+    def apt_loss_terms(self, trainer: Any, output: Any) -> dict[str, Any]:
+        return {"logits": trainer.param("pull", 0.0) * output.logits.square().mean()}
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Any:
+    """Train to ``stop``, then resume with what ``changes``; the same text for every run."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    count = iter(range(99))
+
+    def call(stop: int, first: dict[str, Any], changes: dict[str, Any]) -> Any:
+        profile = {**PROFILE, "data": {"train_path": str(text)}}
+        output = tmp_path / f"run{next(count)}"
+        tiny_run(Pulling(), profile=profile, overrides=first, output=output, stop_at_step=stop)
+        both = {**first, **changes}
+        return tiny_run(Pulling(), profile=profile, overrides=both, output=output, resume=True)
+
+    def whole(overrides: dict[str, Any]) -> Any:
+        profile = {**PROFILE, "data": {"train_path": str(text)}}
+        return tiny_run(Pulling(), profile=profile, overrides=overrides)
+
+    call.whole = whole
+    return call
+
+
+STAIR = {"training.lr_schedule_name": "stair"}
+CONSTANT = {"training.lr_schedule_name": "constant"}
+WSD = {"training.lr_schedule_name": "wsd", "training.decay_ratio": 0.5}
+LONGER = {"training.max_steps": 16}
+RAMP = {"start": 0.5, "end": 0.0}
+BY_EPOCH = {**CONSTANT, "schedules.pull": RAMP, "training.max_steps": 14}
+BY_STEP = {**CONSTANT, "schedules.pull": {**RAMP, "by": "step"}}
+
+
+@pytest.mark.parametrize(
+    ("stop", "first", "changes", "why"),
+    [
+        (6, STAIR, LONGER, "step 6 was 0.1 of its peak, and would have been 1"),
+        (9, WSD, {"training.max_tokens": 10000, "training.max_steps": 20}, "rate of step 6 was"),
+        (3, {}, LONGER, "learning rate of step 1 was"),
+        (3, BY_STEP, LONGER, r"schedules\.pull was .* in step 2"),
+        (
+            9,
+            {**CONSTANT, "training.max_steps": 13, "schedules.pull": {**RAMP, "by": "step"},
+             "schedules.enable_Pulling_at_step": 8},
+            LONGER,
+            r"schedules\.pull was .* in step 9",
+        ),
+    ],
+)  # fmt: skip
+def test_another_length_is_refused_where_it_would_have_changed_the_past(
+    train, stop, first, changes, why
+):
+    with pytest.raises(ConfigError, match=rf"training\.max_steps.*{why}"):
+        train(stop, first, changes)
+
+
+@pytest.mark.parametrize(
+    ("stop", "first", "changes"),
+    [
+        (5, STAIR, LONGER),
+        (5, WSD, LONGER),
+        (1, BY_STEP, LONGER),
+        (8, {**BY_STEP, "schedules.enable_Pulling_at_step": 8}, LONGER),
+        (5, BY_EPOCH, {"training.max_steps": 18}),
+        (5, {**CONSTANT, "schedules.pull": {**RAMP, "by": "step", "until": 8}}, LONGER),
+        (5, {}, {"training.max_epochs": 9}),
+        (5, BY_STEP, {"training.max_tokens": 10 * 64, "training.max_epochs": 7}),
+    ],
+)  # fmt: skip
+def test_another_length_with_the_same_past_is_the_run_of_that_length(train, stop, first, changes):
+    assert train(stop, first, changes).same_weights(train.whole({**first, **changes}))
+
+
+def test_the_same_text_at_another_path_is_the_same(train, tmp_path, caplog):
+    copy = tmp_path / "copy.txt"
+    copy.write_text(TEXT, encoding="utf-8")
+    run = train(4, {}, {"data.train_path": str(copy)})
+    assert run.same_weights(train.whole({}))
+    assert "data.train_path differs from the checkpoint's profile" in caplog.messages
+    copy.write_text(TEXT.replace("apples", "lemons"), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"data\.train_path.*another text"):
+        train(4, {}, {"data.train_path": str(copy)})
+
+
+def test_a_key_may_differ_where_what_it_comes_to_does_not(train):
+    same = {
+        "data.max_length": 16,
+        "model.num_kv_heads": 2,
+        "model.tva.rank": 4,
+        "training.decay_ratio": 0.7,
+        "training.muon.momentum": 0.5,
+        "hardware.device": "auto",
+    }
+    run = train(4, {}, same)
+    assert run.same_weights(train.whole({}))
+    for key, value in {
+        "data.max_length": 8,
+        "model.num_kv_heads": 1,
+        "training.weight_decay": 0.02,
+    }.items():
+        with pytest.raises(ConfigError, match=rf"{key}.*it changes how the weights train"):
+            train(4, {}, {key: value})
