@@ -12,13 +12,14 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, SourceFileLoader
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
+from apt_core.distributions import Offer, offers
 from apt_core.errors import AptError, Problem, did_you_mean
 from apt_core.failures import formatted, one_line, short_path, where_raised
 from apt_core.plugin_names import is_file_reference, name_of, normalized_name
@@ -43,31 +44,37 @@ class LoadError(AptError):
 
 @dataclass(frozen=True)
 class Installed:
-    """A plugin that an installed distribution offers; more than one entry point is a clash."""
+    """A plugin that an installed distribution offers; more than one offer is a clash."""
 
     name: str
-    points: tuple[EntryPoint, ...]
+    offers: tuple[Offer, ...]
 
     @property
     def dist(self) -> str:
-        return ", ".join(sorted({_dist_name(point) for point in self.points}))
+        return ", ".join(sorted({offer.dist for offer in self.offers}))
 
     @property
     def version(self) -> str:
-        points = sorted(self.points, key=_dist_name)
-        return ", ".join(point.dist.version for point in points if point.dist)
+        offers = sorted(self.offers, key=lambda offer: offer.dist)
+        return ", ".join(dict.fromkeys(offer.version for offer in offers))
 
 
-def installed_plugins(group: str = GROUP) -> dict[str, Installed]:
-    """Every plugin that is installed, by name; none with APT_DISABLE_PLUGIN_AUTOLOAD=1."""
+def installed_plugins(
+    group: str = GROUP, problems: list[Problem] | None = None
+) -> dict[str, Installed]:
+    """Every plugin that is installed, by name; none with APT_DISABLE_PLUGIN_AUTOLOAD=1.
+
+    What is wrong with a distribution is added to ``problems``; the others are found all the same.
+    """
     if os.environ.get(DISABLE_VARIABLE, "") not in ("", "0"):
         return {}
-    found: dict[str, list[EntryPoint]] = {}
-    for point in entry_points(group=group):
+    found: dict[str, dict[str, Offer]] = {}
+    for offer in offers(group, [] if problems is None else problems):
         # Commands are called as they are written.
-        name = normalized_name(point.name) if group == GROUP else point.name
-        found.setdefault(name, []).append(point)
-    return {name: Installed(name, tuple(points)) for name, points in sorted(found.items())}
+        name = normalized_name(offer.point.name) if group == GROUP else offer.point.name
+        # One distribution may be found in two places, and may say the same twice.
+        found.setdefault(name, {}).setdefault(f"{offer.dist} {offer.value}", offer)
+    return {name: Installed(name, tuple(same.values())) for name, same in sorted(found.items())}
 
 
 def plugin_name(reference: str, installed: Mapping[str, Installed]) -> str:
@@ -86,12 +93,12 @@ def entry_for(reference: str, installed: Mapping[str, Installed]) -> Installed |
     if name in installed:
         entry = installed[name]
         # A module of another package may end in the same words.
-        dotted = "." in reference and all(point.name != reference for point in entry.points)
+        dotted = "." in reference and all(offer.point.name != reference for offer in entry.offers)
         return None if dotted else entry
     offered = [
         entry
         for entry in installed.values()
-        if any(normalized_name(_dist_name(point)) == name for point in entry.points)
+        if any(normalized_name(offer.dist) == name for offer in entry.offers)
     ]
     return offered[0] if len(offered) == 1 else None
 
@@ -118,28 +125,37 @@ def load(reference: str, installed: Mapping[str, Installed]) -> tuple[Any, Plugi
     return plugin, record
 
 
-def load_entry_point(point: EntryPoint, name: str) -> Any:
-    """Load one entry point; any failure at import is a LoadError that names the line."""
+def load_installed(entry: Installed) -> Any:
+    """Load what an installed distribution offers. Raises LoadError: for a failure at import, which
+    names the line, and where two are offered."""
+    if len(entry.offers) > 1:
+        dists = sorted({offer.dist for offer in entry.offers})
+        one = len(dists) == 1
+        offering = f"{dists[0]} offers two plugins" if one else "two distributions offer a plugin"
+        raise LoadError(
+            Problem(
+                f"{offering} of this name: "
+                + " and ".join(sorted(offer.value for offer in entry.offers) if one else dists),
+                key=f"plugin {entry.name}",
+                hint="uninstall it, or have it mended" if one else "uninstall one of them",
+            )
+        )
+    point = entry.offers[0].point
+    if point.pattern.match(point.value) is None:
+        raise LoadError(
+            Problem(
+                f"its entry point {point.value!r} is not MODULE or MODULE:ATTRIBUTE",
+                key=f"plugin {entry.name}",
+                where=f"entry_points.txt of {entry.dist}",
+                hint=_remedy(entry.name),
+            )
+        )
     try:
         return point.load()
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise _import_failure(name, error, _module_file(point.module)) from None
-
-
-def load_installed(entry: Installed) -> Any:
-    """Load what an installed distribution offers. Raises LoadError, also where two offer it."""
-    if len(entry.points) > 1:
-        both = " and ".join(sorted(_dist_name(point) for point in entry.points))
-        raise LoadError(
-            Problem(
-                f"two distributions offer a plugin of this name: {both}",
-                key=f"plugin {entry.name}",
-                hint="uninstall one of them",
-            )
-        )
-    return load_entry_point(entry.points[0], entry.name)
+        raise _import_failure(entry.name, error, _module_file(point.module)) from None
 
 
 class _SourceLoader(SourceFileLoader):
@@ -151,6 +167,14 @@ class _SourceLoader(SourceFileLoader):
 
 
 def _load_file(path: Path, name: str) -> Any:
+    if path.is_dir():
+        raise LoadError(
+            Problem(
+                f"{path} is a folder: a plugin is a .py file, or a module by its dotted name",
+                key=f"plugin {name}",
+                hint=_contents(path) or _remedy(name),
+            )
+        )
     if not path.is_file():
         neighbours = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise LoadError(
@@ -191,12 +215,14 @@ def _load_module(reference: str, name: str, installed: Mapping[str, Installed]) 
         )
     )
     if _top_level(reference) is None:
-        sys.path.append(os.getcwd())
+        with suppress(FileNotFoundError):  # it may have been removed
+            sys.path.append(os.getcwd())
+            if _top_level(reference) is None:
+                sys.path.pop()
         if _top_level(reference) is None:
-            sys.path.pop()
             raise unknown
     try:
-        return importlib.import_module(reference)
+        module = importlib.import_module(reference)
     except KeyboardInterrupt:
         raise
     except BaseException as error:
@@ -204,6 +230,16 @@ def _load_module(reference: str, name: str, installed: Mapping[str, Installed]) 
         if missing and f"{reference}.".startswith(f"{missing}."):
             raise unknown from None
         raise _import_failure(name, error, _module_file(reference)) from None
+    if getattr(module, "__file__", None) is None and hasattr(module, "__path__"):
+        folder = next(iter(module.__path__), "")
+        raise LoadError(
+            Problem(
+                f"{short_path(folder)} is a folder without code of its own, not a plugin",
+                key=f"plugin {name}",
+                hint=_contents(Path(folder), reference) or _remedy(name),
+            )
+        )
+    return module
 
 
 def _import_failure(name: str, error: BaseException, home: str) -> LoadError:
@@ -216,6 +252,13 @@ def _import_failure(name: str, error: BaseException, home: str) -> LoadError:
     return LoadError(
         Problem(what, key=f"plugin {name}", where=where, hint=_remedy(name)), formatted(error)
     )
+
+
+def _contents(folder: Path, module: str = "") -> str:
+    """Which files of a folder may have been meant, as files or as parts of a module."""
+    files = sorted(file for file in folder.glob("*.py") if file.name != "__init__.py")
+    names = [f"{module}.{file.stem}" if module else str(file) for file in files[:5]]
+    return f"in it: {', '.join(names)}" if names else ""
 
 
 def _remedy(name: str) -> str:
@@ -236,9 +279,3 @@ def _top_level(module: str) -> ModuleSpec | None:
 def _module_file(module: str) -> str:
     spec = _top_level(module)
     return spec.origin or "" if spec else ""
-
-
-def _dist_name(point: EntryPoint) -> str:
-    if point.dist is None:
-        return short_path(point.value)
-    return str(point.dist.metadata["Name"])

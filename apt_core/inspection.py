@@ -43,11 +43,12 @@ def survey(profile: str = "", plugins: Sequence[str] = ()) -> Listing:
     broken, and never an error here.
     """
     listed, folder, waiting = _read(profile) if profile else (None, None, set[str]())
-    installed = installed_plugins()
+    damaged: list[Problem] = []
+    installed = installed_plugins(problems=damaged)
     selection = select(listed, plugins, installed, folder=folder)
     chosen = PluginManager()
     everything = PluginManager(listing=True)
-    listing = Listing(chosen, Registry(everything), {}, problems=list(selection.problems))
+    listing = Listing(chosen, Registry(everything), {}, problems=[*damaged, *selection.problems])
     for wanted in selection.wanted.values():
         declared = declared_by(wanted.reference, installed, chosen)
         record = declared.record

@@ -172,9 +172,10 @@ class _Boot:
         self.source = source
         self.manager = manager
         self.strict = strict
-        self.installed = installed_plugins()
+        damaged: list[Problem] = []
+        self.installed = installed_plugins(problems=damaged)
         self.problems: list[Problem] = []
-        self.notices: list[str] = []
+        self.notices = [str(problem) for problem in damaged]
         self.sections: list[SectionSpec] = []
         self.params: dict[str, str] = {}
         self.left_out: dict[str, str] = {}

@@ -145,7 +145,7 @@ class _Selecting:
 
     def _module(self, reference: str) -> str:
         entry = entry_for(reference, self.installed)
-        return entry.points[0].value if entry else reference
+        return entry.offers[0].value if entry else reference
 
 
 def _beside(reference: str, folder: Path | None) -> str:

@@ -23,6 +23,9 @@ def run_command(app: typer.Typer, prog: str, args: Sequence[str] | None = None) 
     0 fine, 1 the run failed, 2 bad input, 130 interrupted. Errors go to stderr, without a
     traceback unless ``--debug`` is among the arguments.
     """
+    # pydantic asks every installed distribution for plugins of its own: that takes as long as a
+    # listing, and one that is damaged ends it.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     import typer.main
 
     args = list(sys.argv[1:] if args is None else args)

@@ -19,6 +19,25 @@ import apt_core
 
 SOURCES = Path(__file__).parent / "data"
 TEXT = "\n\n".join(f"Paragraph {n} says that {n} and {n} are {2 * n}." for n in range(60))
+DAMAGED = {
+    "no_metadata-1.0.dist-info": {"entry_points.txt": b"[apt.plugins]\nno_metadata = json\n"},
+    "latin-1.0.dist-info": {
+        "METADATA": b"Name: l\xe9tin\nVersion: 1.0\n",
+        "entry_points.txt": b"[apt.plugins]\nlatin = colorsys\n",
+    },
+    "dash-1.0.dist-info": {
+        "METADATA": b"Name: dash\nVersion: 1.0\n",
+        "entry_points.txt": b"[apt.plugins]\ndash = my-module\n",
+    },
+    "twice-1.0.dist-info": {
+        "METADATA": b"Name: twice\nVersion: 1.0\n",
+        "entry_points.txt": b"[apt.plugins]\ntwice = colorsys\nTwice = json\n",
+    },
+    "no_value-1.0.dist-info": {"entry_points.txt": b"[apt.plugins]\nno value\n"},
+    "latin_points-1.0.dist-info": {"entry_points.txt": b"[console_scripts]\nl\xe9 = json\n"},
+    "folder_points-1.0.dist-info": {"entry_points.txt/part": b""},
+}
+"""What is left of distributions by a full disk or a build gone wrong: files by folder."""
 PROFILE = """\
 extends: tiny_debug
 name: small
@@ -102,6 +121,11 @@ def _install(environment: Path, python: Path) -> None:
     home = Path(apt_core.__file__).parents[1]
     paths = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(home)])
     (packages / "test_environment.pth").write_text("\n".join(paths) + "\n")
+    for name, files in DAMAGED.items():
+        for file, content in files.items():
+            (packages / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (packages / name / file).write_bytes(content)
+    (packages / "a_file-1.0.dist-info").touch()
 
 
 def _call(*command: str) -> None:

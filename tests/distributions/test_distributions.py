@@ -98,6 +98,21 @@ def test_the_listing_tells_what_is_wrong_with_each_broken_plugin(environment: En
     assert table.returncode == 0 and "Traceback" not in table.stderr
     for reason, place in BROKEN.values():
         assert reason in table.stdout and place in table.stdout
+    # Damaged distributions are named, and cost nothing but themselves.
+    warnings = table.stderr.splitlines()
+    for damaged, reason in (
+        ("no_metadata", "its metadata cannot be read: no Name"),
+        ("latin", "its metadata cannot be read: UnicodeDecodeError"),
+        ("no_value", "its entry points cannot be read"),
+        ("latin_points", "its entry points cannot be read: UnicodeDecodeError"),
+        ("folder_points", "its entry points cannot be read: IsADirectoryError"),
+    ):
+        (line,) = [line for line in warnings if f"/{damaged}-1.0.dist-info: " in line]
+        assert line.startswith("warning: ") and reason in line
+    assert len(warnings) == 5
+    assert "its entry point 'my-module' is not MODULE or MODULE:ATTRIBUTE" in table.stdout
+    assert "twice offers two plugins of this name: colorsys and json" in table.stdout
+    assert (listed["no_metadata"]["dist"], listed["latin"]["version"]) == ("no_metadata", "1.0")
 
 
 @pytest.mark.parametrize("name", BROKEN)

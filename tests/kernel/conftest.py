@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,8 @@ import pytest
 
 from apt_core import hookimpl
 from apt_core.discovery import load
+from apt_core.distributions import Offer, offers
+from apt_core.errors import Problem
 from apt_core.plugin_manager import PluginManager
 
 
@@ -78,13 +79,11 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
     monkeypatch.syspath_prepend(str(site))
     names: set[str] = set()
 
-    def only_ours(group: str) -> list[Any]:
-        return [
-            point for point in entry_points(group=group) if point.dist and point.dist.name in names
-        ]
+    def only_ours(group: str, problems: list[Problem]) -> list[Offer]:
+        return [offer for offer in offers(group, problems) if offer.dist in names]
 
     monkeypatch.delenv("APT_DISABLE_PLUGIN_AUTOLOAD")
-    monkeypatch.setattr("apt_core.discovery.entry_points", only_ours)
+    monkeypatch.setattr("apt_core.discovery.offers", only_ours)
 
     def call(name: str, source: str, *, dist: str = "", module: str = "") -> None:
         dist, module = dist or f"apt-{name}", module or f"apt_installed_{name}"

@@ -291,6 +291,16 @@ def test_a_package_that_cannot_be_imported_is_no_unknown_plugin(
     assert "no such plugin" not in problem.message
 
 
+@pytest.mark.parametrize("reference", ["ideas", "./ideas", "ideas/"])
+def test_a_folder_is_no_plugin(write: Write, reference: str) -> None:
+    """It imports, as a namespace package without a hook."""
+    write("ideas/mine.py", OBSERVER)
+    (problem,) = problems({}, reference).values()
+    assert "ideas is a folder" in problem.message
+    assert problem.hint in ("in it: ideas.mine", "in it: ideas/mine.py")
+    assert start({}, "ideas.mine").manager.has_plugin("mine")
+
+
 def test_a_pre_registered_plugin_that_cannot_declare_is_bad_input(plugin_of: type) -> None:
     def fails() -> Any:
         raise ValueError("no")
