@@ -374,7 +374,9 @@ class EvaluationSection(Section):
         description="Optimizer steps between evaluations; 0 evaluates at epoch ends only.",
     )
     eval_batches: Count = Field(
-        default=10, description="Batches that an evaluation of a running training looks at."
+        default=10,
+        description="Held-out stretches that an evaluation of a running training looks at; each "
+        "has as many windows as an optimizer step.",
     )
     save_best: bool = Field(
         default=False, description="Keep the checkpoint with the lowest validation loss."

@@ -216,10 +216,17 @@ class EvaluationPlan:
             )
         self.num_batches = -(-self.num_windows // batch_size)
 
-    def spread(self, limit: int) -> list[int]:
-        """At most ``limit`` batches, spread evenly over the text."""
-        count = min(limit, self.num_batches)
-        return [index * self.num_batches // count for index in range(count)]
+    def stretches(self, limit: int, size: int) -> list[range]:
+        """At most ``limit`` stretches of ``size`` windows, spread evenly over the text; that at its
+        end may be shorter."""
+        total = -(-self.num_windows // size)
+        count = min(limit, total)
+        firsts = [index * total // count * size for index in range(count)]
+        return [range(first, min(self.num_windows, first + size)) for first in firsts]
+
+    def batches_of(self, windows: range) -> range:
+        """The batches of a stretch whose size ``batch_size`` divides."""
+        return range(windows.start // self.batch_size, -(-windows.stop // self.batch_size))
 
     def batch(self, index: int) -> Batch:
         first = index * self.batch_size

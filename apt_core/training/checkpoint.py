@@ -5,8 +5,9 @@ name), ``ema.safetensors`` where there is an average of the weights, ``average-N
 those that plugins keep (a sharded run has folders of shards in place of these),
 ``plugins.safetensors``, ``state.json``, ``profile.yaml`` and ``manifest.json`` with the sha256 of
 each file and of what it says itself. It is written under a temporary name, fsynced, and renamed;
-without its manifest, or with a file that does not match it, it is not used. Nothing in it can run
-code.
+without its manifest, or with a file that does not match it, it is not used. ``evaluation.json``
+says what an evaluation of these weights gave, which may have come later: it has a sha256 of its
+own. Nothing in it can run code.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from torch import Tensor
 from apt_core.errors import CheckpointError
 from apt_core.hook_returns import TENSOR_KEY
 from apt_core.training.distributed import ALONE, World
+from apt_core.training.run_folder import without_nan, write_atomically
 from apt_core.training.tensor_files import SUFFIX, SavedTensors, write_shards, write_whole
 
 log = logging.getLogger("apt.checkpoint")
@@ -46,6 +50,21 @@ LISTED: Mapping[str, Mapping[str, Any]] = {
 }
 """Lists of mappings in the state, with what each entry must have."""
 
+EVALUATION = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation of a checkpoint's weights gave.
+
+    ``loss`` is that on the windows that ``watched`` names: losses compare where it is the same.
+    ``scores`` are those on the whole held-out text, empty where only a part was looked at.
+    """
+
+    watched: str
+    loss: float
+    scores: dict[str, float] = field(default_factory=dict)
+
 
 @dataclass
 class Snapshot:
@@ -60,10 +79,15 @@ class Snapshot:
     state: str
     profile: str
     manifest: dict[str, Any] = field(default_factory=dict)
+    evaluated: Evaluated | None = None
 
 
 def folder_name(step: int) -> str:
     return f"{PREFIX}{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix(PREFIX))
 
 
 def save(
@@ -92,6 +116,8 @@ def save(
         }
         manifest = {"format": FORMAT, "step": snapshot.step, **snapshot.manifest, "sha256": files}
         _write_json(temporary / "manifest.json", {**manifest, "manifest_sha256": _digest(manifest)})
+        if snapshot.evaluated is not None:
+            write_evaluation(temporary, snapshot.evaluated)
         for path in _files(temporary):
             _fsync(path)
         for folder in {path.parent for path in _files(temporary)}:
@@ -140,6 +166,55 @@ def sweep(root: Path) -> None:
             path.rename(target)
     for path in root.glob(f".{PREFIX}*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def write_evaluation(path: Path, evaluated: Evaluated) -> None:
+    """Put what an evaluation gave into the checkpoint at ``path``. Raises OSError."""
+    record = without_nan(asdict(evaluated))
+    text = json.dumps({**record, "sha256": _digest(record)}, indent=1)
+    write_atomically(path / EVALUATION, text)
+
+
+def read_evaluation(path: Path) -> Evaluated | None:
+    """What an evaluation of the checkpoint at ``path`` gave, or None without one.
+
+    Raises CheckpointError for a damaged file.
+    """
+    if not (path / EVALUATION).exists():
+        return None
+    record = _read_json(path / EVALUATION)
+    if record.pop("sha256", None) != _digest(record):
+        raise CheckpointError(f"{path / EVALUATION}: the file is damaged (its own sha256)")
+    try:
+        scores = {
+            name: float(value) if isinstance(value, str) else value
+            for name, value in record["scores"].items()
+        }
+        return Evaluated(record["watched"], float(record["loss"]), scores)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise CheckpointError(f"{path / EVALUATION}: not what an evaluation gave") from None
+
+
+def best_by_evaluation(root: Path, watched: str) -> tuple[Path, float] | None:
+    """The checkpoint below ``root`` of the lowest loss on the windows that ``watched`` names, the
+    first of equals, with that loss; None where none was evaluated on them."""
+    found = [
+        (path, evaluated.loss)
+        for path, evaluated in evaluations(root)
+        if evaluated.watched == watched and isfinite(evaluated.loss)
+    ]
+    return min(found, key=lambda pair: pair[1], default=None)
+
+
+def evaluations(root: Path) -> list[tuple[Path, Evaluated]]:
+    """The checkpoints below ``root`` that were evaluated, oldest first; damaged ones are left
+    out."""
+    found = []
+    for path in list_checkpoints(root):
+        with suppress(CheckpointError):
+            evaluated = read_evaluation(path)
+            found += [] if evaluated is None else [(path, evaluated)]
+    return found
 
 
 @dataclass(frozen=True)
@@ -212,6 +287,7 @@ def _verify(path: Path, expected: Mapping[str, str]) -> None:
             raise CheckpointError(f"{path / name}: {error.strerror}") from None
         if actual != expected[name]:
             raise CheckpointError(f"{path / name}: the file is damaged (sha256 does not match)")
+    read_evaluation(path)
 
 
 def _is_complete(files: Mapping[str, str]) -> bool:
@@ -243,10 +319,29 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(path for path in root.glob(f"{PREFIX}*") if path.is_dir())
 
 
+def is_sound(path: Path) -> bool:
+    """Was the last step before the checkpoint at ``path`` finite?"""
+    try:
+        return _read_json(path / "manifest.json").get("sound", True) is True
+    except CheckpointError:
+        return False
+
+
+def newest_sound(root: Path) -> Path | None:
+    """The newest checkpoint below ``root`` that is sound; its files are not looked at."""
+    return next((path for path in reversed(list_checkpoints(root)) if is_sound(path)), None)
+
+
 def prune(root: Path, keep_last: int, keep: Path | None = None) -> None:
-    """Delete all but the newest ``keep_last`` (0: none is deleted) and ``keep``."""
-    for path in list_checkpoints(root)[:-keep_last] if keep_last else []:
-        if path != keep:
+    """Delete all but the newest, the newest ``keep_last`` that are sound (0: none is deleted), and
+    ``keep``: steps that are not finite, however many, rotate nothing out."""
+    if not keep_last:
+        return
+    kept = 0
+    for number, path in enumerate(reversed(list_checkpoints(root))):
+        if kept < keep_last and is_sound(path):
+            kept += 1
+        elif number > 0 and path != keep:
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from apt_core.data.batches import Batch, EvaluationPlan
 from apt_core.evaluation.quick_eval import BatchScore, score_batches, summarize
@@ -19,15 +22,20 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Evaluation:
     """``scores`` by name; ``val_tokens`` of them is how many targets were looked at, which tells an
-    evaluation of everything from one of a few batches. ``watched_loss`` is the loss on the same few
-    batches in every evaluation of the run, so that those two kinds compare."""
+    evaluation of everything from one of the watched windows. ``watched_loss`` is the loss on these
+    alone in every evaluation of the run, so that those two kinds compare."""
 
     scores: dict[str, float]
     watched_loss: float
 
 
 class Evaluator:
-    """Scores the held-out text with the run's model, or with the average of its weights."""
+    """Scores the held-out text with the run's model, or with the average of its weights.
+
+    The windows that it watches are a function of the held-out ids, ``evaluation.eval_batches`` and
+    the windows of an optimizer step, which no resume may change: not of how a step is cut into
+    micro-batches or divided among processes. ``watched`` is a sha256 of them.
+    """
 
     def __init__(self, trainer: Trainer) -> None:
         parts, settings = trainer.parts, trainer.config.evaluation
@@ -35,11 +43,13 @@ class Evaluator:
         self._plan = EvaluationPlan(
             parts.val_tokens, seq_len=parts.plan.seq_len, batch_size=parts.plan.batch_size
         )
-        self._watched = self._plan.spread(settings.eval_batches)
+        stretches = self._plan.stretches(settings.eval_batches, parts.plan.windows_per_step)
+        self._watched = [i for windows in stretches for i in self._plan.batches_of(windows)]
+        self.watched = _identity(self._plan, stretches)
         self._accuracy = "accuracy" in settings.metrics
 
     def evaluate(self, *, everything: bool) -> Evaluation | None:
-        """Look at the watched batches, or at all; None when the run was told to stop meanwhile.
+        """Look at the watched windows, or at all; None when the run was told to stop meanwhile.
 
         Every process scores a share of the batches, and all of them get the whole.
         """
@@ -107,3 +117,13 @@ class Evaluator:
                 yield
             finally:
                 trainer.world.reshard(trainer.model)
+
+
+def _identity(plan: EvaluationPlan, stretches: Sequence[range]) -> str:
+    """The sha256 of the ids in these windows, and of how they are cut."""
+    digest, length = hashlib.sha256(f"{plan.seq_len}".encode()), plan.seq_len
+    for windows in stretches:
+        ids = plan.tokens[windows.start * length : windows.stop * length + 1]
+        digest.update(f" {windows.start}-{windows.stop}:".encode())
+        digest.update(np.asarray(ids, dtype="<i8").tobytes())
+    return digest.hexdigest()

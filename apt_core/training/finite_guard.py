@@ -71,6 +71,12 @@ class FiniteGuard:
         """Skipped steps in all, as far as the host knows of them."""
         return self._total
 
+    @property
+    def in_a_row(self) -> int:
+        """Skipped steps up to now without another between; waits for the device."""
+        self._collect()
+        return self._in_a_row
+
     def state(self) -> list[int]:
         """What a checkpoint keeps, for :meth:`load`; waits for the device. The numbers that were
         not read yet are part of it, and stay unread."""

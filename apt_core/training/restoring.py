@@ -68,9 +68,16 @@ def restore(trainer: Trainer, found: Checkpoint) -> None:
     trainer.step, trainer.epoch = state["step"], state["epoch"]
     trainer.tokens, trainer.ended_epochs = state["tokens"], state["ended_epochs"]
     trainer.start_scores, trainer.scores = state["start_scores"], state["scores"]
+    evaluated = checkpoint.read_evaluation(found.path)
+    if evaluated is not None and evaluated.scores:
+        trainer.scores = {"step": state["step"], **evaluated.scores}
     trainer.metrics, trainer.timeline = state["metrics"], state["timeline"]
     trainer.guard.load(*state["nonfinite_steps"])
-    trainer.stopping.load_state_dict(state["stopping"])
+    if not trainer.stopping.load_state_dict(state["stopping"], trainer.evaluator.watched):
+        kernel.notices.append(
+            "evaluations watch other held-out windows than before: patience and the best loss "
+            "begin anew"
+        )
     trainer.stopping.check_limits(trainer.step)
     trainer.manager.step = trainer.step
     trainer.manager.load_state_dict(state["plugin_records"])

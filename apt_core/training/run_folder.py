@@ -172,7 +172,7 @@ class RunFolder:
     def write_manifest(self, **entries: Any) -> None:
         """Update some entries of ``manifest.json``."""
         self.manifest.update(entries, checkpoint_dir=str(self.checkpoints.resolve()))
-        clean = _without_nan(self.manifest)
+        clean = without_nan(self.manifest)
         text = json.dumps(clean, indent=2, ensure_ascii=False, default=str, allow_nan=False)
         self._write("manifest.json", text + "\n")
 
@@ -218,7 +218,7 @@ class RunFolder:
         """
         if not self.writes:
             return
-        text = json.dumps(_without_nan(row), ensure_ascii=False, allow_nan=False)
+        text = json.dumps(without_nan(row), ensure_ascii=False, allow_nan=False)
         waiting = bool(self._unwritten)
         self._unwritten += text.encode("utf-8", errors="backslashreplace") + b"\n"
         try:
@@ -268,12 +268,12 @@ class RunFolder:
         self._locks.append(descriptor)
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """``value`` with each number that is not finite as a string: JSON has no such numbers."""
     if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return str(value) if isinstance(value, float) and not isfinite(value) else value
 
 

@@ -7,6 +7,7 @@ import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from apt_core.errors import StopTraining, TrainingError
 from apt_core.failures import one_line, short_path
 from apt_core.training import checkpoint
-from apt_core.training.checkpoint import Snapshot
+from apt_core.training.checkpoint import Evaluated, Snapshot
 from apt_core.training.distributed import World
 from apt_core.training.manifest import plugin_rows
 from apt_core.training.run_folder import RunFolder, now, versions
@@ -40,25 +41,35 @@ Position = tuple[int, int]
 
 @dataclass(frozen=True)
 class _Write:
-    """A checkpoint that is being written; ``future`` gives its folder."""
+    """A checkpoint that is being written, with an evaluation of it if there was one before;
+    ``future`` gives its folder."""
 
     position: Position
-    is_best: bool
+    evaluated: Evaluated | None
     future: Future[Path]
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The checkpoint on the disk that is kept as the best; a lower loss than ``loss`` is better."""
+
+    step: int | None = None
+    loss: float = inf
 
 
 class Saving:
     """Takes snapshots of the trainer and writes them, one at a time, on a thread.
 
     In a run of several processes the first one writes; of a sharded model each writes its shards.
+    Of the checkpoints that were evaluated, the best that is on the disk is kept where the profile
+    wants that: one whose write failed is none, and bars no other.
     """
 
     def __init__(self, trainer: Trainer, folder: RunFolder, *, resumed: bool) -> None:
         self._trainer, self._folder = trainer, folder
         self._world: World = trainer.world
         self.saved = self._position() if resumed else None
-        keeps_best = resumed and trainer.config.evaluation.save_best
-        self.best_step = trainer.stopping.best_step if keeps_best else None
+        self._evaluated: tuple[int, Evaluated] | None = None
         self.failures: list[str] = []
         self._write: _Write | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="apt-checkpoint")
@@ -66,6 +77,9 @@ class Saving:
         sharded = self._world.sharding == "fsdp"
         self._group = dist.new_group(backend="gloo") if sharded else None
         self._mesh = init_device_mesh("cpu", (self._world.size,)) if sharded else None
+        self._best = _Best()
+        if trainer.config.evaluation.save_best:
+            self._best = self._world.from_first(self._best_before)
 
     def save(self) -> None:
         """Take a snapshot of the current position, unless there is a checkpoint of it, and have it
@@ -76,11 +90,7 @@ class Saving:
         """
         self.finish()
         position = self._position()
-        settings, stopping = self._trainer.config.evaluation, self._trainer.stopping
-        is_best = settings.save_best and stopping.best_step == position[0]
         if self.saved == position:
-            # The evaluation that found it to be the best may have come after it.
-            self.best_step = position[0] if is_best else self.best_step
             return
         snapshot = self._snapshot()
         if self._world.is_first or self._group is not None:
@@ -88,7 +98,65 @@ class Saving:
         else:
             future = Future()
             future.set_result(self._folder.checkpoints / checkpoint.folder_name(snapshot.step))
-        self._write = _Write(position, is_best, future)
+        self._write = _Write(position, snapshot.evaluated, future)
+
+    def note_evaluation(self, loss: float, scores: dict[str, float]) -> None:
+        """The watched loss of the current position, and the scores on the whole held-out text where
+        there are such. The checkpoint of the position has them with it, be it written before or
+        after."""
+        step, before = self._trainer.step, self._evaluation_of(self._trainer.step)
+        if before is not None:
+            scores = scores or before.scores
+        self._evaluated = step, Evaluated(self._trainer.evaluator.watched, loss, scores)
+        if self._write is None and self.saved is not None and self.saved[0] == step:
+            self._record(step)
+
+    def finds_best(self) -> bool:
+        """Is the current position, by its evaluation, better than the best checkpoint on the disk?
+        Waits for the one that is being written where that decides."""
+        found = self._evaluation_of(self._trainer.step)
+        wanted = self._trainer.config.evaluation.save_best
+        if not wanted or found is None or not found.loss < self._best.loss:
+            return False
+        self.finish()
+        return found.loss < self._best.loss
+
+    def _evaluation_of(self, step: int) -> Evaluated | None:
+        if self._evaluated is None or self._evaluated[0] != step:
+            return None
+        return self._evaluated[1]
+
+    def _record(self, step: int, known: Evaluated | None = None) -> None:
+        """The checkpoint of ``step`` is on the disk with the evaluation ``known``: add a later one,
+        and see whether it is the best."""
+        found = self._evaluation_of(step) or known
+        if found is None:
+            return
+        if self._world.is_first and found != known:
+            path = self._folder.checkpoints / checkpoint.folder_name(step)
+            try:
+                checkpoint.write_evaluation(path, found)
+            except OSError as error:
+                log.error("the evaluation of step %d is not kept with it: %s", step, error)
+        if self._trainer.config.evaluation.save_best and found.loss < self._best.loss:
+            self._best = _Best(step, found.loss)
+
+    def _best_before(self) -> _Best:
+        """The best of the checkpoints that the run goes on after. Where all were judged on other
+        windows, the best of those stays until there is another, however high its loss."""
+        root, watched = self._folder.checkpoints, self._trainer.evaluator.watched
+        best = checkpoint.best_by_evaluation(root, watched)
+        if best is not None:
+            return _Best(checkpoint.step_of(best[0]), best[1])
+        others = checkpoint.evaluations(root)
+        best = checkpoint.best_by_evaluation(root, others[-1][1].watched) if others else None
+        if best is None:
+            return _Best()
+        self._trainer.kernel.notices.append(
+            f"{best[0].name} is the best checkpoint on the held-out windows that were watched "
+            "before: it is kept until one is the best on the new ones"
+        )
+        return _Best(checkpoint.step_of(best[0]))
 
     def poll(self) -> None:
         """Tell of the checkpoint that was being written, if it is complete now."""
@@ -101,16 +169,19 @@ class Saving:
         write = self._write
         if write is None:
             return
+        path, error = Path(), None
         try:
             path = write.future.result()  # an interrupt here leaves it to save_in_emergency
-        except OSError as error:
-            self._write = None
+        except OSError as problem:
+            error = str(problem)
+        self._write = None
+        # All of them have to know: what is saved, and what is the best, decides when they save.
+        error = next(filter(None, self._world.gather(error)), None)
+        if error is not None:
             self._failed(write, error)
             return
-        self._write = None
         self.saved = write.position
-        if write.is_best:
-            self.best_step = write.position[0]
+        self._record(write.position[0], write.evaluated)
         if self._world.is_first:
             log.info("checkpoint: %s", short_path(str(path)))
             self._prune()
@@ -132,8 +203,9 @@ class Saving:
             error = write.future.exception()
             if error is None:
                 self.saved = write.position
+                self._record(write.position[0], write.evaluated)
             else:
-                self._failed(write, error)
+                self._failed(write, str(error))
         if self.saved == self._position():
             return
         if self._group is not None and not self._world.all_at(self._here()):
@@ -148,7 +220,7 @@ class Saving:
             log.info("checkpoint: %s", short_path(str(path)))
             self._prune()
 
-    def _failed(self, write: _Write, error: BaseException) -> None:
+    def _failed(self, write: _Write, error: str) -> None:
         message = f"the checkpoint of step {write.position[0]} was not written: {error}"
         self.failures.append(message)
         log.error("%s; earlier checkpoints are intact and the run goes on", message)
@@ -196,7 +268,9 @@ class Saving:
                 "versions": versions(),
                 "providers": [row.row() for row in kernel.registry.resolutions.values()],
                 "plugins": plugin_rows(kernel),
+                "sound": trainer.guard.in_a_row == 0,
             },
+            evaluated=self._evaluation_of(trainer.step),
         )
 
     def _state(self, plugins: dict[str, Any]) -> dict[str, Any]:
@@ -217,7 +291,7 @@ class Saving:
                 for name, value in trainer.metrics.items()
                 if isinstance(name, str) and isinstance(value, bool | int | float | str)
             },
-            "stopping": trainer.stopping.state_dict(),
+            "stopping": trainer.stopping.state_dict(trainer.evaluator.watched),
             "timeline": trainer.timeline,
             "precision": str(trainer.parts.dtype or torch.float32),
             "data_sha256": trainer.parts.data["sha256"],
@@ -234,7 +308,7 @@ class Saving:
 
     def _prune(self) -> None:
         best = None
-        if self.best_step is not None:
-            best = self._folder.checkpoints / checkpoint.folder_name(self.best_step)
+        if self._best.step is not None:
+            best = self._folder.checkpoints / checkpoint.folder_name(self._best.step)
         keep_last = self._trainer.config.training.keep_last
         checkpoint.prune(self._folder.checkpoints, keep_last, keep=best)

@@ -30,8 +30,6 @@ class Stopping:
         self._started = time.monotonic()
         self._patience = training.early_stopping_patience
         self._min_delta = training.early_stopping_min_delta
-        self.best_loss = inf
-        self.best_step: int | None = None
         self._reference, self._since = inf, 0
         self.judged_step = 0
 
@@ -72,37 +70,39 @@ class Stopping:
         self.agreed = True
 
     def judge(self, loss: float, step: int, *, final: bool = False) -> None:
-        """Take in the loss of an evaluation after ``step``. NaN is never the best.
+        """Take in the loss of an evaluation after ``step``. NaN is never better.
 
         Patience does not count a ``final`` one: the run may go on, and would not have had it.
         """
-        if not final and step != self.judged_step:
-            self.judged_step = step
-            if loss < self._reference - self._min_delta:
-                self._reference, self._since = loss, 0
-            else:
-                self._since += 1
-            self._check_patience()
-        if loss < self.best_loss:
-            self.best_loss, self.best_step = loss, step
+        if final or step == self.judged_step:
+            return
+        self.judged_step = step
+        if loss < self._reference - self._min_delta:
+            self._reference, self._since = loss, 0
+        else:
+            self._since += 1
+        self._check_patience()
 
     def _check_patience(self) -> None:
         if self._patience is not None and self._since >= self._patience:
             self._stop_all(f"no better validation loss in {self._since} evaluations")
 
-    def state_dict(self) -> dict[str, Any]:
-        """JSON values; no loss yet is no number."""
+    def state_dict(self, watched: str) -> dict[str, Any]:
+        """JSON values; no loss yet is no number. The losses were measured on ``watched``."""
         return {
-            "best_loss": self.best_loss if self.best_step is not None else None,
-            "best_step": self.best_step,
+            "watched": watched,
             "reference": self._reference if isfinite(self._reference) else None,
             "since": self._since,
             "judged_step": self.judged_step,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.best_step = state["best_step"]
-        self.best_loss = inf if state["best_loss"] is None else state["best_loss"]
+    def load_state_dict(self, state: Mapping[str, Any], watched: str) -> bool:
+        """Go on judging, or begin anew where the losses were measured on something else than
+        ``watched``, and return False."""
+        self.judged_step = state["judged_step"]
+        if state.get("watched") != watched:
+            return False
         self._reference = inf if state["reference"] is None else state["reference"]
-        self._since, self.judged_step = state["since"], state["judged_step"]
+        self._since = state["since"]
         self._check_patience()
+        return True

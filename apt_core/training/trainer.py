@@ -415,7 +415,7 @@ class Trainer:
         every = self.config.training.save_every_steps
         if every is not None and self.step % every == 0:
             return True
-        return self.config.evaluation.save_best and self.stopping.best_step == self.step
+        return self.saving.finds_best()
 
     def _finish(self) -> RunResult:
         """Evaluate and save what was not yet, tell the plugins, show a sample, sum up."""
@@ -506,6 +506,9 @@ class Trainer:
                 self.scores = {"step": self.step, **scores}
             if self.step > 0:
                 self.stopping.judge(evaluation.watched_loss, self.step, final=final)
+                self.saving.note_evaluation(
+                    evaluation.watched_loss, dict(scores) if everything else {}
+                )
             row = {"step": self.step, "epoch": self.epoch, "tokens": self.tokens, **scores}
             self.metrics = {**self.metrics, **scores}
             self.folder.write_metrics(row)

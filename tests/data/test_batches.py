@@ -64,9 +64,22 @@ def test_evaluation_sees_every_token_once_and_in_order(count, seq_len, batch_siz
 def test_a_bounded_evaluation_is_spread_over_the_text():
     tokens = np.arange(1000, dtype=np.uint32)
     plan = EvaluationPlan(tokens, seq_len=5, batch_size=2)
-    batches = [plan.batch(index) for index in plan.spread(4)]
+    stretches = plan.stretches(4, 2)
+    batches = [plan.batch(index) for windows in stretches for index in plan.batches_of(windows)]
     assert len(batches) == 4
     assert [batch.input_ids[0, 0].item() for batch in batches] == [0, 250, 500, 750]
+
+
+@given(count=st.integers(2, 200), limit=st.integers(1, 9))
+def test_how_a_stretch_is_cut_into_batches_changes_nothing(count, limit):
+    tokens = np.arange(count, dtype=np.uint32)
+
+    def seen(batch_size: int) -> list[int]:
+        plan = EvaluationPlan(tokens, seq_len=3, batch_size=batch_size)
+        batches = [plan.batch(i) for w in plan.stretches(limit, 12) for i in plan.batches_of(w)]
+        return [t for batch in batches for t in batch.targets.flatten().tolist()]
+
+    assert seen(1) == seen(2) == seen(4) == seen(12)
 
 
 def test_steps_have_the_sizes_of_the_profile_and_the_last_is_short():

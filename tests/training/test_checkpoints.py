@@ -187,7 +187,8 @@ def test_a_newest_checkpoint_with_a_cut_file_is_not_used(root, caplog, how):
             kept = {"empty": 0, "cut by a byte": len(data) - 1, "cut in half": len(data) // 2}[how]
             # The manifest ends in a line break, which says nothing.
             path.write_bytes(data[: kept - (path.name == "manifest.json" and kept > 1)])
-        assert path.name in the_previous_is_used(root, caplog)
+        if (path.name, how) != ("evaluation.json", "missing"):
+            assert path.name in the_previous_is_used(root, caplog)
         path.write_bytes(data)
     assert checkpoint.newest_intact(root).state["step"] == 4
 
@@ -557,17 +558,73 @@ def test_a_best_that_was_not_written_does_not_replace_the_best_that_was(tmp_path
 
 
 class Interrupts:
-    """Is told to stop in step 4."""
+    """Is told to stop in one step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
 
     @hookimpl
     def on_step_end(self, step: int) -> None:
-        if step == 4:
+        if step == self.step:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_best_that_was_not_written_bars_no_other(tmp_path, monkeypatch):
+    """Neither in its part of the run nor after a resume, and the one before stays meanwhile."""
+    failing(monkeypatch, 4)
+    watched(monkeypatch, {2: 3.0, 4: 1.0, 8: 2.0, 10: 2.5})
+    root = tmp_path / "run" / "checkpoints"
+    tiny_run(output=tmp_path / "run", stop_at_step=6, overrides=BEST)
+    assert steps_of(root) == [2, 6]
+    tiny_run(output=tmp_path / "run", stop_at_step=7, overrides=BEST, resume=True)
+    assert steps_of(root) == [2, 7]
+    tiny_run(output=tmp_path / "run", stop_at_step=11, overrides=BEST, resume=True)
+    assert steps_of(root) == [8, 11]
+
+
+def test_save_best_that_is_switched_on_and_off_keeps_the_best_that_there_is(tmp_path, monkeypatch):
+    watched(monkeypatch, {2: 1.0, 4: 3.0, 6: 2.0, 8: 2.5, 10: 4.0})
+    root, off = tmp_path / "run" / "checkpoints", {"evaluation.save_best": False}
+    every = {**BEST, **off, "training.save_every_steps": 2, "training.keep_last": 2}
+    tiny_run(output=tmp_path / "run", stop_at_step=6, overrides=every)
+    assert steps_of(root) == [4, 6]
+    tiny_run(output=tmp_path / "run", stop_at_step=9, overrides=BEST, resume=True)
+    assert steps_of(root) == [6, 9]
+    tiny_run(output=tmp_path / "run", stop_at_step=10, overrides={**BEST, **off}, resume=True)
+    assert steps_of(root) == [10]
+    tiny_run(output=tmp_path / "run", stop_at_step=11, overrides=BEST, resume=True)
+    assert steps_of(root) == [10, 11]
+
+
+def test_the_best_of_other_windows_stays_until_there_is_one_of_these(tmp_path, monkeypatch):
+    watched(monkeypatch, {2: 1.0, 8: 3.0, 10: 2.0})
+    root, one = tmp_path / "run" / "checkpoints", {"evaluation.eval_batches": 1}
+    tiny_run(output=tmp_path / "run", stop_at_step=3, overrides={**BEST, **one})
+    assert steps_of(root) == [2, 3]
+    other = {**BEST, "evaluation.eval_freq": 4}
+    tiny_run(Interrupts(6), output=tmp_path / "run", overrides={**BEST, **QUIET}, resume=True)
+    assert steps_of(root) == [2, 6]
+    tiny_run(output=tmp_path / "run", stop_at_step=9, overrides=other, resume=True)
+    assert steps_of(root) == [8, 9]
+    log = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
+    assert "step-00000002 is the best checkpoint on the held-out windows" in log
+
+
+def test_the_best_of_a_future_that_was_taken_back_is_none(tmp_path, monkeypatch):
+    watched(monkeypatch, {2: 3.0, 4: 1.0, 6: 2.0})
+    root = tmp_path / "run" / "checkpoints"
+    changes = {**BEST, "training.keep_last": 0}
+    tiny_run(output=tmp_path / "run", stop_at_step=5, overrides=changes)
+    watched(monkeypatch, {4: 2.5, 6: 2.75})
+    tiny_run(
+        output=tmp_path / "run", resume_from=root / "step-00000002", stop_at_step=7, overrides=BEST
+    )
+    assert steps_of(root) == [4, 7]
 
 
 def test_a_checkpoint_that_is_found_to_be_the_best_by_the_resume_is_kept(tmp_path, monkeypatch):
     """The signal came before its evaluation, which the resume makes."""
     watched(monkeypatch, {2: 3.0, 4: 1.0})
-    tiny_run(Interrupts(), output=tmp_path / "run", overrides=BEST)
+    tiny_run(Interrupts(4), output=tmp_path / "run", overrides=BEST)
     tiny_run(output=tmp_path / "run", overrides=BEST, resume=True, stop_at_step=7)
     assert steps_of(tmp_path / "run" / "checkpoints") == [4, 7]

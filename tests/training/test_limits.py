@@ -179,6 +179,45 @@ def test_patience_goes_on_where_a_resume_does(watched, tmp_path):
     assert whole.same_weights(parts)
 
 
+CUTS: list[dict[str, Any]] = [
+    {"training.batch_size": 1, "training.grad_accum_steps": 4},
+    {"training.batch_size": 2, "training.grad_accum_steps": 2, "evaluation.metrics": ["accuracy"]},
+]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=["1x4", "2x2"])
+def test_a_resume_that_cuts_the_batch_another_way_is_judged_on_the_same_windows(tmp_path, cut):
+    """6 windows are held out, of which an evaluation watches the 4 of a step."""
+    changes = patient(2, **{"evaluation.eval_batches": 1, "evaluation.save_best": True})
+    whole = tiny_run(overrides=changes, output=tmp_path / "whole")
+    tiny_run(overrides=changes, output=tmp_path / "parts", stop_at_step=5)
+    parts = tiny_run(overrides={**changes, **cut}, output=tmp_path / "parts", resume=True)
+    watched = [
+        [(row["step"], row["val_tokens"]) for row in run.metrics if "val_loss" in row]
+        for run in (whole, parts)
+    ]
+    assert set(watched[0]) <= set(watched[1])
+    assert "begin anew" not in (tmp_path / "parts" / "log.txt").read_text(encoding="utf-8")
+    for one, other in zip(evaluations(whole), evaluations(parts), strict=False):
+        assert other == pytest.approx(one, rel=1e-5)
+
+
+def evaluations(run: Any) -> list[float]:
+    return [row["val_loss"] for row in run.metrics if "val_loss" in row and row["step"] != 5]
+
+
+def test_other_windows_begin_the_judgement_anew(watched, tmp_path):
+    """Patience would be at its end after step 6."""
+    watched({2: 1.0})
+    changes = patient(2, **{"evaluation.eval_batches": 1})
+    tiny_run(overrides=changes, output=tmp_path / "run", stop_at_step=5)
+    changes = patient(2, **{"evaluation.eval_batches": 2})
+    run = tiny_run(overrides=changes, output=tmp_path / "run", resume=True)
+    assert run.result.step == 10
+    log = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
+    assert "evaluations watch other held-out windows than before" in log
+
+
 def test_a_last_evaluation_does_not_try_the_patience(watched, tmp_path):
     """The run in one go would not have made it."""
     watched({2: 3.0, 3: 1.0, 4: 2.0})
