@@ -84,6 +84,14 @@ class ProcessLostError(AptError):
     """Another process of the run has ended, or does not answer."""
 
 
+class InterruptedAgain(KeyboardInterrupt):
+    """A second signal ends the run at once; ``exit_code`` is 128 + its number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"signal {number}")
+        self.exit_code = 128 + number
+
+
 class StopTraining(Exception):
     """Raise it in any hook to end the run cleanly, with a checkpoint; it is not a failure."""
 

@@ -40,18 +40,21 @@ class Throughput:
         self._tokens = 0
         self._read_tokens, self._read_seconds = 0, 0.0
         self._start = time.perf_counter()
-        self._paused_at: float | None = None
+        self._pauses, self._paused_at = 0, 0.0
 
     def add(self, tokens: int) -> None:
         self._tokens += tokens
 
     def pause(self) -> None:
-        self._paused_at = time.perf_counter()
+        """Stop the clock; pauses may lie within each other."""
+        if self._pauses == 0:
+            self._paused_at = time.perf_counter()
+        self._pauses += 1
 
     def resume(self) -> None:
-        assert self._paused_at is not None
-        self._start += time.perf_counter() - self._paused_at
-        self._paused_at = None
+        self._pauses -= 1
+        if self._pauses == 0:
+            self._start += time.perf_counter() - self._paused_at
 
     def read(self) -> float:
         """Tokens per second since the last call."""
@@ -68,7 +71,7 @@ class Throughput:
         return (self._read_tokens + self._tokens) / seconds if seconds > 0 else 0.0
 
     def _now(self) -> float:
-        return time.perf_counter() if self._paused_at is None else self._paused_at
+        return self._paused_at if self._pauses else time.perf_counter()
 
 
 class ProgressDisplay:

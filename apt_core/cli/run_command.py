@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def run_command(app: typer.Typer, prog: str, args: Sequence[str] | None = None) -> int:
     """Run a typer app; returns the exit code.
 
-    0 fine, 1 the run failed, 2 bad input, 130 interrupted. Errors go to stderr, without a
-    traceback unless ``--debug`` is among the arguments.
+    0 fine, 1 the run failed, 2 bad input, 128 + its number after a signal. Errors go to stderr,
+    without a traceback unless ``--debug`` is among the arguments.
     """
     # pydantic asks every installed distribution for plugins of its own: that takes as long as a
     # listing, and one that is damaged ends it.
@@ -44,10 +44,10 @@ def run_command(app: typer.Typer, prog: str, args: Sequence[str] | None = None) 
         return end.exit_code
     except AptError as error:
         return _report(error, args, error.exit_code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if not place_among_processes()[1]:
             print("interrupted", file=sys.stderr)
-        return 130
+        return getattr(interrupt, "exit_code", 128 + signal.SIGINT)
     except BrokenPipeError:
         # The reader went away; keep the interpreter from complaining about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

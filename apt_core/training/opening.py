@@ -114,7 +114,9 @@ class Opening:
                 self._output, config.name, config.training.checkpoint_dir
             )
         else:
-            self._folder.drop_metrics_after(trainer.step if self._found else -1)
+            self._folder.drop_metrics_after(
+                trainer.step if self._found else -1, evaluation=trainer.evaluates_again()
+            )
             _set_aside_later_checkpoints(self._folder, trainer.step)
         return self._folder.path, self._folder.checkpoints
 

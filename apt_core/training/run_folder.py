@@ -195,8 +195,9 @@ class RunFolder:
     def log_file(self) -> Path:
         return self.path / "log.txt"
 
-    def drop_metrics_after(self, step: int) -> None:
-        """Forget rows of steps that a resumed run will take again."""
+    def drop_metrics_after(self, step: int, *, evaluation: bool = False) -> None:
+        """Forget rows of steps that a resumed run will take again, and that of an ``evaluation`` of
+        ``step`` which it will make again."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return
@@ -207,7 +208,8 @@ class RunFolder:
                 row = json.loads(line)
             except ValueError:
                 continue
-            if row.get("step", 0) <= step:
+            again = evaluation and row.get("step") == step and "val_loss" in row
+            if row.get("step", 0) <= step and not again:
                 kept.append(line + "\n")
         write_atomically(path, "".join(kept))
 

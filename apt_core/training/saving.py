@@ -187,12 +187,16 @@ class Saving:
             self._prune()
             self._trainer.manager.hook.on_checkpoint_saved(path=path, trainer=self._trainer)
 
-    def save_last(self) -> None:
+    def save_now(self) -> None:
         """Save, and wait for it; a plugin that is told and asks to stop does not keep it from being
-        done. Raises TrainingError when it cannot be written."""
+        done."""
         for part in (self.finish, self.save, self.finish):
             with suppress(StopTraining):
                 part()
+
+    def save_last(self) -> None:
+        """Save, and wait for it. Raises TrainingError when it cannot be written."""
+        self.save_now()
         if self.saved != self._position():
             raise TrainingError(self.failures[-1])
 

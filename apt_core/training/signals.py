@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from apt_core.errors import InterruptedAgain
+
 SAME_SECONDS = 2.0
 """Of several processes each may be told by the launcher and by whoever told that: signals so close
 to each other are one."""
@@ -36,7 +38,7 @@ class Interrupts:
             self.received = signal.Signals(number)
             self._same_until = time.monotonic() + self._same_seconds
         elif time.monotonic() >= self._same_until:
-            raise KeyboardInterrupt
+            raise InterruptedAgain(number)
 
     @contextmanager
     def listening(self) -> Iterator[None]:

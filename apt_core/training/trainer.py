@@ -255,13 +255,15 @@ class Trainer:
         first_epoch, first_index = divmod(self.step, plan.steps_per_epoch)
         self.model.train()
         self.step_log.begin()
-        if self.ended_epochs < first_epoch and first_index == 0:
-            self._end_epoch(first_epoch)
-        elif first_index and self._evaluation_due() and self.stopping.judged_step != self.step:
-            # The run was told to stop before it.
-            self._evaluate(everything=False)
-            if self._save_due():
-                self._save()
+        if self._over():
+            return
+        if self.evaluates_again():
+            if self._in_open_epoch:
+                self._end_epoch(first_epoch)
+            else:
+                self._evaluate(everything=False)
+                if self._save_due():
+                    self._save()
 
         for epoch in range(first_epoch + 1, training.max_epochs + 1):
             if self._over():
@@ -356,6 +358,8 @@ class Trainer:
                     self._display.update(step, epoch, row)
                     self._enabling.share_quarantines()
                     self.saving.poll()
+                if self._over():
+                    return  # what is due at this step may take long, and comes after the checkpoint
                 ends_epoch = index + 1 == plan.steps_per_epoch
                 if self._evaluation_due() and not ends_epoch:
                     self._evaluate(everything=False)
@@ -385,6 +389,21 @@ class Trainer:
 
     def _over(self) -> bool:
         return self.stopping.due or self.step >= self.total_steps
+
+    def evaluates_again(self) -> bool:
+        """Is an evaluation of the current step, before which the run was stopped, still to be made?
+        One that only the stop had asked for does not count."""
+        if self._over():
+            return self._in_open_epoch and self.scores.get("step") != self.step
+        within = self.step % self.parts.plan.steps_per_epoch != 0
+        due = within and self._evaluation_due() and self.stopping.judged_step != self.step
+        return due or self._in_open_epoch
+
+    @property
+    def _in_open_epoch(self) -> bool:
+        """Is this the end of an epoch whose evaluation is still to come?"""
+        epochs, index = divmod(self.step, self.parts.plan.steps_per_epoch)
+        return index == 0 and self.ended_epochs < epochs
 
     def _end_epoch(self, epoch: int) -> None:
         """Evaluate, tell, save. A stop before the evaluation is done leaves the epoch open, and a
@@ -418,24 +437,31 @@ class Trainer:
         return self.saving.finds_best()
 
     def _finish(self) -> RunResult:
-        """Evaluate and save what was not yet, tell the plugins, show a sample, sum up."""
-        status = "finished"
-        reason = next(filter(None, self.world.gather(self.stopping.reason)), "")
-        exit_code = max(self.world.gather(self.stopping.interrupts.exit_code))
-        if exit_code:
-            status = "interrupted"
-        elif reason:
-            status = "stopped"
-        # A plugin that asks to stop here ends its own stage, not the others.
-        with suppress(StopTraining):
-            if status != "interrupted" and self.scores.get("step") != self.step:
-                self._evaluate(everything=True, final=True)
+        """Save and evaluate what was not yet, tell the plugins, show a sample, sum up.
+
+        Whoever has set the run a limit may kill it now: the checkpoint comes first.
+        """
         self.step_log.tell_skipped()
         self.step_log.throughput.pause()
+        self.saving.save_now()
+        # A plugin that asks to stop in what follows ends its own stage, not the others.
+        if not self._interrupted() and self.scores.get("step") != self.step:
+            if self._in_open_epoch:
+                try:
+                    self._end_epoch(self.epoch)
+                except StopTraining as stop:
+                    self.request_stop(stop.reason)
+            else:
+                with suppress(StopTraining):
+                    self._evaluate(everything=True, final=True)
         self.saving.save_last()
         sample = ""
-        with suppress(StopTraining):
-            sample = "" if status == "interrupted" else self.evaluator.sample()
+        if not self._interrupted():
+            with suppress(StopTraining):
+                sample = self.evaluator.sample()
+        reason = next(filter(None, self.world.gather(self.stopping.reason)), "")
+        exit_code = self._interrupted()
+        status = "interrupted" if exit_code else "stopped" if reason else "finished"
         result = RunResult(
             status=status,
             step=self.step,
@@ -452,6 +478,10 @@ class Trainer:
             self.manager.hook.on_training_end(trainer=self)
         write_manifest(self, status)
         return result
+
+    def _interrupted(self) -> int:
+        """The exit code that a signal to any of the processes gives the run, or 0 without one."""
+        return max(self.world.gather(self.stopping.interrupts.exit_code))
 
     def _out_of_memory(self, error: BaseException, when: str) -> TrainingError:
         """Let go of what the checkpoint does not need, and say what would fit."""

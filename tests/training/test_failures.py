@@ -398,6 +398,37 @@ def test_a_second_signal_insists(tmp_path):
     assert checkpoint.load(kept).state["step"] == 3
 
 
+INSISTS = """
+import os
+from apt_core import hookimpl
+
+@hookimpl
+def on_step_end(step):
+    if step == 3:
+        for number in ({first}, {second}):
+            os.kill(os.getpid(), number)
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "code"),
+    [
+        (signal.SIGTERM, signal.SIGTERM, 143),
+        (signal.SIGINT, signal.SIGTERM, 143),
+        (signal.SIGTERM, signal.SIGINT, 130),
+        (signal.SIGTERM, signal.SIGHUP, 129),
+    ],
+)
+def test_the_exit_code_is_that_of_the_signal_that_ended_the_run(
+    apt_train, tmp_path, first, second, code
+):
+    plugin = tmp_path / "insists.py"
+    plugin.write_text(INSISTS.format(first=int(first), second=int(second)), encoding="utf-8")
+    run = apt_train("--plugin", str(plugin))
+    assert (run.code, run.manifest["status"]) == (code, "interrupted")
+    assert "interrupted\n" in run.err and "Traceback" not in run.err
+
+
 # The disk
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch
 from apt_core import hookimpl
 from apt_core.errors import ConfigError
 from apt_core.testing import tiny_run
+from apt_core.training import checkpoint
 from apt_core.training.evaluating import Evaluation, Evaluator
 
 QUIET = {
@@ -259,6 +261,88 @@ def test_an_evaluation_that_a_signal_kept_from_being_made_is_made_by_the_resume(
     ]
     assert evaluated[0] == evaluated[1]
     assert 4 in dict(evaluated[0])
+
+
+class KillsInEvaluation:
+    """Ends the process as one that has been told its limit is, in the first evaluation from
+    ``step`` on, or when its row is written; asks for a stop there, if so told."""
+
+    def __init__(self, step: int, *, asks: bool = False, late: bool = False) -> None:
+        self.step, self.asks, self.late = step, asks, late
+
+    @hookimpl
+    def on_step_end(self, step: int, trainer: Any) -> None:
+        if self.asks and step == self.step:
+            trainer.request_stop("enough")
+
+    @hookimpl
+    def on_evaluation_start(self, trainer: Any) -> None:
+        if trainer.step >= self.step and not self.late:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    @hookimpl
+    def on_evaluation_end(self, trainer: Any) -> None:
+        if trainer.step >= self.step and self.late:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("step", "how"),
+    [
+        (5, {"stop_at_step": 5}),  # within an epoch
+        (6, {"stop_at_step": 6}),  # where an evaluation is due
+        (12, {"stop_at_step": 12}),  # at the end of an epoch
+        (12, {"asks": True}),
+        (12, {"stop_at_step": 12, "late": True}),
+        (6, {"stop_at_step": 6, "late": True}),
+        (24, {}),  # at the end of the run
+    ],
+)
+def test_a_run_that_is_killed_in_its_last_evaluation_has_a_checkpoint(
+    tmp_path, in_children, differences, step, how
+):
+    """And the resume gives the bits and rows of a run in one go."""
+    changes = patient(50, **{"training.save_freq": 0})
+    told = {key: value for key, value in how.items() if key != "stop_at_step"}
+    stop = how.get("stop_at_step")
+    train = functools.partial(tiny_run, overrides=changes, output=tmp_path / "parts")
+    killed = in_children(lambda: train(KillsInEvaluation(step, **told), stop_at_step=stop))
+    assert killed == [-signal.SIGKILL]
+    found = checkpoint.newest_intact(tmp_path / "parts" / "checkpoints")
+    assert found.state["step"] == step
+    tiny_run(overrides=changes, output=tmp_path / "whole")
+    assert train(resume=True).result.status == "finished"
+    assert differences(tmp_path / "whole", tmp_path / "parts") == []
+
+
+@pytest.mark.parametrize("step", [5, 6, 12])
+def test_rows_of_evaluations_stand_once_after_a_stop(tmp_path, step):
+    """But for that which the stop alone had asked for, in step 5."""
+    changes = patient(50, **{"training.save_freq": 0})
+    whole = tiny_run(overrides=changes, output=tmp_path / "whole")
+    first = tiny_run(overrides=changes, output=tmp_path / "parts", stop_at_step=step)
+    assert first.result.figures["val_loss"] > 0
+    parts = tiny_run(overrides=changes, output=tmp_path / "parts", resume=True)
+    rows = [
+        [(row["step"], row["val_loss"]) for row in run.metrics if "val_loss" in row]
+        for run in (whole, parts)
+    ]
+    assert [row for row in rows[1] if row[0] != 5] == rows[0]
+    assert whole.same_weights(parts)
+
+
+def test_two_processes_save_before_they_evaluate(tmp_path, in_children, ranks):
+    def train() -> None:
+        tiny_run(
+            KillsInEvaluation(6),
+            overrides=patient(50, **{"training.batch_size": 2}),
+            output=tmp_path / "run",
+            stop_at_step=6,
+        )
+
+    assert in_children(*ranks(train)) == [-signal.SIGKILL, -signal.SIGKILL]
+    found = checkpoint.newest_intact(tmp_path / "run" / "checkpoints")
+    assert found.state["step"] == 6
 
 
 # What a resume may change --------------------------------------------------------------------
