@@ -15,6 +15,7 @@ from apt_core.types import (
     PluginInfo,
     ProviderSpec,
     SectionSpec,
+    Unused,
 )
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "ProviderSpec",
     "SectionSpec",
     "StopTraining",
+    "Unused",
     "__version__",
     "hookimpl",
 ]

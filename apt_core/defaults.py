@@ -12,6 +12,9 @@ from apt_core.types import CORE, ProviderSpec
 
 _LAYERS = "apt_core.modeling.layers"
 
+_ADAM = ("training.betas", "training.eps")
+_DECAY = ("training.warmup_steps", "training.min_lr_ratio")
+
 _DECLARED = (
     ProviderSpec(
         kind="attention",
@@ -20,6 +23,7 @@ _DECLARED = (
         summary="TVA: attention in a shared low-rank space, fused",
         config="apt_core.config.schema:TVAConfig",
         section="model.tva",
+        reads=("model.num_kv_heads",),
         default=True,
     ),
     ProviderSpec(
@@ -29,6 +33,7 @@ _DECLARED = (
         summary="multi-head attention; grouped or multi-query with num_kv_heads",
         config="apt_core.config.schema:MHAConfig",
         section="model.mha",
+        reads=("model.num_kv_heads",),
     ),
     ProviderSpec(
         kind="ffn",
@@ -121,6 +126,7 @@ _DECLARED = (
         name="adamw",
         factory="apt_core.training.optimizers.adamw:AdamWProvider",
         section="training",
+        reads=_ADAM,
         summary="AdamW, fused where the device has it",
         default=True,
     ),
@@ -129,12 +135,14 @@ _DECLARED = (
         name="muon",
         factory="apt_core.training.optimizers.muon:MuonProvider",
         section="training",
+        reads=(*_ADAM, "training.muon"),
         summary="Muon for hidden matrices, AdamW for the rest",
     ),
     ProviderSpec(
         kind="lr_schedule",
         name="cosine",
         factory="apt_core.training.lr_schedules:CosineProvider",
+        reads=_DECAY,
         summary="linear warm-up, then cosine decay",
         default=True,
     ),
@@ -142,6 +150,7 @@ _DECLARED = (
         kind="lr_schedule",
         name="linear",
         factory="apt_core.training.lr_schedules:LinearProvider",
+        reads=_DECAY,
         summary="linear warm-up, then linear decay",
     ),
     ProviderSpec(
@@ -149,12 +158,14 @@ _DECLARED = (
         name="wsd",
         factory="apt_core.training.lr_schedules:WSDProvider",
         section="training",
+        reads=(*_DECAY, "training.decay_ratio"),
         summary="linear warm-up, stable, then a decay at the end",
     ),
     ProviderSpec(
         kind="lr_schedule",
         name="constant",
         factory="apt_core.training.lr_schedules:ConstantProvider",
+        reads=("training.warmup_steps",),
         summary="linear warm-up, then constant",
     ),
 )

@@ -22,17 +22,20 @@ from apt_core.config import (
     check_files,
     core_text,
     read_profile,
+    unused_settings,
     validate,
+    written_in_vain,
 )
 from apt_core.declarations import Declared, ask, broken, declared_by
 from apt_core.discovery import LoadError, installed_plugins, load
 from apt_core.errors import ConfigError, Problem, StopTraining, did_you_mean
+from apt_core.failures import one_line
 from apt_core.plugin_manager import PluginManager
 from apt_core.plugin_records import PluginRecord
 from apt_core.registry import NO_FALLBACK, Probe, Registry
 from apt_core.schedules import Schedule, check_schedules
 from apt_core.selection import Wanted, select
-from apt_core.types import CORE, SectionSpec
+from apt_core.types import CORE, SectionSpec, Unused
 from apt_core.validation import misplaced_hooks
 
 log = logging.getLogger("apt")
@@ -134,6 +137,12 @@ def _told_files(config: Config, registry: Registry) -> Sequence[str] | None:
     return next((spec.files for spec in registry.specs("dataset") if spec.name == name), None)
 
 
+def _name_keys(kind: str) -> tuple[str, ...]:
+    """The keys that decide which providers of a kind are used."""
+    keys = {"attention": ("model.attention_pattern",), "dataset": ("data.source",)}
+    return (*((ALL_NAME_KEYS[kind],) if kind in ALL_NAME_KEYS else ()), *keys.get(kind, ()))
+
+
 def boot(
     profile: str | Path | Mapping[str, Any] | Config,
     *,
@@ -162,7 +171,7 @@ def boot(
     starting = _Boot(source, manager, strict)
     starting.load_plugins(plugins)
     starting.activate_for_providers()
-    return starting.check(probe, files, [override.key for override in overrides])
+    return starting.check(probe, files)
 
 
 class _Boot:
@@ -271,7 +280,7 @@ class _Boot:
                     self.notices.append(f"plugin {name} activated: the profile names {spec.key}")
         self.registry.refresh()
 
-    def check(self, probe: Probe | None, files: bool, overridden: Sequence[str]) -> Kernel:
+    def check(self, probe: Probe | None, files: bool) -> Kernel:
         """Check the profile against what the plugins declared; raise every problem at once."""
         self.problems += self.registry.problems
         names = {wanted.name for wanted in self.active}
@@ -292,7 +301,11 @@ class _Boot:
         self.problems += problems
         inactive += more
         if config is not None:
-            inactive += self._settings_in_vain(config, overridden)
+            # With --plugin no:NAME the list of plugins is the command line's.
+            chosen = ("plugins",) if self.blocked else ()
+            told = {item.key for item in inactive}
+            vain = written_in_vain(config, self.source, self._unused(config), chosen)
+            inactive += [item for item in vain if item.key not in told]
             self.problems += self._check_providers(config)
             inactive += _unread_paths(config, self.registry)
             missing = check_files(config, self.source, data_files(config, self.registry))
@@ -394,28 +407,53 @@ class _Boot:
                 params.update(dict.fromkeys(section.schedule_params, reason))
         return inert, params, lenient
 
-    def _settings_in_vain(self, config: Config, overridden: Sequence[str]) -> Iterator[InactiveKey]:
-        """Settings that the command line gives to a provider of the model or the text that is not
-        used. Those of the profile may wait for another choice."""
+    def _unused(self, config: Config) -> Iterator[Unused]:
+        """Every setting that has no effect in this run, as the core, the providers and the plugins
+        tell it."""
+        names = {wanted.name for wanted in self.active}
+        yield from unused_settings(config, names, {section.path for section in self.sections})
+        yield from self._unused_of_providers(config)
+        for section in self.sections:
+            yield from self._unused_of_plugin(config, section)
+
+    def _unused_of_providers(self, config: Config) -> Iterator[Unused]:
         named = chosen_providers(config)
-        core = {(spec.kind, spec.name) for spec in self.registry.specs() if spec.plugin == CORE}
+        specs = self.registry.specs()
+        core = {(spec.kind, spec.name) for spec in specs if spec.plugin == CORE}
         may_fall_back = {kind for kind, name in named if (kind, name) not in core}
-        specs = [
+        used = [
             spec
-            for spec in self.registry.specs()
-            if spec.section.startswith("model.")
-            or (spec.kind in NO_FALLBACK and spec.section not in ("", "data"))
-        ]
-        read = {
-            spec.section
             for spec in specs
             if (spec.kind, spec.name) in named or (spec.default and spec.kind in may_fall_back)
-        }
-        for key in overridden:
-            for spec in specs:
-                if f"{key}.".startswith(f"{spec.section}.") and spec.section not in read:
-                    yield InactiveKey(key, f"{spec.key} is not used")
-                    break
+        ]
+        silent = {spec.kind for spec in used if spec.reads is None}
+        silent |= {kind for kind, name in named if not self.registry.knows(kind, name)}
+        sections = {spec.section for spec in used}
+        # A plugin may read its section itself, whichever provider is used.
+        shared = {section.path for section in self.sections}
+        read = {key for spec in used for key in spec.reads or ()}
+        for spec in specs:
+            because = _name_keys(spec.kind)
+            own = spec.section.startswith("model.") and spec.section not in shared
+            own = own or (spec.kind in NO_FALLBACK and spec.section not in ("", "data"))
+            if own and spec.section not in sections:
+                yield Unused(spec.section, f"{spec.key} is not used", because)
+            if spec.kind in silent:
+                continue
+            names = ", ".join(other.name for other in used if other.kind == spec.kind)
+            for key in spec.reads or ():
+                if key not in read:
+                    yield Unused(key, f"{spec.kind}:{names} does not heed it", because)
+
+    def _unused_of_plugin(self, config: Config, section: SectionSpec) -> Sequence[Unused]:
+        if section.unused is None:
+            return ()
+        try:
+            return list(section.unused(config))
+        except Exception as error:  # foreign code
+            message = f"its check of unused settings failed: {one_line(error)}"
+            self.problems.append(Problem(message, section.path))
+            return ()
 
     def _strict_problems(self, inactive: Sequence[InactiveKey], lenient: bool) -> list[Problem]:
         """An inactive key is an error, unless the person left its plugin out."""

@@ -6,9 +6,9 @@ CROSS_ENTROPY = "loss/cross_entropy"
 """The loss without the terms of plugins, which is what the held-out loss compares with. The name of
 a term has a dot, so that none is called this."""
 
-LOSS, SCHEDULE, TIME = "loss", "schedule", "time"
+LOSS, MEMORY, SCHEDULE, TIME = "loss", "memory", "schedule", "time"
 
-OWN_GROUPS = frozenset({LOSS, SCHEDULE, TIME})
+OWN_GROUPS = frozenset({LOSS, MEMORY, SCHEDULE, TIME})
 """What stands before the first slash in names of the core."""
 
 
@@ -24,6 +24,11 @@ def of_term(plugin: str, term: str) -> str:
 def of_plugin(plugin: str, name: str) -> str:
     """What ``apt_metrics`` of a plugin calls ``name``."""
     return f"{plugin}/{name}"
+
+
+def of_memory(part: str) -> str:
+    """What a part of a run takes of memory, in MiB."""
+    return f"{MEMORY}/{part}_mb"
 
 
 def of_parameter(name: str) -> str:

@@ -175,6 +175,10 @@ class Registry:
     def has(self, kind: str, name: str) -> bool:
         return (kind, name) in self._specs or (kind, name) in self._blocked
 
+    def knows(self, kind: str, name: str) -> bool:
+        """Is the provider that of an active plugin, or the core's?"""
+        return (kind, name) in self._specs
+
     def default(self, kind: str) -> ProviderSpec | None:
         """The kind's default: a plugin's if one declares it, else the core's."""
         return next(iter(self._defaults(kind)), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,10 @@ class ProviderSpec:
     manager. A dataset tells by ``files`` which of ``train_path`` and ``val_path`` it reads as
     files: these must be there before a run starts, and one that it does not read is reported
     inactive; None: they may mean anything to it, such as a query.
+
+    ``reads`` are the keys outside of ``section`` that not every provider of the kind heeds, and
+    this one does (``"training.betas"``): such a key is reported as inactive where the provider in
+    use says what it reads and does not name it. None says nothing.
     """
 
     kind: str
@@ -85,10 +89,21 @@ class ProviderSpec:
     default: bool = False
     plugin: str = ""
     files: Sequence[str] | None = None
+    reads: Sequence[str] | None = None
 
     @property
     def key(self) -> str:
         return f"{self.kind}:{self.name}"
+
+
+@dataclass(frozen=True)
+class Unused:
+    """A setting that has no effect beside others: its dotted ``key`` (or that of a whole section),
+    the ``reason``, and the keys ``because`` of whose values it is so."""
+
+    key: str
+    reason: str
+    because: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -98,11 +113,15 @@ class SectionSpec:
     ``path`` is dotted (``"model.moe"``, ``"my_plugin"``), ``model`` the pydantic model that
     validates it; ``schedule_params`` are the names of the parameters under ``schedules:`` that the
     plugin reads. A plugin that only reads schedule parameters leaves ``path`` and ``model`` out.
+
+    ``unused(config)`` names the settings that have no effect in a checked profile: those among
+    them that somebody has written are reported as inactive.
     """
 
     path: str = ""
     model: type[BaseModel] | None = None
     schedule_params: Sequence[str] = ()
+    unused: Callable[[Any], Iterable[Unused]] | None = None
 
 
 @dataclass(frozen=True)

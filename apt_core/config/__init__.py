@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from apt_core.config.checks import check_files
 from apt_core.config.fields import Ramp, Section
-from apt_core.config.inactive import inactive_alone
+from apt_core.config.inactive import inactive_alone, unused_settings, written_in_vain
 from apt_core.config.json_schema import json_schema
 from apt_core.config.loader import core_text, list_profiles, read_profile
 from apt_core.config.overrides import Override, parse_override
@@ -33,5 +33,7 @@ __all__ = [
     "parse_override",
     "profile_reference",
     "read_profile",
+    "unused_settings",
     "validate",
+    "written_in_vain",
 ]

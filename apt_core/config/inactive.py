@@ -1,17 +1,24 @@
-"""Keys that are valid and do nothing in this version: reported with the reason, never silent.
+"""Keys that are valid and have no effect: reported with the reason, never silent.
 
-A rule goes when its key starts to work.
+There are three sources. :func:`unheeded` is about keys that always do nothing, or nothing without a
+plugin; :func:`unused_settings` about those that other keys of the core make useless; providers and
+plugins tell of theirs (``ProviderSpec.reads``, ``SectionSpec.unused``). Of the last two kinds only
+what somebody has written counts, see :func:`written_in_vain`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel
+
 from apt_core.config.schema import Config
-from apt_core.config.source import InactiveKey
+from apt_core.config.source import InactiveKey, Source
+from apt_core.config.yaml_text import KeyPath, dotted
 from apt_core.errors import did_you_mean
+from apt_core.types import Unused
 
 METRICS = ("perplexity", "accuracy", "loss", "bits_per_byte")
 """The metrics that the core computes."""
@@ -42,6 +49,7 @@ def _enabled(section: Any) -> bool:
 
 _ONE_PROCESS = "the run has one process: start it with --nproc N, or with torchrun"
 _FULL_WINDOWS = "text is packed into full windows, so nothing is cut or filled"
+_UNNAMED = "no active plugin is named"
 _UNOWNED = "no active plugin owns this section"
 
 RULES = (
@@ -51,13 +59,8 @@ RULES = (
     Rule("training.amp_level", _given, "torch's autocast has no levels: see mixed_precision"),
     Rule("data.truncation", _wanted, _FULL_WINDOWS),
     Rule("data.padding", lambda value: value not in (None, False, "do_not_pad"), _FULL_WINDOWS),
-    Rule("monitoring.wandb.enabled", _wanted, "no active plugin is named wandb", "wandb"),
-    Rule(
-        "monitoring.tensorboard.enabled",
-        _wanted,
-        "no active plugin is named tensorboard",
-        "tensorboard",
-    ),
+    Rule("monitoring.wandb.enabled", _wanted, f"{_UNNAMED} wandb", "wandb"),
+    Rule("monitoring.tensorboard.enabled", _wanted, f"{_UNNAMED} tensorboard", "tensorboard"),
 )
 
 ALONE = (
@@ -66,7 +69,7 @@ ALONE = (
 )
 
 
-def inactive_keys(
+def unheeded(
     config: Config, active: Collection[str], owned: Collection[str]
 ) -> Iterator[InactiveKey]:
     """What the profile asks for in vain. ``active`` are the names of the active plugins,
@@ -86,6 +89,74 @@ def inactive_keys(
 def inactive_alone(config: Config) -> list[InactiveKey]:
     """What does nothing because the run has one process, which the profile cannot know."""
     return [InactiveKey(r.key, r.reason) for r in ALONE if r.asks(_value(config, r.key))]
+
+
+def unused_settings(
+    config: Config, active: Collection[str], owned: Collection[str]
+) -> Iterator[Unused]:
+    """Settings of the core that others make useless. Those of its providers are declared there."""
+    model, training = config.model, config.training
+    for tracker in ("wandb", "tensorboard"):
+        section = f"monitoring.{tracker}"
+        if tracker not in active and section not in owned:
+            yield Unused(section, f"{_UNNAMED} {tracker}", ("plugins", f"{section}.enabled"))
+    if model.attention_pattern is not None:
+        pattern = "model.attention_pattern"
+        yield Unused("model.attention_name", f"{pattern} names every layer's", (pattern,))
+    for key, ranked in (("model.tva", model.tva), ("model.vft", model.vft)):
+        if ranked.rank is not None:
+            yield Unused(f"{key}.r", f"{key}.rank takes its place", (f"{key}.rank",))
+    if model.tva.s == 0:
+        because = "model.tva.s is 0: there is no compensator"
+        yield Unused("model.tva.tau", because, ("model.tva.s",))
+    if training.early_stopping_patience is None:
+        patience = "training.early_stopping_patience"
+        yield Unused("training.early_stopping_min_delta", f"{patience} is not set", (patience,))
+    if config.evaluation.sample_tokens == 0:
+        tokens = "evaluation.sample_tokens"
+        for key in ("evaluation.sample_prompt", "evaluation.sample_temperature"):
+            yield Unused(key, f"{tokens} is 0: no sample is shown", (tokens,))
+    if config.debug.log_level != "DEBUG":
+        level = "debug.log_level"
+        reason = f"what it says more is of the level DEBUG, and {level} is {config.debug.log_level}"
+        yield Unused("debug.verbose", reason, (level,))
+
+
+def written_in_vain(
+    config: Config, source: Source, unused: Iterable[Unused], chosen: Collection[str] = ()
+) -> Iterator[InactiveKey]:
+    """Those of the ``unused`` settings that somebody has written to have an effect.
+
+    That is a value other than the default, or any value on the command line. It waits for another
+    choice, and is not reported, where what decides has been written later: further down a chain of
+    profiles that extend each other, or on the command line. It waits for an ``enabled: false``
+    beside it too. ``chosen`` are keys that the command line decides by other options.
+    """
+    seen: set[KeyPath] = set()
+    for item in unused:
+        decided = max((_decided(source, key, chosen) for key in item.because), default=-1)
+        for path in source.leaves(item.key):
+            written = source.layer(path)
+            asks = written == source.last_layer or not _is_default(config, path)
+            if path not in seen and written >= decided and asks:
+                seen.add(path)
+                yield InactiveKey(dotted(path), item.reason)
+
+
+def _decided(source: Source, key: str, chosen: Collection[str]) -> float:
+    if key in chosen:
+        return source.last_layer
+    layer = source.layer(key)
+    return layer + 0.5 if key.endswith(".enabled") and layer >= 0 else layer
+
+
+def _is_default(config: Config, path: KeyPath) -> bool:
+    section = config.section(dotted(path[:-1])) if len(path) > 1 else config
+    name = str(path[-1])
+    if not isinstance(section, BaseModel) or name not in type(section).model_fields:
+        return False
+    default = type(section).model_fields[name].get_default(call_default_factory=True)
+    return bool(getattr(section, name) == default)
 
 
 def _value(config: Config, path: str) -> Any:

@@ -444,11 +444,17 @@ class HardwareSection(Section):
 class DebugSection(Section):
     """``debug``: what is shown and checked."""
 
-    verbose: bool = Field(default=False, description="Say more.")
+    verbose: bool = Field(
+        default=False, description="List the parameters of the model, at the level DEBUG."
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field(
         default="INFO", description="Least severity that is logged."
     )
-    profile_memory: bool = Field(default=False, description="Measure memory.")
+    profile_memory: bool = Field(
+        default=False,
+        description="Add the memory of weights, gradients, optimizer and averages to the rows of "
+        "metrics.",
+    )
     check_gradients: bool = Field(
         default=False,
         description="Name parameters whose gradients are not finite; reads them every step.",

@@ -76,7 +76,8 @@ class Source:
     ``problems`` are those found while reading (a key given twice, an override that fits nowhere),
     ``inactive`` the keys that changed nothing, ``notices`` what else is to be told of it;
     :func:`apt_core.config.validate` reports them with its own. ``bare`` are the keys after which
-    nothing stands in the profile's file.
+    nothing stands in the profile's file, ``files`` the labels of those that make it up, parents
+    first.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Source:
     bare: frozenset[KeyPath] = frozenset()
     inactive: tuple[InactiveKey, ...] = ()
     notices: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
     @classmethod
     def from_dict(cls, profile: Mapping[str, Any], name: str = "profile") -> Source:
@@ -124,6 +126,32 @@ class Source:
         """Is a value written at this path?"""
         missing = object()
         return self.get(path, missing) is not missing
+
+    @property
+    def last_layer(self) -> int:
+        """The :meth:`layer` of the command line."""
+        return max(len(self.files), 1)
+
+    def layer(self, path: str | KeyPath) -> int:
+        """Which of the layers a value is from: 0 for the uppermost profile, one more for each that
+        extends it, and one more for the command line; -1 where nothing is written."""
+        if not self.has(path):
+            return -1
+        where = self.where(path)
+        if where.startswith("--"):
+            return self.last_layer
+        found = [i for i, f in enumerate(self.files) if where == f or where.startswith(f"{f}:")]
+        return found[-1] if found else 0
+
+    def leaves(self, path: str | KeyPath) -> Iterator[KeyPath]:
+        """The paths of all single values and lists that are written at or below ``path``."""
+        keys = parse_path(path) if isinstance(path, str) else path
+        value = self.get(keys)
+        if isinstance(value, dict):
+            for key in value:
+                yield from self.leaves((*keys, key))
+        elif value is not None:
+            yield keys
 
     def with_overrides(self, overrides: Iterable[Override]) -> Source:
         """A copy with values from the command line, in their order."""
@@ -177,6 +205,7 @@ class Source:
             data,
             (*self.problems, *child.problems, *merge.problems),
             merge.marks,
+            files=tuple(dict.fromkeys((*self.files, *child.files))),
             inactive=(*self.inactive, *child.inactive, *merge.inactive),
             notices=(*self.notices, *child.notices, *merge.notices),
         )
@@ -195,7 +224,8 @@ def from_document(document: Document, name: str, label: str, folder: Path | None
     if folder is not None:
         marks.folders.update((path, folder) for path in FOUND_BESIDE)
     bare = frozenset(document.bare)
-    return Source(name, document.data, tuple(document.problems), marks, bare)
+    problems = tuple(document.problems)
+    return Source(name, document.data, problems, marks, bare, files=(label,))
 
 
 def parse_path(path: str) -> KeyPath:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from apt_core.config.checks import find_contradictions
-from apt_core.config.inactive import inactive_keys
+from apt_core.config.inactive import unheeded
 from apt_core.config.messages import KnownKeys, describe, ignored_keys, problem_of
 from apt_core.config.schema import PLACEHOLDERS, Config
 from apt_core.config.source import InactiveKey, Source
@@ -85,7 +85,7 @@ def validate(
     problems += found
     problems += find_contradictions(config, source, {*bad, *wrong})
     names = {request.name for request in config.plugins} if active is None else active
-    inactive += inactive_keys(config, names, owned)
+    inactive += unheeded(config, names, owned)
     problems = list(dict.fromkeys(problems))
     config = config.with_plugin_sections(parts)
     return Validated(None if problems else config, problems, inactive, list(source.notices))

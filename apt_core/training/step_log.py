@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,10 @@ from torch import Tensor
 from apt_core.data.batches import cut_windows
 from apt_core.device import peak_memory_bytes
 from apt_core.errors import TrainingError
-from apt_core.metric_names import CROSS_ENTROPY, of_parameter, of_plugin, of_time
+from apt_core.metric_names import CROSS_ENTROPY, of_memory, of_parameter, of_plugin, of_time
 from apt_core.monitor import Throughput
 from apt_core.training.costs import BACKWARD_AND_FORWARD, model_cost
+from apt_core.training.distributed import local_part
 from apt_core.training.peak import measured_peak_flops
 
 if TYPE_CHECKING:
@@ -29,6 +30,25 @@ MEMORY_SECONDS = 1.0
 
 MAX_DUMPS = 20
 """Of how many non-finite steps the batch is written down."""
+
+
+def memory_by_part(trainer: Trainer) -> dict[str, float]:
+    """What this process holds of each part of a run, in MiB: the rest of ``memory_mb`` are
+    activations, the text, and the libraries."""
+    model = trainer.model
+    averages = [average for average in (trainer.ema, *trainer.averages.values()) if average]
+    parts: dict[str, Iterable[Any]] = {
+        "weights": [*model.parameters(), *model.buffers()],
+        "gradients": (parameter.grad for parameter in model.parameters()),
+        "optimizer": (v for state in trainer.optimizer.state.values() for v in state.values()),
+        "averages": (value for average in averages for value in average.values.values()),
+    }
+    return {
+        of_memory(part): round(
+            sum(local_part(t.detach()).nbytes for t in values if isinstance(t, Tensor)) / 2**20, 3
+        )
+        for part, values in parts.items()
+    }
 
 
 class StepLog:
@@ -155,6 +175,8 @@ class StepLog:
             used = self._flops_per_token * tokens_per_s / trainer.world_size
             row["mfu"] = float(f"{used / self._peak_flops:.3g}")
         row["memory_mb"] = self._memory_mb()
+        if trainer.config.debug.profile_memory:
+            row.update(memory_by_part(trainer))
         return row | self._time()
 
     def _time(self) -> dict[str, float]:

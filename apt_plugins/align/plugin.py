@@ -21,6 +21,7 @@ from apt_plugins.align.settings import (
     WEIGHT,
     BistateSettings,
     contradictions,
+    unused,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def apt_register_providers() -> list[ProviderSpec]:
 
 @hookimpl
 def apt_register_config() -> list[SectionSpec]:
-    return [SectionSpec(SECTION, BistateSettings, schedule_params=(WEIGHT,))]
+    return [SectionSpec(SECTION, BistateSettings, schedule_params=(WEIGHT,), unused=unused)]
 
 
 @hookimpl

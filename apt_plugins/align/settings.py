@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from apt_core import Problem
+from apt_core import Problem, Unused
 from apt_core.config import Config, Ramp, Section
 
 SECTION = "model.bistate"
@@ -117,3 +117,19 @@ def contradictions(config: Config, settings: BistateSettings) -> Iterator[Proble
             f"schedules.{WEIGHT}",
             hint="weights are 0 or more",
         )
+
+
+def unused(config: Config) -> Iterator[Unused]:
+    """Settings that have no effect beside others."""
+    settings = config.section(SECTION)
+    assert isinstance(settings, BistateSettings)
+    if settings.mode != "ema":
+        for key in ("momentum_start", "momentum_end"):
+            reason = f"{SECTION}.mode is {settings.mode!r}: there is no average"
+            yield Unused(f"{SECTION}.{key}", reason, (f"{SECTION}.mode",))
+    if settings.beta == 0:
+        reason = f"{SECTION}.beta is 0: there is no contrastive term"
+        yield Unused(f"{SECTION}.tau_align", reason, (f"{SECTION}.beta",))
+    if WEIGHT in config.schedules:
+        key = f"schedules.{WEIGHT}"
+        yield Unused(f"{SECTION}.weight", f"{key} takes its place", (key,))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from apt_core import ConfigError, PluginInfo, Priority, ProviderSpec, SectionSpec, hookimpl
-from apt_plugins.moe.settings import MoeSettings, contradictions, settings_of
+from apt_plugins.moe.settings import ROUTERS, MoeSettings, contradictions, settings_of, unused
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,15 +41,15 @@ def apt_register_providers() -> list[ProviderSpec]:
             config=MoeSettings,
         )
         for name, summary in (
-            ("topk_moe", "the top k experts of a linear score, their weights renormalised"),
-            ("topk_default", "another name of topk_moe"),
+            (ROUTERS[0], "the top k experts of a linear score, their weights renormalised"),
+            (ROUTERS[1], f"another name of {ROUTERS[0]}"),
         )
     ]
 
 
 @hookimpl
 def apt_register_config() -> list[SectionSpec]:
-    return [SectionSpec("model.moe", MoeSettings)]
+    return [SectionSpec("model.moe", MoeSettings, unused=unused)]
 
 
 @hookimpl

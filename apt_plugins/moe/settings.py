@@ -7,11 +7,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from apt_core import Problem
+from apt_core import Problem, Unused
 from apt_core.config import Config, Section
 
 # As wide as the core's own bounds: products of sizes stay within 64 bits.
 Size = Annotated[int, Field(ge=1, le=2**24)]
+ROUTERS = ("topk_moe", "topk_default")
+"""The names of this plugin's own router."""
+
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 
 
@@ -55,7 +58,7 @@ class MoeSettings(Section):
         default=0.5, description="Share of the shared expert in the output, if it is split."
     )
     router: Annotated[str, Field(min_length=1, max_length=500)] = Field(
-        default="topk_moe", description="Provider of the router."
+        default=ROUTERS[0], description="Provider of the router."
     )
     scores: Literal["softmax", "sigmoid"] = Field(
         default="softmax", description="What topk_moe makes of its logits before it chooses."
@@ -97,3 +100,25 @@ def contradictions(config: Config) -> Iterator[Problem]:
             key="model.moe.granularity",
             hint=f"choose a divisor of {d_ff}, such as {divisors[-1]}",
         )
+
+
+def unused(config: Config) -> Iterator[Unused]:
+    """Settings that have no effect beside others."""
+    settings, section = settings_of(config), "model.moe"
+
+    def beside(key: str, reason: str, decides: str) -> Unused:
+        return Unused(f"{section}.{key}", reason, (decides,))
+
+    if not settings.enabled:
+        yield Unused(section, f"{section}.enabled is false", (f"{section}.enabled",))
+        return
+    if settings.dropless:
+        for key in ("capacity", "dropless_steps"):
+            yield beside(key, f"{section}.dropless: nothing is dropped", f"{section}.dropless")
+    if settings.shared_expert != "split":
+        reason = f"{section}.shared_expert is {settings.shared_expert!r}, not 'split'"
+        yield beside("shared_weight", reason, f"{section}.shared_expert")
+    if settings.router not in ROUTERS:
+        yield beside("scores", f"it is {ROUTERS[0]}'s alone", f"{section}.router")
+    if config.model.ffn_name == "gelu":
+        yield beside("symmetry_breaking", "experts of gelu are not scaled", "model.ffn_name")

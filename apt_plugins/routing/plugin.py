@@ -13,6 +13,7 @@ from apt_plugins.routing.settings import (
     contradictions,
     has_experts,
     settings_of,
+    unused,
 )
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ controls: WeakKeyDictionary[Any, RoutingControls] = WeakKeyDictionary()
 
 @hookimpl
 def apt_register_config() -> list[SectionSpec]:
-    return [SectionSpec("routing", RoutingSettings, schedule_params=SCHEDULE_PARAMS)]
+    return [SectionSpec("routing", RoutingSettings, schedule_params=SCHEDULE_PARAMS, unused=unused)]
 
 
 @hookimpl

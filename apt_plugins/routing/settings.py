@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from apt_core import Problem
+from apt_core import Problem, Unused
 from apt_core.config import Config, Ramp, Section
 from apt_plugins.moe.settings import MoeSettings
 
@@ -65,6 +65,19 @@ def contradictions(config: Config) -> Iterator[Problem]:
             key="schedules.moe_capacity",
             hint="set model.moe.dropless to false, or take this key out",
         )
+
+
+def unused(config: Config) -> Iterator[Unused]:
+    """Settings that have no effect beside others."""
+    if not has_experts(config):
+        reason = "the run has no mixture of experts"
+        yield Unused("routing", reason, ("plugins", "model.moe.enabled"))
+        return
+    if settings_of(config).balancing == "none":
+        yield Unused("routing.bias_rate", "routing.balancing is 'none'", ("routing.balancing",))
+    if "moe_capacity" in config.schedules:
+        key = "schedules.moe_capacity"
+        yield Unused("model.moe.capacity", f"{key} takes its place", (key,))
 
 
 _MEANINGS = {"route_temp": "temperature", "moe_capacity": "capacity"}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 from apt_core import ConfigError, PluginInfo, SectionSpec, hookimpl
-from apt_plugins.voter.settings import VotingSettings, contradictions, settings_of
+from apt_plugins.voter.settings import VotingSettings, contradictions, settings_of, unused
 
 if TYPE_CHECKING:
     from apt_core import GenerationRequest
@@ -35,7 +35,11 @@ current = Current()
 
 @hookimpl
 def apt_register_config() -> list[SectionSpec]:
-    return [SectionSpec("model.voting", VotingSettings, schedule_params=("vote_threshold",))]
+    return [
+        SectionSpec(
+            "model.voting", VotingSettings, schedule_params=("vote_threshold",), unused=unused
+        )
+    ]
 
 
 @hookimpl

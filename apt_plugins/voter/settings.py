@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from apt_core import Problem
+from apt_core import Problem, Unused
 from apt_core.config import Config, Ramp, Section
 
 
@@ -53,3 +53,20 @@ def contradictions(config: Config) -> Iterator[Problem]:
             key=key,
             hint="choose values from 0 to 1, or set model.voting.normalized to false",
         )
+
+
+def unused(config: Config) -> Iterator[Unused]:
+    """Settings that have no effect beside others."""
+    settings, sampling = settings_of(config), config.evaluation
+    if settings.k == 1:
+        for key in ("threshold", "normalized"):
+            yield Unused(f"model.voting.{key}", "one voter is plain sampling", ("model.voting.k",))
+    for at, reason in (
+        ("sample_tokens", "no sample is made"),
+        ("sample_temperature", "the most likely token is taken"),
+    ):
+        if not getattr(sampling, at):
+            yield Unused("model.voting", f"evaluation.{at} is 0: {reason}", (f"evaluation.{at}",))
+    if "vote_threshold" in config.schedules:
+        key = "schedules.vote_threshold"
+        yield Unused("model.voting.threshold", f"{key} takes its place", (key,))

@@ -91,9 +91,10 @@ def test_a_pattern_takes_the_place_of_the_attention() -> None:
 def test_settings_of_the_command_line_for_what_is_not_used_are_inactive(key: str) -> None:
     value = {"rank": 4} if key == "model.tva" else 4
     vain = Override(tuple(key.split(".")), value, f"--{key}")
-    profile = {"model": {"attention_name": "mha", "tva": {"s": 1}}}
+    profile = {"model": {"attention_name": "mha"}}
     (inactive,) = boot(profile, overrides=[vain]).inactive
     provider = "ffn:vft" if "vft" in key else "attention:tva_default"
+    key = "model.tva.rank" if key == "model.tva" else key
     assert (inactive.key, inactive.reason) == (key, f"{provider} is not used")
     with pytest.raises(ConfigError, match="does nothing here"):
         boot(profile, overrides=[vain], strict=True)
