@@ -419,18 +419,16 @@ class _Boot:
     def _unused_of_providers(self, config: Config) -> Iterator[Unused]:
         named = chosen_providers(config)
         specs = self.registry.specs()
-        core = {(spec.kind, spec.name) for spec in specs if spec.plugin == CORE}
-        may_fall_back = {kind for kind, name in named if (kind, name) not in core}
-        used = [
-            spec
-            for spec in specs
-            if (spec.kind, spec.name) in named or (spec.default and spec.kind in may_fall_back)
-        ]
-        silent = {spec.kind for spec in used if spec.reads is None}
-        silent |= {kind for kind, name in named if not self.registry.knows(kind, name)}
-        sections = {spec.section for spec in used}
+        used = [spec for spec in specs if (spec.kind, spec.name) in named]
+        may_fall_back = {kind for kind, _ in named} - {s.kind for s in used if s.plugin == CORE}
+        may_fall_back |= {spec.kind for spec in used if spec.plugin != CORE}
+        sections = {spec.section for spec in used} | {
+            spec.section for spec in specs if spec.default and spec.kind in may_fall_back
+        }
         # A plugin may read its section itself, whichever provider is used.
         shared = {section.path for section in self.sections}
+        silent = {spec.kind for spec in used if spec.reads is None}
+        silent |= {kind for kind, name in named if not self.registry.knows(kind, name)}
         read = {key for spec in used for key in spec.reads or ()}
         for spec in specs:
             because = _name_keys(spec.kind)
@@ -438,11 +436,9 @@ class _Boot:
             own = own or (spec.kind in NO_FALLBACK and spec.section not in ("", "data"))
             if own and spec.section not in sections:
                 yield Unused(spec.section, f"{spec.key} is not used", because)
-            if spec.kind in silent:
-                continue
-            names = ", ".join(other.name for other in used if other.kind == spec.kind)
             for key in spec.reads or ():
-                if key not in read:
+                if key not in read and spec.kind not in silent:
+                    names = ", ".join(other.name for other in used if other.kind == spec.kind)
                     yield Unused(key, f"{spec.kind}:{names} does not heed it", because)
 
     def _unused_of_plugin(self, config: Config, section: SectionSpec) -> Sequence[Unused]:

@@ -246,7 +246,7 @@ def test_a_run_resumes_bit_exactly_around_the_switch(align_run, tmp_path, mode, 
     ramp = {"start": 0.2, "end": 2.0, "by": "step", "warmup": 3}
     options = {
         "steps": STEPS,
-        "bistate": {"mode": mode, "momentum_start": 0.5},
+        "bistate": {"mode": mode, **({"momentum_start": 0.5} if mode == "ema" else {})},
         "overrides": {
             "model.dropout": 0.2,
             "schedules.enable_align_at_step": 5,
