@@ -381,7 +381,8 @@ def apt_metrics(trainer: Any) -> Mapping[str, float]:
 
     When: each log interval. Returns: ``{name: number}``; they are written to ``metrics.jsonl``
     and passed to ``on_metrics`` as ``<plugin>/<name>``. A plugin that is called ``loss``,
-    ``schedule`` or ``time`` as metrics of the core are, or has a slash in its name, is refused.
+    ``memory``, ``schedule`` or ``time`` as metrics of the core are, or has a slash in its name,
+    is refused.
     Ranks: every one asks; what the first says is written.
 
     Example::

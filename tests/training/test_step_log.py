@@ -325,7 +325,9 @@ def test_a_term_is_not_blamed_where_the_cross_entropy_is_not_finite_either():
     assert "loss/terms.small" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["time", "schedule", "loss", "Time", "time/hooks", "a/b"])
+@pytest.mark.parametrize(
+    "name", ["time", "schedule", "loss", "memory", "Time", "time/hooks", "a/b"]
+)
 def test_no_plugin_writes_where_the_core_does(name):
     manager = PluginManager()
     with pytest.raises(ConfigError, match="metrics of this plugin would be called"):
@@ -439,3 +441,15 @@ def test_the_speed_at_the_end_is_of_the_steps_of_this_part_alone(tmp_path):
     figures = tiny_run(slow, resume=True, stop_at_step=6, **options).result.figures
     assert figures["tokens"] == 6 * 64 and slow.evaluations >= 2
     assert 2 * 64 / figures["tokens_per_s"] <= slow.seconds - 0.1 * slow.evaluations
+
+
+def test_memory_is_told_by_part_where_the_profile_asks() -> None:
+    """Parameters and their gradients are as large, Adam keeps two of them, an average one."""
+    overrides = {"debug.profile_memory": True, "training.ema_decay": 0.5}
+    (row,) = (row for row in tiny_run(steps=2, overrides=overrides).metrics if "lr" in row)
+    parts = {name: row[f"memory/{name}_mb"] for name in ("gradients", "optimizer", "averages")}
+    size = row["memory/weights_mb"]
+    assert 0 < size < row["memory_mb"]
+    expected = {"gradients": size, "optimizer": 2 * size, "averages": size}
+    assert parts == pytest.approx(expected, rel=0.3)
+    assert not any(name.startswith("memory/") for row in tiny_run(steps=2).metrics for name in row)
