@@ -171,6 +171,8 @@ def _provider_spec(spec: Any) -> ProviderSpec:
         config=config,
         section=_path(spec.section, f"the section {what}"),
         default=bool(spec.default),
+        files=None if spec.files is None else _texts(spec.files, f"files {what}"),
+        reads=None if spec.reads is None else _texts(spec.reads, f"reads {what}"),
     )
 
 
@@ -192,7 +194,9 @@ def _section_spec(spec: Any) -> SectionSpec:
     for name in params:
         if not name.isidentifier():
             raise ValueError(f"the schedule parameter {name!r} is no name")
-    return SectionSpec(path, model, params)
+    if spec.unused is not None and not callable(spec.unused):
+        raise TypeError(f"unused of section {path!r} is a {_name(spec.unused)}, not a function")
+    return SectionSpec(path, model, params, spec.unused)
 
 
 def _printable(value: Any, what: str) -> str:

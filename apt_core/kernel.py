@@ -445,7 +445,10 @@ class _Boot:
         if section.unused is None:
             return ()
         try:
-            return list(section.unused(config))
+            return [
+                Unused(str(item.key), str(item.reason), tuple(map(str, item.because)))
+                for item in section.unused(config)
+            ]
         except Exception as error:  # foreign code
             message = f"its check of unused settings failed: {one_line(error)}"
             self.problems.append(Problem(message, section.path))

@@ -283,3 +283,36 @@ def test_plugin_facts_are_kept(manager: PluginManager, load_source: Callable[...
 def test_the_cores_own_name_is_not_to_be_had() -> None:
     with pytest.raises(ConfigError, match="core's own"):
         PluginManager().register(object(), "core")
+
+
+def test_no_field_of_a_declaration_is_lost() -> None:
+    """What a hook returned is made anew from its fields: from every one of them."""
+    from pydantic import BaseModel
+
+    from apt_core import ProviderSpec, SectionSpec
+    from apt_core.hook_returns import provider_specs, section_specs
+
+    class Mine(BaseModel):
+        x: int = 1
+
+    provider = ProviderSpec(
+        kind="norm",
+        name="mine",
+        factory="mine:Norm",
+        version="1",
+        summary="a norm",
+        requires=("numpy",),
+        conflicts=("ffn:other",),
+        config=Mine,
+        section="mine",
+        default=True,
+        files=("train_path",),
+        reads=("training.eps",),
+    )
+    section = SectionSpec("mine", Mine, ("rate",), unused=lambda config: [])
+    bare = {provider: ProviderSpec("", "", ""), section: SectionSpec()}
+    assert provider_specs([provider], {}) == [provider]
+    assert section_specs([section], {}) == [section]
+    for spec, defaults in bare.items():
+        untried = [f for f, value in vars(spec).items() if value == vars(defaults)[f]]
+        assert untried in ([], ["plugin"]), "the manager stamps the plugin, all else is declared"
