@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -13,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-log = logging.getLogger("apt.cache")
+from apt_core.log import get_logger
+
+log = get_logger("apt.cache")
 
 DIGEST_BYTES = 32
 

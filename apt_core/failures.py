@@ -59,6 +59,15 @@ def short_path(filename: str) -> str:
         return filename
 
 
+def is_code_of(filename: str, home: str) -> bool:
+    """Is ``filename`` the file ``home`` of a plugin, or in the folder of one that is a package?"""
+    if not home:
+        return False
+    folder = os.path.dirname(home)
+    in_package = bool(folder) and os.path.exists(os.path.join(folder, "__init__.py"))
+    return filename == home or (in_package and filename.startswith(folder + os.sep))
+
+
 def where_raised(error: BaseException, home: str, line: int = 0) -> str:
     """``file:line`` of the deepest frame in the plugin whose code lives in the file ``home``.
 
@@ -71,13 +80,7 @@ def where_raised(error: BaseException, home: str, line: int = 0) -> str:
     ]
     if isinstance(error, SyntaxError) and error.filename:
         frames.append((error.filename, error.lineno or 0))
-    folder = os.path.dirname(home)
-    in_package = bool(folder) and os.path.exists(os.path.join(folder, "__init__.py"))
-
-    def own(filename: str) -> bool:
-        return filename == home or (in_package and filename.startswith(folder + os.sep))
-
-    own_frames = [frame for frame in frames if own(frame[0])]
+    own_frames = [frame for frame in frames if is_code_of(frame[0], home)]
     if own_frames:
         home, line = own_frames[-1]
     elif not home and frames and not frames[-1][0].startswith("<"):

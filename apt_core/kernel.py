@@ -7,7 +7,6 @@ reported at once, before anything is built; nothing here imports torch.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from apt_core.declarations import Declared, ask, broken, declared_by
 from apt_core.discovery import LoadError, installed_plugins, load
 from apt_core.errors import ConfigError, Problem, StopTraining, did_you_mean
 from apt_core.failures import one_line
+from apt_core.log import get_logger
 from apt_core.plugin_manager import PluginManager
 from apt_core.plugin_records import PluginRecord
 from apt_core.registry import NO_FALLBACK, Probe, Registry
@@ -38,7 +38,7 @@ from apt_core.selection import Wanted, select
 from apt_core.types import CORE, SectionSpec, Unused
 from apt_core.validation import misplaced_hooks
 
-log = logging.getLogger("apt")
+log = get_logger("apt")
 
 NAME_KEYS = {
     "attention": "model.attention_name",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +16,78 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from rich.console import Console
 
-ROOT = logging.getLogger("apt")
+
+class KernelLogger(logging.Logger):
+    """A logger whose calls never raise what a foreign handler, filter or record factory raises, nor
+    leave out the other handlers: it is noted where :func:`noting_errors` says, else printed as
+    logging does."""
+
+    def makeRecord(self, *args: Any, **options: Any) -> logging.LogRecord:
+        try:
+            return super().makeRecord(*args, **options)
+        except BaseException as error:
+            _note(error)
+            name, level, file, line, message, values, exc_info = args[:7]
+            return logging.LogRecord(name, level, file, line, message, values, exc_info)
+
+    def handle(self, record: logging.LogRecord) -> None:
+        if self.disabled:
+            return
+        kept: Any = True
+        try:
+            kept = self.filter(record)
+        except BaseException as error:
+            _note(error)
+        if kept:
+            self.callHandlers(kept if isinstance(kept, logging.LogRecord) else record)
+
+    def callHandlers(self, record: logging.LogRecord) -> None:
+        place: logging.Logger | None = self
+        found = False
+        while place is not None:
+            for handler in list(place.handlers):
+                found = True
+                try:
+                    if record.levelno >= handler.level:
+                        handler.handle(record)
+                except BaseException as error:
+                    _note(error)
+            place = place.parent if place.propagate else None
+        if not found and logging.lastResort is not None:
+            super().callHandlers(record)
+
+
+_noting: list[Callable[[BaseException], None]] = []
+
+
+def _note(error: BaseException) -> None:
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    if _noting:
+        _noting[-1](error)
+    elif logging.raiseExceptions and sys.stderr is not None:
+        traceback.print_exception(error)
+
+
+@contextmanager
+def noting_errors(note: Callable[[BaseException], None]) -> Iterator[None]:
+    """While the context lasts, give ``note`` what foreign code raises in a log call."""
+    _noting.append(note)
+    try:
+        yield
+    finally:
+        _noting.remove(note)
+
+
+def get_logger(name: str) -> logging.Logger:
+    """A logger of the kernel's own, ``apt`` or below it."""
+    logger = logging.getLogger(name)
+    if type(logger) is logging.Logger:
+        logger.__class__ = KernelLogger
+    return logger
+
+
+ROOT = get_logger("apt")
 
 
 class TolerantStream:
@@ -84,7 +156,7 @@ class LogFile(logging.FileHandler):
         elif not self._lacking:
             self._lacking = True
             # The console still hears it; here it would come back.
-            logging.getLogger("apt.training").error(
+            get_logger("apt.training").error(
                 "%s is incomplete: %s", Path(self.baseFilename).name, error
             )
 

@@ -9,7 +9,7 @@ a record. The plan is rebuilt when the implementations, a priority or a plugin's
 from __future__ import annotations
 
 import inspect
-import logging
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, ClassVar, TypeVar
@@ -19,7 +19,7 @@ import pluggy
 
 from apt_core import hookspecs
 from apt_core.errors import ConfigError, PluginError, Problem, StopTraining
-from apt_core.failures import one_line
+from apt_core.failures import is_code_of, one_line, source_of
 from apt_core.hook_calls import (
     PASSES,
     Call,
@@ -30,6 +30,7 @@ from apt_core.hook_calls import (
     timed_wrapper,
     values_of,
 )
+from apt_core.log import get_logger
 from apt_core.markers import PROJECT, Priority, Returns
 from apt_core.metric_names import why_not
 from apt_core.plugin_names import normalized_name, short_name
@@ -43,9 +44,15 @@ from apt_core.validation import (
     plugin_info,
 )
 
-log = logging.getLogger("apt.plugins")
+log = get_logger("apt.plugins")
 
 T = TypeVar("T")
+
+CALLBACK = {"failure_limit": 3, "judges_input": False, "fatal_among_processes": False}
+"""The policy of functions that a plugin gives to others to call: that of a hook that only tells."""
+
+MAX_LOG_ERRORS = 20
+"""Errors of logging that are kept until they are counted; they hold on to frames."""
 
 TIMED = ("on_step_start", "apt_loss_terms", "on_backward_end", "on_step_end")
 """Hooks that are called within a step, and not by one another: their times add up."""
@@ -80,6 +87,8 @@ class PluginManager(pluggy.PluginManager):
         self._telling = False
         self._pending: PluginError | None = None
         self._raised_here: WeakSet[PluginError] = WeakSet()
+        self._log_errors: list[BaseException] = []
+        self._told_of_logging: set[str] = set()
         self.add_hookspecs(hookspecs)
 
     # Registration ----------------------------------------------------------------------------
@@ -369,7 +378,8 @@ class PluginManager(pluggy.PluginManager):
         return record is None or record.state in ("active", "available")
 
     def _options(self, hook_name: str) -> Mapping[str, Any]:
-        options: Mapping[str, Any] = getattr(self.hook, hook_name).spec.opts
+        hook = getattr(self.hook, hook_name, None)
+        options: Mapping[str, Any] = CALLBACK if hook is None else hook.spec.opts
         return options
 
     def implements(self, plugin: str, hook_name: str) -> bool:
@@ -402,6 +412,60 @@ class PluginManager(pluggy.PluginManager):
             own = [method.function for method in methods if method.plugin_name == plugin]
             code = own[0] if own else self.get_plugin(plugin)
         return Call(code, (), plugin, hook_name, 0, False)
+
+    def author_of(self, code: Any) -> str | None:
+        """The registered plugin whose file a function, or the class of an object, is from."""
+        try:
+            filename, _ = source_of(code)
+        except Exception:  # an object that answers to every name
+            return None
+        return self._owner(filename)
+
+    def culprit(self, error: BaseException) -> tuple[str, str] | None:
+        """The plugin in whose code ``error`` was raised, deepest first, and the function's name."""
+        for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+            owner = self._owner(frame.f_code.co_filename)
+            if owner is not None:
+                return owner, frame.f_code.co_name
+        return None
+
+    def _owner(self, filename: str) -> str | None:
+        for name, plugin in self.list_name_plugin() if filename else ():
+            if is_code_of(filename, source_of(plugin)[0]):
+                return name
+        return None
+
+    def is_quarantined(self, plugin: str) -> bool:
+        record = self.records.get(plugin)
+        return record is not None and record.state == "quarantined"
+
+    def callback_failed(self, plugin: str, function: Any, error: BaseException) -> None:
+        """Count a failure of something that the plugin gave to others to call. Raises as a call of
+        a hook does."""
+        name = getattr(function, "__name__", type(function).__name__)
+        self._raised(Call(function, (), plugin, f"{name} (a callback)", 0, False), error)
+
+    def settle(self) -> None:
+        """Count what handlers and filters of logging have raised since the last call, and raise
+        what the policy makes of it. (A log call itself never raises it.)"""
+        # What is told here goes through the same handlers: that is left to the next call.
+        errors, self._log_errors = self._log_errors, []
+        for error in errors:
+            found = self.culprit(error)
+            if found is None:
+                text = one_line(error)
+                if text not in self._told_of_logging:
+                    self._told_of_logging.add(text)
+                    log.warning("a handler or filter of logging failed: %s", text)
+            elif not self.is_quarantined(found[0]):
+                plugin, function = found
+                code: Any = self.get_plugin(plugin)
+                self._failed(Call(code, (), plugin, f"{function} (logging)", 0, False), error)
+
+    def note_log_error(self, error: BaseException) -> None:
+        """Keep, for :meth:`settle`, what a foreign handler or filter of logging has raised."""
+        if len(self._log_errors) < MAX_LOG_ERRORS:
+            self._log_errors.append(error)
 
     def _raised(self, call: Call, error: BaseException) -> None:
         """What an implementation raised: raise what the guard lets through, unless it has to wait

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,12 +26,13 @@ from apt_core.errors import (
 )
 from apt_core.failures import one_line
 from apt_core.hook_returns import check_provider
+from apt_core.log import get_logger
 from apt_core.markers import hookimpl
 from apt_core.plugin_manager import PluginManager
 from apt_core.requirements import unmet
 from apt_core.types import CORE, KINDS, FallbackEvent, ProviderSpec
 
-log = logging.getLogger("apt.registry")
+log = get_logger("apt.registry")
 
 NO_FALLBACK = ("dataset", "tokenizer")
 """Kinds without a fallback: other text, or other ids, would be another experiment."""

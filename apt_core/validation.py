@@ -6,17 +6,17 @@ Attributes are looked up statically: a property of a plugin is never run.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from apt_core.errors import Problem, did_you_mean
 from apt_core.failures import short_path, source_of
+from apt_core.log import get_logger
 from apt_core.markers import PROJECT
 from apt_core.types import PluginInfo
 
-log = logging.getLogger("apt.plugins")
+log = get_logger("apt.plugins")
 
 _NEVER_PASSED = {
     inspect.Parameter.VAR_POSITIONAL: "*{}",

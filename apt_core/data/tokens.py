@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,10 @@ import numpy.typing as npt
 
 from apt_core.cache import cached_array
 from apt_core.errors import ConfigError, Problem
+from apt_core.log import get_logger
 from apt_core.providers.tokenizer import TokenizerProvider, token_dtype
 
-log = logging.getLogger("apt.data")
+log = get_logger("apt.data")
 
 Ids = npt.NDArray[Any]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from apt_core.hook_returns import logits
+from apt_core.log import get_logger
 from apt_core.plugin_manager import PluginManager
 from apt_core.providers.tokenizer import TokenizerProvider
 from apt_core.types import GenerationRequest, GenerationResult
 
-log = logging.getLogger("apt.inference")
+log = get_logger("apt.inference")
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 

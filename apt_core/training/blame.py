@@ -5,7 +5,15 @@ from __future__ import annotations
 import traceback
 from collections.abc import Collection
 
-from apt_core.errors import AptError, ConfigError, Problem, ProviderError, TrainingError
+from apt_core.errors import (
+    AptError,
+    ConfigError,
+    PluginError,
+    Problem,
+    ProviderError,
+    StopTraining,
+    TrainingError,
+)
 from apt_core.failures import one_line, short_path
 from apt_core.kernel import Kernel
 from apt_core.training.distributed import explained
@@ -14,18 +22,40 @@ from apt_core.types import CORE, ProviderSpec
 
 def attributed(kernel: Kernel, error: BaseException, terms: Collection[str] = ()) -> BaseException:
     """``error`` itself, or for one that passed through a plugin's provider a ProviderError that
-    names the provider and the line. A ValueError before the first step is bad input. ``terms`` are
-    the loss terms of the step: without another culprit they are named.
+    names the provider and the line; for one that passed through other code of a plugin, such as a
+    function that it gave to torch, a PluginError, which is counted. A ValueError before the first
+    step is bad input. ``terms`` are the loss terms of the step: without another culprit they are
+    named.
 
     Once weights train, such a failure is fatal: another layer would be another model.
     """
     error = explained(error)
-    if isinstance(error, AptError) or not isinstance(error, Exception):
+    manager = kernel.manager
+    own = isinstance(error, AptError) and not isinstance(error, PluginError)
+    if own or manager.ends_run(error) or isinstance(error, KeyboardInterrupt | StopTraining):
         return error
     found = _culprit(kernel, error)
+    author = None if found else manager.culprit(error)
     if isinstance(error, ValueError) and kernel.manager.step == 0:
         key = f"provider {found[0].key} of plugin {found[0].plugin}" if found else ""
+        key = f"plugin {author[0]}" if author else key
         return ConfigError(Problem(str(error), key=key, where=found[1] if found else ""))
+    if author is not None:
+        plugin, function = author
+        failure = manager.records[plugin].add_failure(
+            error,
+            hook=f"{function} (a callback)",
+            limit=1,
+            step=manager.step,
+            code=manager.get_plugin(plugin),
+        )
+        return PluginError(
+            f"plugin {plugin} failed in {failure.hook} at step {failure.step} ({failure.where}): "
+            f"{failure.error}; the run stops because what called it cannot go on",
+            plugin=plugin,
+            hook=failure.hook,
+            where=failure.where,
+        )
     if found is None and terms:
         return TrainingError(
             f"step {kernel.manager.step} failed: {one_line(error)}; plugins had a part in its "
@@ -40,7 +70,7 @@ def attributed(kernel: Kernel, error: BaseException, terms: Collection[str] = ()
     )
 
 
-def _culprit(kernel: Kernel, error: Exception) -> tuple[ProviderSpec, str] | None:
+def _culprit(kernel: Kernel, error: BaseException) -> tuple[ProviderSpec, str] | None:
     used = [kernel.registry.spec(r.kind, r.used) for r in kernel.registry.resolutions.values()]
     foreign = {_module(spec): spec for spec in used if spec.plugin != CORE}
     frames = list(traceback.walk_tb(error.__traceback__)) if foreign else []

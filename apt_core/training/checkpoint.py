@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -31,11 +30,12 @@ from torch import Tensor
 
 from apt_core.errors import CheckpointError
 from apt_core.hook_returns import TENSOR_KEY
+from apt_core.log import get_logger
 from apt_core.training.distributed import ALONE, World
 from apt_core.training.run_folder import without_nan, write_atomically
 from apt_core.training.tensor_files import SUFFIX, SavedTensors, write_shards, write_whole
 
-log = logging.getLogger("apt.checkpoint")
+log = get_logger("apt.checkpoint")
 
 FORMAT = 1
 PREFIX = "step-"

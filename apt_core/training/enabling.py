@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
+from apt_core.log import get_logger
 from apt_core.training.manifest import write_manifest
 
 if TYPE_CHECKING:
     from apt_core.training.trainer import Trainer
 
-log = logging.getLogger("apt.training")
+log = get_logger("apt.training")
 
 _WAITING, _DISABLED = "waits for its schedule", "disabled by its schedule"
 

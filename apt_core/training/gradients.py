@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from math import inf
 
 import torch
 from torch import Tensor, nn
 
+from apt_core.log import get_logger
 from apt_core.training.distributed import is_sharded, whole_tensor
 
-log = logging.getLogger("apt.training")
+log = get_logger("apt.training")
 
 
 class Clipping:

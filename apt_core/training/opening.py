@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apt_core.errors import ConfigError, Problem
-from apt_core.log import Backlog, logging_to
+from apt_core.log import Backlog, get_logger, logging_to
 from apt_core.paths import user_path
 from apt_core.training import checkpoint
 from apt_core.training.checkpoint import Checkpoint
@@ -21,7 +20,7 @@ from apt_core.training.saving import Saving
 if TYPE_CHECKING:
     from apt_core.training.trainer import Trainer
 
-log = logging.getLogger("apt.checkpoint")
+log = get_logger("apt.checkpoint")
 
 
 class Opening:

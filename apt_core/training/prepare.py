@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from apt_core.data.tokens import ids_sha256, tokenize
 from apt_core.device import autocast_dtype, resolve_device
 from apt_core.errors import ConfigError, Problem, ProviderError, StopTraining
 from apt_core.kernel import Kernel
+from apt_core.log import get_logger
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.modeling.lr_scale import learning_rate_scales
 from apt_core.modeling.probe import probe_layer
@@ -36,7 +36,7 @@ from apt_core.training.run_folder import versions
 from apt_core.training.run_length import horizon, tell_what_the_length_decides
 from apt_core.training.structure import rehearse
 
-log = logging.getLogger("apt.training")
+log = get_logger("apt.training")
 
 PROBED = ("attention", "ffn", "norm")
 
@@ -79,7 +79,7 @@ def prepare(kernel: Kernel, device: torch.device, world: World = ALONE) -> Parts
         return _prepare(kernel, device, world)
     except StopTraining as stop:
         raise ConfigError(f"a plugin stopped the run before it began: {stop.reason}") from stop
-    except Exception as error:
+    except BaseException as error:
         known = attributed(kernel, error)
         if known is error:
             raise

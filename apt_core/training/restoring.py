@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import torch
 from apt_core.errors import CheckpointError, ConfigError, Problem
 from apt_core.failures import short_path
 from apt_core.kernel import ALL_NAME_KEYS
+from apt_core.log import get_logger
 from apt_core.training import checkpoint
 from apt_core.training.checkpoint import Checkpoint
 from apt_core.training.resume import check_resume, saved_config, saved_profile
@@ -27,7 +27,7 @@ from apt_core.training.transforming import tell_buffers_loaded
 if TYPE_CHECKING:
     from apt_core.training.trainer import Trainer
 
-log = logging.getLogger("apt.checkpoint")
+log = get_logger("apt.checkpoint")
 
 TEXTS = {"train": "training text", "val": "held-out text"}
 

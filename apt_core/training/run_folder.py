@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import platform
 from collections.abc import Mapping
@@ -18,8 +17,9 @@ from typing import Any, BinaryIO
 from apt_core import __version__
 from apt_core.errors import ConfigError, Problem
 from apt_core.failures import short_path
+from apt_core.log import get_logger
 
-log = logging.getLogger("apt.training")
+log = get_logger("apt.training")
 
 PACKAGES = ("torch", "pluggy", "pydantic", "numpy", "safetensors")
 

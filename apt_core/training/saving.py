@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from apt_core.errors import StopTraining, TrainingError
 from apt_core.failures import one_line, short_path
+from apt_core.log import get_logger
 from apt_core.training import checkpoint
 from apt_core.training.checkpoint import Evaluated, Snapshot
 from apt_core.training.distributed import World
@@ -33,7 +33,7 @@ from apt_core.training.tensor_files import copy_to_cpu
 if TYPE_CHECKING:
     from apt_core.training.trainer import Trainer
 
-log = logging.getLogger("apt.checkpoint")
+log = get_logger("apt.checkpoint")
 
 Position = tuple[int, int]
 """Steps taken and epochs ended."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,11 +10,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from apt_core.errors import CheckpointError
+from apt_core.log import get_logger
 from apt_core.plugin_manager import PluginManager
 from apt_core.training.checkpoint import join_tensors, split_tensors
 from apt_core.training.tensor_files import SavedTensors
 
-log = logging.getLogger("apt.checkpoint")
+log = get_logger("apt.checkpoint")
 
 SEPARATOR = "//"
 """Between a parameter's name and the name of its optimizer state (``exp_avg``)."""

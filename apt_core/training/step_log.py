@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
@@ -14,6 +13,7 @@ from torch import Tensor
 from apt_core.data.batches import cut_windows
 from apt_core.device import peak_memory_bytes
 from apt_core.errors import TrainingError
+from apt_core.log import get_logger
 from apt_core.metric_names import CROSS_ENTROPY, of_memory, of_parameter, of_plugin, of_time
 from apt_core.monitor import Throughput
 from apt_core.training.costs import BACKWARD_AND_FORWARD, model_cost
@@ -23,7 +23,7 @@ from apt_core.training.peak import measured_peak_flops
 if TYPE_CHECKING:
     from apt_core.training.trainer import Trainer
 
-log = logging.getLogger("apt.training")
+log = get_logger("apt.training")
 
 MEMORY_SECONDS = 1.0
 """Asking the system takes it up to half a millisecond."""

@@ -4,7 +4,6 @@ when a checkpoint is loaded."""
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from torch.optim import Optimizer
 from apt_core.data.batches import IGNORED, Batch
 from apt_core.device import is_out_of_memory
 from apt_core.errors import CheckpointError, ConfigError, Problem
+from apt_core.log import get_logger
 from apt_core.modeling.transforms import ModelTransform
 from apt_core.plugin_records import PluginRecord
 from apt_core.training.ema import WeightAverage
@@ -32,7 +32,7 @@ from apt_core.training.transforming import (
 if TYPE_CHECKING:
     from apt_core.training.trainer import Trainer
 
-log = logging.getLogger("apt.training")
+log = get_logger("apt.training")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import traceback
 from collections.abc import Mapping
@@ -20,12 +19,13 @@ from apt_core.device import autocast, available_memory, cpu_threads, held_memory
 from apt_core.errors import PluginError, StopTraining, TrainingError
 from apt_core.failures import one_line
 from apt_core.kernel import Kernel, boot
-from apt_core.log import keeping_backlog
+from apt_core.log import get_logger, keeping_backlog, noting_errors
 from apt_core.metric_names import CROSS_ENTROPY
 from apt_core.modeling.init import seed_of
 from apt_core.monitor import ProgressDisplay
 from apt_core.plugin_manager import PluginManager
 from apt_core.training.blame import attributed
+from apt_core.training.callbacks import Callbacks
 from apt_core.training.distributed import World
 from apt_core.training.ema import WeightAverage
 from apt_core.training.enabling import Enabling
@@ -49,7 +49,7 @@ from apt_core.training.switching import Switching
 if TYPE_CHECKING:
     from rich.console import Console
 
-log = logging.getLogger("apt.training")
+log = get_logger("apt.training")
 
 
 @dataclass
@@ -121,6 +121,7 @@ class Trainer:
         self.averages: dict[str, WeightAverage] = {}
         self.stopping = Stopping(self.config, stop_at_step, alone=self.world_size == 1)
         self.switching = Switching(self)
+        self._callbacks = Callbacks(self.manager)
         self._at = 0, 0  # the step at hand, and the tokens before it
         self._terms: dict[str, Tensor] = {}
         self.step_void: bool | Tensor = False
@@ -185,6 +186,7 @@ class Trainer:
         threads = cpu_threads(num_threads(self.config))
         deterministic = deterministic_kernels(training.deterministic)
         with (
+            noting_errors(self.manager.note_log_error),
             self.stopping.interrupts.listening(),
             threads,
             deterministic,
@@ -228,6 +230,7 @@ class Trainer:
             try:
                 self._enabling.announce()
                 self.manager.hook.on_training_start(trainer=self)
+                self.manager.settle()
                 if self.step == 0:
                     self.start_scores = self._evaluate(everything=False)
                 self._display.start(self.step)
@@ -238,10 +241,12 @@ class Trainer:
                 self._display.stop()
             return self._finish()
         except BaseException as error:
-            known = attributed(self.kernel, error, self._terms)
+            known: BaseException
             if is_out_of_memory(error) and not isinstance(error, PluginError):
                 self.optimizer.zero_grad(set_to_none=True)
                 known = self._out_of_memory(error, f"in step {self.step + 1}")
+            else:
+                known = attributed(self.kernel, error, self._terms)
             self._die(known)
             if known is error:
                 raise
@@ -291,6 +296,7 @@ class Trainer:
                 hook.on_step_start(step=step, batch=list(batches), trainer=self)
                 clock.lap("hooks")
 
+                self._callbacks.guard(self.model, self.optimizer)
                 torch.set_grad_enabled(True)  # whatever a plugin has left it at
                 # Gradients are averaged over the processes, and are to be their sum.
                 scale = torch.full((), world.size / targets, device=device)
@@ -356,6 +362,7 @@ class Trainer:
                     lr = training.learning_rate * factor
                     row = self.step_log.write(loss, grad_norm, lr, shares)
                     self._display.update(step, epoch, row)
+                    self.manager.settle()
                     self._enabling.share_quarantines()
                     self.saving.poll()
                 if self._over():
@@ -456,6 +463,7 @@ class Trainer:
                     self._evaluate(everything=True, final=True)
         self.saving.save_last()
         sample = ""
+        self._callbacks.guard(self.model, self.optimizer)
         if not self._interrupted():
             with suppress(StopTraining):
                 sample = self.evaluator.sample()
@@ -476,6 +484,8 @@ class Trainer:
         write_manifest(self, status, figures=result.figures, sample=sample, reason=reason)
         with suppress(StopTraining):
             self.manager.hook.on_training_end(trainer=self)
+        with suppress(StopTraining):
+            self.manager.settle()
         write_manifest(self, status)
         return result
 
@@ -511,14 +521,16 @@ class Trainer:
         if not self._updating and not averaging and self.step > 0:
             try:
                 self.saving.save_in_emergency()
-            except Exception as failure:
-                log.error("no checkpoint of step %d could be written: %s", self.step, failure)
+            except BaseException as failure:  # whatever it is, the manifest comes next
+                text = one_line(failure)
+                log.error("no checkpoint of step %d could be written: %s", self.step, text)
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         write_manifest(self, status, figures=self._figures(), error=str(error))
         try:
+            self.manager.settle()
             self.manager.hook.on_exception(error=error, trainer=self)
-        except (PluginError, StopTraining) as failure:
-            log.error("%s", failure)
+        except BaseException as failure:
+            log.error("%s", one_line(failure))
         write_manifest(self, status)
 
     # Evaluation, figures, checkpoints --------------------------------------------------------
@@ -529,6 +541,7 @@ class Trainer:
         self.step_log.throughput.pause()
         self.model.eval()
         self.manager.hook.on_evaluation_start(trainer=self)
+        self._callbacks.guard(self.model, self.optimizer)
         evaluation = self.evaluator.evaluate(everything=everything)
         scores = {} if evaluation is None else evaluation.scores
         if evaluation is not None:

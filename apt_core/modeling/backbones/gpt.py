@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apt_core.log import get_logger
 from apt_core.modeling.init import embedding_std, normal_
 from apt_core.modeling.layers.ngram import NgramEmbedding
 from apt_core.providers.attention import DecodingCache
 from apt_core.providers.backbone import BackboneProvider
 from apt_core.types import ModelOutput
 
-log = logging.getLogger("apt.modeling")
+log = get_logger("apt.modeling")
 
 LOGIT_GAIN = 16.0
 """Where the gain of the final norm starts: the logits, read through small embeddings, are of the

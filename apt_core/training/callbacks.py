@@ -1,0 +1,84 @@
+"""Functions that plugins hang into the model and the optimizer, called inside the guard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from apt_core.plugin_manager import PluginManager
+
+MODULE_HOOKS = (
+    "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks",
+    "_state_dict_pre_hooks", "_state_dict_hooks",
+)  # fmt: skip
+PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+GLOBAL_HOOKS = (
+    "_global_forward_pre_hooks", "_global_forward_hooks",
+    "_global_backward_pre_hooks", "_global_backward_hooks",
+)  # fmt: skip
+"""Where torch keeps them: mappings, or None."""
+
+
+class Callbacks:
+    """Puts the hooks that plugins register with torch behind the guard.
+
+    A failure of one counts as its plugin's, and the forward goes on as without it. Where a hook has
+    changed something by what it returned, it is part of the model: its failure is raised.
+    """
+
+    def __init__(self, manager: PluginManager) -> None:
+        self._manager = manager
+        self._seen = -1
+
+    def guard(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Guard what was registered since the last call. Where nothing was, in this process as a
+        whole, that is one comparison."""
+        if self._seen == RemovableHandle.next_id:
+            return
+        self._seen = RemovableHandle.next_id
+        for hooks in _registered(model, optimizer):
+            for key, function in list(hooks.items()):
+                plugin = self._manager.author_of(function)
+                if plugin is not None and not isinstance(function, _Guarded):
+                    hooks[key] = _Guarded(self._manager, plugin, function)
+
+
+def _registered(model: nn.Module, optimizer: Optimizer) -> Iterator[MutableMapping[Any, Any]]:
+    places: list[tuple[Any, tuple[str, ...]]] = [
+        (torch_module, GLOBAL_HOOKS),
+        (optimizer, OPTIMIZER_HOOKS),
+        *((module, MODULE_HOOKS) for module in model.modules()),
+        *((parameter, PARAMETER_HOOKS) for parameter in model.parameters()),
+    ]
+    for owner, names in places:
+        for name in names:
+            hooks = getattr(owner, name, None)
+            if hooks:
+                yield hooks
+
+
+class _Guarded:
+    """A hook of a plugin; silent once the plugin is quarantined."""
+
+    def __init__(self, manager: PluginManager, plugin: str, function: Callable[..., Any]) -> None:
+        self._manager, self._plugin, self._function = manager, plugin, function
+        self._takes_part = False
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if self._manager.is_quarantined(self._plugin):
+            return None
+        try:
+            result = self._function(*args, **options)
+        except BaseException as error:
+            if self._takes_part:
+                raise
+            self._manager.callback_failed(self._plugin, self._function, error)
+            return None
+        self._takes_part = self._takes_part or result is not None
+        return result
