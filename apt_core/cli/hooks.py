@@ -213,13 +213,23 @@ def disable(
 
 def _edit(profile: Path, plugin: str, *, present: bool) -> None:
     from apt_core.config.plugin_list import edit_plugin_list, listed_plugins
+    from apt_core.discovery import installed_plugins, plugin_name
 
-    if edit_plugin_list(profile, plugin, present=present):
+    installed = installed_plugins()
+
+    def name_of(reference: str) -> str:
+        return plugin_name(reference, installed)
+
+    if edit_plugin_list(profile, plugin, present=present, name_of=name_of):
         print(f"{plugin} {'enabled' if present else 'disabled'} in {profile}")
-    elif present:
-        print(f"{plugin} is enabled already in {profile}")
+        return
+    listed = listed_plugins(profile)
+    if present:
+        written = next(other for other in listed if name_of(other) == name_of(plugin))
+        known_as = "" if written == plugin else f", as {written}"
+        print(f"{plugin} is enabled already in {profile}{known_as}")
     else:
-        hint = did_you_mean(plugin, map(str, listed_plugins(profile)))
+        hint = did_you_mean(plugin, listed)
         print(f"{plugin} is not listed in {profile}{f' ({hint})' if hint else ''}")
 
 

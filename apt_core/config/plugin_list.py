@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from apt_core.config.loader import LOCAL_FOLDER, SUFFIXES, read_profile
-from apt_core.config.yaml_text import ProfileDumper, parse_yaml
+from apt_core.config.yaml_text import Document, KeyPath, ProfileDumper, parse_yaml
 from apt_core.errors import ConfigError, Problem
 from apt_core.paths import user_path
+from apt_core.plugin_names import name_of
+
+Name = Callable[[str], str]
 
 
-def edit_plugin_list(profile: Path, plugin: str, *, present: bool) -> bool:
+def edit_plugin_list(profile: Path, plugin: str, *, present: bool, name_of: Name = name_of) -> bool:
     """Add ``plugin`` to the list, or take it out; returns whether the file was changed.
 
-    Nothing but the list is touched, to the byte. Raises ConfigError for a file that is no profile,
-    and for a list that is written in a way that cannot be edited safely.
+    Plugins are the same where ``name_of`` gives the same name. Nothing but the list is touched, to
+    the byte. Raises ConfigError for a file that is no profile, and for a list that is inherited or
+    written in a way that cannot be edited safely: then nothing is changed.
     """
     listed = listed_plugins(profile)
-    if (plugin in listed) == present:
+    found = [i for i, reference in enumerate(listed) if name_of(reference) == name_of(plugin)]
+    if bool(found) == present:
         return False
     file = _file(profile)
     original = edited = file.read_bytes().decode("utf-8")
@@ -30,29 +35,33 @@ def edit_plugin_list(profile: Path, plugin: str, *, present: bool) -> bool:
         edited = _add(original, plugin)
     else:
         # From the end, so that the places of those before stay.
-        for index in reversed([i for i, name in enumerate(listed) if name == plugin]):
+        for index in reversed(found):
             edited = _remove(edited, index)
-    wanted = [*listed, plugin] if present else [name for name in listed if name != plugin]
+    kept = [reference for i, reference in enumerate(listed) if i not in found]
+    wanted = [*kept, plugin] if present else kept
+    by_hand = f"edit it by hand: plugins: [{', '.join(wanted)}]"
+    if listed and _nodes(original) is None:
+        where = read_profile(profile).where("plugins")
+        message = f"the list is inherited ({where}), so that nothing was changed"
+        hint = f"{by_hand}, which replaces the inherited list"
+        raise ConfigError(Problem(message, "plugins", str(file), hint))
+    refused = Problem("the list cannot be edited in place", "plugins", str(file), by_hand)
     if not _is_edit(original, edited, wanted):
-        raise ConfigError(
-            Problem(
-                "the list cannot be edited in place (it is inherited, or uses anchors)",
-                key="plugins",
-                where=str(file),
-                hint=f"edit it by hand: plugins: [{', '.join(map(str, wanted))}]",
-            )
-        )
+        raise ConfigError(refused)
     file.write_bytes(edited.encode("utf-8"))
+    if listed_plugins(profile) != wanted:
+        file.write_bytes(original.encode("utf-8"))
+        raise ConfigError(refused)
     return True
 
 
-def listed_plugins(profile: Path) -> list[Any]:
+def listed_plugins(profile: Path) -> list[str]:
     """What the list of a profile names, in its order. Raises ConfigError if there is no list."""
     source = read_profile(profile)
     listed = source.data.get("plugins") or []
     if not isinstance(listed, list):
         raise ConfigError(Problem("is not a list", key="plugins", where=source.where("plugins")))
-    return [_name(item) for item in listed]
+    return [str(_name(item)) for item in listed]
 
 
 def _file(profile: Path) -> Path:
@@ -75,10 +84,17 @@ def _is_edit(original: str, edited: str, wanted: Sequence[Any]) -> bool:
         return False
     if before.problems != after.problems or not isinstance(after.data, dict):
         return False
-    known = {_name(item): item for item in before.data.pop("plugins", None) or []}
-    items = after.data.pop("plugins", None) or []
-    kept = all(known.get(_name(item), item) == item for item in items)
-    return kept and [_name(item) for item in items] == wanted and before.data == after.data
+    known, listed = dict(_take_listed(before)), list(_take_listed(after))
+    kept = all(known.get(name, item) == item for name, item in listed)
+    return kept and [name for name, _ in listed] == wanted and before.data == after.data
+
+
+def _take_listed(document: Document) -> Iterator[tuple[str, Any]]:
+    """The names in a document's list as they are written, with their items. Takes the list out."""
+    for index, item in enumerate(document.data.pop("plugins", None) or []):
+        at: KeyPath = ("plugins", index)
+        text = document.texts.get((*at, "name") if isinstance(item, dict) else at)
+        yield str(_name(item) if text is None else text), item
 
 
 def _name(item: Any) -> Any:

@@ -237,6 +237,44 @@ def test_what_cannot_be_edited_safely_is_bad_input_and_stays(
     assert profile.read_text() == text
 
 
+def test_a_plugin_is_found_by_every_spelling(command: Command, folder: Path) -> None:
+    profile = folder / "mine.yaml"
+    for written in ("my-log", "./My_Log.py", "ideas.my_log"):
+        profile.write_text(f"plugins: [{written}, a]  # two\n")
+        again = command(app, "enable", "my_log.py", "-p", "mine.yaml")
+        assert again.out == f"my_log.py is enabled already in mine.yaml, as {written}\n"
+        assert command(app, "disable", "my_log.py", "-p", "mine.yaml").code == 0
+        assert profile.read_text() == "plugins: [a]  # two\n"
+
+
+def test_a_list_of_what_looks_like_numbers_is_edited(folder: Path) -> None:
+    profile = folder / "mine.yaml"
+    profile.write_text("plugins: [1e3, {name: 0x10, priority: 1}, on]\n")
+    assert edit_plugin_list(profile, "0x10", present=False)
+    assert edit_plugin_list(profile, "2.50", present=True)
+    assert profile.read_text() == "plugins: [1e3, on, '2.50']\n"
+
+
+@pytest.mark.parametrize(
+    ("verb", "wanted"), [("disable", "b"), ("disable", "A.py"), ("enable", "new")]
+)
+def test_an_inherited_list_is_not_said_to_have_changed(
+    command: Command, folder: Path, verb: str, wanted: str
+) -> None:
+    (folder / "parent.yaml").write_text("plugins: [a, {name: b, on_failure: required}]\n")
+    (folder / "child.yaml").write_text("extends: parent\nname: child\n")
+    done = command(app, verb, wanted, "-p", "child.yaml")
+    left = {"b": "a", "A.py": "b", "new": "a, b, new"}[wanted]
+    assert done.code == 2 and "disabled" not in done.out
+    assert "the list is inherited (parent.yaml:1), so that nothing was changed" in done.err
+    assert f"edit it by hand: plugins: [{left}], which replaces the inherited list" in done.err
+    assert (folder / "child.yaml").read_text() == "extends: parent\nname: child\n"
+    # What it says is true.
+    with (folder / "child.yaml").open("a") as file:
+        file.write(f"plugins: [{left}]\n")
+    assert command(app, verb, wanted, "-p", "child.yaml").code == 0
+
+
 def test_the_profile_may_be_named_as_anywhere(command: Command, folder: Path) -> None:
     local = folder / "profiles" / "mine.yaml"
     local.parent.mkdir()
