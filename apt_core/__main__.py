@@ -20,9 +20,15 @@ PREFIX = "apt-"
 
 def main() -> None:
     """Run the verb; a plugin's command (``apt-tune``) is the verb without its prefix."""
+    verb, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    verb = verb.removeprefix(PREFIX)
+    if verb in VERBS:
+        module, _, function = VERBS[verb].partition(":")
+        getattr(importlib.import_module(module), function)(arguments)
+        return
+
     from apt_core.discovery import COMMAND_GROUP, installed_plugins, load_installed
 
-    verb, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     commands = {
         name.removeprefix(PREFIX): entry for name, entry in installed_plugins(COMMAND_GROUP).items()
     }
@@ -31,11 +37,6 @@ def main() -> None:
         for name in [*VERBS, *commands]:
             print(f"  {name}")
         print("\npython -m apt_core VERB --help says more of each")
-        return
-    verb = verb.removeprefix(PREFIX)
-    if verb in VERBS:
-        module, _, function = VERBS[verb].partition(":")
-        getattr(importlib.import_module(module), function)(arguments)
     elif verb in commands:
         try:
             command = load_installed(commands[verb])

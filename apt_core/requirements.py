@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+
+from apt_core.failures import one_line
 
 
 def unmet(requirements: Iterable[str]) -> list[str]:
@@ -15,7 +18,7 @@ def unmet(requirements: Iterable[str]) -> list[str]:
     ['no-such-package is not installed (pip install "no-such-package>=2")']
     """
     reasons: list[str] = []
-    wanted = list(requirements)
+    wanted = [text for text in requirements if not _plainly_met(text)]
     if not wanted:
         return reasons
 
@@ -34,9 +37,28 @@ def unmet(requirements: Iterable[str]) -> list[str]:
         except PackageNotFoundError:
             reasons.append(f'{requirement.name} is not installed (pip install "{text}")')
             continue
+        except Exception as error:
+            reasons.append(f"the metadata of {requirement.name} cannot be read: {one_line(error)}")
+            continue
         if not requirement.specifier.contains(installed, prereleases=True):
             reasons.append(
                 f"{requirement.name} {installed} is installed, {requirement.specifier} is needed "
                 f'(pip install "{text}")'
             )
     return reasons
+
+
+def _plainly_met(text: str) -> bool:
+    """Is ``NAME>=1.2`` met? Told without packaging, whose import takes a tenth of a listing's time;
+    False for what only packaging can tell."""
+    wanted = re.fullmatch(r"([\w.-]+)>=([\d.]+)", text)
+    if wanted is None:
+        return False
+    try:
+        installed, least = (
+            [int(part) for part in release.split(".")]
+            for release in (version(wanted[1]), wanted[2])
+        )
+    except Exception:  # not installed, damaged, or another form of version
+        return False
+    return installed >= least

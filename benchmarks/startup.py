@@ -21,9 +21,14 @@ COMMANDS = {
 
 
 def process(arguments: Sequence[str], folder: str) -> Callable[[], object]:
-    """Run Python once, from an empty folder, and wait for it."""
+    """Run Python once, from an empty folder, and wait for it.
+
+    Bytecode is kept between calls, as it is for whoever has started the command before: that of
+    the libraries is there anyway, and compiling ours would be a part of what is measured.
+    """
     command = [sys.executable, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": f"{folder}.pyc"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
 
     def call() -> None:
         subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
@@ -32,7 +37,9 @@ def process(arguments: Sequence[str], folder: str) -> Callable[[], object]:
 
 
 def measure(report: Report, quick: bool) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as parent:
+        folder = os.path.join(parent, "empty")
+        os.mkdir(folder)
         times = interleave(
             {
                 "imports": process(IMPORTS, folder),

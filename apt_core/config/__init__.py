@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from apt_core.config.checks import check_files
-from apt_core.config.fields import Ramp, Section
 from apt_core.config.inactive import inactive_alone, unused_settings, written_in_vain
 from apt_core.config.json_schema import json_schema
 from apt_core.config.loader import core_text, list_profiles, read_profile
@@ -15,6 +14,7 @@ from apt_core.config.reference import profile_reference
 from apt_core.config.schema import Config, PluginRequest
 from apt_core.config.source import InactiveKey, Source
 from apt_core.config.validate import Validated, validate
+from apt_core.sections import Ramp, Section
 
 __all__ = [
     "Config",

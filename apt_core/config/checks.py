@@ -10,12 +10,12 @@ import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
-from apt_core.config.fields import Ramp
 from apt_core.config.schema import Config, DataSection
 from apt_core.config.source import Source, parse_path
 from apt_core.config.switches import Switch, looks_like_switch, read_switch
 from apt_core.config.yaml_text import KeyPath
 from apt_core.errors import Problem, did_you_mean
+from apt_core.sections import Ramp
 
 TVA_ATTENTIONS = ("tva_default", "flash_v2")
 ROTATES = "rope turns pairs of dimensions"

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from apt_core.config.fields import Ramp
 from apt_core.config.source import Source
 from apt_core.config.yaml_text import KeyPath, dotted
 from apt_core.errors import Problem, did_you_mean
+from apt_core.sections import Ramp
 
 _KINDS = {
     "int_type": "a whole number",

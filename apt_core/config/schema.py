@@ -16,7 +16,8 @@ from pydantic import (
     model_serializer,
 )
 
-from apt_core.config.fields import (
+from apt_core.config.yaml_text import ProfileDumper
+from apt_core.sections import (
     Count,
     CountOrZero,
     Fraction,
@@ -27,7 +28,6 @@ from apt_core.config.fields import (
     Text,
     one_of,
 )
-from apt_core.config.yaml_text import ProfileDumper
 
 if TYPE_CHECKING:
     from apt_core.types import SectionSpec

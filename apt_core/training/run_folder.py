@@ -32,6 +32,8 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
+        except Exception:  # its metadata are damaged
+            found[package] = "unknown"
     return found
 
 

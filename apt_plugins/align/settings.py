@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from apt_core import Problem, Unused
-from apt_core.config import Config, Ramp, Section
+from apt_core.sections import Ramp, Section
+
+if TYPE_CHECKING:
+    from apt_core.config import Config
 
 SECTION = "model.bistate"
 WEIGHT = "align_weight"

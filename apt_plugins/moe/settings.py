@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from apt_core import Problem, Unused
-from apt_core.config import Config, Section
+from apt_core.sections import Section
+
+if TYPE_CHECKING:
+    from apt_core.config import Config
 
 # As wide as the core's own bounds: products of sizes stay within 64 bits.
 Size = Annotated[int, Field(ge=1, le=2**24)]
