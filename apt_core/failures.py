@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import os
 import traceback
@@ -32,6 +33,23 @@ def source_of(code: Any) -> tuple[str, int]:
         return inspect.getfile(code if inspect.isclass(code) else type(code)), 0
     except (TypeError, OSError):
         return "", 0
+
+
+def source_sha256(code: Any) -> str:
+    """The hash of the source of a plugin: of its file, and of those beside it in a package.
+
+    Returns ``""`` for what has no source that can be read.
+    """
+    file = Path(source_of(code)[0])
+    in_package = (file.parent / "__init__.py").is_file()
+    digest = hashlib.sha256()
+    try:
+        for path in sorted(file.parent.glob("*.py")) if in_package else [file]:
+            text = path.read_bytes()
+            digest.update(f"{path.name if in_package else ''}:{len(text)}:".encode() + text)
+    except (OSError, ValueError):
+        return ""
+    return digest.hexdigest()
 
 
 def one_line(error: BaseException) -> str:

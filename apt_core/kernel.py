@@ -28,7 +28,7 @@ from apt_core.config import (
 from apt_core.declarations import Declared, ask, broken, declared_by
 from apt_core.discovery import LoadError, installed_plugins, load
 from apt_core.errors import ConfigError, Problem, StopTraining, did_you_mean
-from apt_core.failures import one_line
+from apt_core.failures import one_line, source_sha256
 from apt_core.log import get_logger
 from apt_core.plugin_manager import PluginManager
 from apt_core.plugin_records import PluginRecord
@@ -240,6 +240,7 @@ class _Boot:
         self.manager.records[name] = record
         if declared.problem is None:
             self.active.append(wanted)
+            record.source_sha256 = source_sha256(self.manager.get_plugin(name))
             if not self.manager.get_hookcallers(self.manager.get_plugin(name)):
                 misplaced = misplaced_hooks(self.manager.get_plugin(name))
                 self.notices.append(

@@ -17,7 +17,8 @@ class PluginRecord:
     """What is known of one plugin.
 
     ``state`` is one of available, active, dormant (waits for its schedule), blocked, broken,
-    quarantined; ``reason`` says why for the last three. ``priority`` is the profile's override.
+    quarantined; ``reason`` says why for the last three. ``priority`` is the profile's override,
+    ``source_sha256`` the hash of the plugin's code as a run has loaded it.
     """
 
     name: str
@@ -30,6 +31,7 @@ class PluginRecord:
     summary: str = ""
     reason: str = ""
     on_failure: str = "isolate"
+    source_sha256: str = ""
 
     def add_failure(
         self, error: BaseException, *, hook: str, limit: int, step: int, code: Any

@@ -41,6 +41,7 @@ def plugin_rows(kernel: Kernel) -> list[dict[str, Any]]:
             "name": record.name,
             "dist": record.dist,
             "version": record.version,
+            "source_sha256": record.source_sha256,
             "state": record.state,
             "reason": record.reason,
             "failures": record.failure_rows(),

@@ -167,7 +167,11 @@ def _what_decides(
         "text": {"sha256": data["sha256"]},
         "tokens": data["tokens_sha256"],
         "providers": {row.kind: row.used for row in registry.resolutions.values()},
-        "plugins": {r.name: r.version for r in records.values() if r.state == "active"},
+        "plugins": {
+            r.name: f"{r.version} {r.source_sha256}"
+            for r in records.values()
+            if r.state == "active"
+        },
         "precision": str(dtype),
         "versions": versions(),
     }

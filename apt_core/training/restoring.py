@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,7 @@ def restore(trainer: Trainer, found: Checkpoint) -> None:
     trainer.manager.load_state_dict(state["plugin_records"])
     restore_plugins(trainer.manager, trainer, state["plugins"], found.plugins)
     kernel.notices.append(f"resumed from {short_path(str(found.path))} (step {trainer.step})")
+    kernel.notices += _changed_plugins(trainer, found.manifest)
     kernel.notices += [f"{key} differs from the checkpoint's profile" for key in changed]
     kernel.notices += [
         f"plugin {r.name} stays quarantined, as in the checkpoint: {r.reason}"
@@ -160,6 +161,15 @@ def _check_tokens(trainer: Trainer, found: Checkpoint) -> None:
         f"checkpoint was trained on ({' and '.join(texts)}): its vocabulary, settings or code have "
         "changed; put them back, or start a new run"
     )
+
+
+def _changed_plugins(trainer: Trainer, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Plugins of the same name whose code is another one: that may be meant, and is told."""
+    records = trainer.kernel.manager.records
+    for row in manifest.get("plugins", []):
+        before, record = row.get("source_sha256"), records.get(row.get("name"))
+        if record is not None and before and record.source_sha256 not in ("", before):
+            yield f"the code of plugin {record.name} differs from that of the checkpoint"
 
 
 def _check_profile(trainer: Trainer, found: Checkpoint) -> list[str]:

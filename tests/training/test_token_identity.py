@@ -143,3 +143,21 @@ def test_processes_compare_the_ids_that_they_train_on(write_plugin, profile, mon
         facts.append(_what_decides(kernel, None, parts.data))
     assert facts[0].pop("tokens") != facts[1].pop("tokens")
     assert facts[0] == facts[1]
+
+
+def test_a_resume_tells_of_a_plugin_whose_code_is_another_one(apt_train, tmp_path):
+    plugin = tmp_path / "quiet.py"
+    text = "from apt_core import hookimpl\n\n\n@hookimpl\ndef on_step_end(step): {}\n"
+    plugin.write_text(text.format("pass"), encoding="utf-8")
+    short = ("--training.max_steps", "1", "--plugin", str(plugin))
+    first = apt_train(*short)
+    (row,) = first.manifest["plugins"]
+    assert len(row["source_sha256"]) == 64
+    told = "the code of plugin quiet differs from that of the checkpoint"
+    assert told not in apt_train(*short, "--resume").out
+    plugin.write_text(text.format("step"), encoding="utf-8")
+    assert told in apt_train(*short, "--resume").out
+    # The checkpoint of the finished run is still the first one's, and another place is no change.
+    plugin.write_text(text.format("pass"), encoding="utf-8")
+    moved = plugin.rename(tmp_path / "Quiet.py")
+    assert told not in apt_train(*short[:-1], str(moved), "--resume").out
