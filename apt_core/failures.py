@@ -57,15 +57,20 @@ def one_line(error: BaseException) -> str:
 
     An exception whose ``__str__`` fails is named by its type alone.
     """
+    first = shown(error)
+    name = type(error).__name__
+    return f"{name}: {first}"[:300] if first else name
+
+
+def shown(value: object) -> str:
+    """The first line of ``str(value)`` with something in it, whatever the object."""
     try:
-        text = str(error)
+        text = str(value)
     except KeyboardInterrupt:
         raise
     except BaseException:
         text = "(its message cannot be printed)"
-    first = next((line.strip() for line in _writable(text).splitlines() if line.strip()), "")
-    name = type(error).__name__
-    return f"{name}: {first}"[:300] if first else name
+    return next((line.strip() for line in _writable(text).splitlines() if line.strip()), "")
 
 
 def short_path(filename: str) -> str:

@@ -45,7 +45,8 @@ MAX_EXPANDED = 1 << 26
 """Bytes of a tensor in a state whose entries share their memory."""
 
 MAX_FACTOR = 1e4
-"""Of ``lr_scale`` and ``weight_decay``: beyond it no step leaves the weights of use."""
+"""Of ``lr_scale``, ``weight_decay`` and what a learning-rate schedule gives: beyond it no step
+leaves the weights of use."""
 
 TENSOR_KEY = "__tensor__"
 """Stands, in the JSON of a plugin's state, for one of its tensors."""

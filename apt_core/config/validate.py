@@ -16,6 +16,7 @@ from apt_core.config.source import InactiveKey, Source
 from apt_core.config.text_keys import TextKeys
 from apt_core.config.yaml_text import KeyPath
 from apt_core.errors import ConfigError, Problem
+from apt_core.failures import one_line
 from apt_core.paths import resolve_paths
 from apt_core.types import SectionSpec
 
@@ -185,8 +186,10 @@ def _validate_part(
     except ValidationError as error:
         found = [problem for _, problem in _located(error, data, at, source, known)]
         return None, list(dict.fromkeys([*unknown, *found]))
-    except Exception as error:  # the validators of a plugin's model are foreign code
-        message = f"the plugin's own check failed: {type(error).__name__}: {error}"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the validators of a plugin's model are foreign code
+        message = f"the plugin's own check failed: {one_line(error)}"
         return None, [*unknown, Problem(message, path, source.where(at))]
     return part, unknown
 

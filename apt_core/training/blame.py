@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Collection
+from typing import Any
 
 from apt_core.errors import (
     AptError,
@@ -15,6 +16,7 @@ from apt_core.errors import (
     TrainingError,
 )
 from apt_core.failures import one_line, short_path
+from apt_core.hook_returns import MAX_FACTOR, within
 from apt_core.kernel import Kernel
 from apt_core.training.distributed import explained
 from apt_core.types import CORE, ProviderSpec
@@ -68,6 +70,23 @@ def attributed(kernel: Kernel, error: BaseException, terms: Collection[str] = ()
         f"provider {spec.key} of plugin {spec.plugin} failed at step {kernel.manager.step} "
         f"({where}): {one_line(error)}"
     )
+
+
+def usable_factor(kernel: Kernel, factor: Any) -> float:
+    """What the learning-rate schedule gave for a step, as a float.
+
+    Raises ProviderError, which names the schedule, for what would undo the weights: no number, NaN,
+    one below 0 or beyond all measure.
+    """
+    try:
+        return within(factor, "the factor of the learning rate", MAX_FACTOR)
+    except (TypeError, ValueError, OverflowError) as error:
+        registry, name = kernel.registry, kernel.config.training.lr_schedule_name
+        used = registry.spec("lr_schedule", registry.resolutions["lr_schedule", name].used)
+        raise ProviderError(
+            f"provider {used.key} of plugin {used.plugin} failed at step {kernel.manager.step}: "
+            f"{error}"
+        ) from None
 
 
 def _culprit(kernel: Kernel, error: BaseException) -> tuple[ProviderSpec, str] | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 
+from apt_core.hook_returns import within
 from apt_core.training.distributed import local_part
 from apt_core.types import ModelOutput
 
@@ -34,7 +35,8 @@ class WeightAverage:
         warmup: bool = True,
         values: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.decay, self.warmup = decay, warmup
+        self.decay = decay
+        self.warmup = warmup
         self._model = model
         parameters = dict(model.named_parameters())
         self.values: Mapping[str, Tensor] = (
@@ -45,6 +47,16 @@ class WeightAverage:
         self._live = [local_part(p.detach()) for p in parameters.values()]
         self._averages = [local_part(self.values[name]) for name in parameters]
         self._exchanged, self._exchanging = 0, False
+
+    @property
+    def decay(self) -> float:
+        """What a step keeps of the average, from 0 to 1. Setting another raises TypeError and
+        ValueError."""
+        return self._decay
+
+    @decay.setter
+    def decay(self, value: float) -> None:
+        self._decay = within(value, "the decay of an average", 1.0)
 
     @torch.no_grad()
     def update(self, step: int, void: bool | Tensor = False) -> None:

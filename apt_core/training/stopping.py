@@ -8,6 +8,7 @@ from math import inf, isfinite
 from typing import Any
 
 from apt_core.config import Config
+from apt_core.failures import shown
 from apt_core.monitor import duration
 from apt_core.training.signals import Interrupts
 
@@ -34,8 +35,8 @@ class Stopping:
         self.judged_step = 0
 
     def request(self, reason: str) -> None:
-        """Stop after this step; the first reason is kept."""
-        self.reason = self.reason or reason
+        """Stop after this step; the first reason is kept, of whatever a plugin gave one line."""
+        self.reason = self.reason or shown(reason)
 
     @property
     def wanted(self) -> bool:

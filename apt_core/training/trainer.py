@@ -18,13 +18,14 @@ from apt_core.config import Config
 from apt_core.device import autocast, available_memory, cpu_threads, held_memory, is_out_of_memory
 from apt_core.errors import PluginError, StopTraining, TrainingError
 from apt_core.failures import one_line
+from apt_core.hook_returns import MAX_FACTOR
 from apt_core.kernel import Kernel, boot
 from apt_core.log import get_logger, keeping_backlog, noting_errors
 from apt_core.metric_names import CROSS_ENTROPY
 from apt_core.modeling.init import seed_of
 from apt_core.monitor import ProgressDisplay
 from apt_core.plugin_manager import PluginManager
-from apt_core.training.blame import attributed
+from apt_core.training.blame import attributed, usable_factor
 from apt_core.training.callbacks import Callbacks
 from apt_core.training.distributed import World
 from apt_core.training.ema import WeightAverage
@@ -337,6 +338,8 @@ class Trainer:
                 factor = self.parts.lr_schedule.factor(
                     step, self.total_steps, training.warmup_steps, training.min_lr_ratio
                 )
+                if not (type(factor) is float and 0.0 <= factor <= MAX_FACTOR):
+                    factor = usable_factor(self.kernel, factor)
                 for group in self.optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * factor
                 if self.config.debug.check_gradients:
