@@ -9,8 +9,10 @@ from apt_core.modeling.init import (
 )
 from apt_core.modeling.kv_cache import KeyValueCache
 from apt_core.modeling.masks import (
+    Tokens,
     document_mask,
     document_positions,
+    padding_marked,
     padding_mask,
     padding_positions,
 )
@@ -22,11 +24,13 @@ __all__ = [
     "KeyValueCache",
     "ModelBuilder",
     "ModelTransform",
+    "Tokens",
     "construction_rng",
     "document_mask",
     "document_positions",
     "generator_for",
     "initialize_parameters",
+    "padding_marked",
     "padding_mask",
     "padding_positions",
     "probe_layer",

@@ -7,8 +7,12 @@ attention.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
@@ -41,3 +45,30 @@ def padding_mask(is_token: Tensor) -> Tensor:
 def padding_positions(is_token: Tensor) -> Tensor:
     """Each token's place among the tokens of its row, int64 [B, T]; 0 at filling before them."""
     return (is_token.long().cumsum(dim=1) - 1).clamp_min(0)
+
+
+class Tokens(NamedTuple):
+    """The positions of a batch that are no padding: ``is_token``, bool [B, T], and their
+    ``number``, which is known without asking the device."""
+
+    is_token: Tensor
+    number: int
+
+
+@contextmanager
+def padding_marked(model: nn.Module, tokens: Tokens | None) -> Iterator[None]:
+    """Let the layers of ``model`` know inside which positions of the batch are padding; None says
+    that there is none.
+
+    A layer in which positions stand in each other's way, as those that share the places of an
+    expert do, has an attribute ``marked_tokens``. It is ``tokens`` inside, and None elsewhere.
+    Other layers need not know: no token sees padding that comes after it.
+    """
+    asking = [] if tokens is None else [m for m in model.modules() if hasattr(m, "marked_tokens")]
+    for module in asking:
+        module.marked_tokens = tokens
+    try:
+        yield
+    finally:
+        for module in asking:
+            module.marked_tokens = None

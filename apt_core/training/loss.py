@@ -6,14 +6,25 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from apt_core.data.batches import IGNORED, Batch
 from apt_core.metric_names import of_term
+from apt_core.modeling.masks import Tokens, padding_marked
 from apt_core.types import ModelOutput
 
 if TYPE_CHECKING:
     from apt_core.training.trainer import Trainer
+
+
+def forward_batch(forward: nn.Module, model: nn.Module, batch: Batch) -> ModelOutput:
+    """What ``forward``, the ``model`` itself or what wraps it, gives for ``batch`` in training; its
+    layers know which positions are padding."""
+    if batch.num_targets == batch.targets.numel():
+        return forward(batch.input_ids)
+    tokens = Tokens(batch.targets != IGNORED, batch.num_targets)
+    with padding_marked(model, tokens):
+        return forward(batch.input_ids)
 
 
 def cross_entropy_sum(output: ModelOutput, batch: Batch) -> Tensor:

@@ -33,7 +33,7 @@ from apt_core.training.enabling import Enabling
 from apt_core.training.evaluating import Evaluator
 from apt_core.training.finite_guard import FiniteGuard
 from apt_core.training.gradients import Clipping, name_bad_gradients
-from apt_core.training.loss import cross_entropy_sum, loss_terms
+from apt_core.training.loss import cross_entropy_sum, forward_batch, loss_terms
 from apt_core.training.manifest import write_manifest
 from apt_core.training.memory import out_of_memory_advice, own_memory
 from apt_core.training.opening import Opening
@@ -311,7 +311,7 @@ class Trainer:
                         last = micro + 1 == len(batches)
                         world.sum_gradients_in_backward(self.model, self.parts.forward, now=last)
                     with autocast(device, self.parts.dtype):
-                        output = self.parts.forward(batch.input_ids)
+                        output = forward_batch(self.parts.forward, self.model, batch)
                         summed = cross_entropy_sum(output, batch)
                     if logged:
                         entropy = summed.detach() + entropy

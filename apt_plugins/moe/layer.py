@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from apt_core.modeling import Tokens
 from apt_plugins.moe.experts import Experts
 
 LEAST_TOTAL = 1e-12
@@ -25,7 +26,8 @@ class MoELayer(nn.Module):
     With ``shared_weight`` λ it is (1 - λ) * experts(x) + λ * shared(x), without it their sum. In
     training an expert takes at most ceil(``capacity`` * N * K / E) of the tokens of a forward, in
     their order, so that no token is kept from an expert by a later one of its sequence; None sets
-    no limit, and none holds while ``limited`` is False. What is beyond it is dropped, and the
+    no limit, and none holds while ``limited`` is False. Padding, by ``marked_tokens``, is not of
+    these N, and takes no place of an expert with a limit. What is beyond it is dropped, and the
     token's other weights in the group sum to one: while experts are alike, an overflow changes
     nothing, but for a token that loses all of them, whose experts give 0. ``dropout`` is a
     probability for the experts' hidden units.
@@ -52,6 +54,7 @@ class MoELayer(nn.Module):
         self.top_k, self.granularity = top_k, granularity
         self.num_experts = experts.num_experts // granularity
         self.dropout, self.shared_weight = dropout, shared_weight
+        self.marked_tokens: Tokens | None = None
         self.indices: Tensor | None = None
         self.kept: Tensor | None = None
         # Part of checkpoints: they stay what they were when who has set them is gone.
@@ -98,10 +101,11 @@ class MoELayer(nn.Module):
         """x [B, T, D] to [B, T, D]."""
         tokens = x.flatten(0, -2)
         indices, weights = self.router(tokens)
-        limit = self._limit(len(tokens))
+        marked = self.marked_tokens
+        limit = self._limit(len(tokens) if marked is None else marked.number)
         if self.training:
             self.indices = indices
-            self.kept = None if limit is None else self._within(indices, limit)
+            self.kept = None if limit is None else self._kept(indices, limit)
             if self.kept is not None:
                 weights = self._without_dropped(weights, self.kept)
                 indices = indices.masked_fill(~self.kept, -1)
@@ -120,6 +124,15 @@ class MoELayer(nn.Module):
         limit = math.ceil(self.capacity * num_tokens * self.top_k / self.num_experts)
         # A token chooses an expert once at most.
         return limit if limit < num_tokens else None
+
+    def _kept(self, indices: Tensor, limit: int) -> Tensor:
+        if self.marked_tokens is None:
+            return self._within(indices, limit)
+        is_token = self.marked_tokens.is_token.flatten()[:, None]
+        # Padding stands behind all experts.
+        return is_token & self._within(
+            indices.masked_fill(~is_token, self.experts.num_experts), limit
+        )
 
     def _within(self, indices: Tensor, limit: int) -> Tensor:
         ordered, order = indices.flatten().sort(stable=True)
@@ -143,7 +156,7 @@ class MoELayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies are of the module and not of its last forward.
-        return {**self.__dict__, "indices": None, "kept": None}
+        return {**self.__dict__, "marked_tokens": None, "indices": None, "kept": None}
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:

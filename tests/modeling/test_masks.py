@@ -1,10 +1,19 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from apt_core.modeling import document_mask, document_positions, padding_mask, padding_positions
+from apt_core.modeling import (
+    Tokens,
+    document_mask,
+    document_positions,
+    padding_marked,
+    padding_mask,
+    padding_positions,
+)
 
 
 def test_tokens_see_their_own_document_alone():
@@ -50,3 +59,15 @@ def test_places_of_a_filled_row_count_its_tokens():
     assert torch.equal(padding_positions(is_token.bool()), places)
     for row, real in zip(places, is_token.bool(), strict=True):
         assert row[real].tolist() == list(range(int(real.sum())))
+
+
+def test_layers_that_ask_know_inside_which_positions_are_padding():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].marked_tokens = None
+    tokens = Tokens(torch.tensor([[True, False]]), 1)
+    with pytest.raises(ValueError), padding_marked(model, tokens):
+        assert model[1].marked_tokens is tokens and not hasattr(model[0], "marked_tokens")
+        raise ValueError
+    assert model[1].marked_tokens is None
+    with padding_marked(model, None):
+        assert model[1].marked_tokens is None

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from apt_core.modeling import initialize_parameters
+from apt_core.modeling import Tokens, initialize_parameters, padding_marked
 from apt_core.modeling.layers import SwiGLU
 from apt_core.modeling.lr_scale import learning_rate_scales
 from apt_plugins.moe.layer import moe_layers
@@ -258,3 +258,42 @@ def test_the_layers_of_a_model_are_found_in_order(make_layer):
     layers = [make_layer(), make_layer()]
     model = torch.nn.Sequential(layers[0], torch.nn.Linear(8, 8), torch.nn.Sequential(layers[1]))
     assert moe_layers(model) == layers
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"capacity": 0.7},
+        {"capacity": 1.0, "groups": 2},
+        {"capacity": 0.7, "top_k": 1, "shared": True},
+        {"capacity": 2.0},
+        {},
+    ],
+)
+@pytest.mark.parametrize("lengths", [(4, 11), (0, 7), (1, 0)])
+def test_tokens_have_what_they_have_without_the_padding_beside_them(
+    form, lengths, make_layer, tokens
+):
+    """Rows that are filled up: outputs, places and gradients are those of the tokens alone."""
+    layer = make_layer(**form)
+    is_token = torch.arange(tokens.shape[1]) < torch.tensor(lengths)[:, None]
+    alone = tokens[is_token][None]
+    expected, kept = layer(alone)[0], layer.kept
+    wanted = [tokens, *layer.parameters()]
+    gradients = torch.autograd.grad(expected.square().sum(), wanted)
+    with padding_marked(layer, Tokens(is_token, sum(lengths))):
+        given = layer(tokens)[is_token]
+    assert torch.allclose(given, expected, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(given.square().sum(), wanted), gradients, strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+    assert (layer.kept is None) == (kept is None)
+    if kept is not None:
+        assert torch.equal(layer.kept[is_token.flatten()], kept)
+        assert not layer.kept[~is_token.flatten()].any()
+    assert layer.marked_tokens is None
+
+
+def test_a_batch_that_is_all_padding_passes(make_layer, tokens):
+    layer = make_layer(capacity=1.0)
+    with padding_marked(layer, Tokens(torch.zeros(tokens.shape[:2], dtype=torch.bool), 0)):
+        assert layer(tokens).isfinite().all()

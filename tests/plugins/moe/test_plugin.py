@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import pytest
 
 from apt_core import ConfigError, hookimpl
+from apt_core.data import IGNORED
 from apt_core.kernel import boot
 from apt_core.testing import tiny_run
+from apt_core.testing.tiny import TEXT
 from apt_plugins.moe import plugin, statistics
 from apt_plugins.moe.layer import moe_layers
 
@@ -201,3 +203,45 @@ def test_nothing_is_dropped_in_the_first_steps_after_the_switch():
     assert [rates[step] for step in range(first, first + 3)] == [0.0] * 3
     assert all(rates[step] > 0.1 for step in range(first + 3, max(rates) + 1))
     assert max(rates) > first + 3
+
+
+@pytest.mark.parametrize("rdrop", [False, True])
+def test_padding_takes_no_place_of_an_expert(tmp_path, rdrop):
+    """Every step has 65 targets in 80 positions, those of the last window in front of padding; a
+    second pass of the model knows of it too."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT[:66], encoding="utf-8")
+
+    class Watching:
+        def __init__(self):
+            self.taken, self.kept = [], []
+
+        @hookimpl
+        def on_step_start(self, batch):
+            (self.batch,) = batch
+
+        @hookimpl
+        def on_backward_end(self, trainer):
+            is_target = (self.batch.targets != IGNORED).flatten()
+            for layer in moe_layers(trainer.model):
+                self.taken.append(int(layer.kept[~is_target].sum()))
+                self.kept.append(int(layer.kept[is_target].sum()))
+
+    watching = Watching()
+    tiny_run(
+        MOE,
+        *(["apt_plugins.align.plugin"] if rdrop else []),
+        watching,
+        overrides={
+            **SETTINGS,
+            "data": {"train_path": str(text), "val_path": str(text)},
+            "training.batch_size": 5,
+            "training.max_epochs": 4,
+            "model.dropout": 0.1,
+            "model.moe.dropless_steps": 0,
+            "model.moe.capacity": 1.0,
+            **({"model.bistate": {"mode": "rdrop", "beta": 0.0}} if rdrop else {}),
+        },
+    )
+    assert watching.taken == [0] * 4
+    assert all(0 < kept <= EXPERTS * 33 for kept in watching.kept)  # ceil(65 * 2 / 4)
