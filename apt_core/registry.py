@@ -30,6 +30,7 @@ from apt_core.log import get_logger
 from apt_core.markers import hookimpl
 from apt_core.plugin_manager import PluginManager
 from apt_core.requirements import unmet
+from apt_core.synonyms import value_meant
 from apt_core.types import CORE, KINDS, FallbackEvent, ProviderSpec
 
 log = get_logger("apt.registry")
@@ -201,7 +202,10 @@ class Registry:
         names = [spec.name for spec in self.specs(kind)] + ["none"] * (kind == "position")
         if kind not in KINDS:
             return Problem(f"there is no kind {kind!r}", hint=did_you_mean(kind, KINDS), **place)
-        hint = did_you_mean(name, names) or f"there are: {', '.join(names) or 'none'}"
+        meant = value_meant(kind, name)
+        # Naming one of an installed plugin that is not active yet activates it.
+        hint = f"did you mean {meant!r}?" if meant else did_you_mean(name, names)
+        hint = hint or f"there are: {', '.join(names) or 'none'}"
         return Problem(f"no plugin offers {kind} provider {name!r}", hint=hint, **place)
 
     def usable(self, spec: ProviderSpec) -> tuple[bool | None, str]:

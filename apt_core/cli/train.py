@@ -295,13 +295,30 @@ def collect_overrides(
                 value = waiting.pop(0)
             take(f"{name[2:]}={value}", name)
         elif argument.startswith("-"):
-            problems.append(Problem(f"there is no option {name}", hint=did_you_mean(name, options)))
+            hint = did_you_mean(name, options) or _key_option(name.lstrip("-"))
+            problems.append(Problem(f"there is no option {name}", hint=hint))
         else:
-            hint = f"--profile {argument}" if not problems else ""
+            hint = _key_option(name)
+            if equals:
+                hint = f"--set {shlex.quote(f'{_key_meant(name) or name}={value}')}"
+            hint = hint or (f"--profile {argument}" if not problems else "")
             problems.append(Problem(f"unexpected argument {argument!r}", hint=hint))
     if problems:
         raise ConfigError(problems)
     return overrides
+
+
+def _key_option(word: str) -> str:
+    """How the key is given that a word stands for, or an empty string."""
+    key = _key_meant(word)
+    return f"did you mean --{key} VALUE?" if key else ""
+
+
+def _key_meant(word: str) -> str:
+    """The key of the profile that is called so here or elsewhere, in whichever section."""
+    from apt_core.config import key_like
+
+    return key_like(word) or key_like(word.rpartition(".")[2])
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -9,6 +9,7 @@ from apt_core.config.checks import check_files
 from apt_core.config.inactive import inactive_alone, unused_settings, written_in_vain
 from apt_core.config.json_schema import json_schema
 from apt_core.config.loader import core_text, list_profiles, read_profile
+from apt_core.config.messages import key_like
 from apt_core.config.overrides import Override, parse_override
 from apt_core.config.reference import profile_reference
 from apt_core.config.schema import Config, PluginRequest
@@ -29,6 +30,7 @@ __all__ = [
     "core_text",
     "inactive_alone",
     "json_schema",
+    "key_like",
     "list_profiles",
     "parse_override",
     "profile_reference",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -131,11 +132,25 @@ def _find(profile: str, folder: Path | None, skip: frozenset[str]) -> _File:
     if directory:
         raise ConfigError(Problem(f"{profile!r} is a directory, not a profile", where=directory))
     known = list_profiles()
-    hint = did_you_mean(Path(profile).name.removesuffix(".yaml"), known)
+    stem = Path(profile).name.removesuffix(".yaml").removesuffix(".yml")
+    beside = {Path(name).stem: name for name in _profiles_beside(profile, folder)}
+    near = difflib.get_close_matches(stem, beside, n=1)
+    hint = "" if stem in beside else did_you_mean(stem, known)
+    hint = hint or (f"did you mean {beside[near[0]]!r}?" if near else "")
     hint = hint or f"known profiles: {', '.join(known)}"
     raise ConfigError(
         Problem(f"no profile {profile!r}; looked for {', '.join(dict.fromkeys(looked))}", hint=hint)
     )
+
+
+def _profiles_beside(profile: str, folder: Path | None) -> list[str]:
+    """The profiles in the folder that a path leads to, as the path would name them."""
+    place = Path(os.path.expanduser(profile)).parent
+    try:
+        names = sorted(os.listdir((folder or Path()) / place))
+    except (OSError, ValueError):
+        return []
+    return [str(place / name) for name in names if name.endswith(SUFFIXES)]
 
 
 def _candidates(profile: str, folder: Path | None) -> Iterator[_File]:

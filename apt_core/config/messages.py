@@ -14,6 +14,7 @@ from apt_core.config.source import Source
 from apt_core.config.yaml_text import KeyPath, dotted
 from apt_core.errors import Problem, did_you_mean
 from apt_core.sections import Ramp
+from apt_core.synonyms import key_meant, plain_word, value_meant
 
 _KINDS = {
     "int_type": "a whole number",
@@ -64,6 +65,9 @@ def describe(value: Any) -> str:
 def problem_of(error: ErrorDetails, path: KeyPath, source: Source) -> Problem:
     """The problem at ``path`` that pydantic reports as ``error`` (any but an unknown key)."""
     message, hint = _message(error)
+    value = error.get("input")
+    if isinstance(value, str) and (meant := value_meant(dotted(path), value[:60])):
+        hint = f"did you mean {meant}?"
     return Problem(message, dotted(path), source.where(path), hint)
 
 
@@ -81,7 +85,9 @@ def _message(error: ErrorDetails) -> tuple[str, str]:
     if kind == "literal_error":
         expected = str(context["expected"])
         choices = [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")]
-        return f"must be {expected}, not {shown}", did_you_mean(str(value)[:60], choices)
+        cased = [choice for choice in choices if choice.lower() == str(value).lower()]
+        hint = f"did you mean {cased[0]!r}?" if cased else did_you_mean(str(value)[:60], choices)
+        return f"must be {expected}, not {shown}", hint
     if kind == "missing":
         return "is missing", ""
     if kind == "string_pattern_mismatch":
@@ -139,13 +145,25 @@ class KnownKeys:
         key, siblings = str(path[-1])[:200], self._siblings(path)
         if key in siblings:
             return None
-        if key in self.places:
-            return tuple(self.places[key].split("."))
+        for word in (key, plain_word(key)):
+            if word in siblings:
+                return (*path[:-1], word)
+            if word in self.places:
+                return tuple(self.places[word].split("."))
+        # What stands in the same section under nearly this name is nearer than a word of others.
+        if near := difflib.get_close_matches(key, siblings, n=1, cutoff=0.85):
+            return (*path[:-1], near[0])
+        if (ours := key_meant(key)) and self._known(ours):
+            return tuple(ours.split("."))
         if near := difflib.get_close_matches(key, siblings, n=1, cutoff=0.6):
             return (*path[:-1], near[0])
         if far := difflib.get_close_matches(key, self.places, n=1, cutoff=0.8):
             return tuple(self.places[far[0]].split("."))
         return None
+
+    def _known(self, key: str) -> bool:
+        section, _, name = key.rpartition(".")
+        return name in self.children.get(section, ())
 
     def _siblings(self, path: KeyPath) -> list[str]:
         around = [part for part in path[:-1] if isinstance(part, str)]
@@ -162,6 +180,17 @@ class KnownKeys:
         if siblings and len(siblings) <= _MANY_KEYS:
             return f"known keys here: {', '.join(siblings)}"
         return "`apt-hooks schema` lists every key"
+
+
+def key_like(word: str) -> str:
+    """The dotted key of the core that is called ``word``, or that others call so, or ''."""
+    from apt_core.config.schema import Config
+
+    known, path = KnownKeys(Config, {}), tuple(word.split("."))
+    if len(path) > 1:
+        section = ".".join(path[:-1])
+        return word if path[-1] in known.children.get(section, ()) else ""
+    return known.places.get(plain_word(word), "") or key_meant(word)
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -86,6 +86,20 @@ def test_a_missing_profile_says_where_it_looked_and_what_is_close() -> None:
     assert problem.hint == "did you mean 'tiny_debug'?"
 
 
+@pytest.mark.parametrize(
+    ("asked", "there"),
+    [
+        ("own.yml", "own.yaml"),
+        ("own.yaml", "own.yml"),
+        ("a/own.yml", "a/own.yaml"),
+        ("./owm", "own.yml"),
+    ],
+)
+def test_a_profile_beside_is_suggested(asked: str, there: str) -> None:
+    write(there, "name: x\n")
+    assert refusal(asked).hint == f"did you mean {there!r}?"
+
+
 def test_a_folder_of_the_same_name_does_not_hide_a_profile() -> None:
     Path("tiny_debug").mkdir()
     assert read_profile("tiny_debug").name == "tiny_debug"

@@ -18,7 +18,10 @@ from apt_core.config import (
     read_profile,
     validate,
 )
+from apt_core.config.messages import KnownKeys
+from apt_core.defaults import core_providers
 from apt_core.errors import ConfigError, Problem
+from apt_core.synonyms import key_meant, plain_word, table
 from apt_core.types import SectionSpec
 
 
@@ -86,6 +89,69 @@ def test_an_unknown_key_at_any_depth_gets_a_suggestion(path: str, hint: str) -> 
         profile["schedules"]["ramp"].update(start=1, end=2)
     problem = only(profile)
     assert (problem.message, problem.key, problem.hint) == ("unknown key", path, hint)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("training.lr", "learning_rate"),
+        ("lr", "training.learning_rate"),
+        ("model.seq_len", "max_seq_len"),
+        ("data.block_size", "model.max_seq_len"),
+        ("model.hidden_size", "d_model"),
+        ("training.n_embd", "model.d_model"),
+        ("model.n_layer", "num_layers"),
+        ("model.numHiddenLayers", "num_layers"),
+        ("n-head", "model.num_heads"),
+        ("model.intermediate_size", "d_ff"),
+        ("training.steps", "max_steps"),
+        ("steps", "training.max_steps"),
+        ("model.flash", "attention_name"),
+        ("training.gradient_accumulation_steps", "grad_accum_steps"),
+        ("training.max_grad_norm", "gradient_clip"),
+        ("num_train_epochs", "training.max_epochs"),
+        ("training.per_device_train_batch_size", "batch_size"),
+        ("training.bf16", "mixed_precision"),
+        ("hardware.fp16", "training.mixed_precision"),
+        ("training.eval_interval", "evaluation.eval_freq"),
+        ("training.learningRate", "learning_rate"),
+        ("data.LEARNING-RATE", "training.learning_rate"),
+    ],
+)
+def test_what_others_call_a_key_leads_to_it(written: str, meant: str) -> None:
+    problem = only(nested(written, 1))
+    assert (problem.message, problem.hint) == ("unknown key", f"did you mean {meant!r}?")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "hint"),
+    [
+        ("hardware.device", "gpu", "did you mean cuda?"),
+        ("training.mixed_precision", "bf16", "did you mean true?"),
+        ("training.mixed_precision", "fp32", "did you mean false?"),
+        ("hardware.distributed", "fsdp2", "did you mean fsdp?"),
+        ("debug.log_level", "info", "did you mean 'INFO'?"),
+    ],
+)
+def test_what_others_call_a_value_leads_to_it(path: str, value: str, hint: str) -> None:
+    assert only(nested(path, value)).hint == hint
+
+
+def test_the_table_of_other_names_leads_to_names_that_there_are() -> None:
+    names, values = table()
+    known = KnownKeys(Config, {})
+    for ours, others in names.items():
+        section, _, key = ours.rpartition(".")
+        assert key in known.children[section], ours
+        for word in others.split():
+            assert word == plain_word(word) and word not in known.places, (ours, word)
+            assert key_meant(word) == ours, f"{word} stands for two keys"
+    providers = {f"{spec.kind}:{spec.name}" for spec in core_providers("")}
+    providers |= {"attention:flash_v2", "position:none"}
+    for of, known_values in values.items():
+        words = [word for others in known_values.values() for word in others.split()]
+        assert len(words) == len(set(words)), of
+        assert "." in of or {f"{of}:{name}" for name in known_values} <= providers
 
 
 def test_what_an_unknown_key_stands_for_causes_no_further_problem() -> None:
