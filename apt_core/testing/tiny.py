@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from apt_core.config import Override
 from apt_core.plugin_manager import PluginManager
+from apt_core.testing.own_modules import own_modules
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,6 +81,9 @@ def tiny_run(
     ``steps`` ends the run early; ``strict`` makes a plugin's failure raise; ``profile`` replaces
     TINY_PROFILE and ``overrides`` sets dotted keys of it. ``options``, such as ``resume=True``, go
     to the Trainer. Without ``output`` the run's folder is temporary.
+
+    A run that resumes imports plugins that are references, with all of their packages, as a new
+    process would: what one kept in a module is not there. An object is what it is.
     """
     from apt_core.kernel import boot
     from apt_core.training import Trainer
@@ -101,15 +105,17 @@ def tiny_run(
         for plugin in plugins:
             if not isinstance(plugin, str | os.PathLike):
                 manager.register(plugin)
-        kernel = boot(
-            data,
-            plugins=references,
-            overrides=changes,
-            manager=manager,
-            strict=strict,
-        )
-        trainer = Trainer(kernel, output=folder, **options)
-        result = trainer.fit()
+        resumes = bool(options.get("resume") or options.get("resume_from"))
+        with own_modules(references, anew=resumes):
+            kernel = boot(
+                data,
+                plugins=references,
+                overrides=changes,
+                manager=manager,
+                strict=strict,
+            )
+            trainer = Trainer(kernel, output=folder, **options)
+            result = trainer.fit()
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return TinyRun(
             result=result,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,3 +97,92 @@ def test_a_run_in_a_folder_can_be_resumed(folder: Path) -> None:
 def test_nothing_is_left_behind(folder: Path) -> None:
     tiny_run(steps=1)
     assert [path.name for path in folder.iterdir()] in ([], ["cache"])
+
+
+NUMBERS = itertools.count()
+STATE = "state = {'steps': 0}\n"
+COUNTS = """
+@hookimpl
+def on_step_end(step):
+    state["steps"] += 1
+
+
+@hookimpl
+def apt_state_dict():
+    return dict(state)
+
+
+@hookimpl
+def apt_load_state_dict(state):
+    pass
+"""
+LOADS = COUNTS.replace("(state):\n    pass", "(state):\n    globals()['state'].update(state)")
+
+
+def plugin_in(folder: Path, kind: str, hooks: str) -> str:
+    """A reference to a plugin that counts steps: a file, a module, the module of a package, or one
+    whose state is in a module beside it."""
+    name = f"counts_{next(NUMBERS)}"
+    head = "from apt_core import hookimpl\n"
+    own, beside = STATE, ""
+    if kind.endswith("beside"):
+        own, beside = f"from {name}_state import state\n", STATE
+    if kind.startswith("package"):
+        (folder / name).mkdir()
+        own = own.replace(f"from {name}_state", f"from {name}.state")
+        (folder / name / "__init__.py").write_text("")
+        (folder / name / "state.py").write_text(beside)
+        (folder / name / "plugin.py").write_text(head + own + hooks)
+        return f"{name}.plugin"
+    (folder / f"{name}_state.py").write_text(beside)
+    (folder / f"{name}.py").write_text(head + own + hooks)
+    return f"{name}.py" if kind.startswith("file") else name
+
+
+@pytest.mark.parametrize("beside", ["", "_beside"])
+@pytest.mark.parametrize("kind", ["file", "module", "package"])
+@pytest.mark.parametrize("hooks", [COUNTS, LOADS], ids=["forgets", "loads"])
+def test_a_run_that_resumes_has_what_its_checkpoint_gives_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str, beside: str, hooks: str
+) -> None:
+    """And not what an earlier run of this process has left in a module."""
+    monkeypatch.syspath_prepend(folder)
+    reference = plugin_in(folder, kind + beside, hooks)
+    options = {"steps": 6, "output": folder / "run"}
+    tiny_run(reference, stop_at_step=4, **options)
+    name = reference.partition(".")[0]
+    modules = {n: vars(m) for n, m in sys.modules.items() if n.startswith(name)}
+    before = {n: values["state"] for n, values in modules.items() if "state" in values}
+    resumed = tiny_run(reference, resume=True, **options)
+    (plugin,) = (p for _, p in resumed.manager.list_name_plugin())
+    assert plugin.state == {"steps": 6 if hooks is LOADS else 2}
+    for n, state in before.items():
+        assert sys.modules[n].state is state
+        assert isinstance(state, dict) is (n != name)
+        assert not isinstance(state, dict) or state == {"steps": 4}
+
+
+def test_each_run_imports_a_plugin_that_nobody_has_imported(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(folder)
+    reference = plugin_in(folder, "package", COUNTS)
+    for _ in range(2):
+        run = tiny_run(reference, steps=3)
+        assert [p.state for _, p in run.manager.list_name_plugin()] == [{"steps": 3}]
+
+
+def test_a_module_that_cannot_run_twice_keeps_what_it_has_and_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(folder)
+    reference = plugin_in(folder, "package_beside", COUNTS)
+    once = "import sys\nassert not hasattr(sys, 'counted_once')\nsys.counted_once = True\n"
+    monkeypatch.setattr(sys, "counted_once", True, raising=False)
+    monkeypatch.delattr(sys, "counted_once")
+    name = reference.partition(".")[0]
+    (folder / name / "state.py").write_text(once + STATE)
+    options = {"steps": 6, "output": folder / "run"}
+    tiny_run(reference, stop_at_step=4, **options)
+    with pytest.warns(UserWarning, match=f"{name}.state cannot be run a second time"):
+        tiny_run(reference, resume=True, **options)

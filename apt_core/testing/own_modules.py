@@ -1,0 +1,113 @@
+"""Modules of plugins as another process would have them: without what an earlier run left there."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import sysconfig
+import warnings
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any
+
+from apt_core.discovery import entry_for, installed_plugins
+from apt_core.plugin_names import is_file_reference
+
+NO_STATE = (ModuleType, type, FunctionType, BuiltinFunctionType)
+
+
+@contextmanager
+def own_modules(references: Iterable[str], *, anew: bool) -> Iterator[None]:
+    """For a run with the plugins behind ``references``; afterwards all is as it was.
+
+    A plugin that nobody has imported is imported by each run for itself. With ``anew`` one that was
+    is too, and the other modules of its package, or those beside it where it is in none, have the
+    values that they have after their import; their classes and functions stay the same objects, so
+    that a test can ask what it sees for its type. A module that cannot be run a second time keeps
+    what it has, with a warning.
+    """
+    references = list(references)
+    plugins = dict.fromkeys(name for r in references if (name := _module_behind(r)))
+    kept: dict[str, ModuleType] = {}
+    changed: list[tuple[ModuleType, dict[str, Any]]] = []
+    if anew:
+        homes = [home for r in references if (home := _home(r))]
+        for name, module in list(sys.modules.items()):
+            if name not in plugins and _belongs(name, module, plugins, homes):
+                changed.append((module, _reset(name, module)))
+        kept = {name: sys.modules.pop(name) for name in plugins if name in sys.modules}
+    unknown = [name for name in plugins if name not in sys.modules and name not in kept]
+    try:
+        yield
+    finally:
+        for name in unknown:
+            sys.modules.pop(name, None)
+        for module, values in changed:
+            vars(module).update(values)
+        sys.modules.update(kept)
+        for name, module in kept.items():
+            package, _, attribute = name.rpartition(".")
+            if package in sys.modules:
+                setattr(sys.modules[package], attribute, module)
+
+
+def _module_behind(reference: str) -> str:
+    """The module that a plugin is, or is in; nothing for a file, which is always loaded anew."""
+    if is_file_reference(reference):
+        return ""
+    entry = entry_for(reference, installed_plugins())
+    return entry.points[0].module if entry else reference
+
+
+def _home(reference: str) -> Path | None:
+    """The folder of a plugin that is in no package; None where all sorts of things are installed."""
+    if is_file_reference(reference):
+        return Path(reference).resolve().parent
+    name = _module_behind(reference)
+    spec = importlib.util.find_spec(name) if "." not in name else None
+    if spec is None or spec.origin is None:
+        return None
+    home = Path(spec.origin).resolve().parent
+    shared = {Path(sysconfig.get_path(key)).resolve() for key in ("purelib", "platlib", "stdlib")}
+    return None if home in shared else home
+
+
+def _belongs(
+    name: str, module: ModuleType, plugins: Collection[str], homes: Collection[Path]
+) -> bool:
+    """Is the module in the package of a plugin, or beside one that is in none?"""
+    packages = [plugin.rpartition(".")[0] for plugin in plugins if "." in plugin]
+    if any(f"{name}.".startswith(f"{package}.") for package in packages):
+        return True
+    file = getattr(module, "__file__", None)
+    tests = name.startswith(("apt_plugin_", "test_", "conftest", "__main__"))
+    return (
+        not tests and bool(homes) and isinstance(file, str) and Path(file).resolve().parent in homes
+    )
+
+
+def _reset(name: str, module: ModuleType) -> dict[str, Any]:
+    """Give a module the values that running it gives; returns those that it had."""
+    spec = module.__spec__
+    if spec is None or spec.loader is None or not str(spec.origin).endswith(".py"):
+        return {}
+    again = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(again)
+    except Exception as error:
+        warnings.warn(
+            f"{name} cannot be run a second time ({error}): what it keeps is shared by all runs of "
+            "this process",
+            stacklevel=5,
+        )
+        return {}
+    had = {key: value for key, value in vars(module).items() if _is_state(key, value)}
+    vars(module).update({key: value for key, value in vars(again).items() if key in had})
+    return had
+
+
+def _is_state(name: str, value: Any) -> bool:
+    return not name.startswith("__") and not isinstance(value, NO_STATE)
