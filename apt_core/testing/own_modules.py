@@ -63,7 +63,7 @@ def _module_behind(reference: str) -> str:
 
 
 def _home(reference: str) -> Path | None:
-    """The folder of a plugin that is in no package; None where all sorts of things are installed."""
+    """The folder of a plugin that is in no package; None where other things are installed."""
     if is_file_reference(reference):
         return Path(reference).resolve().parent
     name = _module_behind(reference)

@@ -260,6 +260,69 @@ class SeesTheFutureByValue(Attends):
         return y + 0.01 * x.detach().mean(1, keepdim=True)
 
 
+class Windowed(Attends):
+    """Sees the last tokens alone, and when it decodes one less of them."""
+
+    less = 0
+
+    def prepare(self):
+        self.window = 20
+
+    def called(self, x, mask=None, cache=None, **call):
+        held = 0 if cache is None else cache.length
+        at = torch.arange(held, held + x.shape[1])[:, None]
+        seen = torch.arange(held + x.shape[1])
+        near = (seen <= at) & (at - seen < self.window - self.less * (cache is not None))
+        whole = mask is None or mask.shape[-1] == len(seen)
+        return {"mask": (near if mask is None else near & mask) if whole else mask,
+                "cache": cache, **call}  # fmt: skip
+
+
+class WindowedOneShort(Windowed):
+    less = 1
+
+
+class DecodesSharedHeadsOtherwise(Attends):
+    def forward(self, x, *, cache=None, **call):
+        shared = cache is not None and self.inner.num_kv_heads < self.inner.num_heads
+        return super().forward(x, cache=cache, **call) * (1.1 if shared else 1.0)
+
+
+class ChangesTheMask(Attends):
+    def forward(self, x, *, mask=None, **call):
+        y = super().forward(x, mask=mask, **call)
+        if mask is not None and mask.all():
+            mask[..., -1] = False
+        return y
+
+
+class DrawsByItself(Wrapped):
+    def changed(self, y, x):
+        return y * (1 + random.random()) if self.training and self.dropout else y
+
+
+class CountsItsCalls(Wrapped):
+    def prepare(self):
+        self.calls = 0
+
+    def changed(self, y, x):
+        self.calls += self.training and not self.dropout
+        return y * (1 + self.calls)
+
+
+class MixesRowsByValue(Wrapped):
+    def changed(self, y, x):
+        return y + 0.1 * y.detach().mean(0)
+
+
+class DropsWhatIsLong(Wrapped):
+    def prepare(self):
+        self.chunk = 40
+
+    def changed(self, y, x):
+        return y + 0.1 * y[:, self.chunk :].sum(1, keepdim=True)
+
+
 ATTENTION: list[tuple[type[Attends], set[str]]] = [
     (MixesRowsInTraining, {"rows"}),
     (DropsAlways, {"dropout"}),
@@ -283,6 +346,14 @@ ATTENTION: list[tuple[type[Attends], set[str]]] = [
     (OneCacheForAll, {"cache"}),
     (IgnoresMasksWhenDecoding, {"cache with a mask"}),
     (ForgetsNothing, {"cache truncated"}),
+    # Its own mask makes a fitting one of some that do not fit.
+    (Windowed, {"wrong masks"}),
+    (WindowedOneShort, {"cache", "cache with a mask", "cache truncated", "wrong masks"}),
+    (DecodesSharedHeadsOtherwise, {"cache"}),
+    (ChangesTheMask, {"mask", "no host sync"}),
+    (DrawsByItself, {"dropout"}),
+    (CountsItsCalls, {"state dict"}),
+    (MixesRowsByValue, {"rows", "positions", "mask", "padding", "packed", "cache with a mask"}),
 ]  # fmt: skip
 
 
@@ -368,6 +439,29 @@ def test_a_cache_that_is_claimed_and_not_there_is_found(failed_checks: FailedChe
     assert failed_checks("attention", provider, set()) == {"cache"}
 
 
+@pytest.mark.parametrize(("kind", "layer"), [("attention", attention(Attends)), ("norm", None)])
+def test_layers_that_share_weights_and_what_changes_its_input_are_found(
+    failed_checks: FailedChecks, kind: str, layer: Any
+) -> None:
+    class InPlace(Wrapped):
+        def changed(self, y, x):
+            x.data.mul_(1.001)
+            return y
+
+    class Provider(type(layer or Norm())):
+        def create_layer(self, *shape, **options):
+            key = (shape, tuple(options))
+            if key not in vars(self):
+                vars(self)[key] = super().create_layer(*shape, **options)
+            return vars(self)[key]
+
+    assert "builds" in failed_checks(kind, Provider(), set())
+    provider = (
+        attention(type("A", (InPlace,), {})) if layer else type("N", (Norm,), {"broken": InPlace})()
+    )
+    assert "shape" in failed_checks(kind, provider, set())
+
+
 def test_every_check_of_attention_has_a_layer_that_fails_it_alone() -> None:
     alone = {check for _, check in COMMON}
     alone |= {min(checks) for _, checks in [*ATTENTION, *PROVIDERS] if len(checks) == 1}
@@ -438,8 +532,17 @@ OWN = {
         (MixesTokensInTraining, "token-wise"),
         (MixesRowsInTraining, "token-wise"),
         (MixesTokens, "token-wise"),
+        (DrawsByItself, "dropout"),
+        (CountsItsCalls, "state dict"),
+        (MixesRowsByValue, "token-wise"),
+        (DropsWhatIsLong, "token-wise"),
     ],
-    "norm": [*COMMON, (MixesTokensInTraining, "token-wise"), (MixesRowsInTraining, "token-wise")],
+    "norm": [
+        *COMMON,
+        (MixesTokensInTraining, "token-wise"),
+        (MixesRowsInTraining, "token-wise"),
+        (CountsItsCalls, "state dict"),
+    ],
 }
 ROWS = [(kind, broken, check) for kind, rows in OWN.items() for broken, check in rows]
 PROVIDER_OF: dict[str, Callable[..., Any]] = {"ffn": FFN, "norm": Norm}

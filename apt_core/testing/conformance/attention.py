@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from apt_core.modeling.masks import document_mask, document_positions
 from apt_core.providers.attention import AttentionSupport
-from apt_core.testing.conformance import attention_cache, attention_masks, layers
+from apt_core.testing.conformance import attention_cache, attention_masks, layers, lengths
 from apt_core.testing.conformance.checks import (
     Check,
     LeftOut,
@@ -45,7 +46,7 @@ class Attention:
             raise LeftOut(f"supports.{flag} is False")
 
     def create(self, **options: Any) -> nn.Module:
-        options = {"max_seq_len": 32, "position": MarkedPlaces(), **options}
+        options = {"max_seq_len": max(32, self.length), "position": MarkedPlaces(), **options}
         return self.provider.create_layer(self.d_model, self.num_heads, **options)
 
     def build(self, **options: Any) -> nn.Module:
@@ -53,6 +54,34 @@ class Attention:
 
     def input(self, batch: int = 2, length: int | None = None, seed: int = 0) -> torch.Tensor:
         return sample(batch, self.length if length is None else length, self.d_model, seed=seed)
+
+    @cached_property
+    def integers(self) -> dict[str, int]:
+        """What a layer may count tokens by."""
+        other = replace(self, d_model=48, num_heads=2, length=40)
+        return lengths.integers(self.provider, self.create, other.create)
+
+    def places(self) -> list[int]:
+        """Those to look at: all of a short text, and of a longer one some, about each integer."""
+        if self.length <= 8:
+            return list(range(self.length))
+        near = {n + d for n in self.integers.values() for d in (-1, 0, 1)}
+        some = {0, 1, *sorted(n for n in near if 0 < n < self.length)[-9:]}
+        return sorted({*some, self.length // 2, self.length - 2, self.length - 1})
+
+    def calls_of(self, batch: int) -> list[Call]:
+        """Ways in which training calls the layer with so many rows."""
+        masks = [{"mask": torch.ones(batch, 1, 1, self.length, dtype=torch.bool)}]
+        return [{}, *(masks if self.supports.mask else [])]
+
+    def at_lengths(self, check: Callable[[Attention], None]) -> None:
+        """``check`` on a short text, and on one beyond any window that the settings may mean."""
+        check(self)
+        longer = replace(self, length=lengths.longer(self.integers))
+        try:
+            check(longer)
+        except (AssertionError, ValueError, RuntimeError, IndexError) as error:
+            raise AssertionError(f"a text of {longer.length} tokens: {error}") from error
 
     def calls(self) -> list[Call]:
         """Ways in which training calls the layer."""
@@ -70,14 +99,14 @@ def attention_checks(provider: Any) -> list[Check]:
     at = Attention(provider)
     return [
         Check("builds", lambda: _builds(at)),
-        Check("shape", lambda: layers.keeps_shape(at.build(), at.input(), at.input(1, 1))),
-        Check("gradients", lambda: layers.has_gradients(at.build(), at.input())),
+        Check("shape", lambda: at.at_lengths(_shape)),
+        Check("gradients", lambda: at.at_lengths(_gradients)),
         Check("deterministic", lambda: layers.deterministic(at.create, at.input())),
         Check("dropout", lambda: _dropout(at)),
         Check("state dict", lambda: layers.loads_state(at.create, at.input())),
         Check("meta device", lambda: layers.builds_on_meta(at.create, at.input())),
-        Check("rows", lambda: layers.rows_apart(at.build(), at.input(3))),
-        Check("causal", lambda: _causal(at)),
+        Check("rows", lambda: at.at_lengths(_rows)),
+        Check("causal", lambda: at.at_lengths(_causal)),
         Check("positions", lambda: _positions(at)),
         Check("long sequences", lambda: _long_sequences(at)),
         Check("uneven heads", lambda: _uneven_heads(at)),
@@ -93,10 +122,25 @@ def attention_checks(provider: Any) -> list[Check]:
 
 def _builds(at: Attention) -> None:
     at.build()
+    layers.share_nothing(at.create)
+
+
+def _shape(at: Attention) -> None:
+    layers.keeps_shape(at.build(), at.input(), at.input(1, 1))
+
+
+def _gradients(at: Attention) -> None:
+    layers.has_gradients(at.build(), at.input())
+
+
+def _rows(at: Attention) -> None:
+    layers.rows_apart(at.build(), at.input(3), *at.calls_of(3))
 
 
 def _dropout(at: Attention) -> None:
-    layers.drops_nothing_in_evaluation(at.create, partial(at.create, dropout=0.5), at.input())
+    dropping = partial(at.create, dropout=0.5)
+    layers.drops_nothing_in_evaluation(at.create, dropping, at.input())
+    layers.draws_by_the_seed(dropping, at.input())
 
 
 def _causal(at: Attention) -> None:
@@ -113,7 +157,7 @@ def _causal(at: Attention) -> None:
 def _blind_to_gradients(layer: nn.Module, at: Attention, call: Call) -> None:
     x = leaf(at.input())
     y = layer(x, **call)
-    for place in range(at.length):
+    for place in at.places():
         (grad,) = torch.autograd.grad(
             (y[:, place] * sample(2, at.d_model, seed=1)).sum(),
             x,
@@ -133,7 +177,7 @@ def _blind_to_gradients(layer: nn.Module, at: Attention, call: Call) -> None:
 def _blind_to_values(layer: nn.Module, at: Attention, call: Call) -> None:
     x, other = at.input(), at.input(seed=1)
     y = layer(x, **call)
-    for seen in range(1, at.length):
+    for seen in at.places()[1:]:
         changed = layer(torch.cat([x[:, :seen], other[:, seen:]], 1), **call)
         require_equal(changed[:, :seen], y[:, :seen], f"with other inputs from {seen} on")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from apt_core.modeling.masks import padding_mask, padding_positions
 from apt_core.testing.conformance.checks import Check, LeftOut, built_or_refused, require_equal
+from apt_core.testing.conformance.lengths import cuts
 
 if TYPE_CHECKING:
     from apt_core.testing.conformance.attention import Attention
@@ -17,15 +19,15 @@ if TYPE_CHECKING:
 
 def cache_checks(at: Attention) -> list[Check]:
     return [
-        Check("cache", lambda: _cache(at)),
-        Check("cache with a mask", lambda: _cache_with_mask(at)),
-        Check("cache truncated", lambda: _truncated(at)),
-        Check("cache bytes", lambda: _bytes(at)),
+        Check("cache", lambda: at.at_lengths(_cache)),
+        Check("cache with a mask", lambda: at.at_lengths(_cache_with_mask)),
+        Check("cache truncated", lambda: at.at_lengths(_truncated)),
+        Check("cache bytes", lambda: at.at_lengths(_bytes)),
     ]
 
 
-def _caching(at: Attention) -> nn.Module:
-    layer = at.build()
+def _caching(at: Attention, **options: Any) -> nn.Module:
+    layer = at.build(**options)
     if not hasattr(layer, "create_cache"):
         raise LeftOut("the layer has no create_cache: decoding computes everything anew")
     return layer
@@ -51,11 +53,16 @@ def _cache(at: Attention) -> None:
     assert at.supports.cache or not has, "there is create_cache, but supports.cache is False"
     layer, x, T = _caching(at), at.input(), at.length
     whole = layer(x)
-    for sizes in ([1] * T, [3, 1, T - 4], [T]):
+    for sizes in cuts(T, at.integers):
         cache = layer.create_cache(T)
         assert cache.length == 0, f"a new cache tells a length of {cache.length}"
         pieces = _fed(layer, cache, *x.split(sizes, 1))
-        require_equal(pieces, whole, f"fed in pieces of {', '.join(map(str, sizes))} tokens")
+        require_equal(pieces, whole, f"fed in pieces of {_told(sizes)} tokens")
+    for kv_heads in (2, 1):
+        shared = built_or_refused(partial(_caching, at, num_kv_heads=kv_heads), "num_kv_heads")
+        if shared is not None:
+            pieces = _fed(shared, shared.create_cache(T), *x.split([3, *[1] * (T - 3)], 1))
+            require_equal(pieces, shared(x), f"with num_kv_heads {kv_heads}, fed in pieces")
     other = at.input(batch=1, seed=1)
     first, second = layer.create_cache(T), layer.create_cache(T + 3)
     outputs = [
@@ -64,6 +71,12 @@ def _cache(at: Attention) -> None:
     ]
     require_equal(torch.cat([a for a, _ in outputs], 1), whole, "one of two caches in turn")
     require_equal(torch.cat([b for _, b in outputs], 1), layer(other), "the other of two caches")
+
+
+def _told(sizes: list[int]) -> str:
+    """``[3, 1, 1, 1, 1] -> '3, then 4 of 1'``."""
+    runs = [(size, len(list(same))) for size, same in groupby(sizes)]
+    return ", then ".join(f"{count} of {size}" if count > 1 else f"{size}" for size, count in runs)
 
 
 @torch.no_grad()
@@ -76,7 +89,7 @@ def _cache_with_mask(at: Attention) -> None:
     is_token[0, :filling] = False
     places = padding_positions(is_token)
     cache, outputs, end = layer.create_cache(T), [], 0
-    for piece in x.split((4, 1, T - 5), 1):
+    for piece in x.split((4, 1, T // 2 - 3, *[1] * (T - T // 2 - 2)), 1):
         start, end = end, end + piece.shape[1]
         seen = padding_mask(is_token[:, :end])
         now = places[:, start:end]
@@ -89,16 +102,17 @@ def _cache_with_mask(at: Attention) -> None:
 @torch.no_grad()
 def _truncated(at: Attention) -> None:
     """What a cache forgets might never have been fed."""
-    layer, T, kept = _caching(at), at.length, 3
-    cache = layer.create_cache(T)
-    if not hasattr(cache, "truncate"):
-        raise LeftOut("its cache has no truncate")
-    x, tried = at.input(), at.input(seed=1)
-    _fed(layer, cache, x[:, :kept], tried[:, kept : T - 1])
-    cache.truncate(kept)
-    assert cache.length == kept, f"cut to {kept}, the cache tells a length of {cache.length}"
-    again = _fed(layer, cache, x[:, kept:])
-    require_equal(again, layer(x)[:, kept:], "after a truncate")
+    T, x, tried = at.length, at.input(), at.input(seed=1)
+    for kept in (3, T - 2, T - 1, T // 2, 1):
+        layer = _caching(at)
+        cache, whole = layer.create_cache(T), layer(x)
+        if not hasattr(cache, "truncate"):
+            raise LeftOut("its cache has no truncate")
+        _fed(layer, cache, x[:, :kept], tried[:, kept : T - 1])
+        cache.truncate(kept)
+        assert cache.length == kept, f"cut to {kept}, the cache tells a length of {cache.length}"
+        again = _fed(layer, cache, *x[:, kept:].split(max(1, T // 3), 1))
+        require_equal(again, whole[:, kept:], f"after a truncate of {T - 1} tokens to {kept}")
 
 
 @torch.no_grad()
@@ -108,23 +122,28 @@ def _bytes(at: Attention) -> None:
     if not hasattr(at.provider, "kv_cache_bytes"):
         raise LeftOut("the provider does not tell its kv_cache_bytes")
     for kv_heads in (None, 2, 1):
-        layer = built_or_refused(partial(at.build, num_kv_heads=kv_heads), "num_kv_heads")
-        if layer is None:
+        held = [
+            built_or_refused(
+                partial(_held_bytes, at, pieces, num_kv_heads=kv_heads), "num_kv_heads"
+            )
+            for pieces in (at.length, 1)
+        ]
+        if None in held:
             continue
-        held = _held_bytes(layer, at)
         told = at.provider.kv_cache_bytes(
             at.d_model, at.num_heads, at.length, num_kv_heads=kv_heads, bytes_per_value=4
         )
-        assert told == held, (
-            f"kv_cache_bytes says {told} where the cache holds {held} bytes "
-            f"({at.length} tokens, num_kv_heads {kv_heads})"
+        assert held == [told, told], (
+            f"kv_cache_bytes says {told} where the cache holds {held[0]} bytes "
+            f"({at.length} tokens, num_kv_heads {kv_heads}), and {held[1]} after the same one by one"
         )
 
 
-def _held_bytes(layer: nn.Module, at: Attention) -> int:
-    """What the cache of one text takes."""
+def _held_bytes(at: Attention, piece: int, **options: Any) -> int:
+    """What the cache of one text takes that was fed in pieces of so many tokens."""
+    layer = at.build(**options)
     cache = layer.create_cache(at.length)
     if not hasattr(cache, "nbytes"):
         raise LeftOut("its cache does not tell its nbytes")
-    layer(at.input(batch=1), cache=cache)
+    _fed(layer, cache, *at.input(batch=1).split(piece, 1))
     return int(cache.nbytes)

@@ -19,16 +19,13 @@ from apt_core.testing.conformance.layers import leaf, sample
 if TYPE_CHECKING:
     from apt_core.testing.conformance.attention import Attention
 
-DOCUMENT_LENGTHS = ((3, 5), (1, 4, 3))
-TEXT_LENGTHS = (3, 8)
-
 
 def mask_checks(at: Attention) -> list[Check]:
     return [
-        Check("mask", lambda: _mask(at)),
+        Check("mask", lambda: at.at_lengths(_mask)),
         Check("wrong masks", lambda: _wrong_masks(at)),
-        Check("padding", lambda: _padding(at)),
-        Check("packed", lambda: _packed(at)),
+        Check("padding", lambda: at.at_lengths(_padding)),
+        Check("packed", lambda: at.at_lengths(_packed)),
     ]
 
 
@@ -40,7 +37,8 @@ def _mask(at: Attention) -> None:
     for shape in ((T, T), (2, 1, 1, T), (2, 1, T, T), (2, heads, T, T)):
         mask = torch.ones(shape, dtype=torch.bool)
         require_equal(layer(x, mask=mask), y, f"with a mask of True, {list(shape)}")
-    hidden, last = 2, T - 1
+        assert mask.all(), f"the layer changes the mask {list(shape)} that it is given"
+    hidden, last = T - 6, T - 1
     mask = torch.ones(T, T, dtype=torch.bool)
     mask[last, hidden] = False
     (grad,) = torch.autograd.grad(layer(x, mask=mask)[:, last].square().sum(), x)
@@ -67,8 +65,8 @@ def _wrong_masks(at: Attention) -> None:
 def _padding(at: Attention) -> None:
     """Filled up on either side, a row gives what it gives alone, and nothing is NaN."""
     at.claims("mask")
-    layer, width = at.build(), max(TEXT_LENGTHS)
-    lengths = torch.tensor(TEXT_LENGTHS)[:, None]
+    layer, width = at.build(), at.length
+    lengths = torch.tensor([width - 5, width])[:, None]
     for side, is_token in (
         ("left", torch.arange(width) >= width - lengths),
         ("right", torch.arange(width) < lengths),
@@ -81,7 +79,7 @@ def _padding(at: Attention) -> None:
         tokens = is_token[..., None]
         (grad,) = torch.autograd.grad((y * sample(*y.shape) * tokens).sum(), x)
         require_equal(grad * ~tokens, 0 * grad, f"the gradient of filling on the {side}")
-        for row in range(len(TEXT_LENGTHS)):
+        for row in range(2):
             kept = is_token[row]
             _as_alone(
                 layer, x, y, grad, row, kept, sample(*y.shape), f"a row filled up on the {side}"
@@ -91,17 +89,16 @@ def _padding(at: Attention) -> None:
 def _packed(at: Attention) -> None:
     """Documents in one row give what each gives in a row of its own."""
     at.claims("mask")
+    T = at.length
+    documents = ((3, T - 3), (1, T - 4, 3))
     ids = torch.stack(
-        [
-            torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row))
-            for row in DOCUMENT_LENGTHS
-        ]
+        [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in documents]
     )
     layer, x = at.build(), leaf(at.input(length=ids.shape[1]))
     y = layer(x, mask=document_mask(ids), positions=document_positions(ids))
     cotangent = sample(*y.shape)
     (grad,) = torch.autograd.grad((y * cotangent).sum(), x)
-    for row, lengths in enumerate(DOCUMENT_LENGTHS):
+    for row, lengths in enumerate(documents):
         for document in range(len(lengths)):
             kept = ids[row] == document
             _as_alone(layer, x, y, grad, row, kept, cotangent, "a document packed with others")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from apt_core.testing.conformance import layers
 from apt_core.testing.conformance.checks import Check
 from apt_core.testing.conformance.layers import built, sample
+from apt_core.testing.conformance.lengths import integers, longer
 
 D_MODEL, D_FF = 64, 128
 
@@ -21,18 +23,23 @@ def ffn_checks(provider: Any) -> list[Check]:
         return provider.create_layer(D_MODEL, D_FF, dropout)
 
     x = sample(2, 8, D_MODEL)
+
+    def long() -> Tensor:
+        found = integers(provider, create, lambda: provider.create_layer(48, 80, 0.0))
+        return sample(2, longer(found), D_MODEL)
+
     return [
         Check("builds", lambda: _builds(create)),
-        Check("shape", lambda: layers.keeps_shape(built(create), x, x[:1, :1])),
+        Check("shape", lambda: layers.keeps_shape(built(create), x, x[:1, :1], long())),
         Check("gradients", lambda: layers.has_gradients(built(create), x)),
         Check("deterministic", lambda: layers.deterministic(create, x)),
         Check(
             "dropout",
-            lambda: layers.drops_nothing_in_evaluation(create, partial(create, 0.5), x),
+            lambda: _dropout(create, x),
         ),
         Check("state dict", lambda: layers.loads_state(create, x)),
         Check("meta device", lambda: layers.builds_on_meta(create, x)),
-        Check("token-wise", lambda: layers.token_wise(built(create), x)),
+        Check("token-wise", lambda: layers.token_wise(built(create), x, long())),
         Check("autocast", lambda: layers.autocasts(built(create), x)),
         Check("compile", lambda: layers.compiles(built(create), x)),
         Check("no host sync", lambda: layers.never_waits(built(create), x)),
@@ -42,3 +49,10 @@ def ffn_checks(provider: Any) -> list[Check]:
 
 def _builds(create: layers.Create) -> None:
     built(create)
+    layers.share_nothing(create)
+
+
+def _dropout(create: Callable[..., nn.Module], x: Tensor) -> None:
+    dropping = partial(create, 0.5)
+    layers.drops_nothing_in_evaluation(create, dropping, x)
+    layers.draws_by_the_seed(dropping, x)

@@ -70,8 +70,10 @@ def gradients(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def works(layer: nn.Module, x: Tensor) -> Tensor:
     """What the layer gives for ``x``; AssertionError unless it is as large."""
+    before = x.clone()
     y = layer(x)
     assert y.shape == x.shape, f"{list(x.shape)} became {list(y.shape)}"
+    assert x.equal(before), "the layer changes its input in place"
     return y
 
 
@@ -85,6 +87,16 @@ def keeps_shape(layer: nn.Module, *inputs: Tensor) -> None:
         assert isinstance(aux, Mapping), "aux is no mapping of names to tensors"
         wrong = [name for name, v in aux.items() if not isinstance(v, Tensor) or v.ndim]
         assert not wrong, f"aux: {', '.join(map(str, wrong))} is no 0-d tensor"
+
+
+def share_nothing(create: Create) -> None:
+    """Two layers of a provider are two: what they learn is their own."""
+    tensors = [
+        {id(t): name for name, t in (*layer.named_parameters(), *layer.named_buffers())}
+        for layer in (create(), create())
+    ]
+    shared = [tensors[0][key] for key in tensors[0].keys() & tensors[1].keys()]
+    assert not shared, f"two layers share {', '.join(sorted(shared))}"
 
 
 def has_gradients(layer: nn.Module, x: Tensor) -> None:
@@ -108,6 +120,8 @@ def has_gradients(layer: nn.Module, x: Tensor) -> None:
 def deterministic(create: Create, x: Tensor) -> None:
     layer = built(create)
     assert layer(x).equal(layer(x)), "two calls with one input differ"
+    with torch.no_grad():
+        require_equal(layer(x), layer(x), "without gradients")
     assert built(create)(x).equal(layer(x)), "two layers of one seed differ"
 
 
@@ -115,36 +129,74 @@ def drops_nothing_in_evaluation(create: Create, dropping: Create, x: Tensor) -> 
     require_equal(built(dropping)(x), built(create)(x), "evaluated with a dropout of 0.5", 1e-6)
 
 
-def token_wise(layer: nn.Module, x: Tensor) -> None:
-    """The output at each place [b, t] depends on the input there alone; in training too."""
-    for training in (False, True):
-        layer.train(training)
-        given = leaf(x)
-        y = layer(given)
-        for row, place in ((0, 0), (1, 3), (0, x.shape[1] - 1)):
-            (grad,) = torch.autograd.grad(
-                (y[row, place] * sample(x.shape[-1])).sum(), given, retain_graph=True
-            )
-            seen = (grad != 0).any(-1)
-            seen[row, place] = False
-            assert not seen.any(), (
-                f"the output at {[row, place]} depends on the input at {seen.nonzero()[0].tolist()}"
-            )
+def draws_by_the_seed(create: Create, x: Tensor) -> None:
+    """In training the same seed gives the same: what else is drawn from, no resume brings back."""
+    layer = built(create).train()
+    given = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        given.append(layer(x))
+    assert given[0].equal(given[1]), (
+        "two training calls with one input and one torch seed differ: it draws from a generator of "
+        "its own, or counts its calls"
+    )
 
 
-def rows_apart(layer: nn.Module, x: Tensor) -> None:
-    """No row of a batch [B, T, D] depends on another; in training neither."""
-    for training in (False, True):
-        layer.train(training)
-        given = leaf(x)
-        (grad,) = torch.autograd.grad((layer(given)[0] * sample(*x.shape[1:])).sum(), given)
-        assert not grad[1:].any(), "a row of the batch depends on another"
+def token_wise(layer: nn.Module, *inputs: Tensor) -> None:
+    """The output at each place [b, t] depends on the input there alone, by gradient or by value; in
+    training too, by gradient."""
+    for x in inputs:
+        places = ((0, 0), (1, 3), (0, x.shape[1] - 1))
+        for training in (False, True):
+            layer.train(training)
+            given = leaf(x)
+            y = layer(given)
+            for row, place in places:
+                (grad,) = torch.autograd.grad(
+                    (y[row, place] * sample(x.shape[-1])).sum(), given, retain_graph=True
+                )
+                seen = (grad != 0).any(-1)
+                seen[row, place] = False
+                assert not seen.any(), (
+                    f"the output at {[row, place]} depends on the input at "
+                    f"{seen.nonzero()[0].tolist()}"
+                )
+        y = layer.eval()(x)
+        for row, place in places:
+            other = sample(*x.shape, seed=2)
+            other[row, place] = x[row, place]
+            what = f"the output at {[row, place]} with other inputs elsewhere"
+            require_equal(layer(other)[row, place], y[row, place], what)
+
+
+def rows_apart(layer: nn.Module, x: Tensor, *calls: Call) -> None:
+    """No row of a batch [B, T, D] depends on another, by gradient or by value; in training
+    neither."""
+    other = torch.cat([x[:1], sample(*x[1:].shape, seed=2)])
+    for call in calls or ({},):
+        for training in (False, True):
+            layer.train(training)
+            given = leaf(x)
+            y = layer(given, **call)
+            (grad,) = torch.autograd.grad((y[0] * sample(*x.shape[1:])).sum(), given)
+            assert not grad[1:].any(), "a row of the batch depends on another"
+        what = "a row of the batch beside other rows"
+        require_equal(layer.eval()(other, **call)[:1], layer(x, **call)[:1], what)
 
 
 def loads_state(create: Create, x: Tensor) -> None:
     layer, other = built(create), built(create, seed=1)
     other.load_state_dict(layer.state_dict(), strict=True)
     require_equal(other(x), layer(x), "after loading the state of another layer", 1e-6)
+    if not x.is_floating_point():
+        return
+    for _ in range(3):
+        layer.train()(x)
+    other = built(create, seed=1)
+    other.load_state_dict(layer.state_dict(), strict=True)
+    for each in (layer, other):
+        each.train()
+    require_equal(other(x), layer(x), "after three training calls, and loading the state", 1e-6)
 
 
 def builds_on_meta(create: Create, x: Tensor) -> None:

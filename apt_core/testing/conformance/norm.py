@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from apt_core.testing.conformance import layers
 from apt_core.testing.conformance.checks import Check
 from apt_core.testing.conformance.layers import built, sample
+from apt_core.testing.conformance.lengths import integers, longer
 
 D_MODEL = 64
 
@@ -21,8 +22,14 @@ def norm_checks(provider: Any) -> list[Check]:
 
     def builds() -> None:
         built(create)
+        layers.share_nothing(create)
 
     x = sample(2, 8, D_MODEL)
+
+    def long() -> Tensor:
+        found = integers(provider, create, lambda: provider.create_layer(48))
+        return sample(2, longer(found), D_MODEL)
+
     return [
         Check("builds", builds),
         Check("shape", lambda: layers.keeps_shape(built(create), x, x[0], x[0, 0], x[:, :, None])),
@@ -30,7 +37,7 @@ def norm_checks(provider: Any) -> list[Check]:
         Check("deterministic", lambda: layers.deterministic(create, x)),
         Check("state dict", lambda: layers.loads_state(create, x)),
         Check("meta device", lambda: layers.builds_on_meta(create, x)),
-        Check("token-wise", lambda: layers.token_wise(built(create), x)),
+        Check("token-wise", lambda: layers.token_wise(built(create), x, long())),
         Check("autocast", lambda: layers.autocasts(built(create), x)),
         Check("compile", lambda: layers.compiles(built(create), x)),
         Check("no host sync", lambda: layers.never_waits(built(create), x)),
