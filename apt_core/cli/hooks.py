@@ -241,14 +241,23 @@ def check(
             help="The plugin: a name, a module or a .py file; or 'core', or a provider of it."
         ),
     ],
+    profile: Annotated[
+        str, typer.Option("--profile", "-p", help="Check with this profile's settings.")
+    ] = "",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Check with another value of a key: my_plugin.window=4."),
+    ] = None,
     json: AsJson = False,
     debug: Debug = False,
 ) -> int:
     """Does a plugin keep its promises? Loads it, checks its providers and trains a few steps."""
+    from apt_core.config import parse_override
     from apt_core.testing import check_plugin
 
+    overrides = [parse_override(text, "--set") for text in set_ or ()]
     with redirect_stdout(sys.stderr):
-        findings = check_plugin(plugin)
+        findings = check_plugin(plugin, profile=profile or None, overrides=overrides)
     rows = [
         {"check": f.check, "result": f.result, "ok": f.ok, "detail": f.detail} for f in findings
     ]

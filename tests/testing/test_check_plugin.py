@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from apt_core import ConfigError
+from apt_core.cli.hooks import app
+from apt_core.cli.run_command import run_command
 from apt_core.defaults import core_providers
 from apt_core.testing import check_plugin
 
@@ -200,6 +203,77 @@ def test_an_attention_that_forgets_the_mask_names_the_argument(write: WritePlugi
     found = failed(write(ATTENTION))
     assert "unexpected keyword argument 'mask'" in found["attention:mine, mask"]
     assert "unexpected keyword argument" in found["attention:mine, trains"]
+
+
+CHUNKED = """\
+from apt_core import SectionSpec
+from apt_core.config import Section
+
+
+class Settings(Section):
+    chunk: int = {chunk}
+
+
+class Layer(nn.Module):
+    def __init__(self, d_model, d_ff, chunk):
+        super().__init__()
+        self.up = nn.Linear(d_model, d_ff)
+        self.down = nn.Linear(d_ff, d_model)
+        self.chunk = chunk
+
+    def forward(self, x):
+        y = self.down(self.up(x).relu())
+        return y + y[:, self.chunk :].sum(1, keepdim=True) if x.ndim == 3 else y
+
+
+class Mine:
+    def __init__(self, config):
+        self.config = config
+
+    def create_layer(self, d_model, d_ff, dropout=0.0):
+        return Layer(d_model, d_ff, self.config.chunk)
+
+
+@hookimpl
+def apt_register_config():
+    return [SectionSpec("mine", Settings)]
+
+
+@hookimpl
+def apt_register_providers():
+    return [ProviderSpec("ffn", "mine", Mine, config=Settings, section="mine")]
+"""
+
+
+def test_a_provider_is_checked_with_the_settings_that_are_given(
+    write: WritePlugin, folder: Path
+) -> None:
+    """And on texts that are longer than they say."""
+    plugin = write(CHUNKED.format(chunk=600))
+    findings = {finding.check: finding for finding in check_plugin(plugin)}
+    assert all(finding.ok for finding in findings.values())
+    assert "longer than chunk 600" in findings["ffn:mine, long settings"].detail
+    (folder / "mine.yaml").write_text(
+        "name: mine\nplugins: [mine.py]\nmodel: {d_model: 16, num_heads: 2, num_layers: 1, "
+        "d_ff: 32, vocab_size: 256, max_seq_len: 16}\nmine: {chunk: 70}\n"
+    )
+    for given in ({"overrides": {"mine.chunk": 5}}, {"profile": folder / "mine.yaml"}):
+        found = {finding.check: finding for finding in check_plugin(plugin, **given)}
+        assert [name for name, finding in found.items() if not finding.ok] == [
+            "ffn:mine, token-wise"
+        ]
+        assert "ffn:mine, long settings" not in found and found["ffn:mine, trains"].ok
+    both = {"profile": folder / "mine.yaml", "overrides": {"mine.chunk": 600}}
+    assert all(finding.ok for finding in check_plugin(plugin, **both))
+    with pytest.raises(ConfigError, match="did you mean 'chunk'"):
+        check_plugin(plugin, overrides={"mine.chunks": 5})
+
+
+def test_settings_are_given_to_the_command(write: WritePlugin, capsys: Any) -> None:
+    plugin = write(CHUNKED.format(chunk=600))
+    assert run_command(app, "apt-hooks", ["check", plugin, "--set", "mine.chunk=5"]) == 1
+    assert "ffn:mine, token-wise" in capsys.readouterr().out
+    assert run_command(app, "apt-hooks", ["check", plugin, "--set", "mine.chunk=x"]) == 2
 
 
 def test_what_cannot_be_built_is_one_failure_and_not_one_of_every_check(

@@ -135,7 +135,7 @@ def _bytes(at: Attention) -> None:
         )
         assert held == [told, told], (
             f"kv_cache_bytes says {told} where the cache holds {held[0]} bytes "
-            f"({at.length} tokens, num_kv_heads {kv_heads}), and {held[1]} after the same one by one"
+            f"({at.length} tokens, num_kv_heads {kv_heads}), and {held[1]} after these one by one"
         )
 
 
