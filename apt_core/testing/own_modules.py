@@ -59,7 +59,7 @@ def _module_behind(reference: str) -> str:
     if is_file_reference(reference):
         return ""
     entry = entry_for(reference, installed_plugins())
-    return entry.points[0].module if entry else reference
+    return entry.offers[0].point.module if entry else reference
 
 
 def _home(reference: str) -> Path | None:

@@ -186,3 +186,12 @@ def test_a_module_that_cannot_run_twice_keeps_what_it_has_and_is_told(
     tiny_run(reference, stop_at_step=4, **options)
     with pytest.warns(UserWarning, match=f"{name}.state cannot be run a second time"):
         tiny_run(reference, resume=True, **options)
+
+
+def test_a_plugin_that_is_installed_is_imported_anew_by_a_resume(folder: Path) -> None:
+    from apt_plugins.report import plugin
+
+    options = {"steps": 2, "output": folder / "run"}
+    assert tiny_run("report", stop_at_step=1, **options).manager.get_plugin("report") is plugin
+    assert tiny_run("report", resume=True, **options).manager.get_plugin("report") is not plugin
+    assert sys.modules["apt_plugins.report.plugin"] is plugin
