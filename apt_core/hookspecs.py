@@ -329,7 +329,7 @@ def apt_loss_terms(trainer: Any, batch: Any, output: ModelOutput) -> Mapping[str
     in a run of several processes it is fatal, since they would no longer train on the same loss.
     Ranks: every one adds its terms for its own micro-batches; they all count, but for those of a
     micro-batch that is all padding (``batch.num_targets`` is 0), which some ranks get in the last
-    step of an epoch.
+    step of an epoch. A parameter of which a rank has no gradient counts as zero there.
 
     Example::
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from apt_core.data.batches import IGNORED, Batch
 from apt_core.device import autocast
+from apt_core.modeling.modes import eval_mode
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,12 @@ def score_batches(
     accuracy: bool = False,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> list[BatchScore] | None:
-    """Score ``model`` on each of ``batches``, in eval mode; the mode is put back.
+    """Score ``model`` on each of ``batches``, in eval mode; modules have their own back.
 
     None when ``interrupted()`` became true before the end.
     """
-    training = model.training
-    model.eval()
     sums, targets = [], []
-    try:
+    with eval_mode(model):
         for batch in batches:
             if interrupted():
                 return None
@@ -53,8 +52,6 @@ def score_batches(
             right = (logits.argmax(-1) == expected).sum() if accuracy else torch.zeros_like(loss)
             sums.append(torch.stack([loss.double(), right.double()]))
             targets.append(batch.num_targets)
-    finally:
-        model.train(training)
     rows = torch.stack(sums).tolist() if sums else []
     return [
         BatchScore(loss, int(right) if accuracy else None, count)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from apt_core.hook_returns import logits
 from apt_core.log import get_logger
+from apt_core.modeling.modes import eval_mode
 from apt_core.plugin_manager import PluginManager
 from apt_core.providers.tokenizer import TokenizerProvider
 from apt_core.types import GenerationRequest, GenerationResult
@@ -43,9 +44,7 @@ def generate(
     generator = torch.Generator(device=device).manual_seed(request.seed)
     ids = tokenizer.encode(request.prompt) or [0]
     start = len(ids)
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         room = min(max_seq_len, start + request.max_new_tokens)
         reader = _Reader(model, max_seq_len, room, device)
         for _ in range(request.max_new_tokens):
@@ -59,8 +58,6 @@ def generate(
             for processor in processors:
                 logits = processor(input_ids, logits)
             ids.append(decoder.choose(input_ids, logits, generator))
-    finally:
-        model.train(training)
     result = GenerationResult(tokenizer.decode(ids[start:]), tuple(ids[start:]))
     manager.hook.on_generation_end(request=request, result=result)
     return result

@@ -270,7 +270,7 @@ def _with_memory(model: nn.Module, device: torch.device) -> nn.Module:
             parameter.normal_(0.0, 0.02, generator=generator)
         else:
             parameter.fill_(1.0)
-    return model.train()
+    return model
 
 
 def _wait(device: torch.device) -> None:

@@ -43,12 +43,14 @@ STATE_KEYS = {
     "step", "epoch", "ended_epochs", "tokens", "nonfinite_steps", "start_scores", "scores",
     "metrics", "windows_per_step", "stopping", "timeline", "precision", "data_sha256", "plugins",
     "plugin_records", "optimizer_groups", "transforms", "averages",
+    "modes",
 }  # fmt: skip
 LISTED: Mapping[str, Mapping[str, Any]] = {
     "transforms": {"plugin": str},
     "averages": {"plugin": str, "decay": (int, float)},
+    "modes": {"at_start": dict, "now": dict},
 }
-"""Lists of mappings in the state, with what each entry must have."""
+"""Mappings in the state, most of them in lists, with what each must have."""
 
 EVALUATION = "evaluation.json"
 
@@ -258,8 +260,9 @@ def load(path: Path, *, verify: bool = True) -> Checkpoint:
     missing = STATE_KEYS - state.keys()
     if missing or not isinstance(manifest.get("step"), int):
         raise CheckpointError(f"{path}: its state has no {', '.join(sorted(missing)) or 'step'}")
+    listed = {**state, "modes": [state["modes"]]}
     for key, shape in LISTED.items():
-        if not _has_shape(state[key], shape):
+        if not _has_shape(listed[key], shape):
             raise CheckpointError(f"{path / 'state.json'}: {key} is not what a checkpoint holds")
     return Checkpoint(path, state, plugins, profile, manifest)
 

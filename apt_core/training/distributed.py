@@ -1,4 +1,4 @@
-"""One run in several processes: torch's own DDP and FSDP2, started by --nproc or by torchrun.
+"""One run in several processes: data parallel, or sharded by FSDP2, started by --nproc or torchrun.
 
 Every process takes the same path through the run and computes on micro-batches of its own; what
 the processes must agree on (the loss of a step, a request to stop, the run's folder) goes through
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from apt_core.config import Config
 from apt_core.errors import AptError, ConfigError, Problem, ProcessLostError, TrainingError
@@ -125,26 +124,16 @@ class World:
         for layer in stack:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
+        # A process may have no gradient of what another has one of.
+        cast(FSDPModule, model).set_reduce_scatter_unused_params(True)
 
-    def replicate(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """What the loop calls in place of ``model``: the same, or DDP around it."""
-        if self.sharding != "ddp":
-            return model
-        devices = [device] if device.type == "cuda" else None
-        # Buffers are functions of the settings (RoPE's tables), the same in every process.
-        return DistributedDataParallel(
-            model, device_ids=devices, gradient_as_bucket_view=True, forward_sync_buffers=False
-        )
-
-    def sum_gradients_in_backward(self, model: nn.Module, forward: nn.Module, *, now: bool) -> None:
-        """Say before a forward whether its backward ends the step: only then are the gradients of
-        all the processes brought together."""
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(now)
-        else:
-            replicated = getattr(forward, "_orig_mod", forward)
-            assert isinstance(replicated, DistributedDataParallel)
-            replicated.require_backward_grad_sync = now
+    @torch.no_grad()
+    def replicate(self, model: nn.Module) -> None:
+        """Give every process the first one's parameters and buffers, where the run keeps the whole
+        model in each."""
+        if self.sharding == "ddp":
+            for tensor in model.state_dict().values():
+                dist.broadcast(tensor, src=0)
 
     def reshard(self, model: nn.Module) -> None:
         """Let go of what a forward without a backward has gathered of a sharded model: until then
@@ -153,12 +142,6 @@ class World:
             model.reshard()
 
     # Agreement -------------------------------------------------------------------------------
-
-    def agree(self, loss: Tensor, stop: bool) -> tuple[Tensor, Tensor]:
-        """The mean of ``loss`` and the number of processes that want to stop, on the device."""
-        both = torch.stack([loss / self.size, torch.full_like(loss, float(stop))])
-        dist.all_reduce(both)
-        return both[0], both[1]
 
     def gather(self, value: Value) -> list[Value]:
         """``value`` of every process, in the order of the ranks."""

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 
 from apt_core.hook_returns import within
+from apt_core.modeling.modes import eval_mode
 from apt_core.training.distributed import local_part
 from apt_core.types import ModelOutput
 
@@ -75,9 +76,8 @@ class WeightAverage:
     def output(self, input_ids: Tensor) -> ModelOutput:
         """What the model gives for ``input_ids`` [B, T] with the averaged weights, in eval mode;
         the weights themselves and what a backward of theirs needs are left alone."""
-        model, training = self._model, self._model.training
-        model.eval()
-        try:
+        model = self._model
+        with eval_mode(model):
             if not isinstance(model, FSDPModule):
                 return functional_call(model, dict(self.values), (input_ids,))
             # Its forward gathers what lies in the shards.
@@ -87,8 +87,6 @@ class WeightAverage:
                     return model(input_ids)
                 finally:
                     model.reshard()
-        finally:
-            model.train(training)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

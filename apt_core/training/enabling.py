@@ -58,7 +58,8 @@ class Enabling:
             if due and state == "dormant" and trainer.switching.switch(name):
                 self.manager.set_state(name, "active")
                 self._note(name, "enabled", epoch, step)
-                self.manager.hook.on_plugin_enabled(plugin=name, trainer=trainer)
+                with trainer.modes.starting(trainer.model):
+                    self.manager.hook.on_plugin_enabled(plugin=name, trainer=trainer)
                 enabled = True
                 # A run that is killed later has been so too.
                 write_manifest(trainer, "running")

@@ -30,6 +30,7 @@ from apt_core.device import autocast, autocast_dtype, resolve_device
 from apt_core.failures import one_line
 from apt_core.kernel import Kernel
 from apt_core.modeling.compose import ModelBuilder
+from apt_core.modeling.modes import eval_mode
 from apt_core.plugin_manager import PluginManager
 from apt_core.providers.optimizer import OptimizerProvider
 from apt_core.training.costs import layers_of
@@ -137,7 +138,7 @@ class Footprint:
     def _measured(
         self, measure: Callable[[nn.Module], tuple[int, ...]], layers: Sequence[int]
     ) -> tuple[int, ...]:
-        model = with_layers(self.structure, layers).train()
+        model = with_layers(self.structure, layers)
         with FakeTensorMode():
             return measure(_faked(model))
 
@@ -151,9 +152,8 @@ class Footprint:
                 # What the forwards give is there until the backward is done.
                 outputs = [model(ids)]
                 loss = cross_entropy_sum(outputs[0], batch)
-                with torch.no_grad():
-                    outputs += [model.eval()(ids) for _ in range(self.costs.forwards)]
-                model.train()
+                with torch.no_grad(), eval_mode(model):
+                    outputs += [model(ids) for _ in range(self.costs.forwards)]
                 for _ in range(self.costs.passes):
                     outputs.append(model(ids))
                     loss = loss + cross_entropy_sum(outputs[-1], batch)

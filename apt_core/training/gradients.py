@@ -16,6 +16,7 @@ log = get_logger("apt.training")
 
 class Clipping:
     """Scales the gradients of ``parameters`` down to a norm of at most ``max_norm``; 0 leaves them.
+    Those of frozen parameters go.
 
     On a CPU the norm is read, which waits for nothing: most steps then scale nothing. (By torch's
     functions, which scale by a factor of 1, it takes 83 in place of 24 us for 12 small tensors.)
@@ -29,6 +30,9 @@ class Clipping:
     @torch.no_grad()
     def __call__(self) -> Tensor:
         """Clip; the norm that the gradients had, 0-d, the same in every process."""
+        for parameter in self._parameters:
+            if not parameter.requires_grad:  # frozen since its backward
+                parameter.grad = None
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if not self._reads or not gradients:
             norm = nn.utils.get_total_norm(gradients)

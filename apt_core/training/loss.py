@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,3 +41,22 @@ def loss_terms(trainer: Trainer, batch: Batch, output: ModelOutput) -> Iterator[
     ):
         for name, term in terms.items():
             yield of_term(plugin, name), term
+
+
+def without_gradients(term: Tensor) -> Tensor:
+    """Zero, whatever ``term`` (0-d) is. Its backward passes through all that the term was computed
+    by, as in the other processes, whose parameters it gathers, and gives no gradient to any."""
+    zero: Tensor = _WithoutGradients.apply(term)
+    return zero
+
+
+class _WithoutGradients(torch.autograd.Function):
+    """None is passed on, where zero could become NaN: of a mean over nothing for instance."""
+
+    @staticmethod
+    def forward(ctx: Any, term: Tensor) -> Tensor:
+        return torch.zeros_like(term)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        return None

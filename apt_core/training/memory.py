@@ -12,6 +12,7 @@ from torch import nn
 from apt_core.kernel import Kernel
 from apt_core.training.distributed import Sharding, local_part
 from apt_core.training.footprint import Footprint, Weights
+from apt_core.training.gradient_sum import BUCKET_BYTES
 from apt_core.training.stages import plugin_costs
 from apt_core.training.structure import structure_after
 
@@ -85,13 +86,15 @@ def estimate(
     # gradients whole.
     whole = micro_batches > 1 and world_size > 1
     parameters, gradients = share(weights.parameters), share(weights.trainable)
-    buffers = 0
+    buffers = together = 0
     if sharding == "fsdp":
         gradients = weights.trainable if whole else gradients
         buffers = _gathered(weights) if parts > 1 else 0
     elif sharding == "ddp":
-        # Else its buckets are the gradients.
-        buffers = weights.trainable if whole else 0
+        # A message, once the activations are gone.
+        together = min(
+            weights.trainable, BUCKET_BYTES + max(weights.outside, weights.largest_layer)
+        )
     ema = parameters * ((training.ema_decay is not None) + footprint.costs.averages)
     return MemoryEstimate(
         world_size=world_size,
@@ -102,7 +105,7 @@ def estimate(
         gradients=gradients,
         optimizer=share(state),
         ema=ema,
-        activations=None if activations is None else max(activations, share(workspace)),
+        activations=None if activations is None else max(activations, share(workspace), together),
         buffers=buffers,
         snapshot=parameters + share(state) + ema if footprint.device.type == "cpu" else 0,
     )

@@ -40,7 +40,8 @@ def parameter_groups(
     plugin asks for one: rate and decay are the optimizer's own, and ``scales`` are not for them.
     """
     scales = scales or {}
-    left = {id(p): (name, p) for name, p in model.named_parameters() if p.requires_grad}
+    # Frozen ones too: without a gradient none is moved, and a plugin may thaw them.
+    left = {id(p): (name, p) for name, p in model.named_parameters()}
     matrices = hidden_matrices(model) if separate_matrices else {}
     groups: dict[_Key, list[Tensor]] = {}
 

@@ -114,7 +114,7 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> Parts:
         bytes_per_token=bytes_per_token,
         data=data,
         model=model,
-        forward=loop_forward(kernel, model, device, world),
+        forward=loop_forward(kernel, model, world),
         optimizer=optimizer,
         lr_schedule=lr_schedule,
     )
@@ -142,11 +142,11 @@ def build_optimizer(kernel: Kernel, model: nn.Module) -> Optimizer:
     return optimizer
 
 
-def loop_forward(kernel: Kernel, model: nn.Module, device: torch.device, world: World) -> nn.Module:
-    """What the loop calls: ``model``, under DDP in a run that replicates it, compiled where the
-    profile asks for it."""
-    forward = world.replicate(model, device)
-    return torch.compile(forward) if kernel.config.training.compile else forward
+def loop_forward(kernel: Kernel, model: nn.Module, world: World) -> nn.Module:
+    """What the loop calls: ``model``, the same in every process, compiled where the profile asks
+    for it."""
+    world.replicate(model)
+    return torch.compile(model) if kernel.config.training.compile else model
 
 
 OWN_SECTIONS = ("name", "version", "description", "monitoring", "hardware", "debug")

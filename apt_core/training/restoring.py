@@ -73,6 +73,7 @@ def restore(trainer: Trainer, found: Checkpoint) -> None:
         trainer.scores = {"step": state["step"], **evaluated.scores}
     trainer.metrics, trainer.timeline = state["metrics"], state["timeline"]
     trainer.guard.load(*state["nonfinite_steps"])
+    trainer.modes.load_state_dict(state["modes"])
     if not trainer.stopping.load_state_dict(state["stopping"], trainer.evaluator.watched):
         kernel.notices.append(
             "evaluations watch other held-out windows than before: patience and the best loss "

@@ -300,6 +300,7 @@ class Saving:
             "tokens": trainer.tokens,
             "windows_per_step": trainer.parts.plan.windows_per_step,
             "nonfinite_steps": trainer.guard.state(),
+            "modes": trainer.modes.state_dict(trainer.model),
             "start_scores": trainer.start_scores,
             "scores": trainer.scores,
             # A plugin may have put anything into it.

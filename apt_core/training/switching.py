@@ -17,6 +17,7 @@ from apt_core.data.batches import IGNORED, Batch
 from apt_core.device import is_out_of_memory
 from apt_core.errors import CheckpointError, ConfigError, Problem
 from apt_core.log import get_logger
+from apt_core.modeling.modes import eval_mode
 from apt_core.modeling.transforms import ModelTransform
 from apt_core.plugin_records import PluginRecord
 from apt_core.training.ema import WeightAverage
@@ -247,8 +248,7 @@ class Switching:
             carry_optimizer_state(
                 transform, old, trainer.optimizer, model, optimizer, provider.moments, faults
             )
-            # After the optimizer, which has the parameters of the old one, frozen or not.
-            carry_frozen(transform, old, model)
+        carry_frozen(transform, old, model)
 
         def moved(average: WeightAverage) -> WeightAverage:
             values = carry_average(transform, average.values, model, faults) if carry else None
@@ -268,6 +268,7 @@ class Switching:
     def _adopt(self, made: _Made, transform: ModelTransform) -> None:
         trainer = self._trainer
         self._structure = made.structure
+        trainer.modes.carry(transform, trainer.model)
         trainer.ema, trainer.averages = made.average, made.averages
         trainer.switch_to(made.model, made.optimizer)
         trainer.step_log.structure_changed(transform.added_flops)
@@ -276,15 +277,13 @@ class Switching:
 @torch.no_grad()
 def fixed_loss(trainer: Trainer, model: nn.Module, batch: Batch) -> float:
     """The mean cross-entropy of ``batch`` in nats per token, computed in fp32 in eval mode."""
-    training = model.training
-    model.eval()
     try:
-        logits = model(batch.input_ids).logits.flatten(0, 1).float()
+        with eval_mode(model):
+            logits = model(batch.input_ids).logits.flatten(0, 1).float()
         losses = F.cross_entropy(
             logits, batch.targets.flatten(), ignore_index=IGNORED, reduction="none"
         )
     finally:
-        model.train(training)
         trainer.world.reshard(model)
     # The last digits of a sum in fp32 are what is to be compared.
     return float(losses.cpu().double().sum() / batch.num_targets)

@@ -23,6 +23,7 @@ from apt_core.kernel import Kernel, boot
 from apt_core.log import get_logger, keeping_backlog, noting_errors
 from apt_core.metric_names import CROSS_ENTROPY
 from apt_core.modeling.init import seed_of
+from apt_core.modeling.modes import eval_mode
 from apt_core.monitor import ProgressDisplay
 from apt_core.plugin_manager import PluginManager
 from apt_core.training.blame import attributed, usable_factor
@@ -32,10 +33,17 @@ from apt_core.training.ema import WeightAverage
 from apt_core.training.enabling import Enabling
 from apt_core.training.evaluating import Evaluator
 from apt_core.training.finite_guard import FiniteGuard
+from apt_core.training.gradient_sum import GradientSum
 from apt_core.training.gradients import Clipping, name_bad_gradients
-from apt_core.training.loss import cross_entropy_sum, forward_batch, loss_terms
+from apt_core.training.loss import (
+    cross_entropy_sum,
+    forward_batch,
+    loss_terms,
+    without_gradients,
+)
 from apt_core.training.manifest import write_manifest
 from apt_core.training.memory import out_of_memory_advice, own_memory
+from apt_core.training.model_modes import ModelModes
 from apt_core.training.opening import Opening
 from apt_core.training.prepare import loop_forward, num_threads, prepare, settle_device
 from apt_core.training.run_folder import RunFolder
@@ -123,6 +131,7 @@ class Trainer:
         self.stopping = Stopping(self.config, stop_at_step, alone=self.world_size == 1)
         self.switching = Switching(self)
         self._callbacks = Callbacks(self.manager)
+        self.modes = ModelModes()
         self._at = 0, 0  # the step at hand, and the tokens before it
         self._terms: dict[str, Tensor] = {}
         self.step_void: bool | Tensor = False
@@ -232,6 +241,7 @@ class Trainer:
                 self._enabling.announce()
                 self.manager.hook.on_training_start(trainer=self)
                 self.manager.settle()
+                self.modes.started(self.model)
                 if self.step == 0:
                     self.start_scores = self._evaluate(everything=False)
                 self._display.start(self.step)
@@ -259,7 +269,6 @@ class Trainer:
         plan, hook, device, clock = self.parts.plan, self.manager.hook, self.device, self.clock
         seeds = ModelSeeds(device, training.seed, self.rank)
         first_epoch, first_index = divmod(self.step, plan.steps_per_epoch)
-        self.model.train()
         self.step_log.begin()
         if self._over():
             return
@@ -299,6 +308,9 @@ class Trainer:
 
                 self._callbacks.guard(self.model, self.optimizer)
                 torch.set_grad_enabled(True)  # whatever a plugin has left it at
+                together = self._together
+                if together is not None:
+                    together.begin()
                 # Gradients are averaged over the processes, and are to be their sum.
                 scale = torch.full((), world.size / targets, device=device)
                 total: Tensor | float = 0.0
@@ -307,9 +319,8 @@ class Trainer:
                 self.optimizer.zero_grad(set_to_none=True)
                 for micro, batch in enumerate(batches):
                     seeds.seed(step, micro)
-                    if world.size > 1:
-                        last = micro + 1 == len(batches)
-                        world.sum_gradients_in_backward(self.model, self.parts.forward, now=last)
+                    if together is not None:
+                        together.expect(last=micro + 1 == len(batches))
                     with autocast(device, self.parts.dtype):
                         output = forward_batch(self.parts.forward, self.model, batch)
                         summed = cross_entropy_sum(output, batch)
@@ -317,17 +328,20 @@ class Trainer:
                         entropy = summed.detach() + entropy
                     for name, term in loss_terms(self, batch, output):
                         if not batch.num_targets:  # padding, of which a mean may be no number
+                            summed = summed + without_gradients(term)
                             continue
                         term = batch.num_targets * term
                         summed = summed + term
                         terms[name] = terms.get(name, 0.0) + term.detach()
+                    if not summed.requires_grad:
+                        raise TrainingError(f"step {step}: every parameter of the model is frozen")
                     summed.backward(scale)
                     total = summed.detach() + total
                     del output, summed  # before the next forward takes as much memory
                 loss = total * scale
                 self._terms = {}  # what fails from here on is not theirs
-                if world.size > 1:
-                    loss, stopping = world.agree(loss, self.stopping.wanted)
+                if together is not None:
+                    loss, stopping = together.finish(loss, self.stopping.wanted)
                     if logged or device.type == "cpu":
                         self.stopping.agreed = bool(stopping.item())
                 clock.lap("forward_backward")
@@ -382,17 +396,18 @@ class Trainer:
     def switch_to(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Go on with another model, which has the place of the one before in everything."""
         skipped = self.guard.state()
-        # What held the old one, DDP's buckets for instance, goes first.
+        # What holds the old one goes first.
         del self.parts.forward
         self._use(model, optimizer)
         self.guard.load(*skipped)
         self.parts.model, self.parts.optimizer = model, optimizer
-        self.parts.forward = loop_forward(self.kernel, model, self.device, self.world)
+        self.parts.forward = loop_forward(self.kernel, model, self.world)
 
     def _use(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Train ``model`` with ``optimizer``."""
         training = self.config.training
         self.model, self.optimizer = model, optimizer
+        self._together = GradientSum(model, self.world) if self.world_size > 1 else None
         self.guard = FiniteGuard(optimizer, self.device, window=training.log_every_steps)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._clip = Clipping(parameters, training.gradient_clip)
@@ -542,7 +557,12 @@ class Trainer:
         """Score the held-out text, or a few batches of it, and tell of the result; ``final`` says
         that only the end of the run asks for it."""
         self.step_log.throughput.pause()
-        self.model.eval()
+        with eval_mode(self.model):
+            scores = self._scores(everything=everything, final=final)
+        self.step_log.throughput.resume()
+        return scores
+
+    def _scores(self, *, everything: bool, final: bool) -> dict[str, float]:
         self.manager.hook.on_evaluation_start(trainer=self)
         self._callbacks.guard(self.model, self.optimizer)
         evaluation = self.evaluator.evaluate(everything=everything)
@@ -563,8 +583,6 @@ class Trainer:
             finally:
                 if self.world.is_first:
                     self.manager.hook.on_metrics(metrics=dict(row), step=self.step)
-        self.model.train()
-        self.step_log.throughput.resume()
         return scores
 
     def _figures(self) -> dict[str, float]:

@@ -58,7 +58,18 @@ def materialize(
             )
     tell_buffers_loaded(new)
     world.shard(new, device)
-    return new.to(device).train(old.training)
+    _carry_modes(old, new)
+    return new.to(device)
+
+
+def _carry_modes(old: nn.Module, new: nn.Module) -> None:
+    """Give modules of ``new`` the training mode that those of their name have in ``old``; one that
+    is there anew has that of the module around it, unless it was made in eval mode."""
+    modes = {name: module.training for name, module in old.named_modules()}
+    for name, module in new.named_modules():
+        if name not in modes:
+            modes[name] = module.training and modes[name.rpartition(".")[0]]
+        module.training = modes[name]
 
 
 def tell_buffers_loaded(model: nn.Module) -> None:

@@ -349,6 +349,19 @@ class Ascends(AdamWProvider):
         return super().create(groups, learning_rate=learning_rate, weight_decay=weight_decay)
 
 
+@breaks("optimizer", "no gradient")
+class DecaysWhatIsFrozen(AdamWProvider):
+    def create(self, param_groups, **rates):
+        class Decays(torch.optim.SGD):
+            def step(self, closure=None):
+                for group in self.param_groups:
+                    for weight in group["params"]:
+                        weight.data.mul_(1 - group["lr"] * group["weight_decay"])
+                super().step(closure)
+
+        return Decays(param_groups, lr=rates["learning_rate"])
+
+
 @breaks("optimizer", "state dict")
 class StateOfItsOwn(AdamWProvider):
     def create(self, param_groups, **rates):
@@ -359,7 +372,8 @@ class StateOfItsOwn(AdamWProvider):
                 self.steps += 1
                 for group in self.param_groups:
                     for weight in group["params"]:
-                        weight.data.sub_(weight.grad, alpha=group["lr"] / self.steps)
+                        if weight.grad is not None:
+                            weight.data.sub_(weight.grad, alpha=group["lr"] / self.steps)
 
         return Slower(param_groups, lr=rates["learning_rate"])
 

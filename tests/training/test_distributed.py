@@ -35,6 +35,8 @@ HALF = 4
 LENGTH = 750
 """Characters of the text: the last step of an epoch, the sixth, has too few for two processes."""
 
+UNEVEN = {"model__ffn_name": "probed", "training__weight_decay": 0.1}
+
 WORKER = """
 import functools, json, sys
 import torch, torch.distributed as dist
@@ -70,7 +72,10 @@ dist.destroy_process_group()
 PLUGINS = """
 import math
 import torch
-from apt_core import StopTraining, hookimpl
+from torch import nn
+from apt_core import ProviderSpec, StopTraining, hookimpl
+from apt_core.data.batches import IGNORED
+from apt_core.modeling.layers import SwiGLU, SwiGLUProvider
 
 class Base:
     def __init__(self, told):
@@ -154,6 +159,57 @@ class State(Base):
     def apt_load_state_dict(self, state):
         self.told["restored"] = [state["of"], state["tensor"].tolist()]
 
+class FreezesAlone(Base):
+    @hookimpl
+    def on_step_start(self, step, trainer):
+        if step == 3 and self.second:
+            trainer.model.get_parameter("blocks.0.ffn_norm.weight").requires_grad_(False)
+
+class Probed(SwiGLU):
+    '''With parameters that loss terms alone use, and one that nothing does.'''
+    def __init__(self, d_model, d_ff, dropout=0.0):
+        super().__init__(d_model, d_ff, dropout)
+        self.probe = nn.Parameter(torch.full((d_model,), 0.1))
+        self.rare, self.late, self.never = (nn.Parameter(torch.eye(d_model)) for _ in range(3))
+
+    def forward(self, x):
+        self.seen = {"probe": x @ self.probe, "rare": x @ self.rare, "late": x @ self.late}
+        return super().forward(x)
+
+class ProbedProvider(SwiGLUProvider):
+    def create_layer(self, d_model, d_ff, dropout=0.0):
+        return Probed(d_model, d_ff, dropout)
+
+class Uneven(Base):
+    '''Gradients that some micro-batches, some steps or none have; a part of the model is frozen at
+    the start, another in mid-run, and thawed.'''
+    @hookimpl
+    def apt_register_providers(self):
+        return [ProviderSpec("ffn", "probed", ProbedProvider)]
+
+    @hookimpl
+    def on_training_start(self, trainer):
+        trainer.model.blocks[0].attention.requires_grad_(False)
+
+    @hookimpl
+    def on_step_start(self, step, trainer):
+        self.step = step
+        trainer.model.blocks[0].ffn.up.requires_grad_(step < 3)
+        if step == 5:
+            trainer.model.blocks[0].attention.requires_grad_(True)
+
+    @hookimpl
+    def apt_loss_terms(self, batch, trainer):
+        seen = trainer.model.blocks[0].ffn.seen
+        counted = batch.targets != IGNORED
+        terms = {"probe": (seen["probe"][counted] - 1).square().mean()}
+        if batch.num_targets and batch.input_ids[0, 0] % 12 == 5:
+            self.told.setdefault("rare", []).append(self.step)
+            terms["rare"] = (seen["rare"] ** 2).sum(-1)[counted].sum() / counted.sum()
+        if self.step >= 4:
+            terms["late"] = ((seen["late"] ** 2).mean(-1) * counted).sum() / counted.sum()
+        return terms
+
 class NeverFinite(Base):
     @hookimpl
     def apt_loss_terms(self, trainer, output):
@@ -204,10 +260,17 @@ class Runs:
             "second": second or {},
         }
 
-    def alone(self, name: str, *, optimizer: str = "adamw", **options: Any) -> str:
+    def alone(
+        self,
+        name: str,
+        manager: PluginManager | None = None,
+        *,
+        keys: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> str:
         """Train in this process; returns the sample."""
-        profile = with_keys(self.profile, {"training__optimizer_name": optimizer})
-        return Trainer(profile, output=self.folder / name, **options).fit().sample
+        profile = with_keys(self.profile, keys or {})
+        return Trainer(profile, manager, output=self.folder / name, **options).fit().sample
 
 
 def with_keys(profile: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,15 +298,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         },
     )
     runs = Runs(folder, profile)
+    plugins: dict[str, Any] = {"__name__": "plugins"}
+    exec(PLUGINS, plugins)
     for optimizer in ("adamw", "muon"):
-        runs.samples[optimizer] = runs.alone(f"alone_{optimizer}", optimizer=optimizer)
+        by = {"training__optimizer_name": optimizer}
+        runs.samples[optimizer] = runs.alone(f"alone_{optimizer}", keys=by)
+        manager = PluginManager()
+        manager.register(plugins["Uneven"]({"rank": 0}), "uneven")
+        whole = {"training__batch_size": 1, "training__grad_accum_steps": 8}
+        runs.alone(f"alone_uneven_{optimizer}", manager, keys={**UNEVEN, **whole, **by})
     runs.alone("alone_half", stop_at_step=HALF)
     half = {"stop_at_step": HALF}
     sharded = {"hardware__distributed": "fsdp"}
     muon = {"training__optimizer_name": "muon"}
     from_half = {"resume_from": str(runs.checkpoint("alone_half", HALF))}
     from_sharded = {"resume_from": str(runs.checkpoint("fsdp_half", HALF))}
-    four = {"training__grad_accum_steps": 4, "training__batch_size": 1, "training__max_steps": 3}
+    four = {"training__grad_accum_steps": 4, "training__batch_size": 1}
+    three = {"training__max_steps": 3, **four}
     jobs = dict(
         [
             runs.job("ddp_adamw"),
@@ -256,14 +327,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             runs.job("fsdp_on", options=from_half, **sharded),
             runs.job("fsdp_again", options=from_sharded, plugin="State", **sharded),
             runs.job("ddp_refused", options=from_half, training__grad_accum_steps=2),
-            runs.job("ddp_counts", plugin="Counts", **four),
-            runs.job("fsdp_counts", plugin="Counts", **sharded, **four),
+            runs.job("ddp_counts", plugin="Counts", **three),
+            runs.job("fsdp_counts", plugin="Counts", **sharded, **three),
             *(
                 runs.job(name, plugin=name, training__save_freq=0)
                 for name in ("StopsAlone", "StopsAloneAround", "RequestsAlone", "NotFinite")
             ),
             runs.job("NotFiniteSharded", plugin="NotFinite", **sharded),
             runs.job("FailsAlone", plugin="FailsAlone"),
+            runs.job("FreezesAlone", plugin="FreezesAlone"),
+            runs.job("FreezesAloneSharded", plugin="FreezesAlone", **sharded),
+            *(
+                runs.job(f"{name}_uneven_{optimizer}", plugin="Uneven", **UNEVEN, **four, **keys)
+                for name, how in (("ddp", {}), ("fsdp", sharded))
+                for optimizer, keys in (("adamw", how), ("muon", {**how, **muon}))
+            ),
             runs.job(
                 "NeverFinite", plugin="NeverFinite", training__max_nonfinite_steps=2, **sharded
             ),
@@ -306,6 +384,36 @@ def test_two_processes_train_as_one_does(runs: Runs, sharding: str, optimizer: s
     first, second = runs.told(name)
     assert first["sample"] == second["sample"] == runs.samples[optimizer]
     assert first["figures"]["val_loss"] == second["figures"]["val_loss"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_parameters_without_a_gradient_in_a_process_or_in_all_learn_as_in_one(
+    runs: Runs, sharding: str, optimizer: str
+) -> None:
+    """Frozen for a while, used by a term of some micro-batches, of no micro-batch, or of padding:
+    the second process has nothing else in the last micro-batch of an epoch."""
+    name, alone = f"{sharding}_uneven_{optimizer}", f"alone_uneven_{optimizer}"
+    first, second = (set(told["rare"]) for told in runs.told(name))
+    assert first - second and second - first and len(first | second) < STEPS
+    assert figures(runs.rows(name)) == pytest.approx(figures(runs.rows(alone)), rel=1e-6)
+    for part in ("model", "optimizer", "ema"):
+        expected = runs.tensors(alone, part)
+        torch.testing.assert_close(runs.tensors(name, part), expected, rtol=1e-4, atol=1e-5)
+        assert any("ffn.never" in tensor for tensor in expected) == (part != "optimizer")
+
+
+@pytest.mark.parametrize("name", ["FreezesAlone", "FreezesAloneSharded"])
+def test_a_parameter_that_one_process_froze_is_named_before_anything_is_wrong(
+    runs: Runs, name: str
+) -> None:
+    for told in runs.told(name):
+        assert told["error"].startswith(
+            "TrainingError: parameter blocks.0.ffn_norm.weight is frozen in process 1 and learns in"
+        )
+    assert [path.name for path in (runs.folder / name / "checkpoints").iterdir()] == [
+        "step-00000002"
+    ]
 
 
 def test_the_ragged_step_of_an_epoch_leaves_a_process_without_targets(runs: Runs) -> None:

@@ -48,6 +48,49 @@ def test_the_loss_falls_and_the_figures_are_consistent():
     assert all(keys <= row.keys() for row in rows)
 
 
+class Still:
+    """Two modules are to train without dropout, from the start and from step 3 on; meanwhile an
+    average of the weights computes something."""
+
+    def __init__(self):
+        self.seen = []
+
+    @hookimpl
+    def on_training_start(self, trainer):
+        trainer.model.blocks[0].eval()
+
+    @hookimpl
+    def on_step_start(self, step, batch, trainer):
+        if step == 3:
+            trainer.model.blocks[0].attention.train()
+            trainer.model.blocks[1].ffn.eval()
+        trainer.average("still", 0.9).output(batch[0].input_ids)
+        self.look(trainer)
+
+    @hookimpl
+    def on_training_end(self, trainer):
+        self.look(trainer)
+
+    def look(self, trainer):
+        modes = {name: module.training for name, module in trainer.model.named_modules()}
+        self.seen.append({name for name, training in modes.items() if not training})
+
+
+def test_every_module_keeps_its_own_mode_over_evaluations_averages_and_the_sample():
+    settings = {"model.num_layers": 2, "model.dropout": 0.5, "training.ema_decay": 0.9}
+    often, never = Still(), Still()
+    runs = [
+        tiny_run(still, steps=6, overrides={**settings, "evaluation.eval_freq": every})
+        for still, every in ((often, 1), (never, 0))
+    ]
+    assert runs[0].same_weights(runs[1])
+    assert often.seen == never.seen and len(often.seen) == 7
+    assert all(name.startswith("blocks.0") for name in often.seen[0])
+    assert {"blocks.0", "blocks.0.attention", "blocks.0.ffn"} <= often.seen[0]
+    assert often.seen[2] == often.seen[-1] and {"blocks.1.ffn", "blocks.0.ffn"} <= often.seen[-1]
+    assert not {"blocks.0.attention", "blocks.1"} & often.seen[-1]
+
+
 class Gradients:
     """Keeps the gradients of the first step."""
 

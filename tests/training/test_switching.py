@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 from dataclasses import dataclass, field
@@ -484,27 +485,71 @@ from apt_core import hookimpl
 
 @hookimpl
 def on_training_start(trainer):
+    '''It does not ask whether the run was resumed.'''
+    freeze(trainer, True, "gate.weight", "up.weight", "down.weight")
+
+@hookimpl
+def on_step_start(step, trainer):
+    if step == 3:
+        freeze(trainer, False, "gate.weight")
+    if step == 4:
+        freeze(trainer, True, "qkv_weight")
+        trainer.model.blocks[0].ffn.eval()  # without dropout
+    if step == 7:
+        freeze(trainer, False, "down.weight")
+        trainer.model.blocks[0].attention.eval()
+
+@hookimpl
+def apt_metrics(trainer):
+    return {"eval": sum(not module.training for module in trainer.model.modules())}
+
+def freeze(trainer, frozen, *parts):
     for name, parameter in trainer.model.named_parameters():
-        if name.startswith("blocks.0.ffn") and name.endswith("weight"):
-            parameter.requires_grad_(False)
+        if name.startswith("blocks.0.") and name.endswith(parts):
+            parameter.requires_grad_(not frozen)
 """
 
 
-def test_what_is_frozen_stays_so_over_a_switch_and_a_resume(
-    wider: Experiment, differences, in_children, killer
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_what_is_frozen_is_so_over_a_switch_and_a_resume_until_it_is_thawed(
+    wider: Experiment, differences, in_children, killer, optimizer: str
 ) -> None:
     wider.plugin("freezer", FREEZER)
-    wider.train("whole")
+    wider.settings |= {"training.optimizer_name": optimizer, "training.ema_decay": 0.9}
     saving = {"training.save_every_steps": 1}
-    assert in_children(lambda: wider.train("killed", killer(8), changes=saving)) == [-9]
-    wider.train("killed", resume=True)
-    assert differences(wider.folder / "whole", wider.folder / "killed") == []
-    first, last = (
-        load_file(path / "model.safetensors")
-        for path in (wider.checkpoints("killed")[0], wider.checkpoints("whole")[-1])
+    wider.train("whole", changes=saving)
+    for step in (2, 4, 6, 8):
+        name = f"killed_{step}"
+        assert in_children(lambda n=name, s=step: wider.train(n, killer(s), changes=saving)) == [-9]
+        wider.train(name, changes=saving, resume=True)
+        assert differences(wider.folder / "whole", wider.folder / name) == [], name
+    weights, states = (
+        [load_file(path / f"{kind}.safetensors") for path in wider.checkpoints("whole")]
+        for kind in ("model", "optimizer")
     )
-    before = first["blocks.0.ffn.up.weight"]
-    assert torch.equal(last["blocks.0.ffn.0.up.weight"], torch.cat([before, before]))
+
+    def moved(name: str) -> list[int]:
+        """The steps that have changed it, of those before which it was there."""
+        pairs = enumerate(itertools.pairwise(weights), start=2)
+        return [
+            step
+            for step, (before, after) in pairs
+            if name in before.keys() & after.keys() and not before[name].equal(after[name])
+        ]
+
+    assert moved("blocks.0.ffn.up.weight") == moved("blocks.0.ffn.0.up.weight") == []
+    assert moved("blocks.0.ffn.gate.weight") == [3, 4, 5]
+    assert moved("blocks.0.ffn.0.down.weight")[0] == 7
+    assert moved("blocks.0.attention.qkv_weight") == [2, 3]
+    up = weights[0]["blocks.0.ffn.up.weight"]
+    assert torch.equal(weights[-1]["blocks.0.ffn.0.up.weight"], torch.cat([up, up]))
+    rows = (wider.folder / "whole" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [row["freezer/eval"] for row in map(json.loads, rows) if "freezer/eval" in row]
+    of_ffn, of_new_ffn, of_attention = found[3], found[5], found[6] - found[5]
+    assert found[:7] == [0, 0, 0, of_ffn, of_ffn, of_new_ffn, of_new_ffn + of_attention]
+    assert of_new_ffn == of_ffn + 2 and of_attention
+    down = [any("0.ffn.0.down" in key for key in state) for state in states]
+    assert down[:8] == [False] * 6 + [True] * 2
 
 
 def test_the_manifest_tells_of_a_switch_at_once(wider: Experiment, in_children, killer) -> None:

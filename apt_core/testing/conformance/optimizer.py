@@ -21,6 +21,7 @@ def optimizer_checks(provider: Any) -> list[Check]:
         Check("builds", lambda: _builds(provider)),
         Check("rates", lambda: _rates(provider)),
         Check("step", lambda: _step(provider)),
+        Check("no gradient", lambda: _no_gradient(provider)),
         Check("state dict", lambda: _state_dict(provider)),
     ]
 
@@ -85,6 +86,21 @@ def _step(provider: Any) -> None:
     _take_step(optimizer, weights)
     after = _loss(weights).item()
     assert after < before, f"a step changes a quadratic loss from {before:.6g} to {after:.6g}"
+
+
+def _no_gradient(provider: Any) -> None:
+    """Without a gradient a weight stays as it is, decay or not, and learns once it has one."""
+    weights = _weights()
+    optimizer = _optimizer(provider, weights)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.1
+    frozen, before = weights[0].requires_grad_(False), weights[0].clone()
+    for _ in range(2):
+        _take_step(optimizer, weights)
+    assert frozen.equal(before), "a weight that has no gradient moves"
+    frozen.requires_grad_(True)
+    _take_step(optimizer, weights)
+    assert not frozen.equal(before), "a weight that has a gradient for the first time stays"
 
 
 def _state_dict(provider: Any) -> None:

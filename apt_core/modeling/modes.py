@@ -1,0 +1,28 @@
+"""The training mode of modules: each has its own, and a model need not have one for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """``model`` and all that it consists of are in eval mode inside; after that each module has the
+    mode that it had, also one that was in eval mode alone."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        set_modes(modes)
+
+
+def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    """Give each module its mode; one that contains others stands before them. By ``train``, for a
+    module may do more in it than note the mode."""
+    for module, training in modes:
+        if module.training != training:
+            module.train(training)
