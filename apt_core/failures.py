@@ -63,14 +63,18 @@ def one_line(error: BaseException) -> str:
 
 
 def shown(value: object) -> str:
-    """The first line of ``str(value)`` with something in it, whatever the object."""
+    """The first line of :func:`text_of` with something in it."""
+    return next((line.strip() for line in text_of(value).splitlines() if line.strip()), "")
+
+
+def text_of(value: object) -> str:
+    """``str(value)``, whatever the object, as text that a file takes."""
     try:
-        text = str(value)
+        return _writable(str(value))
     except KeyboardInterrupt:
         raise
     except BaseException:
-        text = "(its message cannot be printed)"
-    return next((line.strip() for line in _writable(text).splitlines() if line.strip()), "")
+        return "(its message cannot be printed)"
 
 
 def short_path(filename: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from apt_core.errors import AptError, ConfigError, PluginError, ProviderError
-from apt_core.failures import one_line
+from apt_core.failures import one_line, text_of
 
 if TYPE_CHECKING:
     import typer
@@ -76,7 +76,9 @@ def _report(error: Exception, args: Sequence[str], code: int) -> int:
     # What failed in one of many processes can seldom be had again.
     foreign = not isinstance(error, AptError) or isinstance(error, PluginError | ProviderError)
     whole = "--debug" in args or (several and foreign)
-    text = str(error) if isinstance(error, AptError) else f"unexpected failure: {one_line(error)}"
+    text = (
+        text_of(error) if isinstance(error, AptError) else f"unexpected failure: {one_line(error)}"
+    )
     lines = "".join(traceback.format_exception(error)) if whole else ""
     lines += f"error: {text}\n"
     if not whole and not isinstance(error, ConfigError):

@@ -15,7 +15,7 @@ from apt_core.errors import (
     StopTraining,
     TrainingError,
 )
-from apt_core.failures import one_line, short_path
+from apt_core.failures import one_line, short_path, text_of
 from apt_core.hook_returns import MAX_FACTOR, within
 from apt_core.kernel import Kernel
 from apt_core.training.distributed import explained
@@ -41,7 +41,7 @@ def attributed(kernel: Kernel, error: BaseException, terms: Collection[str] = ()
     if isinstance(error, ValueError) and kernel.manager.step == 0:
         key = f"provider {found[0].key} of plugin {found[0].plugin}" if found else ""
         key = f"plugin {author[0]}" if author else key
-        return ConfigError(Problem(str(error), key=key, where=found[1] if found else ""))
+        return ConfigError(Problem(text_of(error), key=key, where=found[1] if found else ""))
     if author is not None:
         plugin, function = author
         failure = manager.records[plugin].add_failure(

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from apt_core.config import Config
 from apt_core.errors import AptError, ConfigError, Problem, ProcessLostError, TrainingError
+from apt_core.failures import text_of
 from apt_core.training.resume import differences
 
 Value = TypeVar("Value")
@@ -240,7 +241,7 @@ def has_lasting_store() -> bool:
 
 def explained(error: BaseException) -> BaseException:
     """``error``, or a ProcessLostError for what a collective raises once a process has gone."""
-    text = str(error)
+    text = text_of(error)
     if "/gloo/" in text:
         # "[a source file] what happened. Some advice."
         text = text.partition("] ")[2].partition(". ")[0]

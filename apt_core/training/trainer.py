@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from apt_core.config import Config
 from apt_core.device import autocast, available_memory, cpu_threads, held_memory, is_out_of_memory
 from apt_core.errors import PluginError, StopTraining, TrainingError
-from apt_core.failures import one_line
+from apt_core.failures import one_line, text_of
 from apt_core.hook_returns import MAX_FACTOR
 from apt_core.kernel import Kernel, boot
 from apt_core.log import get_logger, keeping_backlog, noting_errors
@@ -543,7 +543,7 @@ class Trainer:
                 text = one_line(failure)
                 log.error("no checkpoint of step %d could be written: %s", self.step, text)
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        write_manifest(self, status, figures=self._figures(), error=str(error))
+        write_manifest(self, status, figures=self._figures(), error=text_of(error))
         try:
             self.manager.settle()
             self.manager.hook.on_exception(error=error, trainer=self)

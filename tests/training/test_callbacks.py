@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from apt_core import StopTraining, hookimpl
-from apt_core.errors import PluginError
+from apt_core.errors import PluginError, TrainingError
 from apt_core.testing import TinyRun, tiny_run
 from apt_core.training import checkpoint
 
@@ -210,6 +210,28 @@ class Stubborn:
     @hookimpl
     def on_exception(self) -> None:
         raise self._error
+
+
+class Unspeakable(TrainingError):
+    def __str__(self) -> str:
+        raise LookupError("no text")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(TrainingError("caf\udce9"), "caf\\udce9"), (Unspeakable(), "cannot be printed")],
+)
+def test_what_a_run_dies_of_may_be_unspeakable(
+    error: Exception, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("apt_core.training.step_log.StepLog.write", write)
+    with pytest.raises(TrainingError):
+        run_with(output=tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["status"] == "failed" and told in manifest["error"]
 
 
 @pytest.mark.parametrize(
