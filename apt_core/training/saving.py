@@ -20,6 +20,7 @@ from apt_core.log import get_logger
 from apt_core.training import checkpoint
 from apt_core.training.checkpoint import Evaluated, Snapshot
 from apt_core.training.distributed import World
+from apt_core.training.diverging import diverged, listed, weights_not_finite
 from apt_core.training.manifest import plugin_rows
 from apt_core.training.run_folder import RunFolder, now, versions
 from apt_core.training.state import (
@@ -71,6 +72,8 @@ class Saving:
         self._world: World = trainer.world
         self.saved = self._position() if resumed else None
         self._evaluated: tuple[int, Evaluated] | None = None
+        self._refused: Position | None = None
+        self._prunes = True
         self.failures: list[str] = []
         self._parameters: set[str] = set()
         self._write: _Write | None = None
@@ -85,7 +88,8 @@ class Saving:
 
     def save(self) -> None:
         """Take a snapshot of the current position, unless there is a checkpoint of it, and have it
-        written. Waits only while the checkpoint before is not written yet.
+        written. Waits only while the checkpoint before is not written yet. Raises DivergedError
+        for weights that are not finite.
 
         A full disk costs this checkpoint and nothing else: the run goes on, but it does not end
         well.
@@ -94,6 +98,13 @@ class Saving:
         position = self._position()
         if self.saved == position:
             return
+        if bad := weights_not_finite(self._trainer, everywhere=True):
+            self._refused = position
+            raise diverged(
+                self._trainer,
+                f"the weights after step {position[0]} are not finite ({listed(bad)}) and are not "
+                "saved",
+            )
         snapshot = self._snapshot()
         if self._world.is_first or self._group is not None:
             future = self._thread.submit(self._written, snapshot)
@@ -186,21 +197,26 @@ class Saving:
         self._record(write.position[0], write.evaluated)
         if self._world.is_first:
             log.info("checkpoint: %s", short_path(str(path)))
-            self._prune()
+            if self._prunes:
+                self._prune()
             self._trainer.manager.hook.on_checkpoint_saved(path=path, trainer=self._trainer)
 
-    def save_now(self) -> None:
-        """Save, and wait for it; a plugin that is told and asks to stop does not keep it from being
-        done."""
+    def save_unjudged(self) -> None:
+        """Save, and wait for it, before an evaluation says what that is worth: nothing is deleted
+        for it. A plugin that is told and asks to stop does not keep it from being done."""
+        self._prunes = False
         for part in (self.finish, self.save, self.finish):
             with suppress(StopTraining):
                 part()
+        self._prunes = True
 
     def save_last(self) -> None:
         """Save, and wait for it. Raises TrainingError when it cannot be written."""
-        self.save_now()
+        self.save_unjudged()
         if self.saved != self._position():
             raise TrainingError(self.failures[-1])
+        if self._world.is_first:
+            self._prune()
 
     def save_in_emergency(self) -> None:
         """Save before the run dies. Raises OSError."""
@@ -212,7 +228,14 @@ class Saving:
                 self._record(write.position[0], write.evaluated)
             else:
                 self._failed(write, str(error))
-        if self.saved == self._position():
+        if self._position() in (self.saved, self._refused):
+            return
+        if bad := weights_not_finite(self._trainer):
+            log.error(
+                "no checkpoint of step %d: its weights are not finite (%s)",
+                self._trainer.step,
+                listed(bad),
+            )
             return
         if self._group is not None and not self._world.all_at(self._here()):
             log.error(
@@ -318,6 +341,7 @@ class Saving:
             "plugin_records": trainer.manager.state_dict(),
             "optimizer_groups": optimizer_groups(trainer.model, trainer.optimizer),
             "transforms": trainer.switching.switches,
+            "changes": trainer.changes,
             "averages": [
                 {"plugin": plugin, "decay": average.decay}
                 for plugin, average in trainer.averages.items()
