@@ -37,15 +37,13 @@ def names_not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def weights_not_finite(trainer: Trainer, *, everywhere: bool = False) -> list[str]:
-    """Names of trainable weights, and of averages of them, that are not finite: in this process, or
-    in any of them, if all call this."""
-    trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
-    averages = {"": trained}
+    """Names of parameters, and of averages of them, that are not finite: in this process, or in any
+    of them, if all call this. (What else a model keeps, such as a mask, may be infinite.)"""
+    kept: dict[str, Mapping[str, Tensor]] = {"": dict(trainer.model.named_parameters())}
     if trainer.ema is not None:
-        averages["average of "] = {n: trainer.ema.values[n] for n in trained}
-    for plugin, average in trainer.averages.items():
-        averages[f"{plugin}'s average of "] = {n: average.values[n] for n in trained}
-    named = {f"{what}{n}": tensor for what, own in averages.items() for n, tensor in own.items()}
+        kept["average of "] = trainer.ema.values
+    kept |= {f"{plugin}'s average of ": a.values for plugin, a in trainer.averages.items()}
+    named = {f"{what}{n}": tensor for what, own in kept.items() for n, tensor in own.items()}
     bad = names_not_finite(named)
     return [*dict.fromkeys(chain(*trainer.world.gather(bad)))] if everywhere else bad
 

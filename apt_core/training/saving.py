@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from apt_core.errors import CheckpointError, StopTraining, TrainingError
+from apt_core.errors import StopTraining, TrainingError
 from apt_core.failures import one_line, short_path
 from apt_core.log import get_logger
 from apt_core.training import checkpoint
@@ -25,7 +25,6 @@ from apt_core.training.manifest import plugin_rows
 from apt_core.training.run_folder import RunFolder, now, versions
 from apt_core.training.state import (
     model_tensors,
-    not_finite,
     optimizer_groups,
     optimizer_tensors,
     plugin_states,
@@ -75,7 +74,6 @@ class Saving:
         self._refused: Position | None = None
         self._prunes = True
         self.failures: list[str] = []
-        self._parameters: set[str] = set()
         self._write: _Write | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="apt-checkpoint")
         # A group of its own: a checkpoint is written while the run communicates.
@@ -185,7 +183,7 @@ class Saving:
         path, error = Path(), None
         try:
             path = write.future.result()  # an interrupt here leaves it to save_in_emergency
-        except (OSError, CheckpointError) as problem:
+        except OSError as problem:
             error = str(problem)
         self._write = None
         # All of them have to know: what is saved, and what is the best, decides when they save.
@@ -266,16 +264,6 @@ class Saving:
         return self._trainer.step, self._trainer.ended_epochs
 
     def _written(self, snapshot: Snapshot) -> Path:
-        """Write it, unless its weights are not finite: no resume could make use of them, and they
-        must not have the place of good ones."""
-        bad = not_finite(snapshot.tensors["model"], self._parameters)
-        if self._group is not None:
-            everywhere: list[Any] = [None] * self._world.size
-            dist.all_gather_object(everywhere, bad, group=self._group)
-            bad = list(dict.fromkeys(name for names in everywhere for name in names))
-        if bad:
-            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-            raise CheckpointError(f"its weights are not finite: {', '.join(bad[:3])}{more}")
         return checkpoint.save(self._folder.checkpoints, snapshot, self._world, self._group)
 
     def _snapshot(self, *, emergency: bool = False) -> Snapshot:
@@ -290,7 +278,6 @@ class Saving:
         tensors = {}
         if self._world.is_first or self._group is not None:
             optimizer = optimizer_tensors(trainer.model, trainer.optimizer)
-            self._parameters = {name for name, _ in trainer.model.named_parameters()}
             tensors["model"] = copy_to_cpu(model_tensors(trainer.model), self._mesh)
             tensors["optimizer"] = copy_to_cpu(optimizer, self._mesh)
             if trainer.ema is not None:
