@@ -62,7 +62,8 @@ class Kernel:
     """A checked profile with its plugins, providers and schedule.
 
     ``notices`` are facts that the person should see at the start of a run; ``inactive`` the keys
-    of the profile that do nothing, with the reason.
+    of the profile that do nothing, with the reason; ``unused`` all settings that have no effect
+    beside others, written or not.
     """
 
     config: Config
@@ -72,6 +73,7 @@ class Kernel:
     schedule_params: Mapping[str, str]
     sections: Sequence[SectionSpec] = ()
     inactive: list[InactiveKey] = field(default_factory=list)
+    unused: Sequence[Unused] = ()
     notices: list[str] = field(default_factory=list)
 
     def named_providers(self) -> list[tuple[str, str]]:
@@ -301,11 +303,13 @@ class _Boot:
         )
         self.problems += problems
         inactive += more
+        unused: list[Unused] = []
         if config is not None:
+            unused = list(self._unused(config))
             # With --plugin no:NAME the list of plugins is the command line's.
             chosen = ("plugins",) if self.blocked else ()
             told = {item.key for item in inactive}
-            vain = written_in_vain(config, self.source, self._unused(config), chosen)
+            vain = written_in_vain(config, self.source, unused, chosen)
             inactive += [item for item in vain if item.key not in told]
             self.problems += self._check_providers(config)
             inactive += _unread_paths(config, self.registry)
@@ -329,6 +333,7 @@ class _Boot:
             schedule_params=self.params,
             sections=self.sections,
             inactive=inactive,
+            unused=unused,
             notices=self.notices,
         )
 

@@ -34,6 +34,7 @@ from apt_core.training.parameter_groups import parameter_groups
 from apt_core.training.peak import measured_peak_flops
 from apt_core.training.run_folder import versions
 from apt_core.training.run_length import horizon, tell_what_the_length_decides
+from apt_core.training.state import keep_plan
 from apt_core.training.structure import rehearse
 
 log = get_logger("apt.training")
@@ -137,8 +138,7 @@ def build_optimizer(kernel: Kernel, model: nn.Module) -> Optimizer:
     optimizer = provider.create(
         groups, learning_rate=training.learning_rate, weight_decay=training.weight_decay
     )
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
+    keep_plan(optimizer)
     return optimizer
 
 

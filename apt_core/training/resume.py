@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
 
-from apt_core.config import Config
+from apt_core.config import Config, Source
 from apt_core.errors import CheckpointError, ConfigError, Problem
-from apt_core.types import SectionSpec
+from apt_core.types import SectionSpec, Unused
 
 FREE_SECTIONS = ("name", "version", "description", "plugins", "evaluation", "monitoring", "debug")
 """Sections that may differ, with a notice. (Plugins may come and go: a loss term too.)"""
@@ -57,9 +57,6 @@ def _nothing(config: Config) -> None:
     return None
 
 
-RATE_KEYS = ("training.learning_rate", "training.muon.learning_rate", "training.gradient_clip")
-"""Keys that a resume may change from its step on, where it is told to: how far a step goes."""
-
 EFFECTS: Mapping[str, Callable[[Config], Any]] = {
     "data.max_length": lambda config: config.seq_len,
     "data.truncation": _nothing,
@@ -70,16 +67,6 @@ EFFECTS: Mapping[str, Callable[[Config], Any]] = {
     "model.vft.r": _vft_rank,
     "model.vft.rank": _vft_rank,
     "training.amp_level": _nothing,
-    "training.decay_ratio": lambda config: (
-        config.training.lr_schedule_name not in ("cosine", "linear", "constant")
-        and config.training.decay_ratio
-    ),
-    "training.min_lr_ratio": lambda config: (
-        config.training.lr_schedule_name != "constant" and config.training.min_lr_ratio
-    ),
-    "training.muon": lambda config: (
-        config.training.optimizer_name != "adamw" and config.training.muon
-    ),
 }
 """What keys come to, themselves or with others: where that is the same, they may differ."""
 
@@ -112,25 +99,19 @@ def check_resume(
     profile: Mapping[str, Any],
     before: Config | None,
     *,
+    unused: Iterable[Unused],
     same_text: bool,
     another_past: Callable[[], str],
-    allowed: Collection[str] = (),
 ) -> list[str]:
     """Keys that differ from those of the checkpoint and may.
 
     ``profile`` is the checkpoint's, ``before`` is it as a Config, None where it is no valid one
-    here. ``same_text`` says whether both read the same text, and ``another_past`` is asked where
-    the length of the run differs: what a run of the present one would have had otherwise up to the
-    checkpoint, or "". ``allowed`` are those of RATE_KEYS that the run was told to change. Raises
-    ConfigError naming every key that must not differ.
+    here. ``unused`` are the settings without effect in ``config``. ``same_text`` says whether both
+    read the same text, and ``another_past`` is asked where the length of the run differs: what a
+    run of the present one would have had otherwise up to the checkpoint, or "". Raises ConfigError
+    naming every key that must not differ.
     """
     changed, refused = [], []
-    for key in allowed:
-        if key not in RATE_KEYS:
-            hint = f"these may: {', '.join(RATE_KEYS)}"
-            refused.append(
-                Problem("a resume may not change it", f"--allow-change {key}", hint=hint)
-            )
     saved = profile if before is None else before.to_dict()
     differing = [*differences(saved, config.to_dict())]
     length = another_past() if any(key in HORIZON_KEYS for key, _, _ in differing) else ""
@@ -140,16 +121,12 @@ def check_resume(
             reason = length
         elif key in TEXT_KEYS:
             reason = "" if same_text else "another text is read there"
-        elif key in allowed or (
-            reason and before is not None and _same_effect(key, before, config)
-        ):
+        elif reason and before is not None and _same_effect(key, before, config, unused):
             reason = ""
         if not reason:
             changed.append(key)
             continue
         hint = f"put it back, or start a new run: leave --resume out (was {old!r})"
-        if key in RATE_KEYS:
-            hint += f", or take it from here on: --allow-change {key}"
         message = f"is {new!r}, the checkpoint was made with {old!r}: {reason}"
         refused.append(Problem(message, key=key, hint=hint))
     if refused:
@@ -160,9 +137,16 @@ def check_resume(
 TRAINS = "it changes how the weights train"
 
 
-def _same_effect(key: str, before: Config, now: Config) -> bool:
-    effect = next((EFFECTS[name] for name in EFFECTS if f"{key}.".startswith(f"{name}.")), None)
-    return effect is not None and effect(before) == effect(now)
+def _same_effect(key: str, before: Config, now: Config, unused: Iterable[Unused]) -> bool:
+    if key in EFFECTS and EFFECTS[key](before) == EFFECTS[key](now):
+        return True
+    values = [Source.from_dict(config.to_dict()) for config in (before, now)]
+    return any(
+        # Where what decides is as it was, the setting had no effect before either.
+        item.because and all(len({repr(v.get(k)) for v in values}) == 1 for k in item.because)
+        for item in unused
+        if f"{key}.".startswith(f"{item.key}.")
+    )
 
 
 def differences(

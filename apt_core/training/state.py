@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from apt_core.errors import CheckpointError
 from apt_core.log import get_logger
 from apt_core.plugin_manager import PluginManager
 from apt_core.training.checkpoint import join_tensors, split_tensors
+from apt_core.training.distributed import local_part
 from apt_core.training.tensor_files import SavedTensors
 
 log = get_logger("apt.checkpoint")
@@ -28,6 +30,20 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         unique.setdefault(id(tensor), name)
     return {name: tensors[name] for name in unique.values()}
+
+
+def not_finite(tensors: Mapping[str, Tensor], parameters: Collection[str]) -> list[str]:
+    """The names of those ``parameters`` that have values which are not finite, as far as this
+    process holds them. (What else a model keeps, such as a mask, may be infinite.)"""
+    return sorted(name for name in parameters if name in tensors and not _is_finite(tensors[name]))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    part = local_part(tensor)
+    if not part.is_floating_point() or not part.numel():
+        return True
+    extremes = torch.aminmax(part if part.element_size() > 1 else part.float())
+    return all(isfinite(extreme.item()) for extreme in extremes)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -47,9 +63,26 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
     return tensors
 
 
+PLAN = "plan"
+"""The key of a group under which it keeps what it was made with."""
+
+
+def keep_plan(optimizer: Optimizer) -> None:
+    """Let every group of a new optimizer keep its settings, of which steps and plugins may make
+    others, under ``PLAN``, and its peak rate as ``initial_lr``."""
+    for group in optimizer.param_groups:
+        group[PLAN] = {
+            key: [*value] if isinstance(value, tuple) else value
+            for key, value in group.items()
+            if isinstance(value, bool | int | float | str | tuple)
+        }
+        group["initial_lr"] = group["lr"]
+
+
 def optimizer_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
-    """What an optimizer keeps of each group, as far as it is JSON: ``parameters``, their names, and
-    ``settings`` but for the rate, which is a function of profile, plugins and position."""
+    """What an optimizer keeps of each group, as far as it is JSON: ``parameters``, their names,
+    ``settings`` but for the rate, which is a function of the plan and the position, and the
+    ``plan``."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [
         {
@@ -59,6 +92,7 @@ def optimizer_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, A
                 for key, value in group.items()
                 if key not in ("lr", "initial_lr") and isinstance(value, bool | int | float | str)
             },
+            PLAN: group.get(PLAN, {}),
         }
         for group in optimizer.param_groups
     ]
@@ -67,15 +101,36 @@ def optimizer_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, A
 def load_optimizer_groups(
     model: nn.Module, optimizer: Optimizer, saved: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Put them back. Raises CheckpointError for groups of other parameters."""
+    """Put them back. Raises CheckpointError for groups of other parameters, or made with other
+    settings: what a group is planned to be is taken whole, or not at all."""
     own = optimizer_groups(model, optimizer)
     if [group["parameters"] for group in own] != [group["parameters"] for group in saved]:
         raise CheckpointError(
             "the checkpoint has other parameter groups: a plugin that chooses groups came, went or "
             "changed its mind"
         )
+    changed = [
+        f"{key} of {_first(now['parameters'])} is {now[PLAN].get(key)!r} and was {was.get(key)!r}"
+        for now, before in zip(own, saved, strict=True)
+        # A checkpoint of an earlier version does not say.
+        for was in [before.get(PLAN) or now[PLAN]]
+        for key in {**was, **now[PLAN]}
+        if was.get(key) != now[PLAN].get(key)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"parameter groups are made with other settings than in the checkpoint: "
+            f"{'; '.join(changed[:MOST_TOLD])}{' …' if len(changed) > MOST_TOLD else ''}"
+        )
     for group, values in zip(optimizer.param_groups, saved, strict=True):
         group.update(values["settings"])
+
+
+MOST_TOLD = 3
+
+
+def _first(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, saved: SavedTensors) -> None:

@@ -48,7 +48,8 @@ class Alignment:
                     "there is no teacher of before: it begins as the model of step %d", step
                 )
             self.momentum = self.settings.momentum(max(0, step - self._first_step))
-            trainer.average(NAME, self.momentum).decay = self.momentum
+            average = trainer.average(NAME, self.settings.momentum_start)
+            average.decay = self.momentum
         self.vein = vein_of(trainer.model) if self.weight else None
 
     def terms(self, trainer: Any, batch: Any, output: ModelOutput) -> Mapping[str, Tensor]:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from apt_core import ProviderSpec, SectionSpec, hookimpl
 from apt_core.errors import ConfigError
 from apt_core.providers.lr_schedule import LRScheduleProvider
+from apt_core.providers.optimizer import OptimizerProvider
 from apt_core.testing import TINY_PROFILE, tiny_run
 from apt_core.testing.tiny import TEXT
 
@@ -58,7 +60,14 @@ def train(tmp_path: Path) -> Any:
         output = tmp_path / f"run{next(count)}"
         tiny_run(Pulling(), profile=profile, overrides=first, output=output, stop_at_step=stop)
         both = {**first, **changes}
-        return tiny_run(Pulling(), profile=profile, overrides=both, output=output, resume=True)
+        return tiny_run(
+            Pulling(),
+            profile=profile,
+            overrides=both,
+            output=output,
+            resume=True,
+            strict=False,
+        )
 
     def whole(overrides: dict[str, Any]) -> Any:
         profile = {**PROFILE, "data": {"train_path": str(text)}}
@@ -146,3 +155,65 @@ def test_a_key_may_differ_where_what_it_comes_to_does_not(train):
     }.items():
         with pytest.raises(ConfigError, match=rf"{key}.*it changes how the weights train"):
             train(4, {}, {key: value})
+
+
+class Grouping:
+    """Chooses a group, brings the optimizer and keeps an average of the weights."""
+
+    def __init__(self, lr_scale: float = 0.5, weight_decay: float = 0.0, **more: float) -> None:
+        self.group = {"lr_scale": lr_scale, "weight_decay": weight_decay}
+        self.momentum, self.decay = more.get("momentum", 0.0), more.get("decay", 0.9)
+        self.decays: list[float] = []
+
+    @hookimpl
+    def apt_param_groups(self, model: Any) -> list[dict[str, Any]]:
+        return [{"params": [model.embedding.weight], **self.group}]
+
+    @hookimpl
+    def apt_register_providers(self) -> list[ProviderSpec]:
+        momentum = self.momentum
+
+        class Descent(OptimizerProvider):
+            def create(self, param_groups: Any, **rates: float) -> Any:
+                lr, decay = rates["learning_rate"], rates["weight_decay"]
+                return torch.optim.SGD(param_groups, lr=lr, weight_decay=decay, momentum=momentum)
+
+        return [ProviderSpec("optimizer", "descent", Descent, summary="SGD")]
+
+    @hookimpl
+    def on_step_start(self, trainer: Any) -> None:
+        average = trainer.average("grouping", self.decay)
+        self.decays.append(average.decay)
+        average.decay += 0.01
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"weight_decay": 0.1}, "weight_decay of embedding.weight is 0.1 and was 0.0"),
+        ({"lr_scale": 0.25}, "lr of embedding.weight is 0.00025 and was 0.0005"),
+        ({"momentum": 0.9}, "momentum of embedding.weight is 0.9 and was 0.0"),
+        ({"lr_scale": 1.0, "weight_decay": 0.01}, "other parameter groups"),
+    ],
+)
+def test_what_a_group_is_made_with_changes_whole_or_not_at_all(tmp_path, changed, words):
+    profile = {**PROFILE, "training": {**PROFILE["training"], "optimizer_name": "descent"}}
+    profile["training"]["scale_lr_by_width"] = False
+    output = tmp_path / "run"
+    tiny_run(Grouping(), profile=profile, output=output, stop_at_step=3)
+    with pytest.raises(ConfigError, match=rf"plugins: .*{words}.*\(.*grouping\)"):
+        tiny_run(Grouping(**changed), profile=profile, output=output, resume=True)
+    whole = tiny_run(Grouping(), profile=profile)
+    assert tiny_run(Grouping(), profile=profile, output=output, resume=True).same_weights(whole)
+
+
+def test_an_average_goes_on_with_the_decay_that_is_asked_for_after_a_resume(tmp_path, caplog):
+    output = tmp_path / "run"
+    tiny_run(Grouping(), profile=PROFILE, output=output, stop_at_step=3)
+    same, other = Grouping(), Grouping(decay=0.5)
+    tiny_run(same, profile=PROFILE, output=output, resume=True, stop_at_step=5)
+    assert same.decays == pytest.approx([0.93, 0.94])
+    assert "goes on with decay" not in caplog.text
+    tiny_run(other, profile=PROFILE, output=output, resume=True)
+    assert other.decays == pytest.approx([0.5, 0.51, 0.52, 0.53, 0.54])
+    assert "average of plugin grouping goes on with decay 0.5, asked was 0.9" in caplog.text
