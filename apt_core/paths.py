@@ -35,7 +35,9 @@ def resolve_paths(data: dict[str, Any], folder_of: Callable[[Key], Path | None])
     for section, key, text in _texts(data, READ):
         section[key[-1]] = found_path(text, folder_of(key))
     for section, key, text in _texts(data, WRITTEN):
-        section[key[-1]] = os.path.abspath(os.path.expanduser(text))
+        section[key[-1]] = os.path.expanduser(text)
+        with suppress(OSError):  # the working directory is gone
+            section[key[-1]] = os.path.abspath(section[key[-1]])
 
 
 def user_path(path: str | Path) -> Path:
