@@ -6,7 +6,7 @@ Exit codes: 2 for bad input (:class:`ConfigError`), 1 for a run that failed (eve
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -78,6 +78,15 @@ class CheckpointError(AptError):
 
 class TrainingError(AptError):
     """The run cannot go on: too many non-finite steps in a row, an empty data set, …"""
+
+
+class DivergedError(TrainingError):
+    """Weights or losses are not finite. ``way_back`` are the options of apt-train with which to go
+    on from before that, beside those that the run was started with; empty where there is none."""
+
+    def __init__(self, message: str, way_back: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.way_back = tuple(way_back)
 
 
 class ProcessLostError(AptError):

@@ -78,6 +78,15 @@ def train(
             min=1,
         ),
     ] = None,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            help="Let a resume take another value of this rate from its step on: "
+            "training.learning_rate, training.muon.learning_rate or training.gradient_clip; "
+            "repeatable.",
+        ),
+    ] = None,
     verify_resume: Annotated[
         bool,
         typer.Option(
@@ -108,6 +117,11 @@ def train(
             resume and resume_from is not None,
             "--resume and --resume-from exclude each other",
             "give one of them",
+        ),
+        (
+            bool(allow_change) and not going_on,
+            "--allow-change goes with --resume or --resume-from",
+            "",
         ),
         (json and not dry_run, "--json goes with --dry-run", ""),
         (
@@ -158,6 +172,7 @@ def train(
                 resume=resume,
                 resume_from=resume_from,
                 stop_at_step=stop_at_step,
+                allow_change=allow_change,
                 debug=debug,
             )
             return launch(processes, arguments)
@@ -171,6 +186,7 @@ def train(
                 resume=resume,
                 resume_from=resume_from,
                 stop_at_step=stop_at_step,
+                allow_change=allow_change or (),
             )
     if json:
         print_json(plan)
@@ -190,16 +206,17 @@ def _arguments(
 
 
 def _options(**values: Any) -> list[str]:
-    """Options as words; what is None or False is left out.
+    """Options as words; what is None or False is left out, a list is an option each.
 
     >>> _options(output="a b", resume=False, stop_at_step=3)
     ['--output', 'a b', '--stop-at-step', '3']
     """
     words = []
-    for name, value in values.items():
-        if value is not None and value is not False:
-            words.append(f"--{name.replace('_', '-')}")
-            words += [] if value is True else [str(value)]
+    for name, given in values.items():
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value is not False:
+                words.append(f"--{name.replace('_', '-')}")
+                words += [] if value is True else [str(value)]
     return words
 
 
@@ -227,8 +244,8 @@ def run(kernel: Kernel, console: Console | None, *, again: str, **options: Any) 
     trainer = Trainer(kernel, console=console, **options)
     try:
         result = trainer.fit()
-    except BaseException:
-        hint = resume_hint(trainer, again) if console is not None else ""
+    except BaseException as error:
+        hint = resume_hint(trainer, again, error) if console is not None else ""
         if hint:
             print(hint, file=sys.stderr)
         raise

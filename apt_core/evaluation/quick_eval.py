@@ -67,7 +67,7 @@ def summarize(scores: Sequence[BatchScore], bytes_per_token: float) -> dict[str,
     mean = math.fsum(score.loss for score in scores) / targets
     figures = {
         "val_loss": mean,
-        "val_ppl": math.exp(mean) if mean < 700 else math.inf,
+        "val_ppl": math.inf if mean >= 700 else math.exp(mean),
         "val_bpb": mean / math.log(2) / bytes_per_token,
     }
     correct = [score.correct for score in scores if score.correct is not None]

@@ -323,11 +323,14 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def is_sound(path: Path) -> bool:
-    """Was the last step before the checkpoint at ``path`` finite?"""
+    """Was the last step before the checkpoint at ``path`` finite, and its loss on the held-out text
+    where it was evaluated?"""
     try:
-        return _read_json(path / "manifest.json").get("sound", True) is True
+        sound = _read_json(path / "manifest.json").get("sound", True)
+        evaluated = read_evaluation(path)
     except CheckpointError:
         return False
+    return sound is True and (evaluated is None or isfinite(evaluated.loss))
 
 
 def newest_sound(root: Path) -> Path | None:

@@ -26,6 +26,7 @@ def write_manifest(trainer: Trainer, status: str, **entries: Any) -> None:
         plugins=plugin_rows(kernel),
         timeline=trainer.timeline,
         switches=trainer.switching.switches,
+        changes=trainer.changes,
         inactive_keys=[{"key": k.key, "reason": k.reason} for k in kernel.inactive],
         step=trainer.step,
         failed_checkpoints=trainer.saving.failures,

@@ -14,7 +14,8 @@ from apt_core.kernel import ALL_NAME_KEYS
 from apt_core.log import get_logger
 from apt_core.training import checkpoint
 from apt_core.training.checkpoint import Checkpoint
-from apt_core.training.resume import check_resume, saved_config, saved_profile
+from apt_core.training.diverging import listed, weights_not_finite
+from apt_core.training.resume import check_resume, differences, saved_config, saved_profile
 from apt_core.training.run_length import horizon, what_another_length_changes
 from apt_core.training.state import (
     load_optimizer,
@@ -65,6 +66,7 @@ def restore(trainer: Trainer, found: Checkpoint) -> None:
     if trainer.ema is not None:
         found.tensors("ema").read_into(trainer.ema.values, "average of the weights")
     _restore_averages(trainer, found)
+    _check_weights(trainer, found)
     trainer.step, trainer.epoch = state["step"], state["epoch"]
     trainer.tokens, trainer.ended_epochs = state["tokens"], state["ended_epochs"]
     trainer.start_scores, trainer.scores = state["start_scores"], state["scores"]
@@ -86,6 +88,7 @@ def restore(trainer: Trainer, found: Checkpoint) -> None:
     kernel.notices.append(f"resumed from {short_path(str(found.path))} (step {trainer.step})")
     kernel.notices += _changed_plugins(trainer, found.manifest)
     kernel.notices += [f"{key} differs from the checkpoint's profile" for key in changed]
+    _note_changes(trainer, found)
     kernel.notices += [
         f"plugin {r.name} stays quarantined, as in the checkpoint: {r.reason}"
         for r in kernel.manager.records.values()
@@ -98,7 +101,9 @@ def _restore_groups(trainer: Trainer, saved: Sequence[Mapping[str, Any]]) -> Non
     plugins that have a say in them."""
     kernel = trainer.kernel
     try:
-        load_optimizer_groups(trainer.model, trainer.optimizer, saved)
+        load_optimizer_groups(
+            trainer.model, trainer.optimizer, saved, other_rates=bool(trainer.allow_change)
+        )
     except CheckpointError as error:
         used = kernel.registry.resolutions["optimizer", trainer.config.training.optimizer_name].used
         owner = kernel.registry.spec("optimizer", used).plugin
@@ -222,7 +227,35 @@ def _check_profile(trainer: Trainer, found: Checkpoint) -> list[str]:
         unused=kernel.unused,
         same_text=same_text or state.get("tokens_sha256") == data["tokens_sha256"],
         another_past=another_past,
+        allowed=trainer.allow_change,
     )
+
+
+def _check_weights(trainer: Trainer, found: Checkpoint) -> None:
+    """Raises CheckpointError for weights that no step could change any more."""
+    if bad := weights_not_finite(trainer, everywhere=True):
+        raise CheckpointError(
+            f"{found.path}: its weights are not finite ({listed(bad)}); name an earlier checkpoint "
+            "with --resume-from, or start a new run"
+        )
+
+
+def _note_changes(trainer: Trainer, found: Checkpoint) -> None:
+    """Record which rates the run has been told to change, and where: it is no longer a function of
+    its profile alone."""
+    trainer.changes = list(found.state.get("changes", []))
+    saved, now = saved_profile(found.profile), trainer.config.to_dict()
+    differing = {key: (old, new) for key, old, new in differences(saved, now)}
+    for key in trainer.allow_change:
+        if key in differing:
+            before, after = differing[key]
+            change = {"key": key, "step": trainer.step, "before": before, "after": after}
+            trainer.changes.append(change)
+            trainer.kernel.notices.append(
+                f"{key}: {before} up to step {trainer.step}, {after} from there on"
+            )
+        else:
+            trainer.kernel.notices.append(f"--allow-change {key}: it is what it was")
 
 
 def _check_providers(trainer: Trainer, manifest: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -57,6 +57,9 @@ def _nothing(config: Config) -> None:
     return None
 
 
+RATE_KEYS = ("training.learning_rate", "training.muon.learning_rate", "training.gradient_clip")
+"""Keys that a resume may change from its step on, where it is told to: how far a step goes."""
+
 EFFECTS: Mapping[str, Callable[[Config], Any]] = {
     "data.max_length": lambda config: config.seq_len,
     "data.truncation": _nothing,
@@ -102,16 +105,24 @@ def check_resume(
     unused: Iterable[Unused],
     same_text: bool,
     another_past: Callable[[], str],
+    allowed: Collection[str] = (),
 ) -> list[str]:
     """Keys that differ from those of the checkpoint and may.
 
     ``profile`` is the checkpoint's, ``before`` is it as a Config, None where it is no valid one
     here. ``unused`` are the settings without effect in ``config``. ``same_text`` says whether both
     read the same text, and ``another_past`` is asked where the length of the run differs: what a
-    run of the present one would have had otherwise up to the checkpoint, or "". Raises ConfigError
-    naming every key that must not differ.
+    run of the present one would have had otherwise up to the checkpoint, or "". ``allowed`` are
+    those of RATE_KEYS that the run was told to change. Raises ConfigError naming every key that
+    must not differ.
     """
     changed, refused = [], []
+    for key in allowed:
+        if key not in RATE_KEYS:
+            hint = f"these may: {', '.join(RATE_KEYS)}"
+            refused.append(
+                Problem("a resume may not change it", f"--allow-change {key}", hint=hint)
+            )
     saved = profile if before is None else before.to_dict()
     differing = [*differences(saved, config.to_dict())]
     length = another_past() if any(key in HORIZON_KEYS for key, _, _ in differing) else ""
@@ -121,12 +132,16 @@ def check_resume(
             reason = length
         elif key in TEXT_KEYS:
             reason = "" if same_text else "another text is read there"
-        elif reason and before is not None and _same_effect(key, before, config, unused):
+        elif key in allowed or (
+            reason and before is not None and _same_effect(key, before, config, unused)
+        ):
             reason = ""
         if not reason:
             changed.append(key)
             continue
         hint = f"put it back, or start a new run: leave --resume out (was {old!r})"
+        if key in RATE_KEYS:
+            hint += f", or take it from here on: --allow-change {key}"
         message = f"is {new!r}, the checkpoint was made with {old!r}: {reason}"
         refused.append(Problem(message, key=key, hint=hint))
     if refused:

@@ -14,17 +14,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from apt_core.errors import CheckpointError, StopTraining, TrainingError
+from apt_core.errors import StopTraining, TrainingError
 from apt_core.failures import one_line, short_path
 from apt_core.log import get_logger
 from apt_core.training import checkpoint
 from apt_core.training.checkpoint import Evaluated, Snapshot
 from apt_core.training.distributed import World
+from apt_core.training.diverging import diverged, listed, weights_not_finite
 from apt_core.training.manifest import plugin_rows
 from apt_core.training.run_folder import RunFolder, now, versions
 from apt_core.training.state import (
     model_tensors,
-    not_finite,
     optimizer_groups,
     optimizer_tensors,
     plugin_states,
@@ -71,8 +71,9 @@ class Saving:
         self._world: World = trainer.world
         self.saved = self._position() if resumed else None
         self._evaluated: tuple[int, Evaluated] | None = None
+        self._refused: Position | None = None
+        self._prunes = True
         self.failures: list[str] = []
-        self._parameters: set[str] = set()
         self._write: _Write | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="apt-checkpoint")
         # A group of its own: a checkpoint is written while the run communicates.
@@ -85,7 +86,8 @@ class Saving:
 
     def save(self) -> None:
         """Take a snapshot of the current position, unless there is a checkpoint of it, and have it
-        written. Waits only while the checkpoint before is not written yet.
+        written. Waits only while the checkpoint before is not written yet. Raises DivergedError
+        for weights that are not finite.
 
         A full disk costs this checkpoint and nothing else: the run goes on, but it does not end
         well.
@@ -94,6 +96,13 @@ class Saving:
         position = self._position()
         if self.saved == position:
             return
+        if bad := weights_not_finite(self._trainer, everywhere=True):
+            self._refused = position
+            raise diverged(
+                self._trainer,
+                f"the weights after step {position[0]} are not finite ({listed(bad)}) and are not "
+                "saved",
+            )
         snapshot = self._snapshot()
         if self._world.is_first or self._group is not None:
             future = self._thread.submit(self._written, snapshot)
@@ -174,7 +183,7 @@ class Saving:
         path, error = Path(), None
         try:
             path = write.future.result()  # an interrupt here leaves it to save_in_emergency
-        except (OSError, CheckpointError) as problem:
+        except OSError as problem:
             error = str(problem)
         self._write = None
         # All of them have to know: what is saved, and what is the best, decides when they save.
@@ -186,21 +195,26 @@ class Saving:
         self._record(write.position[0], write.evaluated)
         if self._world.is_first:
             log.info("checkpoint: %s", short_path(str(path)))
-            self._prune()
+            if self._prunes:
+                self._prune()
             self._trainer.manager.hook.on_checkpoint_saved(path=path, trainer=self._trainer)
 
-    def save_now(self) -> None:
-        """Save, and wait for it; a plugin that is told and asks to stop does not keep it from being
-        done."""
+    def save_unjudged(self) -> None:
+        """Save, and wait for it, before an evaluation says what that is worth: nothing is deleted
+        for it. A plugin that is told and asks to stop does not keep it from being done."""
+        self._prunes = False
         for part in (self.finish, self.save, self.finish):
             with suppress(StopTraining):
                 part()
+        self._prunes = True
 
     def save_last(self) -> None:
         """Save, and wait for it. Raises TrainingError when it cannot be written."""
-        self.save_now()
+        self.save_unjudged()
         if self.saved != self._position():
             raise TrainingError(self.failures[-1])
+        if self._world.is_first:
+            self._prune()
 
     def save_in_emergency(self) -> None:
         """Save before the run dies. Raises OSError."""
@@ -212,7 +226,14 @@ class Saving:
                 self._record(write.position[0], write.evaluated)
             else:
                 self._failed(write, str(error))
-        if self.saved == self._position():
+        if self._position() in (self.saved, self._refused):
+            return
+        if bad := weights_not_finite(self._trainer):
+            log.error(
+                "no checkpoint of step %d: its weights are not finite (%s)",
+                self._trainer.step,
+                listed(bad),
+            )
             return
         if self._group is not None and not self._world.all_at(self._here()):
             log.error(
@@ -243,16 +264,6 @@ class Saving:
         return self._trainer.step, self._trainer.ended_epochs
 
     def _written(self, snapshot: Snapshot) -> Path:
-        """Write it, unless its weights are not finite: no resume could make use of them, and they
-        must not have the place of good ones."""
-        bad = not_finite(snapshot.tensors["model"], self._parameters)
-        if self._group is not None:
-            everywhere: list[Any] = [None] * self._world.size
-            dist.all_gather_object(everywhere, bad, group=self._group)
-            bad = list(dict.fromkeys(name for names in everywhere for name in names))
-        if bad:
-            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-            raise CheckpointError(f"its weights are not finite: {', '.join(bad[:3])}{more}")
         return checkpoint.save(self._folder.checkpoints, snapshot, self._world, self._group)
 
     def _snapshot(self, *, emergency: bool = False) -> Snapshot:
@@ -267,7 +278,6 @@ class Saving:
         tensors = {}
         if self._world.is_first or self._group is not None:
             optimizer = optimizer_tensors(trainer.model, trainer.optimizer)
-            self._parameters = {name for name, _ in trainer.model.named_parameters()}
             tensors["model"] = copy_to_cpu(model_tensors(trainer.model), self._mesh)
             tensors["optimizer"] = copy_to_cpu(optimizer, self._mesh)
             if trainer.ema is not None:
@@ -318,6 +328,7 @@ class Saving:
             "plugin_records": trainer.manager.state_dict(),
             "optimizer_groups": optimizer_groups(trainer.model, trainer.optimizer),
             "transforms": trainer.switching.switches,
+            "changes": trainer.changes,
             "averages": [
                 {
                     "plugin": plugin,

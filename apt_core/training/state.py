@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from math import isfinite
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from apt_core.errors import CheckpointError
 from apt_core.log import get_logger
 from apt_core.plugin_manager import PluginManager
 from apt_core.training.checkpoint import join_tensors, split_tensors
-from apt_core.training.distributed import local_part
 from apt_core.training.tensor_files import SavedTensors
 
 log = get_logger("apt.checkpoint")
@@ -30,20 +28,6 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         unique.setdefault(id(tensor), name)
     return {name: tensors[name] for name in unique.values()}
-
-
-def not_finite(tensors: Mapping[str, Tensor], parameters: Collection[str]) -> list[str]:
-    """The names of those ``parameters`` that have values which are not finite, as far as this
-    process holds them. (What else a model keeps, such as a mask, may be infinite.)"""
-    return sorted(name for name in parameters if name in tensors and not _is_finite(tensors[name]))
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    part = local_part(tensor)
-    if not part.is_floating_point() or not part.numel():
-        return True
-    extremes = torch.aminmax(part if part.element_size() > 1 else part.float())
-    return all(isfinite(extreme.item()) for extreme in extremes)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -99,10 +83,15 @@ def optimizer_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, A
 
 
 def load_optimizer_groups(
-    model: nn.Module, optimizer: Optimizer, saved: Sequence[Mapping[str, Any]]
+    model: nn.Module,
+    optimizer: Optimizer,
+    saved: Sequence[Mapping[str, Any]],
+    *,
+    other_rates: bool = False,
 ) -> None:
     """Put them back. Raises CheckpointError for groups of other parameters, or made with other
-    settings: what a group is planned to be is taken whole, or not at all."""
+    settings: what a group is planned to be is taken whole, or not at all. ``other_rates`` says that
+    the run was told to change its rates."""
     own = optimizer_groups(model, optimizer)
     if [group["parameters"] for group in own] != [group["parameters"] for group in saved]:
         raise CheckpointError(
@@ -115,7 +104,7 @@ def load_optimizer_groups(
         # A checkpoint of an earlier version does not say.
         for was in [before.get(PLAN) or now[PLAN]]
         for key in {**was, **now[PLAN]}
-        if was.get(key) != now[PLAN].get(key)
+        if was.get(key) != now[PLAN].get(key) and not (other_rates and key == "lr")
     ]
     if changed:
         raise CheckpointError(

@@ -18,6 +18,7 @@ from apt_core.metric_names import CROSS_ENTROPY, of_memory, of_parameter, of_plu
 from apt_core.monitor import Throughput
 from apt_core.training.costs import BACKWARD_AND_FORWARD, model_cost
 from apt_core.training.distributed import local_part
+from apt_core.training.diverging import diverged
 from apt_core.training.peak import measured_peak_flops
 
 if TYPE_CHECKING:
@@ -109,16 +110,16 @@ class StepLog:
         if trainer.world.is_first:
             trainer.manager.hook.on_metrics(metrics=dict(row), step=trainer.step)
         if in_a_row >= trainer.config.training.max_nonfinite_steps:
-            raise TrainingError(
+            what = (
                 f"{in_a_row} steps in a row had a loss or gradient that is not finite, the last "
-                f"one step {trainer.step}: "
-                + (
-                    f"not finite is {', '.join(bad)}, a loss term of a plugin"
-                    if bad
-                    else f"lower training.learning_rate (now "
-                    f"{trainer.config.training.learning_rate:g}) or raise training.warmup_steps"
-                )
+                f"one step {trainer.step}"
             )
+            if bad:
+                raise TrainingError(
+                    f"{what}: not finite is {', '.join(bad)}, a loss term of a plugin; mend the "
+                    "plugin or leave it out, and --resume"
+                )
+            raise diverged(trainer, what)
         return row
 
     def tell_skipped(self, bad: Sequence[str] = ()) -> tuple[int, int]:

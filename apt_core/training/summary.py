@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
+from apt_core.errors import DivergedError
 from apt_core.failures import short_path
 from apt_core.kernel import Kernel
 from apt_core.monitor import duration, rate
@@ -89,8 +90,11 @@ def _plugin(record: PluginRecord) -> list[str]:
     return lines
 
 
-def resume_hint(trainer: Trainer, again: str) -> str:
-    """How to go on with a run that did not end, or an empty string if nothing was saved."""
+def resume_hint(trainer: Trainer, again: str, error: BaseException | None = None) -> str:
+    """How to go on with a run that did not end, or ended by ``error``; an empty string if nothing
+    was saved that would help."""
+    if isinstance(error, DivergedError):
+        return f"to go back: {again} {shlex.join(error.way_back)}" if error.way_back else ""
     folder = getattr(trainer, "folder", None)
     if folder is None or not list_checkpoints(folder.checkpoints):
         return ""

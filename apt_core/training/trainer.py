@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from apt_core.plugin_manager import PluginManager
 from apt_core.training.blame import attributed, usable_factor
 from apt_core.training.callbacks import Callbacks
 from apt_core.training.distributed import World
+from apt_core.training.diverging import diverged
 from apt_core.training.ema import WeightAverage
 from apt_core.training.enabling import Enabling
 from apt_core.training.evaluating import Evaluator
@@ -84,7 +86,8 @@ class Trainer:
     with a profile's keys; ``manager`` may hold plugins that are registered already.
     ``output`` is the run's folder (``runs/<profile>/<UTC time>`` without it); ``resume`` goes on
     with the newest checkpoint in it, ``resume_from`` with a named one. ``stop_at_step`` ends this
-    part of the run there and leaves the schedules as they are.
+    part of the run there and leaves the schedules as they are. ``allow_change`` names rates (such
+    as ``training.learning_rate``) in which a resume may differ from its checkpoint.
 
     What hooks may use: ``config registry model optimizer schedule epoch step tokens device rank
     world_size metrics output_dir step_void param(name) rng(plugin) autocast() average(plugin,
@@ -107,6 +110,7 @@ class Trainer:
         resume: bool = False,
         resume_from: str | Path | None = None,
         stop_at_step: int | None = None,
+        allow_change: Sequence[str] = (),
         console: Console | None = None,
         strict: bool = False,
     ) -> None:
@@ -127,6 +131,8 @@ class Trainer:
         self.scores: dict[str, float] = {}
         self.ended_epochs = 0
         self.timeline: list[dict[str, Any]] = []
+        self.allow_change = tuple(dict.fromkeys(allow_change))
+        self.changes: list[dict[str, Any]] = []
         self.averages: dict[str, WeightAverage] = {}
         self.asked_decays: dict[str, float] = {}
         self._restored_decays: dict[str, float] = {}
@@ -491,7 +497,7 @@ class Trainer:
         """
         self.step_log.tell_skipped()
         self.step_log.throughput.pause()
-        self.saving.save_now()
+        self.saving.save_unjudged()
         # A plugin that asks to stop in what follows ends its own stage, not the others.
         if not self._interrupted() and self.scores.get("step") != self.step:
             if self._in_open_epoch:
@@ -503,6 +509,7 @@ class Trainer:
                 with suppress(StopTraining):
                     self._evaluate(everything=True, final=True)
         self.saving.save_last()
+        self._require_finite_end()
         sample = ""
         self._callbacks.guard(self.model, self.optimizer)
         if not self._interrupted():
@@ -529,6 +536,19 @@ class Trainer:
             self.manager.settle()
         write_manifest(self, status)
         return result
+
+    def _require_finite_end(self) -> None:
+        """Raises DivergedError for a run of which nobody should go on with the result."""
+        loss = self.scores.get("val_loss", 0.0)
+        if self.scores.get("step") == self.step > 0 and not isfinite(loss):
+            raise diverged(self, f"the loss on the held-out text is {loss} after step {self.step}")
+        in_a_row = self.guard.in_a_row
+        if in_a_row > 1 and self.step >= self.total_steps:
+            raise diverged(
+                self,
+                f"the run ended in {in_a_row} steps in a row that had a loss or gradient that is "
+                f"not finite, the last one step {self.step}",
+            )
 
     def _interrupted(self) -> int:
         """The exit code that a signal to any of the processes gives the run, or 0 without one."""
@@ -591,6 +611,9 @@ class Trainer:
         evaluation = self.evaluator.evaluate(everything=everything)
         scores = {} if evaluation is None else evaluation.scores
         if evaluation is not None:
+            if not isfinite(scores["val_loss"]):
+                loss = scores["val_loss"]
+                log.warning("the loss on the held-out text is %s after step %d", loss, self.step)
             if everything:
                 self.scores = {"step": self.step, **scores}
             if self.step > 0:

@@ -71,10 +71,8 @@ def contradictions(config: Config) -> Iterator[Problem]:
 
 
 def unused(config: Config) -> Iterator[Unused]:
-    """Settings that have no effect beside others."""
+    """Settings that have no effect beside others. Of a run without experts the plugin warns."""
     if not has_experts(config):
-        reason = "the run has no mixture of experts"
-        yield Unused("routing", reason, ("plugins", "model.moe.enabled"))
         return
     if settings_of(config).balancing == "none":
         yield Unused("routing.bias_rate", "routing.balancing is 'none'", ("routing.balancing",))

@@ -70,6 +70,3 @@ def unused(config: Config) -> Iterator[Unused]:
     ):
         if not getattr(sampling, at):
             yield Unused("model.voting", f"evaluation.{at} is 0: {reason}", (f"evaluation.{at}",))
-    if "vote_threshold" in config.schedules:
-        key = "schedules.vote_threshold"
-        yield Unused("model.voting.threshold", f"{key} takes its place", (key,))

@@ -38,7 +38,6 @@ CASES = [
     ("model.moe.capacity=2.0", "schedules.moe_capacity=1.5", ""),
     ("model.moe.symmetry_breaking=false", "model.ffn_name=gelu", ""),
     ("routing.bias_rate=0.1", "", "routing.balancing=bias"),
-    ("model.voting.threshold=1.0", "schedules.vote_threshold=1.5", ""),
     ("model.voting.threshold=0.5", "model.voting.k=1", ""),
     ("model.voting.k=5", "evaluation.sample_tokens=0", ""),
     ("model.bistate.momentum_end=0.99", "model.bistate.mode=rdrop", ""),

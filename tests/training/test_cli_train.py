@@ -64,7 +64,7 @@ def test_the_run_folder(apt_train):
     inside = {path.name for path in run.checkpoints[-1].iterdir()}
     assert inside == {
         "model.safetensors", "optimizer.safetensors", "plugins.safetensors", "state.json",
-        "profile.yaml", "manifest.json",
+        "profile.yaml", "manifest.json", "evaluation.json",
     }  # fmt: skip
     assert {"versions", "providers", "plugins", "figures", "status", "data"} <= set(run.manifest)
     assert {"val_loss", "val_ppl", "val_bpb"} <= set(run.metrics[0])

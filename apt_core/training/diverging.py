@@ -1,0 +1,77 @@
+"""Weights, steps and losses that are not finite: how they are found, and the way back."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from itertools import chain
+from math import inf
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from apt_core.errors import DivergedError
+from apt_core.failures import short_path
+from apt_core.training.checkpoint import newest_sound, step_of
+from apt_core.training.distributed import local_part
+
+if TYPE_CHECKING:
+    from apt_core.training.trainer import Trainer
+
+SHOWN = 4
+"""How many names of tensors are told."""
+
+
+@torch.no_grad()
+def names_not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of those that hold a NaN or an infinity, as far as this process has them; waits for
+    the device once."""
+    parts = {name: local_part(tensor.detach()) for name, tensor in tensors.items()}
+    parts = {n: part for n, part in parts.items() if part.is_floating_point() and part.numel()}
+    if not parts:
+        return []
+    largest = [norm.float() for norm in torch._foreach_norm([*parts.values()], ord=inf)]
+    finite = torch.isfinite(torch.stack(largest)).tolist()
+    return [name for name, good in zip(parts, finite, strict=True) if not good]
+
+
+def weights_not_finite(trainer: Trainer, *, everywhere: bool = False) -> list[str]:
+    """Names of parameters, and of averages of them, that are not finite: in this process, or in any
+    of them, if all call this. (What else a model keeps, such as a mask, may be infinite.)"""
+    kept: dict[str, Mapping[str, Tensor]] = {"": dict(trainer.model.named_parameters())}
+    if trainer.ema is not None:
+        kept["average of "] = trainer.ema.values
+    kept |= {f"{plugin}'s average of ": a.values for plugin, a in trainer.averages.items()}
+    named = {f"{what}{n}": tensor for what, own in kept.items() for n, tensor in own.items()}
+    bad = names_not_finite(named)
+    return [*dict.fromkeys(chain(*trainer.world.gather(bad)))] if everywhere else bad
+
+
+def listed(names: list[str]) -> str:
+    """Some of the names, and how many there are besides."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def diverged(trainer: Trainer, what: str) -> DivergedError:
+    """``what`` has happened, and how to go on from before it."""
+    training, folder = trainer.config.training, trainer.folder
+    back = newest_sound(folder.checkpoints)
+    rates = {"training.learning_rate": training.learning_rate}
+    if training.optimizer_name == "muon":
+        rates["training.muon.learning_rate"] = training.muon.learning_rate
+    now = ", ".join(f"{key} (now {rate:g})" for key, rate in rates.items())
+    if back is None:
+        return DivergedError(
+            f"{what}; no checkpoint is from before that: start a new run with a lower {now}, a "
+            "longer training.warmup_steps or a lower training.gradient_clip"
+        )
+    arguments = ["--output", str(folder), "--resume-from", short_path(str(back))]
+    for key, rate in rates.items():
+        arguments += [f"--{key}", f"{rate / 2:g}", "--allow-change", key]
+    return DivergedError(
+        f"{what}; go back to step {step_of(back)}, the newest checkpoint from before that, with a "
+        f"lower {now}: {shlex.join(arguments)}",
+        arguments,
+    )
