@@ -253,6 +253,8 @@ def provider(value: Any, arguments: Mapping[str, Any]) -> Any:
 def check_provider(value: Any, kind: str) -> None:
     """Raise TypeError where ``value`` cannot be a provider of this kind, as far as is seen without
     building anything with it."""
+    if isinstance(value, type):
+        raise TypeError(f"the class {value.__name__} is no {kind} provider: give an object of it")
     missing = [m for m in METHODS.get(kind, ()) if not callable(getattr(value, m, None))]
     if missing:
         raise TypeError(f"a {_name(value)} is no {kind} provider: it has no {', '.join(missing)}()")

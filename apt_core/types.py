@@ -31,6 +31,7 @@ METHODS = {
     "attention": ("create_layer",),
     "ffn": ("create_layer",),
     "norm": ("create_layer",),
+    "position": ("create_rotary", "create_embedding"),
     "backbone": ("create_model",),
     "tokenizer": ("encode", "decode"),
     "dataset": ("load",),

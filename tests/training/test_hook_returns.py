@@ -220,6 +220,7 @@ WRONG: dict[str, dict[str, tuple[Any, str]]] = {
         "a name": ("rmsnorm", "a str is no norm provider: it has no create_layer()"),
         "nothing of use": (object(), "no create_layer()"),
         "an attribute for a method": (SimpleNamespace(create_layer=3), "no create_layer()"),
+        "a class": (Builds, "the class Builds is no norm provider"),
     },
     "apt_param_groups": {
         "a group alone": (group()[0], "dict, not a list"),
