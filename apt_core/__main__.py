@@ -7,7 +7,7 @@ import os
 import sys
 from contextlib import suppress
 
-from apt_core.errors import AptError, did_you_mean
+from apt_core.errors import ConfigError, Problem, did_you_mean
 
 VERBS = {
     "train": "apt_core.cli.train:main",
@@ -27,6 +27,13 @@ def main() -> None:
         getattr(importlib.import_module(module), function)(arguments)
         return
 
+    from apt_core.cli.run_command import end_of
+
+    sys.exit(end_of(lambda: _other(verb, arguments), "python -m apt_core", arguments))
+
+
+def _other(verb: str, arguments: list[str]) -> int:
+    """A plugin's command, or the list of verbs."""
     from apt_core.discovery import COMMAND_GROUP, installed_plugins, load_installed
 
     commands = {
@@ -37,17 +44,11 @@ def main() -> None:
         for name in [*VERBS, *commands]:
             print(f"  {name}")
         print("\npython -m apt_core VERB --help says more of each")
-    elif verb in commands:
-        try:
-            command = load_installed(commands[verb])
-        except AptError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(error.exit_code)
-        command(arguments)
-    else:
+        return 0
+    if verb not in commands:
         hint = did_you_mean(verb, [*VERBS, *commands]) or "see python -m apt_core --help"
-        print(f"error: there is no verb {verb!r} ({hint})", file=sys.stderr)
-        sys.exit(2)
+        raise ConfigError(Problem(f"there is no verb {verb!r}", hint=hint))
+    return int(load_installed(commands[verb])(arguments) or 0)
 
 
 def _look_here_last() -> None:

@@ -20,12 +20,16 @@ DIGEST_BYTES = 32
 
 
 def cache_dir() -> Path:
-    """Where APT keeps what it can compute again: ``APT_CACHE``, else ``apt`` in the XDG cache."""
+    """Where APT keeps what it can compute again: ``APT_CACHE``, else ``apt`` in the XDG cache.
+
+    Raises OSError where that is in a home directory and none is known.
+    """
     chosen = os.environ.get("APT_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "apt"
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    path = os.path.expanduser(chosen or os.path.join(base, "apt"))
+    if path.startswith("~"):
+        raise OSError(f"no home directory is known for {path}; APT_CACHE names another place")
+    return Path(path)
 
 
 def cached_array(key: str, make: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:
@@ -37,7 +41,12 @@ def cached_array(key: str, make: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[
     be written, the array is returned all the same, with a warning in the log. Never pickles: an
     array of objects is a ValueError.
     """
-    path = cache_dir() / "arrays" / f"{hashlib.sha256(key.encode()).hexdigest()}.npy"
+    try:
+        folder = cache_dir() / "arrays"
+    except OSError as error:
+        log.warning("an array is not kept: %s", error)
+        return make()
+    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.npy"
     stored = _read(path)
     if stored is not None:
         return stored
@@ -45,7 +54,7 @@ def cached_array(key: str, make: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[
     try:
         _write(path, array)
     except OSError as error:
-        log.warning("cannot keep an array in the cache %s: %s", path.parent, error)
+        log.warning("cannot keep an array in the cache %s: %s", folder, error)
         return array
     stored = _read(path)
     return array if stored is None else stored

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from apt_core.printable import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -116,12 +118,20 @@ class TolerantStream:
         return getattr(self._stream, name)
 
 
+class PrintableFormatter(logging.Formatter):
+    """Of lines that end in a file or on a terminal, whatever plugins and file names hold."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 class ConsoleHandler(logging.Handler):
     """Prints records through a rich console, so that lines and a live display do not mix."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
         self.console = console
+        self.setFormatter(PrintableFormatter())
 
     def emit(self, record: logging.LogRecord) -> None:
         styles = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
@@ -222,7 +232,7 @@ def logging_to(
     if file is not None:
         written = LogFile(file)
         written.setLevel(level)
-        written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        written.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         if backlog is not None:
             backlog.pour_into(written)
         handlers.append(written)

@@ -101,7 +101,7 @@ class ProgressDisplay:
 
     def start(self, step: int) -> None:
         self._started, self._first_step = time.perf_counter(), step
-        if self._console is None or not self._console.is_terminal:
+        if self._console is None or not self._console.is_interactive:
             return
         from rich.progress import BarColumn, Progress, TextColumn
 

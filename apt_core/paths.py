@@ -9,10 +9,12 @@ holds absolute paths, so that it means the same wherever it is read again.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from apt_core.errors import Problem
 
 Key = tuple[str, ...]
 
@@ -56,6 +58,19 @@ def found_path(text: str, folder: Path | None = None) -> str:
                 # Through links to the folder, but not the file's own: its suffix says what it is.
                 return str(there.parent.resolve() / there.name)
     return path
+
+
+def unrecordable(named: Mapping[str, object]) -> list[Problem]:
+    """A problem for each path, by what gives it, that is no UTF-8: file names may be any bytes,
+    what is kept of a run is text."""
+    problems = []
+    for name, path in named.items():
+        try:
+            str(path).encode("utf-8")
+        except UnicodeEncodeError:
+            hint = "rename it, or give a link to it"
+            problems.append(Problem(f"{path} is no UTF-8, as records are", key=name, hint=hint))
+    return problems
 
 
 def _texts(

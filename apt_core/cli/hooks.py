@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from apt_core.cli.run_command import print_json, print_table, run_command
+from apt_core.cli.output import Json, complain, output_apart, print_table, say
+from apt_core.cli.run_command import run_command
 from apt_core.errors import ConfigError, Problem, did_you_mean
 from apt_core.inspection import (
     Listing,
@@ -41,7 +41,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 def listed(profile: str = "", plugins: Sequence[str] = ()) -> Listing:
     """The plugins to list. What they print when they are loaded goes to stderr: stdout is for
     the listing."""
-    with redirect_stdout(sys.stderr):
+    with output_apart():
         return survey(profile, plugins)
 
 
@@ -52,12 +52,12 @@ def list_(
     all_: Annotated[bool, typer.Option("--all", help="Hooks that nobody implements too.")] = False,
     json: AsJson = False,
     debug: Debug = False,
-) -> None:
+) -> Json | None:
     """Every implementation of every hook, in the order in which they run."""
     listing = listed(profile, plugin or ())
     rows = implementation_rows(listing)
     if json:
-        return print_json(rows)
+        return Json(rows)
     _warn(listing)
     implemented = {row["hook"] for row in rows}
     shown = [_implementation(row) for row in rows]
@@ -67,7 +67,8 @@ def list_(
     columns = ("hook", "position", "plugin", "priority", "location")
     print_table(columns, shown)
     if not rows and not all_:
-        print("no plugin implements a hook; --all shows every hook, 'show HOOK' its contract")
+        say("no plugin implements a hook; --all shows every hook, 'show HOOK' its contract")
+    return None
 
 
 @app.command()
@@ -77,7 +78,7 @@ def show(
     plugin: Plugins = None,
     json: AsJson = False,
     debug: Debug = False,
-) -> None:
+) -> Json | None:
     """The contract of one hook, and who implements it."""
     listing = listed(profile, plugin or ())
     names = hook_names(listing.manager)
@@ -87,22 +88,23 @@ def show(
     facts = hook_facts(listing.manager, hook)
     rows = implementation_rows(listing, hook)
     if json:
-        return print_json({**facts, "implementations": rows})
-    print(f"{facts['signature']}\n\n{facts['doc']}\n")
+        return Json({**facts, "implementations": rows})
+    say(f"{facts['signature']}\n\n{facts['doc']}\n")
     print_table(
         ("hook", "position", "plugin", "priority", "location"), [_implementation(r) for r in rows]
     )
+    return None
 
 
 @app.command()
 def plugins(
     profile: Profile = "", plugin: Plugins = None, json: AsJson = False, debug: Debug = False
-) -> None:
+) -> Json | None:
     """Every plugin that is installed or named, and its state."""
     listing = listed(profile, plugin or ())
     rows = plugin_rows(listing)
     if json:
-        return print_json(rows)
+        return Json(rows)
     reasons = {name: record.reason for name, record in listing.records.items()}
     print_table(
         ("name", "state", "version", "distribution", "load ms", "summary"),
@@ -119,6 +121,7 @@ def plugins(
         ],
     )
     _warn(listing)
+    return None
 
 
 @app.command()
@@ -128,13 +131,13 @@ def providers(
     plugin: Plugins = None,
     json: AsJson = False,
     debug: Debug = False,
-) -> None:
+) -> Json | None:
     """Every provider, those of plugins that are installed and not active included."""
     listing = listed(profile, plugin or ())
-    show_providers(listing, kind, as_json=json)
+    return show_providers(listing, kind, as_json=json)
 
 
-def show_providers(listing: Listing, kind: str, *, as_json: bool) -> None:
+def show_providers(listing: Listing, kind: str, *, as_json: bool) -> Json | None:
     """Print the providers of one kind, or of all."""
     from apt_core.types import KINDS
 
@@ -143,7 +146,7 @@ def show_providers(listing: Listing, kind: str, *, as_json: bool) -> None:
         raise ConfigError(Problem(f"there is no kind {kind!r}", hint=hint))
     rows = provider_rows(listing, kind or None)
     if as_json:
-        return print_json(rows)
+        return Json(rows)
     usable = {True: "yes", False: "no", None: "?"}
     print_table(
         ("kind", "name", "default", "plugin", "version", "usable", "reason"),
@@ -161,6 +164,7 @@ def show_providers(listing: Listing, kind: str, *, as_json: bool) -> None:
         ],
     )
     _warn(listing)
+    return None
 
 
 @app.command()
@@ -171,24 +175,25 @@ def info(
     plugin: Plugins = None,
     json: AsJson = False,
     debug: Debug = False,
-) -> None:
+) -> Json | None:
     """Everything about one provider."""
-    show_info(listed(profile, plugin or ()), kind, name, as_json=json)
+    return show_info(listed(profile, plugin or ()), kind, name, as_json=json)
 
 
-def show_info(listing: Listing, kind: str, name: str, *, as_json: bool) -> None:
+def show_info(listing: Listing, kind: str, name: str, *, as_json: bool) -> Json | None:
     """Print the facts of one provider."""
     facts = listing.registry.get_info(kind, name)
     if as_json:
-        return print_json(facts)
+        return Json(facts)
     for key, value in facts.items():
         if key == "config":
-            print(f"config: {value['section'] or '-'}")
+            say(f"config: {value['section'] or '-'}")
             for option, schema in value["schema"].get("properties", {}).items():
                 default = schema.get("default", "-")
-                print(f"  {option} (default {default}): {schema.get('description', '')}")
+                say(f"  {option} (default {default}): {schema.get('description', '')}")
         else:
-            print(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
+            say(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
+    return None
 
 
 @app.command()
@@ -221,16 +226,16 @@ def _edit(profile: Path, plugin: str, *, present: bool) -> None:
         return plugin_name(reference, installed)
 
     if edit_plugin_list(profile, plugin, present=present, name_of=name_of):
-        print(f"{plugin} {'enabled' if present else 'disabled'} in {profile}")
+        say(f"{plugin} {'enabled' if present else 'disabled'} in {profile}")
         return
     listed = listed_plugins(profile)
     if present:
         written = next(other for other in listed if name_of(other) == name_of(plugin))
         known_as = "" if written == plugin else f", as {written}"
-        print(f"{plugin} is enabled already in {profile}{known_as}")
+        say(f"{plugin} is enabled already in {profile}{known_as}")
     else:
         hint = did_you_mean(plugin, listed)
-        print(f"{plugin} is not listed in {profile}{f' ({hint})' if hint else ''}")
+        say(f"{plugin} is not listed in {profile}{f' ({hint})' if hint else ''}")
 
 
 @app.command()
@@ -250,25 +255,25 @@ def check(
     ] = None,
     json: AsJson = False,
     debug: Debug = False,
-) -> int:
+) -> Json | int:
     """Does a plugin keep its promises? Loads it, checks its providers and trains a few steps."""
     from apt_core.config import parse_override
     from apt_core.testing import check_plugin
 
     overrides = [parse_override(text, "--set") for text in set_ or ()]
-    with redirect_stdout(sys.stderr):
+    with output_apart():
         findings = check_plugin(plugin, profile=profile or None, overrides=overrides)
     rows = [
         {"check": f.check, "result": f.result, "ok": f.ok, "detail": f.detail} for f in findings
     ]
+    code = 0 if all(finding.ok for finding in findings) else 1
     if json:
-        print_json(rows)
-    else:
-        print_table(
-            ("result", "check", "detail"),
-            [(r["result"], r["check"], r["detail"]) for r in rows],
-        )
-    return 0 if all(finding.ok for finding in findings) else 1
+        return Json(rows, code)
+    print_table(
+        ("result", "check", "detail"),
+        [(r["result"], r["check"], r["detail"]) for r in rows],
+    )
+    return code
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -297,15 +302,16 @@ def schema(
         bool, typer.Option("--markdown", help="Tables of keys for people instead.")
     ] = False,
     debug: Debug = False,
-) -> None:
+) -> Json | None:
     """The JSON Schema of profiles, with the sections of plugins, for editors."""
     from apt_core.config import json_schema, profile_reference
 
     sections = listed(profile, plugin or ()).sections
     if markdown:
-        print(profile_reference(sections), end="")
-    else:
-        print_json(json_schema(sections))
+        say(profile_reference(sections), end="")
+        return None
+    with output_apart():
+        return Json(json_schema(sections))
 
 
 @app.command()
@@ -313,7 +319,7 @@ def docs(debug: Debug = False) -> None:
     """The reference of every hook, as Markdown."""
     from apt_core.hook_reference import hook_reference
 
-    print(hook_reference(), end="")
+    say(hook_reference(), end="")
 
 
 def _implementation(row: dict[str, Any]) -> tuple[object, ...]:
@@ -330,7 +336,7 @@ def _about(row: dict[str, Any], reason: str) -> str:
 def _warn(listing: Listing) -> None:
     """Say on stderr what a listing cannot show: what is wrong with plugins that were found."""
     for problem in listing.problems:
-        print(f"warning: {problem}", file=sys.stderr)
+        complain(f"warning: {problem}")
 
 
 def main(args: Sequence[str] | None = None) -> None:

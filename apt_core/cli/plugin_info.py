@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from apt_core.cli.hooks import AsJson, Debug, listed, show_info, show_providers
+from apt_core.cli.output import Json, say
 from apt_core.cli.run_command import run_command
 
 list_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -20,16 +21,17 @@ def plugin_list(
     kind: Annotated[str, typer.Option(help="Only this kind.")] = "",
     json: AsJson = False,
     debug: Debug = False,
-) -> None:
+) -> Json | None:
     """Every provider, by kind; those of installed plugins that are not active included."""
     listing = listed()
     if json or kind:
         return show_providers(listing, kind, as_json=json)
     for kind_, names in listing.registry.list_providers().items():
-        print(f"{kind_}:")
+        say(f"{kind_}:")
         for name in names:
             default = listing.registry.default(kind_)
-            print(f"  - {name}{' (default)' if default and default.name == name else ''}")
+            say(f"  - {name}{' (default)' if default and default.name == name else ''}")
+    return None
 
 
 @info_app.command()
@@ -38,9 +40,9 @@ def plugin_info(
     name: Annotated[str, typer.Argument(help="The provider's name.")],
     json: AsJson = False,
     debug: Debug = False,
-) -> None:
+) -> Json | None:
     """Everything about one provider."""
-    show_info(listed(), kind, name, as_json=json)
+    return show_info(listed(), kind, name, as_json=json)
 
 
 def main_list(args: Sequence[str] | None = None) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import io
+import errno
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from apt_core.errors import AptError, ConfigError, PluginError, ProviderError
+from apt_core.cli.output import Json, complain, give_up, json_text, open_streams, output_apart
+from apt_core.errors import AptError, ConfigError, PluginError, Problem, ProviderError
 from apt_core.failures import one_line, text_of
 
 if TYPE_CHECKING:
     import typer
+
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 def run_command(app: typer.Typer, prog: str, args: Sequence[str] | None = None) -> int:
@@ -32,25 +37,43 @@ def run_command(app: typer.Typer, prog: str, args: Sequence[str] | None = None) 
     command = typer.main.get_command(app)
     if not args and hasattr(command, "commands"):
         args = ["--help"]
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    return end_of(lambda: _invoke(command, prog, args), prog, args)
+
+
+def _invoke(command: Any, prog: str, args: list[str]) -> int:
+    import typer
+
+    # Not main(): it turns Ctrl-C and a reader that went away into exits of its own.
     try:
-        # Not main(): it turns Ctrl-C and a reader that went away into exits of its own.
-        with command.make_context(prog, list(args)) as context:
+        with (
+            output_apart() if "--json" in args else nullcontext(),
+            command.make_context(prog, list(args)) as context,
+        ):
             result = command.invoke(context)
-        sys.stdout.flush()
+            text = json_text(result.value) if isinstance(result, Json) else None
     except typer.Exit as end:
         return end.exit_code
+    if text is not None:
+        print(text)
+        return int(result.exit_code)
+    return result if isinstance(result, int) else 0
+
+
+def end_of(command: Callable[[], int], prog: str, args: Sequence[str]) -> int:
+    """The exit code of what a command does, whatever it raises; errors are reported on stderr."""
+    open_streams()
+    try:
+        code = command()
+        sys.stdout.flush()
+        return code
     except AptError as error:
         return _report(error, args, error.exit_code)
     except KeyboardInterrupt as interrupt:
         if not place_among_processes()[1]:
-            print("interrupted", file=sys.stderr)
+            complain("interrupted")
         return getattr(interrupt, "exit_code", 128 + signal.SIGINT)
     except BrokenPipeError:
-        # The reader went away; keep the interpreter from complaining about it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        give_up(sys.stdout)  # the reader went away
         return 0
     except GeneratorExit as error:
         return _report(RuntimeError(f"GeneratorExit was raised: {error}"), args, 1)
@@ -58,8 +81,27 @@ def run_command(app: typer.Typer, prog: str, args: Sequence[str] | None = None) 
         usage = getattr(error, "format_message", None)
         if usage is not None:
             return _report(ConfigError(f"{usage()} (see {prog} --help)"), args, 2)
-        return _report(error, args, 1)
-    return result if isinstance(result, int) else 0
+        return _report(_explained(error), args, 1)
+
+
+def _explained(error: Exception) -> Exception:
+    """An error of the surroundings in words, where it is one."""
+    if not isinstance(error, OSError) or error.filename is not None:
+        return error
+    if error.errno == errno.ENOENT:
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            hint = "cd to another"
+            return ConfigError(Problem("the working directory has been removed", hint=hint))
+    elif error.errno in UNWRITABLE:
+        try:
+            sys.stdout.flush()
+            os.write(1, b"\n")
+        except OSError as unwritable:
+            give_up(sys.stdout)
+            return AptError(f"the output cannot be written: {unwritable.strerror}")
+    return error
 
 
 def place_among_processes() -> tuple[bool, int]:
@@ -85,9 +127,8 @@ def _report(error: Exception, args: Sequence[str], code: int) -> int:
         lines += "(add --debug for the traceback)\n"
     if rank:
         lines = "".join(f"process {rank}: {line}\n" for line in lines.splitlines())
-    # In one piece, so that the lines of processes do not mix.
-    print(lines, end="", file=sys.stderr, flush=True)
-    return code
+    complain(lines, end="")
+    return error.exit_code if isinstance(error, AptError) else code
 
 
 def _is_said(error: Exception, rank: int) -> bool:
@@ -96,32 +137,3 @@ def _is_said(error: Exception, rank: int) -> bool:
     # Whoever started the processes ends them all when the first has ended.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return is_said(f"{type(error).__name__}: {error}", rank)
-
-
-def print_json(value: Any) -> None:
-    """One JSON document on the process's stdout, non-ASCII text as it is."""
-    import json
-
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
-
-
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A plain table on stdout; in a pipe nothing is cut off or wrapped."""
-    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
-    if not sys.stdout.isatty():
-        widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-        for row in (columns, *cells):
-            padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-            print("  ".join(padded).rstrip())
-        return
-
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in cells:
-        table.add_row(*map(Text, row))
-    Console(highlight=False).print(table)

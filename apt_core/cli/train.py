@@ -6,16 +6,16 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
-from apt_core.cli.run_command import place_among_processes, print_json, run_command
+from apt_core.cli.output import Json, complain, make_console
+from apt_core.cli.run_command import place_among_processes, run_command
 from apt_core.errors import ConfigError, Problem, TrainingError, did_you_mean
-from apt_core.paths import user_path
+from apt_core.paths import unrecordable, user_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,7 +102,7 @@ def train(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show tracebacks and debug messages.")
     ] = False,
-) -> int:
+) -> Json | int:
     """Train a language model as a profile says.
 
     Keys of the profile are options too: --model.attention_name flash_v2
@@ -136,22 +136,25 @@ def train(
         ),
     )
     problems = [Problem(message, hint=hint) for found, message, hint in mistakes if found]
+    paths = {
+        "--profile": profile,
+        "--output": output,
+        "--resume-from": resume_from,
+        "the working directory": os.getcwd(),
+    }
+    problems += unrecordable(paths | {f"--plugin {each}": each for each in plugin or ()})
     if problems:
         raise ConfigError(problems)
-
-    from rich.console import Console
 
     from apt_core.kernel import boot
     from apt_core.log import TolerantStream, logging_to
 
     stream = TolerantStream(sys.stderr if json or rank else sys.stdout)
-    console = Console(file=cast(TextIO, stream), highlight=False, soft_wrap=True)
+    console = make_console(cast(TextIO, stream))
     # Of several processes the first one speaks for all, and each of its own errors.
     level = "ERROR" if rank else "DEBUG" if debug else "INFO"
-    # What a plugin prints must not end up in the JSON of a plan.
-    apart = redirect_stdout(sys.stderr) if json else nullcontext()
     arguments = _arguments(profile, plugin or (), set_ or (), strict, context.args)
-    with logging_to(console, level=level), apart:
+    with logging_to(console, level=level):
         kernel = boot(
             profile, plugins=plugin or (), overrides=overrides, strict=strict, files=not dry_run
         )
@@ -159,12 +162,14 @@ def train(
             from apt_core.training.plan import make_plan, print_plan
 
             plan = make_plan(kernel, nproc)
-            if not json:
-                print_plan(console, plan)
-        elif verify_resume:
+            if json:
+                return Json(plan)
+            print_plan(console, plan)
+            return 0
+        if verify_resume:
             arguments += _options(nproc=nproc)
             return verify(console, arguments, output, stop_at_step or VERIFIED_STEPS)
-        elif (processes := 1 if inside else nproc or _processes_wanted(kernel)) > 1:
+        if (processes := 1 if inside else nproc or _processes_wanted(kernel)) > 1:
             from apt_core.training.launch import launch
 
             arguments += _options(
@@ -176,21 +181,17 @@ def train(
                 debug=debug,
             )
             return launch(processes, arguments)
-        else:
-            arguments += _options(nproc=os.environ["WORLD_SIZE"] if inside else None)
-            return run(
-                kernel,
-                None if rank else console,
-                again=shlex.join(["apt-train", *arguments]),
-                output=output,
-                resume=resume,
-                resume_from=resume_from,
-                stop_at_step=stop_at_step,
-                allow_change=allow_change or (),
-            )
-    if json:
-        print_json(plan)
-    return 0
+        arguments += _options(nproc=os.environ["WORLD_SIZE"] if inside else None)
+        return run(
+            kernel,
+            None if rank else console,
+            again=shlex.join(["apt-train", *arguments]),
+            output=output,
+            resume=resume,
+            resume_from=resume_from,
+            stop_at_step=stop_at_step,
+            allow_change=allow_change or (),
+        )
 
 
 def _arguments(
@@ -247,7 +248,7 @@ def run(kernel: Kernel, console: Console | None, *, again: str, **options: Any) 
     except BaseException as error:
         hint = resume_hint(trainer, again, error) if console is not None else ""
         if hint:
-            print(hint, file=sys.stderr)
+            complain(hint)
         raise
     if console is not None:
         print_summary(console, result, kernel)

@@ -12,7 +12,7 @@ import yaml
 from apt_core.config.loader import LOCAL_FOLDER, SUFFIXES, read_profile
 from apt_core.config.yaml_text import Document, KeyPath, ProfileDumper, parse_yaml
 from apt_core.errors import ConfigError, Problem
-from apt_core.paths import user_path
+from apt_core.paths import unrecordable, user_path
 from apt_core.plugin_names import name_of
 
 Name = Callable[[str], str]
@@ -25,6 +25,9 @@ def edit_plugin_list(profile: Path, plugin: str, *, present: bool, name_of: Name
     the byte. Raises ConfigError for a file that is no profile, and for a list that is inherited or
     written in a way that cannot be edited safely: then nothing is changed.
     """
+    problems = unrecordable({"the plugin": plugin})
+    if problems:
+        raise ConfigError(problems)
     listed = listed_plugins(profile)
     found = [i for i, reference in enumerate(listed) if name_of(reference) == name_of(plugin)]
     if bool(found) == present:
@@ -48,7 +51,11 @@ def edit_plugin_list(profile: Path, plugin: str, *, present: bool, name_of: Name
     refused = Problem("the list cannot be edited in place", "plugins", str(file), by_hand)
     if not _is_edit(original, edited, wanted):
         raise ConfigError(refused)
-    file.write_bytes(edited.encode("utf-8"))
+    try:
+        file.write_bytes(edited.encode("utf-8"))
+    except OSError as error:
+        reason = f"cannot be written: {(error.strerror or str(error)).lower()}"
+        raise ConfigError(Problem(reason, "plugins", str(file), by_hand)) from error
     if listed_plugins(profile) != wanted:
         file.write_bytes(original.encode("utf-8"))
         raise ConfigError(refused)

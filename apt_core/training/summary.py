@@ -10,6 +10,7 @@ from apt_core.failures import short_path
 from apt_core.kernel import Kernel
 from apt_core.monitor import duration, rate
 from apt_core.plugin_records import PluginRecord
+from apt_core.printable import printable
 from apt_core.training.checkpoint import list_checkpoints
 
 if TYPE_CHECKING:
@@ -62,16 +63,9 @@ def summary_lines(result: RunResult, kernel: Kernel) -> list[str]:
     lines += [f"plugin {line}" for r in kernel.manager.records.values() for line in _plugin(r)]
     if result.sample:
         sample = kernel.config.evaluation.sample_prompt + result.sample
-        lines += ["sample:", f"  {_printable(sample)}"]
+        lines += ["sample:", f"  {printable(sample)}"]
     lines.append(f"run folder: {short_path(str(result.folder))}")
     return lines
-
-
-def _printable(text: str) -> str:
-    """``text`` with control characters, which a terminal would obey, as escapes."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
-    )
 
 
 def _plugin(record: PluginRecord) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from apt_core import ConfigError
+from apt_core.cli.output import say
 from apt_core.cli.run_command import run_command
 from apt_core.errors import Problem
 from apt_core.paths import user_path
@@ -39,10 +40,16 @@ def report(
                 hint="give the folder that apt-train named at its end, such as runs/PROFILE/TIME",
             )
         )
-    from apt_plugins.report.page import write_report
-
+    if output is not None and output.is_dir():
+        hint = f"name the page: --output {output / 'report.html'}"
+        raise ConfigError(Problem("is a folder", "--output", str(output), hint))
     try:
-        print(write_report(folder, output))
+        from apt_plugins.report.page import write_report
+    except ModuleNotFoundError as error:
+        hint = 'pip install "apt-kernel[report]"'
+        raise ConfigError(Problem(f"{error.name} is not installed", hint=hint)) from error
+    try:
+        say(write_report(folder, output))
     except OSError as error:
         raise ConfigError(
             Problem(

@@ -288,3 +288,20 @@ def test_profiles_that_come_with_apt_are_not_edited(command: Command) -> None:
     done = command(app, "enable", "new", "-p", "tiny_debug")
     assert done.code == 2
     assert "write a profile of your own that says `extends: tiny_debug`" in done.err
+
+
+def test_a_profile_that_cannot_be_written_is_bad_input(
+    command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "mine.yaml").write_text("name: mine\n")
+
+    def refuse(path: Path, data: bytes) -> int:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    done = command(app, "enable", "new", "-p", "mine.yaml")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == (
+        "error: mine.yaml: plugins: cannot be written: permission denied "
+        "(edit it by hand: plugins: [new])\n"
+    )

@@ -53,6 +53,21 @@ def test_a_damaged_entry_is_made_anew(home, damage):
     assert make.calls == 2
 
 
+def test_without_a_home_the_array_is_made_and_not_kept(tmp_path, monkeypatch, caplog):
+    """As for a user whom no password file knows: nothing is written into a folder named ~."""
+
+    def unknown(*arguments):
+        raise KeyError("uid not found")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for variable in ("APT_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    assert cached_array("key", Maker()).tolist() == list(range(1000))
+    assert "no home directory is known" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_is_pickled(home):
     with pytest.raises(ValueError):
         cached_array("key", lambda: np.array([object()]))

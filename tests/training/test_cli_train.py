@@ -321,3 +321,23 @@ def test_the_plan_shows_when_a_plugin_becomes_enabled(capsys, profile, tmp_path)
         ("start", 1),
         ("enable late", 2),
     ]
+
+
+def test_what_is_printed_and_logged_holds_no_sequence_for_a_terminal(
+    apt_train, tmp_path, monkeypatch
+):
+    """Neither of a plugin nor, where colours are forced in a pipe, of a display that redraws."""
+    plugin = tmp_path / "raises.py"
+    plugin.write_text(
+        "from apt_core import hookimpl\n\n\n@hookimpl\ndef on_training_start():\n"
+        "    raise ValueError('\\x1b]0;a title\\x07 \\udcff')\n"
+    )
+    done = apt_train("--plugin", str(plugin), "--training.max_steps=2")
+    log = (done.folder / "log.txt").read_text(encoding="utf-8")
+    for text in (done.out, log):
+        assert r"ValueError: \x1b]0;a title" in text
+        assert not set(text) & {"\x1b", "\x07"}
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    forced = apt_train("--training.max_steps=2", name="forced")
+    assert "step 2/2" in forced.out
+    assert "\x1b[2K" not in forced.out

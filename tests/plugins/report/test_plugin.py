@@ -108,6 +108,7 @@ def test_the_command_writes_elsewhere_when_told(make_run, tmp_path, capsys):
     [
         (["nowhere"], "there is no run in this folder"),
         (["run", "--output", "no/such/folder/page.html"], "the page cannot be written"),
+        (["run", "--output", "."], "is a folder (name the page: --output report.html)"),
     ],
 )
 def test_bad_input_of_the_command_ends_with_2_and_a_remedy(
@@ -117,6 +118,14 @@ def test_bad_input_of_the_command_ends_with_2_and_a_remedy(
     monkeypatch.chdir(tmp_path)
     assert run_command(app, "apt-report", arguments) == 2
     assert says in capsys.readouterr().err
+
+
+def test_without_jinja_the_command_says_what_to_install(make_run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.delitem(sys.modules, "apt_plugins.report.page", raising=False)
+    assert run_command(app, "apt-report", [str(make_run())]) == 2
+    said = 'error: jinja2 is not installed (pip install "apt-kernel[report]")\n'
+    assert capsys.readouterr().err == said
 
 
 def test_plugin_and_command_need_neither_torch_nor_jinja_before_they_write():

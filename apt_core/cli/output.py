@@ -1,0 +1,147 @@
+"""What commands print: lines, tables and JSON on the standard streams, in any state of these."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any, TextIO, cast
+
+from apt_core.printable import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Json:
+    """What a command answers with ``--json``: printed when nothing else can be any more."""
+
+    value: Any
+    exit_code: int = 0
+
+
+def open_streams() -> None:
+    """Open what the process was started without, to nowhere: the next file that is opened would be
+    its standard output. Text that a stream's encoding does not have is written as escapes."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def give_up(stream: TextIO) -> None:
+    """Let a stream that nobody can take lead nowhere, so that the end of the interpreter does not
+    fail at it."""
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+@contextmanager
+def output_apart() -> Iterator[None]:
+    """While the context lasts, what is written to stdout goes to stderr, also by those who know it
+    by its descriptor (C libraries, child processes): stdout is for the answer."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.stderr.flush()
+        if "ctypes" in sys.modules:  # as whatever has code in C brings along
+            sys.modules["ctypes"].CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def say(text: object = "", *, end: str = "\n", file: IO[str] | None = None) -> None:
+    """Print text that may hold anything, on stdout or another file."""
+    print(printable(str(text)), end=end, file=file)
+
+
+def complain(text: object, *, end: str = "\n") -> None:
+    """Print on stderr, in one piece; where nobody can take that, it is lost."""
+    try:
+        print(printable(str(text)) + end, end="", file=sys.stderr, flush=True)
+    except OSError:
+        give_up(sys.stderr)
+
+
+def json_text(value: Any) -> str:
+    """One JSON document; text that is not ASCII as it is, where stdout takes it."""
+    import json
+
+    unicode = (getattr(sys.stdout, "encoding", "") or "").lower().replace("-", "") == "utf8"
+    text = json.dumps(value, indent=2, ensure_ascii=not unicode, default=str)
+    # Lone surrogates, of file names that are no UTF-8, become the escapes that JSON has for them.
+    return text.encode("utf-8", errors="backslashreplace").decode()
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A plain table on stdout; in a pipe nothing is cut off or wrapped."""
+    cells = [["" if cell is None else printable(str(cell), "") for cell in row] for row in rows]
+    if not sys.stdout.isatty():
+        widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+        for row in (columns, *cells):
+            padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            print("  ".join(padded).rstrip())
+        return
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in cells:
+        table.add_row(*map(Text, row))
+    Console(highlight=False).print(table)
+
+
+def make_console(stream: TextIO) -> Console:
+    """A console on ``stream`` that prints text which may hold anything."""
+    from rich.console import Console, ConsoleRenderable, RenderHook
+    from rich.segment import Segment
+
+    class Printable:
+        def __init__(self, inner: ConsoleRenderable) -> None:
+            self._inner = inner
+
+        def __rich_console__(self, console: Console, options: Any) -> Iterator[Segment]:
+            for segment in console.render(self._inner, options):
+                if segment.control:
+                    yield segment
+                else:
+                    yield Segment(printable(segment.text), segment.style)
+
+    class Hook(RenderHook):
+        def process_renderables(
+            self, renderables: list[ConsoleRenderable]
+        ) -> list[ConsoleRenderable]:
+            return [cast(ConsoleRenderable, Printable(inner)) for inner in renderables]
+
+    # Colours may be forced in a pipe, where a display that redraws itself is a flood.
+    redraws = None if stream.isatty() else False
+    console = Console(file=stream, highlight=False, soft_wrap=True, force_interactive=redraws)
+    console.push_render_hook(Hook())
+    return console
