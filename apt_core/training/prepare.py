@@ -32,10 +32,10 @@ from apt_core.training.costs import support_notices
 from apt_core.training.distributed import ALONE, World
 from apt_core.training.parameter_groups import parameter_groups
 from apt_core.training.peak import measured_peak_flops
+from apt_core.training.rehearsal import rehearse
 from apt_core.training.run_folder import versions
 from apt_core.training.run_length import horizon, tell_what_the_length_decides
 from apt_core.training.state import keep_plan
-from apt_core.training.structure import rehearse
 
 log = get_logger("apt.training")
 

@@ -78,13 +78,3 @@ def transforming_plugins(kernel: Kernel, schedule: Schedule) -> list[str]:
     moments = [boundary.plugin for boundary in schedule.boundaries() if boundary.enables]
     from_the_start = sorted(name for name in able if name not in moments)
     return from_the_start + [name for name in moments if name in able]
-
-
-def rehearse(kernel: Kernel, schedule: Schedule) -> None:
-    """Go through the transforms of the whole run, so that what fails in epoch 2 fails now.
-
-    Raises as :func:`transform_of` does.
-    """
-    plugins = transforming_plugins(kernel, schedule)
-    if plugins:
-        structure_after(kernel, plugins)

@@ -17,7 +17,7 @@ from apt_core import hookimpl
 from apt_core.errors import CheckpointError, ConfigError, PluginError
 from apt_core.testing import TINY_PROFILE, TinyRun, tiny_run
 from apt_core.testing.tiny import TEXT
-from apt_core.training import Trainer
+from apt_core.training import Trainer, rehearsal
 from apt_core.training.checkpoint import list_checkpoints
 
 EPOCH = 5
@@ -383,6 +383,34 @@ def test_a_failing_transform_is_found_at_the_start(wider: Experiment) -> None:
     wider.plugin("wider", WIDER.replace("origins = {}", "origins = {}\n    raise OSError('no')"))
     with pytest.raises(PluginError, match="at step 0"):
         wider.train("run", strict=True)
+
+
+@pytest.mark.parametrize("most", [2**23, 20_000, 2_000])
+def test_a_transform_that_changes_the_loss_is_found_at_the_start(
+    wider: Experiment, monkeypatch, most: int
+) -> None:
+    """By the profile's own model, or by a smaller copy of it; where that is too large too, when it
+    is due."""
+    monkeypatch.setattr(rehearsal, "MOST", most)
+    wider.settings |= {"model.num_layers": 4, "model.vocab_size": 2048}
+    wider.files = ()
+    wider.plugin("wider", WIDER.replace("torch.cat([w, w], 1) / 2", "torch.cat([w, w], 1)"))
+    when = "step 0" if most > 2_000 else f"step {EPOCH}"
+    with pytest.raises(PluginError, match=f"wider failed in apt_transform_model at {when}") as told:
+        wider.train("strict", strict=True)
+    assert ("a copy of the model with fewer layers and ids" in str(told.value)) == (most == 20_000)
+    (wider.folder / "wider.py").write_text(WIDER, encoding="utf-8")
+    assert len(wider.train("right", strict=True).manifest["switches"]) == 1
+
+
+def test_what_cannot_be_tried_before_the_start_is_told_there(wider: Experiment) -> None:
+    wider.files = ()
+    wider.plugin("wider", WIDER.replace("value=twice,", "value=lambda rows: 1 / 0,"))
+    wider.train("run")
+    said = "what wider will make of the model could not be tried before the start: ZeroDivision"
+    assert said in wider.log("run")
+    with pytest.raises(PluginError, match=r"at step 0 .*ZeroDivisionError"):
+        wider.train("strict", strict=True)
 
 
 def test_a_profile_that_a_transform_refuses_is_bad_input_at_the_start(wider: Experiment) -> None:
