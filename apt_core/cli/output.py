@@ -35,6 +35,7 @@ def open_streams() -> None:
             if opened != descriptor:
                 os.dup2(opened, descriptor)
                 os.close(opened)
+            os.set_inheritable(descriptor, True)  # as standard streams are
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", closefd=False))
     for stream in (sys.stdout, sys.stderr):
