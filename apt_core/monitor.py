@@ -65,10 +65,10 @@ class Throughput:
         self._start, self._tokens = now, 0
         return tokens / seconds if seconds > 0 else 0.0
 
-    def overall(self) -> float:
-        """Tokens per second since the beginning."""
-        seconds = self._read_seconds + self._now() - self._start
-        return (self._read_tokens + self._tokens) / seconds if seconds > 0 else 0.0
+    def overall(self) -> tuple[int, float]:
+        """Tokens since the beginning, and the seconds that they took."""
+        tokens = self._read_tokens + self._tokens
+        return tokens, self._read_seconds + self._now() - self._start if tokens else 0.0
 
     def _now(self) -> float:
         return self._paused_at if self._pauses else time.perf_counter()

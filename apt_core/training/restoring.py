@@ -74,6 +74,7 @@ def restore(trainer: Trainer, found: Checkpoint) -> None:
     if evaluated is not None and evaluated.scores:
         trainer.scores = {"step": state["step"], **evaluated.scores}
     trainer.metrics, trainer.timeline = state["metrics"], state["timeline"]
+    trainer.step_log.resume(state.get("spent", {}))
     trainer.guard.load(*state["nonfinite_steps"])
     trainer.modes.load_state_dict(state["modes"])
     if not trainer.stopping.load_state_dict(state["stopping"], trainer.evaluator.watched):

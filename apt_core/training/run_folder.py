@@ -78,6 +78,7 @@ class RunFolder:
         self.checkpoints = checkpoints.absolute()
         self.writes = writes
         self.manifest: dict[str, Any] = {}
+        self.ended: dict[str, Any] = {}
         self._metrics: BinaryIO | None = None
         self._unwritten = b""
         self._locks: list[int] = []
@@ -166,10 +167,11 @@ class RunFolder:
         self._write("profile.yaml", text)
 
     def begin_manifest(self) -> None:
-        """Note when the run began; after a resume, forget how it ended before."""
+        """Note when the run began; after a resume, take out how it ended before, which is then
+        ``ended``."""
         self.manifest.setdefault("started", now())
-        for key in ("ended", "error", "figures", "sample", "reason"):
-            self.manifest.pop(key, None)
+        keys = ("ended", "error", "figures", "sample", "reason")
+        self.ended = {key: self.manifest.pop(key) for key in keys if key in self.manifest}
 
     def write_manifest(self, **entries: Any) -> None:
         """Update some entries of ``manifest.json``."""

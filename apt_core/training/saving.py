@@ -73,7 +73,7 @@ class Saving:
         self._evaluated: tuple[int, Evaluated] | None = None
         self._refused: Position | None = None
         self._prunes = True
-        self.failures: list[str] = []
+        self.failures: list[str] = [*folder.manifest.get("failed_checkpoints", [])]
         self._write: _Write | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="apt-checkpoint")
         # A group of its own: a checkpoint is written while the run communicates.
@@ -319,6 +319,7 @@ class Saving:
                 for name, value in trainer.metrics.items()
                 if isinstance(name, str) and isinstance(value, bool | int | float | str)
             },
+            "spent": trainer.step_log.spent,
             "stopping": trainer.stopping.state_dict(trainer.evaluator.watched),
             "timeline": trainer.timeline,
             "precision": str(trainer.parts.dtype or torch.float32),

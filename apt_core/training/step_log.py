@@ -29,6 +29,8 @@ log = get_logger("apt.training")
 MEMORY_SECONDS = 1.0
 """Asking the system takes it up to half a millisecond."""
 
+TIMES = ("seconds", "training_seconds", "training_tokens")
+
 MAX_DUMPS = 20
 """Of how many non-finite steps the batch is written down."""
 
@@ -58,6 +60,8 @@ class StepLog:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self.throughput = Throughput()
+        self._started = time.perf_counter()
+        self._before: dict[str, float] = {}
         cost = model_cost(trainer.kernel)
         self._flops_per_token = cost.flops_per_token
         self._memory, self._memory_due = 0.0, 0.0
@@ -67,6 +71,14 @@ class StepLog:
         """From now on the forward of a token computes so much more."""
         if self._flops_per_token is not None:
             self._flops_per_token += BACKWARD_AND_FORWARD * added_flops
+
+    def resume(self, spent: Mapping[str, float]) -> None:
+        """Go on after a part of the run that had :attr:`spent` so much when it was saved."""
+        self._before = {**spent, "steps": self._trainer.step, "tokens": self._trainer.tokens}
+
+    def start(self) -> None:
+        """The run begins, or goes on."""
+        self._started = time.perf_counter()
 
     def begin(self) -> None:
         """The first step is about to be taken: what came before it is no training time."""
@@ -151,13 +163,35 @@ class StepLog:
             self._memory = round(peak_memory_bytes(self._trainer.device) / 2**20, 1)
         return self._memory
 
-    def figures(self) -> dict[str, float]:
-        """Of this part of the run as a whole: speed, memory, and what went wrong."""
-        trainer = self._trainer
-        figures = {
-            "tokens_per_s": round(self.throughput.overall(), 1),
-            "memory_mb": self._memory_mb(),
+    @property
+    def spent(self) -> dict[str, float]:
+        """Seconds and memory that the run has taken so far, all its parts together; of the seconds
+        those of training, and the tokens trained on in them."""
+        tokens, training = self.throughput.overall()
+        own = {
+            "seconds": time.perf_counter() - self._started,
+            "training_seconds": training,
+            "training_tokens": tokens,
         }
+        whole = {name: self._before.get(name, 0.0) + value for name, value in own.items()}
+        whole["memory_mb"] = max(self._memory_mb(), self._before.get("memory_mb", 0.0))
+        return whole
+
+    def figures(self) -> dict[str, float]:
+        """Of the run as a whole: its length in steps, tokens and seconds, speed, memory, and what
+        went wrong. After a resume ``part_…`` are of what came since."""
+        trainer, spent = self._trainer, self.spent
+        length = {"steps": trainer.step, "tokens": trainer.tokens}
+        figures = {**length, **_pace(spent), "memory_mb": spent["memory_mb"]}
+        if self._before:
+            own = {name: spent[name] - self._before.get(name, 0.0) for name in TIMES}
+            part = {name: value - self._before[name] for name, value in length.items()}
+            figures |= {f"part_{name}": value for name, value in {**part, **_pace(own)}.items()}
+            ended = trainer.folder.ended.get("figures", {})
+            if not part["steps"] and ended.get("steps") == trainer.step:
+                # Nothing was trained: what the end of the run has recorded stands.
+                timed = ("seconds", "tokens_per_s", "memory_mb")
+                figures |= {name: ended[name] for name in timed if name in ended}
         counts = {
             "skipped_steps": trainer.guard.known,
             "failed_checkpoints": len(trainer.saving.failures),
@@ -219,6 +253,14 @@ class StepLog:
                 "input_ids": batch.input_ids.tolist(),
             },
         )
+
+
+def _pace(spent: Mapping[str, float]) -> dict[str, float]:
+    seconds, tokens = spent["training_seconds"], spent["training_tokens"]
+    return {
+        "seconds": round(spent["seconds"], 2),
+        "tokens_per_s": round(tokens / seconds if seconds else 0.0, 1),
+    }
 
 
 def _summed(shares: Sequence[Mapping[str, float]], loss: float) -> dict[str, float]:

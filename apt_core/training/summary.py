@@ -11,7 +11,7 @@ from apt_core.kernel import Kernel
 from apt_core.monitor import duration, rate
 from apt_core.plugin_records import PluginRecord
 from apt_core.printable import printable
-from apt_core.training.checkpoint import list_checkpoints
+from apt_core.training.checkpoint import list_checkpoints, step_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,10 +29,16 @@ def summary_lines(result: RunResult, kernel: Kernel) -> list[str]:
     """The summary, a line each."""
     figures = result.figures
     why = f" ({result.reason})" if result.reason else ""
+    part = ""
+    if "part_steps" in figures:
+        part = (
+            f" (since the resume: {figures['part_steps']} steps, {figures['part_tokens']:,} tokens "
+            f"in {duration(figures['part_seconds'])})"
+        )
     lines = [
         "",
         f"{result.status}{why}: {result.step} steps, {result.tokens:,} tokens in "
-        f"{duration(figures['seconds'])}, {rate(figures['tokens_per_s'])} tok/s, "
+        f"{duration(figures['seconds'])}{part}, {rate(figures['tokens_per_s'])} tok/s, "
         f"{figures['memory_mb']:.0f} MB at the most",
     ]
     if "skipped_steps" in figures:
@@ -50,8 +56,10 @@ def summary_lines(result: RunResult, kernel: Kernel) -> list[str]:
             started = (
                 f" (at the start: {figures['val_loss_start']:.3f}, {figures['val_bpb_start']:.3f})"
             )
+        step = figures.get("val_step", result.step)
+        when = "" if step == result.step else f" after step {step}"
         lines.append(
-            f"held-out text: loss {figures['val_loss']:.3f} nats per token, "
+            f"held-out text{when}: loss {figures['val_loss']:.3f} nats per token, "
             f"{figures['val_bpb']:.3f} bits per byte{started}, "
             f"perplexity {figures['val_ppl']:.2f}"
         )
@@ -93,4 +101,6 @@ def resume_hint(trainer: Trainer, again: str, error: BaseException | None = None
     if folder is None or not list_checkpoints(folder.checkpoints):
         return ""
     where = shlex.quote(str(folder))
-    return f"stopped at step {trainer.step}; to go on: {again} --output {where} --resume"
+    saved = step_of(list_checkpoints(folder.checkpoints)[-1])
+    kept = "" if saved == trainer.step else f", the newest checkpoint is of step {saved}"
+    return f"stopped at step {trainer.step}{kept}; to go on: {again} --output {where} --resume"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -92,10 +91,11 @@ class Trainer:
     What hooks may use: ``config registry model optimizer schedule epoch step tokens device rank
     world_size metrics output_dir step_void param(name) rng(plugin) autocast() average(plugin,
     decay) request_stop(reason)``. ``epoch`` counts from 1, ``step`` is the number of optimizer
-    steps taken, ``tokens`` the target tokens seen, ``metrics`` the newest row, ``output_dir`` the
-    run's folder. ``step_void`` says whether the newest step was not finite, and so changed nothing:
-    a bool, or where the device alone knows 0-d, 1.0 or 0.0. A plugin may replace ``model`` and
-    ``optimizer`` in mid-run: do not keep them.
+    steps taken, ``tokens`` the target tokens seen, ``metrics`` the newest row of a step, with the
+    scores of an evaluation since, which is of step ``val_step``, ``output_dir`` the run's folder.
+    ``step_void`` says whether the newest step was not finite, and so changed nothing: a bool, or
+    where the device alone knows 0-d, 1.0 or 0.0. A plugin may replace ``model`` and ``optimizer``
+    in mid-run: do not keep them.
     """
 
     folder: RunFolder
@@ -258,7 +258,8 @@ class Trainer:
                     return self._run()
 
     def _run(self) -> RunResult:
-        self._started = time.perf_counter()
+        self.step_log.start()
+        self._first_step = self.step
         self._display = ProgressDisplay(
             self.console,
             self.stopping.last_step(self.total_steps),
@@ -466,10 +467,11 @@ class Trainer:
         if not scores:
             return
         log.info(
-            "Epoch %d/%d: loss=%.3f  held out: loss=%.3f ppl=%.2f bits/byte=%.3f",
+            "Epoch %d/%d: loss=%.3f%s  held out: loss=%.3f ppl=%.2f bits/byte=%.3f",
             epoch,
             self.config.training.max_epochs,
             self.metrics.get(CROSS_ENTROPY, float("nan")),
+            "" if self.metrics.get("step") == self.step else f" (step {self.metrics.get('step')})",
             scores["val_loss"],
             scores["val_ppl"],
             scores["val_bpb"],
@@ -515,6 +517,8 @@ class Trainer:
         if not self._interrupted():
             with suppress(StopTraining):
                 sample = self.evaluator.sample()
+        if self.step == self._first_step:
+            sample = sample or self.folder.ended.get("sample", "")
         reason = next(filter(None, self.world.gather(self.stopping.reason)), "")
         exit_code = self._interrupted()
         status = "interrupted" if exit_code else "stopped" if reason else "finished"
@@ -622,7 +626,7 @@ class Trainer:
                     evaluation.watched_loss, dict(scores) if everything else {}
                 )
             row = {"step": self.step, "epoch": self.epoch, "tokens": self.tokens, **scores}
-            self.metrics = {**self.metrics, **scores}
+            self.metrics = {**self.metrics, **scores, "val_step": self.step}
             self.folder.write_metrics(row)
             try:
                 self.manager.hook.on_evaluation_end(trainer=self, metrics=dict(scores))
@@ -632,12 +636,14 @@ class Trainer:
         return scores
 
     def _figures(self) -> dict[str, float]:
-        final = {key: value for key, value in self.scores.items() if key != "step"}
+        """Losses come with the step that they are of, which may be before the last one."""
+        names = {"step": "val_step"}
+        final = {names.get(key, key): value for key, value in self.scores.items()}
         start = {f"{key}_start": value for key, value in self.start_scores.items()}
-        train = {"loss": self.metrics["loss"]} if "loss" in self.metrics else {}
-        seconds = round(time.perf_counter() - self._started, 2)
-        return {"steps": self.step, "tokens": self.tokens, "seconds": seconds,
-                **self.step_log.figures(), **train, **start, **final}  # fmt: skip
+        train = {}
+        if "loss" in self.metrics:
+            train = {"loss": self.metrics["loss"], "loss_step": self.metrics["step"]}
+        return {**self.step_log.figures(), **train, **start, **final}
 
     def _save(self) -> None:
         self.step_log.throughput.pause()

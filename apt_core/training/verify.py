@@ -24,9 +24,9 @@ from apt_core.training.child_process import apt_train_command
 VOLATILE = ("tokens_per_s", "mfu", "memory_mb", "time/")
 """Beginnings of the names of figures that are of the machine, not of the training."""
 
-UNCOMPARED = {"metrics", "plugin_records"}
-"""Parts of a checkpoint's state: the newest row, which is compared as a row, and the tracebacks of
-plugins."""
+UNCOMPARED = {"metrics", "plugin_records", "spent"}
+"""Parts of a checkpoint's state: the newest row, which is compared as a row, the tracebacks of
+plugins, and time."""
 
 POLL_SECONDS = 0.01
 TAIL = 20

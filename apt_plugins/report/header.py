@@ -93,7 +93,8 @@ def _tiles(run: Run) -> list[Tile]:
     if (tokens := figure("tokens")) is not None:
         tiles.append(Tile("target tokens", size(tokens), in_full(tokens)))
     if (seconds := figure("seconds")) is not None:
-        since = "since the last resume" if run.log.resumes else ""
+        part = figure("part_seconds")
+        since = "" if part is None else f"{duration(part)} since the last resume"
         tiles.append(Tile("time", duration(seconds), since))
     if (speed := typical(series.get("tokens_per_s"))) is not None:
         tiles.append(Tile("tokens per second", number(round(speed)), "median"))
