@@ -156,7 +156,9 @@ def test_a_run_of_two_processes_speaks_with_one_voice_and_is_closed_to_others(
     lines = done.stdout.splitlines()
     for begins in ("model built:", "Epoch 1/", "checkpoint:", "finished:", "tokenizer:"):
         found = [line for line in lines if line.startswith(begins)]
-        assert len(found) == len(set(found)) >= 1, done.stdout
+        # The last step is saved before it is judged on the held-out text, and once more after.
+        times = 2 if begins == "checkpoint:" else 1
+        assert found and all(found.count(line) == times for line in found), done.stdout
     assert "in 2 processes (ddp)" in done.stdout
     steps = [row["step"] for row in rows(tmp_path / "run") if "loss" in row]
     assert steps == [1, 2, 3, 4, 5, 6]
