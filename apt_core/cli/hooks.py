@@ -253,6 +253,9 @@ def check(
         list[str] | None,
         typer.Option("--set", help="Check with another value of a key: my_plugin.window=4."),
     ] = None,
+    nproc: Annotated[
+        int, typer.Option("--nproc", min=1, max=2, help="1 leaves out runs of two processes.")
+    ] = 2,
     json: AsJson = False,
     debug: Debug = False,
 ) -> Json | int:
@@ -262,7 +265,9 @@ def check(
 
     overrides = [parse_override(text, "--set") for text in set_ or ()]
     with output_apart():
-        findings = check_plugin(plugin, profile=profile or None, overrides=overrides)
+        findings = check_plugin(
+            plugin, profile=profile or None, overrides=overrides, processes=nproc
+        )
     rows = [
         {"check": f.check, "result": f.result, "ok": f.ok, "detail": f.detail} for f in findings
     ]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from apt_core.config import Config, Override
@@ -16,6 +19,7 @@ from apt_core.kernel import NAME_KEYS, boot
 from apt_core.plugin_manager import PluginManager
 from apt_core.registry import Registry
 from apt_core.testing.tiny import TINY_PROFILE, tiny_run
+from apt_core.testing.two_processes import differences
 from apt_core.types import CORE, KINDS, ProviderSpec
 from apt_core.validation import misplaced_hooks
 
@@ -56,12 +60,14 @@ def check_plugin(
     *,
     profile: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | Sequence[Override] = (),
+    processes: int = 1,
 ) -> list[Finding]:
     """Check the plugin behind a name, a dotted module or a ``.py`` path; never raises for it.
 
     ``core`` stands for the providers of the core, and ``attention:mha`` for one of them. Providers
     have the settings that ``profile`` gives them, or their defaults, and ``overrides``, by dotted
-    key. Raises ConfigError where these are no settings.
+    key. With two ``processes``, what the plugin does to training is tried in two as well, under DDP
+    and FSDP2, which takes some seconds. Raises ConfigError where these are no settings.
     """
     reference = os.fspath(reference)
     if not isinstance(overrides, Sequence):
@@ -99,7 +105,67 @@ def check_plugin(
         same = plain.same_weights(run)
         detail = "" if same else "the weights differ from a run without the plugin"
         findings.append(Finding("leaves the weights alone", same, detail))
+    # Weights that a plugin changes in secret would be told twice.
+    wrong = _resumed(reference, name, WHOLE | shared | own) if findings[-1].ok else ""
+    if wrong or manager.implements(name, "apt_state_dict"):
+        findings.append(Finding("resumes", not wrong, wrong))
+    if processes > 1:
+        findings += _in_two_processes(reference, declared.record.name, registry, manager, shared)
     return findings
+
+
+def _resumed(reference: str, name: str, overrides: Mapping[str, Any]) -> str:
+    """How a run with the plugin that is resumed differs from one that is not; the plugin has only
+    what it has handed over."""
+    from apt_core.training import checkpoint
+
+    with tempfile.TemporaryDirectory(prefix="apt-check-") as temporary:
+        folders = [Path(temporary) / part for part in ("whole", "part")]
+        options: dict[str, Any] = {"steps": 6, "overrides": overrides}
+        whole = tiny_run(reference, output=folders[0], **options)
+        tiny_run(reference, output=folders[1], stop_at_step=3, **options)
+        try:
+            resumed = tiny_run(reference, output=folders[1], resume=True, **options)
+        except Exception as error:
+            return _reason(error)
+        if not resumed.same_weights(whole):
+            return "a run that is resumed after step 3 has other weights after step 6"
+        saved = [
+            checkpoint.load(checkpoint.list_checkpoints(folder / "checkpoints")[-1])
+            for folder in folders
+        ]
+    states = [json.dumps(each.state["plugins"].get(name), sort_keys=True) for each in saved]
+    one, other = (each.plugins for each in saved)
+    same = one.keys() == other.keys() and all(t.equal(other[key]) for key, t in one.items())
+    if states[0] != states[1] or not same:
+        return (
+            "a run that is resumed after step 3 hands over another state after step 6: "
+            f"{states[1]:.200}, and {states[0]:.200} in one go"
+        )
+    return ""
+
+
+def _in_two_processes(
+    reference: str,
+    name: str,
+    registry: Registry,
+    manager: PluginManager,
+    overrides: Mapping[str, Any],
+) -> Iterator[Finding]:
+    """Of each provider that trains, or of the plugin where its hooks act, in two processes."""
+    specs = [s for s in registry.specs() if s.plugin == name and s.kind in TRAINED_WITH]
+    specs = [spec for spec in specs if registry.usable(spec)[0] is not False]
+    tried: dict[str, dict[str, Any]] = {
+        spec.key: {NAME_KEYS[spec.kind]: spec.name} for spec in specs
+    }
+    if not tried and any(manager.implements(name, hook) for hook in ACTS):
+        tried[""] = dict(WHOLE)
+    paths = {spec.section for spec in registry.specs() if spec.plugin == name} - {""}
+    for key, named in tried.items():
+        settings = {**overrides, **_of_sections(registry.profile, paths), **named}
+        for sharding, wrong in differences([reference], settings).items():
+            what = f"two processes, {sharding}"
+            yield Finding(f"{key}, {what}" if key else what, not wrong, wrong or "as one does")
 
 
 def _settings(

@@ -316,3 +316,41 @@ def test_core_stands_for_all_of_its_providers(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("apt_core.testing.conformance.checks_of", lambda kind, provider: [])
     checked = {finding.check.partition(",")[0] for finding in check_plugin("core")}
     assert checked == {spec.key for spec in core_providers("0")}
+
+
+# Resumes, and two processes
+
+STEPS = "steps = [0]\n\n@hookimpl\ndef on_step_end(step):\n    steps[0] += 1\n"
+HANDS_OVER = (
+    STEPS + "\n@hookimpl\ndef apt_state_dict():\n"
+    "    return {'steps': steps[0], 'n': torch.tensor(steps)}\n"
+    "\n@hookimpl\ndef apt_load_state_dict(state):\n    steps[0] = BACK\n"
+)
+FADES = STEPS + (
+    "\n@hookimpl\ndef apt_loss_terms(output):\n"
+    "    return {'z': 0.1 / (1 + steps[0]) * output.logits.square().mean()}\n"
+)
+
+
+def test_what_a_resume_would_lose_is_found(write: WritePlugin) -> None:
+    good = write(HANDS_OVER.replace("BACK", "state['steps']"), "good")
+    findings = {finding.check: finding for finding in check_plugin(good)}
+    assert findings["resumes"].ok and all(finding.ok for finding in findings.values())
+    found = failed(write(HANDS_OVER.replace("BACK", "0"), "forgets"))
+    assert found.keys() == {"resumes"}
+    assert '"steps": 3' in found["resumes"] and '"steps": 6' in found["resumes"]
+    found = failed(write(FADES, "fades"))
+    assert found == {"resumes": "a run that is resumed after step 3 has other weights after step 6"}
+
+
+def test_what_two_processes_would_train_otherwise_is_found(write: WritePlugin) -> None:
+    """What each adds to its own loss counts, and what one alone adds is not the run's."""
+    plugin = write(
+        "@hookimpl\ndef apt_loss_terms(trainer, output):\n"
+        "    return {'z': (1 - trainer.rank) * output.logits.square().mean()}\n"
+    )
+    found = {finding.check: finding for finding in check_plugin(plugin, processes=2)}
+    assert found["trains"].ok and list(found)[2:] == ["two processes, ddp", "two processes, fsdp"]
+    for name in list(found)[2:]:
+        assert not found[name].ok
+        assert "in one process of the same micro-batches" in found[name].detail
