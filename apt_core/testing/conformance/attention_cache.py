@@ -108,7 +108,7 @@ def _truncated(at: Attention) -> None:
         cache, whole = layer.create_cache(T), layer(x)
         if not hasattr(cache, "truncate"):
             raise LeftOut("its cache has no truncate")
-        _fed(layer, cache, x[:, :kept], tried[:, kept : T - 1])
+        _fed(layer, cache, x[:, :kept], *tried[:, kept : T - 1].split(T, 1)[: kept < T - 1])
         cache.truncate(kept)
         assert cache.length == kept, f"cut to {kept}, the cache tells a length of {cache.length}"
         again = _fed(layer, cache, *x[:, kept:].split(max(1, T // 3), 1))

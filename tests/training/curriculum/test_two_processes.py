@@ -54,7 +54,7 @@ def test_two_processes_train_as_one_does(
     assert in_children(*together) == [0, 0]
     lines = (curriculum.folder / "together" / "metrics.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in lines.splitlines()]
-    for figure in ("loss", "loss/align.kl", "moe/max_violation"):
+    for figure in ("loss", "loss/cross_entropy", "loss/align.kl", "moe/max_violation"):
         assert values(rows, figure) == pytest.approx(values(alone.metrics, figure), abs=1e-5)
     assert len(values(rows, "loss/align.kl")) > 4
 
