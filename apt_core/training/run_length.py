@@ -31,7 +31,7 @@ def tell_what_the_length_decides(
     effect is inactive, and a notice says what does not take its course.
 
     ``schedule`` is the kernel's with its horizon. Raises ConfigError if ``strict``, for inactive
-    keys and a warm-up that outlasts the run.
+    keys.
     """
     last = schedule.horizon.last("step")
     if last is None:
@@ -45,12 +45,11 @@ def tell_what_the_length_decides(
         )
         if item.key not in known
     ]
-    short = [*_short_warmup(kernel.config, last, lr_schedule)]
-    if kernel.manager.strict and (inactive or short):
+    if kernel.manager.strict and inactive:
         problems = [Problem(i.reason, i.key, hint="--strict allows none") for i in inactive]
-        raise ConfigError([*problems, *short])
+        raise ConfigError(problems)
     kernel.inactive += inactive
-    kernel.notices += [f"{p.key}: {p.message} ({p.hint})" for p in short]
+    kernel.notices += _short_warmup(kernel.config, last, lr_schedule)
     kernel.notices += _cut_ramps(kernel, schedule)
     kernel.notices += _overlap(kernel.config, last, lr_schedule)
 
@@ -132,17 +131,17 @@ def _cut_ramps(kernel: Kernel, schedule: Schedule) -> Iterator[str]:
             )
 
 
-def _short_warmup(config: Config, last: int, schedule: LRScheduleProvider) -> Iterator[Problem]:
-    """A warm-up that outlasts the run: the rate never gets to its peak, or has no time after it."""
+def _short_warmup(config: Config, last: int, schedule: LRScheduleProvider) -> Iterator[str]:
+    """A warm-up that outlasts the run: the rate never gets to its peak, or has no time after it.
+    (Where the profile alone tells, that is an error already.)"""
     warmup, least = config.training.warmup_steps, config.training.min_lr_ratio
     if warmup < last or schedule.factor(1, last, warmup, least) >= 1.0:
         return
     reached = schedule.factor(last, last, warmup, least)
-    yield Problem(
-        f"a warm-up of {warmup} steps is not over before the last step, {last}: the learning rate "
-        f"only rises, to {reached:.3g} of training.learning_rate",
-        key="training.warmup_steps",
-        hint=f"lower it, or train for more than {warmup} steps",
+    yield (
+        f"training.warmup_steps: a warm-up of {warmup} steps is not over before the last step, "
+        f"{last}: the learning rate only rises, to {reached:.3g} of training.learning_rate (lower "
+        f"it, or train for more than {warmup} steps)"
     )
 
 

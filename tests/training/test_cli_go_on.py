@@ -33,5 +33,5 @@ def test_what_is_printed_goes_on_with_the_plugins_and_overrides_of_the_run(
     monkeypatch.setenv("MENDED", "1")
     assert (program, run_command(app, "apt-train", arguments)) == ("apt-train", 0)
     capsys.readouterr()
-    assert [row["name"] for row in failed.manifest["plugins"]] == ["fails once"]
+    assert [row["name"] for row in failed.manifest["plugins"]] == ["fails_once"]
     assert failed.manifest["step"] == 5 and failed.same_weights(whole)

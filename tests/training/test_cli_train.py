@@ -155,7 +155,8 @@ def test_a_value_that_a_layer_refuses_is_bad_input(apt_train, tmp_path):
         ("[{name: PLUGIN, on_failure: requierd}]", "plugins[0].on_failure"),
         ("[{name: PLUGIN, priority: 300}]", "plugins[0].priority"),
         ("[{priority: 3}]", "plugins[0]"),
-        ("[PLUGIN, 3]", "plugins[1]"),
+        ("[PLUGIN, 3]", "plugin 3: no such plugin"),
+        ("[PLUGIN, []]", "plugins[1]"),
     ],
 )
 def test_a_mistake_in_the_list_of_plugins_is_reported(

@@ -387,7 +387,7 @@ def test_a_rate_that_decays_refuses_another_length(resumed, key, name):
     ("key", "value"),
     [
         ("training.max_seconds", 1e6), ("training.early_stopping_patience", 9),
-        ("training.early_stopping_min_delta", 0.5), ("training.save_freq", 0),
+        ("training.save_freq", 0),
         ("training.save_every_steps", 5), ("training.keep_last", 7),
         ("training.log_every_steps", 3), ("training.max_nonfinite_steps", 2),
         ("evaluation.eval_freq", 3), ("evaluation.save_best", True),
