@@ -18,6 +18,7 @@ from apt_core.failures import one_line
 from apt_core.kernel import NAME_KEYS, boot
 from apt_core.plugin_manager import PluginManager
 from apt_core.registry import Registry
+from apt_core.testing.own_modules import own_modules
 from apt_core.testing.tiny import TINY_PROFILE, tiny_run
 from apt_core.testing.two_processes import differences
 from apt_core.types import CORE, KINDS, ProviderSpec
@@ -122,8 +123,11 @@ def _resumed(reference: str, name: str, overrides: Mapping[str, Any]) -> str:
     with tempfile.TemporaryDirectory(prefix="apt-check-") as temporary:
         folders = [Path(temporary) / part for part in ("whole", "part")]
         options: dict[str, Any] = {"steps": 6, "overrides": overrides}
-        whole = tiny_run(reference, output=folders[0], **options)
-        tiny_run(reference, output=folders[1], stop_at_step=3, **options)
+        # Each as in a process of its own: earlier runs have left their state in modules.
+        with own_modules([reference], anew=True):
+            whole = tiny_run(reference, output=folders[0], **options)
+        with own_modules([reference], anew=True):
+            tiny_run(reference, output=folders[1], stop_at_step=3, **options)
         try:
             resumed = tiny_run(reference, output=folders[1], resume=True, **options)
         except Exception as error:

@@ -126,10 +126,12 @@ def _number(value: Any) -> float | None:
 def _detail(run: Run, name: str, series: Series | None, value: float, steps: float) -> str:
     """Of which step ``value`` is, where that is not the last one, and what it was before."""
     told = []
-    if series is not None:
+    step = _number(run.entries("figures").get("val_step")) if name.startswith("val_") else None
+    if step is None and series is not None:
         same = (series.raw == value) | (np.isnan(series.raw) & np.isnan(value))
-        if same.any() and (step := series.x[same][-1]) != steps:
-            told.append(f"at step {step:,.0f}")
+        step = float(series.x[same][-1]) if same.any() else None
+    if step not in (None, steps):
+        told.append(f"at step {step:,.0f}")
     start = _number(run.entries("figures").get(f"{name}_start"))
     least = lowest(series)
     if start is not None:

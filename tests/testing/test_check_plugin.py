@@ -332,13 +332,19 @@ FADES = STEPS + (
 )
 
 
-def test_what_a_resume_would_lose_is_found(write: WritePlugin) -> None:
+def test_what_a_resume_would_lose_is_found(
+    write: WritePlugin, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good = write(HANDS_OVER.replace("BACK", "state['steps']"), "good")
     findings = {finding.check: finding for finding in check_plugin(good)}
     assert findings["resumes"].ok and all(finding.ok for finding in findings.values())
     found = failed(write(HANDS_OVER.replace("BACK", "0"), "forgets"))
     assert found.keys() == {"resumes"}
     assert '"steps": 3' in found["resumes"] and '"steps": 6' in found["resumes"]
+    # Of a module, which keeps what earlier runs have left in it.
+    monkeypatch.syspath_prepend(folder)
+    write(HANDS_OVER.replace("BACK", "state['steps']"), "good_module")
+    assert failed("good_module") == {}
     found = failed(write(FADES, "fades"))
     assert found == {"resumes": "a run that is resumed after step 3 has other weights after step 6"}
 

@@ -98,9 +98,11 @@ def test_the_curve_is_the_cross_entropy_and_the_sum_is_among_the_terms(make_run,
     assert f"training loss{expected[-1]:g}" in shown.text
 
 
-def test_figures_of_another_step_than_the_last_say_so(make_run, make_rows, page):
+@pytest.mark.parametrize("figures", [{}, {"val_step": 20}])
+def test_figures_of_another_step_than_the_last_say_so(make_run, make_rows, page, figures):
     metrics = [*make_rows(30), {"step": 20, "val_loss": 2.5}, {"step": 10, "val_loss": "nan"}]
-    folder = make_run(metrics, step=33, status="interrupted", figures={"val_loss": 2.5})
+    figures = {"val_loss": 2.5, **figures}
+    folder = make_run(metrics, step=33, status="interrupted", figures=figures)
     tiles = dict(
         re.findall(r"<li><span>(.*?)</span><strong>.*?</strong><small>(.*?)<", page(folder).html)
     )
