@@ -11,6 +11,8 @@ wider ones.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 from torch import nn
 
 BASE_WIDTH = 1536
@@ -20,28 +22,59 @@ def learning_rate_scales(model: nn.Module, d_model: int | None) -> dict[str, flo
     """The factor on the learning rate by parameter name; what is not named has 1.
 
     Without ``d_model`` nothing is scaled by width. A layer names the matrices of its own that read
-    the residual stream in ``reads_stream``, and speaks so for everything inside it. Elsewhere it is
-    the weight of an ``nn.Linear`` from d_model to another width: a square one may read or write.
+    the residual stream in ``reads_stream``, and speaks so for everything inside it that does not
+    speak for itself. Elsewhere it is the weight of an ``nn.Linear`` from d_model to another width:
+    a square one may read or write (:func:`undeclared_squares`).
+
+    Raises ValueError for a module that names what is no parameter of it.
     """
-    scales = {} if d_model is None else _scales_by_width(model, d_model)
-    for module_name, module in model.named_modules():
-        for name, factor in getattr(module, "lr_scales", {}).items():
-            full_name = f"{module_name}.{name}".lstrip(".")
-            scales[full_name] = scales.get(full_name, 1.0) * factor
-    return scales
-
-
-def _scales_by_width(model: nn.Module, d_model: int) -> dict[str, float]:
-    scale = BASE_WIDTH / d_model
     scales: dict[str, float] = {}
-    spoken_for: list[str] = []
-    for module_name, module in model.named_modules():
-        if module_name.startswith(tuple(spoken_for)):
-            continue
-        names = getattr(module, "reads_stream", None)
-        if names is not None:
-            spoken_for.append(f"{module_name}.")
-        elif isinstance(module, nn.Linear) and module.in_features == d_model:
-            names = ("weight",) if module.out_features != d_model else ()
-        scales.update((f"{module_name}.{name}".lstrip("."), scale) for name in names or ())
+    if d_model is not None:
+        scale = BASE_WIDTH / d_model
+        for path, module in model.named_modules():
+            scales |= dict.fromkeys(declared(path, module, "reads_stream").values(), scale)
+        for name, linear in _undeclared(model):
+            if linear.in_features == d_model != linear.out_features:
+                scales[name] = scale
+    for path, module in model.named_modules():
+        for own, name in declared(path, module, "lr_scales").items():
+            scales[name] = scales.get(name, 1.0) * module.lr_scales[own]
     return scales
+
+
+def undeclared_squares(model: nn.Module, d_model: int) -> list[str]:
+    """Matrices from d_model to d_model of which no layer says whether they read the residual
+    stream, or write to it: their rate is not scaled, which is right for those that write."""
+    return [
+        name
+        for name, linear in _undeclared(model)
+        if linear.in_features == linear.out_features == d_model
+    ]
+
+
+def declared(path: str, module: nn.Module, attribute: str) -> dict[str, str]:
+    """The parameters that ``module`` names in ``attribute``, and their names in the model, in which
+    the module stands at ``path``. Raises ValueError for one that is no parameter of it."""
+    names: Iterable[str] = getattr(module, attribute, ())
+    if not names:
+        return {}
+    own = dict(module.named_parameters(remove_duplicate=False))
+    unknown = [name for name in names if name not in own]
+    if unknown:
+        raise ValueError(
+            f"{type(module).__name__}.{attribute} names {unknown[0]!r}, which is no parameter of "
+            f"it; it has {', '.join(own) or 'none'}"
+        )
+    return {name: f"{path}.{name}".lstrip(".") for name in names}
+
+
+def _undeclared(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Linear modules that no module around them speaks for, by the names of their weights."""
+    spoken_for: list[str] = []
+    for path, module in model.named_modules():
+        if path.startswith(tuple(spoken_for)):
+            continue
+        if hasattr(module, "reads_stream"):
+            spoken_for.append(f"{path}." if path else "")
+        elif isinstance(module, nn.Linear):
+            yield f"{path}.weight".lstrip("."), module

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from apt_core.modeling.lr_scale import declared
 from apt_core.plugin_manager import PluginManager
 
 
@@ -76,7 +77,7 @@ def parameter_groups(
 
 def hidden_matrices(model: nn.Module) -> dict[str, int]:
     """The names of the parameters that map one hidden vector to another, [..., R, C] with R and C
-    above 1, and how many matrices stand upon one another in each.
+    above 1, and how many matrices stand upon one another in each, of more than one row too.
 
     They are those of the blocks, which a backbone keeps in an ``nn.ModuleList``: embeddings,
     positions and the output head stand outside. Within, the weight of an ``nn.Embedding`` is left
@@ -90,19 +91,25 @@ def hidden_matrices(model: nn.Module) -> dict[str, int]:
         for stack in model.modules()
         if isinstance(stack, nn.ModuleList)
         for parameter in stack.parameters()
-        if parameter.ndim >= 2 and min(parameter.shape[-2:]) > 1
+        if parameter.ndim >= 2
     }
     counts: dict[int, int] = {}
-    for module in model.modules():
-        by_rows = ("weight",) if isinstance(module, nn.Embedding) else ()
-        names = getattr(module, "elementwise", by_rows)
-        found -= {id(module.get_parameter(name)) for name in names}
-        for name, count in getattr(module, "stacked", {}).items():
-            counts[id(module.get_parameter(name))] = count
-    return {
-        name: counts.get(id(parameter), 1)
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and not hasattr(module, "elementwise"):
+            found.discard(id(module.weight))
+        for own in declared(path, module, "elementwise"):
+            found.discard(id(module.get_parameter(own)))
+        for own in declared(path, module, "stacked"):
+            counts[id(module.get_parameter(own))] = module.stacked[own]
+    matrices = {
+        name: (parameter.shape, counts.get(id(parameter), 1))
         for name, parameter in model.named_parameters()
         if id(parameter) in found
+    }
+    return {
+        name: count
+        for name, (shape, count) in matrices.items()
+        if shape[-2] > count and shape[-1] > 1
     }
 
 

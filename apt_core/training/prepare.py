@@ -20,7 +20,7 @@ from apt_core.errors import ConfigError, Problem, ProviderError, StopTraining
 from apt_core.kernel import Kernel
 from apt_core.log import get_logger
 from apt_core.modeling.compose import ModelBuilder
-from apt_core.modeling.lr_scale import learning_rate_scales
+from apt_core.modeling.lr_scale import learning_rate_scales, undeclared_squares
 from apt_core.modeling.probe import probe_layer
 from apt_core.paths import READ
 from apt_core.providers.dataset import DatasetProvider, TextData
@@ -105,6 +105,7 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> Parts:
     model.to(device)
     kernel.notices += support_notices(kernel, device)
     optimizer = build_optimizer(kernel, model)
+    _note_roles_that_are_not_told(kernel, model)
     world.require_alike(_what_decides(kernel, dtype, data))
     return Parts(
         device=device,
@@ -140,6 +141,21 @@ def build_optimizer(kernel: Kernel, model: nn.Module) -> Optimizer:
     )
     keep_plan(optimizer)
     return optimizer
+
+
+def _note_roles_that_are_not_told(kernel: Kernel, model: nn.Module) -> None:
+    """The rate of a matrix depends on whether it reads the residual stream, which its sizes do not
+    tell where it is square."""
+    training, registry = kernel.config.training, kernel.registry
+    provider: OptimizerProvider = registry.get("optimizer", training.optimizer_name)
+    by_width = training.scale_lr_by_width and not getattr(provider, "separates_matrices", False)
+    names = undeclared_squares(model, kernel.config.model.d_model) if by_width else []
+    if names:
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        kernel.notices.append(
+            f"{names[0]}{more}: no layer says whether it reads the residual stream or writes to it "
+            "(reads_stream); it learns at the rate of one that writes"
+        )
 
 
 def loop_forward(kernel: Kernel, model: nn.Module, world: World) -> nn.Module:

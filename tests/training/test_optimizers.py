@@ -19,6 +19,8 @@ from apt_core import hookimpl
 from apt_core.config import Config
 from apt_core.config.schema import HardwareSection, MuonConfig
 from apt_core.modeling import ModelBuilder
+from apt_core.modeling.layers import GELU
+from apt_core.modeling.lr_scale import learning_rate_scales, undeclared_squares
 from apt_core.plugin_manager import PluginManager
 from apt_core.testing import tiny_run
 from apt_core.training import finite_guard
@@ -101,6 +103,61 @@ BLOCK = ("attention.qkv_weight", "attention.out_weight", "ffn.up.weight", "ffn.d
 def test_hidden_matrices_are_those_of_the_blocks(settings, of_a_block):
     expected = {f"blocks.{layer}.{name}" for layer in (0, 1) for name in of_a_block}
     assert set(hidden_matrices(build(**settings))) == expected
+
+
+FORMS = [
+    {"ffn_name": "default", "tva": {"s": 2, "rank": 8}},
+    {"ffn_name": "gelu", "attention_name": "mha", "mha": {"qk_norm": True}},
+    {"ffn_name": "relu2", "attention_name": "mha", "position_name": "learned"},
+    {"ffn_name": "vft", "vft": {"rank": 8}, "ngram": {"orders": [2, 3], "buckets": [48, 48]}},
+]
+# Of the second no two sizes are equal: width, vocabulary, hidden units, length, heads and theirs.
+COINCIDING = {"d_model": 16, "vocab_size": 16, "d_ff": 16, "max_seq_len": 16, "num_heads": 1}
+APART = {"d_model": 48, "vocab_size": 80, "d_ff": 112, "max_seq_len": 20, "num_heads": 4}
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_what_a_parameter_is_for_does_not_depend_on_its_size(form):
+    models = [build(**{**form, **sizes, "tie_embeddings": False}) for sizes in (COINCIDING, APART)]
+    one, other = (
+        {name for name, by in learning_rate_scales(m, m.d_model).items() if by == 1536 / m.d_model}
+        for m in models
+    )
+    assert one == other
+    assert "head.weight" in one
+    assert hidden_matrices(models[0]).keys() == hidden_matrices(models[1]).keys()
+    assert not undeclared_squares(models[0], 16)
+    compensator = {name.rpartition(".")[2] for name in one if "compensator" in name}
+    assert compensator == ({"normal_weight", "gate_weight"} if "tva" in form else set())
+
+
+def test_a_compensator_is_treated_alike_however_many_directions_it_has():
+    found = [hidden_matrices(build(tva={"s": s})).keys() for s in (1, 2)]
+    assert found[0] == found[1]
+
+
+def test_heads_of_one_are_no_matrices():
+    """Muon would orthogonalise one row at a time."""
+    model = build(attention_name="mha", num_heads=16, position_name="none")
+    assert "blocks.0.attention.qkv_weight" not in hidden_matrices(model)
+
+
+def test_a_role_that_no_layer_tells_is_told_by_none():
+    class Wide(nn.Module):
+        reads_stream = ("query.weight", "inner.weight")
+
+        def __init__(self):
+            super().__init__()
+            self.query, self.inner = nn.Linear(8, 8), GELU(8, 8)
+
+    model = nn.ModuleDict({"of": Wide(), "plain": nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))})
+    with pytest.raises(ValueError, match=r"Wide\.reads_stream names 'inner\.weight', .* inner\.up"):
+        learning_rate_scales(model, 8)
+    Wide.reads_stream = ("query.weight",)
+    assert learning_rate_scales(model, 8).keys() == {
+        "of.query.weight", "of.inner.up.weight", "plain.1.weight",
+    }  # fmt: skip
+    assert undeclared_squares(model, 8) == ["plain.0.weight"]
 
 
 class ExpertsAndMore(nn.Module):

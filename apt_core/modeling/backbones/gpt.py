@@ -53,6 +53,12 @@ class Block(nn.Module):
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
+class Head(nn.Linear):
+    """The projection to logits: it reads the residual stream, whatever its size."""
+
+    reads_stream = ("weight",)
+
+
 class GPT(nn.Module):
     """Token embeddings, blocks, a final norm, and a projection to logits.
 
@@ -85,7 +91,7 @@ class GPT(nn.Module):
         self.position, self.ngram, self.embedding_norm = position, ngram, embedding_norm
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = final_norm
-        self.head = None if tie_embeddings else nn.Linear(d_model, vocab_size, bias=False)
+        self.head = None if tie_embeddings else Head(d_model, vocab_size, bias=False)
 
     def init_parameter(
         self, name: str, tensor: Tensor, generator: torch.Generator | None, *, num_layers: int

@@ -29,6 +29,11 @@ class NormalCompensator(nn.Module):
     an accelerator). Tokens do not mix.
     """
 
+    # The basis is made orthonormal: the length of its columns, and so of its steps, is no matter.
+    reads_stream = ("normal_weight", "gate_weight")
+    # Muon: the directions are learned each by itself, be it one or more.
+    elementwise = ("normal_weight", "gate_weight", "out_weight")
+
     def __init__(self, d_model: int, s: int, tau: float, rank: int | None = None) -> None:
         super().__init__()
         self.d_model, self.s, self.tau = d_model, s, tau
