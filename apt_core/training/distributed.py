@@ -1,8 +1,9 @@
 """One run in several processes: data parallel, or sharded by FSDP2, started by --nproc or torchrun.
 
 Every process takes the same path through the run and computes on micro-batches of its own; what
-the processes must agree on (the loss of a step, a request to stop, the run's folder) goes through
-:class:`World`. In a run of one process nothing here communicates.
+the processes must agree on (the run's folder, which plugins are quarantined) goes through
+:class:`World`, and what they bring together once a step through
+:class:`~apt_core.training.gradient_sum.GradientSum`. In a run of one process nothing here communicates.
 """
 
 from __future__ import annotations
