@@ -3,7 +3,8 @@
 Every process takes the same path through the run and computes on micro-batches of its own; what
 the processes must agree on (the run's folder, which plugins are quarantined) goes through
 :class:`World`, and what they bring together once a step through
-:class:`~apt_core.training.gradient_sum.GradientSum`. In a run of one process nothing here communicates.
+:class:`~apt_core.training.gradient_sum.GradientSum`. In a run of one process nothing here
+communicates.
 """
 
 from __future__ import annotations
