@@ -351,18 +351,26 @@ def prune(root: Path, keep_last: int, keep: Path | None = None) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def split_tensors(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
+MAX_TENSOR_NAME = 200
+"""Characters of where a tensor stands in a plugin's state; the keys there may be of any length."""
+
+
+def split_tensors(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     """A plugin's state, as :func:`~apt_core.hook_returns.state` makes it, with each tensor moved
-    into ``tensors`` and a reference left in its place."""
+    into ``tensors``, under its place in the state, and a reference left there."""
     if isinstance(value, Tensor):
-        name = f"{prefix}#{len(tensors)}"
+        name = f"{place}#{len(tensors)}"
         tensors[name] = value
         return {TENSOR_KEY: name}
     if isinstance(value, dict):
-        return {key: split_tensors(item, prefix, tensors) for key, item in value.items()}
+        return {k: split_tensors(v, _within(place, k), tensors) for k, v in value.items()}
     if isinstance(value, list):
-        return [split_tensors(item, prefix, tensors) for item in value]
+        return [split_tensors(v, _within(place, i), tensors) for i, v in enumerate(value)]
     return value
+
+
+def _within(place: str, key: object) -> str:
+    return f"{place}.{key}"[:MAX_TENSOR_NAME]
 
 
 def join_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:

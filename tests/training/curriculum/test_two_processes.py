@@ -39,6 +39,7 @@ DRAWS_NOTHING = {
     "routing.exploration": 0.0,
     # A capacity is that of a process in a micro-batch.
     "model.moe.dropless": True,
+    "model.moe.dropless_steps": 100,  # the default, which is nobody's wish
     "schedules.moe_capacity": None,
 }
 
