@@ -380,9 +380,9 @@ def apt_metrics(trainer: Any) -> Mapping[str, float]:
     """Report numbers of your own.
 
     When: each log interval. Returns: ``{name: number}``; they are written to ``metrics.jsonl``
-    and passed to ``on_metrics`` as ``<plugin>/<name>``. A plugin that is called ``loss``,
-    ``memory``, ``schedule`` or ``time`` as metrics of the core are, or has a slash in its name,
-    is refused.
+    and passed to ``on_metrics`` as ``<plugin>/<name>``; of a plugin that is called ``loss``,
+    ``memory``, ``plugin``, ``schedule`` or ``time`` as metrics of the core are, or has a slash in
+    its name, as ``plugin/<plugin>/<name>``.
     Ranks: every one asks; what the first says is written.
 
     Example::

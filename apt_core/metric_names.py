@@ -6,10 +6,10 @@ CROSS_ENTROPY = "loss/cross_entropy"
 """The loss without the terms of plugins, which is what the held-out loss compares with. The name of
 a term has a dot, so that none is called this."""
 
-LOSS, MEMORY, SCHEDULE, TIME = "loss", "memory", "schedule", "time"
+LOSS, MEMORY, PLUGIN, SCHEDULE, TIME = "loss", "memory", "plugin", "schedule", "time"
 
-OWN_GROUPS = frozenset({LOSS, MEMORY, SCHEDULE, TIME})
-"""What stands before the first slash in names of the core."""
+OWN_GROUPS = frozenset({LOSS, MEMORY, PLUGIN, SCHEDULE, TIME})
+"""What stands before the first slash in names that the core makes; a plugin may be called so."""
 
 
 def of_term(plugin: str, term: str) -> str:
@@ -22,8 +22,14 @@ def of_term(plugin: str, term: str) -> str:
 
 
 def of_plugin(plugin: str, name: str) -> str:
-    """What ``apt_metrics`` of a plugin calls ``name``."""
-    return f"{plugin}/{name}"
+    """What ``apt_metrics`` of a plugin calls ``name``. One that is called as metrics of the core
+    are, or has a slash in its name, stands behind ``plugin/``.
+
+    >>> of_plugin("moe", "drop_rate"), of_plugin("time", "data_ms")
+    ('moe/drop_rate', 'plugin/time/data_ms')
+    """
+    group = f"{PLUGIN}/{plugin}" if plugin in OWN_GROUPS or "/" in plugin else plugin
+    return f"{group}/{name}"
 
 
 def of_memory(part: str) -> str:
@@ -43,12 +49,3 @@ def of_time(*parts: str) -> str:
     ('time/hooks_ms', 'time/hooks/moe_ms')
     """
     return f"{TIME}/{'/'.join(parts)}_ms"
-
-
-def why_not(plugin: str) -> str:
-    """Why metrics of a plugin of this name could be taken for others, or an empty string."""
-    if plugin in OWN_GROUPS:
-        return f"metrics of this plugin would be called {plugin}/…, as the core's own are"
-    if "/" in plugin:
-        return "metrics of this plugin would be called as those of another: its name has a slash"
-    return ""

@@ -32,7 +32,6 @@ from apt_core.hook_calls import (
 )
 from apt_core.log import get_logger
 from apt_core.markers import PROJECT, Priority, Returns
-from apt_core.metric_names import why_not
 from apt_core.plugin_names import normalized_name, short_name
 from apt_core.plugin_records import PluginRecord
 from apt_core.requirements import unmet
@@ -117,8 +116,6 @@ class PluginManager(pluggy.PluginManager):
         taken = self.get_name(plugin)
         if taken is not None and taken != name:
             problems.append(Problem(f"it is active already as {taken!r}", key=f"plugin {name}"))
-        if self._gives_metrics(plugin) and (reason := why_not(name)):
-            problems.append(Problem(reason, key=f"plugin {name}", hint="give it another name"))
         info = plugin_info(plugin)
         problems += self._unusable(name, info)
         if problems:
@@ -130,13 +127,6 @@ class PluginManager(pluggy.PluginManager):
         record.version = record.version or info.version
         self.records[name] = record
         return name
-
-    def _gives_metrics(self, plugin: Any) -> bool:
-        for attribute in dir(plugin):
-            options = implementation_options(plugin, attribute)
-            if options and (options.get("specname") or attribute) == "apt_metrics":
-                return True
-        return False
 
     def _unusable(self, name: str, info: PluginInfo) -> list[Problem]:
         reasons = [(f"it cannot be used: {reason}", "") for reason in unmet(info.requires)]
