@@ -116,8 +116,11 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
 
     >>> did_you_mean("d_modle", ["d_model", "d_ff"])
     "did you mean 'd_model'?"
+    >>> did_you_mean("RMSNorm", ["rmsnorm", "layernorm"])
+    "did you mean 'rmsnorm'?"
     """
     import difflib  # only a mistake needs it
 
-    close = difflib.get_close_matches(str(word), list(candidates), n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else ""
+    known = {candidate.casefold(): candidate for candidate in candidates}
+    close = difflib.get_close_matches(str(word).casefold(), known, n=1, cutoff=0.6)
+    return f"did you mean {known[close[0]]!r}?" if close else ""

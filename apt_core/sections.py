@@ -36,10 +36,11 @@ def one_of(*choices: bool | str) -> BeforeValidator:
     """For a ``Literal`` that mixes booleans and words, which on its own would take 1 for true."""
     words = [repr(choice) if isinstance(choice, str) else str(choice).lower() for choice in choices]
     message = f"must be {', '.join(words[:-1])} or {words[-1]}"
+    texts = [choice for choice in choices if isinstance(choice, str)]
 
     def check(value: Any) -> Any:
         if not isinstance(value, bool | str) or value not in choices:
-            raise PydanticCustomError("apt_choice", message)
+            raise PydanticCustomError("apt_choice", message, {"choices": texts})
         return value
 
     return BeforeValidator(check)

@@ -69,8 +69,8 @@ _NAMES: Mapping[str, str] = {
     "training.checkpoint_dir": "output_dir out_dir ckpt_dir save_dir default_root_dir "
     "checkpoint_path",
     "training.log_every_steps": "logging_steps log_interval log_every log_every_n_steps log_freq",
-    "data.train_path": "dataset data_path train_file train_files train_data data_dir dataset_path "
-    "input_file corpus training_data",
+    "data.train_path": "dataset datasets data_path train_file train_files train_data data_dir "
+    "dataset_path input_file corpus training_data",
     "data.val_path": "val_file validation_file validation_path val_data eval_file eval_data "
     "test_path valid_path",
     "data.tokenizer_name": "tokenizer tokenizer_path tokenizer_type tokenizer_model",
@@ -123,7 +123,12 @@ _VALUES: Mapping[str, Mapping[str, str]] = {
     "tokenizer": {"byte": "bytes char character utf8 utf_8"},
     "dataset": {"text_default": "text txt jsonl json file files"},
     "backbone": {"gpt": "transformer decoder gpt2 llama"},
-    "hardware.device": {"cuda": "gpu nvidia", "cuda:0": "cuda0 gpu0 gpu:0", "mps": "metal apple"},
+    "hardware.device": {
+        "cpu": "cpu:0 cpu0",
+        "cuda": "gpu nvidia",
+        "cuda:0": "cuda0 gpu0 gpu:0",
+        "mps": "metal apple",
+    },
     "hardware.distributed": {"ddp": "distributed_data_parallel dp", "fsdp": "fsdp2 zero zero3"},
     "training.mixed_precision": {
         "true": "bf16 bfloat16 fp16 float16 half amp bf16-mixed 16-mixed on yes",

@@ -313,7 +313,10 @@ def collect_overrides(
                 value = waiting.pop(0)
             take(f"{name[2:]}={value}", name)
         elif argument.startswith("-"):
-            hint = did_you_mean(name, options) or _key_option(name.lstrip("-"))
+            key_option = _key_option(name.lstrip("-"))
+            # A key of a section is what was written; an option is only nearly so.
+            near = "" if "." in key_option else did_you_mean(name, options)
+            hint = near or key_option
             problems.append(Problem(f"there is no option {name}", hint=hint))
         else:
             hint = _key_option(name)
@@ -329,7 +332,8 @@ def collect_overrides(
 def _key_option(word: str) -> str:
     """How the key is given that a word stands for, or an empty string."""
     key = _key_meant(word)
-    return f"did you mean --{key} VALUE?" if key else ""
+    option = f"--{key} VALUE" if "." in key else f"--set {key}=VALUE"
+    return f"did you mean {option}?" if key else ""
 
 
 def _key_meant(word: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -38,7 +38,7 @@ _BOUNDS = {
     "less_than": ("lt", "less than"),
     "less_than_equal": ("le", "at most"),
 }
-_NUMERIC = ("int_type", "float_type", "int_parsing", "float_parsing")
+_NUMERIC = {"int_type": int, "float_type": float, "int_parsing": int, "float_parsing": float}
 _MANY_KEYS = 14
 _ANY_RAMP = "schedules.*"
 
@@ -76,7 +76,7 @@ def _message(error: ErrorDetails) -> tuple[str, str]:
     shown = describe(value)
     if kind in _KINDS:
         hint = ""
-        if isinstance(value, str) and kind in _NUMERIC and _is_number(value):
+        if isinstance(value, str) and kind in _NUMERIC and _is_number(value, _NUMERIC[kind]):
             hint = "write it without quotes"
         return f"must be {_KINDS[kind]}, not {shown}", hint
     if kind in _BOUNDS:
@@ -85,9 +85,7 @@ def _message(error: ErrorDetails) -> tuple[str, str]:
     if kind == "literal_error":
         expected = str(context["expected"])
         choices = [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")]
-        cased = [choice for choice in choices if choice.lower() == str(value).lower()]
-        hint = f"did you mean {cased[0]!r}?" if cased else did_you_mean(str(value)[:60], choices)
-        return f"must be {expected}, not {shown}", hint
+        return f"must be {expected}, not {shown}", did_you_mean(str(value)[:60], choices)
     if kind == "missing":
         return "is missing", ""
     if kind == "string_pattern_mismatch":
@@ -95,14 +93,15 @@ def _message(error: ErrorDetails) -> tuple[str, str]:
     if kind in ("too_short", "string_too_short"):
         return "must not be empty", ""
     if kind.startswith("apt_"):
-        return f"{error['msg']}, not {shown}", ""
+        hint = did_you_mean(str(value)[:60], context.get("choices", ()))
+        return f"{error['msg']}, not {shown}", hint
     text = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     return f"{text[:1].lower()}{text[1:]} (it is {shown})", ""
 
 
-def _is_number(text: str) -> bool:
+def _is_number(text: str, kind: Callable[[str], float]) -> bool:
     try:
-        float(text)
+        kind(text)
     except ValueError:
         return False
     return True

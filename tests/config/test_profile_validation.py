@@ -130,6 +130,10 @@ def test_what_others_call_a_key_leads_to_it(written: str, meant: str) -> None:
         ("training.mixed_precision", "bf16", "did you mean true?"),
         ("training.mixed_precision", "fp32", "did you mean false?"),
         ("hardware.distributed", "fsdp2", "did you mean fsdp?"),
+        ("hardware.distributed", "FSDP", "did you mean 'fsdp'?"),
+        ("hardware.device", "cpu:0", "did you mean cpu?"),
+        ("training.max_steps", "inf", ""),
+        ("training.max_steps", "12", "write it without quotes"),
         ("debug.log_level", "info", "did you mean 'INFO'?"),
     ],
 )
