@@ -64,6 +64,8 @@ def select(
         if isinstance(reference, str) and reference.strip():
             selecting.listed(reference.strip(), options, where, folder)
     for text in references:
+        if not text.strip():
+            selecting.selection.problems.append(Problem("needs the name of a plugin", "--plugin"))
         for reference in (part.strip() for part in text.split(",")):
             if reference.startswith(NO):
                 selecting.left_out(reference.removeprefix(NO).strip())
@@ -118,6 +120,11 @@ class _Selecting:
         """Ask for a plugin. One that is asked for already keeps its options, which a second
         listing may not contradict: which of the two counts would be a guess."""
         wanted = replace(wanted, name=plugin_name(wanted.reference, self.installed))
+        if not wanted.name:
+            self.selection.problems.append(
+                Problem(f"{wanted.reference!r} names no plugin", "plugins", wanted.where)
+            )
+            return
         known = self.selection.wanted.setdefault(wanted.name, wanted)
         if not self._same(known.reference, wanted.reference):
             self._problem(

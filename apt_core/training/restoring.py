@@ -42,7 +42,11 @@ def named_checkpoint(path: Path) -> Checkpoint:
         raise ConfigError(
             Problem("there is no such checkpoint or run folder", "--resume-from", str(path))
         )
-    if (path / "state.json").exists() or not path.is_dir():
+    if not path.is_dir():
+        raise ConfigError(
+            Problem("is a file: a checkpoint is a folder", "--resume-from", str(path))
+        )
+    if (path / "state.json").exists():
         return checkpoint.load(path)
     inside = path / "checkpoints"
     return checkpoint.newest_intact(inside if inside.is_dir() else path)

@@ -128,7 +128,7 @@ class RunFolder:
             )
         )
         if output.exists() and not output.is_dir():
-            raise in_use
+            raise ConfigError(Problem("is a file, not a folder", "--output", str(output)))
         output.mkdir(parents=True, exist_ok=True)
         folder = cls(output, output / "checkpoints")
         # Only now: another run may have come between.

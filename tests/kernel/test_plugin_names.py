@@ -82,8 +82,13 @@ def test_what_leaves_nothing_out_is_told_and_an_error_where_it_may_be_misspelt(
     with pytest.raises(ConfigError, match="no:my_lgo left nothing out"):
         start(["my_log.py"], "no:my_lgo", strict=True)
     start(["my_log.py"], "no:norms", strict=True)
-    with pytest.raises(ConfigError, match="no: needs a name"):
-        start([], "no:")
+    for nothing, said in {
+        "no:": "no: needs a name",
+        "": "--plugin: needs the name of a plugin",
+        ".": "'.' names no plugin",
+    }.items():
+        with pytest.raises(ConfigError, match=said):
+            start([], nothing)
 
 
 def test_options_of_a_plugin_that_is_named_twice_are_kept_or_refused(write: Write) -> None:

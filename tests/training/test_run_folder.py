@@ -13,6 +13,7 @@ from apt_core.cli.run_command import run_command
 from apt_core.cli.train import app
 from apt_core.errors import ConfigError
 from apt_core.training import run_folder
+from apt_core.training.restoring import named_checkpoint
 from apt_core.training.run_folder import RunFolder
 
 
@@ -81,5 +82,7 @@ def test_a_folder_in_use_is_refused_under_its_lock(tmp_path):
         with pytest.raises(ConfigError, match="in use"):
             RunFolder.create(output, "mine", None)
     (tmp_path / "file").write_text(json.dumps({}), encoding="utf-8")
-    with pytest.raises(ConfigError, match="in use"):
+    with pytest.raises(ConfigError, match="is a file, not a folder"):
         RunFolder.create(tmp_path / "file", "mine", None)
+    with pytest.raises(ConfigError, match="is a file: a checkpoint is a folder"):
+        named_checkpoint(tmp_path / "file")
