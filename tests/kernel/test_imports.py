@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+import apt_core
+
 ROOT = Path(__file__).parents[2]
 
 COMMANDS = [
@@ -116,8 +118,9 @@ def test_the_working_directory_comes_last_on_the_import_path(
 ) -> None:
     """A plugin there may have the name of a library. A checkout is run from where it lies."""
     monkeypatch.setattr(sys, "argv", ["apt", "--help"])
-    rest = [entry for entry in sys.path if entry not in ("", str(ROOT))]
-    for here, expected in ((folder, [*rest, str(folder)]), (ROOT, [str(ROOT), *rest])):
+    checkout = Path(apt_core.__file__).parents[1]
+    rest = [entry for entry in sys.path if entry not in ("", str(checkout))]
+    for here, expected in ((folder, [*rest, str(folder)]), (checkout, [str(checkout), *rest])):
         monkeypatch.chdir(here)
         monkeypatch.setattr(sys, "path", [str(here), *rest])
         with pytest.raises(SystemExit, match="0"):
