@@ -68,6 +68,8 @@ RAISES = "raise ValueError('\\x1b]0;a title\\x07')\n"
 def test_json_is_all_that_stdout_gets(
     folder: Path, capfd: pytest.CaptureFixture[str], app: Any, arguments: list[str]
 ) -> None:
+    if app is train.app:
+        pytest.importorskip("torch")
     (folder / "noisy.py").write_text(NOISY, encoding="utf-8")
     assert run_command(app, "apt", [*arguments, "--plugin", "noisy.py"]) == 0
     print("a later line")

@@ -121,6 +121,7 @@ def test_a_resolved_profile_means_the_same_from_elsewhere(write, tmp_path, monke
 
 
 def test_the_plan_says_where_paths_lead(write, tmp_path, capsys) -> None:
+    pytest.importorskip("torch")
     text = write("up/text.txt", "a text\n" * 400)
     plugin = write("up/mine.py", OBSERVER)
     write(

@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ def test_looking_imports_no_torch(command: str, folder: Path) -> None:
     code, slow = python(f"SLOW = {SLOW}\n{RUN}", *command.split(), folder=folder)
     assert code == 0
     assert "torch" not in slow
-    if command in ("hooks list", "hooks plugins", "plugin-list"):
+    # The oldest typer imports rich itself, and what is not installed is told by packaging.
+    if command in ("hooks list", "hooks plugins", "plugin-list") and find_spec("torch"):
         assert not slow
 
 

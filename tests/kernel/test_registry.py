@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -204,6 +203,7 @@ def test_settings_that_print_alike_are_not_the_same(offer: Callable[..., Registr
     registry = offer({"mine": [spec("bm25", config=Hidden), spec("open")]})
     seeds = [registry.get("retrieval", "bm25", {"seed": seed}).config.seed for seed in (1, 2)]
     assert seeds == [1, 2]
+    np = pytest.importorskip("numpy")
     values = (1, True, 1.0, Opaque(), Opaque(), np.arange(2000), np.arange(2000) % 1999)
     for value in values:
         assert registry.get("retrieval", "open", {"value": [value]}).config["value"][0] is value

@@ -271,7 +271,10 @@ def test_a_provider_is_checked_with_the_settings_that_are_given(
 
 def test_settings_are_given_to_the_command(write: WritePlugin, capsys: Any) -> None:
     plugin = write(CHUNKED.format(chunk=600))
-    assert run_command(app, "apt-hooks", ["check", plugin, "--set", "mine.chunk=5"]) == 1
+    assert (
+        run_command(app, "apt-hooks", ["check", plugin, "--set", "mine.chunk=5", "--nproc", "1"])
+        == 1
+    )
     assert "ffn:mine, token-wise" in capsys.readouterr().out
     assert run_command(app, "apt-hooks", ["check", plugin, "--set", "mine.chunk=x"]) == 2
 
