@@ -263,8 +263,7 @@ def _ramps(view: View) -> Iterator[Problem]:
         at = f"schedules.{key}"
         if ramp.by == "token" and ramp.until is None and ramp.warmup is None:
             yield view.problem(
-                "a ramp by token needs its last position, since the run's length is not counted "
-                "in tokens",
+                "a ramp by token needs its last position: it does not end with the run",
                 at,
                 "add until: N, or warmup: N",
             )

@@ -5,14 +5,15 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from itertools import chain
-from math import inf
-from typing import TYPE_CHECKING
+from math import inf, isfinite
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from apt_core.errors import DivergedError
+from apt_core.errors import DivergedError, TrainingError
 from apt_core.failures import short_path
+from apt_core.metric_names import CROSS_ENTROPY, LOSS
 from apt_core.training.checkpoint import newest_sound, step_of
 from apt_core.training.distributed import local_part
 
@@ -52,6 +53,19 @@ def listed(names: list[str]) -> str:
     """Some of the names, and how many there are besides."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
+
+
+def void_steps(trainer: Trainer, what: str, row: Mapping[str, Any]) -> TrainingError:
+    """``what``, a streak of void steps, has happened, and what to do. ``row`` is the newest one of
+    metrics: where the cross-entropy is finite in it, loss terms that are not are the cause."""
+    terms = [name for name, value in row.items() if name.startswith(f"{LOSS}/")
+             and isinstance(value, float) and not isfinite(value)]  # fmt: skip
+    if not terms or CROSS_ENTROPY in terms:
+        return diverged(trainer, what)
+    return TrainingError(
+        f"{what}: not finite is {', '.join(terms)}, a loss term of a plugin; mend the plugin or "
+        "leave it out, and --resume"
+    )
 
 
 def diverged(trainer: Trainer, what: str) -> DivergedError:

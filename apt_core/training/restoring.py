@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,7 @@ def restore(trainer: Trainer, found: Checkpoint) -> None:
     found.tensors("model").read_into(model_tensors(trainer.model), "model")
     tell_buffers_loaded(trainer.model)
     load_optimizer(trainer.model, trainer.optimizer, found.tensors("optimizer"))
-    _restore_groups(trainer, state["optimizer_groups"])
+    _restore_groups(trainer, found)
     if trainer.ema is not None:
         found.tensors("ema").read_into(trainer.ema.values, "average of the weights")
     _restore_averages(trainer, found)
@@ -101,13 +101,16 @@ def restore(trainer: Trainer, found: Checkpoint) -> None:
     ]
 
 
-def _restore_groups(trainer: Trainer, saved: Sequence[Mapping[str, Any]]) -> None:
+def _restore_groups(trainer: Trainer, found: Checkpoint) -> None:
     """Put back the optimizer's groups. Raises ConfigError where other ones are planned, naming the
     plugins that have a say in them."""
     kernel = trainer.kernel
     try:
         load_optimizer_groups(
-            trainer.model, trainer.optimizer, saved, other_rates=bool(trainer.allow_change)
+            trainer.model,
+            trainer.optimizer,
+            found.state["optimizer_groups"],
+            factors=_factors_of_rates(trainer, found),
         )
     except CheckpointError as error:
         used = kernel.registry.resolutions["optimizer", trainer.config.training.optimizer_name].used
@@ -122,6 +125,21 @@ def _restore_groups(trainer: Trainer, saved: Sequence[Mapping[str, Any]]) -> Non
                 hint="put the plugin back as it was, or start a new run: leave --resume out",
             )
         ) from None
+
+
+def _factors_of_rates(trainer: Trainer, found: Checkpoint) -> tuple[float, float]:
+    """By how much the run was told to change the rate, and that of hidden matrices."""
+    before, now = saved_profile(found.profile), trainer.config.training
+    rates = {
+        "training.learning_rate": now.learning_rate,
+        "training.muon.learning_rate": now.muon.learning_rate,
+    }
+    changed = {key: was for key, was, _ in differences(before, trainer.config.to_dict())}
+    general, matrices = (
+        rate / changed[key] if key in trainer.allow_change and changed.get(key) else 1.0
+        for key, rate in rates.items()
+    )
+    return general, matrices
 
 
 GROUPS_HOOK = "apt_param_groups"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isclose
 from typing import Any
 
 import torch
@@ -87,11 +88,12 @@ def load_optimizer_groups(
     optimizer: Optimizer,
     saved: Sequence[Mapping[str, Any]],
     *,
-    other_rates: bool = False,
+    factors: tuple[float, float] = (1.0, 1.0),
 ) -> None:
     """Put them back. Raises CheckpointError for groups of other parameters, or made with other
-    settings: what a group is planned to be is taken whole, or not at all. ``other_rates`` says that
-    the run was told to change its rates."""
+    settings: what a group is planned to be is taken whole, or not at all. By ``factors`` the run
+    was told to change its rates: those of hidden matrices by the second, all others by the
+    first."""
     own = optimizer_groups(model, optimizer)
     if [group["parameters"] for group in own] != [group["parameters"] for group in saved]:
         raise CheckpointError(
@@ -104,7 +106,7 @@ def load_optimizer_groups(
         # A checkpoint of an earlier version does not say.
         for was in [before.get(PLAN) or now[PLAN]]
         for key in {**was, **now[PLAN]}
-        if was.get(key) != now[PLAN].get(key) and not (other_rates and key == "lr")
+        if was.get(key) != now[PLAN].get(key) and not (key == "lr" and _as_told(was, now, factors))
     ]
     if changed:
         raise CheckpointError(
@@ -113,6 +115,15 @@ def load_optimizer_groups(
         )
     for group, values in zip(optimizer.param_groups, saved, strict=True):
         group.update(values["settings"])
+
+
+def _as_told(was: Mapping[str, Any], now: Mapping[str, Any], factors: tuple[float, float]) -> bool:
+    """Is the rate of a group what the run was told to make of it, and nothing beside?"""
+    factor = factors[bool(was.get("hidden_matrices"))]
+    before, after = was.get("lr"), now[PLAN].get("lr")
+    if not (isinstance(before, int | float) and isinstance(after, int | float)):
+        return False
+    return isclose(after, before * factor, rel_tol=1e-9)
 
 
 MOST_TOLD = 3

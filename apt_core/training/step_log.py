@@ -12,13 +12,12 @@ from torch import Tensor
 
 from apt_core.data.batches import cut_windows
 from apt_core.device import peak_memory_bytes
-from apt_core.errors import TrainingError
 from apt_core.log import get_logger
 from apt_core.metric_names import CROSS_ENTROPY, of_memory, of_parameter, of_plugin, of_time
 from apt_core.monitor import Throughput
 from apt_core.training.costs import BACKWARD_AND_FORWARD, model_cost
 from apt_core.training.distributed import local_part
-from apt_core.training.diverging import diverged
+from apt_core.training.diverging import void_steps
 from apt_core.training.peak import measured_peak_flops
 
 if TYPE_CHECKING:
@@ -126,12 +125,7 @@ class StepLog:
                 f"{in_a_row} steps in a row had a loss or gradient that is not finite, the last "
                 f"one step {trainer.step}"
             )
-            if bad:
-                raise TrainingError(
-                    f"{what}: not finite is {', '.join(bad)}, a loss term of a plugin; mend the "
-                    "plugin or leave it out, and --resume"
-                )
-            raise diverged(trainer, what)
+            raise void_steps(trainer, what, row)
         return row
 
     def tell_skipped(self, bad: Sequence[str] = ()) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from apt_core.plugin_manager import PluginManager
 from apt_core.training.blame import attributed, usable_factor
 from apt_core.training.callbacks import Callbacks
 from apt_core.training.distributed import World
-from apt_core.training.diverging import diverged
+from apt_core.training.diverging import diverged, listed, void_steps
 from apt_core.training.ema import WeightAverage
 from apt_core.training.enabling import Enabling
 from apt_core.training.evaluating import Evaluator
@@ -272,6 +272,7 @@ class Trainer:
                 self.manager.hook.on_training_start(trainer=self)
                 self.manager.settle()
                 self.modes.started(self.model)
+                self._require_known_parameters()
                 if self.step == 0:
                     self.start_scores = self._evaluate(everything=False)
                 self._display.start(self.step)
@@ -437,10 +438,31 @@ class Trainer:
         """Train ``model`` with ``optimizer``."""
         training = self.config.training
         self.model, self.optimizer = model, optimizer
+        self._known = dict(model.named_parameters())
         self._together = GradientSum(model, self.world) if self.world_size > 1 else None
         self.guard = FiniteGuard(optimizer, self.device, window=training.log_every_steps)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._clip = Clipping(parameters, training.gradient_clip)
+
+    def _strangers(self) -> list[str]:
+        """Parameters that came into the model after its optimizer was made."""
+        # The parameters of a sharded model are other objects while it computes.
+        by_name = self.world.sharding == "fsdp"
+        return [
+            name
+            for name, parameter in self.model.named_parameters()
+            if name not in self._known or not (by_name or self._known[name] is parameter)
+        ]
+
+    def _require_known_parameters(self) -> None:
+        """Raises TrainingError for parameters that would never learn, and that no resume could put
+        back."""
+        if strangers := self._strangers():
+            raise TrainingError(
+                f"the optimizer does not have {listed(strangers)}: a plugin has put other "
+                "parameters into the model in mid-run, which would never learn. Let a provider "
+                "build them (apt_register_providers), or a transform (apt_transform_model)"
+            )
 
     def _over(self) -> bool:
         return self.stopping.due or self.step >= self.total_steps
@@ -499,6 +521,7 @@ class Trainer:
         """
         self.step_log.tell_skipped()
         self.step_log.throughput.pause()
+        self._require_known_parameters()
         self.saving.save_unjudged()
         # A plugin that asks to stop in what follows ends its own stage, not the others.
         if not self._interrupted() and self.scores.get("step") != self.step:
@@ -548,10 +571,11 @@ class Trainer:
             raise diverged(self, f"the loss on the held-out text is {loss} after step {self.step}")
         in_a_row = self.guard.in_a_row
         if in_a_row > 1 and self.step >= self.total_steps:
-            raise diverged(
+            raise void_steps(
                 self,
                 f"the run ended in {in_a_row} steps in a row that had a loss or gradient that is "
                 f"not finite, the last one step {self.step}",
+                self.metrics,
             )
 
     def _interrupted(self) -> int:
@@ -583,7 +607,8 @@ class Trainer:
             log.warning("interrupted")
         averages = [a for a in (self.ema, *self.averages.values()) if a is not None]
         averaging = not all(average.is_apart for average in averages)
-        if not self._updating and not averaging and self.step > 0:
+        whole = not (self._updating or averaging or self._strangers())
+        if whole and self.step > 0:
             try:
                 self.saving.save_in_emergency()
             except BaseException as failure:  # whatever it is, the manifest comes next
@@ -646,6 +671,7 @@ class Trainer:
         return {**self.step_log.figures(), **train, **start, **final}
 
     def _save(self) -> None:
+        self._require_known_parameters()
         self.step_log.throughput.pause()
         self.saving.save()
         self.step_log.throughput.resume()

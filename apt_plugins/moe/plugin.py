@@ -98,7 +98,8 @@ def on_step_start(step: int, trainer: Any) -> None:
 # Early: a plugin that makes a second forward replaces what the layers keep of the first.
 @hookimpl(priority=Priority.EARLY)
 def apt_loss_terms(trainer: Any, batch: Any) -> dict[str, Tensor]:
-    layers = moe_layers_of(trainer)
+    # One that a plugin keeps in eval mode leaves nothing behind of its forward.
+    layers = [layer for layer in moe_layers_of(trainer) if layer.training and layer.router.training]
     if not layers:
         return {}
     from apt_plugins.moe.statistics import losses

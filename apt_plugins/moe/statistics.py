@@ -115,6 +115,7 @@ def figures(layers: Layers) -> dict[str, float]:
     total = loads.sum().item()
     if not total:
         return {}
+    loads = loads[loads.any(1)]  # nothing is counted of a layer in eval mode
     relative = loads / loads.mean(1, keepdim=True)
     violation = relative.amax(1) - 1
     entropy = torch.special.entr(loads / loads.sum(1, keepdim=True)).sum(1).mean().item()

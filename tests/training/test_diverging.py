@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from apt_core import hookimpl
 from apt_core.cli.run_command import run_command
 from apt_core.cli.train import app
-from apt_core.errors import CheckpointError, ConfigError, DivergedError
+from apt_core.errors import CheckpointError, ConfigError, DivergedError, TrainingError
 from apt_core.evaluation.quick_eval import BatchScore, summarize
 from apt_core.testing import tiny_run
 from apt_core.training import checkpoint
@@ -221,3 +221,13 @@ def test_a_rate_may_change_from_a_step_on_where_the_resume_is_told_to(tmp_path):
 def test_a_change_without_a_resume_is_bad_input(apt_train):
     run = apt_train("--allow-change", "training.learning_rate")
     assert run.code == 2 and "--allow-change goes with --resume" in run.err
+
+
+def test_a_term_at_the_end_is_named_in_place_of_the_rate(tmp_path):
+    class Term:
+        @hookimpl
+        def apt_loss_terms(self, trainer, output):
+            return {"wild": output.logits.mean() * (float("inf") if trainer.step > 4 else 0.0)}
+
+    with pytest.raises(TrainingError, match=r"run ended in .*loss/term\.wild.*mend the plugin"):
+        tiny_run(Term(), steps=8, output=tmp_path / "run")

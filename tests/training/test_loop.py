@@ -475,3 +475,36 @@ def test_the_resolved_profile_in_the_folder_gives_the_same_run(tmp_path):
     config = validate(source).require()
     assert isinstance(config, Config)
     assert (config.model.tva.s, config.training.max_steps) == (0, 2)
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_parameters_that_no_optimizer_has_end_the_run_and_cost_no_checkpoint(tmp_path, replaces):
+    class Adds:
+        def __init__(self, at):
+            self.at = at
+
+        @hookimpl
+        def on_training_start(self, trainer):
+            self.put(trainer, 0)
+
+        @hookimpl
+        def on_step_end(self, step, trainer):
+            self.put(trainer, step)
+
+        def put(self, trainer, step):
+            if step == self.at and replaces:
+                old = trainer.model.embedding.weight
+                trainer.model.embedding.weight = torch.nn.Parameter(old.detach().clone())
+            elif step == self.at:
+                trainer.model.extra = torch.nn.Linear(2, 2)
+
+    name = r"embedding\.weight" if replaces else r"extra\.weight, extra\.bias"
+    with pytest.raises(TrainingError, match=f"the optimizer does not have {name}"):
+        tiny_run(Adds(0))
+    saving = {"training.save_every_steps": 2}
+    with pytest.raises(TrainingError, match=f"the optimizer does not have {name}"):
+        tiny_run(Adds(3), output=tmp_path / "run", overrides=saving)
+    names = [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())]
+    assert names == ["step-00000002"]
+    resumed = tiny_run(Adds(None), output=tmp_path / "run", overrides=saving, resume=True)
+    assert resumed.same_weights(tiny_run(Adds(None), overrides=saving))

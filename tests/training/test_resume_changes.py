@@ -207,6 +207,20 @@ def test_what_a_group_is_made_with_changes_whole_or_not_at_all(tmp_path, changed
     assert tiny_run(Grouping(), profile=profile, output=output, resume=True).same_weights(whole)
 
 
+@pytest.mark.parametrize("allowed", ["training.gradient_clip", "training.learning_rate"])
+def test_a_rate_that_may_change_excuses_no_edited_group(tmp_path, allowed):
+    profile = {**PROFILE, "training": {**PROFILE["training"], "optimizer_name": "descent"}}
+    profile["training"]["scale_lr_by_width"] = False
+    rate = profile["training"].get("learning_rate", 1e-4)
+    told = {"training.learning_rate": rate / 2} if allowed == "training.learning_rate" else {}
+    again = {"profile": profile, "output": tmp_path / "run", "resume": True, "overrides": told}
+    tiny_run(Grouping(), profile=profile, output=tmp_path / "run", stop_at_step=3)
+    with pytest.raises(ConfigError, match=r"plugins: .*lr of embedding\.weight"):
+        tiny_run(Grouping(lr_scale=0.25), allow_change=[allowed], **again)
+    run = tiny_run(Grouping(), allow_change=[allowed], **again)
+    assert run.result.status == "finished"
+
+
 def test_an_average_goes_on_with_the_decay_that_is_asked_for_after_a_resume(tmp_path, caplog):
     output = tmp_path / "run"
     tiny_run(Grouping(), profile=PROFILE, output=output, stop_at_step=3)

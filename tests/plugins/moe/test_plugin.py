@@ -245,3 +245,19 @@ def test_padding_takes_no_place_of_an_expert(tmp_path, rdrop):
     )
     assert watching.taken == [0] * 4
     assert all(0 < kept <= EXPERTS * 33 for kept in watching.kept)  # ceil(65 * 2 / 4)
+
+
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_layers_that_a_plugin_keeps_in_eval_mode_are_not_counted_and_cost_nothing(all_of_them):
+    class Stills:
+        @hookimpl
+        def on_step_end(self, step, trainer):
+            if step == 2:
+                for block in trainer.model.blocks[: None if all_of_them else 1]:
+                    block.eval()
+
+    two_layers = {**SETTINGS, "model.num_layers": 2, "training.log_every_steps": 1}
+    run = tiny_run(MOE, Stills(), steps=5, overrides=two_layers)
+    assert run.manager.records["moe"].state == "active"
+    last = next(row for row in reversed(run.metrics) if "loss" in row)
+    assert FIGURES.isdisjoint(last) if all_of_them else set(last) >= FIGURES
