@@ -116,7 +116,8 @@ def tiny_run(
             )
             trainer = Trainer(kernel, output=folder, **options)
             result = trainer.fit()
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = folder / "metrics.jsonl"  # a run that ends before its first row has none
+        lines = rows.read_text(encoding="utf-8").splitlines() if rows.exists() else []
         return TinyRun(
             result=result,
             weights={

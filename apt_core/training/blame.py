@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from apt_core.errors import (
@@ -70,6 +71,18 @@ def attributed(kernel: Kernel, error: BaseException, terms: Collection[str] = ()
         f"provider {spec.key} of plugin {spec.plugin} failed at step {kernel.manager.step} "
         f"({where}): {one_line(error)}"
     )
+
+
+@contextmanager
+def naming_authors(kernel: Kernel) -> Iterator[None]:
+    """Raise what is raised inside as :func:`attributed` makes it."""
+    try:
+        yield
+    except BaseException as error:
+        known = attributed(kernel, error)
+        if known is error:
+            raise
+        raise known from error
 
 
 def usable_factor(kernel: Kernel, factor: Any) -> float:

@@ -11,6 +11,7 @@ from apt_core.errors import ConfigError, Problem
 from apt_core.log import Backlog, get_logger, logging_to
 from apt_core.paths import user_path
 from apt_core.training import checkpoint
+from apt_core.training.blame import naming_authors
 from apt_core.training.checkpoint import Checkpoint
 from apt_core.training.manifest import write_manifest
 from apt_core.training.restoring import named_checkpoint, restore
@@ -49,7 +50,8 @@ class Opening:
         try:
             path = world.from_first(lambda: self._look(config.name))
             if path is not None:
-                restore(trainer, self._found or checkpoint.load(path, verify=False))
+                with naming_authors(trainer.kernel):
+                    restore(trainer, self._found or checkpoint.load(path, verify=False))
             goes_on = world.from_first(lambda: self._folder is not None)
             places = world.from_first(lambda: self._make(trainer))
             trainer.folder = self._folder or RunFolder(*places, writes=False)

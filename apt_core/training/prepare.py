@@ -27,7 +27,7 @@ from apt_core.providers.dataset import DatasetProvider, TextData
 from apt_core.providers.lr_schedule import LRScheduleProvider
 from apt_core.providers.optimizer import OptimizerProvider
 from apt_core.providers.tokenizer import TokenizerProvider
-from apt_core.training.blame import attributed
+from apt_core.training.blame import naming_authors
 from apt_core.training.costs import support_notices
 from apt_core.training.distributed import ALONE, World
 from apt_core.training.parameter_groups import parameter_groups
@@ -77,14 +77,10 @@ def prepare(kernel: Kernel, device: torch.device, world: World = ALONE) -> Parts
     """Build the parts. Raises ConfigError for input that does not fit together, and what a
     plugin's part raises as an error that names the plugin."""
     try:
-        return _prepare(kernel, device, world)
+        with naming_authors(kernel):
+            return _prepare(kernel, device, world)
     except StopTraining as stop:
         raise ConfigError(f"a plugin stopped the run before it began: {stop.reason}") from stop
-    except BaseException as error:
-        known = attributed(kernel, error)
-        if known is error:
-            raise
-        raise known from error
 
 
 def _prepare(kernel: Kernel, device: torch.device, world: World) -> Parts:

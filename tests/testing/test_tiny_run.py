@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -195,3 +197,12 @@ def test_a_plugin_that_is_installed_is_imported_anew_by_a_resume(folder: Path) -
     assert tiny_run("report", stop_at_step=1, **options).manager.get_plugin("report") is plugin
     assert tiny_run("report", resume=True, **options).manager.get_plugin("report") is not plugin
     assert sys.modules["apt_plugins.report.plugin"] is plugin
+
+
+def test_a_run_that_ends_before_its_first_row_has_none() -> None:
+    class Stops:
+        @hookimpl
+        def on_training_start(self, trainer: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert [row for row in tiny_run(Stops()).metrics if "loss" in row] == []

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from apt_core import ProviderSpec, SectionSpec, hookimpl
-from apt_core.errors import ConfigError
+from apt_core.errors import ConfigError, ProviderError
 from apt_core.providers.lr_schedule import LRScheduleProvider
 from apt_core.providers.optimizer import OptimizerProvider
 from apt_core.testing import TINY_PROFILE, tiny_run
@@ -124,6 +124,29 @@ def test_another_length_is_refused_where_it_would_have_changed_the_past(
 )  # fmt: skip
 def test_another_length_with_the_same_past_is_the_run_of_that_length(train, stop, first, changes):
     assert train(stop, first, changes).same_weights(train.whole({**first, **changes}))
+
+
+class Cut(LRScheduleProvider):
+    """Raises beyond the end of the run, where its contract wants a number."""
+
+    def factor(
+        self, step: int, total_steps: int, warmup_steps: int = 0, min_ratio: float = 0.0
+    ) -> float:
+        return ([0.0] + [1.0] * total_steps)[step]
+
+
+def test_a_schedule_that_fails_at_a_resume_is_named(tmp_path):
+    class Brings:
+        @hookimpl
+        def apt_register_providers(self) -> list[ProviderSpec]:
+            return [ProviderSpec("lr_schedule", "cut", Cut, summary="ends with the run")]
+
+    cut = {"training.lr_schedule_name": "cut"}
+    run: dict[str, Any] = {"profile": PROFILE, "output": tmp_path / "run"}
+    tiny_run(Brings(), **run, overrides=cut, stop_at_step=8)
+    shorter = {**cut, "training.max_steps": 6}
+    with pytest.raises(ProviderError, match=r"lr_schedule:cut of plugin brings failed.*IndexError"):
+        tiny_run(Brings(), **run, overrides=shorter, resume=True)
 
 
 def test_the_same_text_at_another_path_is_the_same(train, tmp_path, caplog):
