@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import email
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -114,3 +115,22 @@ def test_every_direct_dependency_is_pinned_by_the_constraints(wheel: zipfile.Zip
         if 'extra == "flash' not in line
     }
     assert needed - {"apt-kernel"} <= pins.keys()
+
+
+def test_the_audit_fails_on_an_advisory_and_calls_no_pin_clean_that_it_could_not_look_up(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    spec = importlib.util.spec_from_file_location("advisories", ROOT / ".ci" / "advisories.py")
+    assert spec and spec.loader
+    advisories = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(advisories)
+    unknown = {"name": "mirror-only", "skip_reason": "not found"}
+    clean = {"name": "a", "version": "1", "vulns": []}
+    advisory = {"id": "CVE-2026-1", "fix_versions": ["1.1"]}
+
+    assert advisories.report([unknown]) == 0
+    assert "0 of 1 pins" in capsys.readouterr().out
+    assert advisories.report([clean, unknown]) == 0
+    assert "1 of 2 pins" in capsys.readouterr().out
+    assert advisories.report([clean, {"name": "b", "version": "1", "vulns": [advisory]}]) == 1
+    assert "b 1: CVE-2026-1, mended in 1.1" in capsys.readouterr().out
