@@ -39,6 +39,10 @@ def _other(verb: str, arguments: list[str]) -> int:
     commands = {
         name.removeprefix(PREFIX): entry for name, entry in installed_plugins(COMMAND_GROUP).items()
     }
+    if verb == "--version":
+        from apt_core.cli.run_command import show_versions
+
+        return show_versions()
     if verb in ("-h", "--help"):
         print("usage: python -m apt_core VERB …\n\nverbs:")
         for name in [*VERBS, *commands]:

@@ -8,9 +8,10 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
+from apt_core import __version__
 from apt_core.cli.output import Json, complain, give_up, json_text, open_streams, output_apart
 from apt_core.errors import AptError, ConfigError, PluginError, Problem, ProviderError
 from apt_core.failures import one_line, text_of
@@ -35,9 +36,25 @@ def run_command(app: typer.Typer, prog: str, args: Sequence[str] | None = None) 
 
     args = list(sys.argv[1:] if args is None else args)
     command = typer.main.get_command(app)
+    command.epilog = "--version shows the versions of APT and of its libraries."
     if not args and hasattr(command, "commands"):
         args = ["--help"]
+    if args == ["--version"]:
+        return end_of(show_versions, prog, args)
     return end_of(lambda: _invoke(command, prog, args), prog, args)
+
+
+def show_versions() -> int:
+    """Print what a report of a fault has to name."""
+    import platform
+    from importlib import metadata
+
+    versions = [f"Python {platform.python_version()}"]
+    for name in ("torch", "pluggy"):
+        with suppress(metadata.PackageNotFoundError):
+            versions.append(f"{name} {metadata.version(name)}")
+    print(f"APT {__version__} ({', '.join(versions)})")
+    return 0
 
 
 def _invoke(command: Any, prog: str, args: list[str]) -> int:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import typer
 
+import apt_core
 from apt_core.cli import hooks, plugin_info, train
 from apt_core.cli.run_command import run_command
 
@@ -178,3 +180,12 @@ def test_a_file_name_that_is_no_utf8_is_bad_input(
     assert r"b\udcff.py is no UTF-8, as records are (rename it, or give a link to it)" in done.err
     listed = command(hooks.app, "plugins", "--plugin", name, "--json")
     assert [row["state"] for row in listed.json] == ["active"]
+
+
+@pytest.mark.parametrize("app", [train.app, hooks.app])
+def test_every_command_shows_its_versions(command: Command, app: typer.Typer) -> None:
+    shown = command(app, "--version")
+    assert (shown.code, shown.err) == (0, "")
+    assert shown.out.startswith(f"APT {apt_core.__version__} (Python ")
+    assert "pluggy" in shown.out
+    assert "--version" in command(app, "--help").out
