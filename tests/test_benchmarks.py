@@ -198,3 +198,14 @@ def test_the_bare_loop_and_the_trainer_are_timed_while_both_learn(
     script = tmp_path / "overhead.py"
     script.write_text(OVERHEAD)
     python(script)
+
+
+def test_every_row_of_the_gpu_benchmark_runs_on_a_cpu(python: Python, tmp_path: Path) -> None:
+    result = tmp_path / "gpu.json"
+    python(BENCHMARKS / "gpu.py", "--quick", "--json", result)
+    content = json.loads(result.read_text())
+    figures = content["figures"]
+    for side in ("apt", "apt_muon", "apt_odd_vocabulary"):
+        assert figures[f"{side}_over_bare"] > 0
+    assert {"tva_over_mha", "saving_over_silent", "moe_E8_over_dense"} <= set(figures)
+    assert figures["decoded_tokens_per_second"] > 0
