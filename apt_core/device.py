@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from apt_core.failures import cause_of
+
 if TYPE_CHECKING:
     import torch
 
@@ -169,7 +171,7 @@ def is_out_of_memory(error: BaseException) -> bool:
             return True
         if isinstance(cause, RuntimeError) and any(text in str(cause) for text in OUT_OF_MEMORY):
             return True
-        cause = cause.__cause__
+        cause = cause_of(cause)
     return False
 
 

@@ -7,8 +7,9 @@ import hashlib
 import inspect
 import os
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 MAX_TRACEBACK = 20_000
@@ -101,10 +102,7 @@ def where_raised(error: BaseException, home: str, line: int = 0) -> str:
     For a plugin that is a package that is any file of its folder; without such a frame, ``home``
     and ``line``, or for an unknown home the deepest frame of all.
     """
-    frames = [
-        (frame.f_code.co_filename, number)
-        for frame, number in traceback.walk_tb(error.__traceback__)
-    ]
+    frames = [(frame.f_code.co_filename, number) for frame, number in frames_of(error)]
     if isinstance(error, SyntaxError) and error.filename:
         frames.append((error.filename, error.lineno or 0))
     own_frames = [frame for frame in frames if is_code_of(frame[0], home)]
@@ -115,10 +113,29 @@ def where_raised(error: BaseException, home: str, line: int = 0) -> str:
     return f"{short_path(home)}:{line}" if line else short_path(home) if home else ""
 
 
+def frames_of(error: BaseException) -> Iterator[tuple[FrameType, int]]:
+    """The frames that ``error`` has passed, the deepest last, with the line in each."""
+    return traceback.walk_tb(_own(error, "__traceback__"))
+
+
+def cause_of(error: BaseException) -> BaseException | None:
+    """What ``error`` was raised from."""
+    cause: BaseException | None = _own(error, "__cause__")
+    return cause
+
+
+def _own(error: BaseException, name: str) -> Any:
+    """An attribute as Python keeps it: the class of an error may answer to none."""
+    return vars(BaseException)[name].__get__(error)
+
+
 def formatted(error: BaseException) -> str:
     """The traceback as text. The exception itself is not kept: it would keep tensors alive."""
-    text = "".join(traceback.TracebackException.from_exception(error, compact=True).format())
-    text = _writable(text)
+    try:
+        lines = [*traceback.TracebackException.from_exception(error, compact=True).format()]
+    except Exception:  # a class of a plugin, whose attributes are what it makes of them
+        lines = [*traceback.StackSummary.extract(frames_of(error)).format(), f"{one_line(error)}\n"]
+    text = _writable("".join(lines))
     return text if len(text) <= MAX_TRACEBACK else f"{text[:MAX_TRACEBACK]}…\n"
 
 

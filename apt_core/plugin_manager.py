@@ -9,7 +9,6 @@ a record. The plan is rebuilt when the implementations, a priority or a plugin's
 from __future__ import annotations
 
 import inspect
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, ClassVar, TypeVar
@@ -19,7 +18,7 @@ import pluggy
 
 from apt_core import hookspecs
 from apt_core.errors import ConfigError, PluginError, Problem, StopTraining
-from apt_core.failures import is_code_of, one_line, source_of
+from apt_core.failures import frames_of, is_code_of, one_line, source_of
 from apt_core.hook_calls import (
     PASSES,
     Call,
@@ -413,7 +412,7 @@ class PluginManager(pluggy.PluginManager):
 
     def culprit(self, error: BaseException) -> tuple[str, str] | None:
         """The plugin in whose code ``error`` was raised, deepest first, and the function's name."""
-        for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        for frame, _ in reversed(list(frames_of(error))):
             owner = self._owner(frame.f_code.co_filename)
             if owner is not None:
                 return owner, frame.f_code.co_name

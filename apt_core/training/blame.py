@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +15,7 @@ from apt_core.errors import (
     StopTraining,
     TrainingError,
 )
-from apt_core.failures import one_line, short_path, text_of
+from apt_core.failures import frames_of, one_line, short_path, text_of
 from apt_core.hook_returns import MAX_FACTOR, within
 from apt_core.kernel import Kernel
 from apt_core.training.distributed import explained
@@ -105,7 +104,7 @@ def usable_factor(kernel: Kernel, factor: Any) -> float:
 def _culprit(kernel: Kernel, error: BaseException) -> tuple[ProviderSpec, str] | None:
     used = [kernel.registry.spec(r.kind, r.used) for r in kernel.registry.resolutions.values()]
     foreign = {_module(spec): spec for spec in used if spec.plugin != CORE}
-    frames = list(traceback.walk_tb(error.__traceback__)) if foreign else []
+    frames = list(frames_of(error)) if foreign else []
     for frame, line in reversed(frames):
         name = frame.f_globals.get("__name__", "")
         for module, spec in foreign.items():
