@@ -16,6 +16,7 @@ the hook accepts is a failure of the plugin there, like an exception.
 """
 
 POLICY = {
+    "alone": "It is called for one plugin at a time: there are no wrappers of it.",
     "changes_weights": "What it returns is part of the training.",
     "judges_input": "A ConfigError is bad input.",
     "fatal_among_processes": "A failure ends a run of several processes.",

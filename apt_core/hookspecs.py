@@ -43,7 +43,9 @@ if TYPE_CHECKING:
 # Loading -------------------------------------------------------------------------------------
 
 
-@hookspec(returns=returns.provider_specs, dormant=True, failure_limit=1, changes_weights=True)
+@hookspec(
+    returns=returns.provider_specs, dormant=True, alone=True, failure_limit=1, changes_weights=True
+)
 def apt_register_providers() -> Sequence[ProviderSpec]:
     """Offer implementations of attention, feed-forward, tokenizer, …
 
@@ -70,7 +72,7 @@ def apt_register_providers() -> Sequence[ProviderSpec]:
     """
 
 
-@hookspec(returns=returns.section_specs, dormant=True, failure_limit=1)
+@hookspec(returns=returns.section_specs, dormant=True, alone=True, failure_limit=1)
 def apt_register_config() -> Sequence[SectionSpec]:
     """Declare the profile sections that the plugin owns and the schedule parameters it reads.
 
@@ -94,7 +96,7 @@ def apt_register_config() -> Sequence[SectionSpec]:
     """
 
 
-@hookspec(dormant=True, failure_limit=1, judges_input=True)
+@hookspec(dormant=True, alone=True, failure_limit=1, judges_input=True)
 def apt_configure(config: Config) -> None:
     """Look at the whole profile before anything is built.
 
@@ -171,6 +173,7 @@ def apt_param_groups(model: nn.Module) -> Sequence[Mapping[str, Any]]:
 @hookspec(
     returns=returns.anything,
     dormant=True,
+    alone=True,
     failure_limit=1,
     judges_input=True,
     changes_weights=True,
@@ -225,7 +228,7 @@ def apt_transform_model(model: nn.Module, config: Config, registry: Registry) ->
     """
 
 
-@hookspec(returns=returns.costs, dormant=True, failure_limit=1)
+@hookspec(returns=returns.costs, dormant=True, alone=True, failure_limit=1)
 def apt_costs(config: Config) -> PluginCosts:
     """Say what the plugin takes of memory and arithmetic while it is enabled.
 
@@ -511,7 +514,7 @@ def apt_state_dict(trainer: Any) -> Mapping[str, Any]:
     """
 
 
-@hookspec(dormant=True)
+@hookspec(dormant=True, alone=True)
 def apt_load_state_dict(trainer: Any, state: Mapping[str, Any]) -> None:
     """Take back what ``apt_state_dict`` returned.
 

@@ -142,6 +142,7 @@ def hook_facts(manager: PluginManager, name: str) -> dict[str, Any]:
         "signature": f"{name}({', '.join(spec.argnames)})",
         "firstresult": bool(spec.opts["firstresult"]),
         "dormant": bool(spec.opts["dormant"]),
+        "alone": bool(spec.opts["alone"]),
         "failure_limit": spec.opts["failure_limit"],
         "returns": (inspect.getdoc(spec.opts["returns"]) or "").partition("\n")[0],
         "judges_input": spec.opts["judges_input"],

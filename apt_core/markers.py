@@ -87,6 +87,7 @@ def hookspec(
     returns: Returns = ...,
     firstresult: bool = ...,
     dormant: bool = ...,
+    alone: bool = ...,
     failure_limit: int = ...,
     judges_input: bool = ...,
     changes_weights: bool = ...,
@@ -98,6 +99,7 @@ def hookspec(
     returns: Returns = ignored,
     firstresult: bool = False,
     dormant: bool = False,
+    alone: bool = False,
     failure_limit: int = 3,
     judges_input: bool = False,
     changes_weights: bool = False,
@@ -107,9 +109,11 @@ def hookspec(
 
     ``returns`` makes plain types of what an implementation returned, inside the guard; by default
     that is not looked at. ``dormant``: does it fire for a plugin whose schedule has not enabled it
-    yet? A plugin is quarantined once it has failed ``failure_limit`` times. With ``judges_input`` a
-    ConfigError is no failure but bad input. ``changes_weights``: is what it returns part of the
-    training (without it, a plugin that is left out leaves the weights as they are)?
+    yet? ``alone``: is it called for one plugin at a time, so that a wrapper would be around
+    nothing? A plugin is quarantined once it has failed ``failure_limit`` times. With
+    ``judges_input`` a ConfigError is no failure but bad input. ``changes_weights``: is what it
+    returns part of the training (without it, a plugin that is left out leaves the weights as they
+    are)?
     ``fatal_among_processes``: does its failure end a run of several processes, which would no
     longer do the same?
     """
@@ -119,6 +123,7 @@ def hookspec(
             "returns": returns,
             "firstresult": firstresult,
             "dormant": dormant,
+            "alone": alone,
             "failure_limit": failure_limit,
             "judges_input": judges_input,
             "changes_weights": changes_weights,

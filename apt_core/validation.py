@@ -150,6 +150,10 @@ def _check_implementation(
         problems.append(problem("it is asynchronous", "hooks are plain functions: drop 'async'"))
     if options.get("wrapper") and not inspect.isgeneratorfunction(function):
         problems.append(problem("a wrapper must yield once", "result = yield; return result"))
+    if options.get("wrapper") and specs[hook].opts["alone"]:
+        problems.append(
+            problem("it is called for one plugin at a time, so a wrapper is around nothing", "")
+        )
     return problems + [
         problem(message, hint)
         for message, hint in _check_parameters(plugin, attribute, function, specs[hook].argnames)

@@ -96,6 +96,11 @@ FUNCTIONS = {
         "a wrapper must yield once",
         "result = yield; return result",
     ),
+    "@hookimpl(wrapper=True)\ndef apt_configure(config):\n    yield": (
+        "apt_configure",
+        "it is called for one plugin at a time, so a wrapper is around nothing",
+        "",
+    ),
     **{
         f"@pluggy.HookimplMarker('apt')({option}=True)\ndef on_step_end(step):\n    yield": (
             "on_step_end",
