@@ -8,6 +8,7 @@ reported at once, before anything is built; nothing here imports torch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from apt_core.config import (
 from apt_core.declarations import Declared, ask, broken, declared_by
 from apt_core.discovery import LoadError, installed_plugins, load
 from apt_core.errors import ConfigError, Problem, StopTraining, did_you_mean
-from apt_core.failures import one_line, source_sha256
+from apt_core.failures import one_line, shown, source_sha256
 from apt_core.log import get_logger
 from apt_core.plugin_manager import PluginManager
 from apt_core.plugin_records import PluginRecord
@@ -170,10 +171,21 @@ def boot(
         source = core_text(Source.from_dict(data).with_overrides(overrides))
     manager = manager or PluginManager()
     manager.strict = strict = strict or manager.strict
-    starting = _Boot(source, manager, strict)
-    starting.load_plugins(plugins)
-    starting.activate_for_providers()
-    return starting.check(probe, files)
+    with before_the_run():
+        starting = _Boot(source, manager, strict)
+        starting.load_plugins(plugins)
+        starting.activate_for_providers()
+        return starting.check(probe, files)
+
+
+@contextmanager
+def before_the_run() -> Iterator[None]:
+    """Raise ConfigError where a plugin stops the run inside: nothing has begun that could end."""
+    try:
+        yield
+    except StopTraining as stop:
+        reason = shown(stop.reason)
+        raise ConfigError(f"a plugin stopped the run before it began: {reason}") from stop
 
 
 class _Boot:
@@ -367,7 +379,8 @@ class _Boot:
             except ConfigError as error:
                 problems += error.problems
             except StopTraining as stop:
-                problems.append(Problem(f"it stopped the run: {stop.reason}", f"plugin {name}"))
+                reason = shown(stop.reason)
+                problems.append(Problem(f"it stopped the run: {reason}", f"plugin {name}"))
         return problems
 
     def _check_providers(self, config: Config) -> list[Problem]:

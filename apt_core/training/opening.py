@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apt_core.errors import ConfigError, Problem
+from apt_core.kernel import before_the_run
 from apt_core.log import Backlog, get_logger, logging_to
 from apt_core.paths import user_path
 from apt_core.training import checkpoint
@@ -50,7 +51,7 @@ class Opening:
         try:
             path = world.from_first(lambda: self._look(config.name))
             if path is not None:
-                with naming_authors(trainer.kernel):
+                with before_the_run(), naming_authors(trainer.kernel):
                     restore(trainer, self._found or checkpoint.load(path, verify=False))
             goes_on = world.from_first(lambda: self._folder is not None)
             places = world.from_first(lambda: self._make(trainer))

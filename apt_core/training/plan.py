@@ -11,11 +11,11 @@ from apt_core.data.batches import StepPlan, num_windows
 from apt_core.data.tokens import tokenize
 from apt_core.errors import AptError
 from apt_core.failures import one_line
-from apt_core.kernel import DATA_PATHS, Kernel, data_files
+from apt_core.kernel import DATA_PATHS, Kernel, before_the_run, data_files
 from apt_core.plugin_names import is_file_reference
 from apt_core.providers.tokenizer import TokenizerProvider
 from apt_core.schedules import Horizon, Schedule
-from apt_core.training.blame import attributed
+from apt_core.training.blame import naming_authors
 from apt_core.training.calibration import Calibration, Speed
 from apt_core.training.costs import (
     BACKWARD_AND_FORWARD,
@@ -70,10 +70,11 @@ def make_plan(kernel: Kernel, world_size: int | None = None) -> dict[str, Any]:
     if world_size is None:
         world_size = processes(kernel.config)
     known = len(kernel.notices)
-    device = settle_device(kernel)
+    with before_the_run():
+        device = settle_device(kernel)
     missing += [_entry(text) for text in kernel.notices[known:]]
     del kernel.notices[known:]
-    try:
+    with before_the_run(), naming_authors(kernel):
         for kind, name in kernel.named_providers():
             kernel.registry.get(kind, name)
         tokenizer = build_tokenizer(kernel)
@@ -84,11 +85,6 @@ def make_plan(kernel: Kernel, world_size: int | None = None) -> dict[str, Any]:
         tell_what_the_length_decides(kernel, schedule, lr_schedule)
         planning = _Planning(kernel, cost, batch, schedule, Calibration(kernel, device, cost))
         rows = planning.rows()
-    except Exception as error:
-        explained = attributed(kernel, error)
-        if explained is error:
-            raise
-        raise explained from error
     return {
         "profile": kernel.config.name,
         "device": str(device),

@@ -16,8 +16,8 @@ from apt_core.config import Config, inactive_alone
 from apt_core.data.batches import BatchPlan
 from apt_core.data.tokens import ids_sha256, tokenize
 from apt_core.device import autocast_dtype, resolve_device
-from apt_core.errors import ConfigError, Problem, ProviderError, StopTraining
-from apt_core.kernel import Kernel
+from apt_core.errors import ConfigError, Problem, ProviderError
+from apt_core.kernel import Kernel, before_the_run
 from apt_core.log import get_logger
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.modeling.lr_scale import learning_rate_scales, undeclared_squares
@@ -76,11 +76,8 @@ class Parts:
 def prepare(kernel: Kernel, device: torch.device, world: World = ALONE) -> Parts:
     """Build the parts. Raises ConfigError for input that does not fit together, and what a
     plugin's part raises as an error that names the plugin."""
-    try:
-        with naming_authors(kernel):
-            return _prepare(kernel, device, world)
-    except StopTraining as stop:
-        raise ConfigError(f"a plugin stopped the run before it began: {stop.reason}") from stop
+    with before_the_run(), naming_authors(kernel):
+        return _prepare(kernel, device, world)
 
 
 def _prepare(kernel: Kernel, device: torch.device, world: World) -> Parts:

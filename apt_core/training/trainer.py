@@ -19,7 +19,7 @@ from apt_core.device import autocast, available_memory, cpu_threads, held_memory
 from apt_core.errors import PluginError, StopTraining, TrainingError
 from apt_core.failures import one_line, text_of
 from apt_core.hook_returns import MAX_FACTOR
-from apt_core.kernel import Kernel, boot
+from apt_core.kernel import Kernel, before_the_run, boot
 from apt_core.log import get_logger, keeping_backlog, noting_errors
 from apt_core.metric_names import CROSS_ENTROPY
 from apt_core.modeling.init import seed_of
@@ -231,13 +231,14 @@ class Trainer:
             deterministic,
             keeping_backlog() as backlog,
         ):
-            self.device = settle_device(self.kernel, self.world)
+            with before_the_run():
+                self.device = settle_device(self.kernel, self.world)
             with self.world.joined(self.device, self.config.hardware.backend):
                 self._held = held_memory(self.device)
                 try:
                     self.parts = prepare(self.kernel, self.device, self.world)
                 except Exception as error:
-                    if not is_out_of_memory(error):
+                    if not is_out_of_memory(error) or isinstance(error, PluginError):
                         raise
                     raise self._out_of_memory(error, "before the first step") from error
                 # The text too, but not what the run is to have.
