@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -139,6 +140,19 @@ def values_of(owned: Sequence[Owned], firstresult: bool) -> Any:
     if firstresult:
         return owned[0][1] if owned else None
     return [value for _, value in owned]
+
+
+def on_copies(function: Callable[..., Any], places: Sequence[int]) -> Callable[..., Any]:
+    """``function``, given copies of the arguments in these places; it keeps its name and source."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        own = list(args)
+        for place in places:
+            own[place] = copy.copy(own[place])
+        return function(*own)
+
+    return run
 
 
 def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:

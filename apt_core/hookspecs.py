@@ -298,12 +298,12 @@ def on_epoch_start(epoch: int, trainer: Any) -> None:
     """
 
 
-@hookspec
+@hookspec(copies=("batch",))
 def on_step_start(step: int, batch: Sequence[Any], trainer: Any) -> None:
     """An optimizer step begins, before its first forward.
 
     ``batch`` is a list of the step's micro-batches on this rank, each with ``input_ids`` [B, T] and
-    ``targets`` [B, T] (-100 where nothing is predicted). Changing the list changes nothing.
+    ``targets`` [B, T] (-100 where nothing is predicted). Each implementation has a list of its own.
 
     Example::
 
@@ -398,7 +398,7 @@ def apt_metrics(trainer: Any) -> Mapping[str, float]:
     """
 
 
-@hookspec
+@hookspec(copies=("metrics",))
 def on_metrics(metrics: Mapping[str, float], step: int) -> None:
     """A row of metrics was written: what loggers implement. On the first rank only.
 
@@ -433,7 +433,7 @@ def on_evaluation_start(trainer: Any) -> None:
     """
 
 
-@hookspec
+@hookspec(copies=("metrics",))
 def on_evaluation_end(trainer: Any, metrics: Mapping[str, float]) -> None:
     """The held-out text was scored: ``val_loss`` (nats per token), ``val_ppl``, ``val_bpb``, and on
     how many targets (``val_tokens``).

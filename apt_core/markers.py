@@ -88,6 +88,7 @@ def hookspec(
     firstresult: bool = ...,
     dormant: bool = ...,
     alone: bool = ...,
+    copies: tuple[str, ...] = ...,
     failure_limit: int = ...,
     judges_input: bool = ...,
     changes_weights: bool = ...,
@@ -100,6 +101,7 @@ def hookspec(
     firstresult: bool = False,
     dormant: bool = False,
     alone: bool = False,
+    copies: tuple[str, ...] = (),
     failure_limit: int = 3,
     judges_input: bool = False,
     changes_weights: bool = False,
@@ -110,7 +112,8 @@ def hookspec(
     ``returns`` makes plain types of what an implementation returned, inside the guard; by default
     that is not looked at. ``dormant``: does it fire for a plugin whose schedule has not enabled it
     yet? ``alone``: is it called for one plugin at a time, so that a wrapper would be around
-    nothing? A plugin is quarantined once it has failed ``failure_limit`` times. With
+    nothing? Of the parameters ``copies``, which are lists and mappings, each implementation gets
+    its own. A plugin is quarantined once it has failed ``failure_limit`` times. With
     ``judges_input`` a ConfigError is no failure but bad input. ``changes_weights``: is what it
     returns part of the training (without it, a plugin that is left out leaves the weights as they
     are)?
@@ -124,6 +127,7 @@ def hookspec(
             "firstresult": firstresult,
             "dormant": dormant,
             "alone": alone,
+            "copies": copies,
             "failure_limit": failure_limit,
             "judges_input": judges_input,
             "changes_weights": changes_weights,

@@ -24,6 +24,7 @@ from apt_core.hook_calls import (
     Call,
     Owned,
     Plan,
+    on_copies,
     run_wrapped,
     timed,
     timed_wrapper,
@@ -352,6 +353,10 @@ class PluginManager(pluggy.PluginManager):
         priority = own if record is None or record.priority is None else record.priority
         function = method.function
         argnames = tuple(inspect.signature(function).parameters)
+        copies = self._options(hook_name)["copies"]
+        places = [place for place, name in enumerate(argnames) if name in copies]
+        if places:
+            function = on_copies(function, places)
         key = (hook_name, method.plugin_name)
         timing = timed_wrapper if method.wrapper else timed
         if self.shared_timings is not None:
@@ -461,10 +466,14 @@ class PluginManager(pluggy.PluginManager):
         for the other processes, and count the rest."""
         if isinstance(error, StopTraining) and self.stop_together is not None:
             self.stop_together(error.reason)
-        elif isinstance(error, PASSES) or self.ends_run(error):
+        elif self.lets_through(error):
             raise error
         else:
             self._failed(call, error)
+
+    def lets_through(self, error: BaseException) -> bool:
+        """Is it what no guard keeps: a plugin stops the run, a person, or this manager?"""
+        return isinstance(error, PASSES) or self.ends_run(error)
 
     def ends_run(self, error: BaseException) -> bool:
         """Is it this manager's own word that a failure ends the run, on its way up? (A PluginError

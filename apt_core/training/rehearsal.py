@@ -93,6 +93,8 @@ class _Trial:
                 if _parameters(base_structure(kernel, config)) <= MOST:
                     return cls(kernel, config)
             except Exception as error:
+                if kernel.manager.lets_through(error):
+                    raise
                 log.debug("no loss is compared in a rehearsal: %s", one_line(error))
                 return None
         return None
@@ -116,6 +118,8 @@ class _Trial:
                 new = materialize(own, old, seed=seed, num_layers=layers)
                 after = _loss(new, self._ids)
         except (Exception, SystemExit) as error:
+            if manager.lets_through(error):
+                raise
             if self._whole and self._fatal(plugin):
                 # A ConfigError of the hook is bad input; one of a rule is a failure.
                 told = RuntimeError(str(error)) if isinstance(error, ConfigError) else error

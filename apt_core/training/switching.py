@@ -208,7 +208,7 @@ class Switching:
     ) -> None:
         """Count an error in making or trying the new model as a failure of ``plugin``; raise those
         that are to end the run."""
-        if is_out_of_memory(error) or self._trainer.manager.ends_run(error):
+        if is_out_of_memory(error) or self._trainer.manager.lets_through(error):
             raise error
         self._restore(others)
         # A ConfigError of the hook is bad input; here it comes too late to be that.

@@ -226,6 +226,10 @@ FOUND = {
     ("apt_costs", "raise-StopTraining", "isolate"),
     ("apt_configure", "raise-StopTraining-odd", "isolate"),
     ("apt_param_groups", "raise-MemoryError", "strict"),
+    ("on_provider_fallback", "raise-ValueError", "required"),
+    ("on_provider_fallback", "raise-StopTraining", "isolate"),
+    ("on_metrics", "mutate", "isolate"),
+    ("on_evaluation_end", "mutate", "isolate"),
 }
 """Hook, kind and policy of cases that were not as expected once: the small part has them."""
 
