@@ -6,7 +6,8 @@ import copy
 import functools
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
 
 from apt_core.errors import StopTraining
 from apt_core.markers import Returns
@@ -37,6 +38,27 @@ class Plan(NamedTuple):
     wrappers: tuple[Call, ...]
     calls: tuple[Call, ...]
     returns: Returns
+    in_step: bool
+    sets_modes: bool
+
+
+class Watch(Protocol):
+    """Sees what a call leaves changed in the process, and puts it back."""
+
+    stepping: bool
+    """Are steps being taken, in a state that is known?"""
+
+    def before(self) -> Any:
+        """The present state, for :meth:`put_back`."""
+
+    def unchanged(self) -> bool:
+        """Is the state that of every step, as far as a few calls tell?"""
+
+    def put_back(self, before: Any = None, *, sets_modes: bool = False) -> list[str]:
+        """Undo what differs from ``before``, or from the state of every step; say what did."""
+
+    def note_modes(self) -> None:
+        """The modes of modules are meant."""
 
 
 Failed = Callable[[Call, BaseException], None]
@@ -49,18 +71,20 @@ def run_wrapped(
     firstresult: bool,
     inner: Callable[[], list[Owned]],
     failed: Failed,
+    watching: Callable[[Call], AbstractContextManager[None]],
 ) -> list[Owned]:
     """Run ``inner`` inside the wrappers of ``plan``; the results with their owners.
 
     A wrapper that fails before its yield is left out; one that fails after it leaves the
     inner result as it was; what ends the run inside is seen by every wrapper and raised.
+    ``watching`` is around each part of a wrapper.
     """
     running: list[tuple[Any, Call]] = []
     results: list[Owned] = []
     ending: BaseException | None = None
     try:
         for call in plan.wrappers:
-            generator = _enter(call, kwargs, failed)
+            generator = _enter(call, kwargs, failed, watching)
             if generator is not None:
                 running.append((generator, call))
         results = inner()
@@ -68,7 +92,8 @@ def run_wrapped(
         ending = error
     for generator, call in reversed(running):
         try:
-            after = _leave(generator, call, plan.returns, kwargs, results, ending, firstresult)
+            with watching(call):
+                after = _leave(generator, call, plan.returns, kwargs, results, ending, firstresult)
         except BaseException as error:
             if error is not ending:
                 try:
@@ -82,11 +107,17 @@ def run_wrapped(
     return results
 
 
-def _enter(call: Call, kwargs: Mapping[str, object], failed: Failed) -> Any:
+def _enter(
+    call: Call,
+    kwargs: Mapping[str, object],
+    failed: Failed,
+    watching: Callable[[Call], AbstractContextManager[None]],
+) -> Any:
     arguments = [kwargs[name] for name in call.argnames]
     try:
-        generator = call.function(*arguments)
-        next(generator)
+        with watching(call):
+            generator = call.function(*arguments)
+            next(generator)
     except StopIteration:
         failed(call, RuntimeError("the wrapper did not yield"))
     except BaseException as error:
@@ -155,8 +186,12 @@ def on_copies(function: Callable[..., Any], places: Sequence[int]) -> Callable[.
     return run
 
 
-def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
-    """``function``, appending the seconds of each call; it keeps its name and source."""
+Add = Callable[[float], object]
+
+
+def timed(function: Callable[..., Any], add: Add) -> Callable[..., Any]:
+    """``function``, which gives the seconds of each call to ``add``; it keeps its name and
+    source."""
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
@@ -164,12 +199,12 @@ def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., A
         try:
             return function(*args)
         finally:
-            seconds.append(time.perf_counter() - start)
+            add(time.perf_counter() - start)
 
     return run
 
 
-def timed_wrapper(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+def timed_wrapper(function: Callable[..., Any], add: Add) -> Callable[..., Any]:
     """As :func:`timed`, for a wrapper: one entry a call, without what the wrapper is around."""
 
     @functools.wraps(function)
@@ -195,6 +230,6 @@ def timed_wrapper(function: Callable[..., Any], seconds: list[float]) -> Callabl
                 else:
                     resume = functools.partial(steps.send, sent)
         finally:
-            seconds.append(spent)
+            add(spent)
 
     return run

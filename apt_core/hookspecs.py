@@ -250,7 +250,7 @@ def apt_costs(config: Config) -> PluginCosts:
 # Training ------------------------------------------------------------------------------------
 
 
-@hookspec
+@hookspec(sets_modes=True)
 def on_plugin_enabled(plugin: str, trainer: Any) -> None:
     """A plugin has become enabled, at load or at its schedule's moment, before ``on_epoch_start``.
 
@@ -269,7 +269,7 @@ def on_plugin_enabled(plugin: str, trainer: Any) -> None:
     """
 
 
-@hookspec
+@hookspec(sets_modes=True)
 def on_training_start(trainer: Any) -> None:
     """Model, optimizer and data are ready; a resumed state is loaded; no step was taken yet.
 
@@ -284,7 +284,7 @@ def on_training_start(trainer: Any) -> None:
     """
 
 
-@hookspec
+@hookspec(sets_modes=True)
 def on_epoch_start(epoch: int, trainer: Any) -> None:
     """An epoch begins. After a resume in mid-epoch it fires for the rest of that epoch.
 
@@ -298,7 +298,7 @@ def on_epoch_start(epoch: int, trainer: Any) -> None:
     """
 
 
-@hookspec(copies=("batch",))
+@hookspec(copies=("batch",), sets_modes=True)
 def on_step_start(step: int, batch: Sequence[Any], trainer: Any) -> None:
     """An optimizer step begins, before its first forward.
 
@@ -514,7 +514,7 @@ def apt_state_dict(trainer: Any) -> Mapping[str, Any]:
     """
 
 
-@hookspec(dormant=True, alone=True)
+@hookspec(dormant=True, alone=True, sets_modes=True)
 def apt_load_state_dict(trainer: Any, state: Mapping[str, Any]) -> None:
     """Take back what ``apt_state_dict`` returned.
 

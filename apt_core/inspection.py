@@ -148,6 +148,7 @@ def hook_facts(manager: PluginManager, name: str) -> dict[str, Any]:
         "judges_input": spec.opts["judges_input"],
         "changes_weights": spec.opts["changes_weights"],
         "fatal_among_processes": spec.opts["fatal_among_processes"],
+        "sets_modes": spec.opts["sets_modes"],
         "doc": inspect.getdoc(spec.function) or "",
     }
 

@@ -7,7 +7,7 @@ reported at once, before anything is built; nothing here imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from apt_core.declarations import Declared, ask, broken, declared_by
 from apt_core.discovery import LoadError, installed_plugins, load
 from apt_core.errors import ConfigError, Problem, StopTraining, did_you_mean
 from apt_core.failures import one_line, shown, source_sha256
+from apt_core.hook_calls import Watch
 from apt_core.log import get_logger
 from apt_core.plugin_manager import PluginManager
 from apt_core.plugin_records import PluginRecord
@@ -155,12 +156,14 @@ def boot(
     manager: PluginManager | None = None,
     probe: Probe | None = None,
     files: bool = True,
+    watch: Callable[[], Watch] | None = None,
 ) -> Kernel:
     """Read, load, declare, check.
 
     ``plugins`` are references as ``--plugin`` takes them: names, dotted modules, ``.py`` paths,
     comma lists, and ``no:NAME``. ``manager`` may hold plugins that are registered already.
-    ``files=False`` leaves the data files unchecked (a dry run needs none).
+    ``files=False`` leaves the data files unchecked (a dry run needs none). ``watch`` makes what
+    puts back what plugins change in the process; it is called where there are plugins.
 
     Raises ConfigError with every problem that was found.
     """
@@ -172,7 +175,7 @@ def boot(
     manager = manager or PluginManager()
     manager.strict = strict = strict or manager.strict
     with before_the_run():
-        starting = _Boot(source, manager, strict)
+        starting = _Boot(source, manager, strict, watch)
         starting.load_plugins(plugins)
         starting.activate_for_providers()
         return starting.check(probe, files)
@@ -191,8 +194,15 @@ def before_the_run() -> Iterator[None]:
 class _Boot:
     """The steps of :func:`boot`, which share the list of problems."""
 
-    def __init__(self, source: Source, manager: PluginManager, strict: bool) -> None:
+    def __init__(
+        self,
+        source: Source,
+        manager: PluginManager,
+        strict: bool,
+        watch: Callable[[], Watch] | None,
+    ) -> None:
         self.source = source
+        self.watch = watch
         self.manager = manager
         self.strict = strict
         damaged: list[Problem] = []
@@ -227,18 +237,25 @@ class _Boot:
                 self.manager.unregister(name=name)
             self.left_out[name] = f"plugin {name} is blocked"
             self.manager.records[name] = PluginRecord(name, state="blocked", reason=f"no:{name}")
+        if selection.wanted or self.manager.list_name_plugin():
+            self._begin_to_watch()
         for name, _ in self.manager.list_name_plugin():
             self._take(ask(self.manager, self.manager.records[name]), Wanted(name, name))
         for wanted in selection.wanted.values():
             self._load(wanted)
 
+    def _begin_to_watch(self) -> None:
+        if self.watch is not None and self.manager.watch is None:
+            self.manager.watch = self.watch()
+
     def _load(self, wanted: Wanted) -> None:
         record = PluginRecord(wanted.name)
         try:
-            plugin, record = load(wanted.reference, self.installed)
-            record.priority = wanted.priority
-            record.on_failure = wanted.on_failure or "isolate"
-            self.manager.register(plugin, wanted.name, record=record)
+            with self.manager.watching(wanted.name, "its import"):
+                plugin, record = load(wanted.reference, self.installed)
+                record.priority = wanted.priority
+                record.on_failure = wanted.on_failure or "isolate"
+                self.manager.register(plugin, wanted.name, record=record)
             declared = ask(self.manager, record)
         except LoadError as error:
             declared = broken(record, error.problem, error.details)
@@ -280,11 +297,14 @@ class _Boot:
         missing = [p for p in named_providers(self.source.data) if not self.registry.has(*p)]
         if not missing:
             return
+        self._begin_to_watch()
         for name in self.installed:
             record = self.manager.records.get(name)
             if record is not None and record.state != "blocked":
                 continue
-            for spec in declared_by(name, self.installed).providers:
+            with self.manager.watching(name, "its import"):
+                declared = declared_by(name, self.installed)
+            for spec in declared.providers:
                 if (spec.kind, spec.name) not in missing:
                     continue
                 if record is not None:

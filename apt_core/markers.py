@@ -93,6 +93,7 @@ def hookspec(
     judges_input: bool = ...,
     changes_weights: bool = ...,
     fatal_among_processes: bool = ...,
+    sets_modes: bool = ...,
 ) -> Callable[[F], F]: ...
 def hookspec(
     function: F | None = None,
@@ -106,6 +107,7 @@ def hookspec(
     judges_input: bool = False,
     changes_weights: bool = False,
     fatal_among_processes: bool = False,
+    sets_modes: bool = False,
 ) -> F | Callable[[F], F]:
     """Mark a function as the specification of a hook, with all of its policy.
 
@@ -118,7 +120,8 @@ def hookspec(
     returns part of the training (without it, a plugin that is left out leaves the weights as they
     are)?
     ``fatal_among_processes``: does its failure end a run of several processes, which would no
-    longer do the same?
+    longer do the same? ``sets_modes``: may it set the training mode of parts of the model? (What
+    another hook leaves set is put back.)
     """
 
     def mark(func: F) -> F:
@@ -132,6 +135,7 @@ def hookspec(
             "judges_input": judges_input,
             "changes_weights": changes_weights,
             "fatal_among_processes": fatal_among_processes,
+            "sets_modes": sets_modes,
         }
         setattr(func, f"{PROJECT}_spec", options)
         return func

@@ -9,8 +9,11 @@ a record. The plan is rebuilt when the implementations, a priority or a plugin's
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
+from time import perf_counter
 from typing import Any, ClassVar, TypeVar
 from weakref import WeakSet
 
@@ -18,12 +21,13 @@ import pluggy
 
 from apt_core import hookspecs
 from apt_core.errors import ConfigError, PluginError, Problem, StopTraining
-from apt_core.failures import frames_of, is_code_of, one_line, source_of
+from apt_core.failures import frames_of, is_code_of, one_line, source_of, where_raised
 from apt_core.hook_calls import (
     PASSES,
     Call,
     Owned,
     Plan,
+    Watch,
     on_copies,
     run_wrapped,
     timed,
@@ -31,7 +35,7 @@ from apt_core.hook_calls import (
     values_of,
 )
 from apt_core.log import get_logger
-from apt_core.markers import PROJECT, Priority, Returns
+from apt_core.markers import PROJECT, Priority
 from apt_core.plugin_names import normalized_name, short_name
 from apt_core.plugin_records import PluginRecord
 from apt_core.requirements import unmet
@@ -47,13 +51,18 @@ log = get_logger("apt.plugins")
 
 T = TypeVar("T")
 
-CALLBACK = {"failure_limit": 3, "judges_input": False, "fatal_among_processes": False}
+CALLBACK = {
+    "failure_limit": 3,
+    "judges_input": False,
+    "fatal_among_processes": False,
+    "sets_modes": False,
+}
 """The policy of functions that a plugin gives to others to call: that of a hook that only tells."""
 
 MAX_LOG_ERRORS = 20
 """Errors of logging that are kept until they are counted; they hold on to frames."""
 
-TIMED = ("on_step_start", "apt_loss_terms", "on_backward_end", "on_step_end")
+IN_STEP = ("on_step_start", "apt_loss_terms", "on_backward_end", "on_step_end")
 """Hooks that are called within a step, and not by one another: their times add up."""
 
 
@@ -66,7 +75,7 @@ class PluginManager(pluggy.PluginManager):
     position that failures are recorded with; the trainer moves it. In a run of several processes
     it sets ``stop_together``, which is called with the reason where a hook raises StopTraining:
     none may leave the others at once. A loss term or a collective implementation that fails is
-    fatal there.
+    fatal there. A run sets ``watch`` too: what a call changes in the process is put back.
     """
 
     shared_timings: ClassVar[dict[tuple[str, str], list[float]] | None] = None
@@ -80,14 +89,14 @@ class PluginManager(pluggy.PluginManager):
         self.stop_together: Callable[[str], None] | None = None
         self.records: dict[str, PluginRecord] = {}
         self._plans: dict[str, Plan] = {}
-        self._other_plans: dict[str, Plan] = {}
+        self.watch: Watch | None = None
         self._timing = False
-        self._seconds: dict[tuple[str, str], list[float]] = {}
+        self._seconds: dict[tuple[str, str], float] = {}
         self._telling = False
         self._pending: PluginError | None = None
         self._raised_here: WeakSet[PluginError] = WeakSet()
         self._log_errors: list[BaseException] = []
-        self._told_of_logging: set[str] = set()
+        self._told: set[Hashable] = set()
         self.add_hookspecs(hookspecs)
 
     # Registration ----------------------------------------------------------------------------
@@ -197,45 +206,50 @@ class PluginManager(pluggy.PluginManager):
         if plan is None or plan[0] != methods:
             plan = self._plan(hook_name, methods)
         if plan[1]:
-            owned = self._wrapped(plan, kwargs, firstresult)
-            return values_of(owned, firstresult)
-        # The same loop as in _all, without a further call: this is the path of every step.
-        results = []
-        for call in plan[2]:
-            arguments = [kwargs[name] for name in call[1]]
-            try:
-                result = call[0](*arguments)
-                if result is None:
-                    continue
-                result = plan[3](result, kwargs)
-                if result is None:
-                    continue
-            except BaseException as error:
-                self._raised(call, error)
-                continue
-            if firstresult:
-                return result
-            results.append(result)
-        return None if firstresult else results
+            return values_of(self._wrapped(plan, kwargs, firstresult), firstresult)
+        if not plan[2]:
+            return None if firstresult else []
+        return values_of(self._all(plan, kwargs, firstresult), firstresult)
 
     def _all(self, plan: Plan, kwargs: Mapping[str, object], firstresult: bool) -> list[Owned]:
-        results: list[Owned] = []
-        for call in plan.calls:
-            result = self._guarded(call, kwargs, plan.returns)
+        """The results of the implementations that are no wrappers: the path of every step."""
+        owned: list[Owned] = []
+        _, _, calls, returns, in_step, sets_modes = plan
+        watch, before = self.watch, None
+        known = watch is not None and in_step and watch.stepping
+        timing = self._timing and in_step
+        start = perf_counter() if timing else 0.0
+        for call in calls:
+            arguments = [kwargs[name] for name in call[1]]
+            if watch is not None and not known:
+                before = watch.before()
+            try:
+                result = call[0](*arguments)
+                if result is not None:
+                    result = returns(result, kwargs)
+            except BaseException as error:
+                if watch is not None:
+                    self._put_back(watch, call, before, sets_modes)
+                self._raised(call, error)
+                result = None
+            else:
+                if watch is not None and not (known and watch.unchanged()):
+                    self._put_back(watch, call, before, sets_modes)
+            if timing:
+                end = perf_counter()
+                self._add_seconds((call[3], call[2]), end - start)
+                start = end
             if result is not None:
-                results.append((call.plugin, result))
+                owned.append((call[2], result))
                 if firstresult:
                     break
-        return results
+        if known and sets_modes:
+            watch.note_modes()  # type: ignore[union-attr]
+        return owned
 
-    def _guarded(self, call: Call, kwargs: Mapping[str, object], returns: Returns) -> Any:
-        arguments = [kwargs[name] for name in call.argnames]
-        try:
-            result = call.function(*arguments)
-            return None if result is None else returns(result, kwargs)
-        except BaseException as error:
-            self._raised(call, error)
-            return None
+    def _guarded(self, call: Call, kwargs: Mapping[str, object], plan: Plan) -> Any:
+        owned = self._all(plan._replace(calls=(call,)), kwargs, True)
+        return owned[0][1] if owned else None
 
     def _wrapped(self, plan: Plan, kwargs: Mapping[str, object], firstresult: bool) -> list[Owned]:
         """The results of all implementations, those of wrappers around the others."""
@@ -245,6 +259,7 @@ class PluginManager(pluggy.PluginManager):
             firstresult,
             lambda: self._all(plan, kwargs, firstresult),
             self._raised,
+            lambda call: self._watching(call, sets_modes=plan.sets_modes),
         )
 
     def call_each(self, hook_name: str, **kwargs: Any) -> list[tuple[str, Any]]:
@@ -266,7 +281,7 @@ class PluginManager(pluggy.PluginManager):
         plan = self._plan_of(hook_name)
         for call in plan.calls:
             if call.plugin == plugin:
-                result = self._guarded(call, kwargs, plan.returns)
+                result = self._guarded(call, kwargs, plan)
                 if result is not None:
                     return result
         return None
@@ -281,12 +296,14 @@ class PluginManager(pluggy.PluginManager):
         def inner() -> list[Owned]:
             owner, current = "", request
             for call in plan.calls:
-                value = self._guarded(call, {"request": current}, plan.returns)
+                value = self._guarded(call, {"request": current}, plan)
                 if value is not None:
                     owner, current = call.plugin, replace(current, **{attribute: value})
             return [(owner, getattr(current, attribute))]
 
-        ((_, value),) = run_wrapped(plan, {"request": request}, True, inner, self._raised)
+        ((_, value),) = run_wrapped(
+            plan, {"request": request}, True, inner, self._raised, self._watching
+        )
         return replace(request, **{attribute: value})
 
     def attempt(
@@ -297,32 +314,122 @@ class PluginManager(pluggy.PluginManager):
 
         ``code`` is as in :meth:`fail`. Raises as a call of the hook does.
         """
+        call = self._call_for(plugin, hook_name, code)
         try:
-            return function()
+            with self._watching(call):
+                return function()
         except BaseException as error:
-            self._raised(self._call_for(plugin, hook_name, code), error)
+            self._raised(call, error)
             return None
+
+    # What calls leave behind -----------------------------------------------------------------
+
+    @contextmanager
+    def watching(self, plugin: str, what: str, code: Any = None) -> Iterator[None]:
+        """Put back what is changed in the process inside, in the name of the plugin. ``what`` says
+        which part of it runs, where that is no hook, and ``code`` is what runs; the plugin itself
+        may be registered inside."""
+        watch = self.watch
+        before = watch.before() if watch else None
+        try:
+            yield
+        finally:
+            changes = watch.put_back(before) if watch else ()
+            if changes:
+                code = self.get_plugin(plugin) if code is None else code
+                self._left_behind(Call(code, (), plugin, what, 0, False), changes)
+
+    @contextmanager
+    def _watching(self, call: Call, sets_modes: bool = False) -> Iterator[None]:
+        watch = self.watch
+        if watch is None:
+            yield
+            return
+        before = watch.before()
+        try:
+            yield
+        finally:
+            self._put_back(watch, call, before, sets_modes)
+
+    def _put_back(self, watch: Watch, call: Call, before: Any, sets_modes: bool) -> None:
+        changes = watch.put_back(before, sets_modes=sets_modes)
+        if changes:
+            self._left_behind(call, changes)
+
+    def left_behind(self, changes: Sequence[str], hooks: Sequence[str] = IN_STEP) -> None:
+        """Tell of what was put back after calls of ``hooks``, or of what plugins have handed
+        over. Raises PluginError as a call of a hook does."""
+        called = {call.plugin: call for name in hooks for call in self.order(name)}
+        if len(called) == 1:
+            (call,) = called.values()
+            self._left_behind(call, changes)
+            return
+        names = ", ".join(called) or ", ".join(name for name, _ in self.list_name_plugin())
+        text = f"one of the plugins {names} left changed: {'; '.join(changes)}; it is put back"
+        if self.strict:
+            where = ", ".join(hooks)
+            stop = f"{text}; the run stops because --strict"
+            raise self._own(PluginError(stop, plugin=names, hook=where))
+        self._tell_once(tuple(called), text)
+
+    def _left_behind(self, call: Call, changes: Sequence[str]) -> None:
+        where = where_raised(Exception(), *source_of(call.function))
+        at = f"plugin {call.plugin} left changed in {call.hook} at step {self.step}"
+        text = f"{at} ({where}): {'; '.join(changes)}"
+        record = self.records.setdefault(call.plugin, PluginRecord(call.plugin, state="active"))
+        because = self._fatal_because(call, record, to_others=False)
+        if because:
+            stop = PluginError(
+                f"{text}; the run stops because {because}",
+                plugin=call.plugin,
+                hook=call.hook,
+                where=where,
+            )
+            raise self._own(stop)
+        what = tuple(change.partition(" from ")[0] for change in changes)
+        if self._tell_once((call.plugin, call.hook, what), f"{text}; it is put back"):
+            record.leftovers.append(
+                PluginFailure(
+                    plugin=call.plugin,
+                    hook=call.hook,
+                    step=self.step,
+                    error=f"left changed: {'; '.join(changes)}",
+                    where=where,
+                    count=len(record.failures) + len(record.leftovers) + 1,
+                    quarantined=False,
+                    traceback="",
+                )
+            )
+
+    def _tell_once(self, what: Hashable, text: str) -> bool:
+        if what in self._told:
+            return False
+        self._told.add(what)
+        log.warning("%s", text)
+        return True
+
+    def _own(self, error: PluginError) -> PluginError:
+        self._raised_here.add(error)
+        return error
 
     # Plans -----------------------------------------------------------------------------------
 
     def time_calls(self, on: bool) -> None:
-        """Time what every plugin does within a step (the TIMED hooks) from now on, or no more. Both
-        kinds of plans are kept, so that turning it on for a single step costs nothing."""
-        if on != self._timing:
-            self._timing = on
-            self._plans, self._other_plans = self._other_plans, self._plans
+        """Time what every plugin does within a step (the IN_STEP hooks) from now on, or no more."""
+        self._timing = on
+
+    def _add_seconds(self, key: tuple[str, str], seconds: float) -> None:
+        if self._timing:
+            self._seconds[key] = self._seconds.get(key, 0.0) + seconds
 
     def take_call_seconds(self) -> dict[tuple[str, str], float]:
         """By (hook, plugin), the seconds of the calls that were timed since they were last
         taken."""
-        taken = {key: sum(seconds) for key, seconds in self._seconds.items() if seconds}
-        for seconds in self._seconds.values():
-            seconds.clear()
+        taken, self._seconds = self._seconds, {}
         return taken
 
     def _forget_plans(self) -> None:
         self._plans.clear()
-        self._other_plans.clear()
 
     def _plan_of(self, hook_name: str) -> Plan:
         methods = getattr(self.hook, hook_name).get_hookimpls()
@@ -336,6 +443,8 @@ class PluginManager(pluggy.PluginManager):
             tuple(call for call in calls if call.wrapper),
             tuple(call for call in calls if not call.wrapper),
             self._options(hook_name)["returns"],
+            hook_name in IN_STEP,
+            self._options(hook_name)["sets_modes"],
         )
         self._plans[hook_name] = plan
         return plan
@@ -360,9 +469,9 @@ class PluginManager(pluggy.PluginManager):
         key = (hook_name, method.plugin_name)
         timing = timed_wrapper if method.wrapper else timed
         if self.shared_timings is not None:
-            function = timing(function, self.shared_timings.setdefault(key, []))
-        if self._timing and hook_name in TIMED:
-            function = timing(function, self._seconds.setdefault(key, []))
+            function = timing(function, self.shared_timings.setdefault(key, []).append)
+        if method.wrapper and hook_name in IN_STEP:
+            function = timed_wrapper(function, partial(self._add_seconds, key))
         return Call(function, argnames, method.plugin_name, hook_name, priority, method.wrapper)
 
     def _may_run(self, call: Call, dormant: bool) -> bool:
@@ -436,8 +545,12 @@ class PluginManager(pluggy.PluginManager):
     def callback_failed(self, plugin: str, function: Any, error: BaseException) -> None:
         """Count a failure of something that the plugin gave to others to call. Raises as a call of
         a hook does."""
-        name = getattr(function, "__name__", type(function).__name__)
-        self._raised(Call(function, (), plugin, f"{name} (a callback)", 0, False), error)
+        self._raised(Call(function, (), plugin, self.callback_name(function), 0, False), error)
+
+    @staticmethod
+    def callback_name(function: Any) -> str:
+        """What stands for the hook where a function that was given to others fails."""
+        return f"{getattr(function, '__name__', type(function).__name__)} (a callback)"
 
     def settle(self) -> None:
         """Count what handlers and filters of logging have raised since the last call, and raise
@@ -448,9 +561,7 @@ class PluginManager(pluggy.PluginManager):
             found = self.culprit(error)
             if found is None:
                 text = one_line(error)
-                if text not in self._told_of_logging:
-                    self._told_of_logging.add(text)
-                    log.warning("a handler or filter of logging failed: %s", text)
+                self._tell_once(text, f"a handler or filter of logging failed: {text}")
             elif not self.is_quarantined(found[0]):
                 plugin, function = found
                 code: Any = self.get_plugin(plugin)
@@ -513,19 +624,22 @@ class PluginManager(pluggy.PluginManager):
                 hook=failure.hook,
                 where=failure.where,
             )
-            self._raised_here.add(fatal)
+            self._own(fatal)
         self._tell(failure, fatal, error)
 
-    def _fatal_because(self, call: Call, record: PluginRecord) -> str:
-        """Why a failure of ``call`` ends the run, or an empty string."""
+    def _fatal_because(self, call: Call, record: PluginRecord, *, to_others: bool = True) -> str:
+        """Why a failure of ``call`` ends the run, or an empty string. ``to_others``: does it make a
+        difference to the other processes?"""
         if self.strict:
             return "--strict"
         if record.on_failure == "required":
             return "the profile says on_failure: required"
-        if self._options(call.hook)["fatal_among_processes"] and self.stop_together is not None:
+        if self.stop_together is None or not to_others:
+            return ""
+        if self._options(call.hook)["fatal_among_processes"]:
             return "the processes of a run must train on the same loss"
         collective = (options_of(call.function) or {}).get("collective")
-        if collective and self.stop_together is not None:
+        if collective:
             return "every process of it must do its part of a collective hook"
         return ""
 

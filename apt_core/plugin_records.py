@@ -18,7 +18,8 @@ class PluginRecord:
 
     ``state`` is one of available, active, dormant (waits for its schedule), blocked, broken,
     quarantined; ``reason`` says why for the last three. ``priority`` is the profile's override,
-    ``source_sha256`` the hash of the plugin's code as a run has loaded it.
+    ``source_sha256`` the hash of the plugin's code as a run has loaded it. ``leftovers`` is what
+    calls had left changed in the process and was put back: told, and no reason for a quarantine.
     """
 
     name: str
@@ -32,6 +33,7 @@ class PluginRecord:
     reason: str = ""
     on_failure: str = "isolate"
     source_sha256: str = ""
+    leftovers: list[PluginFailure] = field(default_factory=list)
 
     def add_failure(
         self, error: BaseException, *, hook: str, limit: int, step: int, code: Any
@@ -59,5 +61,5 @@ class PluginRecord:
         """The failures as the manifest and ``apt-hooks plugins --json`` show them."""
         return [
             {"hook": f.hook, "step": f.step, "error": f.error, "where": f.where}
-            for f in self.failures
+            for f in (*self.failures, *self.leftovers)
         ]

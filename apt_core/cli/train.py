@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from apt_core.config import Override
+    from apt_core.hook_calls import Watch
     from apt_core.kernel import Kernel
 
 VERIFIED_STEPS = 20
@@ -156,7 +157,12 @@ def train(
     arguments = _arguments(profile, plugin or (), set_ or (), strict, context.args)
     with logging_to(console, level=level):
         kernel = boot(
-            profile, plugins=plugin or (), overrides=overrides, strict=strict, files=not dry_run
+            profile,
+            plugins=plugin or (),
+            overrides=overrides,
+            strict=strict,
+            files=not dry_run,
+            watch=_watch,
         )
         if dry_run:
             from apt_core.training.plan import make_plan, print_plan
@@ -192,6 +198,12 @@ def train(
             stop_at_step=stop_at_step,
             allow_change=allow_change or (),
         )
+
+
+def _watch() -> Watch:
+    from apt_core.training.process_state import ProcessState
+
+    return ProcessState()
 
 
 def _arguments(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.optim import Optimizer
@@ -68,13 +69,18 @@ class _Guarded:
 
     def __init__(self, manager: PluginManager, plugin: str, function: Callable[..., Any]) -> None:
         self._manager, self._plugin, self._function = manager, plugin, function
+        self._name = manager.callback_name(function)
         self._takes_part = False
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         if self._manager.is_quarantined(self._plugin):
             return None
         try:
-            result = self._function(*args, **options)
+            if torch.compiler.is_compiling():
+                result = self._function(*args, **options)
+            else:
+                with self._manager.watching(self._plugin, self._name, self._function):
+                    result = self._function(*args, **options)
         except BaseException as error:
             if self._takes_part:
                 raise

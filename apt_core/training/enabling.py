@@ -90,7 +90,7 @@ class Enabling:
         failures = [
             f"plugin {f.plugin} failed in {f.hook} at step {f.step} ({f.where}): {f.error}"
             for record in records.values()
-            for f in record.failures
+            for f in (*record.failures, *record.leftovers)
         ]
         own = {name: r.reason for name, r in records.items() if r.state == "quarantined"}
         everyone = world.gather((own, [text for text in failures if text not in self._told]))

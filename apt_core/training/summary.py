@@ -78,16 +78,19 @@ def summary_lines(result: RunResult, kernel: Kernel) -> list[str]:
 
 def _plugin(record: PluginRecord) -> list[str]:
     """One line for the state, and one for each hook that failed and how often."""
-    if not record.failures:
+    lines = [
+        f"{record.name}: {record.state}; in {left.hook} at {left.where} it {left.error} (put back)"
+        for left in record.leftovers
+    ]
+    if not (record.failures or lines):
         why = f" ({record.reason})" if record.reason else ""
         return [f"{record.name}: {record.state}{why}"]
-    lines = []
     for hook in dict.fromkeys(failure.hook for failure in record.failures):
-        failures = [failure for failure in record.failures if failure.hook == hook]
-        times = "once" if len(failures) == 1 else f"{len(failures)} times"
+        there = [failure for failure in record.failures if failure.hook == hook]
+        times = "once" if len(there) == 1 else f"{len(there)} times"
         lines.append(
-            f"{record.name}: {record.state}; failed {times} in {hook} at {failures[-1].where}: "
-            f"{failures[-1].error}"
+            f"{record.name}: {record.state}; failed {times} in {hook} at {there[-1].where}: "
+            f"{there[-1].error}"
         )
     return lines
 

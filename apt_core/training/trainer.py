@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -47,6 +47,7 @@ from apt_core.training.memory import out_of_memory_advice, own_memory
 from apt_core.training.model_modes import ModelModes
 from apt_core.training.opening import Opening
 from apt_core.training.prepare import loop_forward, num_threads, prepare, settle_device
+from apt_core.training.process_state import ProcessState
 from apt_core.training.run_folder import RunFolder
 from apt_core.training.run_length import horizon
 from apt_core.training.saving import Saving
@@ -60,6 +61,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 log = get_logger("apt.training")
+
+LOOKING = ("apt_loss_terms", "on_backward_end", "on_step_end")
+"""Hooks of every step that are to leave the modes of modules alone."""
 
 
 @dataclass
@@ -119,7 +123,7 @@ class Trainer:
                 raise ValueError("a Kernel has its manager: give manager and strict to boot()")
             self.kernel = config
         else:
-            self.kernel = boot(config, manager=manager, strict=strict)
+            self.kernel = boot(config, manager=manager, strict=strict, watch=ProcessState)
         self.config: Config = self.kernel.config
         self.manager, self.registry = self.kernel.manager, self.kernel.registry
         self.console = console
@@ -139,6 +143,8 @@ class Trainer:
         self.stopping = Stopping(self.config, stop_at_step, alone=self.world_size == 1)
         self.switching = Switching(self)
         self._callbacks = Callbacks(self.manager)
+        self._watch = ProcessState() if self.manager.list_name_plugin() else None
+        self.manager.watch = self._watch
         self.modes = ModelModes()
         self._at = 0, 0  # the step at hand, and the tokens before it
         self._terms: dict[str, Tensor] = {}
@@ -221,6 +227,16 @@ class Trainer:
         is not possible, and another AptError when the run fails; a checkpoint of the last whole
         step is written first.
         """
+        if self._watch is None:
+            return self._fit()
+        before = self._watch.before()
+        try:
+            return self._fit()
+        finally:
+            self._watch.stepping, self._watch.model = False, None
+            self._watch.put_back(before)
+
+    def _fit(self) -> RunResult:
         training = self.config.training
         threads = cpu_threads(num_threads(self.config))
         deterministic = deterministic_kernels(training.deterministic)
@@ -236,7 +252,8 @@ class Trainer:
             with self.world.joined(self.device, self.config.hardware.backend):
                 self._held = held_memory(self.device)
                 try:
-                    self.parts = prepare(self.kernel, self.device, self.world)
+                    with self._watching_providers():
+                        self.parts = prepare(self.kernel, self.device, self.world)
                 except Exception as error:
                     if not is_out_of_memory(error) or isinstance(error, PluginError):
                         raise
@@ -257,6 +274,15 @@ class Trainer:
                 with self._opening.opened(self, backlog):
                     self._at = self.step, self.tokens
                     return self._run()
+
+    @contextmanager
+    def _watching_providers(self) -> Iterator[None]:
+        """Put back what providers change in the process inside."""
+        watch = self._watch
+        before = None if watch is None else watch.before()
+        yield
+        if watch is not None and (changes := watch.put_back(before)):
+            self.manager.left_behind(changes, ())
 
     def _run(self) -> RunResult:
         self.step_log.start()
@@ -299,6 +325,7 @@ class Trainer:
         """The loop, from the current position to the end."""
         training, world = self.config.training, self.world
         plan, hook, device, clock = self.parts.plan, self.manager.hook, self.device, self.clock
+        watch = self._watch
         seeds = ModelSeeds(device, training.seed, self.rank)
         first_epoch, first_index = divmod(self.step, plan.steps_per_epoch)
         self.step_log.begin()
@@ -312,6 +339,9 @@ class Trainer:
                 if self._save_due():
                     self._save()
 
+        torch.set_grad_enabled(True)
+        if watch is not None:
+            watch.expect(self.model)
         for epoch in range(first_epoch + 1, training.max_epochs + 1):
             if self._over():
                 return
@@ -335,11 +365,14 @@ class Trainer:
                 batches = [batch.to(device) for batch in plan.step_batches(epoch, index)]
                 targets = plan.step_targets(epoch, index)
                 clock.lap("data")
+                if watch is not None and not watch.modes_unchanged():
+                    self.manager.left_behind(watch.put_back(), LOOKING)
                 hook.on_step_start(step=step, batch=list(batches), trainer=self)
+                if watch is not None and not watch.settled() and (left := watch.put_back()):
+                    self.manager.left_behind(left)
                 clock.lap("hooks")
 
                 self._callbacks.guard(self.model, self.optimizer)
-                torch.set_grad_enabled(True)  # whatever a plugin has left it at
                 together = self._together
                 if together is not None:
                     together.begin()
@@ -365,6 +398,12 @@ class Trainer:
                         term = batch.num_targets * term
                         summed = summed + term
                         terms[name] = terms.get(name, 0.0) + term.detach()
+                    if (
+                        watch is not None
+                        and hook.apt_loss_terms.get_hookimpls()
+                        and not watch.settled()
+                    ):
+                        self.manager.left_behind(watch.put_back(), ("apt_loss_terms",))
                     if not summed.requires_grad:
                         raise TrainingError(f"step {step}: every parameter of the model is frozen")
                     summed.backward(scale)
@@ -434,11 +473,15 @@ class Trainer:
         self.guard.load(*skipped)
         self.parts.model, self.parts.optimizer = model, optimizer
         self.parts.forward = loop_forward(self.kernel, model, self.world)
+        if self._watch is not None and self._watch.stepping:
+            self._watch.expect(model)
 
     def _use(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Train ``model`` with ``optimizer``."""
         training = self.config.training
         self.model, self.optimizer = model, optimizer
+        if self._watch is not None:
+            self._watch.model = model
         self._known = dict(model.named_parameters())
         self._together = GradientSum(model, self.world) if self.world_size > 1 else None
         self.guard = FiniteGuard(optimizer, self.device, window=training.log_every_steps)
@@ -520,6 +563,8 @@ class Trainer:
 
         Whoever has set the run a limit may kill it now: the checkpoint comes first.
         """
+        if self._watch is not None:
+            self._watch.stepping = False
         self.step_log.tell_skipped()
         self.step_log.throughput.pause()
         self._require_known_parameters()

@@ -1,0 +1,342 @@
+"""The state of the process that decides what torch computes, watched while plugins are called.
+
+What a plugin sets here for a model of its own, or leaves behind where it fails, would change the
+weights of the run. So the state is compared after each call of a plugin, and put back.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from apt_core.modeling.modes import set_modes
+
+_C: Any = torch._C
+_AUTOGRAD: Any = torch._C._autograd
+_UNIT: Any = getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None)
+
+AUTOCAST = ("cpu", "cuda")
+"""Types of device that a run computes its forward on."""
+
+PRECISIONS = (
+    ("generic", "all"), ("cuda", "all"), ("cuda", "matmul"), ("cuda", "conv"), ("cuda", "rnn"),
+    ("mkldnn", "all"), ("mkldnn", "matmul"), ("mkldnn", "conv"), ("mkldnn", "rnn"),
+)  # fmt: skip
+"""Where torch keeps how exact fp32 arithmetic is; the setters of whole backends come first."""
+
+SDPA = ("flash", "math", "mem_efficient", "cudnn", "overrideable")
+SWITCHES = (
+    "cudnn_enabled", "cudnn_benchmark", "cudnn_deterministic", "mkldnn_enabled",
+    "mkldnn_deterministic", "nnpack_enabled", "math_sdp_allow_fp16_bf16_reduction",
+    "cublas_allow_fp16_accumulation", "deterministic_fill_uninitialized_memory",
+)  # fmt: skip
+"""What torch has a getter and a setter of each by name."""
+
+
+class State(NamedTuple):
+    """One thing that is watched. ``put`` sets what ``get`` has read before; a state that shows
+    nothing has no words for its values."""
+
+    name: str
+    get: Callable[[], Any]
+    put: Callable[[Any], object]
+    shows: bool = True
+
+
+def _nesting() -> int:
+    """How many autocast contexts are entered: below them, casts of weights are kept for reuse."""
+    depth: int = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return depth - 1
+
+
+def _set_nesting(depth: int) -> None:
+    while _nesting() > depth:
+        torch.autocast_decrement_nesting()
+    while _nesting() < depth:
+        torch.autocast_increment_nesting()
+    torch.clear_autocast_cache()
+
+
+def _autocast() -> tuple[Any, ...]:
+    each = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in AUTOCAST]
+    return (*each, torch.is_autocast_cache_enabled())
+
+
+def _set_autocast(values: tuple[Any, ...]) -> None:
+    *each, caches = values
+    for device, (enabled, dtype) in zip(AUTOCAST, each, strict=True):
+        torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_dtype(device, dtype)
+    torch.set_autocast_cache_enabled(caches)
+    torch.clear_autocast_cache()
+
+
+def _precision() -> tuple[Any, ...]:
+    named = None
+    with suppress(RuntimeError):  # torch refuses the old name where the new ones are mixed
+        named = torch.get_float32_matmul_precision()
+    return (named, *(_C._get_fp32_precision_getter(*place) for place in PRECISIONS))
+
+
+def _set_precision(values: tuple[Any, ...]) -> None:
+    named, *each = values
+    if named is not None:
+        torch.set_float32_matmul_precision(named)
+    for place, value in zip(PRECISIONS, each, strict=True):
+        with suppress(RuntimeError):  # some pairs only follow their backend
+            _C._set_fp32_precision_setter(*place, value)
+
+
+def _function_modes() -> list[Any]:
+    return [_C._get_function_stack_at(i) for i in range(_C._len_torch_function_stack())]
+
+
+def _set_function_modes(modes: list[Any]) -> None:
+    for _ in range(_C._len_torch_function_stack()):
+        _C._pop_torch_function_stack()
+    for mode in modes:
+        _C._push_on_torch_function_stack(mode)
+
+
+def _dispatch_modes() -> list[Any]:
+    return [_C._get_dispatch_stack_at(i) for i in range(_C._len_torch_dispatch_stack())]
+
+
+def _set_dispatch_modes(modes: list[Any]) -> None:
+    for _ in range(_C._len_torch_dispatch_stack()):
+        _C._pop_torch_dispatch_stack(None)
+    for mode in modes:
+        _C._push_on_torch_dispatch_stack(mode)
+
+
+def _saved_tensors_hooks() -> Any:
+    return _AUTOGRAD._top_saved_tensors_default_hooks(True)
+
+
+def _set_saved_tensors_hooks(hooks: Any) -> None:
+    while (top := _saved_tensors_hooks()) is not None and top != hooks:
+        _AUTOGRAD._pop_saved_tensors_default_hooks()
+    if hooks is not None and _saved_tensors_hooks() is None:
+        _AUTOGRAD._push_saved_tensors_default_hooks(*hooks)
+
+
+def _set_saved_tensors_ban(message: str | None) -> None:
+    if message is None:
+        _AUTOGRAD._saved_tensors_hooks_enable()
+    else:
+        _AUTOGRAD._saved_tensors_hooks_disable(message, False)
+
+
+ENTERED: list[Any] = []
+"""Contexts that are never left: that would bring back what a plugin had set."""
+
+
+def _set_inference_mode(on: bool) -> None:
+    ENTERED.append(torch.inference_mode(on))
+    ENTERED[-1].__enter__()
+
+
+def _flushes_denormals(smallest: float = sys.float_info.min) -> bool:
+    return smallest * 0.5 == 0.0
+
+
+def _folder() -> str | None:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return None
+
+
+def _set_folder(path: str | None) -> None:
+    if path is not None:
+        with suppress(OSError):
+            os.chdir(path)
+
+
+def _states() -> Iterator[State]:
+    yield State("inference mode", torch.is_inference_mode_enabled, _set_inference_mode)
+    yield State("grad mode", torch.is_grad_enabled, torch.set_grad_enabled)
+    yield State("torch function modes", _function_modes, _set_function_modes, shows=False)
+    yield State(
+        "default device",
+        lambda: getattr(_UNIT, "device_context", None),
+        lambda value: setattr(_UNIT, "device_context", value),
+        shows=False,
+    )
+    yield State("torch dispatch modes", _dispatch_modes, _set_dispatch_modes, shows=False)
+    yield State("torch function state", _C._get_torch_function_state, _C._set_torch_function_state)
+    yield State("default dtype", torch.get_default_dtype, torch.set_default_dtype)
+    yield State("autocast nesting", _nesting, _set_nesting)
+    yield State("autocast", _autocast, _set_autocast)
+    yield State("saved-tensors hooks", _saved_tensors_hooks, _set_saved_tensors_hooks, shows=False)
+    yield State(
+        "ban of saved-tensors hooks",
+        _AUTOGRAD._saved_tensors_hooks_get_disabled_error_message,
+        _set_saved_tensors_ban,
+    )
+    yield State(
+        "multithreaded backward", _C._is_multithreading_enabled, _C._set_multithreading_enabled
+    )
+    yield State(
+        "anomaly detection",
+        lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
+        lambda values: torch.set_anomaly_enabled(*values),
+    )
+    yield State("number of threads", torch.get_num_threads, torch.set_num_threads)
+    yield State("fp32 precision", _precision, _set_precision)
+    yield State(
+        "deterministic algorithms",
+        lambda: (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        ),
+        lambda values: torch.use_deterministic_algorithms(values[0], warn_only=values[1]),
+    )
+    for name in SDPA:
+        get = getattr(_C, f"_get_{name}_sdp_enabled")
+        yield State(f"{name} attention kernel", get, getattr(_C, f"_set_sdp_use_{name}"))
+    yield State(
+        "order of attention kernels", _C._get_sdp_priority_order, _C._set_sdp_priority_order
+    )
+    for name in SWITCHES:
+        yield State(name, getattr(_C, f"_get_{name}"), getattr(_C, f"_set_{name}"))
+    for kind in ("fp16", "bf16"):
+        yield State(
+            f"{kind} reduction",
+            getattr(_C, f"_get_cublas_allow_{kind}_reduced_precision_reduction"),
+            _put_reduction(getattr(_C, f"_set_cublas_allow_{kind}_reduced_precision_reduction")),
+        )
+    yield State("flushing of denormal numbers", _flushes_denormals, torch.set_flush_denormal)
+    yield State("recursion limit", sys.getrecursionlimit, sys.setrecursionlimit)
+    yield State("working directory", _folder, _set_folder)
+    yield State("numpy's error handling", np.geterr, lambda values: np.seterr(**values))
+
+
+def _put_reduction(put: Callable[..., object]) -> Callable[[Any], object]:
+    return lambda value: put(*value) if isinstance(value, tuple) else put(value)
+
+
+STATES = tuple(_states())
+LIKELY = (
+    "inference mode", "grad mode", "torch function modes", "default device",
+    "torch dispatch modes", "torch function state", "default dtype", "autocast",
+    "saved-tensors hooks", "number of threads", "fp32 precision", "deterministic algorithms",
+)  # fmt: skip
+"""What :meth:`ProcessState.unchanged` sees, most of it by one call."""
+
+OTHERS = [state.get for state in STATES if state.name not in LIKELY]
+OTHERS.append(lambda: _C._get_fp32_precision_getter("mkldnn", "matmul"))
+
+
+def _difference(before: Any, now: Any) -> str:
+    """What is another one, in words."""
+    if isinstance(before, tuple) and isinstance(now, tuple):
+        parts = [(b, n) for b, n in zip(before, now, strict=True) if b != n]
+        return ", ".join(_difference(b, n) for b, n in parts)
+    return f"{before} to {now}"
+
+
+class Before(NamedTuple):
+    """What a call of a plugin found."""
+
+    values: list[Any]
+    modes: list[tuple[nn.Module, bool]]
+
+
+class ProcessState:
+    """Compares the state of the process, and the modes of ``model``'s modules, and puts them back.
+
+    Hooks of every step are called in the state that :meth:`expect` has noted. After each of them
+    :meth:`unchanged` looks for what is likely by a few calls, and once a step :meth:`settled` looks
+    for the rest; other calls are compared as a whole with what they found.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self.model = model
+        self.stepping = False
+        self._note(self.before())
+
+    def before(self) -> Before:
+        """The present state."""
+        modules = () if self.model is None else self.model.modules()
+        return Before([state.get() for state in STATES], [(m, m.training) for m in modules])
+
+    def expect(self, model: nn.Module) -> None:
+        """Steps begin: the present state is right for them."""
+        self.model = model
+        self._note(self.before())
+        self._note_likely()
+        self.stepping = True
+
+    def _note_likely(self) -> None:
+        self._guard = _C._dynamo.guards.GlobalStateGuard()
+        self._stacks = _C._len_torch_function_stack(), _C._len_torch_dispatch_stack()
+        self._inference, self._hooks = torch.is_inference_mode_enabled(), _saved_tensors_hooks()
+        self._others = self._settings()
+
+    def note_modes(self) -> None:
+        """The modes that modules have now are meant."""
+        self._note(Before(self._noted.values, [(m, m.training) for m in self._modules]))
+
+    def _note(self, right: Before) -> None:
+        self._noted = right
+        self._modules, self._modes = [m for m, _ in right.modes], [mode for _, mode in right.modes]
+
+    def unchanged(self) -> bool:
+        """Is what decides most as it was at :meth:`expect`?"""
+        return (
+            self._guard.check()
+            and (_C._len_torch_function_stack(), _C._len_torch_dispatch_stack()) == self._stacks
+            and torch.is_inference_mode_enabled() is self._inference
+            and _saved_tensors_hooks() is self._hooks
+            and (self.model is None or self.model.training)
+        )
+
+    def settled(self) -> bool:
+        """Is all of it as it was, the modes of modules too?"""
+        return self.unchanged() and self.modes_unchanged() and self._others == self._settings()
+
+    def modes_unchanged(self) -> bool:
+        """Has each module within the model the mode that is meant?"""
+        return [module.training for module in self._modules] == self._modes
+
+    def _settings(self) -> list[Any]:
+        return [get() for get in OTHERS]
+
+    def put_back(self, before: Before | None = None, *, sets_modes: bool = False) -> list[str]:
+        """Undo what has changed since ``before``, by default since :meth:`expect`, and say what.
+
+        With ``sets_modes`` the modules within the model keep the mode that they have now, unless
+        that of the whole was set.
+        """
+        values, modes = before or self._noted
+        changed = []
+        for state, value in zip(STATES, values, strict=True):
+            now = state.get()
+            if now == value:
+                continue
+            with suppress(RuntimeError):
+                state.put(value)
+            kept = "" if state.get() == value else " (it cannot be put back)"
+            shown = f" from {_difference(value, now)}" if state.shows else ""
+            changed.append(f"{state.name}{shown}{kept}")
+        moved = [training for module, training in modes if module.training is not training]
+        # Parts of the model may be meant to be in another mode, the whole of it never is.
+        whole = bool(modes) and modes[0][0].training is not modes[0][1]
+        if whole or (moved and not sets_modes):
+            set_modes(modes)
+            mode = "training" if moved[0] else "eval"
+            changed.append(f"the {mode} mode of {len(moved)} modules of the model")
+        if before is None and not changed:
+            self._note_likely()  # something else that torch's guard looks at
+        if sets_modes and self.stepping and before is not None:
+            self.note_modes()
+        return changed

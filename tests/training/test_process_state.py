@@ -1,0 +1,295 @@
+"""What a plugin changes in the process is put back after the call, and told by its name; the
+weights stay those of the run without it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from apt_core import hookimpl
+from apt_core.errors import PluginError
+from apt_core.testing import TinyRun, tiny_run
+from apt_core.training.process_state import STATES, ProcessState
+
+OVERRIDES = {
+    "model.dropout": 0.3,
+    "training.log_every_steps": 1,
+    "evaluation.eval_freq": 2,
+    "evaluation.sample_tokens": 3,
+}
+STEPS = 4
+
+
+class Doubling(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        result = function(*args, **(kwargs or {}))
+        return result * 2 if function is nn.functional.cross_entropy else result
+
+
+class Passing(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        return function(*args, **(kwargs or {}))
+
+
+def entered(context: Any) -> None:
+    KEPT.append(context)
+    context.__enter__()
+
+
+KEPT: list[Any] = []
+"""Contexts that nobody leaves: a generator that is collected would leave its own."""
+
+CHANGES: dict[str, Callable[[], object]] = {
+    "inference mode": lambda: entered(torch.inference_mode()),
+    "grad mode": lambda: torch.set_grad_enabled(False),
+    "torch function modes": lambda: entered(Doubling()),
+    "default device": lambda: torch.set_default_device("meta"),
+    "torch dispatch modes": lambda: entered(Passing()),
+    "torch function state": lambda: entered(torch._C.DisableTorchFunction()),
+    "default dtype": lambda: torch.set_default_dtype(torch.float64),
+    "autocast nesting": lambda: entered(torch.autocast("cpu", enabled=False)),
+    "autocast": lambda: entered(torch.autocast("cpu", dtype=torch.bfloat16)),
+    "saved-tensors hooks": lambda: entered(
+        torch.autograd.graph.saved_tensors_hooks(lambda x: x * 2, lambda x: x)
+    ),
+    "ban of saved-tensors hooks": lambda: entered(
+        torch.autograd.graph.disable_saved_tensors_hooks("no")
+    ),
+    "multithreaded backward": lambda: entered(torch.autograd.set_multithreading_enabled(False)),
+    "anomaly detection": lambda: torch.autograd.set_detect_anomaly(True),
+    "number of threads": lambda: torch.set_num_threads(torch.get_num_threads() + 1),
+    "fp32 precision": lambda: torch.set_float32_matmul_precision("medium"),
+    "deterministic algorithms": lambda: torch.use_deterministic_algorithms(True),
+    "math attention kernel": lambda: torch.backends.cuda.enable_math_sdp(False),
+    "flash attention kernel": lambda: torch.backends.cuda.enable_flash_sdp(False),
+    "order of attention kernels": lambda: torch._C._set_sdp_priority_order([2, 1, 0, 3, 4]),
+    "mkldnn_enabled": lambda: setattr(torch.backends.mkldnn, "enabled", False),
+    "bf16 reduction": lambda: setattr(
+        torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False
+    ),
+    "flushing of denormal numbers": lambda: torch.set_flush_denormal(True),
+    "recursion limit": lambda: __import__("sys").setrecursionlimit(150),
+    "working directory": lambda: os.chdir("/"),
+    "numpy's error handling": lambda: np.seterr(all="raise"),
+}
+
+HOOKS = (
+    "apt_configure", "on_training_start", "on_step_start", "apt_loss_terms", "on_backward_end",
+    "on_step_end", "on_metrics", "on_evaluation_start", "on_checkpoint_saved",
+    "apt_logits_processors",
+)  # fmt: skip
+
+
+def plugin(hook: str, change: Callable[[Any], object], *, raises: bool) -> Any:
+    """A plugin that changes something in the first call of ``hook``."""
+
+    class Careless:
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def act(self, trainer: Any) -> None:
+            self.calls += 1
+            if self.calls == 1:
+                change(trainer)
+                if raises:
+                    raise RuntimeError("failed before it could tidy up")
+
+    takes = (
+        "trainer" if hook not in ("apt_configure", "on_metrics", "apt_logits_processors") else ""
+    )
+    scope: dict[str, Any] = {}
+    exec(f"def {hook}(self, {takes}): self.act({takes or None})", scope)
+    setattr(Careless, hook, hookimpl(scope[hook]))
+    return Careless()
+
+
+@pytest.fixture(scope="module")
+def quiet() -> Iterator[TinyRun]:
+    yield ran()
+
+
+@pytest.fixture(autouse=True)
+def state_of_the_process(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No test leaves to the next what a broken watch would."""
+    monkeypatch.chdir(tmp_path)
+    state = ProcessState()
+    before = state.before()
+    yield
+    assert state.put_back(before) == []
+
+
+def ran(*plugins: Any, **options: Any) -> TinyRun:
+    """A run in which failures are isolated."""
+    options.setdefault("strict", False)
+    return tiny_run(*plugins, steps=STEPS, **{"overrides": OVERRIDES, **options})
+
+
+def same(run: TinyRun, quiet: TinyRun) -> bool:
+    return run.same_weights(quiet)
+
+
+def losses(run: TinyRun) -> list[tuple[Any, ...]]:
+    return [(row["step"], row.get("loss"), row.get("val_loss")) for row in run.metrics]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_what_a_hook_changes_in_the_process_is_put_back(quiet: TinyRun, hook: str) -> None:
+    """All of them in loss terms, where they matter at once; a share of them in each other hook."""
+    first, every = (0, 1) if hook == "apt_loss_terms" else (HOOKS.index(hook) % 4, 4)
+    for number, (name, change) in list(enumerate(CHANGES.items()))[first::every]:
+        if (hook, name) == ("apt_logits_processors", "grad mode"):
+            continue  # a generation has none
+        run = ran(
+            plugin(hook, lambda _, change=change: change(), raises=number % 3 == 1),
+        )
+        assert same(run, quiet), name
+        assert losses(run) == losses(quiet), name
+        (row,) = run.manifest["plugins"]
+        told = [f["error"] for f in row["failures"] if "left changed" in f["error"]]
+        assert len(told) == 1 and name in told[0], (name, row)
+        assert row["failures"][0]["hook"] == hook
+
+
+def test_every_state_is_tried() -> None:
+    """Those that are left out are switches of the same shape, most of them of GPUs."""
+    left_out = {state.name for state in STATES} - set(CHANGES)
+    assert all(name.endswith(("kernel", "reduction")) or "_" in name for name in left_out), left_out
+
+
+def part(trainer: Any) -> None:
+    trainer.model.blocks[0].eval()
+
+
+def whole(trainer: Any) -> None:
+    trainer.model.eval()
+
+
+@pytest.mark.parametrize(
+    ("hook", "change", "kept"),
+    [
+        ("on_step_end", whole, False),
+        ("on_step_end", part, False),
+        ("on_backward_end", part, False),
+        ("apt_loss_terms", whole, False),
+        ("apt_loss_terms", part, False),
+        ("on_checkpoint_saved", whole, False),
+        ("on_training_start", whole, False),
+        ("on_step_start", whole, False),
+        ("on_training_start", part, True),
+        ("on_step_start", part, True),
+    ],
+)
+def test_modes_are_set_where_steps_are_prepared_and_never_of_the_whole_model(
+    quiet: TinyRun, hook: str, change: Callable[[Any], object], kept: bool
+) -> None:
+    run = ran(
+        plugin(hook, change, raises=False),
+        overrides={**OVERRIDES, "training.grad_accum_steps": 1, "training.save_every_steps": 2},
+    )
+    (row,) = run.manifest["plugins"]
+    told = [f["error"] for f in row["failures"]]
+    if kept:
+        assert not told and not same(run, quiet)
+    else:
+        assert len(told) == 1 and "training mode" in told[0]
+        assert row["failures"][0]["hook"] == hook
+        assert same(run, quiet)
+
+
+def test_training_mode_in_an_evaluation_is_put_back(quiet: TinyRun) -> None:
+    run = ran(
+        plugin("on_evaluation_start", lambda trainer: trainer.model.train(), raises=False),
+    )
+    assert losses(run) == losses(quiet) and same(run, quiet)
+    assert "eval mode" in run.manifest["plugins"][0]["failures"][0]["error"]
+
+
+def test_a_mode_that_is_meant_stays_beside_one_that_is_left(quiet: TinyRun) -> None:
+    keeps = plugin("on_training_start", part, raises=False)
+    meant = ran(keeps)
+    keeps = plugin("on_training_start", part, raises=False)
+    leaves = plugin("on_step_end", whole, raises=False)
+    type(leaves).__name__ = "Leaving"
+    both = ran(keeps, leaves)
+    assert same(both, meant) and not same(both, quiet)
+
+
+def test_what_plugins_leave_is_told_once_and_ends_a_strict_run(quiet: TinyRun) -> None:
+    class Always:
+        @hookimpl
+        def on_step_end(self) -> None:
+            torch.set_num_threads(3)
+
+    run = ran(Always())
+    assert same(run, quiet)
+    (row,) = run.manifest["plugins"]
+    assert row["state"] == "active" and len(row["failures"]) == 1
+    with pytest.raises(PluginError, match=r"always left changed in on_step_end.*threads.*--strict"):
+        ran(Always(), strict=True)
+
+
+def test_what_a_module_sets_as_it_is_imported_is_put_back(quiet: TinyRun, tmp_path: Any) -> None:
+    path = tmp_path / "careless.py"
+    path.write_text(
+        "import torch\nfrom apt_core import hookimpl\n"
+        "torch.set_default_dtype(torch.float64)\n"
+        "@hookimpl\ndef on_step_end(): pass\n"
+    )
+    run = ran(path)
+    assert same(run, quiet)
+    (failure,) = run.manifest["plugins"][0]["failures"]
+    assert failure["hook"] == "its import" and "default dtype" in failure["error"]
+
+
+def test_callbacks_and_wrappers_leave_nothing_either(quiet: TinyRun) -> None:
+    class Hooked:
+        @hookimpl
+        def on_training_start(self, trainer: Any) -> None:
+            trainer.model.blocks[0].register_forward_hook(self.look)
+
+        def look(self, *_: Any) -> None:
+            torch.set_grad_enabled(False)
+
+    class Wrapping:
+        @hookimpl(wrapper=True)
+        def on_step_end(self) -> Any:
+            torch.set_default_dtype(torch.float64)
+            result = yield
+            torch.set_float32_matmul_precision("medium")
+            return result
+
+    for careless, told in ((Hooked(), ["grad mode"]), (Wrapping(), ["default dtype", "fp32"])):
+        run = ran(careless)
+        assert same(run, quiet)
+        failures = run.manifest["plugins"][0]["failures"]
+        assert len(failures) == len(told)
+        for failure, what in zip(failures, told, strict=True):
+            assert what in failure["error"]
+
+
+def test_a_plugin_among_others_is_the_one_that_is_named(quiet: TinyRun) -> None:
+    class Innocent:
+        @hookimpl
+        def on_step_end(self) -> None: ...
+
+    class Guilty:
+        @hookimpl
+        def on_step_end(self) -> None:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(torch.no_grad())
+                stack.pop_all()
+            torch.set_grad_enabled(False)
+
+    run = ran(Innocent(), Guilty())
+    assert same(run, quiet)
+    rows = {row["name"]: row["failures"] for row in run.manifest["plugins"]}
+    assert rows["innocent"] == [] and len(rows["guilty"]) == 1
