@@ -388,18 +388,18 @@ class PluginManager(pluggy.PluginManager):
             raise self._own(stop)
         what = tuple(change.partition(" from ")[0] for change in changes)
         if self._tell_once((call.plugin, call.hook, what), f"{text}; it is put back"):
-            record.leftovers.append(
-                PluginFailure(
-                    plugin=call.plugin,
-                    hook=call.hook,
-                    step=self.step,
-                    error=f"left changed: {'; '.join(changes)}",
-                    where=where,
-                    count=len(record.failures) + len(record.leftovers) + 1,
-                    quarantined=False,
-                    traceback="",
-                )
+            left = PluginFailure(
+                plugin=call.plugin,
+                hook=call.hook,
+                step=self.step,
+                error=f"left changed: {'; '.join(changes)}",
+                where=where,
+                count=len(record.failures) + len(record.leftovers) + 1,
+                quarantined=False,
+                traceback="",
             )
+            record.leftovers.append(left)
+            self._tell(left, None, None)
 
     def _tell_once(self, what: Hashable, text: str) -> bool:
         if what in self._told:
@@ -644,7 +644,7 @@ class PluginManager(pluggy.PluginManager):
         return ""
 
     def _tell(
-        self, failure: PluginFailure, fatal: PluginError | None, error: BaseException
+        self, failure: PluginFailure, fatal: PluginError | None, error: BaseException | None
     ) -> None:
         """Fire on_plugin_failure, unless this is a failure inside it, then raise what is fatal."""
         if self._telling:
