@@ -21,7 +21,8 @@ from typing import Any
 
 from apt_core.distributions import Offer, offers
 from apt_core.errors import AptError, Problem, did_you_mean
-from apt_core.failures import formatted, one_line, short_path, where_raised
+from apt_core.failures import MAX_SOURCE, formatted, one_line, short_path, where_raised
+from apt_core.files import read_file
 from apt_core.plugin_names import is_file_reference, name_of, normalized_name
 from apt_core.plugin_records import PluginRecord
 from apt_core.validation import plugin_info
@@ -163,7 +164,7 @@ class _SourceLoader(SourceFileLoader):
     source: an edit within a second of the last run would train on the old code."""
 
     def get_code(self, fullname: str) -> CodeType:
-        return self.source_to_code(self.get_data(self.path), self.path)
+        return self.source_to_code(read_file(self.path, MAX_SOURCE), self.path)
 
 
 def _load_file(path: Path, name: str) -> Any:
@@ -175,6 +176,9 @@ def _load_file(path: Path, name: str) -> Any:
                 hint=_contents(path) or _remedy(name),
             )
         )
+    if path.exists() and not path.is_file():
+        message = f"{path} is no file that could be read to its end: a plugin is a .py file"
+        raise LoadError(Problem(message, key=f"plugin {name}", hint=_remedy(name)))
     if not path.is_file():
         neighbours = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise LoadError(

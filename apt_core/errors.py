@@ -8,12 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 
 class AptError(Exception):
     """A failure with a message written for the person who started the command."""
 
     exit_code = 1
+
+
+SHOWN_PROBLEMS = 50
+"""Problems of one error that are printed; of more it is said how many there are."""
+
+SHOWN_CHARACTERS = 2_000
+"""Characters of each part of a problem that are printed."""
+
+_COMPARED_CHARACTERS = 200
+_COMPARED_WORDS = 2_000
 
 
 @dataclass(frozen=True)
@@ -30,10 +41,18 @@ class Problem:
     hint: str = ""
 
     def __str__(self) -> str:
-        text = f"{self.key}: {self.message}" if self.key else self.message
+        message, key = shortened(self.message), shortened(self.key)
+        text = f"{key}: {message}" if key else message
         if self.where:
-            text = f"{self.where}: {text}"
-        return f"{text} ({self.hint})" if self.hint else text
+            text = f"{shortened(self.where)}: {text}"
+        return f"{text} ({shortened(self.hint)})" if self.hint else text
+
+
+def shortened(text: str, length: int = SHOWN_CHARACTERS) -> str:
+    """``text`` if it has at most ``length`` characters, else its beginning and how many it has."""
+    if len(text) <= length:
+        return text
+    return f"{text[:length]}… ({len(text):,} characters)"
 
 
 class ConfigError(AptError):
@@ -56,8 +75,10 @@ class ConfigError(AptError):
     def __str__(self) -> str:
         if len(self.problems) == 1:
             return str(self.problems[0])
-        lines = "\n".join(f"  - {problem}" for problem in self.problems)
-        return f"{len(self.problems)} problems:\n{lines}"
+        lines = [f"  - {problem}" for problem in self.problems[:SHOWN_PROBLEMS]]
+        more = len(self.problems) - len(lines)
+        lines += [f"  and {more:,} more"] if more else []
+        return "\n".join([f"{len(self.problems):,} problems:", *lines])
 
 
 class PluginError(AptError):
@@ -121,6 +142,9 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """
     import difflib  # only a mistake needs it
 
-    known = {candidate.casefold(): candidate for candidate in candidates}
-    close = difflib.get_close_matches(str(word).casefold(), known, n=1, cutoff=0.6)
+    # The time to compare grows with the product of both.
+    if len(word) > _COMPARED_CHARACTERS:
+        return ""
+    known = {other.casefold(): other for other in islice(candidates, _COMPARED_WORDS)}
+    close = difflib.get_close_matches(word.casefold(), known, n=1, cutoff=0.6)
     return f"did you mean {known[close[0]]!r}?" if close else ""

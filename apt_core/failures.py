@@ -12,8 +12,13 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
+from apt_core.files import read_file
+
 MAX_TRACEBACK = 20_000
 """Characters of a traceback that are kept: a message may be of any length."""
+
+MAX_SOURCE = 10_000_000
+"""Bytes of a file of Python: to compile one takes a hundred times as much memory."""
 
 
 def source_of(code: Any) -> tuple[str, int]:
@@ -46,7 +51,7 @@ def source_sha256(code: Any) -> str:
     digest = hashlib.sha256()
     try:
         for path in sorted(file.parent.glob("*.py")) if in_package else [file]:
-            text = path.read_bytes()
+            text = read_file(path, MAX_SOURCE)
             digest.update(f"{path.name if in_package else ''}:{len(text)}:".encode() + text)
     except (OSError, ValueError):
         return ""

@@ -10,6 +10,9 @@ from pathlib import PurePath
 NO = "no:"
 """``no:NAME`` leaves a plugin out."""
 
+MAX_PLUGINS = 1_000
+"""Plugins that a profile, or a command line, may name."""
+
 
 def normalized_name(name: str) -> str:
     """A plugin's name as it is known everywhere: lower case, with underscores for dashes, dots and

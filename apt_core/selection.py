@@ -11,7 +11,7 @@ from typing import Any
 from apt_core.discovery import Installed, entry_for, plugin_name
 from apt_core.errors import Problem
 from apt_core.paths import found_path
-from apt_core.plugin_names import NO, is_file_reference
+from apt_core.plugin_names import MAX_PLUGINS, NO, is_file_reference
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,22 @@ def select(
     the working directory; the others are there alone.
     """
     selecting = _Selecting(installed)
-    for item in listed if isinstance(listed, list) else []:
+    # What is no list, or too long a one, is reported where the profile is checked.
+    for item in listed if isinstance(listed, list) and len(listed) <= MAX_PLUGINS else []:
         options: Mapping[str, Any] = item if isinstance(item, Mapping) else {"name": item}
         reference = options.get("name")
         if isinstance(reference, str) and reference.strip():
             selecting.listed(reference.strip(), options, where, folder)
+    given: list[str] = []
     for text in references:
         if not text.strip():
             selecting.selection.problems.append(Problem("needs the name of a plugin", "--plugin"))
-        for reference in (part.strip() for part in text.split(",")):
+        given += (part.strip() for part in text.split(","))
+    if len(given) > MAX_PLUGINS:
+        message = f"names {len(given):,} plugins, and may name {MAX_PLUGINS:,}"
+        selecting.selection.problems.append(Problem(message, "--plugin"))
+    else:
+        for reference in given:
             if reference.startswith(NO):
                 selecting.left_out(reference.removeprefix(NO).strip())
             elif reference:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from apt_core.kernel import Kernel
 
 VERIFIED_STEPS = 20
+MAX_ARGUMENTS = 2_000
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -311,18 +313,21 @@ def collect_overrides(
         except ConfigError as error:
             problems.extend(error.problems)
 
+    if len(assignments) + len(rest) > MAX_ARGUMENTS:
+        message = f"more than {MAX_ARGUMENTS:,} arguments that set keys"
+        raise ConfigError(Problem(message, hint="write a profile that extends this one"))
     for text in assignments:
         take(text, "--set")
-    waiting = list(rest)
+    waiting = deque(rest)
     while waiting:
-        argument = waiting.pop(0)
+        argument = waiting.popleft()
         name, equals, value = argument.partition("=")
         if name.startswith("--") and "." in name:
             if not equals:
                 if not waiting or waiting[0].startswith("--"):
                     problems.append(Problem("it needs a value", key=name))
                     continue
-                value = waiting.pop(0)
+                value = waiting.popleft()
             take(f"{name[2:]}={value}", name)
         elif argument.startswith("-"):
             key_option = _key_option(name.lstrip("-"))

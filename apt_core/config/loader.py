@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from pathlib import Path
 from apt_core.config.overrides import Override
 from apt_core.config.schema import PLACEHOLDERS, Config
 from apt_core.config.source import Source, from_document
-from apt_core.config.yaml_text import MAX_CHARACTERS, parse_yaml
+from apt_core.config.yaml_text import LARGER, MAX_CHARACTERS, parse_yaml
 from apt_core.errors import ConfigError, Problem, did_you_mean
+from apt_core.files import read_file
 
 SUFFIXES = (".yaml", ".yml")
 LOCAL_FOLDER = Path("profiles")
@@ -101,13 +103,12 @@ def _read(found: _File, chain: tuple[_File, ...]) -> Source:
 
 def _text_of(found: _File) -> str:
     try:
-        with found.file.open("rb") as file:
-            raw = file.read(4 * MAX_CHARACTERS + 1)
+        raw = read_file(found.file, 4 * MAX_CHARACTERS)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
+        if error.errno == errno.EFBIG:
+            reason = LARGER
         raise ConfigError(Problem(f"cannot be read: {reason}", where=found.label)) from error
-    if len(raw) > 4 * MAX_CHARACTERS:
-        raise ConfigError(Problem("larger than 1 MB, which no profile is", where=found.label))
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -40,6 +40,8 @@ _BOUNDS = {
 }
 _NUMERIC = {"int_type": int, "float_type": float, "int_parsing": int, "float_parsing": float}
 _MANY_KEYS = 14
+_MAX_GUESSES = 100
+"""Unknown keys for which it is looked up what they were meant to be, since that is slow."""
 _ANY_RAMP = "schedules.*"
 
 
@@ -90,6 +92,8 @@ def _message(error: ErrorDetails) -> tuple[str, str]:
         return "is missing", ""
     if kind == "string_pattern_mismatch":
         return f"must match {context['pattern']}, not {shown}", ""
+    if kind == "too_long":
+        return f"holds more than the {context['max_length']:,} items that it may", ""
     if kind in ("too_short", "string_too_short"):
         return "must not be empty", ""
     if kind.startswith("apt_"):
@@ -114,6 +118,7 @@ class KnownKeys:
     """
 
     def __init__(self, core: type[BaseModel], sections: Mapping[str, type[BaseModel]]) -> None:
+        self._meant: dict[KeyPath, KeyPath | None] = {}
         self.children: dict[str, set[str]] = {"": set()}
         self._add(core, "")
         self._add(Ramp, _ANY_RAMP)
@@ -140,7 +145,13 @@ class KnownKeys:
         return Problem("unknown key", dotted(path), source.where(path), self._hint(path))
 
     def meant(self, path: KeyPath) -> KeyPath | None:
-        """The known key that an unknown one was probably meant to be."""
+        """The known key that an unknown one was probably meant to be; None where that cannot be
+        told, or has been asked of too many."""
+        if path not in self._meant and len(self._meant) < _MAX_GUESSES:
+            self._meant[path] = self._guess(path)
+        return self._meant.get(path)
+
+    def _guess(self, path: KeyPath) -> KeyPath | None:
         key, siblings = str(path[-1])[:200], self._siblings(path)
         if key in siblings:
             return None

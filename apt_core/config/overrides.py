@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from apt_core.config.yaml_text import KeyPath, is_encodable, parse_yaml
-from apt_core.errors import ConfigError, Problem
+from apt_core.config.yaml_text import MAX_DEPTH, KeyPath, is_encodable, parse_yaml
+from apt_core.errors import ConfigError, Problem, shortened
+
+MAX_OVERRIDES = 1_000
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,17 @@ def parse_override(text: str, where: str = "") -> Override:
         place = f"--{key}"
     hint = "write it as section.key=value, such as training.max_epochs=5"
     if not equals:
-        raise ConfigError(Problem(f"{text!r} has no '='", where=where or "--set", hint=hint))
+        raise ConfigError(
+            Problem(f"{shortened(text, 200)!r} has no '='", where=where or "--set", hint=hint)
+        )
     path = tuple(key.split("."))
+    if len(path) > MAX_DEPTH:
+        message = f"a key of {len(path):,} parts, and no profile is deeper than {MAX_DEPTH}"
+        raise ConfigError(Problem(message, where=where or "--set"))
     if not all(part and part == part.strip() for part in path):
-        raise ConfigError(Problem(f"{key!r} is no key", where=where or "--set", hint=hint))
+        raise ConfigError(
+            Problem(f"{shortened(key, 200)!r} is no key", where=where or "--set", hint=hint)
+        )
     if value_text == "null":
         return Override(path, None, place)
     texts: dict[KeyPath, str | None] = {(): value_text} if is_encodable(value_text) else {}

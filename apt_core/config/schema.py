@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from apt_core.config.yaml_text import ProfileDumper
+from apt_core.plugin_names import MAX_PLUGINS
 from apt_core.sections import (
     Count,
     CountOrZero,
@@ -467,8 +468,8 @@ class Config(Section):
     name: Text = Field(default="unnamed", description="Name of the profile.")
     version: Text = Field(default="", description="Version of the profile.")
     description: Text = Field(default="", description="What the profile is for.")
-    plugins: Annotated[tuple[PluginEntry, ...], Strict(False), Field(max_length=10_000)] = Field(
-        default=(), description="Plugins that the run activates."
+    plugins: Annotated[tuple[PluginEntry, ...], Strict(False), Field(max_length=MAX_PLUGINS)] = (
+        Field(default=(), description="Plugins that the run activates.")
     )
     model: ModelSection = Field(default_factory=ModelSection, description="The network.")
     training: TrainingSection = Field(default_factory=TrainingSection, description="The loop.")

@@ -6,11 +6,11 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import BaseModel
 
-from apt_core.config.overrides import Override
+from apt_core.config.overrides import MAX_OVERRIDES, Override
 from apt_core.config.text_keys import TextKeys
 from apt_core.config.yaml_text import MAX_DEPTH, MAX_NODES, Document, KeyPath, dotted
 from apt_core.errors import ConfigError, Problem
@@ -19,8 +19,6 @@ from apt_core.plugin_names import name_of
 
 # What a file says about itself, which no other file inherits.
 IDENTITY = ("name", "version", "description", "extends")
-
-T = TypeVar("T")
 
 SHOWN = 6
 """Keys or items of a section or a list that a message names."""
@@ -47,26 +45,28 @@ class Marks:
     wrong: dict[KeyPath, Problem] = field(default_factory=dict)
     folders: dict[KeyPath, Path] = field(default_factory=dict)
 
-    def copy(self) -> Marks:
-        return Marks(dict(self.places), dict(self.texts), dict(self.wrong), dict(self.folders))
+    def without(self, paths: Collection[KeyPath]) -> Marks:
+        """A copy that knows nothing of these values, and of all within them."""
+        return Marks(*({at: mark for at, mark in known.items() if not _is_within(at, paths)}
+                       for known in self._all))  # fmt: skip
 
-    def forget(self, path: KeyPath) -> None:
-        """Forget a value, and all within it."""
-        for known in (self.places, self.texts, self.wrong, self.folders):
-            for place in [place for place in known if place[: len(path)] == path]:
-                del known[place]
+    def only(self, paths: Collection[KeyPath]) -> Marks:
+        """A copy that knows these values alone, and all within them."""
+        return Marks(*({at: mark for at, mark in known.items() if _is_within(at, paths)}
+                       for known in self._all))  # fmt: skip
 
-    def take(self, path: KeyPath, other: Marks) -> None:
-        """Have for a value, and all within it, what ``other`` has."""
-        self.forget(path)
-        self.places.update(_within(other.places, path))
-        self.texts.update(_within(other.texts, path))
-        self.wrong.update(_within(other.wrong, path))
-        self.folders.update(_within(other.folders, path))
+    def update(self, other: Marks) -> None:
+        """Know what ``other`` does."""
+        for known, more in zip(self._all, other._all, strict=True):
+            known.update(more)
+
+    @property
+    def _all(self) -> tuple[dict[KeyPath, Any], ...]:
+        return self.places, self.texts, self.wrong, self.folders
 
 
-def _within(known: Mapping[KeyPath, T], path: KeyPath) -> dict[KeyPath, T]:
-    return {at: mark for at, mark in known.items() if at[: len(path)] == path}
+def _is_within(path: KeyPath, paths: Collection[KeyPath]) -> bool:
+    return any(path[:length] in paths for length in range(len(path) + 1))
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,12 @@ class Source:
             yield keys
 
     def with_overrides(self, overrides: Iterable[Override]) -> Source:
-        """A copy with values from the command line, in their order."""
+        """A copy with values from the command line, in their order. Raises ConfigError for more
+        than 1,000."""
+        overrides = list(overrides)
+        if len(overrides) > MAX_OVERRIDES:
+            message = f"{len(overrides):,} keys are given, and at most {MAX_OVERRIDES:,} are taken"
+            raise ConfigError(Problem(message, "--set", hint="write a profile that extends this"))
         layer = self
         for override in overrides:
             layer = layer._with_override(override)
@@ -198,13 +203,14 @@ class Source:
         """
         merge = _Merge(self, child)
         data = merge.mappings(self.data, child.data, ())
+        marks = merge.marks()
         if () in child.marks.places:
-            merge.marks.places[()] = child.marks.places[()]
+            marks.places[()] = child.marks.places[()]
         return Source(
             child.name,
             data,
             (*self.problems, *child.problems, *merge.problems),
-            merge.marks,
+            marks,
             files=tuple(dict.fromkeys((*self.files, *child.files))),
             inactive=(*self.inactive, *child.inactive, *merge.inactive),
             notices=(*self.notices, *child.notices, *merge.notices),
@@ -247,10 +253,21 @@ class _Merge:
 
     def __init__(self, parent: Source, child: Source) -> None:
         self.parent, self.child = parent, child
-        self.marks = parent.marks.copy()
+        self.dropped: set[KeyPath] = set()
+        self.replaced: set[KeyPath] = set()
+        self.sections: set[KeyPath] = set()
         self.problems: list[Problem] = []
         self.inactive: list[InactiveKey] = []
         self.notices: list[str] = []
+
+    def marks(self) -> Marks:
+        """What is known of the merged data. Looked up once for all: a profile may have many keys,
+        and both of them all the same."""
+        marks = self.parent.marks.without(self.dropped | self.replaced)
+        marks.update(self.child.marks.only(self.replaced))
+        places = self.child.marks.places
+        marks.places.update((at, places[at]) for at in self.sections if at in places)
+        return marks
 
     def mappings(
         self, parent: dict[str, Any], child: Mapping[str, Any], path: KeyPath
@@ -263,10 +280,9 @@ class _Merge:
                 if isinstance(below, dict | list) and below and not self.meant(here, below):
                     continue
                 del merged[key]
-                self.marks.forget(here)
+                self.dropped.add(here)
             elif isinstance(value, dict) and isinstance(below, dict):
-                if here in self.child.marks.places:
-                    self.marks.places[here] = self.child.marks.places[here]
+                self.sections.add(here)
                 if below and not value:
                     self.unchanged(here, below)
                 merged[key] = self.mappings(below, value, here)
@@ -274,7 +290,7 @@ class _Merge:
                 if here == ("plugins",):
                     self.tell_lost_options(below, value)
                 merged[key] = value
-                self.marks.take(here, self.child.marks)
+                self.replaced.add(here)
         return merged
 
     def tell_lost_options(self, below: Any, value: Any) -> None:

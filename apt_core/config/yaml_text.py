@@ -16,6 +16,7 @@ KeyPath = tuple[str | int, ...]
 MAX_DEPTH = 40
 MAX_NODES = 50_000
 MAX_CHARACTERS = 1_000_000
+LARGER = "larger than 1 MB, which no profile is"
 MAX_DIGITS = 400
 
 _TAG = "tag:yaml.org,2002:"
@@ -44,9 +45,15 @@ class ProfileLoader(yaml.SafeLoader):
     """Only plain data. ``3e-5`` is a float; dates, octal ``010`` and ``1:30`` are not special."""
 
     depth = 0
+    nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self.depth += 1
+        self.nodes += 1
+        if self.nodes > MAX_NODES:
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            problem = f"more than {MAX_NODES:,} keys and values, which no profile has"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
         if self.depth > MAX_DEPTH:
             event = self.peek_event()  # type: ignore[no-untyped-call]
             problem = f"nested more than {MAX_DEPTH} deep"
@@ -104,7 +111,7 @@ def parse_yaml(text: str, label: str) -> Document:
     that are not text are collected in the result's ``problems``.
     """
     if len(text) > MAX_CHARACTERS:
-        raise ConfigError(Problem("larger than 1 MB, which no profile is", where=label))
+        raise ConfigError(Problem(LARGER, where=label))
     try:
         loader = ProfileLoader(text)
     except ReaderError as error:
@@ -152,7 +159,7 @@ class _Builder:
     def build(self, node: yaml.Node, path: KeyPath) -> Any:
         self.count += 1
         if self.count > MAX_NODES:
-            raise self.fail(node, f"aliases expand to more than {MAX_NODES} values")
+            raise self.fail(node, f"aliases expand to more than {MAX_NODES:,} values")
         if id(node) in self.open:
             raise self.fail(node, "an alias stands inside of what it names")
         if len(path) > MAX_DEPTH:
@@ -199,10 +206,12 @@ class _Builder:
             first_line[key] = line
             self.result.lines[(*path, key)] = line
             data[key] = self.build(value_node, (*path, key))
+        inherited: dict[str, Any] = {}
         for value_node in merged:
             for mapping in self.merge_sources(value_node, path):
-                data = {**mapping, **data}
-        return data
+                for name, value in mapping.items():
+                    inherited.setdefault(name, value)
+        return inherited | data
 
     def merge_sources(self, node: yaml.Node, path: KeyPath) -> list[dict[str, Any]]:
         value = self.build(node, path)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from apt_core.config import Config, Source
+from apt_core.config.yaml_text import parse_yaml
 from apt_core.errors import CheckpointError, ConfigError, Problem
 from apt_core.types import SectionSpec, Unused
 
@@ -77,8 +76,8 @@ EFFECTS: Mapping[str, Callable[[Config], Any]] = {
 def saved_profile(text: str) -> dict[str, Any]:
     """The profile in a checkpoint. Raises CheckpointError if it is not a mapping."""
     try:
-        profile = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        profile = parse_yaml(text, "profile.yaml").data
+    except ConfigError as error:
         raise CheckpointError(f"the checkpoint's profile cannot be read: {error}") from None
     if not isinstance(profile, dict):
         raise CheckpointError("the checkpoint's profile is not a mapping")

@@ -8,15 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from apt_core.files import read_lines
 from apt_plugins.report.metrics import MAX_STEP
 
 if TYPE_CHECKING:
     from apt_plugins.report.run_data import Run
 
 LINE = re.compile(r"^\d{4}-\S+ \S+ [A-Z]+ apt\.(?:training|checkpoint): (.*)$")
-SWITCHED = re.compile(r"(enabled|disabled) (\S+) \(epoch (\d+), step (\d+)\)$")
-RESUMED = re.compile(r"resumed from (.*) \(step (\d+)\)$")
-BUILT = re.compile(r"model built: ([\d,]+) parameters")
+SWITCHED = re.compile(r"(enabled|disabled) (\S+) \(epoch (\d{1,15}), step (\d{1,15})\)$")
+RESUMED = re.compile(r"resumed from (.*) \(step (\d{1,15})\)$")
+BUILT = re.compile(r"model built: ([\d,]{1,30}) parameters")
+
+MAX_LINE = 1_000_000
+"""Bytes of a line of the log that are read."""
 
 MAX_FAILURES = 30
 """Failures of a plugin that are shown."""
@@ -55,12 +59,8 @@ def read_log(path: Path) -> LogFacts:
     """Read ``log.txt``; a missing one tells nothing."""
     facts = LogFacts()
     try:
-        file = path.open(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return facts
-    with file:
-        for line in file:
-            found = LINE.match(line)
+        for raw in read_lines(path, MAX_LINE):
+            found = LINE.match(raw.decode("utf-8", errors="replace"))
             if found is None:
                 continue
             message = found[1]
@@ -75,6 +75,8 @@ def read_log(path: Path) -> LogFacts:
                 facts.resumes.append(Event(step_, "resumed", text=f"from {resumed[1]}"))
             elif built := BUILT.match(message):
                 facts.parameters = int(built[1].replace(",", ""))
+    except OSError:
+        pass  # it has none, or what can be told of it is told
     return facts
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from apt_core.files import read_lines
 from apt_core.metric_names import CROSS_ENTROPY
 
 Array = NDArray[np.float64]
@@ -25,6 +26,9 @@ LARGEST = 1e30
 
 
 MAX_STEP = 10**15
+
+MAX_LINE = 10_000_000
+"""Bytes of a row; a longer one is left out."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,8 @@ def read_metrics(path: Path) -> Metrics:
     columns: dict[str, tuple[array[float], array[float]]] = {}
     unread, cut_off, epoch = 0, False, 0
     try:
-        file = path.open(encoding="utf-8", errors="replace", newline="\n")
-    except FileNotFoundError:
-        metrics.notes.append("there is no metrics.jsonl")
-        return metrics
-    with file:
-        for line in file:
+        for raw in read_lines(path, MAX_LINE):
+            line = raw.decode("utf-8", errors="replace")
             row = _row(line)
             if row is None:
                 cut_off = not line.endswith("\n")
@@ -95,6 +95,10 @@ def read_metrics(path: Path) -> Metrics:
                     column[1].append(value if kind is float else _number(value))
                 elif key == "sample" and kind is str:
                     metrics.samples.append((step, value))
+    except FileNotFoundError:
+        metrics.notes.append("there is no metrics.jsonl")
+    except OSError as error:
+        metrics.notes.append(f"metrics.jsonl cannot be read: {error.strerror}")
     metrics.series = {
         key: _series(key, *column)
         for key, column in columns.items()

@@ -9,10 +9,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from apt_core.config.yaml_text import parse_yaml
+from apt_core.errors import ConfigError
+from apt_core.files import read_file
 from apt_plugins.report.events import LogFacts, read_log
 from apt_plugins.report.metrics import Metrics, read_metrics
+
+MAX_FILE = 100_000_000
+"""Bytes of a manifest or a profile that is read."""
 
 MAX_PROFILE = 200_000
 """Characters of the profile that are shown."""
@@ -69,7 +73,7 @@ def read_run(folder: Path) -> Run:
     notes += metrics.notes
     profile = _text(folder / "profile.yaml")
     if profile is None:
-        notes.append("there is no profile.yaml")
+        notes.append(_missing(folder / "profile.yaml"))
     return Run(
         folder=folder,
         manifest=manifest,
@@ -85,15 +89,20 @@ def read_run(folder: Path) -> Run:
 
 def _text(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+        return read_file(path, MAX_FILE).decode("utf-8", errors="replace")
+    except OSError:
         return None
+
+
+def _missing(path: Path) -> str:
+    """Why there is no text of a file, in words for the page."""
+    return f"{path.name} cannot be read" if path.exists() else f"there is no {path.name}"
 
 
 def _manifest(path: Path, notes: list[str]) -> dict[str, Any]:
     text = _text(path)
     if text is None:
-        notes.append("there is no manifest.json")
+        notes.append(_missing(path))
         return {}
     try:
         manifest = json.loads(text)
@@ -107,8 +116,8 @@ def _manifest(path: Path, notes: list[str]) -> dict[str, Any]:
 
 def _settings(profile: str, notes: list[str]) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(profile)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        settings = parse_yaml(profile, "profile.yaml").data
+    except ConfigError:
         notes.append("profile.yaml cannot be read as YAML")
         return {}
     return settings if isinstance(settings, dict) else {}

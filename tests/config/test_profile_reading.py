@@ -160,10 +160,10 @@ def test_a_link_in_a_circle_is_refused() -> None:
 def test_a_file_without_permission_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     write("x.yaml", "{}")
 
-    def refuse(path: Path, mode: str) -> None:
+    def refuse(path: Path, flags: int) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     problem = refusal("x.yaml")
     assert problem == Problem("cannot be read: permission denied", where="x.yaml")
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from apt_core.data.preprocess import hold_out
+from apt_core.device import available_memory
 from apt_core.errors import ConfigError, Problem
 from apt_core.failures import short_path
+from apt_core.files import read_file
 from apt_core.providers.dataset import DatasetProvider, TextData
 
 JSON_LINES = (".jsonl", ".ndjson")
+
+MAX_UNREAD = 20
+"""Lines that cannot be read and are named; more are counted."""
 
 
 class TextDataset(DatasetProvider):
@@ -63,9 +70,9 @@ def read_text(path: Path, key: str, problems: list[Problem]) -> str:
     """
     where = str(path)
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        reason = error.strerror or str(error)
+        data = _bytes_of(path)
+    except (OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or "no memory is left"
         hint = "give the path of a .txt or .jsonl file"
         problems.append(Problem(f"cannot be read: {reason}", key=key, where=where, hint=hint))
         return ""
@@ -90,8 +97,23 @@ def read_text(path: Path, key: str, problems: list[Problem]) -> str:
     return text
 
 
+def _bytes_of(path: Path) -> bytes:
+    """Raises OSError for what does not fit into memory, which the system would end the run for."""
+    import torch  # listing the providers must not
+
+    size, available = os.stat(path).st_size, available_memory(torch.device("cpu"))
+    if size > available:
+        reason = (
+            f"it has {size / 1e9:.1f} GB, and {available / 1e9:.1f} GB of memory are left: "
+            "a dataset plugin can read it piece by piece"
+        )
+        raise OSError(errno.EFBIG, reason, str(path))
+    return read_file(path)
+
+
 def _records(text: str, path: Path, key: str, problems: list[Problem]) -> list[str]:
-    records = []
+    records: list[str] = []
+    unread = 0
     # Only a line feed ends a line: splitlines() would also cut at U+2028 within a string.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -99,6 +121,9 @@ def _records(text: str, path: Path, key: str, problems: list[Problem]) -> list[s
         try:
             records.append(_record(json.loads(line)))
         except (ValueError, RecursionError) as error:
+            unread += 1
+            if unread > MAX_UNREAD:
+                continue
             reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             problems.append(
                 Problem(
@@ -108,6 +133,9 @@ def _records(text: str, path: Path, key: str, problems: list[Problem]) -> list[s
                     hint='each line is {"text": "…"} or {"prompt": "…", "response": "…"}',
                 )
             )
+    if unread > MAX_UNREAD:
+        more = f"{unread - MAX_UNREAD:,} more lines cannot be read"
+        problems.append(Problem(more, key=key, where=str(path)))
     return records
 
 

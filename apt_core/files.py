@@ -1,0 +1,63 @@
+"""Files as bytes, where their names come from outside: what is no file is never waited for, and
+nothing is read without end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+def read_file(path: str | Path, limit: int | None = None) -> bytes:
+    """The bytes of a file.
+
+    Raises OSError, whose ``strerror`` says why: for what is no file, without waiting for it (a pipe
+    may never be written to, a device may never end), and for one of more than ``limit`` bytes.
+    """
+    with open_file(path) as file:
+        data = file.read() if limit is None else file.read(limit + 1)
+    if limit is not None and len(data) > limit:
+        raise OSError(errno.EFBIG, f"it is larger than {limit / 1e6:g} MB", str(path))
+    return data
+
+
+def read_lines(path: str | Path, longest: int) -> Iterator[bytes]:
+    """The lines of a file, each with its line feed; of one of more than ``longest`` bytes the
+    beginning without it. Raises OSError as :func:`read_file` does."""
+    with open_file(path) as file:
+        while line := file.readline(longest):
+            yield line
+            rest = line
+            while rest and not rest.endswith(b"\n"):
+                rest = file.readline(longest)
+
+
+def open_file(path: str | Path) -> BinaryIO:
+    """Open a file to read its bytes. Raises OSError for what is none."""
+    # Looked at before it is opened, which is an act upon some devices.
+    _raise_unless_file(os.stat(path), path)
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115
+    try:
+        _raise_unless_file(os.fstat(file.fileno()), path)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def _raise_unless_file(status: os.stat_result, path: str | Path) -> None:
+    for is_one, what, number in _NO_FILES:
+        if is_one(status.st_mode):
+            raise OSError(number, f"it is a {what}, not a file", str(path))
+
+
+_NO_FILES = (
+    (stat.S_ISDIR, "folder", errno.EISDIR),
+    (stat.S_ISFIFO, "pipe", errno.EINVAL),
+    (stat.S_ISSOCK, "socket", errno.EINVAL),
+    (stat.S_ISCHR, "device", errno.EINVAL),
+    (stat.S_ISBLK, "device", errno.EINVAL),
+)
