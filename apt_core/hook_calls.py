@@ -7,7 +7,7 @@ import functools
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from apt_core.errors import StopTraining
 from apt_core.markers import Returns
@@ -40,25 +40,6 @@ class Plan(NamedTuple):
     returns: Returns
     in_step: bool
     sets_modes: bool
-
-
-class Watch(Protocol):
-    """Sees what a call leaves changed in the process, and puts it back."""
-
-    stepping: bool
-    """Are steps being taken, in a state that is known?"""
-
-    def before(self) -> Any:
-        """The present state, for :meth:`put_back`."""
-
-    def unchanged(self) -> bool:
-        """Is the state that of every step, as far as a few calls tell?"""
-
-    def put_back(self, before: Any = None, *, sets_modes: bool = False) -> list[str]:
-        """Undo what differs from ``before``, or from the state of every step; say what did."""
-
-    def note_modes(self) -> None:
-        """The modes of modules are meant."""
 
 
 Failed = Callable[[Call, BaseException], None]

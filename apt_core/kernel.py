@@ -7,7 +7,7 @@ reported at once, before anything is built; nothing here imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +30,6 @@ from apt_core.declarations import Declared, ask, broken, declared_by
 from apt_core.discovery import LoadError, installed_plugins, load
 from apt_core.errors import ConfigError, Problem, StopTraining, did_you_mean
 from apt_core.failures import one_line, shown, source_sha256
-from apt_core.hook_calls import Watch
 from apt_core.log import get_logger
 from apt_core.plugin_manager import PluginManager
 from apt_core.plugin_records import PluginRecord
@@ -39,6 +38,7 @@ from apt_core.schedules import Schedule, check_schedules
 from apt_core.selection import Wanted, select
 from apt_core.types import CORE, SectionSpec, Unused
 from apt_core.validation import misplaced_hooks
+from apt_core.watch import EarlyWatch
 
 log = get_logger("apt")
 
@@ -156,14 +156,12 @@ def boot(
     manager: PluginManager | None = None,
     probe: Probe | None = None,
     files: bool = True,
-    watch: Callable[[], Watch] | None = None,
 ) -> Kernel:
     """Read, load, declare, check.
 
     ``plugins`` are references as ``--plugin`` takes them: names, dotted modules, ``.py`` paths,
     comma lists, and ``no:NAME``. ``manager`` may hold plugins that are registered already.
-    ``files=False`` leaves the data files unchecked (a dry run needs none). ``watch`` makes what
-    puts back what plugins change in the process; it is called where there are plugins.
+    ``files=False`` leaves the data files unchecked (a dry run needs none).
 
     Raises ConfigError with every problem that was found.
     """
@@ -175,7 +173,7 @@ def boot(
     manager = manager or PluginManager()
     manager.strict = strict = strict or manager.strict
     with before_the_run():
-        starting = _Boot(source, manager, strict, watch)
+        starting = _Boot(source, manager, strict)
         starting.load_plugins(plugins)
         starting.activate_for_providers()
         return starting.check(probe, files)
@@ -199,10 +197,8 @@ class _Boot:
         source: Source,
         manager: PluginManager,
         strict: bool,
-        watch: Callable[[], Watch] | None,
     ) -> None:
         self.source = source
-        self.watch = watch
         self.manager = manager
         self.strict = strict
         damaged: list[Problem] = []
@@ -245,8 +241,8 @@ class _Boot:
             self._load(wanted)
 
     def _begin_to_watch(self) -> None:
-        if self.watch is not None and self.manager.watch is None:
-            self.manager.watch = self.watch()
+        if self.manager.watch is None:
+            self.manager.watch = EarlyWatch()
 
     def _load(self, wanted: Wanted) -> None:
         record = PluginRecord(wanted.name)

@@ -27,7 +27,6 @@ from apt_core.hook_calls import (
     Call,
     Owned,
     Plan,
-    Watch,
     on_copies,
     run_wrapped,
     timed,
@@ -46,6 +45,7 @@ from apt_core.validation import (
     options_of,
     plugin_info,
 )
+from apt_core.watch import Watch
 
 log = get_logger("apt.plugins")
 

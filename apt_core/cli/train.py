@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from apt_core.config import Override
-    from apt_core.hook_calls import Watch
     from apt_core.kernel import Kernel
 
 VERIFIED_STEPS = 20
@@ -164,7 +163,6 @@ def train(
             overrides=overrides,
             strict=strict,
             files=not dry_run,
-            watch=_watch,
         )
         if dry_run:
             from apt_core.training.plan import make_plan, print_plan
@@ -200,12 +198,6 @@ def train(
             stop_at_step=stop_at_step,
             allow_change=allow_change or (),
         )
-
-
-def _watch() -> Watch:
-    from apt_core.training.process_state import ProcessState
-
-    return ProcessState()
 
 
 def _arguments(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+
+from apt_core.process_state import set_modes
 
 
 @contextmanager
@@ -18,11 +20,3 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         set_modes(modes)
-
-
-def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
-    """Give each module its mode; one that contains others stands before them. By ``train``, for a
-    module may do more in it than note the mode."""
-    for module, training in modes:
-        if module.training != training:
-            module.train(training)

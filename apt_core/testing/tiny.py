@@ -87,7 +87,6 @@ def tiny_run(
     """
     from apt_core.kernel import boot
     from apt_core.training import Trainer
-    from apt_core.training.process_state import ProcessState
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(output) if output else Path(temporary) / "run"
@@ -114,7 +113,6 @@ def tiny_run(
                 overrides=changes,
                 manager=manager,
                 strict=strict,
-                watch=ProcessState,
             )
             trainer = Trainer(kernel, output=folder, **options)
             result = trainer.fit()

@@ -26,6 +26,7 @@ from apt_core.modeling.init import seed_of
 from apt_core.modeling.modes import eval_mode
 from apt_core.monitor import ProgressDisplay
 from apt_core.plugin_manager import PluginManager
+from apt_core.process_state import ProcessState
 from apt_core.training.blame import attributed, usable_factor
 from apt_core.training.callbacks import Callbacks
 from apt_core.training.distributed import World
@@ -47,7 +48,6 @@ from apt_core.training.memory import out_of_memory_advice, own_memory
 from apt_core.training.model_modes import ModelModes
 from apt_core.training.opening import Opening
 from apt_core.training.prepare import loop_forward, num_threads, prepare, settle_device
-from apt_core.training.process_state import ProcessState
 from apt_core.training.run_folder import RunFolder
 from apt_core.training.run_length import horizon
 from apt_core.training.saving import Saving
@@ -123,7 +123,7 @@ class Trainer:
                 raise ValueError("a Kernel has its manager: give manager and strict to boot()")
             self.kernel = config
         else:
-            self.kernel = boot(config, manager=manager, strict=strict, watch=ProcessState)
+            self.kernel = boot(config, manager=manager, strict=strict)
         self.config: Config = self.kernel.config
         self.manager, self.registry = self.kernel.manager, self.kernel.registry
         self.console = console

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from apt_core import hookimpl
 from apt_core.errors import PluginError
+from apt_core.process_state import STATES, ProcessState
 from apt_core.testing import TinyRun, tiny_run
-from apt_core.training.process_state import STATES, ProcessState
 
 OVERRIDES = {
     "model.dropout": 0.3,
@@ -293,3 +296,30 @@ def test_a_plugin_among_others_is_the_one_that_is_named(quiet: TinyRun) -> None:
     assert same(run, quiet)
     rows = {row["name"]: row["failures"] for row in run.manifest["plugins"]}
     assert rows["innocent"] == [] and len(rows["guilty"]) == 1
+
+
+def test_torch_may_come_with_the_plugin_that_sets_its_state(tmp_path: Path) -> None:
+    """Where nothing has imported it before, it is put back to what torch comes with."""
+    (tmp_path / "first.py").write_text(
+        "import sys\nfrom apt_core import hookimpl\n"
+        "@hookimpl\ndef apt_configure(config):\n"
+        "    assert 'torch' not in sys.modules\n    import os, torch\n    os.chdir('/')\n"
+        "    torch.set_num_threads(7)\n    torch.set_default_dtype(torch.float16)\n"
+    )
+    script = (
+        "import os, sys\nfrom apt_core.kernel import boot\n"
+        "finders = list(sys.meta_path)\n"
+        "kernel = boot({}, plugins=['first.py'], files=False)\n"
+        "import torch\n"
+        "print(torch.get_num_threads(), torch.get_default_dtype(), os.getcwd())\n"
+        "print(sys.meta_path == finders)\n"
+        "print(*[left.error for left in kernel.manager.records['first'].leftovers])\n"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    state, finders, error = done.stdout.splitlines()
+    assert not state.startswith("7") and state.endswith(f" torch.float32 {tmp_path}")
+    assert finders == "True"
+    for name in ("working directory", "default dtype", "number of threads", "to 7"):
+        assert name in error

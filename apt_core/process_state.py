@@ -6,9 +6,8 @@ weights of the run. So the state is compared after each call of a plugin, and pu
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from apt_core.modeling.modes import set_modes
+from apt_core.states import OF_PYTHON, State, put_back
 
 _C: Any = torch._C
 _AUTOGRAD: Any = torch._C._autograd
@@ -38,16 +37,6 @@ SWITCHES = (
     "cublas_allow_fp16_accumulation", "deterministic_fill_uninitialized_memory",
 )  # fmt: skip
 """What torch has a getter and a setter of each by name."""
-
-
-class State(NamedTuple):
-    """One thing that is watched. ``put`` sets what ``get`` has read before; a state that shows
-    nothing has no words for its values."""
-
-    name: str
-    get: Callable[[], Any]
-    put: Callable[[Any], object]
-    shows: bool = True
 
 
 def _nesting() -> int:
@@ -148,19 +137,6 @@ def _flushes_denormals(smallest: float = sys.float_info.min) -> bool:
     return smallest * 0.5 == 0.0
 
 
-def _folder() -> str | None:
-    try:
-        return os.getcwd()
-    except FileNotFoundError:
-        return None
-
-
-def _set_folder(path: str | None) -> None:
-    if path is not None:
-        with suppress(OSError):
-            os.chdir(path)
-
-
 def _states() -> Iterator[State]:
     yield State("inference mode", torch.is_inference_mode_enabled, _set_inference_mode)
     yield State("grad mode", torch.is_grad_enabled, torch.set_grad_enabled)
@@ -215,8 +191,7 @@ def _states() -> Iterator[State]:
             _put_reduction(getattr(_C, f"_set_cublas_allow_{kind}_reduced_precision_reduction")),
         )
     yield State("flushing of denormal numbers", _flushes_denormals, torch.set_flush_denormal)
-    yield State("recursion limit", sys.getrecursionlimit, sys.setrecursionlimit)
-    yield State("working directory", _folder, _set_folder)
+    yield from OF_PYTHON
     yield State("numpy's error handling", np.geterr, lambda values: np.seterr(**values))
 
 
@@ -236,12 +211,12 @@ OTHERS = [state.get for state in STATES if state.name not in LIKELY]
 OTHERS.append(lambda: _C._get_fp32_precision_getter("mkldnn", "matmul"))
 
 
-def _difference(before: Any, now: Any) -> str:
-    """What is another one, in words."""
-    if isinstance(before, tuple) and isinstance(now, tuple):
-        parts = [(b, n) for b, n in zip(before, now, strict=True) if b != n]
-        return ", ".join(_difference(b, n) for b, n in parts)
-    return f"{before} to {now}"
+def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    """Give each module its mode; one that contains others stands before them. By ``train``, for a
+    module may do more in it than note the mode."""
+    for module, training in modes:
+        if module.training != training:
+            module.train(training)
 
 
 class Before(NamedTuple):
@@ -318,25 +293,16 @@ class ProcessState:
         that of the whole was set.
         """
         values, modes = before or self._noted
-        changed = []
-        for state, value in zip(STATES, values, strict=True):
-            now = state.get()
-            if now == value:
-                continue
-            with suppress(RuntimeError):
-                state.put(value)
-            kept = "" if state.get() == value else " (it cannot be put back)"
-            shown = f" from {_difference(value, now)}" if state.shows else ""
-            changed.append(f"{state.name}{shown}{kept}")
+        found = put_back(STATES, values)
         moved = [training for module, training in modes if module.training is not training]
         # Parts of the model may be meant to be in another mode, the whole of it never is.
         whole = bool(modes) and modes[0][0].training is not modes[0][1]
         if whole or (moved and not sets_modes):
             set_modes(modes)
             mode = "training" if moved[0] else "eval"
-            changed.append(f"the {mode} mode of {len(moved)} modules of the model")
-        if before is None and not changed:
+            found.append(f"the {mode} mode of {len(moved)} modules of the model")
+        if before is None and not found:
             self._note_likely()  # something else that torch's guard looks at
         if sets_modes and self.stepping and before is not None:
             self.note_modes()
-        return changed
+        return found

@@ -1,0 +1,99 @@
+"""What plugins leave changed in the process, seen before torch is imported too."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from importlib.abc import MetaPathFinder
+from typing import TYPE_CHECKING, Any, Protocol
+
+from apt_core.states import OF_PYTHON, put_back
+
+if TYPE_CHECKING:
+    from apt_core.process_state import ProcessState
+
+
+class Watch(Protocol):
+    """Sees what a call leaves changed in the process, and puts it back."""
+
+    stepping: bool
+    """Are steps being taken, in a state that is known?"""
+
+    def before(self) -> Any:
+        """The present state, for :meth:`put_back`."""
+
+    def unchanged(self) -> bool:
+        """Is the state that of every step, as far as a few calls tell?"""
+
+    def put_back(self, before: Any = None, *, sets_modes: bool = False) -> list[str]:
+        """Undo what differs from ``before``, or from the state of every step; say what did."""
+
+    def note_modes(self) -> None:
+        """The modes of modules are meant."""
+
+
+class EarlyWatch:
+    """The watch while a profile is checked, which needs no torch: its state counts from when
+    something imports it."""
+
+    stepping = False
+
+    def __init__(self) -> None:
+        self._state: ProcessState | None = None
+
+    def before(self) -> Any:
+        return self.state().before() if "torch" in sys.modules else _BeforeTorch(self)
+
+    def unchanged(self) -> bool:
+        return False
+
+    def put_back(self, before: Any = None, *, sets_modes: bool = False) -> list[str]:
+        if not isinstance(before, _BeforeTorch):
+            return self.state().put_back(before, sets_modes=sets_modes)
+        before.close()
+        found = put_back(OF_PYTHON, before.values)
+        if before.of_torch is not None:
+            found += self.state().put_back(before.of_torch, sets_modes=sets_modes)
+        return found
+
+    def note_modes(self) -> None:
+        """There are none."""
+
+    def state(self) -> ProcessState:
+        """That of torch."""
+        if self._state is None:
+            from apt_core.process_state import ProcessState
+
+            self._state = ProcessState()
+        return self._state
+
+
+class _BeforeTorch(MetaPathFinder):
+    """The state of before torch is imported; if it is, ``of_torch`` is what it comes with."""
+
+    def __init__(self, watch: EarlyWatch) -> None:
+        self.values = [state.get() for state in OF_PYTHON]
+        self.of_torch: Any = None
+        self._watch = watch
+        sys.meta_path.insert(0, self)
+
+    def close(self) -> None:
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "torch":
+            return None
+        self.close()
+        spec = importlib.util.find_spec(name)
+        loader: Any = spec.loader if spec is not None else None
+        if loader is not None:
+            execute = loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                loader.exec_module = execute
+                execute(module)
+                self.of_torch = self._watch.state().before()
+
+            loader.exec_module = exec_module
+        return spec
