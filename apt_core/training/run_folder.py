@@ -149,7 +149,7 @@ class RunFolder:
             manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
             checkpoints = manifest["checkpoint_dir"]
         except (OSError, ValueError, KeyError, TypeError):
-            if any(inside.glob("step-*")):
+            if inside.is_dir():  # a run that is killed at its start has no manifest yet
                 return cls(path, inside)
             raise ConfigError(
                 Problem(

@@ -134,6 +134,7 @@ class Trainer:
         self.start_scores: dict[str, float] = {}
         self.scores: dict[str, float] = {}
         self.ended_epochs = 0
+        self._row_due: tuple[Tensor, Tensor, float, dict[str, Tensor]] | None = None
         self.timeline: list[dict[str, Any]] = []
         self.allow_change = tuple(dict.fromkeys(allow_change))
         self.changes: list[dict[str, Any]] = []
@@ -430,6 +431,11 @@ class Trainer:
                 if self.config.debug.check_gradients:
                     name_bad_gradients(self.model, grad_norm, step)
                 self._updating = True
+                self._row_due = None
+                if logged:
+                    shares = {CROSS_ENTROPY: entropy * scale}
+                    shares |= {name: term * scale for name, term in terms.items()}
+                    self._row_due = loss, grad_norm, training.learning_rate * factor, shares
                 void = self.step_void = self.guard.step(step, loss, grad_norm)
                 self.step, self.tokens = step, self.tokens + targets
                 if self.ema is not None:
@@ -444,11 +450,8 @@ class Trainer:
                 clock.lap("hooks")
 
                 self.stopping.check_limits(step)
-                if logged:
-                    shares = {CROSS_ENTROPY: entropy * scale}
-                    shares |= {name: term * scale for name, term in terms.items()}
-                    lr = training.learning_rate * factor
-                    row = self.step_log.write(loss, grad_norm, lr, shares)
+                if self._row_due is not None:
+                    row = self.step_log.write(*self._row_due)
                     self._display.update(step, epoch, row)
                     self.manager.settle()
                     self._enabling.share_quarantines()
@@ -515,7 +518,7 @@ class Trainer:
         """Is an evaluation of the current step, before which the run was stopped, still to be made?
         One that only the stop had asked for does not count."""
         if self._over():
-            return self._in_open_epoch and self.scores.get("step") != self.step
+            return self._in_open_epoch
         within = self.step % self.parts.plan.steps_per_epoch != 0
         due = within and self._evaluation_due() and self.stopping.judged_step != self.step
         return due or self._in_open_epoch
@@ -570,13 +573,13 @@ class Trainer:
         self._require_known_parameters()
         self.saving.save_unjudged()
         # A plugin that asks to stop in what follows ends its own stage, not the others.
-        if not self._interrupted() and self.scores.get("step") != self.step:
+        if not self._interrupted():
             if self._in_open_epoch:
                 try:
                     self._end_epoch(self.epoch)
                 except StopTraining as stop:
                     self.request_stop(stop.reason)
-            else:
+            elif self.scores.get("step") != self.step:
                 with suppress(StopTraining):
                     self._evaluate(everything=True, final=True)
         self.saving.save_last()
@@ -655,6 +658,12 @@ class Trainer:
         averaging = not all(average.is_apart for average in averages)
         whole = not (self._updating or averaging or self._strangers())
         if whole and self.step > 0:
+            try:
+                # No resume takes this step again. Of several processes the others are elsewhere.
+                if self._row_due and self.metrics.get("step") != self.step and self.world.size == 1:
+                    self.step_log.write(*self._row_due)
+            except BaseException as failure:
+                log.error("no row of step %d: %s", self.step, one_line(failure))
             try:
                 self.saving.save_in_emergency()
             except BaseException as failure:  # whatever it is, the manifest comes next

@@ -396,6 +396,26 @@ def test_an_interrupt_while_waiting_for_the_writer_leaves_it_alone(tmp_path, mon
     checkpoint.newest_intact(tmp_path / "run" / "checkpoints")
 
 
+def test_an_interrupt_after_a_step_leaves_no_gap_in_the_rows(tmp_path):
+    """The checkpoint of the emergency has the step, which no resume takes again."""
+
+    class Interrupts:
+        @hookimpl
+        def on_step_end(self, step: int) -> None:
+            if step == 2:
+                raise KeyboardInterrupt
+
+    changes = {**QUIET, "training.log_every_steps": 1}
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(Interrupts(), steps=4, overrides=changes, output=tmp_path / "run")
+    assert steps_of(tmp_path / "run" / "checkpoints") == [2]
+    resumed = tiny_run(steps=4, overrides=changes, output=tmp_path / "run", resume=True)
+    whole = tiny_run(steps=4, overrides=changes)
+    figures = [[(row["step"], row["loss"]) for row in run.metrics if "loss" in row]
+               for run in (resumed, whole)]  # fmt: skip
+    assert figures[0] == figures[1]
+
+
 def test_the_snapshot_is_of_its_moment(tmp_path, monkeypatch):
     """What the steps after it change does not get into the file."""
     release, write = threading.Event(), checkpoint.write_whole

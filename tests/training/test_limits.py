@@ -296,6 +296,7 @@ class KillsInEvaluation:
         (12, {"stop_at_step": 12, "late": True}),
         (6, {"stop_at_step": 6, "late": True}),
         (24, {}),  # at the end of the run
+        (24, {"late": True}),
     ],
 )
 def test_a_run_that_is_killed_in_its_last_evaluation_has_a_checkpoint(

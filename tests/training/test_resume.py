@@ -189,6 +189,13 @@ def test_resume_without_a_run_is_refused(apt_train):
     assert "no run to resume" in run.err
 
 
+def test_a_run_that_was_killed_before_its_manifest_begins_anew(apt_train, tmp_path):
+    (tmp_path / "killed" / "checkpoints").mkdir(parents=True)
+    run = apt_train("--resume", "--training.max_steps", "1", name="killed")
+    assert run.code == 0
+    assert "before its first checkpoint" in run.out
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("training.learning_rate", "0.5"), ("training.max_steps", "5")]
 )
