@@ -209,3 +209,13 @@ def test_every_row_of_the_gpu_benchmark_runs_on_a_cpu(python: Python, tmp_path: 
         assert figures[f"{side}_over_bare"] > 0
     assert {"tva_over_mha", "saving_over_silent", "moe_E8_over_dense"} <= set(figures)
     assert figures["decoded_tokens_per_second"] > 0
+
+
+def test_runs_that_are_hit_again_and_again_end_like_one_left_alone(
+    python: Python, tmp_path: Path
+) -> None:
+    found = tmp_path / "chaos.json"
+    ended = python(BENCHMARKS / "chaos.py", "--quick", "--json", found)
+    content = json.loads(found.read_text())
+    assert content["tool"] == "chaos"
+    assert sum(row["tried"] for row in content["rows"]) >= 8, ended.stdout

@@ -112,6 +112,23 @@ def _failed(code: int, output: str) -> str:
 def _compare(whole: Path, killed: Path, half: int, steps: int) -> Verdict:
     name = f"checkpoints/{checkpoint.folder_name(steps)}"
     expected, actual = checkpoint.load(whole / name), checkpoint.load(killed / name)
+    compared, differences = compare_checkpoints(expected, actual)
+    rows, row_differences, notes = _compare_rows(whole, killed, half, steps)
+    records = expected.state["plugin_records"].items()
+    waiting = sorted(name for name, record in records if record["state"] == "dormant")
+    if waiting:
+        notes.append(
+            f"nothing was compared of {', '.join(waiting)}, not enabled after {steps} steps: "
+            "bring the schedule forward (schedules.enable_…_at_step) to try a resume with it"
+        )
+    notes = _failures({"in one go": expected, "resumed": actual}) + notes
+    compared += ["the rest of the state", f"{rows} rows of metrics after step {half}"]
+    return Verdict(compared, sorted(differences) + row_differences, notes)
+
+
+def compare_checkpoints(expected: Checkpoint, actual: Checkpoint) -> tuple[list[str], list[str]]:
+    """What was compared of two checkpoints, and every difference between them: all tensors by their
+    bytes, and all of the state but what is of the machine."""
     compared: list[str] = []
     differences: list[str] = []
     averages = [f"average-{index}" for index in range(len(expected.state["averages"]))]
@@ -126,17 +143,7 @@ def _compare(whole: Path, killed: Path, half: int, steps: int) -> Verdict:
             differences += [f"the state of plugin {name}" for name in _different(*values)]
         elif _text(values[0]) != _text(values[1]):
             differences.append(f"the state: {part}")
-    rows, row_differences, notes = _compare_rows(whole, killed, half, steps)
-    records = expected.state["plugin_records"].items()
-    waiting = sorted(name for name, record in records if record["state"] == "dormant")
-    if waiting:
-        notes.append(
-            f"nothing was compared of {', '.join(waiting)}, not enabled after {steps} steps: "
-            "bring the schedule forward (schedules.enable_…_at_step) to try a resume with it"
-        )
-    notes = _failures({"in one go": expected, "resumed": actual}) + notes
-    compared += ["the rest of the state", f"{rows} rows of metrics after step {half}"]
-    return Verdict(compared, sorted(differences) + row_differences, notes)
+    return compared, differences
 
 
 def _failures(found: Mapping[str, Checkpoint]) -> list[str]:
