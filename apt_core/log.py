@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 class KernelLogger(logging.Logger):
     """A logger whose calls never raise what a foreign handler, filter or record factory raises, nor
     leave out the other handlers: it is noted where :func:`noting_errors` says, else printed as
-    logging does."""
+    logging does. The console and the files of :func:`logging_to` get its records whatever anybody
+    has made of logging meanwhile, by its configuration or by a filter."""
+
+    def isEnabledFor(self, level: int) -> bool:
+        return bool(_own) or super().isEnabledFor(level)
 
     def makeRecord(self, *args: Any, **options: Any) -> logging.LogRecord:
         try:
@@ -33,7 +37,9 @@ class KernelLogger(logging.Logger):
             return logging.LogRecord(name, level, file, line, message, values, exc_info)
 
     def handle(self, record: logging.LogRecord) -> None:
-        if self.disabled:
+        for handler in list(_own):
+            _hand_to(handler, record)
+        if self.disabled or not super().isEnabledFor(record.levelno):
             return
         kept: Any = True
         try:
@@ -49,14 +55,23 @@ class KernelLogger(logging.Logger):
         while place is not None:
             for handler in list(place.handlers):
                 found = True
-                try:
-                    if record.levelno >= handler.level:
-                        handler.handle(record)
-                except BaseException as error:
-                    _note(error)
+                if handler not in _own:
+                    _hand_to(handler, record)
             place = place.parent if place.propagate else None
-        if not found and logging.lastResort is not None:
+        if not (found or _own) and logging.lastResort is not None:
             super().callHandlers(record)
+
+
+_own: list[logging.Handler] = []
+"""Those of the kernel, while they are there."""
+
+
+def _hand_to(handler: logging.Handler, record: logging.LogRecord) -> None:
+    try:
+        if record.levelno >= handler.level:
+            handler.handle(record)
+    except BaseException as error:
+        _note(error)
 
 
 _noting: list[Callable[[BaseException], None]] = []
@@ -92,27 +107,66 @@ def get_logger(name: str) -> logging.Logger:
 ROOT = get_logger("apt")
 
 
+def _add(handler: logging.Handler) -> None:
+    _own.append(handler)
+    ROOT.addHandler(handler)  # for the loggers of plugins, which are below it
+
+
+def _take_away(handler: logging.Handler) -> None:
+    ROOT.removeHandler(handler)
+    with suppress(ValueError):
+        _own.remove(handler)
+
+
 class TolerantStream:
     """A text stream that goes quiet when nobody can take what is written: a run outlives the
-    terminal or the pipe that it was started in."""
+    terminal or the pipe that it was started in. It outlives the stream's being closed or detached
+    too, by whoever else has it: the descriptor is there."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._dead = False
+        self.encoding = stream.encoding
+        self._descriptor = -1
+        with suppress(OSError, ValueError):
+            self._descriptor = stream.fileno()
 
     def write(self, text: str) -> int:
         return self._attempt(lambda: self._stream.write(text))
 
     def flush(self) -> None:
-        self._attempt(self._stream.flush)
+        self._attempt(lambda: self._stream.flush())
 
     def _attempt(self, action: Callable[[], int | None]) -> int:
-        if not self._dead:
-            try:
-                return action() or 0
-            except OSError:
-                self._dead = True
+        if self._dead:
+            return 0
+        try:
+            return action() or 0
+        except OSError:
+            self._dead = True
+        except ValueError:
+            self._dead = not self._reopened()
+            return self._attempt(action)
         return 0
+
+    def _reopened(self) -> bool:
+        try:
+            if not self._stream.closed:
+                return False
+        except ValueError:  # detached
+            pass
+        try:
+            self._stream = open(  # noqa: SIM115
+                self._descriptor,
+                "w",
+                buffering=1,
+                encoding=self.encoding,
+                errors="backslashreplace",
+                closefd=False,
+            )
+        except (OSError, ValueError):
+            return False
+        return True
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -194,7 +248,7 @@ class Backlog(logging.Handler):
 
     def drop(self) -> None:
         """Forget what was kept, and keep nothing more."""
-        ROOT.removeHandler(self)
+        _take_away(self)
         self.records.clear()
 
 
@@ -202,13 +256,13 @@ class Backlog(logging.Handler):
 def keeping_backlog() -> Iterator[Backlog]:
     """Keep what is logged from here on until it is poured into a handler."""
     backlog = Backlog()
-    ROOT.addHandler(backlog)
+    _add(backlog)
     before = ROOT.level
     ROOT.setLevel(logging.DEBUG)
     try:
         yield backlog
     finally:
-        ROOT.removeHandler(backlog)
+        _take_away(backlog)
         ROOT.setLevel(before)
 
 
@@ -240,12 +294,12 @@ def logging_to(
     ROOT.setLevel(logging.DEBUG)
     ROOT.propagate = console is None and propagate
     for handler in handlers:
-        ROOT.addHandler(handler)
+        _add(handler)
     try:
         yield
     finally:
         for handler in handlers:
-            ROOT.removeHandler(handler)
+            _take_away(handler)
             handler.close()
         ROOT.setLevel(previous)
         ROOT.propagate = propagate

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from apt_core.log import ROOT, logging_to
+from apt_core.log import ROOT, TolerantStream, get_logger, logging_to
 
 log = logging.getLogger("apt.somewhere")
 LONG = "a line that is longer than a terminal is wide, with [brackets] and 123 " + "x" * 100
@@ -74,3 +76,44 @@ def test_a_message_that_cannot_be_formatted_stops_nothing(
         log.info("on")
     assert out.getvalue() == "on\n"
     assert "--- Logging error ---" in capsys.readouterr().err
+
+
+SILENCING: dict[str, Callable[[logging.Logger], object]] = {
+    "disabled": lambda logger: setattr(logger, "disabled", True),
+    "all disabled": lambda logger: logging.disable(logging.CRITICAL),
+    "a level": lambda logger: ROOT.setLevel(logging.CRITICAL),
+    "a filter": lambda logger: logger.addFilter(lambda record: False),
+    "no handlers": lambda logger: ROOT.handlers.clear(),
+    "not passed on": lambda logger: setattr(logger, "propagate", False),
+}
+
+
+@pytest.mark.parametrize("what", SILENCING)
+def test_nobody_silences_the_kernels_log_of_a_run(what: str) -> None:
+    out, logger = StringIO(), get_logger("apt.silenced")
+    before, handlers = logging.root.manager.disable, list(ROOT.handlers)
+    try:
+        with logging_to(Console(file=out)):
+            SILENCING[what](logger)
+            logger.info("heard")
+    finally:
+        logging.disable(before)
+        ROOT.handlers[:] = handlers
+        logging.root.manager.loggerDict.pop("apt.silenced")
+    assert out.getvalue() == "heard\n"
+
+
+@pytest.mark.parametrize("end", ["close", "detach"])
+def test_a_stream_that_somebody_ends_is_opened_again(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "out"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
+    stream = open(descriptor, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    tolerant = TolerantStream(stream)
+    tolerant.write("one\n")
+    kept = getattr(stream, end)()
+    if kept is not None:
+        kept.flush()
+    tolerant.write("two\n")
+    tolerant.flush()
+    os.close(descriptor)
+    assert path.read_text(encoding="utf-8") == "one\ntwo\n"
