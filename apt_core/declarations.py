@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 from apt_core.discovery import Installed, LoadError, entry_for, load, plugin_name
@@ -54,10 +53,13 @@ def ask(manager: PluginManager, record: PluginRecord) -> Declared:
     """
     known = len(record.failures)
     sections = providers = None
-    # A strict manager raises what it has recorded as the plugin's failure.
-    with suppress(PluginError):
+    try:
         sections = manager.call_plugin(record.name, "apt_register_config")
         providers = manager.call_plugin(record.name, "apt_register_providers")
+    except PluginError:
+        # What is recorded as a failure of the plugin is told below.
+        if len(record.failures) == known:
+            raise
     failed = record.failures[known:]
     problem = None
     if failed:

@@ -7,6 +7,7 @@ reported at once, before anything is built; nothing here imports torch.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -59,13 +60,18 @@ ALL_NAME_KEYS = {**NAME_KEYS, "router": "model.moe.router", "align": "model.bist
 """Those too of kinds that a run has only where a plugin owns the section."""
 
 
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+"""Variables of the environment by which a process knows its place among those of a run."""
+
+
 @dataclass
 class Kernel:
     """A checked profile with its plugins, providers and schedule.
 
     ``notices`` are facts that the person should see at the start of a run; ``inactive`` the keys
     of the profile that do nothing, with the reason; ``unused`` all settings that have no effect
-    beside others, written or not.
+    beside others, written or not; ``place`` the variables of the launcher (PLACE) from before any
+    plugin was loaded.
     """
 
     config: Config
@@ -77,6 +83,7 @@ class Kernel:
     inactive: list[InactiveKey] = field(default_factory=list)
     unused: Sequence[Unused] = ()
     notices: list[str] = field(default_factory=list)
+    place: Mapping[str, str] = field(default_factory=dict)
 
     def named_providers(self) -> list[tuple[str, str]]:
         """``(kind, name)`` of every provider that the profile uses."""
@@ -198,6 +205,7 @@ class _Boot:
         manager: PluginManager,
         strict: bool,
     ) -> None:
+        self.place = {name: os.environ[name] for name in PLACE if name in os.environ}
         self.source = source
         self.manager = manager
         self.strict = strict
@@ -363,6 +371,7 @@ class _Boot:
             inactive=inactive,
             unused=unused,
             notices=self.notices,
+            place=self.place,
         )
 
     def _tell_vain_blocks(self, inactive: Sequence[InactiveKey]) -> None:

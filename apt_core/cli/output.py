@@ -26,7 +26,8 @@ class Json:
 
 def open_streams() -> None:
     """Open what the process was started without, to nowhere: the next file that is opened would be
-    its standard output. Text that a stream's encoding does not have is written as escapes."""
+    its standard output; and what somebody has closed since, to where it led. Text that a stream's
+    encoding does not have is written as escapes."""
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(descriptor)
@@ -36,11 +37,18 @@ def open_streams() -> None:
                 os.dup2(opened, descriptor)
                 os.close(opened)
             os.set_inheritable(descriptor, True)  # as standard streams are
-        if getattr(sys, name) is None:
+        if not _is_open(getattr(sys, name)):
             setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", closefd=False))
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
             stream.reconfigure(errors="backslashreplace")
+
+
+def _is_open(stream: Any) -> bool:
+    try:
+        return stream is not None and not getattr(stream, "closed", False)
+    except ValueError:  # its buffer has been detached
+        return False
 
 
 def give_up(stream: TextIO) -> None:
@@ -67,6 +75,7 @@ def output_apart() -> Iterator[None]:
         with redirect_stdout(sys.stderr):
             yield
     finally:
+        open_streams()
         sys.stderr.flush()
         if "ctypes" in sys.modules:  # as whatever has code in C brings along
             sys.modules["ctypes"].CDLL(None).fflush(None)
@@ -76,11 +85,13 @@ def output_apart() -> Iterator[None]:
 
 def say(text: object = "", *, end: str = "\n", file: IO[str] | None = None) -> None:
     """Print text that may hold anything, on stdout or another file."""
+    open_streams()
     print(printable(str(text)), end=end, file=file)
 
 
 def complain(text: object, *, end: str = "\n") -> None:
     """Print on stderr, in one piece; where nobody can take that, it is lost."""
+    open_streams()
     try:
         print(printable(str(text)) + end, end="", file=sys.stderr, flush=True)
     except OSError:
@@ -99,6 +110,7 @@ def json_text(value: Any) -> str:
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A plain table on stdout; in a pipe nothing is cut off or wrapped."""
+    open_streams()
     cells = [["" if cell is None else printable(str(cell), "") for cell in row] for row in rows]
     if not sys.stdout.isatty():
         widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]

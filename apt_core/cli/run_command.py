@@ -71,6 +71,7 @@ def _invoke(command: Any, prog: str, args: list[str]) -> int:
     except typer.Exit as end:
         return end.exit_code
     if text is not None:
+        open_streams()
         print(text)
         return int(result.exit_code)
     return result if isinstance(result, int) else 0
@@ -79,26 +80,28 @@ def _invoke(command: Any, prog: str, args: list[str]) -> int:
 def end_of(command: Callable[[], int], prog: str, args: Sequence[str]) -> int:
     """The exit code of what a command does, whatever it raises; errors are reported on stderr."""
     open_streams()
+    place = place_among_processes()
     try:
         code = command()
+        open_streams()  # a plugin may have closed them
         sys.stdout.flush()
         return code
     except AptError as error:
-        return _report(error, args, error.exit_code)
+        return _report(error, args, error.exit_code, place)
     except KeyboardInterrupt as interrupt:
-        if not place_among_processes()[1]:
+        if not place[1]:
             complain("interrupted")
         return getattr(interrupt, "exit_code", 128 + signal.SIGINT)
     except BrokenPipeError:
         give_up(sys.stdout)  # the reader went away
         return 0
     except GeneratorExit as error:
-        return _report(RuntimeError(f"GeneratorExit was raised: {error}"), args, 1)
+        return _report(RuntimeError(f"GeneratorExit was raised: {error}"), args, 1, place)
     except Exception as error:
         usage = getattr(error, "format_message", None)
         if usage is not None:
-            return _report(ConfigError(f"{usage()} (see {prog} --help)"), args, 2)
-        return _report(_explained(error), args, 1)
+            return _report(ConfigError(f"{usage()} (see {prog} --help)"), args, 2, place)
+        return _report(_explained(error), args, 1, place)
 
 
 def _explained(error: Exception) -> Exception:
@@ -128,8 +131,8 @@ def place_among_processes() -> tuple[bool, int]:
     return several, int(rank) if several and rank.isdigit() else 0
 
 
-def _report(error: Exception, args: Sequence[str], code: int) -> int:
-    several, rank = place_among_processes()
+def _report(error: Exception, args: Sequence[str], code: int, place: tuple[bool, int]) -> int:
+    several, rank = place
     if several and _is_said(error, rank):
         return code
     # What failed in one of many processes can seldom be had again.

@@ -187,7 +187,7 @@ def train(
                 debug=debug,
             )
             return launch(processes, arguments)
-        arguments += _options(nproc=os.environ["WORLD_SIZE"] if inside else None)
+        arguments += _options(nproc=kernel.place["WORLD_SIZE"] if inside else None)
         return run(
             kernel,
             None if rank else console,

@@ -59,11 +59,12 @@ class World:
     sharding: Sharding = "none"
 
     @classmethod
-    def from_environment(cls, config: Config) -> World:
-        """As --nproc and torchrun describe it. Raises ConfigError for what is no number."""
+    def from_environment(cls, config: Config, environment: Mapping[str, str]) -> World:
+        """As --nproc and torchrun describe it in the ``environment``. Raises ConfigError for what
+        is no number."""
         try:
             rank, size, local_rank, here = (
-                int(os.environ.get(name, default))
+                int(environment.get(name, default))
                 for name, default in (
                     ("RANK", "0"),
                     ("WORLD_SIZE", "1"),

@@ -127,7 +127,7 @@ class Trainer:
         self.config: Config = self.kernel.config
         self.manager, self.registry = self.kernel.manager, self.kernel.registry
         self.console = console
-        self.world = World.from_environment(self.config)
+        self.world = World.from_environment(self.config, self.kernel.place)
         self.rank, self.world_size = self.world.rank, self.world.size
         self.epoch, self.step, self.tokens = 1, 0, 0
         self.metrics: dict[str, Any] = {}
@@ -369,8 +369,7 @@ class Trainer:
                 if watch is not None and not watch.modes_unchanged():
                     self.manager.left_behind(watch.put_back(), LOOKING)
                 hook.on_step_start(step=step, batch=list(batches), trainer=self)
-                if watch is not None and not watch.settled() and (left := watch.put_back()):
-                    self.manager.left_behind(left)
+                self._settle_process()
                 clock.lap("hooks")
 
                 self._callbacks.guard(self.model, self.optimizer)
@@ -466,6 +465,15 @@ class Trainer:
 
             first_index = 0
             self._end_epoch(epoch)
+
+    def _settle_process(self) -> None:
+        """Put back what the hooks of a step have left changed and is looked for once a step, or
+        before something else is computed."""
+        watch = self._watch
+        if watch is None or not watch.stepping or watch.settled():
+            return
+        if left := watch.put_back():
+            self.manager.left_behind(left)
 
     def switch_to(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Go on with another model, which has the place of the one before in everything."""
@@ -566,6 +574,7 @@ class Trainer:
 
         Whoever has set the run a limit may kill it now: the checkpoint comes first.
         """
+        self._settle_process()
         if self._watch is not None:
             self._watch.stepping = False
         self.step_log.tell_skipped()
@@ -683,6 +692,7 @@ class Trainer:
     def _evaluate(self, *, everything: bool, final: bool = False) -> dict[str, float]:
         """Score the held-out text, or a few batches of it, and tell of the result; ``final`` says
         that only the end of the run asks for it."""
+        self._settle_process()
         self.step_log.throughput.pause()
         with eval_mode(self.model):
             scores = self._scores(everything=everything, final=final)
