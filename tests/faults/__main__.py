@@ -53,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
     began = time.perf_counter()
+    if options.keep is not None and options.keep.exists():
+        parser.error(f"--keep: {options.keep} is there already")
     root = options.keep or Path(tempfile.mkdtemp(prefix="apt-faults-"))
     try:
         laboratory = Laboratory(root.resolve())
