@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -28,6 +29,8 @@ from fault_matrix import HOOKS, Case, few
 from fault_runs import Laboratory, Verdict, run_all
 from rich.console import Console
 
+from apt_core.training.run_folder import versions
+
 GROUPS = {
     "raise": "raising",
     "return": "returning what the hook does not accept",
@@ -43,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python tests/faults", None, __doc__, formatter_class=raw)
     parser.add_argument("--quick", action="store_true", help="the small part")
+    parser.add_argument("--sample", type=int, metavar="N", help="so many of the cases, by the seed")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", action="append", default=[], metavar="CASE", help="repeatable")
     parser.add_argument("--hook", action="append", default=[], metavar="NAME", help="repeatable")
     parser.add_argument("--kind", default="", metavar="REGEX", help="kinds whose name it matches")
@@ -75,7 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
           f"{len(unexpected)} not as expected")  # fmt: skip
     if options.json:
         words = sys.argv[1:] if arguments is None else arguments
-        write(options.json, verdicts, seconds, ["python", "tests/faults", *words])
+        # Where its figures are kept is no matter.
+        at = [n for n, word in enumerate(words) if word == "--json"]
+        kept = [word for n, word in enumerate(words) if n not in at and n - 1 not in at]
+        command = ["python", "tests/faults", *kept]
+        write(options.json, verdicts, seconds, command, options.seed)
     return 1 if unexpected else 0
 
 
@@ -89,6 +98,8 @@ def chosen(laboratory: Laboratory, options: argparse.Namespace, console: Console
             raise SystemExit(f"there is no case {unknown[0]}: see --list")
         return [names[name] for name in options.only]
     cases = [case for case in cases if re.search(options.kind, case.kind)]
+    if options.sample is not None:
+        return random.Random(options.seed).sample(cases, min(options.sample, len(cases)))
     return few(cases) if options.quick else cases
 
 
@@ -124,11 +135,18 @@ def table(verdicts: Sequence[Verdict]) -> list[tuple[str, int, dict[str, int], i
     return rows
 
 
-def write(path: Path, verdicts: Sequence[Verdict], seconds: float, command: Sequence[str]) -> None:
+def write(
+    path: Path, verdicts: Sequence[Verdict], seconds: float, command: Sequence[str], seed: int
+) -> None:
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    from _harness import describe_machine
+
     content: dict[str, Any] = {
         "tool": "faults",
         "command": shlex.join(command),
-        "seed": 0,
+        "seed": seed,
+        "machine": describe_machine(),
+        "versions": versions(),
         "seconds": round(seconds, 1),
         "rows": [
             {"kind": kind, "tried": tried, "outcomes": outcomes, "unexpected": wrong}
