@@ -13,6 +13,7 @@ from types import FrameType, ModuleType
 from typing import Any
 
 from apt_core.files import read_file
+from apt_core.secrets import redact
 
 MAX_TRACEBACK = 20_000
 """Characters of a traceback that are kept: a message may be of any length."""
@@ -145,5 +146,5 @@ def formatted(error: BaseException) -> str:
 
 
 def _writable(text: str) -> str:
-    """``text`` with lone surrogates, which no file takes, as escapes."""
-    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
+    """``text`` without secrets, and with lone surrogates, which no file takes, as escapes."""
+    return redact(text).encode("utf-8", errors="backslashreplace").decode("utf-8")

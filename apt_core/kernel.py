@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from apt_core.config import (
     validate,
     written_in_vain,
 )
+from apt_core.config.secret_fields import masks_in
+from apt_core.config.yaml_text import KeyPath, dotted
 from apt_core.declarations import Declared, ask, broken, declared_by
 from apt_core.discovery import LoadError, installed_plugins, load
 from apt_core.errors import ConfigError, Problem, StopTraining, did_you_mean
@@ -36,6 +39,7 @@ from apt_core.plugin_manager import PluginManager
 from apt_core.plugin_records import PluginRecord
 from apt_core.registry import NO_FALLBACK, Probe, Registry
 from apt_core.schedules import Schedule, check_schedules
+from apt_core.secrets import SecretValues
 from apt_core.selection import Wanted, select
 from apt_core.types import CORE, SectionSpec, Unused
 from apt_core.validation import misplaced_hooks
@@ -68,10 +72,11 @@ PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 class Kernel:
     """A checked profile with its plugins, providers and schedule.
 
+    ``observed`` are the sections of plugins that change no weight.
     ``notices`` are facts that the person should see at the start of a run; ``inactive`` the keys
     of the profile that do nothing, with the reason; ``unused`` all settings that have no effect
     beside others, written or not; ``place`` the variables of the launcher (PLACE) from before any
-    plugin was loaded.
+    plugin was loaded; ``secrets`` are kept out of what is printed.
     """
 
     config: Config
@@ -80,10 +85,12 @@ class Kernel:
     schedule: Schedule
     schedule_params: Mapping[str, str]
     sections: Sequence[SectionSpec] = ()
+    observed: Sequence[str] = ()
     inactive: list[InactiveKey] = field(default_factory=list)
     unused: Sequence[Unused] = ()
     notices: list[str] = field(default_factory=list)
     place: Mapping[str, str] = field(default_factory=dict)
+    secrets: SecretValues = field(default_factory=SecretValues, repr=False)
 
     def named_providers(self) -> list[tuple[str, str]]:
         """``(kind, name)`` of every provider that the profile uses."""
@@ -175,7 +182,7 @@ def boot(
     if isinstance(profile, str | Path):
         source = read_profile(profile, overrides)
     else:
-        data = profile.to_dict() if isinstance(profile, Config) else profile
+        data = profile.to_dict(secrets=True) if isinstance(profile, Config) else profile
         source = core_text(Source.from_dict(data).with_overrides(overrides))
     manager = manager or PluginManager()
     manager.strict = strict = strict or manager.strict
@@ -196,6 +203,16 @@ def before_the_run() -> Iterator[None]:
         raise ConfigError(f"a plugin stopped the run before it began: {reason}") from stop
 
 
+def _mask_problem(source: Source, path: KeyPath) -> Problem:
+    option = dotted(tuple(takewhile(lambda key: isinstance(key, str), path)))
+    return Problem(
+        "is the mask of a secret, not the secret",
+        dotted(path),
+        source.where(path),
+        f"give the secret itself, in the profile or as --{option} VALUE",
+    )
+
+
 class _Boot:
     """The steps of :func:`boot`, which share the list of problems."""
 
@@ -214,6 +231,7 @@ class _Boot:
         self.problems: list[Problem] = []
         self.notices = [str(problem) for problem in damaged]
         self.sections: list[SectionSpec] = []
+        self.observed: list[str] = []
         self.params: dict[str, str] = {}
         self.left_out: dict[str, str] = {}
         self.blocked: dict[str, str] = {}
@@ -283,6 +301,8 @@ class _Boot:
                     + (f" ({misplaced})" if misplaced else "")
                 )
             self.sections += declared.sections
+            if self.manager.only_observes(name):
+                self.observed += [s.path for s in declared.sections if s.path]
             for section in declared.sections:
                 self.params.update(dict.fromkeys(section.schedule_params, name))
             return
@@ -322,6 +342,9 @@ class _Boot:
     def check(self, probe: Probe | None, files: bool) -> Kernel:
         """Check the profile against what the plugins declared; raise every problem at once."""
         self.problems += self.registry.problems
+        # No plugin is to be shown a mask as if it were the secret.
+        masks = tuple(_mask_problem(self.source, path) for path in masks_in(self.source.data))
+        self.source = replace(self.source, problems=(*self.source.problems, *masks))
         names = {wanted.name for wanted in self.active}
         inert, inert_params, lenient = self._attribute_left_out(names)
         checked = validate(self.source, self.sections, inert=inert, active=names)
@@ -368,10 +391,12 @@ class _Boot:
             schedule=Schedule(config, params=self.params),
             schedule_params=self.params,
             sections=self.sections,
+            observed=self.observed,
             inactive=inactive,
             unused=unused,
             notices=self.notices,
             place=self.place,
+            secrets=checked.secrets,
         )
 
     def _tell_vain_blocks(self, inactive: Sequence[InactiveKey]) -> None:

@@ -59,6 +59,9 @@ CALLBACK = {
 }
 """The policy of functions that a plugin gives to others to call: that of a hook that only tells."""
 
+REACHES_WEIGHTS = frozenset({"trainer", "model", "batch", "output", "request"})
+"""Parameters of hooks that lead to the weights, or to what is trained on."""
+
 MAX_LOG_ERRORS = 20
 """Errors of logging that are kept until they are counted; they hold on to frames."""
 
@@ -489,6 +492,19 @@ class PluginManager(pluggy.PluginManager):
         """Does a registered plugin implement the hook, whatever its state?"""
         methods = getattr(self.hook, hook_name).get_hookimpls()
         return any(method.plugin_name == plugin for method in methods)
+
+    def only_observes(self, plugin: str) -> bool:
+        """Does a registered plugin say that it is an observer, or get nothing through which it
+        could change a weight?"""
+        if plugin_info(self.get_plugin(plugin)).observer:
+            return True
+        return all(
+            not self._options(caller.name)["changes_weights"]
+            and not REACHES_WEIGHTS & {*method.argnames}
+            for caller in self.get_hookcallers(self.get_plugin(plugin)) or ()
+            for method in caller.get_hookimpls()
+            if method.plugin_name == plugin
+        )
 
     def order(self, hook_name: str, *, dormant: bool = False) -> list[Call]:
         """The effective order of a hook: wrappers from the outside in, then the others.

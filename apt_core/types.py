@@ -52,13 +52,16 @@ class PluginInfo:
     """Facts about a plugin: assign one to ``PLUGIN`` in its module.
 
     ``requires`` are PEP 508 requirements (``"faiss-cpu>=1.8"``), ``conflicts`` names of plugins
-    that cannot be active in the same run.
+    that cannot be active in the same run. An ``observer`` reports and changes no weight, so that
+    its settings may differ when a run is resumed; one whose hooks get neither the trainer nor the
+    model need not say so. It cannot implement a hook whose result is part of the training.
     """
 
     summary: str = ""
     version: str = ""
     requires: Sequence[str] = ()
     conflicts: Sequence[str] = ()
+    observer: bool = False
 
 
 @dataclass(frozen=True)

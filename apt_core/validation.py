@@ -91,6 +91,15 @@ def check_plugin_object(plugin: Any, name: str, specs: Mapping[str, Any]) -> lis
         options = options_of(function)
         if options is not None:
             problems += _check_implementation(plugin, name, attribute, function, options, specs)
+            spec = specs.get(options.get("specname") or attribute)
+            if plugin_info(plugin).observer and spec and spec.opts["changes_weights"]:
+                problems.append(
+                    Problem(
+                        "an observer cannot implement it: its result is part of the training",
+                        key=f"plugin {name}, {attribute}",
+                        hint="take observer=True out of PLUGIN",
+                    )
+                )
         elif attribute in specs and _defined_here(plugin, function):
             file, line = source_of(function)
             log.warning(

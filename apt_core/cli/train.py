@@ -17,6 +17,7 @@ from apt_core.cli.output import Json, complain, make_console
 from apt_core.cli.run_command import place_among_processes, run_command
 from apt_core.errors import ConfigError, Problem, TrainingError, did_you_mean
 from apt_core.paths import unrecordable, user_path
+from apt_core.secrets import mask_arguments
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -191,7 +192,7 @@ def train(
         return run(
             kernel,
             None if rank else console,
-            again=shlex.join(["apt-train", *arguments]),
+            again=shlex.join(["apt-train", *mask_arguments(arguments)]),
             output=output,
             resume=resume,
             resume_from=resume_from,
@@ -314,6 +315,7 @@ def collect_overrides(
     while waiting:
         argument = waiting.popleft()
         name, equals, value = argument.partition("=")
+        shown = mask_arguments([argument])[0]
         if name.startswith("--") and "." in name:
             if not equals:
                 if not waiting or waiting[0].startswith("--"):
@@ -330,9 +332,10 @@ def collect_overrides(
         else:
             hint = _key_option(name)
             if equals:
+                value = shown.partition("=")[2]
                 hint = f"--set {shlex.quote(f'{_key_meant(name) or name}={value}')}"
-            hint = hint or (f"--profile {argument}" if not problems else "")
-            problems.append(Problem(f"unexpected argument {argument!r}", hint=hint))
+            hint = hint or (f"--profile {shown}" if not problems else "")
+            problems.append(Problem(f"unexpected argument {shown!r}", hint=hint))
     if problems:
         raise ConfigError(problems)
     return overrides

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from apt_core.config.schema import Config
+from apt_core.secrets import without_secrets
 from apt_core.types import SectionSpec
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -26,7 +27,19 @@ def json_schema(sections: Sequence[SectionSpec] = ()) -> dict[str, Any]:
         "type": "string",
         "description": "Name or path of a profile that this one builds on.",
     }
+    _mask_defaults([root, definitions])
     return {"$schema": DIALECT, **root, "title": "APT profile", "$defs": definitions}
+
+
+def _mask_defaults(schema: Any) -> None:
+    """A default may be taken from the environment."""
+    for part in schema.values() if isinstance(schema, dict) else schema:
+        if isinstance(part, dict | list):
+            _mask_defaults(part)
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    for key, entry in properties.items() if isinstance(properties, dict) else ():
+        if isinstance(entry, dict) and "default" in entry:
+            entry["default"] = without_secrets({key: entry["default"]}, depth=1)[key]
 
 
 def _put(

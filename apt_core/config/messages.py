@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from apt_core.config.source import Source
 from apt_core.config.yaml_text import KeyPath, dotted
 from apt_core.errors import Problem, did_you_mean
+from apt_core.secrets import MASK, is_secret_name, redact
 from apt_core.sections import Ramp
 from apt_core.synonyms import key_meant, plain_word, value_meant
 
@@ -64,10 +65,18 @@ def describe(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def problem_of(error: ErrorDetails, path: KeyPath, source: Source) -> Problem:
-    """The problem at ``path`` that pydantic reports as ``error`` (any but an unknown key)."""
-    message, hint = _message(error)
+def problem_of(
+    error: ErrorDetails, path: KeyPath, source: Source, *, secret: bool = False
+) -> Problem:
+    """The problem at ``path`` that pydantic reports as ``error`` (any but an unknown key). The
+    value of a ``secret``, which one may also be by its name, is not in it."""
     value = error.get("input")
+    if secret or any(isinstance(key, str) and is_secret_name(key) for key in path[1:]):
+        shown = value if value is None or isinstance(value, bool | Mapping | list) else MASK
+        message, _ = _message({**error, "input": shown})
+        return Problem(redact(message), dotted(path), source.where(path))
+    message, hint = _message(error)
+    message = redact(message)
     if isinstance(value, str) and (meant := value_meant(dotted(path), value[:60])):
         hint = f"did you mean {meant}?"
     return Problem(message, dotted(path), source.where(path), hint)

@@ -16,8 +16,10 @@ from pydantic import (
     model_serializer,
 )
 
+from apt_core.config.secret_fields import dump
 from apt_core.config.yaml_text import ProfileDumper
 from apt_core.plugin_names import MAX_PLUGINS
+from apt_core.secrets import without_secrets
 from apt_core.sections import (
     Count,
     CountOrZero,
@@ -529,8 +531,9 @@ class Config(Section):
             value = getattr(value, key)
         return value if isinstance(value, BaseModel) else None
 
-    def to_dict(self) -> dict[str, Any]:
-        """The resolved profile as plain data, sections of plugins included."""
+    def to_dict(self, *, secrets: bool = False) -> dict[str, Any]:
+        """The resolved profile as plain data, sections of plugins included; with masks in the place
+        of its secrets unless ``secrets`` are asked for."""
         data: dict[str, Any] = self._without_plugins().model_dump(mode="json")
         # The outer first: a section may stand within another one.
         for path, section in sorted(self._plugin_sections.items()):
@@ -538,11 +541,15 @@ class Config(Section):
             place = data
             for key in parents:
                 place = place.setdefault(key, {})
-            place[last] = section.model_dump(mode="json", by_alias=True)
-        return data
+            place[last] = dump(section, secrets=secrets, by_alias=True)
+        if secrets:
+            return data
+        masked: dict[str, Any] = without_secrets(data)
+        return masked
 
     def to_yaml(self) -> str:
-        """The resolved profile as YAML text; reading it gives an equal Config."""
+        """The resolved profile as YAML text, with masks in the place of its secrets; reading one
+        without any gives an equal Config."""
         return yaml.dump(self.to_dict(), Dumper=ProfileDumper, sort_keys=False, allow_unicode=True)
 
     def _without_plugins(self) -> Config:

@@ -16,6 +16,7 @@ from apt_core.config.yaml_text import MAX_DEPTH, MAX_NODES, Document, KeyPath, d
 from apt_core.errors import ConfigError, Problem
 from apt_core.paths import FOUND_BESIDE
 from apt_core.plugin_names import name_of
+from apt_core.secrets import MASK, is_secret
 
 # What a file says about itself, which no other file inherits.
 IDENTITY = ("name", "version", "description", "extends")
@@ -307,7 +308,8 @@ class _Merge:
 
     def meant(self, path: KeyPath, below: Any) -> bool:
         """Is what is inherited to be dropped? Tells that it is, or why that is not clear."""
-        key, where, lost = dotted(path), self.child.where(path), _summary(below)
+        key, where = dotted(path), self.child.where(path)
+        lost = MASK if is_secret(path[-1], below) else _summary(below)
         if path in self.child.bare:
             message = f"nothing stands under it, and it inherits {lost}"
             hint = "take the key out to keep that, or write null after it to do without"

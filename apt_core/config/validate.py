@@ -12,12 +12,14 @@ from apt_core.config.checks import find_contradictions
 from apt_core.config.inactive import unheeded
 from apt_core.config.messages import KnownKeys, describe, ignored_keys, problem_of
 from apt_core.config.schema import PLACEHOLDERS, Config
+from apt_core.config.secret_fields import secret_places
 from apt_core.config.source import InactiveKey, Source
 from apt_core.config.text_keys import TextKeys
 from apt_core.config.yaml_text import KeyPath
 from apt_core.errors import ConfigError, Problem
 from apt_core.failures import one_line
 from apt_core.paths import resolve_paths
+from apt_core.secrets import SecretValues, hidden_in, named_secrets
 from apt_core.types import SectionSpec
 
 _ABSENT = object()
@@ -27,12 +29,13 @@ _CORE = KnownKeys(Config, {}).children
 @dataclass(frozen=True)
 class Validated:
     """``config`` is there if there is no problem. ``inactive`` keys are valid and do nothing,
-    ``notices`` are facts that the person should see."""
+    ``notices`` are facts that the person should see, ``secrets`` what no text may show."""
 
     config: Config | None
     problems: list[Problem]
     inactive: list[InactiveKey]
     notices: list[str]
+    secrets: SecretValues
 
     def require(self) -> Config:
         """The config. Raises ConfigError with every problem if there is none."""
@@ -54,9 +57,10 @@ def validate(
     section of a plugin that was left out to the reason: its keys are inactive, not unknown.
     ``active`` are the names of the active plugins, by default those that the profile names.
     """
-    problems = list(source.problems)
     owned, spec_problems = _owned_sections(sections)
-    problems += spec_problems
+    secrets = SecretValues()
+    secrets.add(named_secrets(source.data))
+    problems = [*source.problems, *spec_problems]
     known = KnownKeys(Config, owned)
     data, wrong = _with_text(source, owned)
     problems += wrong.values()
@@ -76,6 +80,7 @@ def validate(
         if path in containers:
             problems += _leftovers(written, path, source, known)
             continue
+        secrets.add(value for _, value in secret_places(owned[path], written))
         part, found = _validate_part(owned[path], written, path, source, known)
         problems += found
         if part is not None:
@@ -89,7 +94,9 @@ def validate(
     inactive += unheeded(config, names, owned)
     problems = list(dict.fromkeys(problems))
     config = config.with_plugin_sections(parts)
-    return Validated(None if problems else config, problems, inactive, list(source.notices))
+    secrets.add(hidden_in(config.to_dict(secrets=True), config.to_dict()))
+    checked = None if problems else config
+    return Validated(checked, problems, inactive, list(source.notices), secrets)
 
 
 def _with_text(
@@ -184,7 +191,8 @@ def _validate_part(
     try:
         part = model.model_validate(data)
     except ValidationError as error:
-        found = [problem for _, problem in _located(error, data, at, source, known)]
+        hidden = [place for place, _ in secret_places(model, data, at)]
+        found = [problem for _, problem in _located(error, data, at, source, known, hidden)]
         return None, list(dict.fromkeys([*unknown, *found]))
     except KeyboardInterrupt:
         raise
@@ -195,10 +203,15 @@ def _validate_part(
 
 
 def _located(
-    error: ValidationError, data: Any, prefix: KeyPath, source: Source, known: KnownKeys
+    error: ValidationError,
+    data: Any,
+    prefix: KeyPath,
+    source: Source,
+    known: KnownKeys,
+    hidden: Sequence[KeyPath] = (),
 ) -> Iterator[tuple[KeyPath, Problem]]:
     """pydantic's errors with their paths in the profile, the first at each path only: a union
-    reports one for each of its members."""
+    reports one for each of its members. What is at the paths ``hidden`` is not shown."""
     seen: set[KeyPath] = set()
     for details in error.errors(include_url=False):
         path = _path_within(details["loc"], data, missing=details["type"] == "missing")
@@ -209,7 +222,8 @@ def _located(
         if details["type"] == "extra_forbidden":
             yield path, known.problem(full, source)
         else:
-            yield path, problem_of(details, full, source)
+            secret = any(full[: len(place)] == place for place in hidden)
+            yield path, problem_of(details, full, source, secret=secret)
 
 
 def _path_within(location: Sequence[str | int], data: Any, *, missing: bool) -> KeyPath:

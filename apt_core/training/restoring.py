@@ -12,6 +12,7 @@ from apt_core.errors import CheckpointError, ConfigError, Problem
 from apt_core.failures import short_path
 from apt_core.kernel import ALL_NAME_KEYS
 from apt_core.log import get_logger
+from apt_core.secrets import with_secrets
 from apt_core.training import checkpoint
 from apt_core.training.checkpoint import Checkpoint
 from apt_core.training.diverging import listed, weights_not_finite
@@ -228,7 +229,8 @@ def _changed_plugins(trainer: Trainer, manifest: Mapping[str, Any]) -> Iterator[
 def _check_profile(trainer: Trainer, found: Checkpoint) -> list[str]:
     """Keys of the profile that differ from the checkpoint's and may. Raises ConfigError."""
     kernel, state, data = trainer.kernel, found.state, trainer.parts.data
-    profile = saved_profile(found.profile)
+    # What it says of secrets is not known, and need not be the same.
+    profile = with_secrets(saved_profile(found.profile), trainer.config.to_dict(secrets=True))
     before = saved_config(profile, kernel.sections)
 
     def another_past() -> str:
@@ -251,6 +253,7 @@ def _check_profile(trainer: Trainer, found: Checkpoint) -> list[str]:
         same_text=same_text or state.get("tokens_sha256") == data["tokens_sha256"],
         another_past=another_past,
         allowed=trainer.allow_change,
+        reporting=kernel.observed,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from apt_core.config import Config, Source
 from apt_core.config.yaml_text import parse_yaml
 from apt_core.errors import CheckpointError, ConfigError, Problem
+from apt_core.secrets import is_secret, without_secrets
 from apt_core.types import SectionSpec, Unused
 
 FREE_SECTIONS = ("name", "version", "description", "plugins", "evaluation", "monitoring", "debug")
@@ -105,6 +106,7 @@ def check_resume(
     same_text: bool,
     another_past: Callable[[], str],
     allowed: Collection[str] = (),
+    reporting: Collection[str] = (),
 ) -> list[str]:
     """Keys that differ from those of the checkpoint and may.
 
@@ -112,7 +114,8 @@ def check_resume(
     here. ``unused`` are the settings without effect in ``config``. ``same_text`` says whether both
     read the same text, and ``another_past`` is asked where the length of the run differs: what a
     run of the present one would have had otherwise up to the checkpoint, or "". ``allowed`` are
-    those of RATE_KEYS that the run was told to change. Raises ConfigError naming every key that
+    those of RATE_KEYS that the run was told to change; ``reporting`` the sections of plugins that
+    only observe. Raises ConfigError naming every key that
     must not differ.
     """
     changed, refused = [], []
@@ -122,13 +125,17 @@ def check_resume(
             refused.append(
                 Problem("a resume may not change it", f"--allow-change {key}", hint=hint)
             )
-    saved = profile if before is None else before.to_dict()
+    saved = without_secrets(profile) if before is None else before.to_dict()
     differing = [*differences(saved, config.to_dict())]
     length = another_past() if any(key in HORIZON_KEYS for key, _, _ in differing) else ""
     for key, old, new in differing:
         reason = "" if key.split(".")[0] in FREE_SECTIONS or key in FREE_KEYS else TRAINS
         if key in HORIZON_KEYS:
             reason = length
+        elif is_secret(key.rpartition(".")[2], new if old is None else old):
+            reason = ""  # it opens something, and trains nothing
+        elif any(f"{key}.".startswith(f"{section}.") for section in reporting):
+            reason = ""
         elif key in TEXT_KEYS:
             reason = "" if same_text else "another text is read there"
         elif key in allowed or (

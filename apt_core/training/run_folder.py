@@ -18,6 +18,7 @@ from apt_core import __version__
 from apt_core.errors import ConfigError, Problem
 from apt_core.failures import short_path
 from apt_core.log import get_logger
+from apt_core.secrets import without_secrets
 
 log = get_logger("apt.training")
 
@@ -176,7 +177,7 @@ class RunFolder:
     def write_manifest(self, **entries: Any) -> None:
         """Update some entries of ``manifest.json``."""
         self.manifest.update(entries, checkpoint_dir=str(self.checkpoints.resolve()))
-        clean = without_nan(self.manifest)
+        clean = without_secrets(without_nan(self.manifest))
         text = json.dumps(clean, indent=2, ensure_ascii=False, default=str, allow_nan=False)
         self._write("manifest.json", text + "\n")
 

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 from apt_core import PluginInfo, Priority, hookimpl
 
 PLUGIN = PluginInfo(
+    observer=True,
     summary="a page on each run: curves, timeline, samples; apt-report FOLDER writes it anew",
     version="1.0.0",
     requires=("jinja2>=3.1",),

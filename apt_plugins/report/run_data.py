@@ -12,6 +12,7 @@ from typing import Any
 from apt_core.config.yaml_text import parse_yaml
 from apt_core.errors import ConfigError
 from apt_core.files import read_file
+from apt_core.secrets import SecretValues, named_secrets, redact
 from apt_plugins.report.events import LogFacts, read_log
 from apt_plugins.report.metrics import Metrics, read_metrics
 
@@ -74,13 +75,14 @@ def read_run(folder: Path) -> Run:
     profile = _text(folder / "profile.yaml")
     if profile is None:
         notes.append(_missing(folder / "profile.yaml"))
+    settings = _settings(profile or "", notes)
     return Run(
         folder=folder,
         manifest=manifest,
         metrics=metrics,
         log=read_log(folder / "log.txt"),
-        profile=(profile or "")[:MAX_PROFILE],
-        settings=_settings(profile or "", notes),
+        profile=_shown(profile or "", settings)[:MAX_PROFILE],
+        settings=settings,
         checkpoints=_checkpoints(folder, manifest),
         last_row_at=_changed_at(folder / "metrics.jsonl"),
         notes=notes,
@@ -121,6 +123,13 @@ def _settings(profile: str, notes: list[str]) -> dict[str, Any]:
         notes.append("profile.yaml cannot be read as YAML")
         return {}
     return settings if isinstance(settings, dict) else {}
+
+
+def _shown(profile: str, settings: dict[str, Any]) -> str:
+    """The text of a profile, which a version that kept secrets may have written."""
+    secrets = SecretValues()
+    secrets.add(named_secrets(settings))
+    return redact(profile)
 
 
 def _checkpoints(folder: Path, manifest: Mapping[str, Any]) -> list[Checkpoint]:
