@@ -1,4 +1,5 @@
-"""Write docs/performance.md and docs/figures/ from benchmarks/results/*.json; --check compares."""
+"""Write docs/performance.md, docs/figures/ and the tables of docs/reliability.md from
+benchmarks/results/*.json; --check compares."""
 
 from __future__ import annotations
 
@@ -27,17 +28,96 @@ This page is rendered from `benchmarks/results/` by `python benchmarks/render.py
 """
 
 
+TOOLS = {
+    "faults": "The fault matrix",
+    "chaos": "Chaos",
+    "soak": "Soak",
+    "fuzz": "Fuzzing",
+}
+"""What looks for faults instead of measuring, by the file that keeps what it found."""
+
+BEGIN, END = "<!-- rendered: begin -->", "<!-- rendered: end -->"
+"""Between these lines of docs/reliability.md stand the tables."""
+
+
 def render(results: Path) -> str:
     """The whole page, one section a result, in the order of file names."""
-    sections = [_section(path.stem, _read(path)) for path in sorted(results.glob("*.json"))]
+    sections = [_section(path.stem, _read(path)) for path in _measured(results)]
     return "\n".join([HEAD, *sections])
+
+
+def render_reliability(results: Path, page: str) -> str:
+    """``page`` with the tables of what looked for faults. Raises ValueError for a page without the
+    lines that these stand between."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"it has no lines {BEGIN} and {END}")
+    found = {name: results / f"{name}.json" for name in TOOLS}
+    sections = [_found(TOOLS[name], _read(path)) for name, path in found.items() if path.exists()]
+    return "\n".join([f"{before}{BEGIN}\n", *sections, f"{END}{after}"])
+
+
+def missing(results: Path) -> list[Path]:
+    """Files of figures that the page on reliability is not complete without."""
+    return [path for name in TOOLS if not (path := results / f"{name}.json").exists()]
+
+
+def _measured(results: Path) -> list[Path]:
+    return [path for path in sorted(results.glob("*.json")) if path.stem not in TOOLS]
+
+
+def _found(title: str, result: Mapping[str, Any]) -> str:
+    """What one tool tried, what survived and what did not."""
+    rows = result["rows"]
+    tried, unexpected = (sum(row[key] for row in rows) for key in ("tried", "unexpected"))
+    seconds = f"{result['seconds']:,.0f} s"
+    if all("growth" in row for row in rows):
+        steps, plugins = result["steps"], len(result["plugins"])
+        summary = f"{steps:,} steps with {plugins} plugins in {seconds}; {unexpected} figures grow."
+        table = _table(
+            ["kept flat", "first tenth", "last tenth", "growth", "interval", "verdict"],
+            [
+                [
+                    row["kind"],
+                    *(row[key] for key in ("first", "last", "growth")),
+                    interval(row["interval"]),
+                    next(iter(row["outcomes"])),
+                ]
+                for row in rows
+            ],
+        )
+    else:
+        summary = f"{tried:,} tried in {seconds}, {unexpected:,} not as expected."
+        table = _table(
+            ["kind of fault", "tried", "survived", "found", "outcomes"],
+            [
+                [
+                    row["kind"],
+                    row["tried"],
+                    row["tried"] - row["unexpected"],
+                    row["unexpected"],
+                    ", ".join(f"{count:,} {name}" for name, count in row["outcomes"].items()),
+                ]
+                for row in rows
+            ],
+        )
+    parts = [
+        f"### {title}",
+        summary,
+        table,
+        f"Again: `{result['command']}`, seed {result['seed']}.",
+    ]
+    if result.get("left_out"):
+        parts.append(f"Left out here: {result['left_out']}.")
+    return "\n\n".join(parts) + "\n"
 
 
 def plots(results: Path) -> dict[str, dict[str, Any]]:
     """The plots of all results by the name of their file."""
     return {
         _file_name(path.stem, plot): plot
-        for path in sorted(results.glob("*.json"))
+        for path in _measured(results)
         for plot in _read(path)["raw"].get("plots", [])
     }
 
@@ -125,20 +205,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing, fail if out of date")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "performance.md")
+    parser.add_argument("--reliability", type=Path, default=ROOT / "docs" / "reliability.md")
     options = parser.parse_args(argv)
+    for path in missing(options.results) if options.check else ():
+        print(f"{path} is missing: the page on reliability has no table of it", file=sys.stderr)
     page = render(options.results)
     folder = options.page.parent / "figures"
     figures = {folder / name: plot for name, plot in plots(options.results).items()}
     old = [path for path, plot in figures.items() if not _is_current(path, plot)]
+    before = options.reliability.read_text(encoding="utf-8")
+    try:
+        reliability = render_reliability(options.results, before)
+    except ValueError as error:
+        parser.error(f"{options.reliability}: {error}")
     if not options.check:
         options.page.write_text(page, encoding="utf-8")
+        options.reliability.write_text(reliability, encoding="utf-8")
         _draw({path: figures[path] for path in old})
         return 0
     if not options.page.exists() or options.page.read_text(encoding="utf-8") != page:
         old.append(options.page)
+    if before != reliability:
+        old.append(options.reliability)
     for path in old:
         print(f"{path} is out of date: run python benchmarks/render.py", file=sys.stderr)
-    return 1 if old else 0
+    return 1 if old or missing(options.results) else 0
 
 
 def _draw(figures: Mapping[Path, Mapping[str, Any]]) -> None:

@@ -110,6 +110,24 @@ train(small, small.loss, batch, recipe)
 assert small.loss(inputs, targets) < 0.2
 """
 
+LEAKS = """
+from soak import Look, judged
+
+def verdicts(objects, pace=lambda n: 1.0):
+    seconds, looks = 0.0, []
+    for n in range(200):
+        seconds += 500 / pace(n)
+        looks.append(Look(500 * n, seconds, 300.0, 9, 1, objects(n), 0.2))
+    return {row["kind"]: row["unexpected"] for row in judged(looks)}
+
+flat = verdicts(lambda n: 1000.0 + 3000 * (n > 9) + n % 7)
+assert sum(flat.values()) == 0, flat
+leaking = verdicts(lambda n: 1000.0 + 10 * n + n % 7)
+assert leaking.pop("objects that the garbage collector knows") and not sum(leaking.values())
+slower = verdicts(lambda n: 1000.0, pace=lambda n: 100 - n / 4)
+assert slower.pop("steps per second") and not sum(slower.values())
+"""
+
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -143,10 +161,28 @@ def test_a_result_becomes_a_page_that_goes_out_of_date_with_it(
     assert content["figures"]["long_over_short"] > 1
 
     page, figure = tmp_path / "page.md", tmp_path / "figures" / "sleeps-asked.svg"
-    where = ("--results", result.parent, "--page", page)
+    faults = tmp_path / "reliability.md"
+    faults.write_text("Before\n<!-- rendered: begin -->\nold\n<!-- rendered: end -->\nafter\n")
+    row = {"kind": "flips", "tried": 7, "outcomes": {"read": 5, "refused": 2}, "unexpected": 1}
+    told = {"command": "try it", "seed": 3, "seconds": 4.2, "rows": [row]}
+    for name in ("faults", "chaos", "fuzz"):
+        (result.parent / f"{name}.json").write_text(json.dumps({"tool": name, **told}))
+    where = ("--results", result.parent, "--page", page, "--reliability", faults)
     missing = python(BENCHMARKS / "render.py", "--check", *where, code=1).stderr
-    assert str(page) in missing and str(figure) in missing
+    assert str(page) in missing and str(figure) in missing and str(faults) in missing
     python(BENCHMARKS / "render.py", *where)
+    assert (
+        "soak.json is missing" in python(BENCHMARKS / "render.py", "--check", *where, code=1).stderr
+    )
+    grown = {"first": 1.0, "last": 1.5, "growth": 0.5, "interval": [0.4, 0.6]}
+    soak = told | {"rows": [row | grown], "steps": 9, "plugins": {"a": "active"}}
+    (result.parent / "soak.json").write_text(json.dumps(soak))
+    python(BENCHMARKS / "render.py", *where)
+    tables = faults.read_text()
+    assert tables.startswith("Before\n") and tables.endswith("\nafter\n") and "old" not in tables
+    assert "| flips | 7 | 6 | 1 | 5 read, 2 refused |" in tables
+    assert "| flips | 1 | 1.5 | 0.5 | 0.4 – 0.6 | read |" in tables
+    assert "Again: `try it`, seed 3." in tables
     text = page.read_text()
     for shown in (
         "| `long_over_short` |",
@@ -219,3 +255,10 @@ def test_runs_that_are_hit_again_and_again_end_like_one_left_alone(
     content = json.loads(found.read_text())
     assert content["tool"] == "chaos"
     assert sum(row["tried"] for row in content["rows"]) >= 8, ended.stdout
+    assert all(row["unexpected"] == 0 for row in content["rows"])
+
+
+def test_a_leak_is_told_from_a_pool_that_fills(python: Python, tmp_path: Path) -> None:
+    script = tmp_path / "leaks.py"
+    script.write_text(LEAKS)
+    python(script)
