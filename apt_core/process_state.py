@@ -14,15 +14,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from torch.utils import _device
 
 from apt_core.states import OF_PYTHON, State, put_back
 
 _C: Any = torch._C
 _AUTOGRAD: Any = torch._C._autograd
-_UNIT: Any = getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None)
+_UNIT: Any = torch._GLOBAL_DEVICE_CONTEXT
 
 AUTOCAST = ("cpu", "cuda")
 """Types of device that a run computes its forward on."""
+
+OTHER_AUTOCAST = ("xpu", "mps", "hpu", "xla", "ipu", "maia", "mtia", "privateuseone")
 
 PRECISIONS = (
     ("generic", "all"), ("cuda", "all"), ("cuda", "matmul"), ("cuda", "conv"), ("cuda", "rnn"),
@@ -34,7 +37,8 @@ SDPA = ("flash", "math", "mem_efficient", "cudnn", "overrideable")
 SWITCHES = (
     "cudnn_enabled", "cudnn_benchmark", "cudnn_deterministic", "mkldnn_enabled",
     "mkldnn_deterministic", "nnpack_enabled", "math_sdp_allow_fp16_bf16_reduction",
-    "cublas_allow_fp16_accumulation", "deterministic_fill_uninitialized_memory",
+    "cublas_allow_fp16_accumulation", "cpu_allow_fp16_reduced_precision_reduction",
+    "deterministic_fill_uninitialized_memory",
 )  # fmt: skip
 """What torch has a getter and a setter of each by name."""
 
@@ -56,11 +60,14 @@ def _set_nesting(depth: int) -> None:
 
 def _autocast() -> tuple[Any, ...]:
     each = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in AUTOCAST]
-    return (*each, torch.is_autocast_cache_enabled())
+    return (*each, torch.is_autocast_cache_enabled(), _C._is_any_autocast_enabled())
 
 
 def _set_autocast(values: tuple[Any, ...]) -> None:
-    *each, caches = values
+    *each, caches, anywhere = values
+    for device in () if anywhere else OTHER_AUTOCAST:
+        with suppress(RuntimeError):  # this build does not know it
+            torch.set_autocast_enabled(device, False)
     for device, (enabled, dtype) in zip(AUTOCAST, each, strict=True):
         torch.set_autocast_enabled(device, enabled)
         torch.set_autocast_dtype(device, dtype)
@@ -93,6 +100,11 @@ def _set_function_modes(modes: list[Any]) -> None:
         _C._pop_torch_function_stack()
     for mode in modes:
         _C._push_on_torch_function_stack(mode)
+
+
+def _set_default_device(values: tuple[Any, Any]) -> None:
+    """Beside the function mode that it is: by ``set_default_device``, and by any context."""
+    _UNIT.device_context, _device.CURRENT_DEVICE = values
 
 
 def _dispatch_modes() -> list[Any]:
@@ -143,8 +155,8 @@ def _states() -> Iterator[State]:
     yield State("torch function modes", _function_modes, _set_function_modes, shows=False)
     yield State(
         "default device",
-        lambda: getattr(_UNIT, "device_context", None),
-        lambda value: setattr(_UNIT, "device_context", value),
+        lambda: (getattr(_UNIT, "device_context", None), _device.CURRENT_DEVICE),
+        _set_default_device,
         shows=False,
     )
     yield State("torch dispatch modes", _dispatch_modes, _set_dispatch_modes, shows=False)
@@ -208,7 +220,10 @@ LIKELY = (
 """What :meth:`ProcessState.unchanged` sees, most of it by one call."""
 
 OTHERS = [state.get for state in STATES if state.name not in LIKELY]
-OTHERS.append(lambda: _C._get_fp32_precision_getter("mkldnn", "matmul"))
+OTHERS += [
+    lambda: _C._get_fp32_precision_getter("mkldnn", "matmul"),
+    lambda: torch.get_autocast_dtype("cpu"),
+]
 
 
 def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _device
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from apt_core import hookimpl
@@ -166,6 +167,26 @@ def test_every_state_is_tried() -> None:
     """Those that are left out are switches of the same shape, most of them of GPUs."""
     left_out = {state.name for state in STATES} - set(CHANGES)
     assert all(name.endswith(("kernel", "reduction")) or "_" in name for name in left_out), left_out
+
+
+OTHER_WAYS: tuple[tuple[str, Callable[[], object]], ...] = (
+    ("autocast", lambda: torch.set_autocast_dtype("cpu", torch.float16)),
+    ("autocast", lambda: entered(torch.autocast("xpu"))),
+    ("torch function modes", lambda: entered(torch.device("meta"))),
+    ("default device", lambda: entered(_device.DeviceContext("meta"))),
+    ("fp32", lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")),
+    ("fp32", lambda: setattr(torch.backends, "fp32_precision", "tf32")),
+    ("fp32", lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True)),
+)
+
+
+@pytest.mark.parametrize("hook", ["on_training_start", "on_step_end"])
+def test_the_same_state_may_be_changed_in_other_ways(hook: str, quiet: TinyRun) -> None:
+    for number, (name, change) in enumerate(OTHER_WAYS):
+        run = ran(plugin(hook, lambda _, change=change: change(), raises=False))
+        assert same(run, quiet) and losses(run) == losses(quiet), number
+        (failure,) = run.manifest["plugins"][0]["failures"]
+        assert name in failure["error"] and failure["hook"] == hook, number
 
 
 def part(trainer: Any) -> None:
