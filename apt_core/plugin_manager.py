@@ -262,7 +262,7 @@ class PluginManager(pluggy.PluginManager):
             firstresult,
             lambda: self._all(plan, kwargs, firstresult),
             self._raised,
-            lambda call: self._watching(call, sets_modes=plan.sets_modes),
+            lambda call: self._watching(call, in_step=plan.in_step, sets_modes=plan.sets_modes),
         )
 
     def call_each(self, hook_name: str, **kwargs: Any) -> list[tuple[str, Any]]:
@@ -343,16 +343,20 @@ class PluginManager(pluggy.PluginManager):
                 self._left_behind(Call(code, (), plugin, what, 0, False), changes)
 
     @contextmanager
-    def _watching(self, call: Call, sets_modes: bool = False) -> Iterator[None]:
+    def _watching(
+        self, call: Call, *, in_step: bool = False, sets_modes: bool = False
+    ) -> Iterator[None]:
         watch = self.watch
         if watch is None:
             yield
             return
-        before = watch.before()
+        known = in_step and watch.stepping
+        before = None if known else watch.before()
         try:
             yield
         finally:
-            self._put_back(watch, call, before, sets_modes)
+            if not (known and watch.unchanged()):
+                self._put_back(watch, call, before, sets_modes)
 
     def _put_back(self, watch: Watch, call: Call, before: Any, sets_modes: bool) -> None:
         changes = watch.put_back(before, sets_modes=sets_modes)

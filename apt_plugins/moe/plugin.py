@@ -10,7 +10,7 @@ from apt_core import ConfigError, PluginInfo, Priority, ProviderSpec, SectionSpe
 from apt_plugins.moe.settings import ROUTERS, MoeSettings, contradictions, settings_of, unused
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Generator
 
     from apt_core.config import Config
     from apt_core.modeling import ModelTransform
@@ -95,16 +95,18 @@ def on_step_start(step: int, trainer: Any) -> None:
         layer.limited = step >= first
 
 
-# Early: a plugin that makes a second forward replaces what the layers keep of the first.
-@hookimpl(priority=Priority.EARLY)
-def apt_loss_terms(trainer: Any, batch: Any) -> dict[str, Tensor]:
+# Around the others, and so before them: one that makes a forward of its own replaces what the
+# layers keep of the batch's.
+@hookimpl(priority=Priority.FIRST, wrapper=True)
+def apt_loss_terms(trainer: Any, batch: Any) -> Generator[None, list[Any], list[Any]]:
     # One that a plugin keeps in eval mode leaves nothing behind of its forward.
     layers = [layer for layer in moe_layers_of(trainer) if layer.training and layer.router.training]
-    if not layers:
-        return {}
-    from apt_plugins.moe.statistics import losses
+    own = []
+    if layers:
+        from apt_plugins.moe.statistics import losses
 
-    return losses(layers, batch, settings_of(trainer.config))
+        own = [losses(layers, batch, settings_of(trainer.config))]
+    return own + (yield)
 
 
 # Early: who balances the load by it, at the end of the step, wants that of all processes.

@@ -158,11 +158,14 @@ def test_a_step_counts_its_own_target_tokens_in_all_micro_batches():
     assert sum(counted) == run.result.tokens * TOP_K
 
 
-def test_a_second_forward_by_another_plugin_is_not_counted():
+@pytest.mark.parametrize("priority", [0, 50])
+@pytest.mark.parametrize("length", [16, 7])
+def test_a_second_forward_by_another_plugin_is_not_counted(priority, length):
     class Again:
-        @hookimpl
+        @hookimpl(priority=priority)
         def apt_loss_terms(self, trainer, batch):
-            return {"twice": 0.0 * trainer.model(batch.input_ids.flip(0)).logits.mean()}
+            other = batch.input_ids.flip(0)[:, :length]
+            return {"twice": 0.0 * trainer.model(other).logits.mean()}
 
     once, twice = (tiny_run(MOE, *more, steps=4, overrides=SETTINGS) for more in ((), (Again(),)))
     assert once.same_weights(twice)
@@ -251,8 +254,8 @@ def test_padding_takes_no_place_of_an_expert(tmp_path, rdrop):
 def test_layers_that_a_plugin_keeps_in_eval_mode_are_not_counted_and_cost_nothing(all_of_them):
     class Stills:
         @hookimpl
-        def on_step_end(self, step, trainer):
-            if step == 2:
+        def on_step_start(self, step, trainer):
+            if step == 3:
                 for block in trainer.model.blocks[: None if all_of_them else 1]:
                     block.eval()
 
