@@ -29,7 +29,8 @@ def source_of(code: Any) -> tuple[str, int]:
     Returns ``("", 0)`` for what has no Python source.
     """
     if isinstance(code, ModuleType):
-        return getattr(code, "__file__", None) or "", 0
+        file = getattr(code, "__file__", None)
+        return file if isinstance(file, str) else "", 0
     if isinstance(code, functools.partial):
         return source_of(code.func)
     if inspect.isroutine(code):

@@ -11,7 +11,7 @@ from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from apt_core.errors import Problem, did_you_mean
-from apt_core.failures import short_path, source_of
+from apt_core.failures import one_line, short_path, source_of
 from apt_core.log import get_logger
 from apt_core.markers import PROJECT
 from apt_core.types import PluginInfo
@@ -37,9 +37,10 @@ def implementation_options(plugin: Any, name: str) -> dict[str, Any] | None:
 
 
 def _function(attribute: Any) -> Callable[..., Any] | None:
-    if isinstance(attribute, staticmethod | classmethod):
+    # By its type: an object may say of itself that it is of another, or fail when asked.
+    if issubclass(type(attribute), staticmethod | classmethod):
         attribute = attribute.__func__
-    return attribute if isinstance(attribute, FunctionType | MethodType) else None
+    return attribute if issubclass(type(attribute), FunctionType | MethodType) else None
 
 
 def options_of(attribute: Any) -> dict[str, Any] | None:
@@ -57,6 +58,16 @@ def plugin_info(plugin: Any) -> PluginInfo:
 
 def check_plugin_object(plugin: Any, name: str, specs: Mapping[str, Any]) -> list[Problem]:
     """Every reason why ``plugin`` cannot be registered; warns of unmarked functions."""
+    try:
+        return _problems_of(plugin, name, specs)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # what an object has is told by code of its own
+        message = f"what it has cannot be told: {one_line(error)}"
+        return [Problem(message, key=f"plugin {name}")]
+
+
+def _problems_of(plugin: Any, name: str, specs: Mapping[str, Any]) -> list[Problem]:
     if inspect.isclass(plugin):
         return [
             Problem(
@@ -144,6 +155,8 @@ def _check_implementation(
     def problem(message: str, hint: str) -> Problem:
         return Problem(message, key=key, where=where, hint=hint)
 
+    if not isinstance(hook, str):
+        return [problem(f"specname is a {type(hook).__name__}", "give the name of a hook")]
     if hook not in specs:
         hint = did_you_mean(hook, specs) or "'apt-hooks list --all' shows every hook"
         return [problem("there is no hook of this name", hint)]

@@ -156,7 +156,7 @@ class KnownKeys:
     def meant(self, path: KeyPath) -> KeyPath | None:
         """The known key that an unknown one was probably meant to be; None where that cannot be
         told, or has been asked of too many."""
-        if path not in self._meant and len(self._meant) < _MAX_GUESSES:
+        if path and path not in self._meant and len(self._meant) < _MAX_GUESSES:
             self._meant[path] = self._guess(path)
         return self._meant.get(path)
 

@@ -58,7 +58,7 @@ def parse_override(text: str, where: str = "") -> Override:
     if len(path) > MAX_DEPTH:
         message = f"a key of {len(path):,} parts, and no profile is deeper than {MAX_DEPTH}"
         raise ConfigError(Problem(message, where=where or "--set"))
-    if not all(part and part == part.strip() for part in path):
+    if not (is_encodable(key) and all(part and part == part.strip() for part in path)):
         raise ConfigError(
             Problem(f"{shortened(key, 200)!r} is no key", where=where or "--set", hint=hint)
         )

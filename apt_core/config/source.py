@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from apt_core.config.overrides import MAX_OVERRIDES, Override
 from apt_core.config.text_keys import TextKeys
-from apt_core.config.yaml_text import MAX_DEPTH, MAX_NODES, Document, KeyPath, dotted
+from apt_core.config.yaml_text import MAX_DEPTH, MAX_NODES, Document, KeyPath, dotted, is_encodable
 from apt_core.errors import ConfigError, Problem
 from apt_core.paths import FOUND_BESIDE
 from apt_core.plugin_names import name_of
@@ -366,8 +366,11 @@ class _Copier:
     def mapping(self, value: Mapping[Any, Any], path: KeyPath) -> dict[str, Any]:
         copied: dict[str, Any] = {}
         for key, item in value.items():
-            if isinstance(key, str):
+            if isinstance(key, str) and is_encodable(key):
                 copied[key] = self.copy(item, (*path, key))
+            elif isinstance(key, str):
+                message = f"{key!r} is no key: half a surrogate pair is no character"
+                self.problems.append(Problem(message, dotted(path)))
             else:
                 kind = type(key).__name__
                 self.problems.append(Problem(f"a key must be text, not {kind}", dotted(path)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from apt_core.cli.train import app
 from apt_core.config import Source, parse_override, read_profile, validate
 from apt_core.config.source import Marks
 from apt_core.config.yaml_text import MAX_NODES, parse_yaml
-from apt_core.data.loaders.text_default import read_text
 from apt_core.errors import ConfigError, Problem, did_you_mean
 from apt_core.failures import source_sha256
 from apt_core.files import read_file, read_lines
@@ -51,9 +51,6 @@ def test_what_is_no_file_is_refused_and_never_waited_for(no_file: Path) -> None:
     for profile in (no_file, "child.yaml"):
         with pytest.raises(ConfigError, match=r"it is a|is a directory"):
             read_profile(profile)
-    problems: list[Problem] = []
-    assert read_text(no_file, "data.train_path", problems) == ""
-    assert "cannot be read: it is a" in str(problems[0])
     with pytest.raises(discovery.LoadError, match=r"is a folder|is no file"):
         discovery.load(str(no_file), {})
     package = Path("package")
@@ -76,15 +73,6 @@ def test_files_are_read_up_to_a_limit(tmp_path: Path) -> None:
         read_file(path, 99)
     path.write_bytes(b"ab\n" + b"x" * 100 + b"\ncd")
     assert list(read_lines(path, 10)) == [b"ab\n", b"x" * 10, b"cd"]
-
-
-def test_a_text_that_memory_does_not_hold_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "sparse.txt"
-    with path.open("wb") as file:
-        file.truncate(1 << 43)
-    problems: list[Problem] = []
-    assert read_text(path, "data.train_path", problems) == ""
-    assert "8796.1 GB" in str(problems[0]) and "of memory are left" in str(problems[0])
 
 
 def test_a_plugin_file_that_no_person_wrote_is_refused(tmp_path: Path) -> None:
@@ -160,14 +148,6 @@ def test_the_first_problems_are_printed_and_the_others_counted() -> None:
     assert did_you_mean("d" * 201, ["d" * 201]) == ""
 
 
-def test_lines_of_data_that_cannot_be_read_are_named_up_to_a_number(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("{}\n" * 1000)
-    problems: list[Problem] = []
-    read_text(path, "data.train_path", problems)
-    assert len(problems) == 21 and "980 more lines cannot be read" in str(problems[-1])
-
-
 def test_no_more_arguments_and_plugins_than_a_person_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,3 +170,22 @@ def test_no_more_arguments_and_plugins_than_a_person_gives(
         Source.from_dict({}).with_overrides([override] * 1001)
     with pytest.raises(ConfigError, match=r"a key of 100,000 parts"):
         parse_override(".".join("a" * 100_000) + "=1")
+
+
+def test_the_deepest_profile_that_is_read_does_not_exhaust_the_stack() -> None:
+    limit = sys.getrecursionlimit()
+    assert limit <= 10_000
+    for depth in (30, 39, 41, 900, 100_000):
+        text = "a: " + "[" * depth + "]" * depth
+        try:
+            validate(Source.from_dict(parse_yaml(text, "x").data))
+        except ConfigError as error:
+            assert depth > 30 and "nested" in str(error)
+
+
+def test_a_key_that_is_no_text_is_refused() -> None:
+    """Arguments of a command may be any bytes, which are half surrogate pairs then."""
+    with pytest.raises(ConfigError, match="is no key"):
+        parse_override("\udcff=1")
+    (problem,) = Source.from_dict({"\ud800": 1}).problems
+    assert "is no key: half a surrogate pair" in problem.message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from apt_core import ConfigError, PluginInfo, hookimpl
 from apt_core.errors import Problem
+from apt_core.failures import source_of
 from apt_core.plugin_manager import PluginManager
 
 HEAD = "import functools\n\nimport pluggy\n\nfrom apt_core import hookimpl, PluginInfo\n\n"
@@ -321,3 +323,36 @@ def test_no_field_of_a_declaration_is_lost() -> None:
     for spec, defaults in bare.items():
         untried = [f for f, value in vars(spec).items() if value == vars(defaults)[f]]
         assert untried in ([], ["plugin"]), "the manager stamps the plugin, all else is declared"
+
+
+class Refuses(type):
+    def __getattribute__(cls, name: str) -> Any:
+        raise KeyError(name)
+
+
+class Unlisted:
+    def __dir__(self) -> Any:
+        return 5
+
+
+def test_what_a_plugin_has_is_looked_at_without_its_help(manager: PluginManager) -> None:
+    class Plugin:
+        on_step_end = Refuses("on_step_end", (), {})
+
+    (problem,) = refused(manager, Plugin())
+    assert "what it has cannot be told: KeyError" in problem.message
+    (problem,) = refused(manager, Unlisted(), "other")
+    assert "what it has cannot be told: TypeError" in problem.message
+
+    class Numbered:
+        @hookimpl(specname=3)  # type: ignore[arg-type]
+        def on_step_end(self, step: int) -> None: ...
+
+    (problem,) = refused(manager, Numbered(), "third")
+    assert problem.message == "specname is a int"
+
+
+def test_a_module_may_say_anything_of_its_file() -> None:
+    module = types.ModuleType("odd")
+    module.__file__ = 5  # type: ignore[assignment]
+    assert source_of(module) == ("", 0)
