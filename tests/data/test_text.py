@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -8,8 +10,9 @@ from hypothesis import strategies as st
 
 from apt_core.data import deduplicate_paragraphs, hold_out
 from apt_core.data.loaders import PydocDataset, TextDataset
+from apt_core.data.loaders.text_default import read_text
 from apt_core.data.preprocess import paragraphs
-from apt_core.errors import ConfigError
+from apt_core.errors import ConfigError, Problem
 
 
 def load(path, **more):
@@ -124,3 +127,29 @@ def test_a_file_without_text_is_bad_input(tmp_path, name):
         load(tmp_path / name)
     with pytest.raises(ConfigError, match=r"data\.train_path: no text to train on"):
         TextDataset().load()
+
+
+@pytest.mark.timeout(20)
+def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in ((tmp_path / "pipe", "pipe"), (Path("/dev/zero"), "device")):
+        problems: list[Problem] = []
+        assert read_text(path, "data.train_path", problems) == ""
+        assert f"cannot be read: it is a {kind}, not a file" in str(problems[0])
+
+
+def test_a_text_that_memory_does_not_hold_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "sparse.txt"
+    with path.open("wb") as file:
+        file.truncate(1 << 43)
+    problems: list[Problem] = []
+    assert read_text(path, "data.train_path", problems) == ""
+    assert "8796.1 GB" in str(problems[0]) and "of memory are left" in str(problems[0])
+
+
+def test_lines_of_data_that_cannot_be_read_are_named_up_to_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}\n" * 1000)
+    problems: list[Problem] = []
+    read_text(path, "data.train_path", problems)
+    assert len(problems) == 21 and "980 more lines cannot be read" in str(problems[-1])
