@@ -6,6 +6,7 @@ Every part of APT logs to a child of the logger ``apt``; plugins may do the same
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -209,9 +210,22 @@ class LogFile(logging.FileHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
+            self._open_anew_where_moved()
             super().emit(record)
         except OSError:  # the file cannot be made
             self.handleError(record)
+
+    def _open_anew_where_moved(self) -> None:
+        """A file that someone has moved or deleted would take what nobody ever reads."""
+        if self.stream is None:
+            return
+        try:
+            there = os.path.samestat(os.stat(self.baseFilename), os.fstat(self.stream.fileno()))
+        except FileNotFoundError:
+            there = False
+        if not there:
+            self.stream.close()
+            self.stream = None
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exception()

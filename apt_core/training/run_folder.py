@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ from apt_core.errors import ConfigError, Problem
 from apt_core.failures import short_path
 from apt_core.log import get_logger
 from apt_core.secrets import without_secrets
+from apt_core.training.folder_lock import FolderLock, process_row
 
 log = get_logger("apt.training")
 
@@ -57,8 +59,26 @@ def _new_folder(parent: Path, name: str) -> Path:
 
 def newest_folder(profile_name: str) -> Path | None:
     """The newest default folder of this profile that has a manifest."""
-    found = sorted((Path("runs") / _file_name(profile_name)).glob("*/manifest.json"))
-    return found[-1].parent if found else None
+    parent = Path("runs") / _file_name(profile_name)
+    found = [path.parent for path in parent.glob("*/manifest.json")]
+    return max(found, key=lambda path: _order_of(path.name), default=None)
+
+
+def _order_of(name: str) -> tuple[str, int]:
+    """By which default folders are in the order in which they were made: ``TIME`` or ``TIME-2``."""
+    numbered = re.fullmatch(r"(\d{8}-\d{6})-(\d{1,9})", name)
+    return (numbered[1], int(numbered[2])) if numbered else (name, 1)
+
+
+def _time_after(parent: Path) -> str:
+    """The time as the name of a folder that is newer than those in ``parent``: where the clock has
+    been set back, theirs with a number goes on."""
+    time = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    times = [_order_of(path.name)[0] for path in parent.glob("*")]
+    newest = max((each for each in times if re.fullmatch(r"\d{8}-\d{6}", each)), default=time)
+    if newest > time:
+        log.warning("the clock was ahead when runs/%s/%s was made", parent.name, newest)
+    return max(time, newest)
 
 
 def _file_name(name: str) -> str:
@@ -82,11 +102,16 @@ class RunFolder:
         self.ended: dict[str, Any] = {}
         self._metrics: BinaryIO | None = None
         self._unwritten = b""
-        self._locks: list[int] = []
+        self._locks: list[FolderLock] = []
         if writes:
-            self._lock(self.path, "--output")
+            self._locks.append(FolderLock(self.path, "--output"))
             if self.checkpoints.parent != self.path and self.checkpoints.is_dir():
-                self._lock(self.checkpoints, "training.checkpoint_dir")
+                try:
+                    lock = FolderLock(self.checkpoints, "training.checkpoint_dir")
+                except BaseException:
+                    self.close()
+                    raise
+                self._locks.append(lock)
 
     def __str__(self) -> str:
         return short_path(str(self.path))
@@ -104,8 +129,8 @@ class RunFolder:
         try:
             if output is not None:
                 return cls._of(output)
-            time = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-            path = _new_folder(Path("runs") / name, time)
+            parent = Path("runs") / name
+            path = _new_folder(parent, _time_after(parent))
             if checkpoint_dir:
                 checkpoints = _new_folder(Path(checkpoint_dir), f"{name}-{path.name}")
             else:
@@ -171,6 +196,7 @@ class RunFolder:
         """Note when the run began; after a resume, take out how it ended before, which is then
         ``ended``."""
         self.manifest.setdefault("started", now())
+        self.manifest["process"] = {**process_row(), "since": now()}
         keys = ("ended", "error", "figures", "sample", "reason")
         self.ended = {key: self.manifest.pop(key) for key in keys if key in self.manifest}
 
@@ -229,8 +255,13 @@ class RunFolder:
         waiting = bool(self._unwritten)
         self._unwritten += text.encode("utf-8", errors="backslashreplace") + b"\n"
         try:
+            path = self.path / "metrics.jsonl"
+            if self._metrics is not None and not is_file_of(path, self._metrics):
+                self._metrics.close()
+                self._metrics = None
+                log.warning("metrics.jsonl was moved or deleted: rows go to a new file from here")
             if self._metrics is None:
-                self._metrics = (self.path / "metrics.jsonl").open("ab", buffering=0)
+                self._metrics = path.open("ab", buffering=0)
             while self._unwritten:
                 self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
         except OSError as error:
@@ -241,38 +272,17 @@ class RunFolder:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
-        for descriptor in self._locks:
-            os.close(descriptor)
+        for lock in self._locks:
+            lock.close()
         self._locks = []
 
-    def _lock(self, path: Path, key: str) -> None:
-        """Lock a folder until the process ends, where the system has such locks.
 
-        Raises ConfigError if another process holds it.
-        """
-        try:
-            import fcntl
-        except ImportError:
-            return
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            self.close()
-            raise ConfigError(
-                Problem(
-                    "another run is going on in this folder",
-                    key=key,
-                    where=str(path),
-                    hint="wait for it, or name another folder",
-                )
-            ) from None
-        except OSError:
-            # A file system without locks.
-            os.close(descriptor)
-            return
-        self._locks.append(descriptor)
+def is_file_of(path: Path, file: BinaryIO) -> bool:
+    """Is what was opened still there under its name? Someone may have moved or deleted it."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def without_nan(value: Any) -> Any:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shutil
+import signal
 from datetime import datetime
 from pathlib import Path
 
@@ -12,9 +15,10 @@ import pytest
 from apt_core.cli.run_command import run_command
 from apt_core.cli.train import app
 from apt_core.errors import ConfigError
-from apt_core.training import run_folder
+from apt_core.log import get_logger, logging_to
+from apt_core.training import folder_lock, run_folder
 from apt_core.training.restoring import named_checkpoint
-from apt_core.training.run_folder import RunFolder
+from apt_core.training.run_folder import RunFolder, newest_folder
 
 
 @pytest.fixture
@@ -86,3 +90,89 @@ def test_a_folder_in_use_is_refused_under_its_lock(tmp_path):
         RunFolder.create(tmp_path / "file", "mine", None)
     with pytest.raises(ConfigError, match="is a file: a checkpoint is a folder"):
         named_checkpoint(tmp_path / "file")
+
+
+def test_a_child_that_outlives_its_run_does_not_keep_it_locked(tmp_path, in_children):
+    """As the process of an uploader or of a data loader does when the run is killed."""
+    reading, writing = os.pipe()
+
+    def run():
+        folder = RunFolder.create(tmp_path / "run", "mine", None)
+        folder.begin_manifest()
+        folder.write_manifest(status="running")
+        if not os.fork():
+            os.close(writing)
+            os.read(reading, 1)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        assert in_children(run) == [-signal.SIGKILL]
+        again = RunFolder.existing(tmp_path / "run")
+        # A child leaves its parent the lock.
+        os.waitpid(child, 0) if (child := os.fork()) else os._exit(0)
+        with pytest.raises(ConfigError, match=f"going on in this folder: process {os.getpid()} of"):
+            RunFolder.existing(tmp_path / "run")
+        again.close()
+        RunFolder.existing(tmp_path / "run").close()
+    finally:
+        os.close(writing)
+        os.close(reading)
+
+
+def test_the_holder_of_a_lock_is_known_from_the_manifest_where_it_runs_elsewhere(
+    tmp_path, monkeypatch
+):
+    folder = RunFolder.create(tmp_path / "run", "mine", None)
+    folder.begin_manifest()
+    folder.manifest["process"].update(pid=12, host="node7")
+    folder.write_manifest(status="running")
+    monkeypatch.setattr(folder_lock, "_locking_process", lambda path: None)
+    with pytest.raises(ConfigError, match=r"process 12 of node7, since \d{4}-"):
+        RunFolder.existing(folder.path)
+    monkeypatch.setattr(folder_lock, "_locking_process", lambda path: 2**22 + 1)
+    with pytest.raises(ConfigError, match=rf"has ended and left one behind .*\b{os.getpid()}\b"):
+        RunFolder.existing(folder.path)
+    folder.close()
+
+
+def test_rows_and_lines_after_a_file_was_moved_or_deleted_are_kept(tmp_path, caplog):
+    folder = RunFolder.create(tmp_path / "run", "mine", None)
+    rows = folder.path / "metrics.jsonl"
+    with logging_to(file=folder.log_file):
+        for step in range(4):
+            folder.write_metrics({"step": step})
+            get_logger("apt.training").info("step %s", step)
+            if step == 0:
+                rows.rename(tmp_path / "moved")
+                folder.log_file.rename(tmp_path / "log.txt.1")
+            if step == 2:
+                rows.unlink()
+                folder.log_file.unlink()
+    folder.close()
+    assert json.loads(rows.read_text()) == {"step": 3}
+    lines = folder.log_file.read_text()
+    assert "step 3" in lines and lines.count("metrics.jsonl was moved or deleted") == 1
+    assert "step 0" in (tmp_path / "log.txt.1").read_text()
+
+
+def test_the_newest_run_is_the_one_that_was_made_last_whatever_the_clock(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.chdir(tmp_path)
+    years = [2026, 2026, 2025, *[2024] * 10]
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime(years[number], 1, 2, 3, 4, 5, tzinfo=tz)
+
+    monkeypatch.setattr(run_folder, "datetime", Clock)
+    caplog.set_level(logging.WARNING, "apt")
+    for number in range(len(years)):
+        folder = RunFolder.create(None, "mine", None)
+        folder.write_manifest(status="running")
+        folder.close()
+        assert newest_folder("mine").name == folder.path.name, number
+    assert folder.path.name == "20260102-030405-13"
+    assert "the clock was ahead when runs/mine/20260102-030405 was made" in caplog.text
