@@ -115,7 +115,7 @@ def profile_value(rng: random.Random) -> Any:
 class ProfileTree(Target):
     """A profile that a program hands over."""
 
-    name, share = "profile-tree", 220
+    name, share = "profile-tree", 90
 
     def __init__(self, kept: Path) -> None:
         self.profiles = profiles()
@@ -130,7 +130,7 @@ class ProfileTree(Target):
 class ProfileText(Target):
     """Files of profiles that extend each other, and values from the command line on top."""
 
-    name, share = "profile-text", 100
+    name, share = "profile-text", 45
     parents = ("base", "tiny_debug", "./b.yaml", "./a.yaml", "c", ".", "../b.yaml", "b", "nowhere")
 
     def __init__(self, kept: Path) -> None:
@@ -170,7 +170,7 @@ class ProfileText(Target):
 class Commands(Target):
     """Command lines: apt-hooks, apt-train with --dry-run, enable and disable."""
 
-    name, share = "commands", 15
+    name, share = "commands", 4
     train = ("--profile", "-p", "--plugin", "--set", "--dry-run", "--json", "--strict", "--nproc",
              "--stop-at-step", "--allow-change", "--verify-resume", "--model.d_model",
              "--training.max_steps", "--data.source", "--schedules.x", "--hep", "-x")  # fmt: skip
@@ -229,7 +229,7 @@ def run(app: Any, command: str, line: list[str]) -> str:
 class Data(Target):
     """Texts to train on, and JSON lines."""
 
-    name, share = "data", 620
+    name, share = "data", 845
 
     def make(self, rng: random.Random) -> Any:
         name = rng.choice(["t.txt", "t.jsonl", "t.ndjson", "t", "t.JSONL", "\u0442.txt"])
@@ -288,7 +288,7 @@ EXTRAS = ("", "raise ValueError('\\x1b[2J')", "import no_such_module", "__file__
 class Plugins(Target):
     """Files of plugins: what they are when imported, their signatures, and what they declare."""
 
-    name, share = "plugins", 25
+    name, share = "plugins", 8
 
     def __init__(self, kept: Path) -> None:
         self.profile = {"name": "x"}
@@ -377,7 +377,7 @@ class Run(Target):
 class Reports(Run):
     """The folder of a run as apt-report reads it."""
 
-    name, share = "reports", 10
+    name, share = "reports", 4
 
     def make(self, rng: random.Random) -> Any:
         names = [name for name in self.files if not name.startswith("checkpoints")]
@@ -396,7 +396,7 @@ class Checkpoints(Run):
     """A run that is taken up again: checkpoints and records that were changed, also such as have
     valid hashes."""
 
-    name, share = "checkpoints", 10
+    name, share = "checkpoints", 4
 
     def make(self, rng: random.Random) -> Any:
         newest = [name for name in self.files if "step-00000004" in name]
