@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
+from operator import attrgetter, call
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,8 +120,7 @@ def _set_dispatch_modes(modes: list[Any]) -> None:
         _C._push_on_torch_dispatch_stack(mode)
 
 
-def _saved_tensors_hooks() -> Any:
-    return _AUTOGRAD._top_saved_tensors_default_hooks(True)
+_saved_tensors_hooks = partial(_AUTOGRAD._top_saved_tensors_default_hooks, True)
 
 
 def _set_saved_tensors_hooks(hooks: Any) -> None:
@@ -219,6 +220,7 @@ LIKELY = (
 )  # fmt: skip
 """What :meth:`ProcessState.unchanged` sees, most of it by one call."""
 
+_training = attrgetter("training")
 OTHERS = [state.get for state in STATES if state.name not in LIKELY]
 OTHERS += [
     lambda: _C._get_fp32_precision_getter("mkldnn", "matmul"),
@@ -274,7 +276,8 @@ class ProcessState:
 
     def note_modes(self) -> None:
         """The modes that modules have now are meant."""
-        self._note(Before(self._noted.values, [(m, m.training) for m in self._modules]))
+        if not self.modes_unchanged():
+            self._note(Before(self._noted.values, [(m, m.training) for m in self._modules]))
 
     def _note(self, right: Before) -> None:
         self._noted = right
@@ -296,10 +299,10 @@ class ProcessState:
 
     def modes_unchanged(self) -> bool:
         """Has each module within the model the mode that is meant?"""
-        return [module.training for module in self._modules] == self._modes
+        return list(map(_training, self._modules)) == self._modes
 
     def _settings(self) -> list[Any]:
-        return [get() for get in OTHERS]
+        return list(map(call, OTHERS))
 
     def put_back(self, before: Before | None = None, *, sets_modes: bool = False) -> list[str]:
         """Undo what has changed since ``before``, by default since :meth:`expect`, and say what.
