@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from math import inf, isnan
+from math import inf, isfinite, isnan
 from typing import TYPE_CHECKING, Any
 
 from apt_core.metric_names import CROSS_ENTROPY
@@ -18,7 +18,11 @@ PLAIN_LINE_SECONDS = 5.0
 
 
 def duration(seconds: float) -> str:
-    """``75.2 -> '1:15'``, ``3_700 -> '1:01:40'``."""
+    """``75.2 -> '1:15'``, ``3_700 -> '1:01:40'``; of a clock that was set back ``'-0:05'``."""
+    if not isfinite(seconds):
+        return str(seconds)
+    if seconds <= -1:
+        return f"-{duration(-seconds)}"
     whole = int(seconds)
     hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

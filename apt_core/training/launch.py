@@ -177,5 +177,5 @@ def is_said(text: str, rank: int) -> bool:
         while time.monotonic() < until and not store.check([key]):
             time.sleep(POLL_SECONDS)
         return bool(store.add(key, 1) > 1)
-    except RuntimeError:  # as torch's DistError is
+    except (RuntimeError, ValueError):  # torch's DistError is one; what stands there is no number
         return False

@@ -25,7 +25,8 @@ class Axis:
 
     @classmethod
     def around(cls, values: Sequence[Array], *, log: bool = False, zero: bool = False) -> Axis:
-        """An axis with a little room around finite values; ``zero`` begins it there."""
+        """An axis with a little room around finite values; ``zero`` begins it there, unless some
+        are negative."""
         low = min(float(v.min()) for v in values)
         high = max(float(v.max()) for v in values)
         if log:
@@ -34,7 +35,7 @@ class Axis:
         # Less than this, and the ticks of equal or almost equal values could not be told apart.
         least = 1e-6 * max(abs(low), abs(high)) or 1.0
         room = max(room, least)
-        low, high = (0.0 if zero else low - room), high + room
+        low, high = (0.0 if zero and low >= 0 else low - room), high + room
         return cls(10**low, 10**high, True) if log else cls(low, high)
 
     def share(self, values: Array) -> Array:

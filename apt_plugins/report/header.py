@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from apt_core.monitor import duration
-from apt_plugins.report.metrics import NOT_FINITE, Series, training_loss
+from apt_plugins.report.metrics import NOT_FINITE, Series, as_float, training_loss
 from apt_plugins.report.panels import last, lowest, typical
 from apt_plugins.report.run_data import Run
 from apt_plugins.report.wording import cut, number, size
@@ -113,13 +113,13 @@ def in_full(count: float) -> str:
 def manifest_number(run: Run, key: str, otherwise: float) -> float:
     """A number of the manifest, or ``otherwise``."""
     value: Any = run.manifest.get(key)
-    return value if type(value) in (int, float) else otherwise
+    return as_float(value) if type(value) in (int, float) else otherwise
 
 
 def _number(value: Any) -> float | None:
     """A number as the run writes it, also one that is not finite; None for anything else."""
     if type(value) in (int, float) or (type(value) is str and value in NOT_FINITE):
-        return float(value)
+        return as_float(value)
     return None
 
 

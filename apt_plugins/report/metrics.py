@@ -25,6 +25,9 @@ LARGEST = 1e30
 """What is beyond it no axis can show; it counts as not finite."""
 
 
+SMALLEST = 1e-100
+"""What is nearer to 0 no axis can show; it is drawn as 0."""
+
 MAX_STEP = 10**15
 
 MAX_LINE = 10_000_000
@@ -41,9 +44,11 @@ class Series:
 
     @cached_property
     def y(self) -> Array:
-        """What is drawn: NaN where a value is not finite, or too large."""
-        drawable = np.abs(self.raw) <= LARGEST
-        return self.raw if drawable.all() else np.where(drawable, self.raw, np.nan)
+        """What is drawn: NaN where a value is not finite or too large, 0 near to it."""
+        size = np.abs(self.raw)
+        drawn = np.where(size < SMALLEST, 0.0, self.raw) if (size < SMALLEST).any() else self.raw
+        drawable = size <= LARGEST
+        return drawn if drawable.all() else np.where(drawable, drawn, np.nan)
 
     def where(self, kept: NDArray[np.bool_]) -> Series:
         return Series(self.name, self.x[kept], self.raw[kept])
@@ -92,7 +97,7 @@ def read_metrics(path: Path) -> Metrics:
                     if column is None:
                         column = columns[key] = (array("d"), array("d"))
                     column[0].append(step)
-                    column[1].append(value if kind is float else _number(value))
+                    column[1].append(value if kind is float else as_float(value))
                 elif key == "sample" and kind is str:
                     metrics.samples.append((step, value))
     except FileNotFoundError:
@@ -121,11 +126,12 @@ def _row(line: str) -> dict[str, Any] | None:
     return row if 0 <= row["step"] < MAX_STEP else None
 
 
-def _number(value: float | str) -> float:
+def as_float(value: float | str) -> float:
+    """A number of a file; one that no float can hold is infinite."""
     try:
         return float(value)
     except OverflowError:  # a whole number of more than 308 digits
-        return float("inf")
+        return float("-inf" if isinstance(value, int) and value < 0 else "inf")
 
 
 def _series(name: str, steps: array[float], values: array[float]) -> Series:

@@ -5,8 +5,10 @@ Each test that starts processes takes seconds, so each asks several things of it
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -19,6 +21,8 @@ import pytest
 import torch
 
 from apt_core.training.checkpoint import load, newest_intact
+from apt_core.training.distributed import STORE_VARIABLE, shared_store
+from apt_core.training.launch import is_said
 from apt_core.training.tensor_files import SavedTensors
 
 ROOT = Path(__file__).parents[2]
@@ -307,3 +311,28 @@ def test_one_process_is_this_one(apt_train: Callable[..., Any]) -> None:
     done = apt_train("--nproc", "1", "--training.max_steps=2")
     assert done.code == 0
     assert done.manifest["world_size"] == 1
+
+
+class Foreign:
+    """Runs code where it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_foreign_value_in_the_store_of_nproc_runs_no_code(tmp_path, monkeypatch):
+    """Nor does it hide an error. (The folder is the person's own, of mode 0700: see above.)"""
+    monkeypatch.setenv(STORE_VARIABLE, str(tmp_path / "store"))
+    ran = tmp_path / "ran"
+    value = pickle.dumps(Foreign(ran))
+    pickle.loads(value)
+    assert ran.is_dir()
+    ran.rmdir()
+    store = shared_store()
+    said = hashlib.sha256(b"an error").hexdigest()
+    store.set(f"apt/said/{said}", value)
+    assert not is_said("an error", 0)  # everyone says it
+    assert store.get(f"apt/said/{said}") == value and not ran.exists()

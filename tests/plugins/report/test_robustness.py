@@ -114,6 +114,9 @@ def test_rows_without_a_loss_are_counted(make_run, page):
         [0.0] * 5,
         [1e-320] * 5,
         [3.0],
+        [-0.0, -5.0, -1e-320, 5e-324, -3.0, 1e-300],
+        [-5.0, -4.0],
+        [10**400, -(10**400), 1e308, -1e308],
         [1e30, -1e30],
         [1.0, 1.0 + 1e-15],
         [1e20, 1e20],
@@ -122,7 +125,8 @@ def test_rows_without_a_loss_are_counted(make_run, page):
     ],
 )
 def test_any_values_make_a_page(make_run, values):
-    metrics = [{"step": n, "loss": v, "mine/x": v} for n, v in enumerate(values)]
+    names = ("loss", "mine/x", "time/forward_ms", "memory_mb", "tokens_per_s", "mfu", "seconds")
+    metrics = [{"step": n, **dict.fromkeys(names, v)} for n, v in enumerate(values)]
     assert "</html>" in build_report(make_run(metrics))
 
 
@@ -161,6 +165,20 @@ def test_manifest_entries_of_other_types_are_left_out(make_run):
     for value in wrong:
         (folder / "manifest.json").write_text(json.dumps(dict.fromkeys(keys, value)))
         assert "</html>" in build_report(folder)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [1e308, -0.0, -5, 10**400, -(10**400), 1e-320, "-inf", "nan"],
+    ids=lambda value: str(value)[:8],
+)
+def test_figures_of_any_size_make_a_page(make_run, value):
+    folder = make_run()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    figures = ("val_loss", "val_step", "val_loss_start", "tokens", "seconds", "part_seconds", "mfu")
+    manifest.update(step=value, parameters=value, figures=dict.fromkeys(figures, value))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert "</html>" in build_report(folder)
 
 
 @pytest.mark.parametrize("profile", ["a: [", "- 1", "x: !!python/object:os.system {}", "\x00"])
