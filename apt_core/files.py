@@ -7,8 +7,9 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any
 
 
 def read_file(path: str | Path, limit: int | None = None) -> bytes:
@@ -35,7 +36,7 @@ def read_lines(path: str | Path, longest: int) -> Iterator[bytes]:
                 rest = file.readline(longest)
 
 
-def open_file(path: str | Path) -> BinaryIO:
+def open_file(path: str | Path) -> BufferedReader:
     """Open a file to read its bytes. Raises OSError for what is none."""
     # Looked at before it is opened, which is an act upon some devices.
     _raise_unless_file(os.stat(path), path)
@@ -46,6 +47,38 @@ def open_file(path: str | Path) -> BinaryIO:
         file.close()
         raise
     return file
+
+
+def append_to_file(path: str | Path) -> FileIO:
+    """Open a file for appending, unbuffered; it is made where it is missing.
+
+    Raises OSError for what is no file, and for a link: what is written in a folder stays there.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        file = FileIO(os.open(path, flags, 0o666), "a")
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(error.errno, "it is a link, which is not followed", str(path)) from None
+        if error.errno == errno.ENXIO:  # a pipe that nobody reads
+            _raise_unless_file(os.stat(path), path)
+        raise
+    try:
+        _raise_unless_file(os.fstat(file.fileno()), path)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def was_replaced(file: IO[Any], path: str | Path) -> bool:
+    """Is what lies at ``path`` no longer the open ``file``: deleted, or rotated away?"""
+    try:
+        return not os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
 
 
 def _raise_unless_file(status: os.stat_result, path: str | Path) -> None:

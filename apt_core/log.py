@@ -6,14 +6,15 @@ Every part of APT logs to a child of the logger ``apt``; plugins may do the same
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedWriter, TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from apt_core.files import append_to_file, was_replaced
 from apt_core.printable import printable
 
 if TYPE_CHECKING:
@@ -208,6 +209,10 @@ class LogFile(logging.FileHandler):
         super().__init__(path, encoding="utf-8", delay=True)
         self._lacking = False
 
+    def _open(self) -> TextIOWrapper:
+        file = append_to_file(Path(self.baseFilename))
+        return TextIOWrapper(BufferedWriter(file), encoding="utf-8", errors="backslashreplace")
+
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._open_anew_where_moved()
@@ -217,13 +222,7 @@ class LogFile(logging.FileHandler):
 
     def _open_anew_where_moved(self) -> None:
         """A file that someone has moved or deleted would take what nobody ever reads."""
-        if self.stream is None:
-            return
-        try:
-            there = os.path.samestat(os.stat(self.baseFilename), os.fstat(self.stream.fileno()))
-        except FileNotFoundError:
-            there = False
-        if not there:
+        if self.stream is not None and was_replaced(self.stream, self.baseFilename):
             self.stream.close()
             self.stream = None
 

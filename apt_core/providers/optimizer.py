@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from apt_core.providers.base import Provider
@@ -18,7 +18,9 @@ class OptimizerProvider(Provider, ABC):
     One that treats hidden matrices (those that map one hidden vector to another, not embeddings or
     the output head) in a way of its own sets ``separates_matrices``. ``moments`` says which state
     of a parameter, by name, is of the size of its gradient (1) or of the gradient's square (2): so
-    that it can be carried over when a plugin changes the structure of the model.
+    that it can be carried over when a plugin changes the structure of the model. ``states`` are the
+    names of all state that a parameter has once it has learned, one set for each way of treating
+    it; a checkpoint is held to that. Without any, it is not.
     """
 
     separates_matrices: ClassVar[bool] = False
@@ -28,6 +30,8 @@ class OptimizerProvider(Provider, ABC):
         "exp_avg_sq": 2,
         "max_exp_avg_sq": 2,
     }
+
+    states: ClassVar[Collection[frozenset[str]]] = ()
 
     @abstractmethod
     def create(

@@ -15,8 +15,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from math import isfinite
@@ -29,10 +30,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from apt_core.errors import CheckpointError
+from apt_core.files import open_file, read_file
 from apt_core.hook_returns import TENSOR_KEY
+from apt_core.json_files import MAX_BYTES, read_json
 from apt_core.log import get_logger
 from apt_core.training.distributed import ALONE, World
+from apt_core.training.resume import saved_profile
 from apt_core.training.run_folder import without_nan, write_atomically
+from apt_core.training.saved_state import faults
 from apt_core.training.tensor_files import SUFFIX, SavedTensors, write_shards, write_whole
 
 log = get_logger("apt.checkpoint")
@@ -45,13 +50,6 @@ STATE_KEYS = {
     "plugin_records", "optimizer_groups", "transforms", "averages",
     "modes",
 }  # fmt: skip
-LISTED: Mapping[str, Mapping[str, Any]] = {
-    "transforms": {"plugin": str},
-    "averages": {"plugin": str, "decay": (int, float)},
-    "modes": {"at_start": dict, "now": dict},
-}
-"""Mappings in the state, most of them in lists, with what each must have."""
-
 EVALUATION = "evaluation.json"
 
 
@@ -86,6 +84,9 @@ class Snapshot:
 
 def folder_name(step: int) -> str:
     return f"{PREFIX}{step:08d}"
+
+
+IS_STEP = re.compile(rf"{PREFIX}\d{{1,18}}")
 
 
 def step_of(path: Path) -> int:
@@ -252,27 +253,68 @@ def load(path: Path, *, verify: bool = True) -> Checkpoint:
     if verify:
         _verify(path, expected)
     try:
+        open_file(path / "plugins.safetensors").close()
         plugins = load_file(path / "plugins.safetensors")
-        profile = (path / "profile.yaml").read_text(encoding="utf-8")
+        profile = read_file(path / "profile.yaml", MAX_BYTES).decode("utf-8")
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
     state = _read_json(path / "state.json")
     missing = STATE_KEYS - state.keys()
-    if missing or not isinstance(manifest.get("step"), int):
-        raise CheckpointError(f"{path}: its state has no {', '.join(sorted(missing)) or 'step'}")
-    listed = {**state, "modes": [state["modes"]]}
-    for key, shape in LISTED.items():
-        if not _has_shape(listed[key], shape):
-            raise CheckpointError(f"{path / 'state.json'}: {key} is not what a checkpoint holds")
-    return Checkpoint(path, state, plugins, profile, manifest)
+    if missing:
+        raise CheckpointError(f"{path}: its state has no {', '.join(sorted(missing))}")
+    if wrong := faults(state):
+        raise CheckpointError(f"{path / 'state.json'}: not a checkpoint's: {'; '.join(wrong)}")
+    found = Checkpoint(path, state, plugins, profile, manifest)
+    _require_agreement(found)
+    return found
 
 
-def _has_shape(value: Any, keys: Mapping[str, Any]) -> bool:
-    """Is it a list of mappings that have ``keys``, of these types?"""
-    return isinstance(value, list) and all(
-        isinstance(item, dict) and all(isinstance(item.get(k), t) for k, t in keys.items())
-        for item in value
-    )
+def _require_agreement(found: Checkpoint) -> None:
+    """Raises CheckpointError where parts of a checkpoint contradict one another."""
+    path, step = found.path, found.state["step"]
+    for where, value in (
+        ("manifest.json", found.manifest.get("step")),
+        ("its name", step_of(path) if IS_STEP.fullmatch(path.name) else step),
+    ):
+        if value != step or isinstance(value, bool):
+            raise CheckpointError(f"{path}: {where} says step {value}, state.json says {step}")
+    for key, kind in (("providers", dict), ("plugins", dict)):
+        rows = found.manifest.get(key, [])
+        if not isinstance(rows, list) or not all(isinstance(row, kind) for row in rows):
+            raise CheckpointError(f"{path / 'manifest.json'}: {key} is not what a checkpoint holds")
+    saved_profile(found.profile)
+    missing = sorted(_references(found.state["plugins"]) - found.plugins.keys())
+    if missing:
+        raise CheckpointError(f"{path}: plugins.safetensors has no {missing[0]!r}")
+    for name, listed in (found.state.get("tensors") or {}).items():
+        there = inventory(found.tensors(name).shapes)
+        for tensor in sorted(listed.keys() | there.keys()):
+            if listed.get(tensor) != there.get(tensor):
+                raise CheckpointError(
+                    f"{path / name}: tensor {tensor!r} is {_described(there.get(tensor))}, "
+                    f"state.json says {_described(listed.get(tensor))}"
+                )
+
+
+def inventory(shapes: Mapping[str, tuple[Sequence[int], Any]]) -> dict[str, list[Any]]:
+    """Type and shape of each tensor by name, as JSON values."""
+    return {name: [str(dtype), *map(int, shape)] for name, (shape, dtype) in shapes.items()}
+
+
+def _described(entry: Sequence[Any] | None) -> str:
+    return "missing" if entry is None else f"{entry[0]} {list(entry[1:])}"
+
+
+def _references(value: Any) -> set[Any]:
+    """The names of tensors that the state of plugins refers to."""
+    names, rest = set(), [value]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, dict) and set(item) == {TENSOR_KEY}:
+            names.add(str(item[TENSOR_KEY]))
+        elif isinstance(item, dict | list):
+            rest += item.values() if isinstance(item, dict) else item
+    return names
 
 
 def _verify(path: Path, expected: Mapping[str, str]) -> None:
@@ -319,7 +361,8 @@ def newest_intact(root: Path) -> Checkpoint:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Checkpoint folders below ``root``, oldest first; unfinished ones are left out."""
-    return sorted(path for path in root.glob(f"{PREFIX}*") if path.is_dir())
+    found = [path for path in root.glob(f"{PREFIX}*") if IS_STEP.fullmatch(path.name)]
+    return sorted((path for path in found if path.is_dir()), key=step_of)
 
 
 def is_sound(path: Path) -> bool:
@@ -395,11 +438,10 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    # A device, or a pipe, would never end.
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent}: incomplete, it has no {path.name}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: incomplete, it has no {path.name}") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     if not isinstance(value, dict):
@@ -408,7 +450,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

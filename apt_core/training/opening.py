@@ -49,7 +49,7 @@ class Opening:
         """
         world, config = trainer.world, trainer.config
         try:
-            path = world.from_first(lambda: self._look(config.name))
+            path = world.from_first(lambda: self._look(config.name, config.training.checkpoint_dir))
             if path is not None:
                 with before_the_run(), naming_authors(trainer.kernel):
                     restore(trainer, self._found or checkpoint.load(path, verify=False))
@@ -75,7 +75,7 @@ class Opening:
             if self._folder is not None:
                 self._folder.close()
 
-    def _look(self, profile_name: str) -> Path | None:
+    def _look(self, profile_name: str, checkpoint_dir: str | None) -> Path | None:
         """Open the folder of an earlier run, if this one goes on in it, and find the checkpoint
         that it goes on from."""
         if self._resume and self._output is None:
@@ -93,7 +93,7 @@ class Opening:
         if output is not None and (
             self._resume or (self._resume_from and (output / "manifest.json").exists())
         ):
-            self._folder = RunFolder.existing(output)
+            self._folder = RunFolder.existing(output, checkpoint_dir)
         if self._resume_from is not None:
             self._found = named_checkpoint(self._resume_from)
         elif self._folder is not None:

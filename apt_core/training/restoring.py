@@ -66,7 +66,14 @@ def restore(trainer: Trainer, found: Checkpoint) -> None:
     trainer.switching.replay(state["transforms"])
     found.tensors("model").read_into(model_tensors(trainer.model), "model")
     tell_buffers_loaded(trainer.model)
-    load_optimizer(trainer.model, trainer.optimizer, found.tensors("optimizer"))
+    load_optimizer(
+        trainer.model,
+        trainer.optimizer,
+        found.tensors("optimizer"),
+        getattr(
+            trainer.registry.get("optimizer", trainer.config.training.optimizer_name), "states", ()
+        ),
+    )
     _restore_groups(trainer, found)
     if trainer.ema is not None:
         found.tensors("ema").read_into(trainer.ema.values, "average of the weights")

@@ -6,23 +6,31 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from io import FileIO
 from itertools import count
 from math import isfinite
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from apt_core import __version__
 from apt_core.errors import ConfigError, Problem
 from apt_core.failures import short_path
+from apt_core.files import append_to_file, was_replaced
+from apt_core.json_files import json_rows, read_json
 from apt_core.log import get_logger
 from apt_core.secrets import without_secrets
 from apt_core.training.folder_lock import FolderLock, process_row
 
 log = get_logger("apt.training")
+
+METRICS = "metrics.jsonl"
+TEXTS = ("started", "checkpoint_dir", "ended", "error", "sample", "reason")
+"""Entries of a manifest that a resumed run reads."""
 
 PACKAGES = ("torch", "pluggy", "pydantic", "numpy", "safetensors")
 
@@ -100,9 +108,10 @@ class RunFolder:
         self.writes = writes
         self.manifest: dict[str, Any] = {}
         self.ended: dict[str, Any] = {}
-        self._metrics: BinaryIO | None = None
+        self._metrics: FileIO | None = None
         self._unwritten = b""
         self._locks: list[FolderLock] = []
+        self._first_drop: Callable[[], None] | None = None
         if writes:
             self._locks.append(FolderLock(self.path, "--output"))
             if self.checkpoints.parent != self.path and self.checkpoints.is_dir():
@@ -165,27 +174,33 @@ class RunFolder:
         return folder
 
     @classmethod
-    def existing(cls, path: Path) -> RunFolder:
-        """The folder of an earlier run; its checkpoints inside it are enough to go on with.
+    def existing(cls, path: Path, checkpoint_dir: str | None = None) -> RunFolder:
+        """The folder of an earlier run; its checkpoints inside it are enough to go on with. Where
+        there are none, they are below the profile's ``checkpoint_dir``.
 
         Raises ConfigError if there is no run in it, or one that is still going on.
         """
         inside = path / "checkpoints"
+        manifest, reason = {}, ""
         try:
-            manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-            checkpoints = manifest["checkpoint_dir"]
-        except (OSError, ValueError, KeyError, TypeError):
-            if inside.is_dir():  # a run that is killed at its start has no manifest yet
-                return cls(path, inside)
+            manifest = _known_entries(read_json(path / "manifest.json"))
+        except FileNotFoundError:
+            reason = "it has no manifest.json"
+        except (OSError, ValueError) as error:
+            reason = f"manifest.json cannot be read: {getattr(error, 'strerror', None) or error}"
+        if not inside.is_dir() and not manifest:
             raise ConfigError(
                 Problem(
-                    "there is no run to resume in this folder: no readable manifest.json",
+                    f"there is no run to resume in this folder: {reason or 'an empty manifest'}",
                     key="--resume",
                     where=str(path),
                     hint="give the folder of the run with --output, or leave --resume out",
                 )
-            ) from None
-        folder = cls(path, inside if inside.is_dir() else Path(checkpoints))
+            )
+        if reason:
+            log.warning("%s: %s; the run goes on from its checkpoints", path, reason)
+        checkpoints = inside if inside.is_dir() else _elsewhere(path, manifest, checkpoint_dir)
+        folder = cls(path, checkpoints)
         folder.manifest = manifest
         return folder
 
@@ -228,21 +243,34 @@ class RunFolder:
 
     def drop_metrics_after(self, step: int, *, evaluation: bool = False) -> None:
         """Forget rows of steps that a resumed run will take again, and that of an ``evaluation`` of
-        ``step`` which it will make again."""
-        path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return
-        kept = []
-        # The last line may have been cut, in the middle of a letter too.
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        ``step`` which it will make again. A disk that does not take that is tried again before the
+        next row."""
+
+        def drop() -> None:
+            kept, lost = [], 0
             try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            again = evaluation and row.get("step") == step and "val_loss" in row
-            if row.get("step", 0) <= step and not again:
-                kept.append(line + "\n")
-        write_atomically(path, "".join(kept))
+                for line, row in json_rows(self.path / METRICS):
+                    at = None if row is None else row.get("step", 0)
+                    if row is None or isinstance(at, bool) or not isinstance(at, int | float):
+                        lost += 1  # the last one may have been cut
+                    elif at <= step and not (evaluation and at == step and "val_loss" in row):
+                        kept.append(line.rstrip(b"\r\n").decode("utf-8") + "\n")
+            except FileNotFoundError:
+                return
+            write_atomically(self.path / METRICS, "".join(kept))
+            if lost:
+                log.warning("%s: %d lines that are no rows of steps are left out", METRICS, lost)
+
+        self._first_drop = drop
+        try:
+            self._drop()
+        except OSError as error:
+            log.error("%s: rows of steps to come are still in it: %s", METRICS, error)
+
+    def _drop(self) -> None:
+        if self._first_drop is not None:
+            self._first_drop()
+            self._first_drop = None
 
     def write_metrics(self, row: Mapping[str, Any]) -> None:
         """Append one row. A number that is not finite is written as a string, which JSON allows.
@@ -255,13 +283,13 @@ class RunFolder:
         waiting = bool(self._unwritten)
         self._unwritten += text.encode("utf-8", errors="backslashreplace") + b"\n"
         try:
-            path = self.path / "metrics.jsonl"
-            if self._metrics is not None and not is_file_of(path, self._metrics):
+            self._drop()
+            if self._metrics is not None and was_replaced(self._metrics, self.path / METRICS):
                 self._metrics.close()
                 self._metrics = None
-                log.warning("metrics.jsonl was moved or deleted: rows go to a new file from here")
+                log.warning("%s was moved or deleted: rows go to a new file from here", METRICS)
             if self._metrics is None:
-                self._metrics = path.open("ab", buffering=0)
+                self._metrics = append_to_file(self.path / METRICS)
             while self._unwritten:
                 self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
         except OSError as error:
@@ -277,12 +305,42 @@ class RunFolder:
         self._locks = []
 
 
-def is_file_of(path: Path, file: BinaryIO) -> bool:
-    """Is what was opened still there under its name? Someone may have moved or deleted it."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
+def _known_entries(manifest: Any) -> dict[str, Any]:
+    """Those of a run's manifest that a resumed run goes on with, where they are what they should
+    be; the others it writes anew. Raises ValueError for what is no mapping."""
+    if not isinstance(manifest, dict):
+        raise ValueError("it is not a mapping")
+    failed = manifest.get("failed_checkpoints")
+    known = {key: manifest[key] for key in TEXTS if isinstance(manifest.get(key), str)}
+    figures = manifest.get("figures")
+    if isinstance(figures, dict):
+        known["figures"] = {k: v for k, v in figures.items() if isinstance(v, int | float)}
+    if isinstance(failed, list) and all(isinstance(text, str) for text in failed):
+        known["failed_checkpoints"] = failed
+    return known
+
+
+def _elsewhere(path: Path, manifest: Mapping[str, Any], checkpoint_dir: str | None) -> Path:
+    """Where the manifest in ``path`` says that its checkpoints are: below the run, or directly
+    below the profile's ``checkpoint_dir``.
+
+    Raises ConfigError for any other place: a manifest does not decide where is written.
+    """
+    said = Path(path, manifest.get("checkpoint_dir", "checkpoints")).resolve()
+    homes = [path.resolve()]
+    if said.is_relative_to(homes[0]) and said != homes[0]:
+        return said
+    if checkpoint_dir is not None and said.parent == Path(checkpoint_dir).resolve():
+        return said
+    raise ConfigError(
+        Problem(
+            f"the manifest says that its checkpoints are in {said}, which is not below the run "
+            "nor below the profile's training.checkpoint_dir",
+            key="--resume",
+            where=str(path / "manifest.json"),
+            hint=f"if they are: --training.checkpoint_dir {shlex.quote(str(said.parent))}",
+        )
+    )
 
 
 def without_nan(value: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from apt_core.errors import StopTraining, TrainingError
@@ -288,7 +289,7 @@ class Saving:
             step=trainer.step,
             tensors=tensors,
             plugins=plugin_tensors,
-            state=json.dumps(self._state(states), indent=1, ensure_ascii=False) + "\n",
+            state=json.dumps(self._state(states, tensors), indent=1, ensure_ascii=False) + "\n",
             profile=trainer.config.to_yaml(),
             manifest={
                 "written": now(),
@@ -300,7 +301,9 @@ class Saving:
             evaluated=self._evaluation_of(trainer.step),
         )
 
-    def _state(self, plugins: dict[str, Any]) -> dict[str, Any]:
+    def _state(
+        self, plugins: dict[str, Any], tensors: dict[str, dict[str, Tensor]]
+    ) -> dict[str, Any]:
         """Where the run is, as JSON values."""
         trainer = self._trainer
         return {
@@ -327,6 +330,10 @@ class Saving:
             "tokens_sha256": trainer.parts.data["tokens_sha256"],
             "plugins": plugins,
             "plugin_records": trainer.manager.state_dict(),
+            "tensors": {
+                name: checkpoint.inventory({k: (v.shape, v.dtype) for k, v in part.items()})
+                for name, part in tensors.items()
+            },
             "optimizer_groups": optimizer_groups(trainer.model, trainer.optimizer),
             "transforms": trainer.switching.switches,
             "changes": trainer.changes,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import isclose
 from typing import Any
 
@@ -133,10 +133,17 @@ def _first(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def load_optimizer(model: nn.Module, optimizer: Optimizer, saved: SavedTensors) -> None:
-    """Put the state back, sharded as the parameters are.
+def load_optimizer(
+    model: nn.Module,
+    optimizer: Optimizer,
+    saved: SavedTensors,
+    states: Collection[frozenset[str]] = (),
+) -> None:
+    """Put the state back, sharded as the parameters are. ``states`` are those that the optimizer's
+    provider knows of a parameter.
 
-    Raises CheckpointError for state of a parameter that is not there.
+    Raises CheckpointError for state of a parameter that is not there, and for other state than
+    these.
     """
     parameters = dict(model.named_parameters())
     names = {id(parameter): name for name, parameter in parameters.items()}
@@ -153,12 +160,40 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, saved: SavedTensors) 
         else:
             tensor = torch.empty(shape, dtype=dtype)
         targets[key] = by_parameter.setdefault(name, {})[state] = tensor
+    for name, own in by_parameter.items():
+        _require_states(name, parameters[name], own, states)
     saved.read_into(targets, "optimizer")
     packed = optimizer.state_dict()
     packed["state"] = {
         index: by_parameter[name] for index, name in enumerate(ordered) if name in by_parameter
     }
     optimizer.load_state_dict(packed)
+
+
+def _require_states(
+    name: str,
+    parameter: Tensor,
+    state: Mapping[str, Tensor],
+    states: Collection[frozenset[str]],
+) -> None:
+    """Raises CheckpointError where a parameter's state is none of ``states``, as far as any are
+    known, or is not of the parameter's shape and type, but for the scalar ``step``: fused kernels
+    write beyond the end of what is smaller."""
+    if not states:
+        return
+    if frozenset(state) not in states:
+        known = " or ".join(", ".join(sorted(names)) for names in states)
+        raise CheckpointError(
+            f"the checkpoint's optimizer state of {name} is {', '.join(sorted(state))}, not {known}"
+        )
+    for key, tensor in state.items():
+        scalar = torch.Size(), torch.float32
+        right = scalar if key == "step" else (parameter.shape, parameter.dtype)
+        if (tensor.shape, tensor.dtype) != right:
+            raise CheckpointError(
+                f"{key} of {name} is {tensor.dtype} {list(tensor.shape)} in the checkpoint, the "
+                f"parameter {parameter.dtype} {list(parameter.shape)}"
+            )
 
 
 def plugin_states(manager: PluginManager, trainer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:

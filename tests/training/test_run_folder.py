@@ -59,13 +59,27 @@ def test_a_copy_of_a_run_does_not_write_into_its_checkpoints(one_second, tmp_pat
     run.write_manifest(status="running")
     copy = shutil.copytree(run.path, tmp_path / "copy")
     with pytest.raises(ConfigError, match=r"kept/mine-\S+: training\.checkpoint_dir: another run"):
-        RunFolder.existing(copy)
+        RunFolder.existing(copy, "kept")
     run.close()
-    again = RunFolder.existing(copy)
+    again = RunFolder.existing(copy, "kept")
     assert again.checkpoints == run.checkpoints == Path.cwd() / "kept" / run.checkpoints.name
     # Both locks go with it, and the one of the folder where the other was refused.
     again.close()
-    RunFolder.existing(run.path).close()
+    RunFolder.existing(run.path, "kept").close()
+
+
+@pytest.mark.parametrize("said", ["/somewhere/else", "../../above", "..", ".", "../kept2/x", ""])
+def test_a_manifest_does_not_decide_where_is_written(tmp_path, said):
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "manifest.json").write_text(json.dumps({"checkpoint_dir": said}))
+    with pytest.raises(ConfigError, match=r"not below the run nor below .*checkpoint_dir"):
+        RunFolder.existing(path, str(tmp_path / "kept"))
+    for inside in ("saved", str(tmp_path / "kept" / "mine-1")):
+        (path / "manifest.json").write_text(json.dumps({"checkpoint_dir": inside}))
+        folder = RunFolder.existing(path, str(tmp_path / "kept"))
+        assert folder.checkpoints == path / inside
+        folder.close()
 
 
 def test_a_home_directory_is_one_on_the_command_line(profile, tmp_path, monkeypatch):

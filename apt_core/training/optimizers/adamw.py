@@ -10,11 +10,14 @@ from torch.optim import Optimizer
 
 from apt_core.providers.optimizer import OptimizerProvider
 
+ADAM_STATE = frozenset({"step", "exp_avg", "exp_avg_sq"})
+
 
 class AdamWProvider(OptimizerProvider):
     """AdamW (Loshchilov and Hutter, arXiv:1711.05101), torch's fused kernel."""
 
     name = "adamw"
+    states = (ADAM_STATE,)
 
     def create(
         self, param_groups: Sequence[dict[str, Any]], *, learning_rate: float, weight_decay: float

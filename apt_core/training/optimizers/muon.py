@@ -11,6 +11,7 @@ from torch.optim import AdamW, Optimizer
 
 from apt_core.providers.optimizer import OptimizerProvider
 from apt_core.training.distributed import shard_like, whole_tensor
+from apt_core.training.optimizers.adamw import ADAM_STATE
 from apt_core.training.optimizers.newton_schulz import orthogonalize
 
 MATRICES = "hidden_matrices"
@@ -147,6 +148,7 @@ class MuonProvider(OptimizerProvider):
 
     name = "muon"
     separates_matrices = True
+    states = (ADAM_STATE, frozenset({"momentum_buffer"}))
 
     def create(
         self, param_groups: Sequence[dict[str, Any]], *, learning_rate: float, weight_decay: float

@@ -1,0 +1,59 @@
+"""JSON that somebody else may have written: of bounded size and depth, and never more than text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from apt_core.files import read_file, read_lines
+
+MAX_BYTES = 256 * 2**20
+"""Of a file that is read as a whole. A checkpoint's state is the largest, with what plugins keep in
+it; tensors are no part of it."""
+
+MAX_LINE = 2**24
+MAX_DEPTH = 200
+
+
+def read_json(path: Path) -> Any:
+    """The value in a file. Raises OSError, and ValueError for what is no JSON or too deep."""
+    return parse_json(read_file(path, MAX_BYTES).decode("utf-8"))
+
+
+def parse_json(text: str) -> Any:
+    """The value of a text. Raises ValueError as :func:`read_json` does."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    level, depth = [value], 0
+    while level := [child for item in level for child in _children(item)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+    return value
+
+
+def _children(value: Any) -> list[Any]:
+    if not isinstance(value, dict | list):
+        return []
+    children = value.values() if isinstance(value, dict) else value
+    return [child for child in children if isinstance(child, dict | list)]
+
+
+def json_rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Each line of a file of rows, with the mapping that it is; None for one that was cut, has more
+    than MAX_LINE bytes, or is something else. Empty lines are left out. Raises OSError."""
+    for line in read_lines(path, MAX_LINE):
+        if line.strip():
+            yield line, _row(line)
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = parse_json(line.decode("utf-8"))
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
