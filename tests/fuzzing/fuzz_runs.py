@@ -23,7 +23,11 @@ from typing import Any
 from fuzz_targets import DECLARED, Target, empty
 
 DEADLINE = 10
-"""Seconds that an input may take."""
+"""Seconds of the processor that an input may take."""
+
+PATIENCE = 60
+"""Seconds that it may take by the clock: what waits takes none of the processor's, and others may
+use that too."""
 
 MEMORY = 3 << 30
 """Bytes of address space that a child may take beyond what it begins with."""
@@ -32,7 +36,7 @@ WRITES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.tr
 
 
 class TooLong(BaseException):
-    """An input took longer than it may."""
+    """An input takes longer than it may."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,8 @@ def feed(target: Target, seed: int, number: int, guard: Guard) -> tuple[str, Fin
     guard.found, guard.active = [], True
     error: BaseException | None = None
     outcome = ""
-    signal.setitimer(signal.ITIMER_REAL, DEADLINE)
+    signal.setitimer(signal.ITIMER_PROF, DEADLINE)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
     try:
         outcome = target.feed(given)
     except DECLARED as refusal:
@@ -111,6 +116,7 @@ def feed(target: Target, seed: int, number: int, guard: Guard) -> tuple[str, Fin
     except BaseException as found:
         error = found
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         guard.active = False
         sys.path[:], sys.argv[:] = path, argv
@@ -136,9 +142,10 @@ def bounded() -> Iterator[None]:
     """A bound of memory, and an alarm that raises."""
 
     def ring(number: int, frame: Any) -> None:
-        raise TooLong(f"more than {DEADLINE} s")
+        raise TooLong(f"more than {PATIENCE if number == signal.SIGALRM else DEADLINE} s")
 
     signal.signal(signal.SIGALRM, ring)
+    signal.signal(signal.SIGPROF, ring)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

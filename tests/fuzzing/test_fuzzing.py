@@ -53,12 +53,14 @@ class Ways(Target):
             os._exit(3)
         if way == "writes":
             Path("../outside").write_text("x")
+        while way == "spins":
+            pass
         if way == "eats":
             bytearray(fuzz_runs.MEMORY + (64 << 20))
         return "accepted"
 
     def __init__(self, kept: Path) -> None:
-        names = ("fine", "refused", "raises", "hangs", "dies", "writes", "eats", "fine")
+        names = ("fine", "refused", "raises", "hangs", "dies", "writes", "eats", "spins")
         self.ways = {self.make(source_of(0, self.name, n)): way for n, way in enumerate(names)}
 
 
@@ -66,12 +68,14 @@ def test_the_harness_tells_each_way_in_which_an_input_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fuzz_runs, "DEADLINE", 0.2)
+    monkeypatch.setattr(fuzz_runs, "PATIENCE", 2)
     target = Ways(tmp_path)
     tally = fuzz(target, 0, range(8), tmp_path.resolve(), jobs=1)
-    assert tally.outcomes == {"accepted": 2, "refused": 1, "unexpected": 5}
+    assert tally.outcomes == {"accepted": 1, "refused": 1, "unexpected": 6}
     errors: dict[int, Any] = {finding.number: finding.error for finding in tally.findings}
     assert errors[2] == "KeyError: 'x'" and "TooLong" in errors[3] and "died: 3" in errors[4]
     assert "outside of its folder" in errors[5] and "MemoryError" in errors[6]
+    assert "TooLong" in errors[7]
 
 
 def test_an_input_is_made_of_its_seed_and_number_alone(tmp_path: Path) -> None:
