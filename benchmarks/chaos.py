@@ -821,7 +821,9 @@ def tell(number: int, new: Sequence[Outcome], events: int, options: argparse.Nam
 def table(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """By what was tried: how often, what came of it, and how often that was wrong."""
     rows = []
-    named = {kind: words for kind, (words, _) in KINDS.items()} | {"left alone": "nothing"}
+    named = {kind: words for kind, (words, _) in KINDS.items()} | {
+        "left alone": "nothing more: left alone to its end"
+    }
     for kind, words in named.items():
         own = [outcome for outcome in outcomes if outcome.kind == kind]
         if own:

@@ -74,7 +74,7 @@ def _found(title: str, result: Mapping[str, Any]) -> str:
     seconds = f"{result['seconds']:,.0f} s"
     if all("growth" in row for row in rows):
         steps, plugins = result["steps"], len(result["plugins"])
-        summary = f"{steps:,} steps with {plugins} plugins in {seconds}; {unexpected} figures grow."
+        summary = f"{steps:,} steps with {plugins} plugins in {seconds}; {unexpected} not flat."
         table = _table(
             ["kept flat", "first tenth", "last tenth", "growth", "interval", "verdict"],
             [
@@ -109,7 +109,7 @@ def _found(title: str, result: Mapping[str, Any]) -> str:
         f"Again: `{result['command']}`, seed {result['seed']}.",
     ]
     if result.get("left_out"):
-        parts.append(f"Left out here: {result['left_out']}.")
+        parts.append(f"Left out: {result['left_out']}.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -239,7 +239,9 @@ def judged(looks: Sequence[Look]) -> list[dict[str, Any]]:
             {
                 "kind": words,
                 "tried": len(values),
-                "outcomes": {"grows": len(values)} if bad else {"flat": len(values)},
+                "outcomes": {("slower" if name == "steps_per_s" else "grows"): len(values)}
+                if bad
+                else {"flat": len(values)},
                 "unexpected": int(bad),
                 "first": first,
                 "last": last,
