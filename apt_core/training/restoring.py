@@ -100,6 +100,11 @@ def restore(trainer: Trainer, found: Checkpoint) -> None:
     restore_plugins(trainer.manager, trainer, state["plugins"], found.plugins)
     kernel.notices.append(f"resumed from {short_path(str(found.path))} (step {trainer.step})")
     kernel.notices += _changed_plugins(trainer, found.manifest)
+    if plugins := found.manifest.get("in_step"):
+        kernel.notices.append(
+            f"the checkpoint was written in the middle of a step, as the run died: {plugins} may "
+            "have seen a part of that step, and go on from there"
+        )
     kernel.notices += [f"{key} differs from the checkpoint's profile" for key in changed]
     _note_changes(trainer, found)
     kernel.notices += [

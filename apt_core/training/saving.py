@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from apt_core.errors import StopTraining, TrainingError
 from apt_core.failures import one_line, short_path
 from apt_core.log import get_logger
+from apt_core.plugin_manager import IN_STEP
 from apt_core.training import checkpoint
 from apt_core.training.checkpoint import Evaluated, Snapshot
 from apt_core.training.distributed import World
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from apt_core.training.trainer import Trainer
 
 log = get_logger("apt.checkpoint")
+
+STEP_HOOKS = ("on_epoch_start", *IN_STEP)
 
 Position = tuple[int, int]
 """Steps taken and epochs ended."""
@@ -264,6 +267,21 @@ class Saving:
     def _position(self) -> Position:
         return self._trainer.step, self._trainer.ended_epochs
 
+    def _kept_in_step(self) -> list[str]:
+        """Active plugins whose state is of the middle of a step: it is saved nevertheless, for the
+        weights are worth more than that a resume gives the same bits."""
+        manager = self._trainer.manager
+        kept = {call.plugin for call in manager.order("apt_state_dict")}
+        moved = {call.plugin for hook in STEP_HOOKS for call in manager.order(hook)}
+        plugins = sorted(kept & moved)
+        if plugins:
+            log.warning(
+                "this checkpoint was written in the middle of a step, of which %s may have seen a "
+                "part: a resume from it is not bit-exact",
+                ", ".join(plugins),
+            )
+        return plugins
+
     def _written(self, snapshot: Snapshot) -> Path:
         return checkpoint.save(self._folder.checkpoints, snapshot, self._world, self._group)
 
@@ -292,6 +310,7 @@ class Saving:
             state=json.dumps(self._state(states, tensors), indent=1, ensure_ascii=False) + "\n",
             profile=trainer.config.to_yaml(),
             manifest={
+                **({"in_step": self._kept_in_step()} if emergency and trainer.in_step else {}),
                 "written": now(),
                 "versions": versions(),
                 "providers": [row.row() for row in kernel.registry.resolutions.values()],

@@ -148,6 +148,7 @@ class Trainer:
         self.manager.watch = self._watch
         self.modes = ModelModes()
         self._at = 0, 0  # the step at hand, and the tokens before it
+        self.in_step = False  # have some of the hooks of a step been called, and not all?
         self._terms: dict[str, Tensor] = {}
         self.step_void: bool | Tensor = False
         self._updating = False
@@ -348,6 +349,7 @@ class Trainer:
                 return
             self.epoch = epoch
             self._at = self.step + 1, self.tokens
+            self.in_step = True
             self._enabling.enable_due()
             self._enabling.tell_parameters(f"epoch {epoch}")
             hook.on_epoch_start(epoch=epoch, trainer=self)
@@ -359,6 +361,7 @@ class Trainer:
                 logged = step % training.log_every_steps == 0 or step == self.total_steps
                 self.manager.step = step
                 self._at = step, self.tokens
+                self.in_step = True
                 self.manager.time_calls(logged or clock.every_step)
                 if self._enabling.enable_due():
                     self._enabling.tell_parameters(f"step {step}")
@@ -446,6 +449,7 @@ class Trainer:
                 clock.lap("optimizer")
                 self.step_log.throughput.add(targets)
                 hook.on_step_end(step=step, loss=loss, trainer=self)
+                self.in_step = False
                 clock.lap("hooks")
 
                 self.stopping.check_limits(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import logging
 import os
@@ -414,6 +415,46 @@ def test_an_interrupt_after_a_step_leaves_no_gap_in_the_rows(tmp_path):
     figures = [[(row["step"], row["loss"]) for row in run.metrics if "loss" in row]
                for run in (resumed, whole)]  # fmt: skip
     assert figures[0] == figures[1]
+
+
+@pytest.mark.parametrize("hook", ["on_step_start", "apt_loss_terms", "on_step_end", "on_metrics"])
+def test_a_checkpoint_of_the_middle_of_a_step_says_whose_state_is_ahead(tmp_path, caplog, hook):
+    """Not so where every hook of the step has been called."""
+
+    class Counts:
+        """Keeps how many steps it has seen begin."""
+
+        def __init__(self) -> None:
+            self.seen = 0
+
+        @hookimpl
+        def on_step_start(self) -> None:
+            self.seen += 1
+
+        @hookimpl
+        def apt_state_dict(self) -> dict[str, int]:
+            return {"seen": self.seen}
+
+        @hookimpl
+        def apt_load_state_dict(self, state: dict[str, int]) -> None:
+            self.seen = state["seen"]
+
+    calls = itertools.count(1)
+
+    def dies() -> None:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+
+    dying = type("Dying", (), {hook: staticmethod(hookimpl(specname=hook, priority=90)(dies))})
+    output, changes = tmp_path / "run", {**QUIET, "training.log_every_steps": 1}
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(Counts(), dying(), steps=6, overrides=changes, output=output)
+    (saved,) = checkpoint.list_checkpoints(output / "checkpoints")
+    manifest = checkpoint.load(saved).manifest
+    tiny_run(Counts(), steps=6, overrides=changes, output=output, resume=True)
+    told = "written in the middle of a step" in caplog.text
+    assert told is ("in_step" in manifest) is (hook != "on_metrics")
+    assert manifest.get("in_step", ["counts"]) == ["counts"]
 
 
 def test_the_snapshot_is_of_its_moment(tmp_path, monkeypatch):
