@@ -50,6 +50,9 @@ STATE_KEYS = {
     "plugin_records", "optimizer_groups", "transforms", "averages",
     "modes",
 }  # fmt: skip
+ROWS = {"providers": ("slot", "asked", "used"), "plugins": ("name",)}
+"""Lists of rows in the manifest, with the texts that each row must have."""
+
 EVALUATION = "evaluation.json"
 
 
@@ -278,9 +281,12 @@ def _require_agreement(found: Checkpoint) -> None:
     ):
         if value != step or isinstance(value, bool):
             raise CheckpointError(f"{path}: {where} says step {value}, state.json says {step}")
-    for key, kind in (("providers", dict), ("plugins", dict)):
+    for key, texts in ROWS.items():
         rows = found.manifest.get(key, [])
-        if not isinstance(rows, list) or not all(isinstance(row, kind) for row in rows):
+        if not isinstance(rows, list) or not all(
+            isinstance(row, dict) and all(isinstance(row.get(text), str) for text in texts)
+            for row in rows
+        ):
             raise CheckpointError(f"{path / 'manifest.json'}: {key} is not what a checkpoint holds")
     saved_profile(found.profile)
     missing = sorted(_references(found.state["plugins"]) - found.plugins.keys())
@@ -302,7 +308,7 @@ def inventory(shapes: Mapping[str, tuple[Sequence[int], Any]]) -> dict[str, list
 
 
 def _described(entry: Sequence[Any] | None) -> str:
-    return "missing" if entry is None else f"{entry[0]} {list(entry[1:])}"
+    return "missing" if entry is None else f"{' '.join(map(str, entry[:1]))} {list(entry[1:])}"
 
 
 def _references(value: Any) -> set[Any]:

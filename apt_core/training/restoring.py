@@ -80,6 +80,7 @@ def restore(trainer: Trainer, found: Checkpoint) -> None:
     _restore_averages(trainer, found)
     _check_weights(trainer, found)
     trainer.step, trainer.epoch = state["step"], state["epoch"]
+    trainer.resumed_step = trainer.step
     trainer.tokens, trainer.ended_epochs = state["tokens"], state["ended_epochs"]
     trainer.start_scores, trainer.scores = state["start_scores"], state["scores"]
     evaluated = checkpoint.read_evaluation(found.path)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Number = int | float
@@ -54,10 +54,29 @@ class Record(_Part):
     failures: list[Failure]
 
 
+RATES = ("lr", "initial_lr")
+"""Settings of a group that are a function of the plan and the position, and not saved."""
+
+
+def _kind(value: Any) -> type:
+    return float if type(value) is int else type(value)
+
+
 class Group(_Part):
     parameters: list[Text]
     settings: dict[str, Scalar]
     plan: dict[str, Scalar | list[Any]]
+
+    @model_validator(mode="after")
+    def _is_planned(self) -> Group:
+        """A step may make another value of a setting, but none of another type."""
+        for key, planned in self.plan.items():
+            if key in RATES or isinstance(planned, list):
+                continue
+            value = self.settings.get(key, planned)
+            if _kind(value) is not _kind(planned):
+                raise ValueError(f"setting {key!r} is {value!r}, and was planned as {planned!r}")
+        return self
 
 
 class Average(_Part):

@@ -11,12 +11,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from apt_core.errors import CheckpointError
+from apt_core.failures import one_line
 from apt_core.log import get_logger
 from apt_core.plugin_manager import PluginManager
 from apt_core.training.checkpoint import join_tensors, split_tensors
 from apt_core.training.tensor_files import SavedTensors
 
 log = get_logger("apt.checkpoint")
+
+ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
+"""What torch's optimizers that may be fused keep of each element of a parameter."""
 
 SEPARATOR = "//"
 """Between a parameter's name and the name of its optimizer state (``exp_avg``)."""
@@ -142,8 +146,8 @@ def load_optimizer(
     """Put the state back, sharded as the parameters are. ``states`` are those that the optimizer's
     provider knows of a parameter.
 
-    Raises CheckpointError for state of a parameter that is not there, and for other state than
-    these.
+    Raises CheckpointError for state of a parameter that is not there, for other state than these,
+    and for one of another shape or type than a fused step takes it to have.
     """
     parameters = dict(model.named_parameters())
     names = {id(parameter): name for name, parameter in parameters.items()}
@@ -155,30 +159,50 @@ def load_optimizer(
         parameter = parameters.get(name)
         if parameter is None or name not in ordered:
             raise CheckpointError(f"the checkpoint has optimizer state of the unknown {name!r}")
+        if states or "fused" in optimizer.defaults:
+            _require_form(key, state, parameter, shape, dtype)
         if parameter.shape == shape:
             tensor = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
         else:
             tensor = torch.empty(shape, dtype=dtype)
         targets[key] = by_parameter.setdefault(name, {})[state] = tensor
     for name, own in by_parameter.items():
-        _require_states(name, parameters[name], own, states)
+        _require_states(name, own, states)
     saved.read_into(targets, "optimizer")
     packed = optimizer.state_dict()
     packed["state"] = {
         index: by_parameter[name] for index, name in enumerate(ordered) if name in by_parameter
     }
-    optimizer.load_state_dict(packed)
+    try:
+        optimizer.load_state_dict(packed)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if not type(optimizer).__module__.startswith("torch."):
+            raise  # it may have an author
+        raise CheckpointError(
+            f"{type(optimizer).__name__} does not take the state that the checkpoint holds of it: "
+            f"{one_line(error)}"
+        ) from error
 
 
-def _require_states(
-    name: str,
-    parameter: Tensor,
-    state: Mapping[str, Tensor],
-    states: Collection[frozenset[str]],
+def _require_form(
+    key: str, state: str, parameter: Tensor, shape: Sequence[int], dtype: torch.dtype
 ) -> None:
+    """Raises CheckpointError for state that a fused step, which looks at no size, would read or
+    write beyond its end, or that would be cast."""
+    expected = {
+        **dict.fromkeys(ELEMENTWISE, (parameter.shape, parameter.dtype)),
+        "step": (torch.Size(), torch.float32),
+    }.get(state)
+    if expected is not None and (shape, dtype) != expected:
+        raise CheckpointError(
+            f"the checkpoint's optimizer state {key} is {dtype} {list(shape)}, not "
+            f"{expected[1]} {list(expected[0])}"
+        )
+
+
+def _require_states(name: str, state: Collection[str], states: Collection[frozenset[str]]) -> None:
     """Raises CheckpointError where a parameter's state is none of ``states``, as far as any are
-    known, or is not of the parameter's shape and type, but for the scalar ``step``: fused kernels
-    write beyond the end of what is smaller."""
+    known."""
     if not states:
         return
     if frozenset(state) not in states:
@@ -186,14 +210,6 @@ def _require_states(
         raise CheckpointError(
             f"the checkpoint's optimizer state of {name} is {', '.join(sorted(state))}, not {known}"
         )
-    for key, tensor in state.items():
-        scalar = torch.Size(), torch.float32
-        right = scalar if key == "step" else (parameter.shape, parameter.dtype)
-        if (tensor.shape, tensor.dtype) != right:
-            raise CheckpointError(
-                f"{key} of {name} is {tensor.dtype} {list(tensor.shape)} in the checkpoint, the "
-                f"parameter {parameter.dtype} {list(parameter.shape)}"
-            )
 
 
 def plugin_states(manager: PluginManager, trainer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:

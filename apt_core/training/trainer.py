@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from apt_core.config import Config
 from apt_core.device import autocast, available_memory, cpu_threads, held_memory, is_out_of_memory
-from apt_core.errors import PluginError, StopTraining, TrainingError
+from apt_core.errors import CheckpointError, PluginError, StopTraining, TrainingError
 from apt_core.failures import one_line, text_of
 from apt_core.hook_returns import MAX_FACTOR
 from apt_core.kernel import Kernel, before_the_run, boot
@@ -152,6 +152,7 @@ class Trainer:
         self._terms: dict[str, Tensor] = {}
         self.step_void: bool | Tensor = False
         self._updating = False
+        self.resumed_step: int | None = None  # the one that a checkpoint was taken up at
         if self.world_size > 1:
             self.manager.stop_together = self.request_stop
         self._opening = Opening(output, resume, resume_from)
@@ -317,7 +318,13 @@ class Trainer:
                 self.optimizer.zero_grad(set_to_none=True)
                 known = self._out_of_memory(error, f"in step {self.step + 1}")
             else:
-                known = attributed(self.kernel, error, self._terms)
+                begun = self._updating and self.step == self.resumed_step
+                known = attributed(self.kernel, error, () if begun else self._terms)
+                if begun and known is error and isinstance(error, Exception):
+                    known = CheckpointError(
+                        f"the optimizer failed in its first step with what the checkpoint of step "
+                        f"{self.step} holds of it: {one_line(error)}"
+                    )
             self._die(known)
             if known is error:
                 raise
