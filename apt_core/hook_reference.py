@@ -20,6 +20,7 @@ POLICY = {
     "changes_weights": "What it returns is part of the training.",
     "judges_input": "A ConfigError is bad input.",
     "fatal_among_processes": "A failure ends a run of several processes.",
+    "may_last": "It may take longer than `training.hook_timeout`: that is told, and no failure.",
     "sets_modes": "Modes of modules that it sets are kept.",
 }
 

@@ -6,10 +6,12 @@ process of the run) at the same position, on the main thread; what an ``on_*`` i
 returns is ignored; what it raises is caught, counted and reported, and the run goes on (a plugin
 is quarantined at its third failure; the profile's
 ``on_failure: required`` and ``--strict`` make it fatal); so is a result that is not what the hook
-accepts. All policy of a hook (who judges input, what is part of the training, what is fatal among
-processes, what is accepted as a result) stands on its ``@hookspec``. Trainer hooks never fire per
-layer or per token. StopTraining ends the run, in a run of several processes once the step is done
-in all of them. ``step`` counts optimizer steps of the whole run from 1, epochs count from 1.
+accepts. One that takes longer than ``training.hook_timeout`` is told of with its stack while it
+does, and is quarantined once it returns, unless its hook may last; it cannot be interrupted. All
+policy of a hook (who judges input, what is part of the training, what is fatal among processes,
+what is accepted as a result) stands on its ``@hookspec``. Trainer hooks never fire per layer or per
+token. StopTraining ends the run, in a run of several processes once the step is done in all of
+them. ``step`` counts optimizer steps of the whole run from 1, epochs count from 1.
 
 Every example below is a complete plugin module; the tests run each of them.
 """
@@ -44,7 +46,12 @@ if TYPE_CHECKING:
 
 
 @hookspec(
-    returns=returns.provider_specs, dormant=True, alone=True, failure_limit=1, changes_weights=True
+    returns=returns.provider_specs,
+    dormant=True,
+    alone=True,
+    failure_limit=1,
+    changes_weights=True,
+    may_last=True,
 )
 def apt_register_providers() -> Sequence[ProviderSpec]:
     """Offer implementations of attention, feed-forward, tokenizer, …
@@ -72,7 +79,7 @@ def apt_register_providers() -> Sequence[ProviderSpec]:
     """
 
 
-@hookspec(returns=returns.section_specs, dormant=True, alone=True, failure_limit=1)
+@hookspec(returns=returns.section_specs, dormant=True, alone=True, failure_limit=1, may_last=True)
 def apt_register_config() -> Sequence[SectionSpec]:
     """Declare the profile sections that the plugin owns and the schedule parameters it reads.
 
@@ -96,7 +103,7 @@ def apt_register_config() -> Sequence[SectionSpec]:
     """
 
 
-@hookspec(dormant=True, alone=True, failure_limit=1, judges_input=True)
+@hookspec(dormant=True, alone=True, failure_limit=1, judges_input=True, may_last=True)
 def apt_configure(config: Config) -> None:
     """Look at the whole profile before anything is built.
 
@@ -124,6 +131,7 @@ def apt_configure(config: Config) -> None:
     dormant=True,
     failure_limit=1,
     changes_weights=True,
+    may_last=True,
 )
 def apt_build_provider(spec: ProviderSpec, config: Any) -> Any:
     """Build a provider in place of its own factory.
@@ -147,7 +155,13 @@ def apt_build_provider(spec: ProviderSpec, config: Any) -> Any:
     """
 
 
-@hookspec(returns=returns.parameter_groups, dormant=True, failure_limit=1, changes_weights=True)
+@hookspec(
+    returns=returns.parameter_groups,
+    dormant=True,
+    failure_limit=1,
+    changes_weights=True,
+    may_last=True,
+)
 def apt_param_groups(model: nn.Module) -> Sequence[Mapping[str, Any]]:
     """Choose optimizer settings for some of the parameters.
 
@@ -177,6 +191,7 @@ def apt_param_groups(model: nn.Module) -> Sequence[Mapping[str, Any]]:
     failure_limit=1,
     judges_input=True,
     changes_weights=True,
+    may_last=True,
 )
 def apt_transform_model(model: nn.Module, config: Config, registry: Registry) -> Any:
     """Change the model's structure in mid-run.
@@ -228,7 +243,7 @@ def apt_transform_model(model: nn.Module, config: Config, registry: Registry) ->
     """
 
 
-@hookspec(returns=returns.costs, dormant=True, alone=True, failure_limit=1)
+@hookspec(returns=returns.costs, dormant=True, alone=True, failure_limit=1, may_last=True)
 def apt_costs(config: Config) -> PluginCosts:
     """Say what the plugin takes of memory and arithmetic while it is enabled.
 
@@ -250,7 +265,7 @@ def apt_costs(config: Config) -> PluginCosts:
 # Training ------------------------------------------------------------------------------------
 
 
-@hookspec(sets_modes=True)
+@hookspec(sets_modes=True, may_last=True)
 def on_plugin_enabled(plugin: str, trainer: Any) -> None:
     """A plugin has become enabled, at load or at its schedule's moment, before ``on_epoch_start``.
 
@@ -269,7 +284,7 @@ def on_plugin_enabled(plugin: str, trainer: Any) -> None:
     """
 
 
-@hookspec(sets_modes=True)
+@hookspec(sets_modes=True, may_last=True)
 def on_training_start(trainer: Any) -> None:
     """Model, optimizer and data are ready; a resumed state is loaded; no step was taken yet.
 
@@ -433,7 +448,7 @@ def on_evaluation_start(trainer: Any) -> None:
     """
 
 
-@hookspec(copies=("metrics",))
+@hookspec(copies=("metrics",), may_last=True)
 def on_evaluation_end(trainer: Any, metrics: Mapping[str, float]) -> None:
     """The held-out text was scored: ``val_loss`` (nats per token), ``val_ppl``, ``val_bpb``, and on
     how many targets (``val_tokens``).
@@ -450,7 +465,7 @@ def on_evaluation_end(trainer: Any, metrics: Mapping[str, float]) -> None:
     """
 
 
-@hookspec
+@hookspec(may_last=True)
 def on_epoch_end(epoch: int, trainer: Any) -> None:
     """An epoch is over and evaluated; the checkpoint, where the profile asks for one, comes next.
 
@@ -468,7 +483,7 @@ def on_epoch_end(epoch: int, trainer: Any) -> None:
     """
 
 
-@hookspec
+@hookspec(may_last=True)
 def on_training_end(trainer: Any) -> None:
     """The last step is done and the last checkpoint is on disk.
 
@@ -485,7 +500,7 @@ def on_training_end(trainer: Any) -> None:
 # Checkpoints ---------------------------------------------------------------------------------
 
 
-@hookspec(returns=returns.state, dormant=True)
+@hookspec(returns=returns.state, dormant=True, may_last=True)
 def apt_state_dict(trainer: Any) -> Mapping[str, Any]:
     """Hand over the plugin's state for the checkpoint.
 
@@ -514,7 +529,7 @@ def apt_state_dict(trainer: Any) -> Mapping[str, Any]:
     """
 
 
-@hookspec(dormant=True, alone=True, sets_modes=True)
+@hookspec(dormant=True, alone=True, sets_modes=True, may_last=True)
 def apt_load_state_dict(trainer: Any, state: Mapping[str, Any]) -> None:
     """Take back what ``apt_state_dict`` returned.
 
@@ -534,7 +549,7 @@ def apt_load_state_dict(trainer: Any, state: Mapping[str, Any]) -> None:
     """
 
 
-@hookspec
+@hookspec(may_last=True)
 def on_checkpoint_saved(path: Path, trainer: Any) -> None:
     """A checkpoint is complete on disk in the folder ``path``. On the first rank only.
 
@@ -582,7 +597,7 @@ def on_plugin_failure(failure: PluginFailure) -> None:
     """
 
 
-@hookspec
+@hookspec(may_last=True)
 def on_exception(error: BaseException, trainer: Any) -> None:
     """The run is about to die of ``error``; the last checkpoint was attempted already.
 

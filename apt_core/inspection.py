@@ -149,6 +149,7 @@ def hook_facts(manager: PluginManager, name: str) -> dict[str, Any]:
         "changes_weights": spec.opts["changes_weights"],
         "fatal_among_processes": spec.opts["fatal_among_processes"],
         "sets_modes": spec.opts["sets_modes"],
+        "may_last": spec.opts["may_last"],
         "doc": inspect.getdoc(spec.function) or "",
     }
 

@@ -7,6 +7,7 @@ reported at once, before anything is built; nothing here imports torch.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from apt_core.config import (
     validate,
     written_in_vain,
 )
+from apt_core.config.schema import DEFAULT_HOOK_TIMEOUT
 from apt_core.config.secret_fields import masks_in
 from apt_core.config.yaml_text import KeyPath, dotted
 from apt_core.declarations import Declared, ask, broken, declared_by
@@ -186,11 +188,21 @@ def boot(
         source = core_text(Source.from_dict(data).with_overrides(overrides))
     manager = manager or PluginManager()
     manager.strict = strict = strict or manager.strict
-    with before_the_run():
+    asked = bool(plugins or source.data.get("plugins") or manager.list_name_plugin())
+    with before_the_run(), manager.hook_deadline(_hook_timeout(source) if asked else None):
         starting = _Boot(source, manager, strict)
         starting.load_plugins(plugins)
         starting.activate_for_providers()
         return starting.check(probe, files)
+
+
+def _hook_timeout(source: Source) -> float | None:
+    """As the profile says it, which is not checked yet."""
+    training = source.data.get("training")
+    asked = training.get("hook_timeout") if isinstance(training, Mapping) else None
+    if isinstance(asked, int | float) and 0 < asked < math.inf:
+        return float(asked)
+    return DEFAULT_HOOK_TIMEOUT
 
 
 @contextmanager

@@ -94,6 +94,7 @@ def hookspec(
     changes_weights: bool = ...,
     fatal_among_processes: bool = ...,
     sets_modes: bool = ...,
+    may_last: bool = ...,
 ) -> Callable[[F], F]: ...
 def hookspec(
     function: F | None = None,
@@ -108,6 +109,7 @@ def hookspec(
     changes_weights: bool = False,
     fatal_among_processes: bool = False,
     sets_modes: bool = False,
+    may_last: bool = False,
 ) -> F | Callable[[F], F]:
     """Mark a function as the specification of a hook, with all of its policy.
 
@@ -121,7 +123,8 @@ def hookspec(
     are)?
     ``fatal_among_processes``: does its failure end a run of several processes, which would no
     longer do the same? ``sets_modes``: may it set the training mode of parts of the model? (What
-    another hook leaves set is put back.)
+    another hook leaves set is put back.) ``may_last``: is one that takes longer than
+    ``training.hook_timeout`` only told of, and no failure?
     """
 
     def mark(func: F) -> F:
@@ -136,6 +139,7 @@ def hookspec(
             "changes_weights": changes_weights,
             "fatal_among_processes": fatal_among_processes,
             "sets_modes": sets_modes,
+            "may_last": may_last,
         }
         setattr(func, f"{PROJECT}_spec", options)
         return func

@@ -33,6 +33,7 @@ from apt_core.hook_calls import (
     timed_wrapper,
     values_of,
 )
+from apt_core.hook_deadline import HookDeadline, HookTimeoutError
 from apt_core.log import get_logger
 from apt_core.markers import PROJECT, Priority
 from apt_core.plugin_names import normalized_name, short_name
@@ -56,6 +57,7 @@ CALLBACK = {
     "judges_input": False,
     "fatal_among_processes": False,
     "sets_modes": False,
+    "may_last": False,
 }
 """The policy of functions that a plugin gives to others to call: that of a hook that only tells."""
 
@@ -93,6 +95,7 @@ class PluginManager(pluggy.PluginManager):
         self.records: dict[str, PluginRecord] = {}
         self._plans: dict[str, Plan] = {}
         self.watch: Watch | None = None
+        self.deadline: HookDeadline | None = None
         self._timing = False
         self._seconds: dict[tuple[str, str], float] = {}
         self._telling = False
@@ -218,7 +221,7 @@ class PluginManager(pluggy.PluginManager):
         """The results of the implementations that are no wrappers: the path of every step."""
         owned: list[Owned] = []
         _, _, calls, returns, in_step, sets_modes = plan
-        watch, before = self.watch, None
+        watch, before, deadline = self.watch, None, self.deadline
         known = watch is not None and in_step and watch.stepping
         timing = self._timing and in_step
         start = perf_counter() if timing else 0.0
@@ -226,14 +229,18 @@ class PluginManager(pluggy.PluginManager):
             arguments = [kwargs[name] for name in call[1]]
             if watch is not None and not known:
                 before = watch.before()
+            running = None if deadline is None else deadline.enter(call)
             try:
                 result = call[0](*arguments)
                 if result is not None:
                     result = returns(result, kwargs)
+                if running is not None:
+                    deadline.leave(running)  # type: ignore[union-attr]
             except BaseException as error:
                 if watch is not None:
                     self._put_back(watch, call, before, sets_modes)
-                self._raised(call, error)
+                # A name for what is to be raised would hold on to the frames, and their tensors.
+                self._raised(call, error if deadline is None else deadline.failed(running, error))
                 result = None
             else:
                 if watch is not None and not (known and watch.unchanged()):
@@ -328,14 +335,18 @@ class PluginManager(pluggy.PluginManager):
     # What calls leave behind -----------------------------------------------------------------
 
     @contextmanager
-    def watching(self, plugin: str, what: str, code: Any = None) -> Iterator[None]:
+    def watching(
+        self, plugin: str, what: str, code: Any = None, *, judged: bool = False
+    ) -> Iterator[None]:
         """Put back what is changed in the process inside, in the name of the plugin. ``what`` says
         which part of it runs, where that is no hook, and ``code`` is what runs; the plugin itself
-        may be registered inside."""
+        may be registered inside. What comes back after the deadline raises HookTimeoutError if it
+        is ``judged``."""
         watch = self.watch
         before = watch.before() if watch else None
         try:
-            yield
+            with self._timed(Call(code, (), plugin, what, 0, False), judged):
+                yield
         finally:
             changes = watch.put_back(before) if watch else ()
             if changes:
@@ -343,19 +354,58 @@ class PluginManager(pluggy.PluginManager):
                 self._left_behind(Call(code, (), plugin, what, 0, False), changes)
 
     @contextmanager
+    def _timed(self, call: Call, judged: bool = True) -> Iterator[None]:
+        """Raise HookTimeoutError for what is late inside, if it is ``judged``; else only tell."""
+        deadline = self.deadline
+        running = None if deadline is None else deadline.enter(call)
+        if deadline is None or running is None:
+            yield
+            return
+        try:
+            yield
+            if judged:
+                deadline.leave(running)
+        except BaseException as error:
+            known = deadline.failed(running, error) if judged else error
+            if known is error:
+                raise
+            raise known from error
+        finally:
+            deadline.ended(running)
+
+    @contextmanager
+    def hook_deadline(self, seconds: float | None, process: str = "") -> Iterator[None]:
+        """Tell of calls of plugins that this thread makes and that take longer, while the context
+        lasts; None watches nothing. ``process`` names the process where it is not the first."""
+        if seconds is None:
+            yield
+            return
+        deadline = HookDeadline(
+            seconds,
+            position=lambda: f" at step {self.step}{process}",
+            may_last=lambda hook: bool(self._options(hook)["may_last"]),
+            aloud=bool(process),
+        )
+        before, self.deadline = self.deadline, deadline
+        deadline.start()
+        try:
+            yield
+        finally:
+            self.deadline = before
+            deadline.stop()
+
+    @contextmanager
     def _watching(
         self, call: Call, *, in_step: bool = False, sets_modes: bool = False
     ) -> Iterator[None]:
         watch = self.watch
-        if watch is None:
-            yield
-            return
-        known = in_step and watch.stepping
-        before = None if known else watch.before()
+        known = watch is not None and in_step and watch.stepping
+        before = None if watch is None or known else watch.before()
         try:
-            yield
+            with self._timed(call):
+                yield
         finally:
-            if not (known and watch.unchanged()):
+            if watch is not None and not (known and watch.unchanged()):
                 self._put_back(watch, call, before, sets_modes)
 
     def _put_back(self, watch: Watch, call: Call, before: Any, sets_modes: bool) -> None:
@@ -623,7 +673,7 @@ class PluginManager(pluggy.PluginManager):
         failure = record.add_failure(
             error,
             hook=call.hook,
-            limit=options["failure_limit"],
+            limit=1 if isinstance(error, HookTimeoutError) else options["failure_limit"],
             step=self.step,
             code=call.function,
         )

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 Names = Annotated[tuple[Name, ...], Strict(False), Field(max_length=10_000)]
 
 
+DEFAULT_HOOK_TIMEOUT = 300.0
+
+
 class PluginRequest(Section):
     """A plugin that the profile asks for: its name alone, or with options."""
 
@@ -324,6 +327,12 @@ class TrainingSection(Section):
     max_nonfinite_steps: Count = Field(
         default=10,
         description="Non-finite steps in a row after which the run stops, at a log interval.",
+    )
+    hook_timeout: Annotated[float, Field(gt=0, le=1e7)] | None = Field(
+        default=DEFAULT_HOOK_TIMEOUT,
+        description="Seconds after which a plugin that has not returned from a hook is told of, "
+        "with its stack; it is quarantined when it does, except from hooks that may last. null "
+        "watches none.",
     )
 
 

@@ -79,7 +79,10 @@ class _Guarded:
             if torch.compiler.is_compiling():
                 result = self._function(*args, **options)
             else:
-                with self._manager.watching(self._plugin, self._name, self._function):
+                judged = not self._takes_part
+                with self._manager.watching(
+                    self._plugin, self._name, self._function, judged=judged
+                ):
                     result = self._function(*args, **options)
         except BaseException as error:
             if self._takes_part:

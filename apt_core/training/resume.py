@@ -30,6 +30,7 @@ FREE_KEYS = (
     "training.checkpoint_dir",
     "training.log_every_steps",
     "training.max_nonfinite_steps",
+    "training.hook_timeout",
     # It is for the machine to choose where it is auto.
     "hardware.device",
     "hardware.num_gpus",
