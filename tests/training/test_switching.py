@@ -339,7 +339,7 @@ FAULTS = {
         'origins[f"{path}.0.down.weight"]',
         'origins[f"{path}.0.dawn.weight"]',
     ),
-    "is on the CPU": ("block.ffn = nn", "torch.set_default_device('cpu'); block.ffn = nn"),
+    "is on the CPU": ("origins = {}", "origins = {}; model.blocks.to_empty(device='cpu')"),
     "returns something else": ("return ModelTransform(model, origins", "return dict(origins"),
     "writes to what it is given": ("value=twice,", "value=lambda rows: twice(rows.mul_(1.5)),"),
     "writes to moments": ("lambda m: twice(m) / 2", "lambda m: twice(m.zero_())[1:]"),
