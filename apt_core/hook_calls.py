@@ -38,6 +38,8 @@ class Plan(NamedTuple):
     wrappers: tuple[Call, ...]
     calls: tuple[Call, ...]
     returns: Returns
+    seconds: list[float]
+    """Of each of the calls, while they are timed."""
     in_step: bool
     sets_modes: bool
 

@@ -35,22 +35,43 @@ class HookTimeoutError(TimeoutError):
 
 
 class Running:
-    """A call that has not returned; ``outer`` is the one in which it was made. ``counted`` are the
-    seconds in which the process was seen to run, ``due`` those at which the next report is."""
+    """A call that has not returned, since ``since``; ``outer`` is the one in which it was made. One
+    object serves all the calls of a hook, one after the other. ``counted`` are the seconds in which
+    the process was seen to run, ``due`` those at which the next report is."""
 
-    __slots__ = ("call", "counted", "due", "outer", "since")
+    __slots__ = ("call", "counted", "deadline", "due", "limit", "outer", "since")
 
-    def __init__(self, call: Call, outer: Running | None, due: float) -> None:
-        self.call, self.outer, self.due = call, outer, due
+    def __init__(self, call: Call, deadline: HookDeadline) -> None:
+        self.call, self.deadline, self.outer = call, deadline, deadline.running
+        self.limit = self.due = deadline.seconds
         self.since, self.counted = time.monotonic(), 0.0
+
+    def judge(self) -> None:
+        """The call has returned. Raises HookTimeoutError where that was after the deadline."""
+        late = self.deadline.late(self)
+        if late is not None:
+            raise late
+
+    def failed(self, error: BaseException) -> BaseException:
+        """The call has raised ``error``: that, or a HookTimeoutError where it was late too."""
+        late = self.deadline.late(self)
+        if late is None or isinstance(error, NO_FAILURES) or not isinstance(error, Exception):
+            return error
+        if isinstance(error, HookTimeoutError):
+            return error
+        late.__cause__ = error
+        return late.with_traceback(error.__traceback__)
+
+    def end(self) -> None:
+        """The calls are over."""
+        self.deadline.running = self.outer
 
 
 class HookDeadline:
     """Watches the calls that one thread makes of plugins, from another thread.
 
-    ``position`` says where the run is, ``may_last`` whether a hook is told of only. A call costs
-    :meth:`enter` and :meth:`leave`, two readings of a clock. Time in which the process was stopped,
-    or a debugger has it, does not count.
+    ``position`` says where the run is, ``may_last`` whether a hook is told of only. Time in which
+    the process was stopped, or a debugger has it, does not count.
     """
 
     def __init__(
@@ -68,7 +89,7 @@ class HookDeadline:
         self._thread = threading.get_ident()
         self._last, self._cpu = time.monotonic(), time.process_time()
         self._asked = seconds / 4
-        self._seen: Running | None = None
+        self._seen: tuple[Running, float] | None = None
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._monitor = threading.Thread(target=self._watch, name="apt-hook-deadline", daemon=True)
@@ -87,40 +108,20 @@ class HookDeadline:
         """A call begins; None where another thread makes it, which is not watched."""
         if threading.get_ident() != self._thread:
             return None
-        self.running = running = Running(call, self.running, self.seconds)
+        self.running = running = Running(call, self)
         return running
 
-    def leave(self, running: Running) -> None:
-        """The call has returned. Raises HookTimeoutError where that was after the deadline."""
-        late = self._ends(running)
-        if late is not None:
-            raise late
-
-    def failed(self, running: Running | None, error: BaseException) -> BaseException:
-        """The call has raised ``error``: that, or a HookTimeoutError where it was late too."""
-        if running is None or self.running is not running:
-            return error
-        late = self._ends(running)
-        if late is None or isinstance(error, NO_FAILURES) or not isinstance(error, Exception):
-            return error
-        late.__cause__ = error
-        return late.with_traceback(error.__traceback__)
-
-    def ended(self, running: Running) -> None:
-        """The call is over, and whatever it was, it is not judged."""
-        if self.running is running:
-            self._ends(running)
-
-    def _ends(self, running: Running) -> HookTimeoutError | None:
-        self.running = outer = running.outer
+    def late(self, running: Running) -> HookTimeoutError | None:
+        """What to make of a call that is over: an error where it took too long, and may not."""
         if time.monotonic() - running.since < self.seconds:
             return None
         self._count(running)
         if running.counted < self.seconds:
             return None
-        if outer is not None:  # it is not blamed for what was called in it
-            outer.since, outer.counted = time.monotonic(), 0.0
+        if running.outer is not None:  # it is not blamed for what was called in it
+            running.outer.since, running.outer.counted = time.monotonic(), 0.0
         taken = f"{running.counted:.3g} seconds"
+        running.since = time.monotonic()  # said once
         call = running.call
         if self._may_last(call.hook):
             log.warning("plugin %s: %s has returned after %s", call.plugin, call.hook, taken)
@@ -140,7 +141,7 @@ class HookDeadline:
             running, asked = self.running, self.seconds / 4
             if running is not None:
                 spent = running.counted
-                if running is not self._seen:
+                if self._seen != (running, running.since):
                     spent = time.monotonic() - running.since
                 asked = min(asked, max(running.due - spent, self.seconds / 100))
             self._asked = asked
@@ -156,11 +157,14 @@ class HookDeadline:
             if computed < passed / 2:
                 # One that computes without letting go of the interpreter lets nobody look.
                 passed = min(passed, self._asked + SLACK)
+            seen = None if running is None else (running, running.since)
+            known, self._seen = self._seen == seen, seen
             if running is None or self._in_debugger():
-                self._seen = running
                 return False
-            known, self._seen = self._seen is running, running
-            running.counted += passed if known else min(now - running.since, passed)
+            if not known:
+                running.counted, running.due = 0.0, self.seconds
+                passed = min(now - running.since, passed)
+            running.counted += passed
             if running.counted < running.due:
                 return False
             while running.due <= running.counted:
@@ -190,7 +194,7 @@ class HookDeadline:
             frames.append((frame, frame.f_lineno))
         stack = "".join(traceback.StackSummary.extract(reversed(frames)).format())
         del frames, frame
-        if self.running is not running:
+        if self.running is not running or self._seen != (running, running.since):
             return  # it has returned meanwhile: the stack is another one's
         call = running.call
         verdict = "" if self._may_last(call.hook) else "; it is a failure once it returns"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
-from time import perf_counter
+from time import monotonic
 from typing import Any, ClassVar, TypeVar
 from weakref import WeakSet
 
@@ -94,6 +94,7 @@ class PluginManager(pluggy.PluginManager):
         self.stop_together: Callable[[str], None] | None = None
         self.records: dict[str, PluginRecord] = {}
         self._plans: dict[str, Plan] = {}
+        self._former_plans: list[Plan] = []
         self.watch: Watch | None = None
         self.deadline: HookDeadline | None = None
         self._timing = False
@@ -220,45 +221,53 @@ class PluginManager(pluggy.PluginManager):
     def _all(self, plan: Plan, kwargs: Mapping[str, object], firstresult: bool) -> list[Owned]:
         """The results of the implementations that are no wrappers: the path of every step."""
         owned: list[Owned] = []
-        _, _, calls, returns, in_step, sets_modes = plan
+        _, _, calls, returns, seconds, in_step, sets_modes = plan
         watch, before, deadline = self.watch, None, self.deadline
         known = watch is not None and in_step and watch.stepping
-        timing = self._timing and in_step
-        start = perf_counter() if timing else 0.0
-        for call in calls:
-            arguments = [kwargs[name] for name in call[1]]
-            if watch is not None and not known:
-                before = watch.before()
-            running = None if deadline is None else deadline.enter(call)
-            try:
-                result = call[0](*arguments)
-                if result is not None:
-                    result = returns(result, kwargs)
+        running = None if deadline is None or not calls else deadline.enter(calls[0])
+        timed = self._timing and in_step
+        timing = timed or running is not None
+        start = monotonic() if timing else 0.0
+        try:
+            for place, call in enumerate(calls):
+                arguments = [kwargs[name] for name in call[1]]
+                if watch is not None and not known:
+                    before = watch.before()
                 if running is not None:
-                    deadline.leave(running)  # type: ignore[union-attr]
-            except BaseException as error:
-                if watch is not None:
-                    self._put_back(watch, call, before, sets_modes)
-                # A name for what is to be raised would hold on to the frames, and their tensors.
-                self._raised(call, error if deadline is None else deadline.failed(running, error))
-                result = None
-            else:
-                if watch is not None and not (known and watch.unchanged()):
-                    self._put_back(watch, call, before, sets_modes)
-            if timing:
-                end = perf_counter()
-                self._add_seconds((call[3], call[2]), end - start)
-                start = end
-            if result is not None:
-                owned.append((call[2], result))
-                if firstresult:
-                    break
+                    running.call, running.since = call, start
+                try:
+                    result = call[0](*arguments)
+                    if result is not None:
+                        result = returns(result, kwargs)
+                    if running is not None and monotonic() - start >= running.limit:
+                        running.judge()
+                except BaseException as error:
+                    if watch is not None:
+                        self._put_back(watch, call, before, sets_modes)
+                    # A name for what is to be raised would hold on to the frames and their tensors.
+                    self._raised(call, error if running is None else running.failed(error))
+                    result = None
+                else:
+                    if watch is not None and not (known and watch.unchanged()):
+                        self._put_back(watch, call, before, sets_modes)
+                if timing:
+                    end = monotonic()
+                    if timed:
+                        seconds[place] += end - start
+                    start = end
+                if result is not None:
+                    owned.append((call[2], result))
+                    if firstresult:
+                        break
+        finally:
+            if running is not None:
+                running.end()
         if known and sets_modes:
             watch.note_modes()  # type: ignore[union-attr]
         return owned
 
     def _guarded(self, call: Call, kwargs: Mapping[str, object], plan: Plan) -> Any:
-        owned = self._all(plan._replace(calls=(call,)), kwargs, True)
+        owned = self._all(plan._replace(calls=(call,), seconds=[0.0]), kwargs, True)
         return owned[0][1] if owned else None
 
     def _wrapped(self, plan: Plan, kwargs: Mapping[str, object], firstresult: bool) -> list[Owned]:
@@ -358,20 +367,20 @@ class PluginManager(pluggy.PluginManager):
         """Raise HookTimeoutError for what is late inside, if it is ``judged``; else only tell."""
         deadline = self.deadline
         running = None if deadline is None else deadline.enter(call)
-        if deadline is None or running is None:
+        if running is None:
             yield
             return
         try:
             yield
             if judged:
-                deadline.leave(running)
+                running.judge()
         except BaseException as error:
-            known = deadline.failed(running, error) if judged else error
+            known = running.failed(error) if judged else error
             if known is error:
                 raise
             raise known from error
         finally:
-            deadline.ended(running)
+            running.end()
 
     @contextmanager
     def hook_deadline(self, seconds: float | None, process: str = "") -> Iterator[None]:
@@ -475,17 +484,28 @@ class PluginManager(pluggy.PluginManager):
         """Time what every plugin does within a step (the IN_STEP hooks) from now on, or no more."""
         self._timing = on
 
-    def _add_seconds(self, key: tuple[str, str], seconds: float) -> None:
+    def _add_timed(self, key: tuple[str, str], seconds: float) -> None:
         if self._timing:
-            self._seconds[key] = self._seconds.get(key, 0.0) + seconds
+            self._add_seconds(key, seconds)
+
+    def _add_seconds(self, key: tuple[str, str], seconds: float) -> None:
+        self._seconds[key] = self._seconds.get(key, 0.0) + seconds
 
     def take_call_seconds(self) -> dict[tuple[str, str], float]:
         """By (hook, plugin), the seconds of the calls that were timed since they were last
         taken."""
+        for plan in (*self._plans.values(), *self._former_plans):
+            for place, (call, seconds) in enumerate(zip(plan.calls, plan.seconds, strict=True)):
+                if seconds:
+                    self._add_seconds((call.hook, call.plugin), seconds)
+                    plan.seconds[place] = 0.0
+        self._former_plans.clear()
         taken, self._seconds = self._seconds, {}
         return taken
 
     def _forget_plans(self) -> None:
+        # One of them may be running: what its calls take counts.
+        self._former_plans += self._plans.values()
         self._plans.clear()
 
     def _plan_of(self, hook_name: str) -> Plan:
@@ -500,9 +520,12 @@ class PluginManager(pluggy.PluginManager):
             tuple(call for call in calls if call.wrapper),
             tuple(call for call in calls if not call.wrapper),
             self._options(hook_name)["returns"],
+            [0.0] * sum(not call.wrapper for call in calls),
             hook_name in IN_STEP,
             self._options(hook_name)["sets_modes"],
         )
+        if hook_name in self._plans:
+            self._former_plans.append(self._plans[hook_name])
         self._plans[hook_name] = plan
         return plan
 
@@ -528,7 +551,7 @@ class PluginManager(pluggy.PluginManager):
         if self.shared_timings is not None:
             function = timing(function, self.shared_timings.setdefault(key, []).append)
         if method.wrapper and hook_name in IN_STEP:
-            function = timed_wrapper(function, partial(self._add_seconds, key))
+            function = timed_wrapper(function, partial(self._add_timed, key))
         return Call(function, argnames, method.plugin_name, hook_name, priority, method.wrapper)
 
     def _may_run(self, call: Call, dormant: bool) -> bool:

@@ -221,7 +221,7 @@ LIKELY = (
 """What :meth:`ProcessState.unchanged` sees, most of it by one call."""
 
 _training = attrgetter("training")
-OTHERS = [state.get for state in STATES if state.name not in LIKELY]
+OTHERS = [state.get for state in STATES if state not in OF_PYTHON and state.name not in LIKELY]
 OTHERS += [
     lambda: _C._get_fp32_precision_getter("mkldnn", "matmul"),
     lambda: torch.get_autocast_dtype("cpu"),
@@ -251,6 +251,9 @@ class ProcessState:
     for the rest; other calls are compared as a whole with what they found.
     """
 
+    unchanged: Callable[[], bool]
+    """Is what decides most as it was at :meth:`expect`?"""
+
     def __init__(self, model: nn.Module | None = None) -> None:
         self.model = model
         self.stepping = False
@@ -269,9 +272,24 @@ class ProcessState:
         self.stepping = True
 
     def _note_likely(self) -> None:
-        self._guard = _C._dynamo.guards.GlobalStateGuard()
-        self._stacks = _C._len_torch_function_stack(), _C._len_torch_dispatch_stack()
-        self._inference, self._hooks = torch.is_inference_mode_enabled(), _saved_tensors_hooks()
+        # Called after each call of a plugin in a step: nothing is looked up there.
+        check = _C._dynamo.guards.GlobalStateGuard().check
+        functions, dispatches = _C._len_torch_function_stack, _C._len_torch_dispatch_stack
+        inference, hooks = (
+            torch.is_inference_mode_enabled,
+            _AUTOGRAD._top_saved_tensors_default_hooks,
+        )
+        state = functions(), dispatches(), inference(), hooks(True)
+        model = self.model
+
+        def unchanged() -> bool:
+            return (
+                check()
+                and (functions(), dispatches(), inference(), hooks(True)) == state
+                and (model is None or model.training)
+            )
+
+        self.unchanged = unchanged
         self._others = self._settings()
 
     def note_modes(self) -> None:
@@ -282,16 +300,6 @@ class ProcessState:
     def _note(self, right: Before) -> None:
         self._noted = right
         self._modules, self._modes = [m for m, _ in right.modes], [mode for _, mode in right.modes]
-
-    def unchanged(self) -> bool:
-        """Is what decides most as it was at :meth:`expect`?"""
-        return (
-            self._guard.check()
-            and (_C._len_torch_function_stack(), _C._len_torch_dispatch_stack()) == self._stacks
-            and torch.is_inference_mode_enabled() is self._inference
-            and _saved_tensors_hooks() is self._hooks
-            and (self.model is None or self.model.training)
-        )
 
     def settled(self) -> bool:
         """Is all of it as it was, the modes of modules too?"""

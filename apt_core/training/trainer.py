@@ -480,11 +480,11 @@ class Trainer:
             first_index = 0
             self._end_epoch(epoch)
 
-    def _settle_process(self) -> None:
+    def _settle_process(self, *, whole: bool = False) -> None:
         """Put back what the hooks of a step have left changed and is looked for once a step, or
-        before something else is computed."""
+        before something else is computed: then the ``whole`` of it."""
         watch = self._watch
-        if watch is None or not watch.stepping or watch.settled():
+        if watch is None or not watch.stepping or (not whole and watch.settled()):
             return
         if left := watch.put_back():
             self.manager.left_behind(left)
@@ -588,7 +588,7 @@ class Trainer:
 
         Whoever has set the run a limit may kill it now: the checkpoint comes first.
         """
-        self._settle_process()
+        self._settle_process(whole=True)
         if self._watch is not None:
             self._watch.stepping = False
         self.step_log.tell_skipped()
@@ -706,7 +706,7 @@ class Trainer:
     def _evaluate(self, *, everything: bool, final: bool = False) -> dict[str, float]:
         """Score the held-out text, or a few batches of it, and tell of the result; ``final`` says
         that only the end of the run asks for it."""
-        self._settle_process()
+        self._settle_process(whole=True)
         self.step_log.throughput.pause()
         with eval_mode(self.model):
             scores = self._scores(everything=everything, final=final)
