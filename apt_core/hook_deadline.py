@@ -26,7 +26,12 @@ NO_FAILURES = (AptError, StopTraining)
 """What says more than that it came late."""
 
 DEBUGGERS = ("bdb", "pdb", "pydevd", "_pydevd_bundle", "debugpy")
-KERNEL = ("apt_core.plugin_manager", "apt_core.hook_calls", "apt_core.hook_deadline")
+KERNEL = (
+    "apt_core.plugin_manager",
+    "apt_core.hook_calls",
+    "apt_core.hook_deadline",
+    "apt_core.discovery",
+)
 """Modules whose frames are around what a plugin does."""
 
 
@@ -36,14 +41,16 @@ class HookTimeoutError(TimeoutError):
 
 class Running:
     """A call that has not returned, since ``since``; ``outer`` is the one in which it was made. One
-    object serves all the calls of a hook, one after the other. ``counted`` are the seconds in which
-    the process was seen to run, ``due`` those at which the next report is."""
+    object serves all the calls of a hook, one after the other. ``judged`` says whether being late
+    is a failure; ``counted`` are the seconds in which the process was seen to run, ``due`` those at
+    which the next report is."""
 
-    __slots__ = ("call", "counted", "deadline", "due", "limit", "outer", "since")
+    __slots__ = ("call", "counted", "deadline", "due", "judged", "limit", "outer", "since")
 
     def __init__(self, call: Call, deadline: HookDeadline) -> None:
         self.call, self.deadline, self.outer = call, deadline, deadline.running
         self.limit = self.due = deadline.seconds
+        self.judged = True
         self.since, self.counted = time.monotonic(), 0.0
 
     def judge(self) -> None:
@@ -197,7 +204,8 @@ class HookDeadline:
         if self.running is not running or self._seen != (running, running.since):
             return  # it has returned meanwhile: the stack is another one's
         call = running.call
-        verdict = "" if self._may_last(call.hook) else "; it is a failure once it returns"
+        spared = self._may_last(call.hook) or not running.judged
+        verdict = "" if spared else "; it is a failure once it returns"
         log.log(
             self._level,
             "plugin %s has been in %s for %.3g seconds%s (training.hook_timeout is %g)%s. It is "

@@ -370,6 +370,7 @@ class PluginManager(pluggy.PluginManager):
         if running is None:
             yield
             return
+        running.judged = judged
         try:
             yield
             if judged:
