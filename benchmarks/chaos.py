@@ -477,9 +477,9 @@ KINDS: dict[str, tuple[str, Event]] = {
 }
 """What happens to runs, by name: in words, and what it does before a launch and in it."""
 
-KNOWN = ("insisting",)
-"""Those that are known to find something: the checkpoint of an emergency in mid-step has the states
-of plugins that have seen a part of the step already. --quick leaves them out."""
+INEXACT = ("insisting",)
+"""Those that need not end like the quiet run: a run that dies in the middle of a step saves the
+states of plugins that have seen a part of it, and says so. They happen where --only names them."""
 
 ONLY_ROOT = ("read-only",)
 ONLY_FORKED = ("clock", "disk-fails")
@@ -748,9 +748,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="apt-chaos-") as folder:
         root = Path(folder).resolve()
         with small_disk(root / "disk") as disk:
-            kinds = options.only or [
-                kind for kind in KINDS if not (options.quick and kind in KNOWN)
-            ]
+            kinds = options.only or [kind for kind in KINDS if kind not in INEXACT]
             if disk.why_not:
                 kinds = [kind for kind in kinds if kind not in ONLY_ROOT]
             if disk.why_not:
