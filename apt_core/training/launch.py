@@ -38,6 +38,9 @@ SHUTDOWN_SECONDS = 600.0
 FIRST_SECONDS = 1.0
 """How long a process waits for the first one to have the same to say."""
 
+FAILED, BAD_INPUT = 1, 2
+"""Exit codes of a process that has said what was wrong."""
+
 STOPPED = tuple(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM))
 """Exit codes of a process that has stopped on a signal; the others do the same by agreement."""
 
@@ -58,7 +61,7 @@ def processes_for(config: Config) -> tuple[int, str]:
 
 def launch(processes: int, arguments: Sequence[str]) -> int:
     """Run ``apt-train ARGUMENTS`` in so many processes; returns the exit code of the one that
-    failed first, or 0.
+    failed first, or 0. One that ended as apt-train never does failed, and is named.
 
     A signal to this process goes on to all of them. When one fails, the others are told to stop.
     """
@@ -72,12 +75,13 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     if failed is None:
         return 0
     rank, code = failed
-    if code >= 0:
+    if code in (FAILED, BAD_INPUT, *STOPPED):
         return code
     if workers.told:
         return 128 + workers.told
-    print(f"error: process {rank} was killed by signal {-code}", file=sys.stderr)
-    return 1
+    how = f"ended with exit code {code}" if code > 0 else f"was killed by signal {-code}"
+    print(f"error: process {rank} {how}", file=sys.stderr)
+    return FAILED
 
 
 def _environment(rank: int, processes: int, folder: Path) -> dict[str, str]:

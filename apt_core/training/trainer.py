@@ -633,6 +633,8 @@ class Trainer:
             self.manager.hook.on_training_end(trainer=self)
         with suppress(StopTraining):
             self.manager.settle()
+        # What failed at the end in another process is told too, or ends this one.
+        self._enabling.share_quarantines()
         write_manifest(self, status)
         return result
 
