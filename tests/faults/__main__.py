@@ -4,6 +4,7 @@ python tests/faults                     # all cases, on all cores
 python tests/faults --quick             # the small part that is in the tests
 python tests/faults --only on_step_end/raise-SystemExit/isolate/middle
 python tests/faults --hook on_metrics --kind state --json FILE
+python tests/faults --pairs [--quick]   # faults in one of two processes
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads would not survive a fork
 
 from fault_matrix import HOOKS, Case, few
+from fault_pairs import FEW, PAIRS, Pair, run_pairs
 from fault_runs import Laboratory, Verdict, run_all
 from rich.console import Console
 
@@ -55,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what came of it there")
     parser.add_argument("--list", action="store_true", help="show the cases and run none")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the runs' folders there")
+    parser.add_argument("--pairs", action="store_true", help="faults in one of two processes")
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
     began = time.perf_counter()
@@ -62,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--keep: {options.keep} is there already")
     root = options.keep or Path(tempfile.mkdtemp(prefix="apt-faults-"))
     try:
+        if options.pairs:
+            return in_pairs(root.resolve(), options)
         laboratory = Laboratory(root.resolve())
         cases = chosen(laboratory, options, console)
         if options.list:
@@ -86,6 +91,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = ["python", "tests/faults", *kept]
         write(options.json, verdicts, seconds, command, options.seed)
     return 1 if unexpected else 0
+
+
+def in_pairs(root: Path, options: argparse.Namespace) -> int:
+    """Faults in one of two processes: each case with its seconds, and what is not as expected."""
+
+    def tell(case: Pair, wrong: list[str], seconds: float) -> None:
+        print(f"{seconds:5.1f} s  {case}", *(f"  {line}" for line in wrong), sep="\n", flush=True)
+        if wrong:
+            again = shlex.join(["python", "tests/faults", "--pairs", "--only", str(case)])
+            print(f"  again: {again}", flush=True)
+
+    cases = FEW if options.quick else PAIRS
+    if options.only:
+        cases = [case for case in PAIRS if str(case) in options.only]
+    began = time.perf_counter()
+    unexpected = run_pairs(root, cases, tell, keep=options.keep is not None)
+    seconds = time.perf_counter() - began
+    print(f"{len(cases)} cases in two processes in {seconds:.0f} s, {unexpected} not as expected")
+    return 1 if unexpected or not cases else 0
 
 
 def chosen(laboratory: Laboratory, options: argparse.Namespace, console: Console) -> list[Case]:
