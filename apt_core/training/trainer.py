@@ -243,11 +243,11 @@ class Trainer:
         training = self.config.training
         threads = cpu_threads(num_threads(self.config))
         deterministic = deterministic_kernels(training.deterministic)
-        seconds = training.hook_timeout if self.manager.list_name_plugin() else None
+        timeout, plugins = training.hook_timeout, self.manager.list_name_plugin()
         process = f" in process {self.rank}, for which the others wait" if self.rank else ""
         with (
             noting_errors(self.manager.note_log_error),
-            self.manager.hook_deadline(seconds, process),
+            self.manager.hook_deadline(timeout if plugins else None, process),
             self.stopping.interrupts.listening(),
             threads,
             deterministic,
