@@ -148,7 +148,7 @@ def losses(run: TinyRun) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("hook", HOOKS)
 def test_what_a_hook_changes_in_the_process_is_put_back(quiet: TinyRun, hook: str) -> None:
     """All of them in loss terms, where they matter at once; a share of them in each other hook."""
-    first, every = (0, 1) if hook == "apt_loss_terms" else (HOOKS.index(hook) % 4, 4)
+    first, every = (0, 1) if hook == "apt_loss_terms" else (HOOKS.index(hook) % 6, 6)
     for number, (name, change) in list(enumerate(CHANGES.items()))[first::every]:
         if (hook, name) == ("apt_logits_processors", "grad mode"):
             continue  # a generation has none
