@@ -65,7 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{tried:,} inputs in {seconds:.0f} s, {len(found)} with an unexpected end")
     if options.json:
         words = sys.argv[1:] if arguments is None else arguments
-        write(options.json, tallies, seconds, options.seed, ["python", "tests/fuzzing", *words])
+        # Where its figures are kept is no matter.
+        at = [n for n, word in enumerate(words) if word == "--json"]
+        kept = [word for n, word in enumerate(words) if n not in at and n - 1 not in at]
+        write(options.json, tallies, seconds, options.seed, ["python", "tests/fuzzing", *kept])
     return 1 if found else 0
 
 
