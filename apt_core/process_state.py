@@ -221,7 +221,7 @@ LIKELY = (
 """What :meth:`ProcessState.unchanged` sees, most of it by one call."""
 
 _training = attrgetter("training")
-OTHERS = [state.get for state in STATES if state not in OF_PYTHON and state.name not in LIKELY]
+OTHERS = [state.get for state in STATES if state.name not in LIKELY]
 OTHERS += [
     lambda: _C._get_fp32_precision_getter("mkldnn", "matmul"),
     lambda: torch.get_autocast_dtype("cpu"),
