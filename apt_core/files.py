@@ -41,11 +41,7 @@ def open_file(path: str | Path) -> BufferedReader:
     # Looked at before it is opened, which is an act upon some devices.
     _raise_unless_file(os.stat(path), path)
     file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115
-    try:
-        _raise_unless_file(os.fstat(file.fileno()), path)
-    except OSError:
-        file.close()
-        raise
+    _close_unless_file(file, path)
     return file
 
 
@@ -63,11 +59,7 @@ def append_to_file(path: str | Path) -> FileIO:
         if error.errno == errno.ENXIO:  # a pipe that nobody reads
             _raise_unless_file(os.stat(path), path)
         raise
-    try:
-        _raise_unless_file(os.fstat(file.fileno()), path)
-    except OSError:
-        file.close()
-        raise
+    _close_unless_file(file, path)
     return file
 
 
@@ -79,6 +71,14 @@ def was_replaced(file: IO[Any], path: str | Path) -> bool:
         return True
     except OSError:
         return False
+
+
+def _close_unless_file(file: IO[Any] | FileIO, path: str | Path) -> None:
+    try:
+        _raise_unless_file(os.fstat(file.fileno()), path)
+    except OSError:
+        file.close()
+        raise
 
 
 def _raise_unless_file(status: os.stat_result, path: str | Path) -> None:

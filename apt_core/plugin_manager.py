@@ -262,8 +262,8 @@ class PluginManager(pluggy.PluginManager):
         finally:
             if running is not None:
                 running.end()
-        if known and sets_modes:
-            watch.note_modes()  # type: ignore[union-attr]
+        if watch is not None and known and sets_modes:
+            watch.note_modes()
         return owned
 
     def _guarded(self, call: Call, kwargs: Mapping[str, object], plan: Plan) -> Any:

@@ -327,8 +327,8 @@ def _elsewhere(path: Path, manifest: Mapping[str, Any], checkpoint_dir: str | No
     Raises ConfigError for any other place: a manifest does not decide where is written.
     """
     said = Path(path, manifest.get("checkpoint_dir", "checkpoints")).resolve()
-    homes = [path.resolve()]
-    if said.is_relative_to(homes[0]) and said != homes[0]:
+    run = path.resolve()
+    if said.is_relative_to(run) and said != run:
         return said
     if checkpoint_dir is not None and said.parent == Path(checkpoint_dir).resolve():
         return said

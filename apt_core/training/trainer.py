@@ -144,8 +144,7 @@ class Trainer:
         self.stopping = Stopping(self.config, stop_at_step, alone=self.world_size == 1)
         self.switching = Switching(self)
         self._callbacks = Callbacks(self.manager)
-        self._watch = ProcessState() if self.manager.list_name_plugin() else None
-        self.manager.watch = self._watch
+        self._watch: ProcessState | None = None
         self.modes = ModelModes()
         self._at = 0, 0  # the step at hand, and the tokens before it
         self.in_step = False  # have some of the hooks of a step been called, and not all?
@@ -230,6 +229,10 @@ class Trainer:
         is not possible, and another AptError when the run fails; a checkpoint of the last whole
         step is written first.
         """
+        # Not before: plugins may be registered until now.
+        self.manager.watch = self._watch = (
+            ProcessState() if self.manager.list_name_plugin() else None
+        )
         if self._watch is None:
             return self._fit()
         before = self._watch.before()

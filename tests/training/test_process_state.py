@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from apt_core import hookimpl
 from apt_core.errors import PluginError
 from apt_core.process_state import STATES, ProcessState
-from apt_core.testing import TinyRun, tiny_run
+from apt_core.testing import TINY_PROFILE, TinyRun, tiny_run
+from apt_core.training import Trainer
 
 OVERRIDES = {
     "model.dropout": 0.3,
@@ -344,3 +345,14 @@ def test_torch_may_come_with_the_plugin_that_sets_its_state(tmp_path: Path) -> N
     assert finders == "True"
     for name in ("working directory", "default dtype", "number of threads", "to 7"):
         assert name in error
+
+
+def test_a_plugin_that_is_registered_just_before_the_run_is_watched(tmp_path: Any) -> None:
+    trainer = Trainer(
+        {**TINY_PROFILE, "data": {"loader": "pydoc"}}, output=tmp_path / "run", stop_at_step=1
+    )
+    trainer.manager.register(plugin("on_step_end", whole, raises=False), "late")
+    trainer.fit()
+    (left,) = trainer.manager.records["late"].leftovers
+    assert "training mode" in left.error
+    assert trainer.model.training
