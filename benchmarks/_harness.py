@@ -23,6 +23,7 @@ import json
 import os
 import platform
 import random
+import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -289,6 +290,13 @@ def _shown(table: Mapping[str, Any]) -> Table:
     for row in table["rows"]:
         shown.add_row(*(cell(value) for value in row))
     return shown
+
+
+def command_of(script: str, words: Sequence[str]) -> str:
+    """The command that takes figures again: ``words`` without the file in which they are kept."""
+    at = [number for number, word in enumerate(words) if word == "--json"]
+    kept = [word for number, word in enumerate(words) if number not in at and number - 1 not in at]
+    return shlex.join(["python", script, *kept])
 
 
 def describe_machine() -> dict[str, Any]:

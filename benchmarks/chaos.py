@@ -35,7 +35,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads would not survive a fork
 import torch
 import yaml
 
-from _harness import describe_machine
+from _harness import command_of, describe_machine
 from _launch import (
     BEACON,
     Launched,
@@ -776,7 +776,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = sys.argv[1:] if arguments is None else arguments
         content = {
             "tool": "chaos",
-            "command": shlex.join(["python", "benchmarks/chaos.py", *without_json(words)]),
+            "command": command_of("benchmarks/chaos.py", words),
             "seed": options.seed,
             "seconds": round(seconds, 1),
             "machine": describe_machine(),
@@ -788,12 +788,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 1 if wrong else 0
-
-
-def without_json(words: Sequence[str]) -> list[str]:
-    """A command without where its figures are kept."""
-    return [word for index, word in enumerate(words)
-            if word != "--json" and (not index or words[index - 1] != "--json")]  # fmt: skip
 
 
 def tell(number: int, new: Sequence[Outcome], events: int, options: argparse.Namespace) -> None:

@@ -10,7 +10,6 @@ import argparse
 import gc
 import json
 import os
-import shlex
 import statistics
 import sys
 import tempfile
@@ -28,7 +27,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 from torch import Tensor
 
-from _harness import describe_machine
+from _harness import command_of, describe_machine
 from apt_core import hookimpl
 from apt_core.kernel import boot
 from apt_core.plugin_manager import PluginManager
@@ -316,10 +315,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     grown = sum(row["unexpected"] for row in rows)
     if options.json:
         words = sys.argv[1:] if arguments is None else arguments
-        at = list(words).index("--json") if "--json" in words else len(words)
         content = {
             "tool": "soak",
-            "command": shlex.join(["python", "benchmarks/soak.py", *words[:at], *words[at + 2 :]]),
+            "command": command_of("benchmarks/soak.py", words),
             "seed": trainer.config.training.seed,
             "seconds": round(seconds, 1),
             "machine": describe_machine(),

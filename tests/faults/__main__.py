@@ -85,11 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
           f"{len(unexpected)} not as expected")  # fmt: skip
     if options.json:
         words = sys.argv[1:] if arguments is None else arguments
-        # Where its figures are kept is no matter.
-        at = [n for n, word in enumerate(words) if word == "--json"]
-        kept = [word for n, word in enumerate(words) if n not in at and n - 1 not in at]
-        command = ["python", "tests/faults", *kept]
-        write(options.json, verdicts, seconds, command, options.seed)
+        write(options.json, verdicts, seconds, words, options.seed)
     return 1 if unexpected else 0
 
 
@@ -164,14 +160,14 @@ def table(verdicts: Sequence[Verdict]) -> list[tuple[str, int, dict[str, int], i
 
 
 def write(
-    path: Path, verdicts: Sequence[Verdict], seconds: float, command: Sequence[str], seed: int
+    path: Path, verdicts: Sequence[Verdict], seconds: float, words: Sequence[str], seed: int
 ) -> None:
     sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-    from _harness import describe_machine
+    from _harness import command_of, describe_machine
 
     content: dict[str, Any] = {
         "tool": "faults",
-        "command": shlex.join(command),
+        "command": command_of("tests/faults", words),
         "seed": seed,
         "machine": describe_machine(),
         "versions": versions(),

@@ -65,10 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{tried:,} inputs in {seconds:.0f} s, {len(found)} with an unexpected end")
     if options.json:
         words = sys.argv[1:] if arguments is None else arguments
-        # Where its figures are kept is no matter.
-        at = [n for n, word in enumerate(words) if word == "--json"]
-        kept = [word for n, word in enumerate(words) if n not in at and n - 1 not in at]
-        write(options.json, tallies, seconds, options.seed, ["python", "tests/fuzzing", *kept])
+        write(options.json, tallies, seconds, options.seed, words)
     return 1 if found else 0
 
 
@@ -118,11 +115,14 @@ def show(target: Target, seed: int, number: int, root: Path) -> int:
 
 
 def write(
-    path: Path, tallies: dict[str, Tally], seconds: float, seed: int, command: Sequence[str]
+    path: Path, tallies: dict[str, Tally], seconds: float, seed: int, words: Sequence[str]
 ) -> None:
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    from _harness import command_of
+
     content: dict[str, Any] = {
         "tool": "fuzz",
-        "command": shlex.join(command),
+        "command": command_of("tests/fuzzing", words),
         "seed": seed,
         "seconds": seconds,
         "rows": [
