@@ -4,7 +4,6 @@ checkpoint with the right checksums is still looked at."""
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import shutil
@@ -22,6 +21,8 @@ from apt_core.errors import AptError, CheckpointError
 from apt_core.testing import TinyRun, tiny_run
 from apt_core.training import checkpoint
 from apt_core.training.saved_state import faults
+
+Seal = Callable[[Path], None]
 
 OVERRIDES = {"training.save_every_steps": 2, "training.log_every_steps": 1}
 
@@ -182,19 +183,6 @@ def test_rows_and_lines_go_on_after_their_file_is_taken_away(tmp_path: Path) -> 
 # Sealed, and wrong ------------------------------------------------------------------------------
 
 
-def seal(path: Path) -> None:
-    """Make the checksums of a checkpoint those of its files."""
-    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    manifest.pop("manifest_sha256", None)
-    manifest["sha256"] = {
-        name: hashlib.sha256((path / name).read_bytes()).hexdigest()
-        for name in manifest.get("sha256", {})
-        if (path / name).exists()
-    }
-    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    (path / "manifest.json").write_text(json.dumps({**manifest, "manifest_sha256": digest}))
-
-
 WRONG = (None, True, -1, 1e999, "text", [], {}, [[]], 2**70, {"a": {"b": 1}})
 FREE = ("plugins.", "metrics.", "scores.", "start_scores.", "spent.", "tensors.")
 
@@ -225,7 +213,7 @@ def loaded_step(root: Path) -> int | None:
     return found.state["step"]
 
 
-def test_each_value_of_a_state_is_of_its_type(run: Path) -> None:
+def test_each_value_of_a_state_is_of_its_type(seal: Seal, run: Path) -> None:
     root = run / "checkpoints"
     newest = root / "step-00000004"
     state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
@@ -286,7 +274,7 @@ CHANGES = (renamed, taken, cast(torch.int64), cast(torch.float16), cast(torch.fl
 
 @pytest.mark.parametrize("file", ["model", "optimizer"])
 @pytest.mark.parametrize("told", [True, False])
-def test_tensors_are_those_of_the_run(run: Path, file: str, told: bool) -> None:
+def test_tensors_are_those_of_the_run(seal: Seal, run: Path, file: str, told: bool) -> None:
     """Where the state tells of the change too, there is an error in place of other weights."""
     root = run / "checkpoints"
     newest = root / "step-00000004"
@@ -312,7 +300,9 @@ def test_tensors_are_those_of_the_run(run: Path, file: str, told: bool) -> None:
 
 
 @pytest.mark.parametrize("step", [3, 40, -4, "4", None, True])
-def test_a_step_that_contradicts_its_checkpoint_is_noticed(run: Path, step: Any) -> None:
+def test_a_step_that_contradicts_its_checkpoint_is_noticed(
+    seal: Seal, run: Path, step: Any
+) -> None:
     newest = run / "checkpoints" / "step-00000004"
     manifest = json.loads((newest / "manifest.json").read_text())
     (newest / "manifest.json").write_text(json.dumps({**manifest, "step": step}))
@@ -323,7 +313,9 @@ def test_a_step_that_contradicts_its_checkpoint_is_noticed(run: Path, step: Any)
         assert loaded_step(run / "checkpoints") == 2
 
 
-def test_a_bomb_of_aliases_in_a_profile_is_not_unfolded(run: Path, whole: TinyRun) -> None:
+def test_a_bomb_of_aliases_in_a_profile_is_not_unfolded(
+    seal: Seal, run: Path, whole: TinyRun
+) -> None:
     bomb = "a0: &a0 [x, x]\n" + "".join(
         f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from apt_core.testing import tiny_run
 from apt_core.training import checkpoint
 from apt_core.training.state import load_optimizer, optimizer_tensors
 from apt_core.training.tensor_files import SavedTensors, write_whole
+
+Seal = Callable[[Path], None]
 
 OVERRIDES = {"training.save_every_steps": 1}
 
@@ -34,16 +36,6 @@ def run(stopped: Path, tmp_path: Path) -> Path:
     return shutil.copytree(stopped, tmp_path / "run")
 
 
-def seal(path: Path) -> None:
-    """Make the checksums of a checkpoint those of its files."""
-    manifest = json.loads((path / "manifest.json").read_text())
-    del manifest["manifest_sha256"]
-    for name in manifest["sha256"]:
-        manifest["sha256"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
-    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    (path / "manifest.json").write_text(json.dumps({**manifest, "manifest_sha256": digest}))
-
-
 INNER = [
     ("state.json", ("optimizer_groups", 0, "settings", "maximize"), 1),
     ("state.json", ("optimizer_groups", 0, "settings", "eps"), "text"),
@@ -56,7 +48,9 @@ INNER = [
 ]  # fmt: skip
 
 
-def test_the_one_before_is_used_where_an_inner_value_is_of_another_kind(run: Path) -> None:
+def test_the_one_before_is_used_where_an_inner_value_is_of_another_kind(
+    seal: Seal, run: Path
+) -> None:
     newest = run / "checkpoints" / "step-00000002"
     original = shutil.copytree(newest, run.parent / "original")
     for file, (*way, last), new in INNER:
@@ -101,7 +95,9 @@ def test_a_fused_step_gets_no_state_that_it_would_read_beyond(
         load_optimizer(model, optimizer, SavedTensors(tmp_path / "optimizer"))
 
 
-def test_the_first_step_blames_the_checkpoint_for_state_that_it_cannot_take(run: Path) -> None:
+def test_the_first_step_blames_the_checkpoint_for_state_that_it_cannot_take(
+    seal: Seal, run: Path
+) -> None:
     """A flag that is one, and asks for moments that are not there."""
     for path in checkpoint.list_checkpoints(run / "checkpoints"):
         state = json.loads((path / "state.json").read_text())
