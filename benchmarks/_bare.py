@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,21 @@ class Recipe:
         progress = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
         share = (1 + math.cos(math.pi * progress)) / 2
         return self.min_learning_rate + share * (self.learning_rate - self.min_learning_rate)
+
+
+def nanogpt_section(num_layers: int, num_heads: int, d_model: int, length: int) -> dict[str, Any]:
+    """Section ``model`` of a profile that has the parts of :class:`NanoGPT`."""
+    return {
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "d_model": d_model,
+        "d_ff": 4 * d_model,
+        "max_seq_len": length,
+        "attention_name": "mha",
+        "ffn_name": "gelu",
+        "norm_name": "layernorm",
+        "position_name": "learned",
+    }
 
 
 def adamw(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from _apt_turns import handing_over, trainer_loop
-from _bare import NanoGPT, Recipe, random_windows, train
+from _bare import NanoGPT, Recipe, nanogpt_section, random_windows, train
 from _harness import Report, Timings, interleave, run
 from _turns import Loop, take_turns
 from apt_core.inference.generator import generate
@@ -58,18 +58,8 @@ class Shape:
         return self.batch_size * self.length
 
     def model(self) -> dict[str, Any]:
-        return {
-            "num_layers": self.num_layers,
-            "num_heads": self.num_heads,
-            "d_model": self.d_model,
-            "d_ff": 4 * self.d_model,
-            "vocab_size": self.vocab_size,
-            "max_seq_len": self.length,
-            "attention_name": "mha",
-            "ffn_name": "gelu",
-            "norm_name": "layernorm",
-            "position_name": "learned",
-        }
+        parts = nanogpt_section(self.num_layers, self.num_heads, self.d_model, self.length)
+        return {**parts, "vocab_size": self.vocab_size}
 
 
 GPT2 = Shape(12, 12, 768, 50304, batch_size=12, length=1024, turn=5)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from _apt_turns import handing_over, trainer_loop
-from _bare import Recipe, adamw, random_windows, train
+from _bare import Recipe, adamw, nanogpt_section, random_windows, train
 from _harness import Report, run
 from _turns import Loop, TurnTimings, take_turns
 from apt_core import hookimpl
@@ -56,18 +56,7 @@ class Shape:
         return Recipe(steps=steps, batch_size=self.batch_size, length=self.length, warmup_steps=10)
 
     def model(self) -> dict[str, Any]:
-        """Section ``model`` of a profile that has nanoGPT's parts."""
-        return {
-            "num_layers": self.num_layers,
-            "num_heads": self.num_heads,
-            "d_model": self.d_model,
-            "d_ff": 4 * self.d_model,
-            "max_seq_len": self.length,
-            "attention_name": "mha",
-            "ffn_name": "gelu",
-            "norm_name": "layernorm",
-            "position_name": "learned",
-        }
+        return nanogpt_section(self.num_layers, self.num_heads, self.d_model, self.length)
 
 
 TINY = Shape("One layer", 1, 1, 32, batch_size=2, length=32, turn=20, rounds=600)

@@ -28,7 +28,7 @@ import fault_kinds
 import torch
 import yaml
 from fault_matrix import FAILS, GOES_ON, INTERRUPTED, STOPS, Outcome
-from fault_runs import PROFILE, TEXT, Left, _noting_the_start, _stream, finished, source_of
+from fault_runs import PROFILE, TEXT, Left, _noting_the_start, enter, finished, source_of
 
 from apt_core.cli.run_command import run_command
 from apt_core.cli.train import app
@@ -298,14 +298,7 @@ def _launched(folder: Path, plan: fault_kinds.Plan, rank: int, arguments: Sequen
         code = 70
         try:
             _planned, _rank = plan, rank
-            for number, name in ((1, "stdout"), (2, "stderr")):
-                file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-                os.dup2(file, number)
-                os.close(file)
-            sys.stdout, sys.stderr = map(_stream, (1, 2))
-            sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
-            os.environ["FAULTS_TEMPORARY"] = str(folder)
-            os.chdir(folder)
+            enter(folder)
             changed: Any = launch
             changed.subprocess = SimpleNamespace(Popen=_Forked)
             changed.apt_train_command = list

@@ -208,7 +208,8 @@ def start(folder: Path, plan: fault_kinds.Plan, arguments: Sequence[str]) -> int
         os._exit(code)
 
 
-def _train(folder: Path, plan: fault_kinds.Plan, arguments: Sequence[str]) -> int:
+def enter(folder: Path) -> None:
+    """Let this process, which is a child, write what it prints into ``folder``, and work there."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(file, number)
@@ -217,6 +218,10 @@ def _train(folder: Path, plan: fault_kinds.Plan, arguments: Sequence[str]) -> in
     sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
     os.environ["FAULTS_TEMPORARY"] = str(folder)
     os.chdir(folder)
+
+
+def _train(folder: Path, plan: fault_kinds.Plan, arguments: Sequence[str]) -> int:
+    enter(folder)
     traces = open(folder / "hangs", "w")  # noqa: SIM115
     faulthandler.dump_traceback_later(SECONDS - 10, file=traces)
     report = os.open(folder / "seen.json", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
