@@ -6,12 +6,14 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+from apt_core.files import open_file
 from apt_core.log import get_logger
 
 log = get_logger("apt.cache")
@@ -65,7 +67,7 @@ def _read(path: Path) -> npt.NDArray[Any] | None:
 
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_file(path) as file:
             digest = _digest_of(file, size - DIGEST_BYTES)
             intact = size > DIGEST_BYTES and digest == file.read()
     except FileNotFoundError:
@@ -73,11 +75,12 @@ def _read(path: Path) -> npt.NDArray[Any] | None:
     except OSError as error:
         log.warning("cannot read the cache entry %s: %s", path, error)
         return None
-    if not intact:
-        log.warning("the cache entry %s is damaged and is made anew", path)
-        return None
-    array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    return array
+    if intact:
+        with suppress(OSError, ValueError):  # sealed, and no array
+            array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+            return array
+    log.warning("the cache entry %s is damaged and is made anew", path)
+    return None
 
 
 def _write(path: Path, array: npt.NDArray[Any]) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 
@@ -37,10 +39,21 @@ def test_an_array_is_made_once_and_then_mapped(home):
     assert make.calls == 2
 
 
+def sealed(data):
+    return data + hashlib.sha256(data).digest()
+
+
 @pytest.mark.parametrize(
     "damage",
-    [lambda data: b"", lambda data: data[:-40], lambda data: data[:500] + b"?" + data[501:]],
-    ids=["emptied", "truncated", "one byte changed"],
+    [
+        lambda data: b"",
+        lambda data: data[:-40],
+        lambda data: data[:500] + b"?" + data[501:],
+        lambda data: sealed(b"no array"),
+        lambda data: sealed(data[:200]),
+        lambda data: sealed(data[:-32].replace(b"(1000,)", b"(9e99,)")),
+    ],
+    ids=["emptied", "truncated", "one byte changed", "sealed text", "sealed part", "sealed shape"],
 )
 def test_a_damaged_entry_is_made_anew(home, damage):
     make = Maker()
