@@ -192,13 +192,18 @@ def read_evaluation(path: Path) -> Evaluated | None:
     if record.pop("sha256", None) != _digest(record):
         raise CheckpointError(f"{path / EVALUATION}: the file is damaged (its own sha256)")
     try:
-        scores = {
-            name: float(value) if isinstance(value, str) else value
-            for name, value in record["scores"].items()
-        }
-        return Evaluated(record["watched"], float(record["loss"]), scores)
-    except (KeyError, TypeError, ValueError, AttributeError):
+        scores = {name: _number(value) for name, value in record["scores"].items()}
+        return Evaluated(str(record["watched"]), _number(record["loss"]), scores)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise CheckpointError(f"{path / EVALUATION}: not what an evaluation gave") from None
+
+
+def _number(value: Any) -> float:
+    """A score of a file, in which one that is not finite is a text. Raises TypeError, ValueError,
+    OverflowError."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise TypeError(f"{value!r} is no number")
+    return float(value)
 
 
 def best_by_evaluation(root: Path, watched: str) -> tuple[Path, float] | None:

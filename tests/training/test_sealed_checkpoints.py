@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -34,6 +35,17 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(stopped: Path, tmp_path: Path) -> Path:
     shutil.copy(stopped.with_name("run.txt"), tmp_path / "run.txt")
     return shutil.copytree(stopped, tmp_path / "run")
+
+
+@pytest.mark.parametrize("wrong", [[], None, True, {}, "text", 10**400])
+@pytest.mark.parametrize("key", ["loss", "scores"])
+def test_scores_of_an_evaluation_are_numbers(run: Path, key: str, wrong: Any) -> None:
+    path = run / "checkpoints" / "step-00000002" / checkpoint.EVALUATION
+    scores = {"val_loss": wrong if key == "scores" else 1.0}
+    record = {"watched": "w", "loss": wrong if key == "loss" else 1.0, "scores": scores}
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({**record, "sha256": digest}))
+    assert checkpoint.newest_intact(run / "checkpoints").state["step"] == 1
 
 
 INNER = [
