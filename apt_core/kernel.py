@@ -189,18 +189,18 @@ def boot(
     manager = manager or PluginManager()
     manager.strict = strict = strict or manager.strict
     asked = bool(plugins or source.data.get("plugins") or manager.list_name_plugin())
-    with before_the_run(), manager.hook_deadline(_hook_timeout(source) if asked else None):
+    with before_the_run(), manager.hook_deadline(_hook_timeout(source) if asked else 0.0):
         starting = _Boot(source, manager, strict)
         starting.load_plugins(plugins)
         starting.activate_for_providers()
         return starting.check(probe, files)
 
 
-def _hook_timeout(source: Source) -> float | None:
+def _hook_timeout(source: Source) -> float:
     """As the profile says it, which is not checked yet."""
     training = source.data.get("training")
     asked = training.get("hook_timeout") if isinstance(training, Mapping) else None
-    if isinstance(asked, int | float) and 0 < asked < math.inf:
+    if isinstance(asked, int | float) and 0 <= asked < math.inf:
         return float(asked)
     return DEFAULT_HOOK_TIMEOUT
 

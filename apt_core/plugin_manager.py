@@ -384,10 +384,10 @@ class PluginManager(pluggy.PluginManager):
             running.end()
 
     @contextmanager
-    def hook_deadline(self, seconds: float | None, process: str = "") -> Iterator[None]:
+    def hook_deadline(self, seconds: float, process: str = "") -> Iterator[None]:
         """Tell of calls of plugins that this thread makes and that take longer, while the context
-        lasts; None watches nothing. ``process`` names the process where it is not the first."""
-        if seconds is None:
+        lasts; 0 watches nothing. ``process`` names the process where it is not the first."""
+        if not seconds:
             yield
             return
         deadline = HookDeadline(

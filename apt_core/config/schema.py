@@ -328,10 +328,10 @@ class TrainingSection(Section):
         default=10,
         description="Non-finite steps in a row after which the run stops, at a log interval.",
     )
-    hook_timeout: Annotated[float, Field(gt=0, le=1e7)] | None = Field(
+    hook_timeout: Annotated[float, Field(ge=0, le=1e7)] = Field(
         default=DEFAULT_HOOK_TIMEOUT,
         description="Seconds after which a plugin that has not returned from a hook is told of, "
-        "with its stack; it is quarantined when it does, except from hooks that may last. null "
+        "with its stack; it is quarantined when it does, except from hooks that may last. 0 "
         "watches none.",
     )
 

@@ -250,7 +250,7 @@ class Trainer:
         process = f" in process {self.rank}, for which the others wait" if self.rank else ""
         with (
             noting_errors(self.manager.note_log_error),
-            self.manager.hook_deadline(timeout if plugins else None, process),
+            self.manager.hook_deadline(timeout if plugins else 0.0, process),
             self.stopping.interrupts.listening(),
             threads,
             deterministic,

@@ -187,7 +187,7 @@ def test_nothing_is_watched_where_it_is_off_and_other_threads_never_are(plugin_o
     manager = PluginManager()
     seen: list[Any] = []
     manager.register(plugin_of(on_step_end=lambda: seen.append(manager.deadline)), "plugin")
-    with manager.hook_deadline(None):
+    with manager.hook_deadline(0.0):
         manager.hook.on_step_end(step=1, loss=None, trainer=None)
         assert not threads()
     assert seen == [None]
@@ -232,6 +232,21 @@ def test_an_import_that_hangs_is_told_of_before_the_run(reports: Reports, tmp_pa
 
 
 def test_the_setting_is_checked() -> None:
-    assert Config.from_dict({"training": {"hook_timeout": None}}).training.hook_timeout is None
-    with pytest.raises(ConfigError, match="hook_timeout"):
-        Config.from_dict({"training": {"hook_timeout": 0}})
+    for wrong in (-1, "never", float("inf")):
+        with pytest.raises(ConfigError, match="hook_timeout"):
+            Config.from_dict({"training": {"hook_timeout": wrong}})
+
+
+def test_it_can_be_turned_off_in_a_profile_that_extends_another(
+    reports: Reports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From before the plugins are imported."""
+    started: list[float] = []
+    monkeypatch.setattr(hook_deadline.HookDeadline, "start", lambda self: started.append(1))
+    plugin = tmp_path / "importing.py"
+    plugin.write_text("from apt_core import hookimpl\n", encoding="utf-8")
+    profile = tmp_path / "off.yaml"
+    profile.write_text("extends: base\nname: off\ntraining: {hook_timeout: 0}\n")
+    kernel = boot(str(profile), plugins=[str(plugin)], files=False)
+    assert kernel.config.training.hook_timeout == 0
+    assert not started
