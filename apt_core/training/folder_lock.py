@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Iterator
@@ -12,9 +11,7 @@ from pathlib import Path
 from weakref import WeakSet
 
 from apt_core.errors import ConfigError, Problem
-from apt_core.files import read_file
-
-MAX_MANIFEST = 100_000_000
+from apt_core.json_files import read_json
 
 
 class FolderLock:
@@ -99,10 +96,9 @@ def _holder(path: Path) -> str:
             "end that one"
         )
     try:
-        manifest = json.loads(read_file(path / "manifest.json", MAX_MANIFEST))
-        process = manifest["process"]
+        process = read_json(path / "manifest.json")["process"]
         return f": process {int(process['pid'])} of {process['host']!s}, since {process['since']}"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return ""
 
 
