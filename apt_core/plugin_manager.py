@@ -224,37 +224,44 @@ class PluginManager(pluggy.PluginManager):
         _, _, calls, returns, seconds, in_step, sets_modes = plan
         watch, before, deadline = self.watch, None, self.deadline
         known = watch is not None and in_step and watch.stepping
+        # Steady steps are compared after all of the calls: after each it costs more than they do.
+        each = watch if watch is not None and (not known or watch.closely) else None
+        unchanged = each.unchanged if each is not None and known else None
         running = None if deadline is None or not calls else deadline.enter(calls[0])
         timed = self._timing and in_step
         timing = timed or running is not None
-        start = monotonic() if timing else 0.0
+        start = end = monotonic() if timing else 0.0
+        argument = kwargs.__getitem__
         try:
             for place, call in enumerate(calls):
-                arguments = [kwargs[name] for name in call[1]]
-                if watch is not None and not known:
-                    before = watch.before()
+                arguments = (*map(argument, call[1]),)
+                if each is not None and not known:
+                    before = each.before()
                 if running is not None:
                     running.call, running.since = call, start
                 try:
                     result = call[0](*arguments)
                     if result is not None:
                         result = returns(result, kwargs)
-                    if running is not None and monotonic() - start >= running.limit:
-                        running.judge()
+                    if timing:
+                        end = monotonic()
+                        if running is not None and end - start >= running.limit:
+                            running.judge()
                 except BaseException as error:
                     if watch is not None:
-                        self._put_back(watch, call, before, sets_modes)
+                        suspects = calls[: place + 1] if each is None else (call,)
+                        self._put_back(watch, suspects, before, sets_modes)
                     # A name for what is to be raised would hold on to the frames and their tensors.
                     self._raised(call, error if running is None else running.failed(error))
-                    result = None
+                    result, end = None, monotonic()
                 else:
-                    if watch is not None and not (known and watch.unchanged()):
-                        self._put_back(watch, call, before, sets_modes)
-                if timing:
-                    end = monotonic()
-                    if timed:
-                        seconds[place] += end - start
-                    start = end
+                    if each is not None and (unchanged is None or not unchanged()):
+                        self._put_back(each, (call,), before, sets_modes)
+                        unchanged = each.unchanged if known else None
+                        end = monotonic()
+                if timed:
+                    seconds[place] += end - start
+                start = end
                 if result is not None:
                     owned.append((call[2], result))
                     if firstresult:
@@ -262,8 +269,11 @@ class PluginManager(pluggy.PluginManager):
         finally:
             if running is not None:
                 running.end()
-        if watch is not None and known and sets_modes:
-            watch.note_modes()
+        if watch is not None and known:
+            if each is None and not watch.unchanged():
+                self._put_back(watch, calls, None, sets_modes)
+            if sets_modes:
+                watch.note_modes()
         return owned
 
     def _guarded(self, call: Call, kwargs: Mapping[str, object], plan: Plan) -> Any:
@@ -416,17 +426,20 @@ class PluginManager(pluggy.PluginManager):
                 yield
         finally:
             if watch is not None and not (known and watch.unchanged()):
-                self._put_back(watch, call, before, sets_modes)
+                self._put_back(watch, (call,), before, sets_modes)
 
-    def _put_back(self, watch: Watch, call: Call, before: Any, sets_modes: bool) -> None:
-        changes = watch.put_back(before, sets_modes=sets_modes)
-        if changes:
-            self._left_behind(call, changes)
+    def _put_back(self, watch: Watch, calls: Sequence[Call], before: Any, sets_modes: bool) -> None:
+        if changes := watch.put_back(before, sets_modes=sets_modes):
+            self._left_by_one(calls, changes)
 
     def left_behind(self, changes: Sequence[str], hooks: Sequence[str] = IN_STEP) -> None:
         """Tell of what was put back after calls of ``hooks``, or of what plugins have handed
         over. Raises PluginError as a call of a hook does."""
-        called = {call.plugin: call for name in hooks for call in self.order(name)}
+        self._left_by_one([call for name in hooks for call in self.order(name)], changes)
+
+    def _left_by_one(self, calls: Sequence[Call], changes: Sequence[str]) -> None:
+        """Tell of what one of the ``calls``, of any plugin if there are none, has left changed."""
+        called = {call.plugin: call for call in calls}
         if len(called) == 1:
             (call,) = called.values()
             self._left_behind(call, changes)
@@ -434,7 +447,7 @@ class PluginManager(pluggy.PluginManager):
         names = ", ".join(called) or ", ".join(name for name, _ in self.list_name_plugin())
         text = f"one of the plugins {names} left changed: {'; '.join(changes)}; it is put back"
         if self.strict:
-            where = ", ".join(hooks)
+            where = ", ".join(dict.fromkeys(call.hook for call in calls))
             stop = f"{text}; the run stops because --strict"
             raise self._own(PluginError(stop, plugin=names, hook=where))
         self._tell_once(tuple(called), text)

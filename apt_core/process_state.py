@@ -220,12 +220,22 @@ LIKELY = (
 )  # fmt: skip
 """What :meth:`ProcessState.unchanged` sees, most of it by one call."""
 
+CLOSE_STEPS = 100
+"""Steps from the start, from a switch and from every find on, in which each call is looked at."""
+
 _training = attrgetter("training")
-OTHERS = [state.get for state in STATES if state.name not in LIKELY]
+NOT_COMPUTED_WITH = (*(state.name for state in OF_PYTHON), "numpy's error handling")
+"""What decides nothing that torch computes."""
+OTHERS = [s.get for s in STATES if s.name not in (*LIKELY, *NOT_COMPUTED_WITH)]
 OTHERS += [
-    lambda: _C._get_fp32_precision_getter("mkldnn", "matmul"),
-    lambda: torch.get_autocast_dtype("cpu"),
+    partial(_C._get_fp32_precision_getter, "mkldnn", "matmul"),
+    partial(torch.get_autocast_dtype, "cpu"),
 ]
+REST = [s.get for s in STATES if s.name in NOT_COMPUTED_WITH]
+
+
+def _read(getters: Iterable[Callable[[], Any]]) -> list[Any]:
+    return list(map(call, getters))
 
 
 def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
@@ -246,9 +256,10 @@ class Before(NamedTuple):
 class ProcessState:
     """Compares the state of the process, and the modes of ``model``'s modules, and puts them back.
 
-    Hooks of every step are called in the state that :meth:`expect` has noted. After each of them
-    :meth:`unchanged` looks for what is likely by a few calls, and once a step :meth:`settled` looks
-    for the rest; other calls are compared as a whole with what they found.
+    Hooks of every step are called in the state that :meth:`expect` has noted. After each call of
+    a plugin, and after CLOSE_STEPS after all those of a hook, :meth:`unchanged` looks for what is
+    likely; once a step :meth:`settled` looks for the rest, in the end without NOT_COMPUTED_WITH.
+    Calls outside of steps are compared as a whole with what they found.
     """
 
     unchanged: Callable[[], bool]
@@ -256,7 +267,8 @@ class ProcessState:
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self.model = model
-        self.stepping = False
+        self.stepping, self.closely = False, True
+        self._steps = 0
         self._note(self.before())
 
     def before(self) -> Before:
@@ -269,6 +281,7 @@ class ProcessState:
         self.model = model
         self._note(self.before())
         self._note_likely()
+        self._look_closely()
         self.stepping = True
 
     def _note_likely(self) -> None:
@@ -290,7 +303,15 @@ class ProcessState:
             )
 
         self.unchanged = unchanged
-        self._others = self._settings()
+        self._others, self._rest = _read(OTHERS), _read(REST)
+
+    def _look_closely(self) -> None:
+        self._steps, self.closely = 0, True
+
+    def begin_step(self) -> None:
+        """Count a step; after CLOSE_STEPS without a find, hooks are looked at as a whole."""
+        self._steps += 1
+        self.closely = self._steps <= CLOSE_STEPS
 
     def note_modes(self) -> None:
         """The modes that modules have now are meant."""
@@ -303,14 +324,16 @@ class ProcessState:
 
     def settled(self) -> bool:
         """Is all of it as it was, the modes of modules too?"""
-        return self.unchanged() and self.modes_unchanged() and self._others == self._settings()
+        return (
+            self.unchanged()
+            and self.modes_unchanged()
+            and _read(OTHERS) == self._others
+            and (not self.closely or _read(REST) == self._rest)
+        )
 
     def modes_unchanged(self) -> bool:
         """Has each module within the model the mode that is meant?"""
         return list(map(_training, self._modules)) == self._modes
-
-    def _settings(self) -> list[Any]:
-        return list(map(call, OTHERS))
 
     def put_back(self, before: Before | None = None, *, sets_modes: bool = False) -> list[str]:
         """Undo what has changed since ``before``, by default since :meth:`expect`, and say what.
@@ -329,6 +352,8 @@ class ProcessState:
             found.append(f"the {mode} mode of {len(moved)} modules of the model")
         if before is None and not found:
             self._note_likely()  # something else that torch's guard looks at
+        if found:
+            self._look_closely()
         if sets_modes and self.stepping and before is not None:
             self.note_modes()
         return found

@@ -18,6 +18,8 @@ class Watch(Protocol):
 
     stepping: bool
     """Are steps being taken, in a state that is known?"""
+    closely: bool
+    """Is each call in a step looked at, or all those of a hook at once?"""
 
     def before(self) -> Any:
         """The present state, for :meth:`put_back`."""
@@ -36,7 +38,7 @@ class EarlyWatch:
     """The watch while a profile is checked, which needs no torch: its state counts from when
     something imports it."""
 
-    stepping = False
+    stepping, closely = False, True
 
     def __init__(self) -> None:
         self._state: ProcessState | None = None

@@ -382,8 +382,10 @@ class Trainer:
                 batches = [batch.to(device) for batch in plan.step_batches(epoch, index)]
                 targets = plan.step_targets(epoch, index)
                 clock.lap("data")
-                if watch is not None and not watch.modes_unchanged():
-                    self.manager.left_behind(watch.put_back(), LOOKING)
+                if watch is not None:
+                    watch.begin_step()
+                    if not watch.modes_unchanged():
+                        self.manager.left_behind(watch.put_back(), LOOKING)
                 hook.on_step_start(step=step, batch=list(batches), trainer=self)
                 self._settle_process()
                 clock.lap("hooks")

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _device
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from apt_core import hookimpl
+from apt_core import hookimpl, process_state
 from apt_core.errors import PluginError
 from apt_core.process_state import STATES, ProcessState
 from apt_core.testing import TINY_PROFILE, TinyRun, tiny_run
@@ -94,8 +94,8 @@ HOOKS = (
 )  # fmt: skip
 
 
-def plugin(hook: str, change: Callable[[Any], object], *, raises: bool) -> Any:
-    """A plugin that changes something in the first call of ``hook``."""
+def plugin(hook: str, change: Callable[[Any], object], *, raises: bool, at: int = 1) -> Any:
+    """A plugin that changes something in one call of ``hook``, by default the first."""
 
     class Careless:
         def __init__(self) -> None:
@@ -103,7 +103,7 @@ def plugin(hook: str, change: Callable[[Any], object], *, raises: bool) -> Any:
 
         def act(self, trainer: Any) -> None:
             self.calls += 1
-            if self.calls == 1:
+            if self.calls == at:
                 change(trainer)
                 if raises:
                     raise RuntimeError("failed before it could tidy up")
@@ -356,3 +356,66 @@ def test_a_plugin_that_is_registered_just_before_the_run_is_watched(tmp_path: An
     (left,) = trainer.manager.records["late"].leftovers
     assert "training mode" in left.error
     assert trainer.model.training
+
+
+def test_steady_steps_are_looked_at_as_a_whole_until_something_is_found(
+    quiet: TinyRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(process_state, "CLOSE_STEPS", 1)
+
+    class Before:
+        @hookimpl
+        def apt_loss_terms(self) -> None: ...
+
+    class Guilty:
+        @hookimpl
+        def apt_loss_terms(self, trainer: Any) -> None:
+            if trainer.step in self.at:
+                torch.set_grad_enabled(False)
+
+        def __init__(self, *at: int) -> None:
+            self.at = at
+
+    class Raising:
+        @hookimpl
+        def apt_loss_terms(self) -> None:
+            raise ValueError("no")
+
+    def told(*plugins: Any, **options: Any) -> tuple[list[str], dict[str, list[str]]]:
+        caplog.clear()
+        run = ran(*plugins, **options)
+        assert same(run, quiet)
+        warnings = [r.getMessage() for r in caplog.records if "left changed" in r.getMessage()]
+        rows = run.manifest["plugins"]
+        return warnings, {r["name"]: [f["error"] for f in r["failures"]] for r in rows}
+
+    (first, second), failures = told(Before(), Guilty(2, 3))
+    assert first.startswith("one of the plugins before, guilty left changed: grad mode")
+    assert second.startswith("plugin guilty left changed in apt_loss_terms at step 4")
+    assert failures["before"] == [] and len(failures["guilty"]) == 1
+    (alone,), _ = told(Guilty(2))
+    assert alone.startswith("plugin guilty left changed in apt_loss_terms at step 3")
+    with pytest.raises(PluginError, match=r"one of the plugins before, guilty .*--strict"):
+        told(Before(), Guilty(2), strict=True)
+
+    class Late(Raising):
+        @hookimpl
+        def apt_loss_terms(self, trainer: Any) -> None:
+            if trainer.step == 2:
+                super().apt_loss_terms()
+
+    (either,), failures = told(Guilty(2), Late())
+    assert either.startswith("one of the plugins guilty, late left changed: grad mode")
+    assert failures["guilty"] == [] and failures["late"] == ["ValueError: no"]
+
+
+@pytest.mark.parametrize("hook", ["on_step_start", "apt_loss_terms", "on_step_end"])
+def test_a_change_in_a_steady_step_never_reaches_the_weights(
+    quiet: TinyRun, monkeypatch: pytest.MonkeyPatch, hook: str
+) -> None:
+    monkeypatch.setattr(process_state, "CLOSE_STEPS", 2)
+    for name, change in CHANGES.items():
+        run = ran(plugin(hook, lambda _, change=change: change(), raises=False, at=3))
+        assert same(run, quiet), name
+        (row,) = run.manifest["plugins"]
+        assert [name in f["error"] for f in row["failures"]] == [True], row
