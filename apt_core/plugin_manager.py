@@ -214,20 +214,25 @@ class PluginManager(pluggy.PluginManager):
             plan = self._plan(hook_name, methods)
         if plan[1]:
             return values_of(self._wrapped(plan, kwargs, firstresult), firstresult)
-        if not plan[2]:
+        owned = self._all(plan, kwargs, firstresult) if plan[2] else None
+        if not owned:
             return None if firstresult else []
-        return values_of(self._all(plan, kwargs, firstresult), firstresult)
+        return values_of(owned, firstresult)
 
     def _all(self, plan: Plan, kwargs: Mapping[str, object], firstresult: bool) -> list[Owned]:
         """The results of the implementations that are no wrappers: the path of every step."""
         owned: list[Owned] = []
         _, _, calls, returns, seconds, in_step, sets_modes = plan
-        watch, before, deadline = self.watch, None, self.deadline
-        known = watch is not None and in_step and watch.stepping
-        # Steady steps are compared after all of the calls: after each it costs more than they do.
-        each = watch if watch is not None and (not known or watch.closely) else None
-        unchanged = each.unchanged if each is not None and known else None
-        running = None if deadline is None or not calls else deadline.enter(calls[0])
+        watch = each = self.watch
+        before = unchanged = None
+        known = False
+        if watch is not None and in_step and watch.stepping:
+            known = True
+            if watch.closely:
+                unchanged = watch.unchanged
+            else:  # All of the calls are compared at once: each by itself costs more than they do.
+                each = None
+        running = None if self.deadline is None or not calls else self.deadline.enter(calls[0])
         timed = self._timing and in_step
         timing = timed or running is not None
         start = end = monotonic() if timing else 0.0
