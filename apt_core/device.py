@@ -18,21 +18,29 @@ def resolve_device(asked: str) -> tuple[torch.device, str]:
     """The device for ``hardware.device`` (auto, cpu, cuda, cuda:N, mps), and why it is another.
 
     The reason is empty when the device is what was asked for. ``auto`` takes an accelerator where
-    there is one.
+    there is one. A CUDA device has an index, for torch takes ``cuda`` and ``cuda:0`` for two.
     """
     import torch
 
-    usable = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if asked == "auto":
-        return torch.device(next(name for name in ("cuda", "mps", "cpu") if usable[name])), ""
     kind, _, index = asked.partition(":")
-    if usable[kind] and (not index or int(index) < torch.cuda.device_count()):
-        return torch.device(asked), ""
+    # CUDA is not asked for a CPU: that alone may keep a later child process from using it.
+    if kind in ("auto", "cuda") and torch.cuda.is_available():
+        if not index:
+            index = str(torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
+        if int(index) < torch.cuda.device_count():
+            return torch.device("cuda", int(index)), ""
+    if kind in ("auto", "mps") and torch.backends.mps.is_available():
+        return torch.device("mps"), ""
+    if kind in ("auto", "cpu"):
+        return torch.device("cpu"), ""
     return torch.device("cpu"), f"this machine or this build of torch has no {asked} device"
+
+
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which ``device`` is what CUDA means by its current device."""
+    import torch
+
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 BF16_UNITS = ("avx512_bf16", "amx_bf16")

@@ -175,7 +175,11 @@ def train(
             return 0
         if verify_resume:
             arguments += _options(nproc=nproc)
-            return verify(console, arguments, output, stop_at_step or VERIFIED_STEPS)
+            from apt_core.device import resolve_device
+
+            device, _ = resolve_device(kernel.config.hardware.device)
+            steps, deterministic = stop_at_step or VERIFIED_STEPS, device.type != "cpu"
+            return verify(console, arguments, output, steps, deterministic=deterministic)
         if (processes := 1 if inside else nproc or _processes_wanted(kernel)) > 1:
             from apt_core.training.launch import launch
 
@@ -264,7 +268,14 @@ def run(kernel: Kernel, console: Console | None, *, again: str, **options: Any) 
     return result.exit_code
 
 
-def verify(console: Console, arguments: Sequence[str], output: Path | None, steps: int) -> int:
+def verify(
+    console: Console,
+    arguments: Sequence[str],
+    output: Path | None,
+    steps: int,
+    *,
+    deterministic: bool,
+) -> int:
     """Compare a run that is killed and resumed with one that is not, and say how they differ."""
     from apt_core.training.verify import verify_resume
 
@@ -274,7 +285,9 @@ def verify(console: Console, arguments: Sequence[str], output: Path | None, step
             f"training {steps} steps in one go, and again with a SIGKILL and a resume halfway",
             markup=False,
         )
-        verdict = verify_resume(arguments, folder, steps)
+        if deterministic:
+            console.print("with training.deterministic: true, as others differ by themselves")
+        verdict = verify_resume(arguments, folder, steps, deterministic=deterministic)
     for note in verdict.notes:
         console.print(f"note: {note}", markup=False)
     for difference in verdict.differences:

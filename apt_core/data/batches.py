@@ -41,7 +41,7 @@ class Batch:
         if self.input_ids.device == device:
             return self
         ids, targets = self.input_ids, self.targets
-        if device.type == "cuda":  # from other memory a copy waits for the device
+        if device.type == "cuda" and ids.is_cpu:  # from other memory a copy waits for the device
             ids, targets = ids.pin_memory(), targets.pin_memory()
         return Batch(
             ids.to(device, non_blocking=True),

@@ -46,18 +46,20 @@ def construction_rng(seed: int, name: str) -> Iterator[None]:
     """Seed the global generators of the CPU and of CUDA inside, and restore them all after.
 
     For code that we call and do not own: a constructor that draws gives the same result whatever
-    was drawn before it, and leaves no trace.
+    was drawn before it, and leaves no trace. CUDA that nobody has used yet stays unused, unless the
+    code inside uses it: then it goes on from the seed that torch's generators were last given.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    torch_state = torch.get_rng_state()
+    # Reading its states would initialise CUDA, which a child that is forked later could not use.
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    torch_state, given = torch.get_rng_state(), torch.initial_seed()
     value = seed_of(seed, name)
     try:
         random.seed(value)
         np.random.seed(value & 0xFFFFFFFF)
         torch.default_generator.manual_seed(value)
-        if cuda_states is not None:
-            torch.cuda.manual_seed_all(value)
+        if torch.backends.cuda.is_built():
+            torch.cuda.manual_seed_all(value)  # kept until CUDA is used, if it is not yet
         yield
     finally:
         random.setstate(python_state)
@@ -65,6 +67,8 @@ def construction_rng(seed: int, name: str) -> Iterator[None]:
         torch.set_rng_state(torch_state)
         if cuda_states is not None:
             torch.cuda.set_rng_state_all(cuda_states)
+        elif torch.backends.cuda.is_built():
+            torch.cuda.manual_seed_all(given)
 
 
 @torch.no_grad()

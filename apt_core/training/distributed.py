@@ -91,8 +91,6 @@ class World:
         if self.size == 1 or dist.is_initialized():
             yield
             return
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         chosen = backend or ("nccl" if device.type == "cuda" else "gloo")
         # What a checkpoint holds lies on the CPU, whatever the device is.
         both = chosen if chosen != "nccl" else "cpu:gloo,cuda:nccl"

@@ -197,8 +197,9 @@ def _note_what_needs_others(kernel: Kernel) -> None:
 def settle_device(kernel: Kernel, world: World = ALONE) -> torch.device:
     """The run's device, on which the registry probes layers from now on.
 
-    Each process on a machine with GPUs has one of its own. A device that is not there is replaced
-    by the CPU, with a notice; under ``strict`` that is a ConfigError.
+    Each process on a machine with GPUs has one of its own; a ConfigError says where there are too
+    few. A device that is not there is replaced by the CPU, with a notice; under ``strict`` that is
+    a ConfigError too.
     """
     asked = kernel.config.hardware.device
     device, reason = resolve_device(asked)
@@ -208,9 +209,24 @@ def settle_device(kernel: Kernel, world: World = ALONE) -> torch.device:
             raise ConfigError(Problem(message, hint="--strict allows no fallback"))
         kernel.notices.append(f"{message}: using {device.type}")
     if device.type == "cuda" and world.size > 1:
-        device = torch.device("cuda", world.local_rank)
+        device = _own_gpu(asked, world)
     kernel.registry.probe = layer_probe(kernel, device)
     return device
+
+
+def _own_gpu(asked: str, world: World) -> torch.device:
+    """This process's. Every process on the machine raises the same ConfigError, or none does."""
+    processes, there = world.on_this_machine, torch.cuda.device_count()
+    if ":" in asked and processes > 1:
+        message = f"{asked} is one GPU, and {processes} processes on this machine need one each"
+        raise ConfigError(Problem(message, key="hardware.device", hint="cuda: each has its own"))
+    if ":" in asked:
+        return torch.device(asked)
+    if processes > there:
+        message = f"{processes} processes on this machine need a GPU each; it has {there}"
+        hint = f"--nproc {there} takes what there is, hardware.device: cpu none"
+        raise ConfigError(Problem(message, key="hardware.device", hint=hint))
+    return torch.device("cuda", world.local_rank)
 
 
 def layer_probe(kernel: Kernel, device: torch.device) -> Any:

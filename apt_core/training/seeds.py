@@ -20,8 +20,7 @@ class ModelSeeds:
     def __init__(self, device: torch.device, seed: int, rank: int) -> None:
         self._start = seed_of(seed, f"model/{rank}")
         if device.type == "cuda":
-            index = torch.cuda.current_device() if device.index is None else device.index
-            self._manual_seed = torch.cuda.default_generators[index].manual_seed
+            self._manual_seed = torch.cuda.default_generators[device.index].manual_seed
         elif device.type == "mps":
             self._manual_seed = torch.mps.manual_seed
         else:

@@ -19,7 +19,7 @@ class StepClock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.sampling = False
+        self.device, self.sampling = device, False
         self.every_step = device.type != "cuda"
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self.steps = 0
@@ -57,14 +57,13 @@ class StepClock:
 
     def _read_events(self) -> dict[str, float]:
         milliseconds = dict.fromkeys(PARTS, 0.0)
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self.device)
         for (_, before), (part, after) in zip(self._events, self._events[1:], strict=False):
             milliseconds[part] += before.elapsed_time(after)
         self._events, self.steps = [], 0
         return milliseconds
 
-    @staticmethod
-    def _event() -> Any:
+    def _event(self) -> Any:
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from apt_core.config import Config
-from apt_core.device import autocast, available_memory, cpu_threads, held_memory, is_out_of_memory
+from apt_core.device import (
+    autocast,
+    available_memory,
+    cpu_threads,
+    current_device,
+    held_memory,
+    is_out_of_memory,
+)
 from apt_core.errors import CheckpointError, PluginError, StopTraining, TrainingError
 from apt_core.failures import one_line, text_of
 from apt_core.hook_returns import MAX_FACTOR
@@ -258,7 +265,10 @@ class Trainer:
         ):
             with before_the_run():
                 self.device = settle_device(self.kernel, self.world)
-            with self.world.joined(self.device, self.config.hardware.backend):
+            with (
+                current_device(self.device),
+                self.world.joined(self.device, self.config.hardware.backend),
+            ):
                 self._held = held_memory(self.device)
                 try:
                     with self._watching_providers():

@@ -44,14 +44,18 @@ class Verdict:
     notes: list[str]
 
 
-def verify_resume(arguments: Sequence[str], folder: Path, steps: int) -> Verdict:
+def verify_resume(
+    arguments: Sequence[str], folder: Path, steps: int, *, deterministic: bool
+) -> Verdict:
     """Train ``steps`` steps in one go; train again, be killed by SIGKILL after half of them, resume
     and go on; compare.
 
-    ``arguments`` are those of apt-train; ``folder`` is empty. Raises TrainingError for a run that
-    fails.
+    ``arguments`` are those of apt-train; ``folder`` is empty. ``deterministic`` asks for such
+    kernels, where others give other bits each time. Raises TrainingError for a run that fails.
     """
-    every = ("training.log_every_steps=1", "training.keep_last=0", "evaluation.sample_tokens=0")
+    every = ["training.log_every_steps=1", "training.keep_last=0", "evaluation.sample_tokens=0"]
+    if deterministic:
+        every.append("training.deterministic=true")
     settings = [word for setting in every for word in ("--set", setting)]
     command = apt_train_command([*arguments, *settings])
     until = ["--stop-at-step", str(steps)]

@@ -29,6 +29,8 @@ class FlashTVAAttention(TVAAttention):
             *(part.transpose(1, 2).to(kernel_dtype) for part in (q, k, v)),
             dropout_p=self.dropout if self.training else 0.0,
             causal=True,
+            # torch does not know of its backward, which adds in any order unless told.
+            deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         return mixed.transpose(1, 2).to(q.dtype)
 
@@ -38,6 +40,7 @@ class FlashTVAProvider(TVAProvider):
 
     name = "flash_v2"
     version = "2.0.0"
-    # Since 2.1 the last query sees every key, however many come from a cache.
-    dependencies = ("flash-attn>=2.1",)
+    # Since 2.1 the last query sees every key, however many come from a cache; since 2.4 the
+    # backward may be deterministic.
+    dependencies = ("flash-attn>=2.4",)
     layer_class = FlashTVAAttention

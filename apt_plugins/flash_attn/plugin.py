@@ -16,7 +16,7 @@ def apt_register_providers() -> list[ProviderSpec]:
             factory="apt_plugins.flash_attn.layer:FlashTVAProvider",
             version="2.0.0",
             summary="fused TVA on the flash-attention kernel; same weights as tva_default",
-            requires=("flash-attn>=2.1",),
+            requires=("flash-attn>=2.4",),
             section="model.tva",
             config="apt_core.config.schema:TVAConfig",
         )

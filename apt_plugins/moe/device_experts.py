@@ -1,4 +1,5 @@
-"""The experts' computation on an accelerator: nothing waits for how many rows an expert has.
+"""The experts' computation on an accelerator: in bf16, or with a limit to an expert's rows, nothing
+waits for how many there are.
 
 Legend as in :mod:`apt_plugins.moe.experts`.
 """
@@ -9,8 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GROUPED_CAPABILITY = (8, 0)
-"""Of the CUDA devices whose grouped products read the numbers of rows from the device."""
+GROUPED_MAJORS = (9, 10)
+"""Major compute capabilities whose grouped products read the numbers of rows from the device; torch
+computes them with a loop on others."""
+
+MAX_GROUPED = 1023
+"""Experts that a grouped product takes."""
 
 
 def assigned_on_device(
@@ -29,8 +34,9 @@ def assigned_on_device(
     parameters too.
 
     ``factors`` [S, F] are of the hidden units of each assignment. Products are grouped where that
-    runs (:func:`runs_grouped`). Elsewhere each expert's rows are padded to ``limit``, or to N,
-    which without a limit computes E/K times as much.
+    runs (:func:`runs_grouped`). Elsewhere each expert's rows are padded to ``limit``; without one,
+    where that would compute and hold E/K times as much, the numbers of rows are read from the
+    device and the experts take turns.
     """
     experts = torch.arange(len(up), device=x.device)
     grouped = runs_grouped(x, up)
@@ -39,13 +45,19 @@ def assigned_on_device(
     ordered, order = owners.sort(stable=True)
     positions = torch.arange(len(order), device=x.device)
     ends = torch.searchsorted(ordered, experts, right=True).to(torch.int32)
-    size = len(x) if limit is None else min(limit, len(x))
+    looped = not grouped and limit is None
+    bounds = ends.tolist() if looped else []
+    size = min(limit or 0, len(x))
     places = size * ordered + positions - torch.searchsorted(ordered, ordered)
     places = places.clamp(max=size * len(up))
 
     def product(rows: Tensor, matrices: Tensor) -> Tensor:
         if grouped:
             return F.grouped_mm(rows, matrices.transpose(1, 2), offs=ends)
+        if looped:
+            *parts, nobodys = rows.tensor_split(bounds)
+            products = [part @ m.T for part, m in zip(parts, matrices.unbind(), strict=True)]
+            return torch.cat([*products, nobodys.new_zeros(len(nobodys), matrices.shape[1])])
         bins = rows.new_zeros(size * len(matrices) + 1, rows.shape[1]).index_copy(0, places, rows)
         outputs = torch.bmm(bins[:-1].unflatten(0, (-1, size)), matrices.transpose(1, 2))
         return F.pad(outputs.flatten(0, 1), (0, 0, 0, 1))[places]
@@ -74,4 +86,6 @@ def runs_grouped(x: Tensor, up: Tensor) -> bool:
         return False
     # Rows begin at multiples of 16 bytes.
     aligned = up.shape[1] % 8 == 0 and up.shape[2] % 8 == 0
-    return aligned and torch.cuda.get_device_capability(x.device) >= GROUPED_CAPABILITY
+    if not aligned or len(up) > MAX_GROUPED:
+        return False
+    return torch.cuda.get_device_capability(x.device)[0] in GROUPED_MAJORS

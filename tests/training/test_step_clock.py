@@ -65,21 +65,24 @@ def test_on_a_gpu_the_sampled_step_counts_alone_and_nothing_waits_before_it_is_r
         def __init__(self, *, enable_timing: bool) -> None:
             assert enable_timing
 
-        def record(self) -> None:
+        def record(self, stream: str) -> None:
+            assert stream == "the stream of cuda:1"
             self.at = time.now
 
         def elapsed_time(self, later: Event) -> float:
             assert waited
             return 1e3 * (later.at - self.at)
 
-    monkeypatch.setattr(
-        torch, "cuda", SimpleNamespace(Event=Event, synchronize=lambda: waited.append(1))
+    cuda = SimpleNamespace(
+        Event=Event, synchronize=waited.append, current_stream=lambda of: f"the stream of {of}"
     )
-    clock = StepClock(torch.device("cuda"))
+    monkeypatch.setattr(torch, "cuda", cuda)
+    clock = StepClock(torch.device("cuda:1"))
     step(clock, time)
     step(clock, time, 2, sampling=True)
     step(clock, time)
     assert not waited
     read = clock.read()
+    assert waited == [clock.device]
     assert read == {"data": 2000, "forward_backward": 8000, "optimizer": 32000, "hooks": 20000}
     assert set(clock.read().values()) == {0}

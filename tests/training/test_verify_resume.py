@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from apt_core.cli.run_command import run_command
 from apt_core.cli.train import app
+from apt_core.errors import TrainingError
 
 PLUGIN = """
 import torch
@@ -132,3 +134,20 @@ def test_it_goes_without_resume(verify):
     code, _, err = verify(PLUGIN, "--resume")
     assert code == 2
     assert "--verify-resume goes without --resume" in err
+
+
+@pytest.mark.parametrize(("device", "deterministic"), [("cuda", True), ("cpu", False)])
+def test_kernels_that_differ_by_themselves_are_not_used(verify, monkeypatch, device, deterministic):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    commands: list[Sequence[str]] = []
+
+    def ran(command: Sequence[str]) -> None:
+        commands.append(command)
+        raise TrainingError("enough")
+
+    monkeypatch.setattr("apt_core.training.verify._run", ran)
+    code, out, _ = verify(PLUGIN, "--hardware.device", device)
+    assert code == 1
+    assert ("training.deterministic=true" in commands[0]) is deterministic
+    assert ("training.deterministic: true" in out) is deterministic

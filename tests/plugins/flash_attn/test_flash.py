@@ -9,6 +9,7 @@ import torch
 
 from apt_core.modeling import probe_layer
 from apt_core.modeling.layers import RoPEProvider, TVAProvider
+from apt_core.training.seeds import deterministic_kernels
 from apt_plugins.flash_attn.layer import FlashTVAProvider
 from apt_plugins.flash_attn.plugin import PLUGIN, apt_register_providers
 
@@ -32,17 +33,20 @@ def test_flash_has_the_weights_of_tva_and_no_other():
 def stub_kernel(monkeypatch):
     """A stand-in for the package: the kernel's layout, types and causality, on the CPU."""
 
-    def flash_attn_func(q, k, v, *, dropout_p, causal):
+    def flash_attn_func(q, k, v, *, dropout_p, causal, deterministic):
+        asked.append(deterministic)
         assert q.dtype in (torch.float16, torch.bfloat16)
         assert causal and dropout_p == 0
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         return mixed.transpose(1, 2)
 
+    asked: list[bool] = []
     module = types.ModuleType("flash_attn")
     module.flash_attn_func = flash_attn_func
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    return asked
 
 
 def test_flash_gives_what_tva_gives_to_the_kernels_precision(stub_kernel):
@@ -53,6 +57,14 @@ def test_flash_gives_what_tva_gives_to_the_kernels_precision(stub_kernel):
     assert flash(x).dtype == torch.float32
     torch.testing.assert_close(flash(x), expected, rtol=0.02, atol=0.02)
     assert not torch.equal(flash(x), expected)
+
+
+def test_the_kernel_is_deterministic_where_torch_is_to_be(stub_kernel):
+    _, flash = pair()
+    with deterministic_kernels(True):
+        flash(torch.randn(1, 3, 64))
+    flash(torch.randn(1, 3, 64))
+    assert stub_kernel == [True, False]
 
 
 def test_a_mask_goes_to_the_kernel_that_takes_one():
@@ -69,7 +81,7 @@ def test_the_probe_finds_flash_unusable_on_a_cpu():
 def test_the_plugin_says_what_its_provider_needs():
     (spec,) = apt_register_providers()
     assert (spec.key, spec.version, spec.section) == ("attention:flash_v2", "2.0.0", "model.tva")
-    assert list(spec.requires) == ["flash-attn>=2.1"]
+    assert list(spec.requires) == ["flash-attn>=2.4"]
     assert not spec.default
     assert PLUGIN.version == "2.0.0"
 

@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from apt_plugins.moe import cpu_experts, cpu_memory
-from apt_plugins.moe.device_experts import assigned_on_device
+from apt_plugins.moe.device_experts import assigned_on_device, runs_grouped
 from apt_plugins.moe.experts import Experts
 
 ACTIVATIONS = ("swiglu", "gelu", "relu2")
@@ -112,7 +113,7 @@ def test_a_large_gradient_is_in_kept_memory_and_the_same(monkeypatch):
 
 @pytest.mark.parametrize("limit", [None, 11])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_padded_products_give_what_the_cpu_gives(activation, limit):
+def test_padded_and_looped_products_give_what_the_cpu_gives(activation, limit):
     experts = experts_of(activation)
     x, indices, weights = inputs(experts)
     assert torch.bincount(indices.flatten() + 1)[1:].max() <= (limit or len(x))
@@ -123,6 +124,48 @@ def test_padded_products_give_what_the_cpu_gives(activation, limit):
     torch.testing.assert_close(padded, y)
     for found, expected in zip(gradients(padded, *wanted), gradients(y, *wanted), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements of any result."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_memory_without_a_limit_does_not_grow_with_the_number_of_experts():
+    def largest(experts: int) -> int:
+        tensors = tensors_of(experts_of(number=experts, dtype=torch.float32))
+        x = torch.randn(64, 8, requires_grad=True)
+        indices = torch.stack([torch.randperm(experts)[:2] for _ in range(64)])
+        weights = torch.rand(64, 2, requires_grad=True)
+        with Largest() as seen:
+            y = assigned_on_device("swiglu", x, indices, weights, *tensors, None, limit=None)
+            y.sum().backward()
+        return seen.elements
+
+    parameters = 32 * 8 * 16
+    assert largest(32) <= max(parameters, largest(8))
+
+
+@pytest.mark.parametrize(
+    ("capability", "experts", "grouped"),
+    [((8, 0), 8, False), ((9, 0), 8, True), ((10, 3), 8, True), ((12, 0), 8, False),
+     ((9, 0), 1023, True), ((9, 0), 1024, False)],
+)  # fmt: skip
+def test_products_are_grouped_where_torch_does_not_wait(capability, experts, grouped, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():
+        x = torch.zeros(4, 8, dtype=torch.bfloat16, device="cuda:0")
+        assert runs_grouped(x, x.new_zeros(experts, 16, 8)) is grouped
+        assert not runs_grouped(x.float(), x.new_zeros(experts, 16, 8))
+        assert not runs_grouped(x, x.new_zeros(experts, 12, 8))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

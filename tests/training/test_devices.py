@@ -1,0 +1,136 @@
+"""Which GPU a process takes, on machines that are made up, and that a CPU run leaves GPUs alone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from apt_core.data.batches import Batch
+from apt_core.device import current_device, resolve_device
+from apt_core.errors import ConfigError
+from apt_core.modeling.init import construction_rng
+from apt_core.training import prepare
+from apt_core.training.distributed import ALONE, World
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``gpus(count)`` makes a machine with so many; ``current`` is the one in use, if any is."""
+
+    def machine(count: int, current: int | None = None) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: current is not None)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+
+    return machine
+
+
+def settled(asked: str, world: World = ALONE, *, strict: bool = False) -> tuple[str, list[str]]:
+    kernel: Any = SimpleNamespace(
+        config=SimpleNamespace(hardware=SimpleNamespace(device=asked), model=None),
+        manager=SimpleNamespace(strict=strict),
+        registry=SimpleNamespace(),
+        notices=[],
+    )
+    return str(prepare.settle_device(kernel, world)), kernel.notices
+
+
+def test_a_gpu_is_named_by_its_index(gpus: Any) -> None:
+    gpus(2)
+    assert [str(resolve_device(asked)[0]) for asked in ("auto", "cuda", "cuda:1", "cpu")] == [
+        "cuda:0", "cuda:0", "cuda:1", "cpu"
+    ]  # fmt: skip
+    gpus(2, current=1)
+    assert [str(resolve_device(asked)[0]) for asked in ("auto", "cuda", "cuda:0")] == [
+        "cuda:1", "cuda:1", "cuda:0"
+    ]  # fmt: skip
+
+
+def test_each_process_takes_its_own_gpu_and_too_few_are_an_error(gpus: Any) -> None:
+    def world(local_rank: int, here: int = 2) -> World:
+        return World(rank=local_rank, size=4, local_rank=local_rank, on_this_machine=here)
+
+    gpus(2)
+    assert [settled(asked, world(1))[0] for asked in ("auto", "cuda")] == ["cuda:1", "cuda:1"]
+    assert settled("cpu", world(1)) == ("cpu", [])
+    assert settled("cuda:1", world(0, here=1)) == ("cuda:1", [])
+    for local_rank in (0, 1):  # all of them raise it: none waits for another
+        with pytest.raises(ConfigError, match=r"cuda:1 is one GPU, and 2 processes"):
+            settled("cuda:1", world(local_rank))
+    gpus(1)
+    for local_rank in (0, 1):
+        for asked in ("auto", "cuda"):
+            with pytest.raises(ConfigError, match=r"2 processes .* it has 1\b.*--nproc 1 takes"):
+                settled(asked, world(local_rank))
+    gpus(0)
+    device, (notice,) = settled("cuda", world(1))
+    assert device == "cpu" and "cuda not usable" in notice
+    assert settled("auto", world(1)) == ("cpu", [])
+
+
+def test_a_cpu_run_does_not_ask_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked() -> bool:
+        raise AssertionError("asking may keep a child from using CUDA")
+
+    monkeypatch.setattr(torch.cuda, "is_available", asked)
+    monkeypatch.setattr(torch.cuda, "device_count", asked)
+    assert settled("cpu") == ("cpu", [])
+    with current_device(torch.device("cpu")):
+        pass
+
+
+def test_a_batch_is_pinned_on_its_way_from_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[str] = []
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.device.type)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    with FakeTensorMode():
+        for start, asked in (("cpu", "cuda:0"), ("cuda:0", "cuda:0"), ("cuda:0", "cuda:1")):
+            ids = torch.zeros(2, 3, dtype=torch.int64, device=start)
+            moved = Batch(ids, ids, 6).to(asked)
+            assert str(moved.input_ids.device) == asked
+    assert pinned == ["cpu", "cpu"]
+
+
+@pytest.mark.parametrize("used_inside", [False, True])
+def test_construction_leaves_cuda_that_nobody_uses_alone(
+    monkeypatch: pytest.MonkeyPatch, used_inside: bool
+) -> None:
+    seeds: list[int] = []
+    used: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: bool(used))
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    for name in ("get_rng_state_all", "set_rng_state_all"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("it initialises CUDA"))
+    torch.manual_seed(11)
+    seeds.clear()
+    with construction_rng(3, "a"):
+        (inside,) = seeds
+        if used_inside:
+            used.append(True)
+    assert inside != 11 and seeds == [inside, 11]
+    assert torch.initial_seed() == 11
+
+
+def test_construction_restores_the_generators_of_gpus_in_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state: list[Any] = ["before"]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: list(state))
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda value: state.__setitem__(0, *value))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda value: state.__setitem__(0, value))
+    with construction_rng(3, "a"):
+        assert isinstance(state[0], int)
+    assert state == ["before"]
