@@ -12,15 +12,15 @@ from torch.optim import Optimizer
 def decides_on_device(optimizer: Optimizer, device: torch.device) -> bool:
     """Whether ``optimizer`` can be told on ``device`` that a step is void. On a CPU there is
     nothing to wait for, and reading costs less than passing it on."""
-    fused = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-    return fused and device.type != "cpu"
+    marks = ("_step_supports_amp_scaling", "takes_found_inf")  # of torch's fused ones, and our own
+    return device.type != "cpu" and any(getattr(optimizer, mark, False) for mark in marks)
 
 
 class FiniteGuard:
     """Makes a step whose loss or gradients are not finite change nothing, and says which it was.
 
-    Where the optimizer takes ``found_inf`` (torch's fused ones) on a device beside the CPU, the
-    decision stays on that device: the outcomes of up to ``window`` steps are kept there until they
+    Where the optimizer takes ``found_inf`` (torch's fused ones, Muon) on a device beside the CPU,
+    the decision stays on that device: the outcomes of up to ``window`` steps are kept there until they
     are asked for, and a full window waits for them once. Give it as many steps as lie between two
     calls of :meth:`read`. Elsewhere the decision is read on the host, once a step.
     """

@@ -536,21 +536,40 @@ def test_a_checkpoint_takes_no_number_from_the_log(guarded):
 
 def test_the_host_decides_where_the_optimizer_cannot_be_told():
     model = build()
-    adamw, muon = optimizer_of(model, AdamWProvider()), optimizer_of(model)
     cuda = torch.device("cuda")
-    assert finite_guard.decides_on_device(adamw, cuda)
-    assert not finite_guard.decides_on_device(muon, cuda)
-    assert not finite_guard.decides_on_device(adamw, CPU)
+    for provider in (AdamWProvider(), MuonProvider()):
+        optimizer = optimizer_of(model, provider)
+        assert finite_guard.decides_on_device(optimizer, cuda)
+        assert not finite_guard.decides_on_device(optimizer, CPU)
+    unknown = torch.optim.SGD(model.parameters())
+    assert not finite_guard.decides_on_device(unknown, cuda)
 
 
-def test_a_step_of_muon_that_is_not_finite_changes_nothing():
-    model = build()
-    optimizer = optimizer_of(model)
-    take_steps(model, optimizer, 2)
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("name", ["embedding.weight", "blocks.0.ffn.up.weight"])
+def test_a_step_of_muon_that_is_not_finite_changes_nothing(on_device, name, monkeypatch):
+    monkeypatch.setattr(finite_guard, "decides_on_device", lambda *_: on_device)
+    settings = {"muon": {"weight_decay": 0.2}}
+    model, twin = build(), build()
+    optimizer, alone = (optimizer_of(m, MuonProvider(settings)) for m in (model, twin))
+    guard = FiniteGuard(optimizer, CPU, window=1)
+
+    def step(number: int, *bad: str) -> None:
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        for parameter in bad:
+            model.get_parameter(parameter).grad[0, 0] = float("nan")
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        guard.step(number, torch.tensor(1.0), norm)
+
+    step(1, name)
+    assert same(weights_of(model), weights_of(twin))
+    step(2)
+    take_steps(twin, alone, 1)
     before = weights_of(model), copy.deepcopy(optimizer_tensors(model, optimizer))
-    model.embedding.weight.grad[0, 0] = float("nan")
-    FiniteGuard(optimizer, CPU, window=1).step(
-        3, torch.tensor(1.0), nn.utils.get_total_norm([p.grad for p in model.parameters()])
-    )
+    assert same(before[0], weights_of(twin))
+    assert same(before[1], optimizer_tensors(twin, alone))
+    step(3, name)
     assert same(weights_of(model), before[0])
     assert same(optimizer_tensors(model, optimizer), before[1])
+    assert guard.read() == (2, 1, [1, 3])

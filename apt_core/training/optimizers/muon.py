@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from apt_core.providers.optimizer import OptimizerProvider
@@ -34,7 +35,14 @@ class Muon(Optimizer):
 
     Sharded parameters (DTensor) are gathered one batch at a time, and every process orthogonalises
     all of them.
+
+    ``found_inf`` is what it is to torch's fused optimizers: where it is a 0-d tensor that is not 0,
+    the step changes nothing, and the host does not wait to know. (Their mark says too that they
+    take ``grad_scale``, which this one does not.)
     """
+
+    takes_found_inf = True
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -97,6 +105,7 @@ class Muon(Optimizer):
             if group[MATRICES]:
                 for batch in _batches(group["params"]):
                     self._step_matrices(group, batch)
+        self._adamw.grad_scale, self._adamw.found_inf = None, self.found_inf
         self._adamw.step()
         return loss
 
@@ -104,6 +113,12 @@ class Muon(Optimizer):
         """Step matrices of one shape."""
         gradients = [weight.grad for weight in weights]
         momenta = [self._momentum(weight) for weight in weights]
+        void = None if self.found_inf is None else self.found_inf != 0
+        if void is not None:  # a momentum that meets itself stays as it is
+            for gradient, momentum in zip(
+                map(_local, gradients), map(_local, momenta), strict=True
+            ):
+                gradient.copy_(torch.where(void, momentum, gradient))
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = momenta
         if group["nesterov"]:
@@ -111,6 +126,10 @@ class Muon(Optimizer):
         rows, columns = weights[0].shape[-2] // group["stacked"], weights[0].shape[-1]
         whole = [whole_tensor(update).reshape(-1, rows, columns) for update in updates]
         directions = orthogonalize(torch.cat(whole), group["ns_steps"]).to(weights[0].dtype)
+        decayed: float | Tensor = 1 - group["lr"] * group["weight_decay"]
+        if void is not None:
+            directions = directions.masked_fill(void, 0.0)
+            decayed = torch.where(void, 1.0, decayed).to(directions.dtype)
         pieces = [
             shard_like(piece.view(weight.shape), weight)
             for piece, weight in zip(
@@ -118,7 +137,7 @@ class Muon(Optimizer):
             )
         ]
         if group["weight_decay"]:
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_([_local(weight) for weight in weights], decayed)
         scale = max(1.0, rows / columns) ** 0.5
         torch._foreach_add_(weights, pieces, alpha=-group["lr"] * scale)
 
@@ -127,6 +146,11 @@ class Muon(Optimizer):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(weight)
         return state["momentum_buffer"]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this process has of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _batches(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
