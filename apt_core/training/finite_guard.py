@@ -20,9 +20,9 @@ class FiniteGuard:
     """Makes a step whose loss or gradients are not finite change nothing, and says which it was.
 
     Where the optimizer takes ``found_inf`` (torch's fused ones, Muon) on a device beside the CPU,
-    the decision stays on that device: the outcomes of up to ``window`` steps are kept there until they
-    are asked for, and a full window waits for them once. Give it as many steps as lie between two
-    calls of :meth:`read`. Elsewhere the decision is read on the host, once a step.
+    the decision stays on that device: the outcomes of up to ``window`` steps are kept there until
+    they are asked for, and a full window waits for them once. Give it as many steps as lie between
+    two calls of :meth:`read`. Elsewhere the decision is read on the host, once a step.
     """
 
     def __init__(self, optimizer: Optimizer, device: torch.device, *, window: int) -> None:

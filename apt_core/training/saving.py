@@ -6,6 +6,7 @@ import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,12 @@ class _Write:
     future: Future[Path]
 
 
+def writer_thread(device: torch.device) -> ThreadPoolExecutor:
+    """One thread, for which CUDA's current device is that of the run, and not the first GPU."""
+    start = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+    return ThreadPoolExecutor(1, thread_name_prefix="apt-checkpoint", initializer=start)
+
+
 @dataclass(frozen=True)
 class _Best:
     """The checkpoint on the disk that is kept as the best; a lower loss than ``loss`` is better."""
@@ -79,7 +86,7 @@ class Saving:
         self._prunes = True
         self.failures: list[str] = [*folder.manifest.get("failed_checkpoints", [])]
         self._write: _Write | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="apt-checkpoint")
+        self._thread = writer_thread(trainer.device)
         # A group of its own: a checkpoint is written while the run communicates.
         sharded = self._world.sharding == "fsdp"
         self._group = dist.new_group(backend="gloo") if sharded else None

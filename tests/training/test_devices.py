@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from apt_core.errors import ConfigError
 from apt_core.modeling.init import construction_rng
 from apt_core.training import prepare
 from apt_core.training.distributed import ALONE, World
+from apt_core.training.saving import writer_thread
 
 
 @pytest.fixture
@@ -134,3 +136,18 @@ def test_construction_restores_the_generators_of_gpus_in_use(
     with construction_rng(3, "a"):
         assert isinstance(state[0], int)
     assert state == ["before"]
+
+
+def test_checkpoints_are_written_with_the_runs_gpu_as_the_current_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen: list[tuple[str, str]] = []
+
+    def set_device(device: torch.device) -> None:
+        chosen.append((threading.current_thread().name, str(device)))
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    for device in ("cpu", "cuda:1"):
+        with writer_thread(torch.device(device)) as thread:
+            thread.submit(lambda: None).result()
+    assert chosen == [("apt-checkpoint_0", "cuda:1")]
