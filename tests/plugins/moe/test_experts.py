@@ -182,6 +182,30 @@ def test_grouped_products_give_what_the_cpu_gives(activation, monkeypatch):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("limit", [None, 11])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_gpu_gives_what_the_cpu_gives(activation, limit, dtype, tolerance):
+    """In bf16 the products are grouped, or in turns on older GPUs; in fp32 in turns or padded."""
+    experts = experts_of(activation, dtype=torch.float32)
+    x, indices, weights = inputs(experts, dtype=torch.float32)
+    wanted = (x, weights, *experts.parameters())
+    y = experts(x, indices, weights)
+    expected = (y, *gradients(y, *wanted))
+    tensors = [t if t is None else t.to("cuda", dtype) for t in (x, weights, *tensors_of(experts))]
+    there = [t if t is None else t.detach().requires_grad_() for t in tensors]
+    x, weights, *parameters = there
+    found = assigned_on_device(
+        activation, x, indices.cuda(), weights, *parameters, None, limit=limit
+    )
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(found)
+    asked = [t for t in there if t is not None]
+    results = (found, *torch.autograd.grad(found, asked, upstream))
+    for one, other in zip(results, expected, strict=True):
+        assert (one.float().cpu() - other).norm() <= tolerance * other.norm()
+
+
 def test_autocast_computes_in_bf16_and_keeps_gradients_in_fp32():
     experts = experts_of(dtype=torch.float32)
     x, indices, weights = inputs(experts, tokens=60, dtype=torch.float32)
