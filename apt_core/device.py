@@ -36,8 +36,8 @@ def resolve_device(asked: str) -> tuple[torch.device, str]:
     return torch.device("cpu"), f"this machine or this build of torch has no {asked} device"
 
 
-def current_device(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which ``device`` is what CUDA means by its current device."""
+def as_current_device(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which ``device`` is CUDA's current one, if it is a GPU."""
     import torch
 
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -68,8 +68,18 @@ def autocast_dtype(
         has = torch.cpu.get_capabilities()
         faster = d_model >= BF16_CPU_WIDTH and any(has.get(unit) for unit in BF16_UNITS)
     else:
-        faster = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        faster = has_native_bf16(device)
     return torch.bfloat16 if faster else None
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Is ``device`` a GPU that multiplies bf16 itself?"""
+    import torch
+
+    if device.type != "cuda":
+        return False
+    with as_current_device(device):  # the one that torch asks
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:

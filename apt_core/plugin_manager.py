@@ -455,7 +455,7 @@ class PluginManager(pluggy.PluginManager):
             where = ", ".join(dict.fromkeys(call.hook for call in calls))
             stop = f"{text}; the run stops because --strict"
             raise self._own(PluginError(stop, plugin=names, hook=where))
-        self._tell_once(tuple(called), text)
+        self._tell_once((tuple(called), _what(changes)), text)
 
     def _left_behind(self, call: Call, changes: Sequence[str]) -> None:
         where = where_raised(Exception(), *source_of(call.function))
@@ -471,8 +471,8 @@ class PluginManager(pluggy.PluginManager):
                 where=where,
             )
             raise self._own(stop)
-        what = tuple(change.partition(" from ")[0] for change in changes)
-        if self._tell_once((call.plugin, call.hook, what), f"{text}; it is put back"):
+        what = call.plugin, call.hook, _what(changes)
+        if self._tell_once(what, f"{text}; it is put back"):
             left = PluginFailure(
                 plugin=call.plugin,
                 hook=call.hook,
@@ -774,6 +774,11 @@ class PluginManager(pluggy.PluginManager):
         stop = fatal or pending or stopped
         if stop is not None:
             raise stop from error
+
+
+def _what(changes: Sequence[str]) -> tuple[str, ...]:
+    """The names of what has changed, without the values."""
+    return tuple(change.partition(" from ")[0] for change in changes)
 
 
 def canonical_name(plugin: Any) -> str:

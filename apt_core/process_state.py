@@ -225,7 +225,8 @@ CLOSE_STEPS = 100
 
 _training = attrgetter("training")
 NOT_COMPUTED_WITH = (*(state.name for state in OF_PYTHON), "numpy's error handling")
-"""What decides nothing that torch computes."""
+"""What decides nothing that torch computes: after CLOSE_STEPS it is looked at before evaluations
+and at the end of the run, no longer in every step."""
 OTHERS = [s.get for s in STATES if s.name not in (*LIKELY, *NOT_COMPUTED_WITH)]
 OTHERS += [
     partial(_C._get_fp32_precision_getter, "mkldnn", "matmul"),
@@ -256,10 +257,10 @@ class Before(NamedTuple):
 class ProcessState:
     """Compares the state of the process, and the modes of ``model``'s modules, and puts them back.
 
-    Hooks of every step are called in the state that :meth:`expect` has noted. After each call of
-    a plugin, and after CLOSE_STEPS after all those of a hook, :meth:`unchanged` looks for what is
-    likely; once a step :meth:`settled` looks for the rest, in the end without NOT_COMPUTED_WITH.
-    Calls outside of steps are compared as a whole with what they found.
+    Hooks of every step are called in the state that :meth:`expect` has noted. :meth:`unchanged`
+    looks for what is likely: after each call of a plugin in the first CLOSE_STEPS, later after all
+    calls of a hook. :meth:`settled` looks once a step for the rest, later without
+    NOT_COMPUTED_WITH. Calls outside of steps are compared as a whole with what they found.
     """
 
     unchanged: Callable[[], bool]

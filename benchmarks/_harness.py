@@ -27,7 +27,7 @@ import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import repeat
 from pathlib import Path
 from time import perf_counter_ns
@@ -335,7 +335,10 @@ def run(
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and samples there")
     options = parser.parse_args(argv)
     versions = {"python": platform.python_version()}
-    versions |= {package: version(package) for package in ("apt-kernel", *packages)}
+    try:
+        versions |= {package: version(package) for package in ("apt-kernel", *packages)}
+    except PackageNotFoundError as error:
+        parser.error(f"{error.name} is missing: pip install -e '.[all,bench]' -c constraints.txt")
     report = Report(question=question, machine=describe_machine(), versions=versions)
     measure(report, options.quick)
     # Written first: whoever reads the table may stop reading.

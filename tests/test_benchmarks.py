@@ -149,6 +149,12 @@ def python(tmp_path: Path) -> Python:
     return call
 
 
+def test_a_benchmark_says_what_has_to_be_installed(python: Python, tmp_path: Path) -> None:
+    script = tmp_path / "peers.py"
+    script.write_text(SLEEPS.replace('"pluggy"', '"no-such-peer"'))
+    assert "no-such-peer is missing: pip install" in python(script, "--quick", code=2).stderr
+
+
 def test_a_result_becomes_a_page_that_goes_out_of_date_with_it(
     python: Python, tmp_path: Path
 ) -> None:

@@ -174,11 +174,11 @@ def train(
             print_plan(console, plan)
             return 0
         if verify_resume:
-            arguments += _options(nproc=nproc)
             from apt_core.device import resolve_device
 
+            arguments += _options(nproc=nproc)
             device, _ = resolve_device(kernel.config.hardware.device)
-            steps, deterministic = stop_at_step or VERIFIED_STEPS, device.type != "cpu"
+            steps, deterministic = stop_at_step or VERIFIED_STEPS, device.type == "cuda"
             return verify(console, arguments, output, steps, deterministic=deterministic)
         if (processes := 1 if inside else nproc or _processes_wanted(kernel)) > 1:
             from apt_core.training.launch import launch
@@ -286,7 +286,10 @@ def verify(
             markup=False,
         )
         if deterministic:
-            console.print("with training.deterministic: true, as others differ by themselves")
+            console.print(
+                "training.deterministic is on: without it a GPU does not repeat its bits",
+                markup=False,
+            )
         verdict = verify_resume(arguments, folder, steps, deterministic=deterministic)
     for note in verdict.notes:
         console.print(f"note: {note}", markup=False)

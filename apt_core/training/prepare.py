@@ -219,7 +219,9 @@ def _own_gpu(asked: str, world: World) -> torch.device:
     processes, there = world.on_this_machine, torch.cuda.device_count()
     if ":" in asked and processes > 1:
         message = f"{asked} is one GPU, and {processes} processes on this machine need one each"
-        raise ConfigError(Problem(message, key="hardware.device", hint="cuda: each has its own"))
+        raise ConfigError(
+            Problem(message, key="hardware.device", hint="hardware.device: cuda gives each its own")
+        )
     if ":" in asked:
         return torch.device(asked)
     if processes > there:

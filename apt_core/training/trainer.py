@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 
 from apt_core.config import Config
 from apt_core.device import (
+    as_current_device,
     autocast,
     available_memory,
     cpu_threads,
-    current_device,
     held_memory,
     is_out_of_memory,
 )
@@ -266,7 +266,7 @@ class Trainer:
             with before_the_run():
                 self.device = settle_device(self.kernel, self.world)
             with (
-                current_device(self.device),
+                as_current_device(self.device),
                 self.world.joined(self.device, self.config.hardware.backend),
             ):
                 self._held = held_memory(self.device)

@@ -6,6 +6,9 @@ Legend as in :mod:`apt_plugins.moe.experts`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,22 +48,15 @@ def assigned_on_device(
     ordered, order = owners.sort(stable=True)
     positions = torch.arange(len(order), device=x.device)
     ends = torch.searchsorted(ordered, experts, right=True).to(torch.int32)
-    looped = not grouped and limit is None
-    bounds = ends.tolist() if looped else []
-    size = min(limit or 0, len(x))
-    places = size * ordered + positions - torch.searchsorted(ordered, ordered)
-    places = places.clamp(max=size * len(up))
-
-    def product(rows: Tensor, matrices: Tensor) -> Tensor:
-        if grouped:
-            return F.grouped_mm(rows, matrices.transpose(1, 2), offs=ends)
-        if looped:
-            *parts, nobodys = rows.tensor_split(bounds)
-            products = [part @ m.T for part, m in zip(parts, matrices.unbind(), strict=True)]
-            return torch.cat([*products, nobodys.new_zeros(len(nobodys), matrices.shape[1])])
-        bins = rows.new_zeros(size * len(matrices) + 1, rows.shape[1]).index_copy(0, places, rows)
-        outputs = torch.bmm(bins[:-1].unflatten(0, (-1, size)), matrices.transpose(1, 2))
-        return F.pad(outputs.flatten(0, 1), (0, 0, 0, 1))[places]
+    product: Callable[[Tensor, Tensor], Tensor]
+    if grouped:
+        product = partial(_grouped, ends=ends)
+    elif limit is None:
+        product = partial(_in_turns, ends=ends.tolist())
+    else:
+        size = min(limit, len(x))
+        places = size * ordered + positions - torch.searchsorted(ordered, ordered)
+        product = partial(_padded, places=places.clamp(max=size * len(up)), size=size)
 
     rows = x[order // indices.shape[1]]
     hidden = product(rows, up)
@@ -77,6 +73,26 @@ def assigned_on_device(
     outputs = product((hidden * shares).to(x.dtype), down)
     back = torch.empty_like(order).scatter_(0, order, positions)
     return outputs[back].unflatten(0, indices.shape).sum(1)
+
+
+def _grouped(rows: Tensor, matrices: Tensor, *, ends: Tensor) -> Tensor:
+    """rows [S, D] of which an expert's end at ``ends`` [E], by matrices [E, F, D]: [S, F]."""
+    return F.grouped_mm(rows, matrices.transpose(1, 2), offs=ends)
+
+
+def _in_turns(rows: Tensor, matrices: Tensor, *, ends: list[int]) -> Tensor:
+    """As :func:`_grouped`; rows after the last end are nobody's and give 0."""
+    *parts, nobodys = rows.tensor_split(ends)
+    products = [part @ matrix.T for part, matrix in zip(parts, matrices.unbind(), strict=True)]
+    return torch.cat([*products, nobodys.new_zeros(len(nobodys), matrices.shape[1])])
+
+
+def _padded(rows: Tensor, matrices: Tensor, *, places: Tensor, size: int) -> Tensor:
+    """As :func:`_grouped`, with ``size`` places for each expert's rows; ``places`` [S] are theirs,
+    and one beyond them all is nobody's."""
+    bins = rows.new_zeros(size * len(matrices) + 1, rows.shape[1]).index_copy(0, places, rows)
+    outputs = torch.bmm(bins[:-1].unflatten(0, (-1, size)), matrices.transpose(1, 2))
+    return F.pad(outputs.flatten(0, 1), (0, 0, 0, 1))[places]
 
 
 def runs_grouped(x: Tensor, up: Tensor) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from apt_core.data.batches import Batch
-from apt_core.device import current_device, resolve_device
+from apt_core.device import as_current_device, has_native_bf16, resolve_device
 from apt_core.errors import ConfigError
 from apt_core.modeling.init import construction_rng
 from apt_core.training import prepare
@@ -82,8 +84,23 @@ def test_a_cpu_run_does_not_ask_for_gpus(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "is_available", asked)
     monkeypatch.setattr(torch.cuda, "device_count", asked)
     assert settled("cpu") == ("cpu", [])
-    with current_device(torch.device("cpu")):
+    with as_current_device(torch.device("cpu")):
         pass
+
+
+def test_each_gpu_is_asked_for_its_own_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [0]
+
+    @contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], chosen.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: current[0] == 1)
+    devices = ("cpu", "cuda:0", "cuda:1")
+    assert [has_native_bf16(torch.device(name)) for name in devices] == [False, False, True]
 
 
 def test_a_batch_is_pinned_on_its_way_from_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:

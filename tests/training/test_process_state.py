@@ -376,10 +376,11 @@ def test_steady_steps_are_looked_at_as_a_whole_until_something_is_found(
         def __init__(self, *at: int) -> None:
             self.at = at
 
-    class Raising:
+    class Late:
         @hookimpl
-        def apt_loss_terms(self) -> None:
-            raise ValueError("no")
+        def apt_loss_terms(self, trainer: Any) -> None:
+            if trainer.step == 2:
+                raise ValueError("no")
 
     def told(*plugins: Any, **options: Any) -> tuple[list[str], dict[str, list[str]]]:
         caplog.clear()
@@ -398,15 +399,32 @@ def test_steady_steps_are_looked_at_as_a_whole_until_something_is_found(
     with pytest.raises(PluginError, match=r"one of the plugins before, guilty .*--strict"):
         told(Before(), Guilty(2), strict=True)
 
-    class Late(Raising):
-        @hookimpl
-        def apt_loss_terms(self, trainer: Any) -> None:
-            if trainer.step == 2:
-                super().apt_loss_terms()
-
     (either,), failures = told(Guilty(2), Late())
     assert either.startswith("one of the plugins guilty, late left changed: grad mode")
     assert failures["guilty"] == [] and failures["late"] == ["ValueError: no"]
+
+
+def test_each_change_that_has_several_suspects_is_told(
+    quiet: TinyRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(process_state, "CLOSE_STEPS", 0)
+
+    class Innocent:
+        @hookimpl
+        def on_step_end(self) -> None: ...
+
+    class Guilty:
+        @hookimpl
+        def on_step_end(self, step: int) -> None:
+            if step == 2:
+                torch.set_grad_enabled(False)
+            if step == 3:
+                torch.set_default_dtype(torch.float64)
+
+    assert same(ran(Innocent(), Guilty()), quiet)
+    told = [r.getMessage() for r in caplog.records if "one of the plugins" in r.getMessage()]
+    grad_mode, dtype = told
+    assert "grad mode" in grad_mode and "default dtype" in dtype
 
 
 @pytest.mark.parametrize("hook", ["on_step_start", "apt_loss_terms", "on_step_end"])

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from apt_core.providers.optimizer import OptimizerProvider
-from apt_core.training.distributed import shard_like, whole_tensor
+from apt_core.training.distributed import local_part, shard_like, whole_tensor
 from apt_core.training.optimizers.adamw import ADAM_STATE
 from apt_core.training.optimizers.newton_schulz import orthogonalize
 
@@ -116,7 +115,7 @@ class Muon(Optimizer):
         void = None if self.found_inf is None else self.found_inf != 0
         if void is not None:  # a momentum that meets itself stays as it is
             for gradient, momentum in zip(
-                map(_local, gradients), map(_local, momenta), strict=True
+                map(local_part, gradients), map(local_part, momenta), strict=True
             ):
                 gradient.copy_(torch.where(void, momentum, gradient))
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
@@ -137,7 +136,7 @@ class Muon(Optimizer):
             )
         ]
         if group["weight_decay"]:
-            torch._foreach_mul_([_local(weight) for weight in weights], decayed)
+            torch._foreach_mul_([local_part(weight) for weight in weights], decayed)
         scale = max(1.0, rows / columns) ** 0.5
         torch._foreach_add_(weights, pieces, alpha=-group["lr"] * scale)
 
@@ -146,11 +145,6 @@ class Muon(Optimizer):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(weight)
         return state["momentum_buffer"]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """What this process has of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _batches(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from apt_core.device import has_native_bf16
+
 A, B, C = 3.4445, -4.7750, 2.0315
 SMALLEST_NORM = 1e-7
 
@@ -48,8 +50,7 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
 
 
 def _dtype(device: torch.device) -> torch.dtype:
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if has_native_bf16(device) else torch.float32
 
 
 def _gram(x: Tensor, wide: bool) -> Tensor:
