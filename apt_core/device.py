@@ -73,10 +73,10 @@ def autocast_dtype(
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Is ``device`` a GPU that multiplies bf16 itself?"""
+    """Is ``device`` a GPU that multiplies bf16 itself? Of one that is planned for elsewhere, no."""
     import torch
 
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_available():
         return False
     with as_current_device(device):  # the one that torch asks
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))

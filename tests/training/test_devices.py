@@ -88,7 +88,10 @@ def test_a_cpu_run_does_not_ask_for_gpus(monkeypatch: pytest.MonkeyPatch) -> Non
         pass
 
 
-def test_each_gpu_is_asked_for_its_own_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_gpu_is_asked_for_its_own_bf16(monkeypatch: pytest.MonkeyPatch, gpus: Any) -> None:
+    gpus(0)
+    assert not has_native_bf16(torch.device("cuda:1"))
+    gpus(2)
     current = [0]
 
     @contextmanager
