@@ -44,6 +44,9 @@ FAILED, BAD_INPUT = 1, 2
 STOPPED = tuple(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM))
 """Exit codes of a process that has stopped on a signal; the others do the same by agreement."""
 
+SPEAKING = (0, FAILED, BAD_INPUT, *STOPPED)
+"""Exit codes of apt-train itself."""
+
 
 def processes_for(config: Config) -> tuple[int, str]:
     """How many processes a distributed profile gets on this machine: one a GPU; and why they are
@@ -75,7 +78,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     if failed is None:
         return 0
     rank, code = failed
-    if code in (FAILED, BAD_INPUT, *STOPPED):
+    if code in SPEAKING:
         return code
     if workers.told:
         return 128 + workers.told
@@ -129,8 +132,11 @@ class _Workers:
         failed: tuple[int, int] | None = None
         while self._running:
             codes = {rank: process.poll() for rank, process in self._running.items()}
-            ended = sorted((code, rank) for rank, code in codes.items() if code is not None)
-            for code, rank in ended:  # those that were killed are the cause of what others say
+            # Those that ended without a word are the cause of what others say.
+            ended = sorted(
+                (code in SPEAKING, code, rank) for rank, code in codes.items() if code is not None
+            )
+            for _, code, rank in ended:
                 del self._running[rank]
                 if code and failed is None:
                     failed = rank, code

@@ -22,7 +22,7 @@ import torch
 
 from apt_core.training.checkpoint import load, newest_intact
 from apt_core.training.distributed import STORE_VARIABLE, shared_store
-from apt_core.training.launch import is_said
+from apt_core.training.launch import is_said, launch
 from apt_core.training.tensor_files import SavedTensors
 
 ROOT = Path(__file__).parents[2]
@@ -336,3 +336,22 @@ def test_a_foreign_value_in_the_store_of_nproc_runs_no_code(tmp_path, monkeypatc
     store.set(f"apt/said/{said}", value)
     assert not is_said("an error", 0)  # everyone says it
     assert store.get(f"apt/said/{said}") == value and not ran.exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("code", "said"), [(3, "exit code 3"), (-9, "killed by signal 9")])
+def test_of_processes_that_end_at_once_the_silent_one_is_the_cause(
+    monkeypatch, capsys, rank: int, code: int, said: str
+) -> None:
+    """The others have noticed that it is gone, and end with 1 before the launcher looks."""
+
+    class Ended:
+        def __init__(self, command: Sequence[str], *, env: dict[str, str], **_: Any) -> None:
+            self.code = code if int(env["RANK"]) == rank else 1
+
+        def poll(self) -> int:
+            return self.code
+
+    monkeypatch.setattr("apt_core.training.launch.subprocess.Popen", Ended)
+    assert launch(2, []) == 1
+    assert f"process {rank} " in (text := capsys.readouterr().err) and said in text
