@@ -352,6 +352,8 @@ def test_of_processes_that_end_at_once_the_silent_one_is_the_cause(
         def poll(self) -> int:
             return self.code
 
+        def send_signal(self, number: int) -> None: ...
+
     monkeypatch.setattr("apt_core.training.launch.subprocess.Popen", Ended)
     assert launch(2, []) == 1
     assert f"process {rank} " in (text := capsys.readouterr().err) and said in text
