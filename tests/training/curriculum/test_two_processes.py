@@ -22,16 +22,22 @@ SHARDINGS = ("ddp", "fsdp")
 def test_killed_and_resumed_is_in_one_go(
     curriculum: Curriculum, in_children, differences, killer, ranks, sharding: str
 ) -> None:
+    """One run is killed after each of the steps, so that a resume goes on from a resume."""
     curriculum.settings = {**IN_TWO, "hardware.distributed": sharding}
     assert in_children(*ranks(lambda: curriculum.train("whole"))) == [0, 0]
     saving = {"training.save_every_steps": 1}
     for n in KILLS:
-        name = f"killed-{n}"
-        killed = ranks(lambda name=name, n=n: curriculum.train(name, killer(n), changes=saving))
-        assert in_children(*killed) == [-signal.SIGKILL] * 2
-        assert in_children(*ranks(lambda name=name: curriculum.train(name, resume=True))) == [0, 0]
-        assert f"(step {n})" in curriculum.log(name)
-        assert differences(curriculum.folder / "whole", curriculum.folder / name) == []
+        resume = n > KILLS[0]
+        part = ranks(
+            lambda n=n, resume=resume: curriculum.train(
+                "killed", killer(n), changes=saving, resume=resume
+            )
+        )
+        assert in_children(*part) == [-signal.SIGKILL] * 2
+    assert in_children(*ranks(lambda: curriculum.train("killed", resume=True))) == [0, 0]
+    for n in KILLS:
+        assert f"(step {n})" in curriculum.log("killed")
+    assert differences(curriculum.folder / "whole", curriculum.folder / "killed") == []
 
 
 DRAWS_NOTHING = {
