@@ -72,14 +72,36 @@ def autocast_dtype(
     return torch.bfloat16 if faster else None
 
 
+PLANNED_CAPABILITY = (9, 0)
+"""The compute capability (an H100's) that a plan takes a GPU to have where there is none."""
+
+
 def has_native_bf16(device: torch.device) -> bool:
-    """Is ``device`` a GPU that multiplies bf16 itself? Of one that is planned for elsewhere, no."""
+    """Is ``device`` a GPU that multiplies bf16 itself? One that is planned for elsewhere does."""
     import torch
 
-    if device.type != "cuda" or not torch.cuda.is_available():
+    if device.type != "cuda":
         return False
+    if not torch.cuda.is_available():
+        return True
     with as_current_device(device):  # the one that torch asks
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def planned_capability() -> tuple[int, int]:
+    """The compute capability of a GPU that is planned for: of the current one, where there is any,
+    else :data:`PLANNED_CAPABILITY`."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return PLANNED_CAPABILITY
+    major, minor = torch.cuda.get_device_capability()
+    return major, minor
+
+
+def stands_for_gpu(tensor: torch.Tensor) -> bool:
+    """Is ``tensor`` on the CPU and, to have its memory counted, said to be on a GPU?"""
+    return bool(tensor.is_cuda) and tensor.device.type != "cuda"
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:

@@ -5,6 +5,8 @@ tensors, which know their size and nothing else, while every allocation is count
 a few of its layers are measured, with one more of each kind in turn: its memory is affine in the
 number of each. That gives what the whole model takes in real memory, to the byte.
 
+For a GPU the operators are those that it has (:mod:`apt_core.training.gpu_operators`), here or not.
+
 Not counted: what the allocator loses between blocks, the workspace of single kernels, the libraries
 themselves (some hundred MiB), what plugins keep beyond what ``apt_costs`` says, what their terms of
 the loss compute, and what torch.compile saves by fusing.
@@ -15,6 +17,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from apt_core.data.batches import Batch
-from apt_core.device import autocast, autocast_dtype, resolve_device
+from apt_core.device import autocast, autocast_dtype, planned_capability, resolve_device
 from apt_core.failures import one_line
 from apt_core.kernel import Kernel
 from apt_core.modeling.compose import ModelBuilder
@@ -34,6 +37,7 @@ from apt_core.modeling.modes import eval_mode
 from apt_core.plugin_manager import PluginManager
 from apt_core.providers.optimizer import OptimizerProvider
 from apt_core.training.costs import layers_of
+from apt_core.training.gpu_operators import GPUOperators
 from apt_core.training.loss import cross_entropy_sum
 from apt_core.training.parameter_groups import parameter_groups
 from apt_core.training.structure import base_structure
@@ -90,6 +94,12 @@ class Footprint:
         self.device = device or default
         self.structure = base_structure(kernel) if structure is None else structure
         self.notes: list[str] = []
+        self._capability = planned_capability() if self.device.type == "cuda" else None
+        if self._capability and not torch.cuda.is_available():
+            version = ".".join(str(number) for number in self._capability)
+            self.notes.append(
+                f"memory: there is no GPU here: counted for one of compute capability {version}"
+            )
         self._activations: dict[int, int | None] = {}
 
     @cached_property
@@ -145,7 +155,7 @@ class Footprint:
     def _run(self, model: nn.Module, batch_size: int) -> tuple[int]:
         config = self.config
         dtype = autocast_dtype(config.training.mixed_precision, self.device, config.model.d_model)
-        with CountedAllocations() as counted:
+        with self._operators(), CountedAllocations() as counted:
             ids = torch.zeros(batch_size, config.seq_len, dtype=torch.int64)
             batch = Batch(ids, ids, ids.numel())
             with autocast(CPU, dtype):
@@ -160,6 +170,10 @@ class Footprint:
                 loss = loss / ids.numel()
             loss.backward()
         return (counted.peak,)
+
+    def _operators(self) -> AbstractContextManager[object]:
+        """A context in which layers take the operators that they have for the device."""
+        return nullcontext() if self._capability is None else GPUOperators(self._capability)
 
     def _step_optimizer(self, model: nn.Module) -> tuple[int, int]:
         training = self.config.training
@@ -270,7 +284,7 @@ def with_layers(structure: nn.Module, layers: Sequence[int]) -> nn.Module:
 def _faked(model: nn.Module) -> nn.Module:
     """``model`` in fake memory, inside a FakeTensorMode, with gradients that are there already, as
     in every micro-batch but the first."""
-    # The CPU, for fake tensors of a GPU need one; its kernels keep what those of a GPU keep.
+    # On the CPU: a backward of fake tensors of a GPU needs its driver.
     made: dict[int, Tensor] = {}
     for module in model.modules():
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:

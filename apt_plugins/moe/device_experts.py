@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apt_core.device import planned_capability, stands_for_gpu
+
 GROUPED_MAJORS = (9, 10)
 """Major compute capabilities whose grouped products read the numbers of rows from the device; torch
 computes them with a loop on others."""
@@ -52,7 +54,7 @@ def assigned_on_device(
     if grouped:
         product = partial(_grouped, ends=ends)
     elif limit is None:
-        product = partial(_in_turns, ends=ends.tolist())
+        product = partial(_in_turns, ends=_read(ends, len(order)))
     else:
         size = min(limit, len(x))
         places = size * ordered + positions - torch.searchsorted(ordered, ordered)
@@ -80,6 +82,13 @@ def _grouped(rows: Tensor, matrices: Tensor, *, ends: Tensor) -> Tensor:
     return F.grouped_mm(rows, matrices.transpose(1, 2), offs=ends)
 
 
+def _read(ends: Tensor, rows: int) -> list[int]:
+    if stands_for_gpu(ends):  # nobody has chosen: what is held does not depend on it
+        return [rows * (expert + 1) // len(ends) for expert in range(len(ends))]
+    numbers: list[int] = ends.tolist()
+    return numbers
+
+
 def _in_turns(rows: Tensor, matrices: Tensor, *, ends: list[int]) -> Tensor:
     """As :func:`_grouped`; rows after the last end are nobody's and give 0."""
     *parts, nobodys = rows.tensor_split(ends)
@@ -98,10 +107,12 @@ def _padded(rows: Tensor, matrices: Tensor, *, places: Tensor, size: int) -> Ten
 def runs_grouped(x: Tensor, up: Tensor) -> bool:
     """Whether ``torch.nn.functional.grouped_mm`` runs on the type, device and widths of these
     without asking the device for the number of rows."""
-    if x.dtype != torch.bfloat16 or x.device.type != "cuda":
+    if x.dtype != torch.bfloat16 or not x.is_cuda:
         return False
     # Rows begin at multiples of 16 bytes.
     aligned = up.shape[1] % 8 == 0 and up.shape[2] % 8 == 0
     if not aligned or len(up) > MAX_GROUPED:
         return False
+    if stands_for_gpu(x):
+        return planned_capability()[0] in GROUPED_MAJORS
     return torch.cuda.get_device_capability(x.device)[0] in GROUPED_MAJORS

@@ -84,6 +84,6 @@ class Experts(nn.Module):
         if dropout:
             factors = F.dropout(x.new_ones(indices.numel(), self.d_ff), dropout)
         tensors = (x, indices, weights, gate, up, down, factors)
-        if device == "cpu":
+        if device == "cpu" and not x.is_cuda:
             return assigned_on_cpu(self.activation, *tensors)
         return assigned_on_device(self.activation, *tensors, limit=limit)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +13,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from apt_core import ProviderSpec, hookimpl
 from apt_core import device as devices
 from apt_core.data.batches import Batch
-from apt_core.device import autocast, autocast_dtype, available_memory, is_out_of_memory
+from apt_core.device import (
+    PLANNED_CAPABILITY,
+    autocast,
+    autocast_dtype,
+    available_memory,
+    is_out_of_memory,
+)
 from apt_core.kernel import Kernel, boot
 from apt_core.modeling import ModelBuilder
 from apt_core.modeling.layers import SwiGLUProvider
 from apt_core.plugin_manager import PluginManager
 from apt_core.training.distributed import sharding_of
 from apt_core.training.footprint import CountedAllocations, Footprint
+from apt_core.training.gpu_operators import GPUOperators
 from apt_core.training.loss import cross_entropy_sum
 from apt_core.training.memory import (
     estimate,
@@ -150,6 +160,104 @@ def test_the_state_of_an_optimizer_is_asked_of_it() -> None:
     few = 4096  # the counters of steps
     assert 0 <= adamw.optimizer[0] - 2 * weights.trainable < few
     assert weights.trainable < muon.optimizer[0] < 1.3 * weights.trainable
+
+
+# Against what a GPU keeps, by hand
+
+
+def kept_on_gpu(
+    work: Callable[..., torch.Tensor],
+    *shapes: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    mixed: bool = False,
+    capability: tuple[int, int] = PLANNED_CAPABILITY,
+) -> dict[str, int]:
+    """Bytes of what the backward of ``work`` keeps beside its inputs of ``shapes``, and of its
+    result, on fake tensors."""
+    kept: dict[torch.UntypedStorage, int] = {}
+    with FakeTensorMode(), GPUOperators(capability):
+        given = [torch.empty(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+        own = {tensor.untyped_storage() for tensor in given}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.untyped_storage() not in own:
+                kept[tensor.untyped_storage()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            autocast(CPU, torch.bfloat16 if mixed else None),
+        ):
+            result = work(*given)
+        result.float().sum().backward()
+        assert all(tensor.grad.shape == tensor.shape for tensor in given)
+    return {"kept": sum(kept.values()), "result": result.untyped_storage().nbytes()}
+
+
+HEADS = 4 * [(2, 4, 48, 16)]  # [B, H, T, R]
+SIZE, ROWS = 2 * 4 * 48 * 16, 2 * 4 * 48  # numbers, and rows of them
+SEEDS = 32
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal="attn_mask" not in options, **options)
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (7, 5)])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_on_a_gpu_keeps_a_number_a_row_and_no_scores(dtype, dropout, capability) -> None:
+    found = kept_on_gpu(
+        partial(attention, dropout_p=dropout), *HEADS[:3], dtype=dtype, capability=capability
+    )
+    result = dtype.itemsize * SIZE
+    assert found["result"] == result
+    # Rows of the efficient kernel are filled up to 32.
+    assert result + 4 * ROWS <= found["kept"] <= result + 4 * ROWS * 64 // 48 + SEEDS
+
+
+def test_a_gpu_keeps_all_scores_where_no_other_kernel_takes_the_heads() -> None:
+    shared = [(2, 4, 48, 16), (2, 2, 48, 16), (2, 2, 48, 16)]
+    work = partial(attention, enable_gqa=True)
+    scores = ROWS * 48
+    assert kept_on_gpu(work, *shared)["kept"] > 4 * scores
+    assert kept_on_gpu(work, *shared, dtype=torch.bfloat16)["kept"] < 2 * scores
+
+
+def test_a_mask_on_a_gpu_is_a_number_for_each_place() -> None:
+    def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        mask = torch.ones(2, 1, 50, 50, dtype=torch.bool)
+        return attention(q, k, v, attn_mask=mask)
+
+    found = kept_on_gpu(masked, *3 * [(2, 4, 50, 16)])
+    expected = 4 * (2 * 4 * 50 * 16 + 2 * 50 * 64 + 2 * 4 * 64)
+    assert expected <= found["kept"] <= expected + SEEDS
+
+
+@pytest.mark.parametrize(
+    ("work", "mixed", "kept", "result"),
+    [
+        (partial(F.dropout, p=0.1), False, SIZE, 4 * SIZE),
+        (partial(F.rms_norm, normalized_shape=(16,)), False, 4 * ROWS, 4 * SIZE),
+        # In fp32 under autocast: a copy of the input, and the row's number.
+        (partial(F.rms_norm, normalized_shape=(16,)), True, 4 * SIZE + 4 * ROWS, 4 * SIZE),
+        (partial(torch.softmax, dim=-1), True, 4 * SIZE, 4 * SIZE),
+        (lambda x: x.exp(), True, 4 * SIZE, 4 * SIZE),
+    ],
+)
+def test_operators_keep_what_they_keep_on_a_gpu(work, mixed, kept, result) -> None:
+    dtype = torch.bfloat16 if mixed else torch.float32
+    found = kept_on_gpu(work, HEADS[0], dtype=dtype, mixed=mixed)
+    assert found == {"kept": kept, "result": result}
+
+
+def test_a_plan_for_a_gpu_says_that_there_is_none(monkeypatch) -> None:
+    kernel = kernel_of(MODELS[0], device="cuda", batch_size=8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Footprint(kernel).notes == [
+        "memory: there is no GPU here: counted for one of compute capability 9.0"
+    ]
+    assert Footprint(kernel, CPU).notes == []
 
 
 # The parts by distribution

@@ -5,10 +5,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from apt_core.device import PLANNED_CAPABILITY, autocast
+from apt_core.training.footprint import CountedAllocations
+from apt_core.training.gpu_operators import GPUOperators
 from apt_plugins.moe import cpu_experts, cpu_memory
 from apt_plugins.moe.device_experts import assigned_on_device, runs_grouped
 from apt_plugins.moe.experts import Experts
 
+CPU = torch.device("cpu")
 ACTIVATIONS = ("swiglu", "gelu", "relu2")
 
 
@@ -180,6 +184,61 @@ def test_grouped_products_give_what_the_cpu_gives(activation, monkeypatch):
     torch.testing.assert_close(grouped, y, rtol=1e-4, atol=1e-4)
     for found, expected in zip(gradients(grouped, *wanted), gradients(y, *wanted), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("limit", [None, 12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_that_is_planned_for_a_gpu_is_that_of_its_branch(dtype, limit, monkeypatch):
+    number, tokens, width, hidden, top_k = 8, 40, 8, 16, 2
+    half = dtype == torch.bfloat16
+
+    def forward(as_planned, experts, x, indices, weights):
+        if not as_planned:
+            x, *matrices = (t.to(dtype) for t in (x, *tensors_of(experts)))
+            given = (x, indices, weights, *matrices, None)
+            return assigned_on_device("swiglu", *given, limit=limit)
+        with GPUOperators(PLANNED_CAPABILITY), autocast(CPU, dtype if half else None):
+            return experts(x, indices, weights, limit=limit)
+
+    def parts():
+        experts = Experts(number, width, hidden)
+        for parameter in experts.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        x = torch.zeros(tokens, width, requires_grad=True)
+        weights = torch.zeros(tokens, top_k, requires_grad=True)
+        # All are sent as many.
+        return experts, x, torch.arange(tokens * top_k).view(tokens, top_k) % number, weights
+
+    def peak(as_planned):
+        given = parts()
+        with CountedAllocations() as counted:
+            forward(as_planned, *given).sum().backward()
+        return counted.peak
+
+    with FakeTensorMode():
+        planned, given = peak(True), parts()
+        own = {t.untyped_storage() for t in (*given[1:], *given[0].parameters())}
+        saved = {}
+
+        def keep(tensor):
+            if tensor.untyped_storage() not in own:
+                saved[tensor.untyped_storage()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            forward(True, *given)
+    monkeypatch.setattr("apt_plugins.moe.device_experts.runs_grouped", lambda *_: half)
+    assert planned == pytest.approx(peak(False), rel=1e-3)
+
+    rows, size = top_k * tokens, dtype.itemsize
+    # The rows, the products with gate and up, SiLU, and the hidden units without and with weights.
+    by_hand = size * rows * (width + 5 * hidden)
+    if half:
+        by_hand += size * 3 * number * width * hidden
+    elif limit is not None:  # the places of the products with gate, up and down
+        by_hand += size * number * limit * (2 * width + hidden)
+    few = 8 * rows * 6  # the order, the places, what each row is multiplied by
+    assert by_hand < sum(saved.values()) < by_hand + few < planned
 
 
 @pytest.mark.gpu
