@@ -328,20 +328,34 @@ def run(
     ``measure(report, quick)`` does the work; ``packages`` are the distributions whose versions
     the figures depend on.
     """
-    parser = argparse.ArgumentParser(description=question)
-    parser.add_argument(
-        "--quick", action="store_true", help="few rounds: shows that it works, figures are rough"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and samples there")
+    parser = flags(question)
     options = parser.parse_args(argv)
-    versions = {"python": platform.python_version()}
-    try:
-        versions |= {package: version(package) for package in ("apt-kernel", *packages)}
-    except PackageNotFoundError as error:
-        parser.error(f"{error.name} is missing: pip install -e '.[all,bench]' -c constraints.txt")
-    report = Report(question=question, machine=describe_machine(), versions=versions)
+    report = new_report(question, parser, packages)
     measure(report, options.quick)
     # Written first: whoever reads the table may stop reading.
     if options.json:
         report.write(options.json)
     report.show(Console())
+
+
+def flags(question: str) -> argparse.ArgumentParser:
+    """The flags that every benchmark has."""
+    parser = argparse.ArgumentParser(description=question)
+    parser.add_argument(
+        "--quick", action="store_true", help="few rounds: shows that it works, figures are rough"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and samples there")
+    return parser
+
+
+def new_report(
+    question: str, parser: argparse.ArgumentParser, packages: Sequence[str] = ()
+) -> Report:
+    """An empty report of this machine, and of the versions of ``packages``; without one of them
+    the ``parser`` ends the script."""
+    versions = {"python": platform.python_version()}
+    try:
+        versions |= {package: version(package) for package in ("apt-kernel", *packages)}
+    except PackageNotFoundError as error:
+        parser.error(f"{error.name} is missing: pip install -e '.[all,bench]' -c constraints.txt")
+    return Report(question=question, machine=describe_machine(), versions=versions)

@@ -16,22 +16,27 @@ Loop = Callable[[Callable[[], None]], Result]
 """A whole run of a trainer. It calls what it is given once a step, where it fetches its batch."""
 
 
+class _Abandoned(BaseException):
+    """Ends a loop where it stands. It is no Exception, so that no loop goes on after it."""
+
+
 class Turns(Generic[Result]):
     """A loop in a thread of its own, which stands still except in its turns.
 
     ``start()`` runs it to its first batch, ``turn()`` for the next ``steps`` steps, from batch to
     batch; ``finish()`` lets it run to its end and returns its result. What the loop raises, these
-    methods raise.
+    methods raise. ``abandon()`` ends the loop where it stands, and lets go of what it holds.
     """
 
     def __init__(self, loop: Loop[Result], steps: int) -> None:
         self._loop, self._steps = loop, steps
         self._may_go, self._has_stopped = Semaphore(0), Semaphore(0)
         self._left, self._free, self._ended = 0, False, False
+        self._abandoned = False
         self._started = self._spent = (0, 0)
         self._results: list[Result] = []
         self._error: BaseException | None = None
-        # A daemon: when another loop fails, this one need not be led to its end.
+        # A daemon: a loop that cannot be ended does not keep the process.
         self._thread = Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
@@ -53,6 +58,13 @@ class Turns(Generic[Result]):
         self._wait(ends=True)
         return self._results[0]
 
+    def abandon(self) -> None:
+        if self._thread.ident is None or self._ended:
+            return
+        self._abandoned = True
+        self._may_go.release()
+        self._thread.join()
+
     def _wait(self, *, ends: bool) -> None:
         self._has_stopped.acquire()
         if self._error is not None:
@@ -69,6 +81,8 @@ class Turns(Generic[Result]):
         self._has_stopped.release()
 
     def _fetched(self) -> None:
+        if self._abandoned:
+            raise _Abandoned
         if self._left:
             self._left -= 1
             return
@@ -78,6 +92,8 @@ class Turns(Generic[Result]):
         self._spent = cpu - self._started[0], wall - self._started[1]
         self._has_stopped.release()
         self._may_go.acquire()
+        if self._abandoned:
+            raise _Abandoned
         self._left = self._steps - 1
         self._started = process_time_ns(), perf_counter_ns()
 
@@ -107,11 +123,11 @@ def take_turns(
     sides[""] = Turns(loops[baseline], steps)
     cpu: dict[str, list[float]] = {name: [] for name in sides}
     wall: dict[str, list[float]] = {name: [] for name in sides}
-    for side in sides.values():
-        side.start()
     order = list(sides)
     collecting = gc.isenabled()
     try:
+        for side in sides.values():
+            side.start()
         for number in range(-warmup, rounds):
             gc.collect()
             gc.disable()
@@ -122,9 +138,11 @@ def take_turns(
                     cpu[name].append(cpu_ns / steps)
                     wall[name].append(wall_ns / steps)
             gc.enable()
+        results = {name: side.finish() for name, side in sides.items()}
     finally:
         (gc.enable if collecting else gc.disable)()
-    results = {name: side.finish() for name, side in sides.items()}
+        for side in sides.values():
+            side.abandon()
     del results[""]
     taken = (rounds + warmup) * steps + 1
     return TurnTimings(

@@ -1,356 +1,178 @@
 """What training costs on a GPU: APT against a bare loop like nanoGPT's, part by part.
 
-On a machine without a GPU every row is measured at a small size on the CPU: that shows that the
-benchmark works, and its figures mean nothing else.
+Rows are measured in the order of their worth, until the budget is spent: what did not fit is told,
+and so is a row that failed, after which the others go on. On a machine without a GPU every row is
+taken at a small size on the CPU (``--dry-run`` does so anywhere): that shows that the benchmark
+works, and its figures mean nothing else.
 """
 
 from __future__ import annotations
 
+import gc
+import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+import torch._dynamo
+from rich.console import Console
+from torch import nn
 
-from _apt_turns import handing_over, trainer_loop
-from _bare import NanoGPT, Recipe, nanogpt_section, random_windows, train
-from _harness import Report, Timings, interleave, run
-from _turns import Loop, take_turns
+from _gpu_sides import (
+    WARMUP,
+    Bench,
+    Shape,
+    Side,
+    bare,
+    line,
+    nominal_peak,
+    timed,
+    trainer,
+)
+from _harness import Report, flags, interleave, new_report
+from apt_core.config import read_profile
+from apt_core.device import is_out_of_memory
+from apt_core.failures import cause_of, one_line
 from apt_core.inference.generator import generate
 from apt_core.kernel import boot
 from apt_core.modeling import ModelBuilder
 from apt_core.modeling.layers import SwiGLU
 from apt_core.plugin_manager import PluginManager
 from apt_core.registry import Registry
-from apt_core.training import Trainer
 from apt_core.training.peak import measured_peak_flops
 from apt_core.types import GenerationRequest
 from apt_plugins.moe.experts import Experts
 from apt_plugins.moe.layer import MoELayer
 from apt_plugins.moe.router import TopKRouter
 
-Profile = Mapping[str, Any]
-Maker = Callable[["Bench", "Shape"], Loop[nn.Module]]
-WARMUP = 2
-"""Rounds that are not counted; a compiled model is compiled in the first."""
+QUESTION = "What does training cost on a GPU?"
+BUDGET = 420.0
+"""Seconds in which all rows are to be measured, with the tests in less than ten minutes."""
+
+GOAL_OVER_BARE, GOAL_SHARE = 1.1, 0.5
+"""Tokens/s over those of the fastest bare loop, and the share of an H100's nominal bf16 peak."""
+
+OURS = ("apt", "apt_compiled")
+"""The sides that a goal is measured by; the fastest counts."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A model like nanoGPT's and its batches; ``turn`` steps are timed at a time."""
-
-    num_layers: int
-    num_heads: int
-    d_model: int
-    vocab_size: int
-    batch_size: int
-    length: int
-    turn: int
-
-    @property
-    def tokens(self) -> int:
-        return self.batch_size * self.length
-
-    def model(self) -> dict[str, Any]:
-        parts = nanogpt_section(self.num_layers, self.num_heads, self.d_model, self.length)
-        return {**parts, "vocab_size": self.vocab_size}
+class NotUsableError(Exception):
+    """A row that this machine or installation has no way to measure; says why."""
 
 
 GPT2 = Shape(12, 12, 768, 50304, batch_size=12, length=1024, turn=5)
+ODD_IDS = replace(GPT2, vocab_size=50257)
 SMALL = Shape(4, 4, 128, 256, batch_size=16, length=256, turn=20)
 ONE_LAYER = Shape(1, 1, 32, 256, batch_size=2, length=32, turn=20)
 EXPERTS, TOP_K = (8, 32, 64), 2
 
 
 @dataclass(frozen=True)
-class Bench:
-    """Where it runs, how large, and the text that all train on."""
+class Row:
+    """One thing to measure. ``seconds`` is about what it takes on an H100, by which the budget is
+    kept until other rows have shown the pace of this machine."""
 
-    device: torch.device
-    folder: Path
-    text: str
-    val_text: str
-    rounds: int
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """Of the forward; None where it is fp32."""
-        return torch.bfloat16 if self.device.type == "cuda" else None
-
-    def synchronize(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
-
-    def sized(self, shape: Shape) -> Shape:
-        """``shape``, or what a CPU can do in a second."""
-        if self.device.type == "cuda":
-            return shape
-        return replace(
-            shape,
-            num_layers=min(2, shape.num_layers),
-            num_heads=min(2, shape.num_heads),
-            d_model=32,
-            vocab_size=256 + shape.vocab_size % 256,
-            batch_size=2,
-            length=32,
-            turn=2,
-        )
-
-    def steps(self, shape: Shape) -> int:
-        return (WARMUP + self.rounds) * shape.turn + 1
+    name: str
+    seconds: float
+    measure: Callable[[Report, Bench], None]
 
 
-@dataclass(frozen=True)
-class Side:
-    """A trainer's run: how it is called in tables, and its profile beyond the shape's."""
+def against(
+    name: str, shape: Shape, sides: Mapping[str, Side], *, seconds: float, suffix: str = ""
+) -> Row:
+    """A row that times ``sides`` in turns: figures ``SIDE_over_BASELINE``, the baseline is the
+    first, and a line of each that has none yet."""
+    baseline = next(iter(sides))
 
-    label: str
-    model: Profile = field(default_factory=dict)
-    training: Profile = field(default_factory=dict)
+    def measure(report: Report, bench: Bench) -> None:
+        times = timed(bench, shape, sides)
+        for side in sides:
+            if side != baseline:
+                report.ratio(f"{side}_over_{baseline}{suffix}", times, side, over=baseline)
+        report.noise(f"{baseline}_over_{baseline}_of_{name}", times)
+        lines = report.raw.setdefault("lines", [])
+        known = {found["side"] for found in lines}
+        for side_name, side in sides.items():
+            unique = f"{side_name}{suffix}"
+            if unique not in known:
+                seconds = times.median(side_name) / 1e9
+                lines.append(line(bench, shape, unique, side, seconds))
 
-    def profile(self, bench: Bench, shape: Shape) -> dict[str, Any]:
-        train_text, val_text = bench.folder / "train.txt", bench.folder / "val.txt"
-        if not train_text.exists():
-            train_text.write_text(bench.text, encoding="utf-8")
-            val_text.write_text(bench.val_text, encoding="utf-8")
-        return {
-            "name": "gpu",
-            "model": {**shape.model(), **self.model},
-            "training": {
-                "batch_size": shape.batch_size,
-                "max_epochs": 10_000,
-                "max_steps": bench.steps(shape),
-                "learning_rate": 6e-4,
-                "scale_lr_by_width": False,
-                "mixed_precision": "auto" if bench.dtype else False,
-                "save_freq": 0,
-                **self.training,
-            },
-            "data": {"train_path": str(train_text), "val_path": str(val_text)},
-            "evaluation": {"eval_freq": 0, "eval_batches": 1, "sample_tokens": 0},
-            "hardware": {"device": str(bench.device)},
-        }
-
-    def loop(self, bench: Bench, shape: Shape) -> Loop[nn.Module]:
-        profile = self.profile(bench, shape)
-
-        def make() -> Trainer:
-            return Trainer(
-                profile, PluginManager(), output=Path(tempfile.mkdtemp(dir=bench.folder))
-            )
-
-        return trainer_loop(make)
+    return Row(name, seconds, measure)
 
 
-def bare(bench: Bench, shape: Shape, *, compiled: bool = False) -> Loop[nn.Module]:
-    """nanoGPT's model, precision and loop."""
+BARE, BARE_COMPILED = bare("bare loop"), bare("bare loop, compiled", compiled=True)
+APT = trainer("APT")
+APT_COMPILED = trainer("APT, compiled", training={"compile": True})
 
-    def loop(fetched: Callable[[], None]) -> nn.Module:
-        model = NanoGPT(
-            vocab_size=shape.vocab_size,
-            length=shape.length,
-            num_layers=shape.num_layers,
-            num_heads=shape.num_heads,
-            d_model=shape.d_model,
-        ).to(bench.device)
-        called: Any = torch.compile(model) if compiled else model
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.frombuffer(bytearray(bench.text.encode()), dtype=torch.uint8).long()
-
-        def batch() -> tuple[Tensor, Tensor]:
-            fetched()
-            pair = random_windows(tokens, shape.batch_size, shape.length, generator)
-            if bench.device.type == "cpu":
-                return pair
-            inputs, targets = (part.pin_memory() for part in pair)
-            return inputs.to(bench.device, non_blocking=True), targets.to(
-                bench.device, non_blocking=True
-            )
-
-        def loss(inputs: Tensor, targets: Tensor) -> Tensor:
-            with bench.autocast():
-                logits = called(inputs)
-                return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-        recipe = Recipe(
-            steps=bench.steps(shape),
-            batch_size=shape.batch_size,
-            length=shape.length,
-            learning_rate=6e-4,
-            warmup_steps=10,
-        )
-        train(model, loss, batch, recipe)
-        return model
-
-    return loop
-
-
-def waiting(loop: Loop[nn.Module], bench: Bench, turn: int) -> Loop[nn.Module]:
-    """``loop``, which waits for the GPU where a turn begins and ends, and nowhere else."""
-
-    def run_(fetched: Callable[[], None]) -> nn.Module:
-        fetches = 0
-
-        def told() -> None:
-            nonlocal fetches
-            if fetches % turn == 0:
-                bench.synchronize()
-            fetches += 1
-            fetched()
-
-        return loop(told)
-
-    return run_
-
-
-def timed(bench: Bench, shape: Shape, makers: Mapping[str, Maker], over: str) -> Timings:
-    with handing_over():
-        return take_turns(
-            {name: waiting(make(bench, shape), bench, shape.turn) for name, make in makers.items()},
-            baseline=over,
-            rounds=bench.rounds,
-            warmup=WARMUP,
-            steps=shape.turn,
-        ).wall
-
-
-@dataclass
-class Alone:
-    """What one step takes besides time, measured with nothing beside it."""
-
-    gib: float = 0.0
-    launches: int = 0
-
-
-def alone(bench: Bench, shape: Shape, make: Maker) -> Alone:
-    """Peak memory of a few steps, and the kernels that one of them launches; zeros on a CPU."""
-    found = Alone()
-    if bench.device.type == "cpu":
-        return found
-    shape, bench = replace(shape, turn=1), replace(bench, rounds=3)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(bench.device)
-    fetches, profiler = 0, torch.profiler.profile()
-
-    def fetched() -> None:
-        nonlocal fetches
-        fetches += 1
-        if fetches in (4, 5):
-            bench.synchronize()
-            (profiler.start if fetches == 4 else profiler.stop)()
-
-    with handing_over():
-        make(bench, shape)(fetched)
-    found.gib = torch.cuda.max_memory_allocated(bench.device) / 2**30
-    found.launches = sum(
-        event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events() or ()
-    )
-    return found
-
-
-def flops_per_step(shape: Shape) -> float:
-    """Of a forward and backward: 6 for each parameter of a matrix, and the attention's products
-    (the appendix of PaLM, https://arxiv.org/abs/2204.02311)."""
-    width, layers = shape.d_model, shape.num_layers
-    matrices = 12 * layers * width**2 + shape.vocab_size * width
-    return shape.tokens * (6 * matrices + 12 * layers * width * shape.length)
-
-
-MHA = Side("APT")
-TRAINERS = {
-    "apt": MHA,
-    "apt_compiled": Side("APT, compiled", training={"compile": True}),
-    "apt_muon": Side("APT, Muon", training={"optimizer_name": "muon"}),
+CHANGES = {
+    "fp32": trainer("APT, fp32 (TF32)", training={"mixed_precision": False}, fp32=True),
+    "muon": trainer("APT, Muon", training={"optimizer_name": "muon"}),
+    "average": trainer("APT, averaged weights", training={"ema_decay": 0.999}),
 }
+"""Of APT's eager run, one at a time."""
+
 ATTENTIONS = {
-    "mha": MHA,
-    "gqa": Side("grouped queries", {"num_kv_heads": 1}),
-    "tva": Side("TVA", {"attention_name": "tva_default"}),
-    "flash_v2": Side("TVA on flash-attention", {"attention_name": "flash_v2"}),
+    "gqa": {"num_kv_heads": 1},
+    "tva": {"attention_name": "tva_default"},
+    "flash_v2": {"attention_name": "flash_v2"},
 }
 
 
-def measure_trainers(report: Report, bench: Bench) -> None:
-    shape = bench.sized(GPT2)
-    odd = shape.vocab_size - 47
-    named: dict[str, tuple[str, Maker]] = {
-        "bare": ("bare loop", bare),
-        "bare_compiled": ("bare loop, compiled", partial(bare, compiled=True)),
-        **{name: (side.label, side.loop) for name, side in TRAINERS.items()},
-        "apt_odd_vocabulary": (f"APT, {odd:,} ids", Side("", {"vocab_size": odd}).loop),
-    }
-    if bench.device.type == "cpu":  # a compiler may be missing, and takes a minute
-        named = {name: side for name, side in named.items() if not name.endswith("compiled")}
-    times = timed(bench, shape, {name: make for name, (_, make) in named.items()}, "bare")
-    for name in named:
-        if name != "bare":
-            report.ratio(f"{name}_over_bare", times, name, over="bare")
-    report.noise("bare_over_bare", times)
-    peak = measured_peak_flops(bench.device, bench.dtype or torch.float32)
-    rows: list[list[str | float]] = []
-    for name, (label, make) in named.items():
-        seconds = times.median(name) / 1e9
-        taken = alone(bench, shape, make)
-        share = flops_per_step(shape) / seconds / peak
-        row = [seconds * 1e3, shape.tokens / seconds, share, taken.gib, taken.launches]
-        rows.append([label, *row])
-        if name in ("bare", "apt"):
-            report.add(f"{name}_tokens_per_second", round(shape.tokens / seconds))
-            report.add(f"{name}_share_of_peak", share)
-    report.table(
-        f"{shape.num_layers} x {shape.d_model}, batch {shape.batch_size} of {shape.length}",
-        ["trainer", "ms a step", "tokens/s", "share of the measured peak", "GiB", "launches"],
-        rows,
-    )
+def changed(name: str) -> Row:
+    return against(name, GPT2, {"apt": APT, f"apt_{name}": CHANGES[name]}, seconds=15)
 
 
-def measure_attentions(report: Report, bench: Bench) -> None:
-    shape = bench.sized(GPT2)
-    sides = {name: side for name, side in ATTENTIONS.items() if usable(side)}
-    times = timed(bench, shape, {name: side.loop for name, side in sides.items()}, "mha")
-    for name in sides:
-        if name != "mha":
-            report.ratio(f"{name}_over_mha", times, name, over="mha")
-    if missing := [side.label for name, side in ATTENTIONS.items() if name not in sides]:
-        report.note(f"Not usable here: {', '.join(missing)}.")
+def attention(name: str) -> Row:
+    parts = ATTENTIONS[name]
+    side = trainer(f"APT, {name}", parts, nanogpt=False)
+    row = against(f"attention_{name}", GPT2, {"apt": APT, name: side}, seconds=15)
+
+    def measure(report: Report, bench: Bench) -> None:
+        require_attention(str(parts.get("attention_name", "mha")))
+        row.measure(report, bench)
+
+    return replace(row, measure=measure)
 
 
-def usable(side: Side) -> bool:
-    name = side.model.get("attention_name", "mha")
-    registry = boot({"name": "gpu", "model": dict(side.model)}).registry
+def require_attention(name: str) -> None:
+    registry = boot({"name": "gpu", "model": {"attention_name": name}}).registry
     registry.get("attention", name)
-    return registry.resolutions["attention", name].used == name
+    used = registry.resolutions["attention", name]
+    if used.used != name:
+        raise NotUsableError(used.reason)
+
+
+def of_base(label: str, **training: Any) -> Side:
+    """The shipped profile's model: launches are what it costs."""
+    model = read_profile("base").data["model"]
+    sizes = [key for key in SMALL.model() if not key.endswith("_name")]
+    parts = {key: value for key, value in model.items() if key not in sizes}
+    return trainer(label, parts, training, nanogpt=False)
 
 
 def measure_saving(report: Report, bench: Bench) -> None:
-    shape = bench.sized(GPT2)
-    saving = Side("saving", training={"save_every_steps": 2 * shape.turn, "keep_last": 1})
-    times = timed(bench, shape, {"silent": MHA.loop, "saving": saving.loop}, "silent")
-    report.ratio("saving_over_silent", times, "saving", over="silent")
+    """What the loop stands still for a checkpoint, which a thread writes while the loop goes on;
+    and how much longer all the steps took, those included in which it was written."""
+    shape, saves = bench.sized(GPT2), 2
+    every = shape.turn * max(1, (WARMUP + bench.rounds) // saves)
+    saving = trainer("saving", training={"save_every_steps": every, "keep_last": 1})
+    times = timed(bench, GPT2, {"silent": APT, "saving": saving})
+    silent, samples = times.samples["silent"], times.samples["saving"]
+    taken = (shape.turn * (max(samples) - times.median("saving"))) / 1e6
+    report.add("save_stall_ms", taken, samples={"silent": silent, "saving": samples})
+    report.add("saving_over_silent", sum(samples) / sum(silent))
 
 
-def measure_small(report: Report, bench: Bench) -> None:
-    """Where launches are what costs: the defaults' size, and a single layer."""
-    for name, full in (("small", SMALL), ("one_layer", ONE_LAYER)):
-        makers: dict[str, Maker] = {"bare": bare, "apt": MHA.loop}
-        if bench.device.type == "cuda":
-            makers["apt_compiled"] = TRAINERS["apt_compiled"].loop
-        times = timed(bench, bench.sized(full), makers, "bare")
-        for side in makers:
-            if side != "bare":
-                report.ratio(f"{side}_over_bare_{name}", times, side, over="bare")
-
-
-def measure_experts(report: Report, bench: Bench) -> None:
+def measure_experts(report: Report, bench: Bench, experts: int) -> None:
     """A layer of experts over the dense one of as many operations, forward and backward."""
     cuda = bench.device.type == "cuda"
     tokens, width, hidden = (12 * 1024, 768, 1536) if cuda else (64, 32, 64)
@@ -368,19 +190,21 @@ def measure_experts(report: Report, bench: Bench) -> None:
 
         return step
 
-    for experts in EXPERTS if cuda else EXPERTS[:1]:
-        sides = {
-            "dense": backward(SwiGLU(width, TOP_K * hidden)),
-            "moe": backward(
-                MoELayer(
-                    TopKRouter(width, experts, TOP_K),
-                    Experts(experts, width, hidden),
-                    top_k=TOP_K,
-                )
-            ),
-        }
-        times = interleave(sides, baseline="dense", rounds=4 * bench.rounds, calls=1)
-        report.ratio(f"moe_E{experts}_over_dense", times, "moe", over="dense")
+    sides = {
+        "dense": backward(SwiGLU(width, TOP_K * hidden)),
+        "moe": backward(
+            MoELayer(
+                TopKRouter(width, experts, TOP_K), Experts(experts, width, hidden), top_k=TOP_K
+            )
+        ),
+    }
+    times = interleave(sides, baseline="dense", rounds=4 * bench.rounds, calls=1)
+    report.ratio(f"moe_E{experts}_over_dense", times, "moe", over="dense")
+    report.add(f"moe_E{experts}_ms", times.median("moe") / 1e6)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(bench.device)
+        sides["moe"]()
+        report.add(f"moe_E{experts}_gib", torch.cuda.max_memory_allocated(bench.device) / 2**30)
 
 
 def measure_decoding(report: Report, bench: Bench) -> None:
@@ -406,42 +230,255 @@ def measure_decoding(report: Report, bench: Bench) -> None:
     report.add("decoded_tokens_per_second", round(request.max_new_tokens / seconds, 1))
 
 
-PARTS: Sequence[Callable[[Report, Bench], None]] = (
-    measure_trainers,
-    measure_attentions,
-    measure_saving,
-    measure_small,
-    measure_experts,
-    measure_decoding,
+ROWS: Sequence[Row] = (
+    against("eager", GPT2, {"bare": BARE, "apt": APT}, seconds=20),
+    against(
+        "compiled",
+        GPT2,
+        {"bare_compiled": BARE_COMPILED, "apt_compiled": APT_COMPILED},
+        seconds=90,
+    ),
+    *(Row(f"experts_E{n}", 8, partial(measure_experts, experts=n)) for n in EXPERTS),
+    changed("muon"),
+    Row("saving", 20, measure_saving),
+    against("one_layer", ONE_LAYER, {"bare": BARE, "apt": APT}, seconds=8, suffix="_one_layer"),
+    against(
+        "base_profile",
+        SMALL,
+        {"base": of_base("base profile"), "base_compiled": of_base("compiled", compile=True)},
+        seconds=40,
+    ),
+    attention("tva"),
+    against(
+        "vocabulary",
+        GPT2,
+        {
+            "apt": APT,
+            "apt_50257": replace(APT, label="APT, 50,257 ids", shape=ODD_IDS),
+            "bare_50257": bare("bare loop, 50,257 ids", shape=ODD_IDS),
+        },
+        seconds=25,
+    ),
+    Row("decoding", 20, measure_decoding),
+    changed("fp32"),
+    changed("average"),
+    attention("gqa"),
+    attention("flash_v2"),
 )
+"""Those worth most first: a budget leaves out the last."""
 
 
-@contextmanager
-def benched(quick: bool) -> Iterator[Bench]:
-    cuda = torch.cuda.is_available()
+class Progress:
+    """Takes the rows one after the other, and tells how each ended, on stderr and in the report."""
+
+    def __init__(self, report: Report, bench: Bench, budget: float, written: Path | None) -> None:
+        self.report, self.bench, self.budget, self.written = report, bench, budget, written
+        self.began = perf_counter()
+        self.expected = self.taken = 0.0
+        self.outcomes: list[dict[str, Any]] = report.raw.setdefault("rows", [])
+        self.lost = ""
+
+    def take(self, rows: Sequence[Row]) -> None:
+        for number, row in enumerate(rows, 1):
+            print(f"[{number}/{len(rows)}] {row.name} ...", file=sys.stderr, flush=True)
+            self.outcomes.append({"row": row.name, **self._outcome(row)})
+            told = self.outcomes[-1]
+            print(
+                f"[{number}/{len(rows)}] {row.name}: {told['outcome']}"
+                f"{' (' + told['reason'] + ')' if told['reason'] else ''}, "
+                f"{told['seconds']:.1f} s; {perf_counter() - self.began:.0f} s of "
+                f"{self.budget:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+            if self.written:  # a benchmark that is killed leaves what it has
+                self.report.write(self.written)
+
+    def _outcome(self, row: Row) -> dict[str, Any]:
+        if self.lost:
+            return {"outcome": "failed", "reason": self.lost, "seconds": 0.0}
+        pace = max(1.0, self.taken / self.expected) if self.expected else 1.0
+        left = self.budget - (perf_counter() - self.began)
+        if row.seconds * pace > left and self.bench.device.type != "cpu":
+            reason = f"about {row.seconds * pace:.0f} s, and {max(0.0, left):.0f} s are left"
+            return {"outcome": "left out", "reason": reason, "seconds": 0.0}
+        outcome, reason, began = "measured", "", perf_counter()
+        try:
+            row.measure(self.report, self.bench)
+        except NotUsableError as error:
+            outcome, reason = "not usable", str(error)
+        except Exception as error:
+            outcome, reason = "failed", reason_of(error)
+            self.lost = lost_by(self.bench, row)
+        seconds = perf_counter() - began
+        if outcome == "measured":
+            self.expected, self.taken = self.expected + row.seconds, self.taken + seconds
+        self._clean_up()
+        return {"outcome": outcome, "reason": reason, "seconds": round(seconds, 2)}
+
+    def _clean_up(self) -> None:
+        """The next row finds memory, disk and the compiler's caches as the first did."""
+        torch._dynamo.reset()  # of many models of one class it compiles the first few only
+        gc.collect()
+        if self.bench.device.type == "cuda" and not self.lost:
+            torch.cuda.empty_cache()
+        for folder in self.bench.folder.iterdir():
+            if folder.is_dir():
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def lost_by(bench: Bench, row: Row) -> str:
+    """Why no row after ``row`` can be measured: a kernel that fails takes the device with it."""
+    try:
+        bench.synchronize()
+    except RuntimeError as error:
+        return f"the device does not answer since {row.name}: {one_line(error)}"
+    return ""
+
+
+def reason_of(error: BaseException) -> str:
+    """What went wrong, and what that came of."""
+    if is_out_of_memory(error):
+        return f"out of memory: {one_line(error)}"
+    root = error
+    while (cause := cause_of(root)) is not None:
+        root = cause
+    return one_line(error) if root is error else f"{one_line(error)} <- {one_line(root)}"
+
+
+def goals(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The goals with what was measured; None where it was not."""
+    pace = {found["side"]: found["tokens_per_second"] for found in lines}
+    bares = [value for side, value in pace.items() if side in ("bare", "bare_compiled")]
+    ours = {side: pace[side] for side in OURS if side in pace}
+    best = max(ours, key=lambda side: ours[side], default="")
+    shares = [found.get("share_of_nominal_peak") for found in lines if found["side"] == best]
+    whole = "bare_compiled" in pace  # nanoGPT's loop is compiled
+    rows = (
+        ("tokens/s over those of the bare loop", GOAL_OVER_BARE,
+         ours[best] / max(bares) if ours and whole else None),
+        ("share of the nominal bf16 peak", GOAL_SHARE, shares[0] if shares else None),
+    )  # fmt: skip
+    return [
+        {
+            "goal": text,
+            "wanted": wanted,
+            "measured": measured,
+            "met": None if measured is None else measured >= wanted,
+            "by": best,
+        }
+        for text, wanted, measured in rows
+    ]
+
+
+def measure(report: Report, bench: Bench, budget: float, written: Path | None) -> bool:
+    """Take all rows; says whether none of them failed."""
+    cuda = bench.device.type == "cuda"
+    report.raw["dry_run"] = not cuda
     if cuda:
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-    text = Registry().get("dataset", "pydoc").load()
-    with tempfile.TemporaryDirectory() as folder:
-        yield Bench(
-            torch.device("cuda", 0) if cuda else torch.device("cpu"),
-            Path(folder),
-            text.train,
-            text.val,
-            rounds=(4 if quick else 10) if cuda else 1,
+        properties = torch.cuda.get_device_properties(bench.device)
+        report.machine["gpu"] = properties.name
+        report.machine["gpu_gib"] = round(properties.total_memory / 2**30, 1)
+        report.versions["cuda"] = str(torch.version.cuda)
+        peak = measured_peak_flops(bench.device, torch.bfloat16)
+        report.add("measured_bf16_peak_tflops", peak / 1e12)
+        if nominal := nominal_peak(bench):
+            report.add("nominal_bf16_peak_tflops", nominal / 1e12)
+    else:
+        report.note("A dry run: sizes are tiny, and the figures only show that every row runs.")
+    progress = Progress(report, bench, budget, written)
+    progress.take(ROWS)
+    report.raw["goals"] = [] if report.raw["dry_run"] else goals(report.raw.get("lines", []))
+    add_tables(report)
+    return all(row["outcome"] != "failed" for row in progress.outcomes)
+
+
+COLUMNS = {
+    "label": "side",
+    "step_ms": "ms a step",
+    "tokens_per_second": "tokens/s",
+    "share_of_measured_peak": "of peak",
+    "share_of_nominal_peak": "of nominal",
+    "gib": "GiB",
+    "launches": "launches",
+    "kernels": "kernels",
+}
+
+
+def add_tables(report: Report) -> None:
+    """For people: a table of each shape, the rows without a figure, the goals."""
+    lines = report.raw.get("lines", [])
+    for shape in dict.fromkeys(found["shape"] for found in lines):
+        rows = [
+            [found.get(key, "") for key in COLUMNS] for found in lines if found["shape"] == shape
+        ]
+        report.table(shape, list(COLUMNS.values()), rows)
+    missing = [row for row in report.raw["rows"] if row["outcome"] != "measured"]
+    if missing:
+        report.table(
+            "Without a figure",
+            ["row", "outcome", "why"],
+            [[row["row"], row["outcome"], row["reason"]] for row in missing],
+        )
+    if report.raw["goals"]:
+        report.table(
+            "Goals, which are for an H100",
+            ["goal", "wanted", "measured", "met"],
+            [
+                [
+                    goal["goal"],
+                    goal["wanted"],
+                    "not measured" if goal["measured"] is None else goal["measured"],
+                    {None: "", True: "yes", False: "no"}[goal["met"]],
+                ]
+                for goal in report.raw["goals"]
+            ],
         )
 
 
-def measure(report: Report, quick: bool) -> None:
-    with benched(quick) as bench:
-        if bench.device.type == "cuda":
-            report.machine["gpu"] = torch.cuda.get_device_name(bench.device)
-            report.versions["cuda"] = str(torch.version.cuda)
+@contextmanager
+def benched(device: torch.device, quick: bool) -> Iterator[Bench]:
+    text = Registry().get("dataset", "pydoc").load()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        rounds = 1
+        gc.collect()
+        gc.freeze()  # what is imported need not be looked through in every round
+        if device.type == "cuda":
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+            rounds = 4 if quick else 10
         else:
-            report.note("No GPU: sizes are tiny, and the figures only show that every row runs.")
-        for part in PARTS:
-            part(report, bench)
+            torch.set_num_threads(1)
+            # A compiler may be missing, and takes a minute.
+            compiled = partial(torch.compile, backend="eager")
+            stack.enter_context(patch.object(torch, "compile", compiled))
+            text = replace(text, train=text.train[:20_000], val=text.val[:5_000])
+        yield Bench(device, folder, text.train, text.val, rounds)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = flags(QUESTION)
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=BUDGET,
+        metavar="SECONDS",
+        help=f"leave out the rows that do not fit in so much time (default: {BUDGET:.0f})",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="take all rows at a small size on the CPU"
+    )
+    options = parser.parse_args(argv)
+    report = new_report(QUESTION, parser, ["torch"])
+    cuda = torch.cuda.is_available() and not options.dry_run
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    with benched(device, options.quick) as bench:
+        passed = measure(report, bench, options.budget, options.json)
+    if options.json:
+        report.write(options.json)
+    report.show(Console())
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":
-    run("What does training cost on a GPU?", measure, packages=["torch"])
+    sys.exit(main())

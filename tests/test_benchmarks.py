@@ -65,11 +65,23 @@ for kind in (times.cpu, times.wall):
     series = [*kind.samples.values(), kind.again]
     assert len(series) == 3 and all(len(one) == 5 and min(one) > 0 for one in series)
 
+ended = []
+
+
+def held(fetched):
+    try:
+        while True:
+            fetched()
+    finally:
+        ended.append("held")
+
+
 for wrong in (broken, loop("b", steps=3), loop("b", steps=0)):
     try:
-        take_turns({"a": loop("a"), "b": wrong}, baseline="a", rounds=5, warmup=2, steps=2)
+        take_turns({"a": held, "b": wrong}, baseline="a", rounds=5, warmup=2, steps=2)
     except (OSError, RuntimeError) as error:
         print(error)
+assert ended == ["held"] * 5, "a loop beside one that failed keeps what it holds"
 """
 
 OVERHEAD = """
@@ -128,6 +140,72 @@ slower = verdicts(lambda n: 1000.0, pace=lambda n: 100 - n / 4)
 assert slower.pop("steps per second") and not sum(slower.values())
 """
 
+GPU_ROWS = """
+from pathlib import Path
+from time import sleep
+
+import torch
+
+import gpu
+from gpu import Bench, NotUsableError, Progress, Report, Row, goals
+
+def out_of_memory(report, bench):
+    try:
+        raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+    except RuntimeError as error:
+        raise ValueError("the run has failed") from error
+
+def not_here(report, bench):
+    raise NotUsableError("no such kernel")
+
+def breaks(report, bench):
+    Bench.synchronize = lost
+    raise RuntimeError("an illegal memory access")
+
+def lost(bench):
+    raise RuntimeError("CUDA error")
+
+torch.cuda.empty_cache = lambda: None
+Bench.synchronize = lambda bench: None
+folder = Path("kept"); folder.mkdir(); (folder / "run").mkdir()
+report = Report("?", {}, {})
+bench = Bench(torch.device("cuda", 0), folder, "", "", 1)
+written = Path("rows.json")
+rows = [
+    Row("good", 0.01, lambda report, bench: sleep(0.1)),
+    Row("memory", 0.01, out_of_memory),
+    Row("kernel", 0.01, not_here),
+    Row("long", 10, breaks),
+    Row("breaks", 0.01, breaks),
+    Row("after", 0.01, not_here),
+]
+Progress(report, bench, 60, written).take(rows)
+assert written.exists() and not list(folder.iterdir())
+told = {row["row"]: (row["outcome"], row["reason"]) for row in report.raw["rows"]}
+assert list(told) == [row.name for row in rows]
+assert told["good"] == ("measured", "")
+assert told["memory"][0] == "failed" and told["memory"][1].startswith("out of memory: ValueError")
+assert told["kernel"] == ("not usable", "no such kernel")
+# Ten times as slow as was expected: what would have fit does not.
+assert told["long"][0] == "left out" and "s are left" in told["long"][1], told
+assert told["breaks"] == ("failed", "RuntimeError: an illegal memory access")
+assert told["after"] == (
+    "failed", "the device does not answer since breaks: RuntimeError: CUDA error"
+)
+
+def lines(**pace):
+    return [{"side": side, "tokens_per_second": value} for side, value in pace.items()]
+
+unknown, _ = goals(lines(apt=2.0, bare=1.0))
+assert unknown["measured"] is None and unknown["met"] is None, "nanoGPT's loop is compiled"
+over, share = goals(lines(apt=2.0, apt_compiled=3.0, bare=1.0, bare_compiled=3.0))
+assert (over["measured"], over["met"], over["by"]) == (1.0, False, "apt_compiled")
+assert share["measured"] is None
+known = lines(apt=4.0, bare_compiled=3.0)
+known[0]["share_of_nominal_peak"] = 0.5
+assert [goal["met"] for goal in goals(known)] == [True, True]
+"""
+
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -139,6 +217,7 @@ def python(tmp_path: Path) -> Python:
         ended = subprocess.run(
             [sys.executable, script, *map(str, arguments)],
             env={"PYTHONPATH": f"{BENCHMARKS}:{ROOT}", "HOME": str(tmp_path)},
+            cwd=tmp_path,
             capture_output=True,
             text=True,
             check=False,
@@ -244,13 +323,34 @@ def test_the_bare_loop_and_the_trainer_are_timed_while_both_learn(
 
 def test_every_row_of_the_gpu_benchmark_runs_on_a_cpu(python: Python, tmp_path: Path) -> None:
     result = tmp_path / "gpu.json"
-    python(BENCHMARKS / "gpu.py", "--quick", "--json", result)
+    ended = python(BENCHMARKS / "gpu.py", "--dry-run", "--quick", "--json", result)
     content = json.loads(result.read_text())
-    figures = content["figures"]
-    for side in ("apt", "apt_muon", "apt_odd_vocabulary"):
-        assert figures[f"{side}_over_bare"] > 0
-    assert {"tva_over_mha", "saving_over_silent", "moe_E8_over_dense"} <= set(figures)
-    assert figures["decoded_tokens_per_second"] > 0
+    figures, raw = content["figures"], content["raw"]
+    assert raw["dry_run"] is True and raw["goals"] == []
+    assert "figures only show that every row runs" in raw["notes"][0]
+    outcomes = {row["row"]: row["outcome"] for row in raw["rows"]}
+    flash = {"attention_flash_v2": "not usable"}
+    assert outcomes == dict.fromkeys(outcomes, "measured") | flash, ended.stderr
+    for figure in (
+        "apt_over_bare",
+        "apt_over_bare_one_layer",
+        *(f"apt_{change}_over_apt" for change in ("muon", "fp32", "average", "50257")),
+        "apt_compiled_over_bare_compiled",
+        "base_compiled_over_base",
+        *(f"{name}_over_apt" for name in ("tva", "gqa", "bare_50257")),
+        *(f"moe_E{experts}_over_dense" for experts in (8, 32, 64)),
+        "saving_over_silent",
+        "decoded_tokens_per_second",
+    ):
+        assert figures[figure] > 0
+    assert {"side", "step_ms", "tokens_per_second"} <= set(raw["lines"][0])
+    assert not any("gib" in line for line in raw["lines"]), "a CPU's memory is no GPU's"
+
+
+def test_what_the_gpu_benchmark_did_not_measure_is_told(python: Python, tmp_path: Path) -> None:
+    script = tmp_path / "rows.py"
+    script.write_text(GPU_ROWS)
+    python(script)
 
 
 def test_runs_that_are_hit_again_and_again_end_like_one_left_alone(
