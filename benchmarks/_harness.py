@@ -268,7 +268,9 @@ class Report:
             "raw": self.raw,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        part = path.with_name(f"{path.name}.part")  # whoever reads finds it whole
+        part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        part.replace(path)
 
     def show(self, console: Console) -> None:
         """Print the figures as a table."""

@@ -27,6 +27,35 @@ Figures that compare a peer with itself (A/A) show what the machine's noise alon
 This page is rendered from `benchmarks/results/` by `python benchmarks/render.py`.
 """
 
+ON_A_GPU = """\
+## On a GPU
+
+    tox -e gpu
+
+in a fresh clone on a machine with an NVIDIA GPU makes an environment, and runs there in less
+than ten minutes the tests that compute on a GPU and `benchmarks/gpu.py`. Their JSON is in
+`gpu-results/`, and a summary is printed: what passed, failed and was skipped and why, and the
+figures beside the goals. `python tests/gpu` does the same in an environment that is there.
+Needed are tox, a C compiler (for `torch.compile`) and a driver for CUDA 13, of which torch's
+build on PyPI is; with an older driver
+`PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126 tox -e gpu` takes an older build. A
+GPU that torch cannot use is an error that says so.
+
+The benchmark trains GPT-2 of 124 million parameters, in batches of 12 sequences of 1,024
+tokens, beside a bare loop like nanoGPT's in the same run: eager and compiled, with each change
+of precision, optimizer, vocabulary and attention; the shipped profile `base` and a single
+layer, where launches are what costs; layers of 8, 32 and 64 experts beside a dense one of as
+many operations; what a checkpoint holds up; tokens decoded a second. Of each side it tells the
+tokens a second, the share of the peak that was measured on the device and of the one that
+NVIDIA gives for it, GiB and launches a step. Goals are 1.1 times the tokens a second of the
+fastest bare loop, and half of an H100's bf16 peak. What does not fit in the time (`--budget`)
+is told to have been left out, and a row that fails does not end the others.
+
+Without a GPU the same command skips every test and takes every row at a small size: its files
+say `"dry_run": true`, and their figures mean nothing.
+"""
+
+NO_FIGURES = "No figures are kept here: none of this has run on a GPU yet.\n"
 
 TOOLS = {
     "faults": "The fault matrix",
@@ -43,7 +72,8 @@ BEGIN, END = "<!-- rendered: begin -->", "<!-- rendered: end -->"
 def render(results: Path) -> str:
     """The whole page, one section a result, in the order of file names."""
     sections = [_section(path.stem, _read(path)) for path in _measured(results)]
-    return "\n".join([HEAD, *sections])
+    kept = (results / "gpu.json").exists()
+    return "\n".join([HEAD, *sections, ON_A_GPU, *([] if kept else [NO_FIGURES])])
 
 
 def render_reliability(results: Path, page: str) -> str:

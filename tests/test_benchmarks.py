@@ -321,10 +321,19 @@ def test_the_bare_loop_and_the_trainer_are_timed_while_both_learn(
     python(script)
 
 
-def test_every_row_of_the_gpu_benchmark_runs_on_a_cpu(python: Python, tmp_path: Path) -> None:
-    result = tmp_path / "gpu.json"
-    ended = python(BENCHMARKS / "gpu.py", "--dry-run", "--quick", "--json", result)
-    content = json.loads(result.read_text())
+def test_the_command_for_a_gpu_takes_every_row_on_a_cpu(python: Python, tmp_path: Path) -> None:
+    ended = python(
+        ROOT / "tests/gpu", "--dry-run", "--results", tmp_path, ROOT / "tests/gpu/test_training.py"
+    )
+    summary, tests, content = (
+        json.loads((tmp_path / f"{name}.json").read_text())
+        for name in ("summary", "tests", "benchmark")
+    )
+    assert summary["passed"] and summary["dry_run"] and tests["dry_run"] and content["dry_run"]
+    assert tests["counts"]["skipped"] == len(tests["tests"]) > 5
+    assert {row["reason"] for row in tests["tests"]} == {"no CUDA device here"}
+    assert summary["summary"][0].startswith("tests: 0 passed, 0 failed")
+    assert "dry run, whose figures mean nothing" in ended.stdout
     figures, raw = content["figures"], content["raw"]
     assert raw["dry_run"] is True and raw["goals"] == []
     assert "figures only show that every row runs" in raw["notes"][0]
