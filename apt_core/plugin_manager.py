@@ -209,6 +209,8 @@ class PluginManager(pluggy.PluginManager):
         kwargs: Mapping[str, object],
         firstresult: bool,
     ) -> Any:
+        if not methods:
+            return None if firstresult else []
         plan = self._plans.get(hook_name)
         if plan is None or plan[0] != methods:
             plan = self._plan(hook_name, methods)

@@ -52,7 +52,7 @@ class FiniteGuard:
             self._optimizer.found_inf = skip
             self._optimizer.step()
             return skip
-        if isfinite((loss + grad_norm).item()):
+        if isfinite(loss.item()) and isfinite(grad_norm.item()):
             self._in_a_row = 0
             self._optimizer.step()
             return False

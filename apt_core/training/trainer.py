@@ -43,7 +43,7 @@ from apt_core.training.enabling import Enabling
 from apt_core.training.evaluating import Evaluator
 from apt_core.training.finite_guard import FiniteGuard
 from apt_core.training.gradient_sum import GradientSum
-from apt_core.training.gradients import Clipping, name_bad_gradients
+from apt_core.training.gradients import Gradients, name_bad_gradients
 from apt_core.training.loss import (
     cross_entropy_sum,
     forward_batch,
@@ -331,7 +331,7 @@ class Trainer:
         except BaseException as error:
             known: BaseException
             if is_out_of_memory(error) and not isinstance(error, PluginError):
-                self.optimizer.zero_grad(set_to_none=True)
+                self._gradients.clear()
                 known = self._out_of_memory(error, f"in step {self.step + 1}")
             else:
                 begun = self._updating and self.step == self.resumed_step
@@ -364,6 +364,8 @@ class Trainer:
                 if self._save_due():
                     self._save()
 
+        zero = torch.zeros((), device=device)
+        scaled = 0  # the number of targets that ``scale`` is for
         torch.set_grad_enabled(True)
         if watch is not None:
             watch.expect(self.model)
@@ -404,12 +406,13 @@ class Trainer:
                 together = self._together
                 if together is not None:
                     together.begin()
-                # Gradients are averaged over the processes, and are to be their sum.
-                scale = torch.full((), world.size / targets, device=device)
-                total: Tensor | float = 0.0
-                entropy: Tensor | float = 0.0
+                if targets != scaled:
+                    # Gradients are averaged over the processes, and are to be their sum.
+                    scale, scaled = torch.full((), world.size / targets, device=device), targets
+                total = entropy = zero
                 terms = self._terms = {}
-                self.optimizer.zero_grad(set_to_none=True)
+                adding = bool(hook.apt_loss_terms.get_hookimpls())
+                self._gradients.clear()
                 for micro, batch in enumerate(batches):
                     seeds.seed(step, micro)
                     if together is not None:
@@ -418,24 +421,20 @@ class Trainer:
                         output = forward_batch(self.parts.forward, self.model, batch)
                         summed = cross_entropy_sum(output, batch)
                     if logged:
-                        entropy = summed.detach() + entropy
-                    for name, term in loss_terms(self, batch, output):
+                        entropy = entropy + summed.detach()
+                    for name, term in loss_terms(self, batch, output) if adding else ():
                         if not batch.num_targets:  # padding, of which a mean may be no number
                             summed = summed + without_gradients(term)
                             continue
                         term = batch.num_targets * term
                         summed = summed + term
-                        terms[name] = terms.get(name, 0.0) + term.detach()
-                    if (
-                        watch is not None
-                        and hook.apt_loss_terms.get_hookimpls()
-                        and not watch.settled()
-                    ):
+                        terms[name] = terms.get(name, zero) + term.detach()
+                    if adding and watch is not None and not watch.settled():
                         self.manager.left_behind(watch.put_back(), ("apt_loss_terms",))
                     if not summed.requires_grad:
                         raise TrainingError(f"step {step}: every parameter of the model is frozen")
                     summed.backward(scale)
-                    total = summed.detach() + total
+                    total = total + summed.detach()
                     del output, summed  # before the next forward takes as much memory
                 loss = total * scale
                 self._terms = {}  # what fails from here on is not theirs
@@ -447,7 +446,7 @@ class Trainer:
                 hook.on_backward_end(step=step, trainer=self)
                 clock.lap("hooks")
 
-                grad_norm = self._clip()
+                grad_norm = self._gradients.clip()
                 factor = self.parts.lr_schedule.factor(
                     step, self.total_steps, training.warmup_steps, training.min_lr_ratio
                 )
@@ -525,8 +524,7 @@ class Trainer:
         self._known = dict(model.named_parameters())
         self._together = GradientSum(model, self.world) if self.world_size > 1 else None
         self.guard = FiniteGuard(optimizer, self.device, window=training.log_every_steps)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._clip = Clipping(parameters, training.gradient_clip)
+        self._gradients = Gradients(optimizer, training.gradient_clip)
 
     def _strangers(self) -> list[str]:
         """Parameters that came into the model after its optimizer was made."""

@@ -25,6 +25,7 @@ from apt_core.plugin_manager import PluginManager
 from apt_core.testing import tiny_run
 from apt_core.training import finite_guard
 from apt_core.training.finite_guard import FiniteGuard
+from apt_core.training.gradients import Gradients
 from apt_core.training.optimizers.adamw import AdamWProvider
 from apt_core.training.optimizers.muon import MuonProvider
 from apt_core.training.optimizers.newton_schulz import orthogonalize
@@ -385,6 +386,23 @@ def test_muon_learns_faster_than_adamw_at_its_best_rate():
         ends.append(take_steps(model, adamw, 20))
     model = build(attention_name="mha")
     assert take_steps(model, optimizer_of(model), 20) < min(ends)
+
+
+class Counting(torch.optim.AdamW):
+    cleared = 0
+
+    def zero_grad(self, set_to_none=True):
+        Counting.cleared += 1
+        super().zero_grad(set_to_none)
+
+
+def test_gradients_are_cleared_as_the_optimizer_does():
+    model = torch.nn.Linear(2, 1)
+    for optimizer in (torch.optim.AdamW(model.parameters()), Counting(model.parameters())):
+        model(torch.ones(1, 2)).sum().backward()
+        Gradients(optimizer, 1.0).clear()
+        assert [p.grad for p in model.parameters()] == [None, None]
+    assert Counting.cleared == 1
 
 
 def test_the_state_makes_a_resume_exact():
