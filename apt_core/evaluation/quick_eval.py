@@ -12,6 +12,7 @@ from torch import nn
 
 from apt_core.data.batches import IGNORED, Batch
 from apt_core.device import autocast
+from apt_core.modeling.casts import KeptCasts
 from apt_core.modeling.modes import eval_mode
 
 
@@ -39,13 +40,13 @@ def score_batches(
 
     None when ``interrupted()`` became true before the end.
     """
-    sums, targets = [], []
+    sums, targets, casts = [], [], KeptCasts(model)
     with eval_mode(model):
         for batch in batches:
             if interrupted():
                 return None
             batch = batch.to(device)
-            with autocast(device, dtype):
+            with casts.used(dtype), autocast(device, dtype):
                 logits = model(batch.input_ids).logits.flatten(0, 1).float()
             expected = batch.targets.flatten()
             loss = F.cross_entropy(logits, expected, ignore_index=IGNORED, reduction="sum")

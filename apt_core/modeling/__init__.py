@@ -1,5 +1,6 @@
 """Layers, backbones, and what builds a model of them."""
 
+from apt_core.modeling.casts import KeptCasts, cast_weight
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.modeling.init import (
     construction_rng,
@@ -21,10 +22,12 @@ from apt_core.modeling.transforms import Carried, ModelTransform
 
 __all__ = [
     "Carried",
+    "KeptCasts",
     "KeyValueCache",
     "ModelBuilder",
     "ModelTransform",
     "Tokens",
+    "cast_weight",
     "construction_rng",
     "document_mask",
     "document_positions",

@@ -29,6 +29,7 @@ from apt_core.hook_returns import MAX_FACTOR
 from apt_core.kernel import Kernel, before_the_run, boot
 from apt_core.log import get_logger, keeping_backlog, noting_errors
 from apt_core.metric_names import CROSS_ENTROPY
+from apt_core.modeling.casts import KeptCasts
 from apt_core.modeling.init import seed_of
 from apt_core.modeling.modes import eval_mode
 from apt_core.monitor import ProgressDisplay
@@ -415,11 +416,14 @@ class Trainer:
                 self._gradients.clear()
                 for micro, batch in enumerate(batches):
                     seeds.seed(step, micro)
+                    last = micro + 1 == len(batches)
                     if together is not None:
-                        together.expect(last=micro + 1 == len(batches))
-                    with autocast(device, self.parts.dtype):
+                        together.expect(last=last)
+                    with self._casts.used(self.parts.dtype), autocast(device, self.parts.dtype):
                         output = forward_batch(self.parts.forward, self.model, batch)
                         summed = cross_entropy_sum(output, batch)
+                    if last:
+                        self._casts.forget()  # from here on the backward lets go of them
                     if logged:
                         entropy = entropy + summed.detach()
                     for name, term in loss_terms(self, batch, output) if adding else ():
@@ -522,6 +526,7 @@ class Trainer:
         if self._watch is not None:
             self._watch.model = model
         self._known = dict(model.named_parameters())
+        self._casts = KeptCasts(model)
         self._together = GradientSum(model, self.world) if self.world_size > 1 else None
         self.guard = FiniteGuard(optimizer, self.device, window=training.log_every_steps)
         self._gradients = Gradients(optimizer, training.gradient_clip)

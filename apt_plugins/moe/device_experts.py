@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,7 @@ def assigned_on_device(
     owners = indices.where(indices >= 0, len(up) - grouped).flatten()
     ordered, order = owners.sort(stable=True)
     positions = torch.arange(len(order), device=x.device)
+    back = torch.empty_like(order).scatter_(0, order, positions)
     ends = torch.searchsorted(ordered, experts, right=True).to(torch.int32)
     product: Callable[[Tensor, Tensor], Tensor]
     if grouped:
@@ -60,7 +62,7 @@ def assigned_on_device(
         places = size * ordered + positions - torch.searchsorted(ordered, ordered)
         product = partial(_padded, places=places.clamp(max=size * len(up)), size=size)
 
-    rows = x[order // indices.shape[1]]
+    rows = _Dispatched.apply(x, order, back, indices.shape[1])
     hidden = product(rows, up)
     if gate is not None:
         hidden = F.silu(product(rows, gate)) * hidden
@@ -71,10 +73,72 @@ def assigned_on_device(
         hidden = F.gelu(hidden)
     if factors is not None:
         hidden = hidden * factors[order]
-    shares = weights.masked_fill(indices < 0, 0).flatten()[order, None]
+    shares = weights.masked_fill(indices < 0, 0).flatten()
+    shares = _Permuted.apply(shares, order, back)[:, None]
     outputs = product((hidden * shares).to(x.dtype), down)
-    back = torch.empty_like(order).scatter_(0, order, positions)
-    return outputs[back].unflatten(0, indices.shape).sum(1)
+    return _Permuted.apply(outputs, back, order).unflatten(0, indices.shape).sum(1)
+
+
+class _Permuted(torch.autograd.Function):
+    """rows [S, ...] in the order ``order``, of which ``back`` is the inverse.
+
+    The gradient of an index that may repeat is a sum, for which its numbers are sorted on a GPU. A
+    permutation is undone by reading.
+    """
+
+    @staticmethod
+    def forward(rows: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (back,) = ctx.saved_tensors
+        return upstream.index_select(0, back), None, None
+
+
+class _Dispatched(torch.autograd.Function):
+    """The tokens x [N, ...] of ``repeats`` assignments each, in the order of experts: [S, ...].
+    Otherwise as :class:`_Permuted`."""
+
+    @staticmethod
+    def forward(x: Tensor, order: Tensor, back: Tensor, repeats: int) -> Tensor:
+        return x.index_select(0, order // repeats)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+        ctx.repeats = inputs[3]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (back,) = ctx.saved_tensors
+        d_x = upstream.index_select(0, back).unflatten(0, (-1, ctx.repeats)).sum(1)
+        return d_x, None, None, None
+
+
+class _Read(torch.autograd.Function):
+    """The rows [S, D] that stand at ``places`` [S] of bins [P, D]. What stands at the last place is
+    nobody's: only there places repeat, and its gradient is one of them."""
+
+    @staticmethod
+    def forward(bins: Tensor, places: Tensor) -> Tensor:
+        return bins.index_select(0, places)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.number = len(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (places,) = ctx.saved_tensors
+        return upstream.new_zeros(ctx.number, upstream.shape[1]).index_copy(
+            0, places, upstream
+        ), None
 
 
 def _grouped(rows: Tensor, matrices: Tensor, *, ends: Tensor) -> Tensor:
@@ -101,7 +165,7 @@ def _padded(rows: Tensor, matrices: Tensor, *, places: Tensor, size: int) -> Ten
     and one beyond them all is nobody's."""
     bins = rows.new_zeros(size * len(matrices) + 1, rows.shape[1]).index_copy(0, places, rows)
     outputs = torch.bmm(bins[:-1].unflatten(0, (-1, size)), matrices.transpose(1, 2))
-    return F.pad(outputs.flatten(0, 1), (0, 0, 0, 1))[places]
+    return _Read.apply(F.pad(outputs.flatten(0, 1), (0, 0, 0, 1)), places)
 
 
 def runs_grouped(x: Tensor, up: Tensor) -> bool:

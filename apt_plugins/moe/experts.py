@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apt_core.modeling import write_std
+from apt_core.modeling import cast_weight, write_std
 from apt_plugins.moe.cpu_experts import assigned_on_cpu
 from apt_plugins.moe.device_experts import assigned_on_device
 
@@ -50,6 +50,10 @@ class Experts(nn.Module):
     def reads_stream(self) -> tuple[str, ...]:
         return ("gate", "up") if self.activation == "swiglu" else ("up",)
 
+    @property
+    def cast_once(self) -> tuple[str, ...]:
+        return (*self.reads_stream, "down")
+
     def init_parameter(
         self, name: str, tensor: Tensor, generator: torch.Generator | None, *, num_layers: int
     ) -> bool:
@@ -78,8 +82,8 @@ class Experts(nn.Module):
         up, down = self.up, self.down
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            x, up, down = x.to(dtype), up.to(dtype), down.to(dtype)
-            gate = None if gate is None else gate.to(dtype)
+            x, up, down = x.to(dtype), cast_weight(up, dtype), cast_weight(down, dtype)
+            gate = None if gate is None else cast_weight(gate, dtype)
         factors = None
         if dropout:
             factors = F.dropout(x.new_ones(indices.numel(), self.d_ff), dropout)

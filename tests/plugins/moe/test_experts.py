@@ -158,6 +158,31 @@ def test_memory_without_a_limit_does_not_grow_with_the_number_of_experts():
     assert largest(32) <= max(parameters, largest(8))
 
 
+class Named(TorchDispatchMode):
+    """Counts the operations by their names."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("limit", "grouped"), [(None, True), (None, False), (11, False)])
+def test_assignments_are_sorted_once_and_no_gradient_sorts_again(limit, grouped, monkeypatch):
+    """A gradient added up by index is sorted on a GPU."""
+    monkeypatch.setattr("apt_plugins.moe.device_experts.runs_grouped", lambda *_: grouped)
+    experts = experts_of(dtype=torch.float32)
+    x, indices, weights = inputs(experts, dtype=torch.float32)
+    tensors = (x, indices, weights, *tensors_of(experts), None)
+    with Named() as seen:
+        assigned_on_device("swiglu", *tensors, limit=limit).sum().backward()
+    sums = [name for name in seen.names if name.startswith(("index_put", "index_add", "scatter_a"))]
+    assert (seen.names.count("sort"), sums) == (1, [])
+
+
 @pytest.mark.parametrize(
     ("capability", "experts", "grouped"),
     [((8, 0), 8, False), ((9, 0), 8, True), ((10, 3), 8, True), ((12, 0), 8, False),

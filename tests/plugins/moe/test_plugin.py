@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -12,10 +13,11 @@ import pytest
 from apt_core import ConfigError, hookimpl
 from apt_core.data import IGNORED
 from apt_core.kernel import boot
+from apt_core.modeling import KeptCasts, cast_weight
 from apt_core.testing import tiny_run
 from apt_core.testing.tiny import TEXT
-from apt_plugins.moe import plugin, statistics
-from apt_plugins.moe.layer import moe_layers
+from apt_plugins.moe import experts, plugin, statistics
+from apt_plugins.moe.layer import MoELayer, moe_layers
 
 MOE = "apt_plugins.moe.plugin"
 FIGURES = {
@@ -264,3 +266,41 @@ def test_layers_that_a_plugin_keeps_in_eval_mode_are_not_counted_and_cost_nothin
     assert run.manager.records["moe"].state == "active"
     last = next(row for row in reversed(run.metrics) if "loss" in row)
     assert FIGURES.isdisjoint(last) if all_of_them else set(last) >= FIGURES
+
+
+def test_micro_batches_of_a_step_share_the_casts_of_experts(monkeypatch):
+    """By step: how many forwards, and how many casts of one weight. With other casts in each
+    forward the run is the same."""
+    kept: list[int] = []
+    by_step: list[tuple[int, int]] = []
+
+    def noting(weight, dtype):
+        cast = cast_weight(weight, dtype)
+        if layers and weight is layers[0].experts.up:
+            kept.append(cast)
+        return cast
+
+    class Counting:
+        @hookimpl
+        def on_step_start(self, trainer):
+            kept.clear()
+            layers[:] = moe_layers(trainer.model)
+
+        @hookimpl
+        def on_step_end(self):
+            by_step.append((len(kept), len({id(cast) for cast in kept})))
+
+    overrides = {
+        **SETTINGS,
+        "training.grad_accum_steps": 3,
+        "training.mixed_precision": True,
+        "evaluation.sample_tokens": 0,
+    }
+    layers: list[MoELayer] = []
+    monkeypatch.setattr(experts, "cast_weight", noting)
+    run = tiny_run(MOE, Counting(), steps=2, overrides=overrides)
+    assert by_step == [(3, 1), (3, 1)]
+    monkeypatch.setattr(KeptCasts, "used", lambda self, dtype: nullcontext())
+    apart = tiny_run(MOE, Counting(), steps=2, overrides=overrides)
+    assert by_step[2:] == [(3, 3), (3, 3)]
+    assert run.same_weights(apart)

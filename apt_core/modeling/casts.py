@@ -1,0 +1,66 @@
+"""Weights cast to the type that a forward computes in, kept while they stay what they are.
+
+torch's own cache of casts lasts as long as a forward, and knows nothing of layers that cast their
+weights themselves. Micro-batches of a step, batches of an evaluation and tokens of a text share
+their weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight`` as ``dtype``: the cast that is kept of it inside :meth:`KeptCasts.used`, and one
+    made here elsewhere. Gradients flow to ``weight`` either way."""
+    kept: Tensor | None = getattr(weight, "kept_cast", None)
+    return weight.to(dtype) if kept is None or kept.dtype != dtype else kept
+
+
+class KeptCasts:
+    """Casts of the parameters that the modules of ``model`` name in ``cast_once`` and read by
+    :func:`cast_weight`.
+
+    Each is made once, and again where its parameter was written to, replaced, frozen or released
+    since. A write through ``.data`` is not seen: :meth:`forget` before the weights are to change.
+    Sharded parameters are left out, for a copy of them would be whole.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        named = [(m, name) for m in model.modules() for name in getattr(m, "cast_once", ())]
+        self._places = [(m, name) for m, name in named if not isinstance(getattr(m, name), DTensor)]
+        self._kept: dict[int, tuple[Tensor, tuple[Any, ...], Tensor]] = {}
+
+    @contextmanager
+    def used(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """Let forwards inside, which compute in ``dtype``, find the casts; None is no cast.
+
+        The attribute is of the parameter itself: a forward with other tensors in its place
+        (``torch.func.functional_call``) does not see it.
+        """
+        places = [] if dtype is None else self._places
+        weights: list[Any] = [getattr(module, name) for module, name in places]
+        try:
+            for index, weight in enumerate(weights):
+                weight.kept_cast = self._cast(index, weight, dtype)
+            yield
+        finally:
+            for weight in weights:
+                weight.__dict__.pop("kept_cast", None)
+
+    def _cast(self, index: int, weight: Tensor, dtype: Any) -> Tensor:
+        state = weight._version, weight.data_ptr(), weight.requires_grad, dtype
+        kept = self._kept.get(index)
+        if kept is None or kept[0] is not weight or kept[1] != state:
+            kept = self._kept[index] = weight, state, weight.to(dtype)
+        return kept[2]
+
+    def forget(self) -> None:
+        """Let go of the casts and their memory."""
+        self._kept.clear()
