@@ -55,6 +55,8 @@ class KeptCasts:
                 weight.__dict__.pop("kept_cast", None)
 
     def _cast(self, index: int, weight: Tensor, dtype: Any) -> Tensor:
+        if weight.is_inference():  # which counts no writes
+            return weight.to(dtype)
         state = weight._version, weight.data_ptr(), weight.requires_grad, dtype
         kept = self._kept.get(index)
         if kept is None or kept[0] is not weight or kept[1] != state:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import cmath
+import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from apt_core.modeling import initialize_parameters
 from apt_core.modeling.layers import RoPEProvider, Rotary
@@ -109,3 +111,38 @@ def test_learned_positions_of_no_size_name_the_settings(sizes):
 def test_a_scheme_takes_one_of_the_two_places():
     assert RoPEProvider().create_embedding(8, 4) is None
     assert LearnedPositionProvider().create_rotary(8, 4) is None
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += function.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.to)
+        return function(*args, **(kwargs or {}))
+
+
+def test_rope_casts_its_tables_once_and_again_where_they_change():
+    rotary, x = Rotary(4, 10), torch.randn(2, 3, 2, 4).to(torch.bfloat16)
+    positions = torch.tensor([7, 3, 5])
+
+    def turned(x, positions):
+        with Casts() as casts:
+            found = rotary(x, positions)
+        expected = x * rotary.cos[positions].to(x.dtype)
+        swapped, sin = x.roll(2, dims=-1), rotary.sin[positions].to(x.dtype)
+        assert torch.equal(found, torch.addcmul(expected, swapped, sin))
+        return casts.number
+
+    with torch.inference_mode():
+        assert turned(x, positions) == 2
+    assert turned(x.requires_grad_(), torch.arange(3)) == 0
+    rotary(x).sum().backward()
+    assert turned(x.detach().float(), positions) == 0
+    rotary.cos.mul_(0.5)
+    assert [turned(x, positions) for _ in range(2)] == [2, 0]
+    rotary.to("meta").to_empty(device="cpu").reset_buffers()
+    assert [turned(x, positions) for _ in range(2)] == [2, 0]
+    assert [turned(x.half(), positions) for _ in range(2)] == [2, 0]
+    assert copy.deepcopy(rotary)._cast is None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +33,7 @@ class Rotary(nn.Module):
                 f"model.rope.theta: the base of the frequencies must be more than 1, not {theta}"
             )
         self.head_dim, self.max_seq_len, self.theta = head_dim, max_seq_len, theta
+        self._cast: tuple[tuple[Any, ...], tuple[Tensor, Tensor]] | None = None
         self.register_buffer("cos", torch.empty(max_seq_len, 1, head_dim), persistent=False)
         self.register_buffer("sin", torch.empty(max_seq_len, 1, head_dim), persistent=False)
         self.reset_buffers()
@@ -56,12 +60,37 @@ class Rotary(nn.Module):
                 f"a sequence of {length} tokens is longer than model.max_seq_len "
                 f"{self.max_seq_len}: shorten it or raise the setting"
             )
+        cos, sin = self._tables(x.dtype)
         if positions is None:
-            cos, sin = self.cos[:length], self.sin[:length]
+            cos, sin = cos[:length], sin[:length]
         else:
-            cos, sin = self.cos[positions], self.sin[positions]
+            cos, sin = cos[positions], sin[positions]
         swapped = x.roll(self.head_dim // 2, dims=-1)
-        return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))
+        return torch.addcmul(x * cos, swapped, sin)
+
+    def _tables(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The tables as ``dtype``: cast anew only where they, or it, are others than before."""
+        cos, sin = self.cos, self.sin
+        if dtype == cos.dtype:
+            return cos, sin
+        # Compiled, it is part of the kernel that reads them; inference tensors count no writes.
+        if torch.compiler.is_compiling() or cos.is_inference() or sin.is_inference():
+            return cos.to(dtype), sin.to(dtype)
+        made_of = cos, sin, dtype, cos._version, sin._version
+        if self._cast is None or not _same(self._cast[0], made_of):
+            # What is made in inference mode could not be used for gradients after it.
+            with torch.inference_mode(False), torch.no_grad():
+                self._cast = made_of, (cos.to(dtype), sin.to(dtype))
+        return self._cast[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies may get tables of their own.
+        return {**self.__dict__, "_cast": None}
+
+
+def _same(before: Sequence[Any], now: Sequence[Any]) -> bool:
+    """Are all of these the same objects, or equal numbers?"""
+    return all(a is b or (type(a) is int and a == b) for a, b in zip(before, now, strict=True))
 
 
 class RoPEProvider(PositionProvider):
