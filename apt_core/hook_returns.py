@@ -466,8 +466,12 @@ def logits(value: Any, given: Tensor) -> Tensor:
     if changed.device != given.device:
         raise ValueError(f"the logits are on {given.device}, what it returned on {changed.device}")
     changed = changed.detach().to(given.dtype)
-    if changed.isnan().any() or changed.isposinf().any():
+    import torch
+
+    # Read at once, for a device is waited for.
+    bad, some = torch.stack([~(changed < math.inf).all(), changed.isfinite().any()]).tolist()
+    if bad:
         raise ValueError("the logits processor returned a logit that is NaN or +inf")
-    if not changed.isfinite().any():
+    if not some:
         raise ValueError("the logits processor left no token that can be chosen")
     return changed

@@ -214,15 +214,15 @@ def measure_decoding(report: Report, bench: Bench) -> None:
     request = GenerationRequest(prompt="The ", max_new_tokens=shape.length // 2, temperature=0.0)
 
     def decode() -> None:
-        with bench.autocast():
-            generate(
-                model,
-                tokenizer,
-                request,
-                manager,
-                max_seq_len=shape.length,
-                device=bench.device,
-            )
+        generate(
+            model,
+            tokenizer,
+            request,
+            manager,
+            max_seq_len=shape.length,
+            device=bench.device,
+            dtype=bench.dtype,
+        )
         bench.synchronize()
 
     times = interleave({"decode": decode}, baseline="decode", rounds=3, calls=1, warmup=1)

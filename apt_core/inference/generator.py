@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from apt_core.device import autocast
 from apt_core.hook_returns import logits
 from apt_core.log import get_logger
+from apt_core.modeling.casts import KeptCasts
 from apt_core.modeling.modes import eval_mode
 from apt_core.plugin_manager import PluginManager
 from apt_core.providers.tokenizer import TokenizerProvider
@@ -30,12 +33,15 @@ def generate(
     *,
     max_seq_len: int,
     device: torch.device,
+    dtype: torch.dtype | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> GenerationResult:
     """Continue ``request.prompt`` by up to ``request.max_new_tokens`` tokens.
 
-    The model sees the text from :func:`window_start` on. Sampling has a generator of its own,
-    seeded by ``request.seed``; temperature 0 takes the most likely token.
+    The model sees the text from :func:`window_start` on, and computes in ``dtype``, by autocast, or
+    where that is None as it does. Sampling has a generator of its own, seeded by ``request.seed``;
+    temperature 0 takes the most likely token. A token waits for ``device`` once, to see whether the
+    logits are finite, beside what plugins wait for.
     """
     request = manager.chain("apt_rewrite_prompt", request, "prompt")
     manager.hook.on_generation_start(request=request)
@@ -44,20 +50,21 @@ def generate(
     generator = torch.Generator(device=device).manual_seed(request.seed)
     ids = tokenizer.encode(request.prompt) or [0]
     start = len(ids)
-    with eval_mode(model):
+    with eval_mode(model), _casts_kept(device, dtype):
         room = min(max_seq_len, start + request.max_new_tokens)
-        reader = _Reader(model, max_seq_len, room, device)
+        reader = _Reader(model, ids, max_seq_len, room, device, dtype)
         for _ in range(request.max_new_tokens):
             if interrupted():
                 break
-            input_ids, logits = reader.read(ids)
+            input_ids, logits = reader.read()
             logits = logits[: tokenizer.vocab_size]
             if not logits.isfinite().all():
                 log.warning("generation stopped: the model's logits are not finite")
                 break
             for processor in processors:
                 logits = processor(input_ids, logits)
-            ids.append(decoder.choose(input_ids, logits, generator))
+            reader.append(decoder.choose(input_ids, logits, generator))
+    ids = reader.ids()
     result = GenerationResult(tokenizer.decode(ids[start:]), tuple(ids[start:]))
     manager.hook.on_generation_end(request=request, result=result)
     return result
@@ -75,14 +82,30 @@ def window_start(length: int, max_seq_len: int) -> int:
     return max(0, -(-(length - max_seq_len) // stride) * stride)
 
 
-class _Reader:
-    """The logits after a growing text. Each token is computed once for each place of the window
-    where the model has caches; where it has none, the window is computed anew for every token."""
+def _casts_kept(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """A context in which torch keeps the casts of weights from one autocast to the next; what is
+    computed outside of them is computed as it would be."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, enabled=False)
 
-    def __init__(self, model: nn.Module, max_seq_len: int, room: int, device: torch.device) -> None:
-        """``room`` is for how many tokens caches are made."""
+
+class _Reader:
+    """A growing text on the device, and the logits after it. Each token is computed once for each
+    place of the window where the model has caches; where it has none, the window is computed anew
+    for every token."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ids: list[int],
+        max_seq_len: int,
+        room: int,
+        device: torch.device,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """The text begins with ``ids``; ``room`` is for how many tokens caches are made."""
         self._model, self._max_seq_len, self._room = model, max_seq_len, room
-        self._device = device
+        self._device, self._dtype, self._casts = device, dtype, KeptCasts(model)
+        self._text, self._length = torch.tensor(ids, device=device), len(ids)
         self._start = self._read = 0
         self._create = getattr(model, "create_caches", None)
         self._caches = self._new_caches()
@@ -92,29 +115,52 @@ class _Reader:
     def _new_caches(self) -> Any:
         return None if self._create is None else self._create(self._room)
 
-    def read(self, ids: list[int]) -> tuple[Tensor, Tensor]:
-        """``ids`` extends what was read before. The window [1, S] and the fp32 logits [V]."""
-        start = window_start(len(ids), self._max_seq_len)
+    def append(self, token: Tensor | int) -> None:
+        """Add a token id, a number or 0-d on the device."""
+        if self._length == len(self._text):
+            self._text = torch.cat([self._text, torch.empty_like(self._text)])
+        self._text[self._length] = token
+        self._length += 1
+
+    def ids(self) -> list[int]:
+        """The whole text; waits for the device."""
+        ids: list[int] = self._text[: self._length].tolist()
+        return ids
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """The window [1, S] and the fp32 logits [V] after it."""
+        start = window_start(self._length, self._max_seq_len)
         if start != self._start:
             self._start = self._read = start
             self._caches = self._new_caches()
-        window = torch.tensor([ids[start:]], device=self._device)
+        # Plugins see it too, and have it for as long as they want.
+        window = self._text[None, start : self._length].clone()
         if self._caches is not None:
-            output = self._model(window[:, self._read - start :], caches=self._caches)
-            self._read = len(ids)
+            logits = self._logits(window[:, self._read - start :], caches=self._caches)
+            self._read = self._length
             if all(cache.length == window.shape[1] for cache in self._caches):
-                return window, output.logits[0, -1].float()
+                return window, logits
             log.warning("a cache does not hold what its layer read: computing everything anew")
             self._create = self._caches = None
-        return window, self._model(window).logits[0, -1].float()
+        return window, self._logits(window)
+
+    def _logits(self, input_ids: Tensor, **options: Any) -> Tensor:
+        with self._casts.used(self._dtype), autocast(self._device, self._dtype):
+            logits: Tensor = self._model(input_ids, **options).logits
+        return logits[0, -1].float()
 
 
-def sample(logits: Tensor, request: GenerationRequest, generator: torch.Generator) -> int:
-    """A token id from ``logits`` [V] by temperature and top-k."""
+def sample(logits: Tensor, request: GenerationRequest, generator: torch.Generator) -> Tensor:
+    """A token id, 0-d, from ``logits`` [V] by temperature and top-k; waits for nothing."""
+    likely = logits.argmax()
     if request.temperature <= 0:
-        return int(logits.argmax())
+        return likely
     probabilities, ids = candidates(logits, request)
-    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
+    # As torch.multinomial draws one, which looks at the probabilities on the host first.
+    draws = torch.empty_like(probabilities).exponential_(generator=generator)
+    drawn = ids[(probabilities / draws).argmax(0, keepdim=True)].squeeze(0)
+    # A temperature so near to 0 that logits overflow leaves nothing to draw from.
+    return torch.where(probabilities.isfinite().all(), drawn, likely)
 
 
 def candidates(logits: Tensor, request: GenerationRequest) -> tuple[Tensor, Tensor]:
@@ -159,7 +205,7 @@ class _Decoder:
         self._manager, self._request = manager, request
         self._chosen = manager.call_first("apt_decoder", request=request)
 
-    def choose(self, input_ids: Tensor, logits: Tensor, generator: torch.Generator) -> int:
+    def choose(self, input_ids: Tensor, logits: Tensor, generator: torch.Generator) -> Tensor | int:
         token = self._ask(input_ids, logits)
         return sample(logits, self._request, generator) if token is None else token
 

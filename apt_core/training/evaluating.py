@@ -104,6 +104,8 @@ class Evaluator:
                 trainer.manager,
                 max_seq_len=trainer.config.model.max_seq_len,
                 device=trainer.device,
+                # On a CPU a sample is computed in fp32, whatever the run is.
+                dtype=None if trainer.device.type == "cpu" else trainer.parts.dtype,
                 interrupted=lambda: trainer.stopping.interrupted,
             )
         return result.text

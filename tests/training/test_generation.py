@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from apt_core import GenerationRequest, hookimpl
-from apt_core.inference.generator import generate, sample, window_start
+from apt_core import GenerationRequest, hook_returns, hookimpl
+from apt_core.inference.generator import candidates, generate, sample, window_start
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.plugin_manager import PluginManager
 from apt_core.registry import Registry
@@ -143,14 +146,15 @@ def test_a_builder_that_returns_no_provider_is_named_and_passed_over():
     assert "int" in manager.records["builds"].failures[0].error
 
 
-def tokens_of(model, *, max_new_tokens=40, temperature=0.8):
+def tokens_of(model, *, max_new_tokens=40, temperature=0.8, manager=None, dtype=None):
     result = generate(
         model,
         Registry().get("tokenizer", "byte"),
         GenerationRequest("The ", max_new_tokens=max_new_tokens, temperature=temperature, seed=3),
-        PluginManager(),
+        manager or PluginManager(),
         max_seq_len=16,
         device=torch.device("cpu"),
+        dtype=dtype,
     )
     return result.tokens
 
@@ -203,3 +207,88 @@ def test_a_layer_that_ignores_its_cache_is_noticed(caplog):
     attention.forward = lambda x, cache=None, **options: forward(x, **options)
     assert tokens_of(model) == expected
     assert "a cache does not hold what its layer read" in caplog.text
+
+
+class Waits(TorchFunctionMode):
+    """Counts what a device would be waited for: numbers that the host reads or brings."""
+
+    READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "tensor",
+             "multinomial", "nonzero")  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.number += function.__name__ in self.READS
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_token_waits_for_the_device_once(temperature):
+    model = lively_model()
+    numbers = []
+    for tokens in (10, 30):
+        with Waits() as waits:
+            tokens_of(model, max_new_tokens=tokens, temperature=temperature)
+        numbers.append(waits.number)
+    assert numbers[1] - numbers[0] == 20
+
+
+def test_a_processor_waits_for_the_device_once_more():
+    given = torch.randn(5)
+    with Waits() as waits:
+        hook_returns.logits(given + 1.0, given)
+    assert waits.number == 1
+
+
+def test_a_token_is_drawn_as_torch_draws_one():
+    request = GenerationRequest("", temperature=0.7, top_k=30)
+    for seed in range(50):
+        logits = 3.0 * torch.randn(1 + 2 * seed, generator=rng(seed))
+        probabilities, ids = candidates(logits, request)
+        drawn = ids[torch.multinomial(probabilities, 1, generator=rng(seed))]
+        assert sample(logits, request, rng(seed)) == drawn
+
+
+def test_a_temperature_next_to_zero_takes_the_most_likely_token():
+    logits = torch.tensor([1.0, 2.0, 3.0, 0.0])
+    assert sample(logits, GenerationRequest("", temperature=1e-40), rng(0)) == 2
+
+
+class Seen(TorchDispatchMode):
+    """Counts the casts of matrices, and notes in which type each product is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.casts, self.products = 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.casts += name == "_to_copy" and args[0].dim() == 2
+        if name in ("mm", "addmm", "bmm"):
+            self.products.add(args[-1].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_type_to_compute_in_is_of_the_model_alone_and_its_weights_are_cast_once():
+    model, types, casts = lively_model(), [], []
+
+    class Multiplies:
+        @hookimpl
+        def apt_logits_processors(self):
+            def multiplied(input_ids, logits):
+                types.append((logits.dtype, (logits[None] @ logits[:, None]).dtype))
+                return logits
+
+            return [multiplied]
+
+    manager = PluginManager()
+    manager.register(Multiplies(), "multiplies")
+    for tokens in (2, 9):
+        with Seen() as seen:
+            tokens_of(model, max_new_tokens=tokens, manager=manager, dtype=torch.bfloat16)
+        assert torch.bfloat16 in seen.products
+        casts.append(seen.casts)
+    assert casts[0] == casts[1] > 0
+    assert set(types) == {(torch.float32, torch.float32)}
