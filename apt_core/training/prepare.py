@@ -215,8 +215,11 @@ def settle_device(kernel: Kernel, world: World = ALONE) -> torch.device:
 
 
 def _own_gpu(asked: str, world: World) -> torch.device:
-    """This process's. Every process on the machine raises the same ConfigError, or none does."""
-    processes, there = world.on_this_machine, torch.cuda.device_count()
+    """This process's. Of processes that count themselves, all on the machine raise the same ConfigError,
+    or none does."""
+    # Whoever starts processes without torchrun may count them by LOCAL_RANK alone.
+    processes = max(world.on_this_machine, world.local_rank + 1)
+    there = torch.cuda.device_count()
     if ":" in asked and processes > 1:
         message = f"{asked} is one GPU, and {processes} processes on this machine need one each"
         raise ConfigError(
@@ -227,6 +230,9 @@ def _own_gpu(asked: str, world: World) -> torch.device:
     if processes > there:
         message = f"{processes} processes on this machine need a GPU each; it has {there}"
         hint = f"--nproc {there} takes what there is, hardware.device: cpu none"
+        if there == 1:
+            hint += "; processes that each see a GPU of their own need LOCAL_RANK=0"
+            hint += " and LOCAL_WORLD_SIZE=1"
         raise ConfigError(Problem(message, key="hardware.device", hint=hint))
     return torch.device("cuda", world.local_rank)
 

@@ -71,6 +71,8 @@ def test_each_process_takes_its_own_gpu_and_too_few_are_an_error(gpus: Any) -> N
         for asked in ("auto", "cuda"):
             with pytest.raises(ConfigError, match=r"2 processes .* it has 1\b.*--nproc 1 takes"):
                 settled(asked, world(local_rank))
+    with pytest.raises(ConfigError, match=r"4 processes .* a GPU of their own need LOCAL_RANK=0"):
+        settled("cuda", world(3, here=1))
     gpus(0)
     device, (notice,) = settled("cuda", world(1))
     assert device == "cpu" and "cuda not usable" in notice
