@@ -215,8 +215,8 @@ def settle_device(kernel: Kernel, world: World = ALONE) -> torch.device:
 
 
 def _own_gpu(asked: str, world: World) -> torch.device:
-    """This process's. Of processes that count themselves, all on the machine raise the same ConfigError,
-    or none does."""
+    """This process's. Of processes that torchrun or --nproc has started, all on the machine raise
+    the same ConfigError, or none does."""
     # Whoever starts processes without torchrun may count them by LOCAL_RANK alone.
     processes = max(world.on_this_machine, world.local_rank + 1)
     there = torch.cuda.device_count()
