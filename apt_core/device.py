@@ -33,7 +33,28 @@ def resolve_device(asked: str) -> tuple[torch.device, str]:
         return torch.device("mps"), ""
     if kind in ("auto", "cpu"):
         return torch.device("cpu"), ""
-    return torch.device("cpu"), f"this machine or this build of torch has no {asked} device"
+    why = unused_gpu() if kind == "cuda" else ""
+    return torch.device("cpu"), why or f"this machine or this build of torch has no {asked} device"
+
+
+DEVICES = Path("/dev")
+
+
+def has_nvidia_gpu() -> bool:
+    """Has this machine a GPU of NVIDIA's that nobody has hidden, whatever torch says?"""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+    return not hidden and any(DEVICES.glob("nvidia[0-9]*"))
+
+
+def unused_gpu() -> str:
+    """Why torch cannot use the GPU that this machine has; empty if it can, or there is none."""
+    import torch
+
+    if torch.cuda.is_available() or not has_nvidia_gpu():
+        return ""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    return f"CUDA {torch.version.cuda}, which torch is built for, finds none: too old a driver?"
 
 
 def as_current_device(device: torch.device) -> AbstractContextManager[object]:
@@ -109,6 +130,22 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
     import torch
 
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until ``device`` has done all that it was given to do."""
+    import torch
+
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """On a GPU, let :func:`peak_memory_bytes` count from here."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -7,6 +7,8 @@ from time import perf_counter
 
 import torch
 
+from apt_core.device import synchronize
+
 SMALLEST, LARGEST = 256, 8192
 TRIES = 3
 ENOUGH = 0.015
@@ -54,14 +56,9 @@ def _shortest_product(size: int, device: torch.device, dtype: torch.dtype) -> fl
     out = torch.empty_like(a)
     times: list[float] = []
     while len(times) <= TRIES or sum(times) < ENOUGH:
-        _wait(device)
+        synchronize(device)
         start = perf_counter()
         torch.mm(a, a, out=out)
-        _wait(device)
+        synchronize(device)
         times.append(perf_counter() - start)
     return min(times[1:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

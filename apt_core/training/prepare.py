@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from apt_core.config import Config, inactive_alone
 from apt_core.data.batches import BatchPlan
 from apt_core.data.tokens import ids_sha256, tokenize
-from apt_core.device import autocast_dtype, resolve_device
+from apt_core.device import autocast_dtype, forget_peak_memory, resolve_device, unused_gpu
 from apt_core.errors import ConfigError, Problem, ProviderError
 from apt_core.kernel import Kernel, before_the_run
 from apt_core.log import get_logger
@@ -88,6 +88,7 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> Parts:
     dtype = autocast_dtype(training.mixed_precision, device, config.model.d_model)
     # Before the model takes its memory.
     measured_peak_flops(device, dtype or torch.float32)
+    forget_peak_memory(device)  # that of the measurement, and of runs before this one
     tokenizer, plan, val_tokens, bytes_per_token, data = _data(kernel, world)
     schedule = kernel.schedule.with_horizon(horizon(config, plan))
     lr_schedule = registry.get("lr_schedule", training.lr_schedule_name)
@@ -208,6 +209,8 @@ def settle_device(kernel: Kernel, world: World = ALONE) -> torch.device:
         if kernel.manager.strict:
             raise ConfigError(Problem(message, hint="--strict allows no fallback"))
         kernel.notices.append(f"{message}: using {device.type}")
+    elif asked == "auto" and device.type == "cpu" and (why := unused_gpu()):
+        kernel.notices.append(f"using the CPU, though this machine has a GPU: {why}")
     if device.type == "cuda" and world.size > 1:
         device = _own_gpu(asked, world)
     kernel.registry.probe = layer_probe(kernel, device)

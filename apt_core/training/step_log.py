@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from apt_core.data.batches import cut_windows
-from apt_core.device import peak_memory_bytes
+from apt_core.device import peak_memory_bytes, synchronize
 from apt_core.log import get_logger
 from apt_core.metric_names import CROSS_ENTROPY, of_memory, of_parameter, of_plugin, of_time
 from apt_core.monitor import Throughput
@@ -82,6 +82,12 @@ class StepLog:
     def begin(self) -> None:
         """The first step is about to be taken: what came before it is no training time."""
         self.throughput = Throughput()
+
+    def pause(self) -> None:
+        """What follows is no training time, until ``throughput`` is resumed; what the device has
+        still to do of the steps before is."""
+        synchronize(self._trainer.device)
+        self.throughput.pause()
 
     def write(
         self, loss: Tensor, grad_norm: Tensor, lr: float, shares: Mapping[str, Tensor]

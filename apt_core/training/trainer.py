@@ -610,7 +610,7 @@ class Trainer:
         if self._watch is not None:
             self._watch.stepping = False
         self.step_log.tell_skipped()
-        self.step_log.throughput.pause()
+        self.step_log.pause()
         self._require_known_parameters()
         self.saving.save_unjudged()
         # A plugin that asks to stop in what follows ends its own stage, not the others.
@@ -727,7 +727,7 @@ class Trainer:
         """Score the held-out text, or a few batches of it, and tell of the result; ``final`` says
         that only the end of the run asks for it."""
         self._settle_process(whole=True)
-        self.step_log.throughput.pause()
+        self.step_log.pause()
         with eval_mode(self.model):
             scores = self._scores(everything=everything, final=final)
         self.step_log.throughput.resume()
@@ -771,6 +771,6 @@ class Trainer:
 
     def _save(self) -> None:
         self._require_known_parameters()
-        self.step_log.throughput.pause()
+        self.step_log.pause()
         self.saving.save()
         self.step_log.throughput.resume()

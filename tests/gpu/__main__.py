@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +29,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from apt_core.device import has_nvidia_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 TEST_SECONDS = 120
@@ -44,8 +45,6 @@ MARGIN = 20.0
 
 PYPI = "https://pypi.org/simple"
 OLDER = "https://download.pytorch.org/whl/cu126"
-HIDDEN = ("", "-1")
-"""Values of CUDA_VISIBLE_DEVICES that hide every GPU."""
 
 LOOK = """
 import json, torch
@@ -67,19 +66,6 @@ def look() -> dict[str, Any]:
     ended = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
     return found
-
-
-def has_gpu() -> bool:
-    """Has this machine a GPU of NVIDIA's that nobody has hidden, whatever torch says?"""
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in HIDDEN:
-        return False
-    if any(Path("/dev").glob("nvidia[0-9]*")):
-        return True
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return False
-    listed = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False)
-    return listed.returncode == 0 and "GPU 0" in listed.stdout
 
 
 def not_usable(found: Mapping[str, Any]) -> str:
@@ -178,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.perf_counter()
     found = look()
     dry = options.dry_run or not found["gpus"]
-    if dry and not options.dry_run and has_gpu():
+    if dry and not options.dry_run and has_nvidia_gpu():
         print(not_usable(found), file=sys.stderr)
         return 2
     where = "no GPU: a dry run, whose figures mean nothing" if dry else "; ".join(found["gpus"])

@@ -137,7 +137,7 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(
 ) -> None:
     found = {"torch": "2.13.0", "cuda": cuda, "gpus": [], "error": error}
     monkeypatch.setattr(command, "look", lambda: found)
-    monkeypatch.setattr(command, "has_gpu", lambda: True)
+    monkeypatch.setattr(command, "has_nvidia_gpu", lambda: True)
     assert command.main(["--results", str(tmp_path)]) == 2
     shown = capsys.readouterr().err
     assert said in shown and "tox run -r -e gpu" in shown and not list(tmp_path.iterdir())

@@ -101,6 +101,13 @@ def test_deterministic_runs_have_the_same_bits() -> None:
     assert one.same_weights(other) and losses(one) == losses(other)
 
 
+def test_the_memory_of_a_run_is_that_of_its_tensors() -> None:
+    """Of the measurement of the peak before it, and of other runs, there would be more."""
+    large = ran(steps=1, overrides={"model.vocab_size": 2**16, "model.d_model": 512})
+    small = ran(steps=1)
+    assert 0 < small.manifest["figures"]["memory_mb"] < 64 < large.manifest["figures"]["memory_mb"]
+
+
 def test_a_checkpoint_goes_to_the_cpu_and_back(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for device, step in ((GPU, 4), ("cpu", 8), (GPU, 12)):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +14,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from apt_core import device
 from apt_core.data.batches import Batch
 from apt_core.device import as_current_device, has_native_bf16, resolve_device
 from apt_core.errors import ConfigError
 from apt_core.modeling.init import construction_rng
+from apt_core.testing import tiny_run
 from apt_core.training import prepare
 from apt_core.training.distributed import ALONE, World
 from apt_core.training.saving import writer_thread
@@ -77,6 +81,45 @@ def test_each_process_takes_its_own_gpu_and_too_few_are_an_error(gpus: Any) -> N
     device, (notice,) = settled("cuda", world(1))
     assert device == "cpu" and "cuda not usable" in notice
     assert settled("auto", world(1)) == ("cpu", [])
+
+
+@pytest.mark.parametrize(
+    ("cuda", "said"),
+    [(None, "is a build without CUDA"), ("13.0", "CUDA 13.0, .* too old a driver")],
+)
+def test_a_gpu_that_torch_cannot_use_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpus: Any, cuda: str | None, said: str
+) -> None:
+    monkeypatch.setattr(device, "DEVICES", tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    gpus(0)
+    assert settled("auto") == ("cpu", [])
+    (tmp_path / "nvidiactl").touch()  # of a driver whose GPUs are given to others
+    assert settled("auto") == ("cpu", [])
+    (tmp_path / "nvidia0").touch()
+    for asked in ("auto", "cuda"):
+        taken, (notice,) = settled(asked)
+        assert taken == "cpu" and re.search(said, notice)
+    assert settled("cpu") == ("cpu", [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert settled("auto") == ("cpu", [])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    gpus(1)
+    assert settled("auto") == ("cuda:0", [])
+
+
+def test_the_memory_of_a_run_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the measurement of the peak takes is more than a small model does."""
+    called: list[str] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda of: called.append(str(of)))
+    device.forget_peak_memory(torch.device("cuda:1"))
+    device.forget_peak_memory(torch.device("cpu"))
+    assert called == ["cuda:1"]
+    monkeypatch.setattr(prepare, "measured_peak_flops", lambda *_: called.append("measured"))
+    monkeypatch.setattr(prepare, "forget_peak_memory", lambda of: called.append(f"forgot {of}"))
+    tiny_run(steps=1)
+    assert called[1:] == ["measured", "forgot cpu"]
 
 
 def test_a_cpu_run_does_not_ask_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +212,7 @@ def test_checkpoints_are_written_with_the_runs_gpu_as_the_current_one(
         chosen.append((threading.current_thread().name, str(device)))
 
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
-    for device in ("cpu", "cuda:1"):
-        with writer_thread(torch.device(device)) as thread:
+    for name in ("cpu", "cuda:1"):
+        with writer_thread(torch.device(name)) as thread:
             thread.submit(lambda: None).result()
     assert chosen == [("apt-checkpoint_0", "cuda:1")]

@@ -7,8 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from apt_core.training import step_clock
+from apt_core import monitor
+from apt_core.monitor import Throughput
+from apt_core.training import step_clock, step_log
 from apt_core.training.step_clock import PARTS, StepClock
+from apt_core.training.step_log import StepLog
 
 
 class Time:
@@ -25,6 +28,28 @@ def time(monkeypatch: pytest.MonkeyPatch) -> Time:
     time = Time()
     monkeypatch.setattr(step_clock, "perf_counter", time)
     return time
+
+
+def test_what_a_gpu_has_still_to_do_when_something_else_comes_is_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = Time()
+    monkeypatch.setattr(monitor, "time", SimpleNamespace(perf_counter=now))
+    device, log = torch.device("cuda:1"), StepLog.__new__(StepLog)
+    log._trainer, log.throughput = SimpleNamespace(device=device), Throughput()  # type: ignore[assignment]
+
+    def synchronize(of: torch.device) -> None:
+        assert of == device
+        now.now += 6
+
+    monkeypatch.setattr(step_log, "synchronize", synchronize)
+    log.throughput.add(100)
+    now.now += 2  # a step is given to the device; what it takes comes behind
+    log.pause()
+    now.now += 1000  # an evaluation
+    log.throughput.resume()
+    now.now += 2
+    assert log.throughput.read() == 100 / (2 + 6 + 2)
 
 
 def step(clock: StepClock, time: Time, scale: float = 1.0, *, sampling: bool = False) -> None:
