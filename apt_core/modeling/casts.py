@@ -8,12 +8,14 @@ their weights.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -37,15 +39,17 @@ class KeptCasts:
         self._places = [(m, name) for m, name in named if not isinstance(getattr(m, name), DTensor)]
         self._kept: dict[int, tuple[Tensor, tuple[Any, ...], Tensor]] = {}
 
-    @contextmanager
-    def used(self, dtype: torch.dtype | None) -> Iterator[None]:
-        """Let forwards inside, which compute in ``dtype``, find the casts; None is no cast.
+    def used(self, dtype: torch.dtype | None) -> AbstractContextManager[None]:
+        """A context in which forwards, which compute in ``dtype``, find the casts; None is no cast.
 
         The attribute is of the parameter itself: a forward with other tensors in its place
         (``torch.func.functional_call``) does not see it.
         """
-        places = [] if dtype is None else self._places
-        weights: list[Any] = [getattr(module, name) for module, name in places]
+        return NOTHING if dtype is None or not self._places else self._used(dtype)
+
+    @contextmanager
+    def _used(self, dtype: torch.dtype) -> Iterator[None]:
+        weights: list[Any] = [getattr(module, name) for module, name in self._places]
         try:
             for index, weight in enumerate(weights):
                 weight.kept_cast = self._cast(index, weight, dtype)
@@ -54,7 +58,7 @@ class KeptCasts:
             for weight in weights:
                 weight.__dict__.pop("kept_cast", None)
 
-    def _cast(self, index: int, weight: Tensor, dtype: Any) -> Tensor:
+    def _cast(self, index: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
         if weight.is_inference():  # which counts no writes
             return weight.to(dtype)
         state = weight._version, weight.data_ptr(), weight.requires_grad, dtype
