@@ -27,7 +27,8 @@ class MemoryEstimate:
     ``activations`` are the most that the forward and backward of one micro-batch, or else the
     optimizer's step, hold beside the rest; None where that could not be measured, and then not in
     the total. ``buffers`` are what distribution holds twice or whole, ``snapshot`` the copy from
-    which a checkpoint is written in the background, where the run itself is on a CPU.
+    which a checkpoint is written in the background, where the run itself is on a CPU (that of a run
+    on a GPU is in the host's memory, :mod:`apt_core.training.host_copies`).
     """
 
     world_size: int

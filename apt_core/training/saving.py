@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from apt_core.training import checkpoint
 from apt_core.training.checkpoint import Evaluated, Snapshot
 from apt_core.training.distributed import World
 from apt_core.training.diverging import diverged, listed, weights_not_finite
+from apt_core.training.host_copies import HostCopies
 from apt_core.training.manifest import plugin_rows
 from apt_core.training.run_folder import RunFolder, now, versions
 from apt_core.training.state import (
@@ -32,7 +34,6 @@ from apt_core.training.state import (
     optimizer_tensors,
     plugin_states,
 )
-from apt_core.training.tensor_files import copy_to_cpu
 
 if TYPE_CHECKING:
     from apt_core.training.trainer import Trainer
@@ -90,7 +91,9 @@ class Saving:
         # A group of its own: a checkpoint is written while the run communicates.
         sharded = self._world.sharding == "fsdp"
         self._group = dist.new_group(backend="gloo") if sharded else None
-        self._mesh = init_device_mesh("cpu", (self._world.size,)) if sharded else None
+        mesh = init_device_mesh("cpu", (self._world.size,)) if sharded else None
+        # Of several processes that hold the same, one saves.
+        self._copies = HostCopies(mesh, self._world.on_this_machine if sharded else 1)
         self._best = _Best()
         if trainer.config.evaluation.save_best:
             self._best = self._world.from_first(self._best_before)
@@ -301,15 +304,18 @@ class Saving:
                 raise
             log.error("the checkpoint is without the state of plugins: %s", one_line(error))
             states, plugin_tensors = {}, {}
-        tensors = {}
+        tensors: dict[str, dict[str, Tensor]] = {}
         if self._world.is_first or self._group is not None:
-            optimizer = optimizer_tensors(trainer.model, trainer.optimizer)
-            tensors["model"] = copy_to_cpu(model_tensors(trainer.model), self._mesh)
-            tensors["optimizer"] = copy_to_cpu(optimizer, self._mesh)
+            kept: dict[str, Mapping[str, Tensor]] = {
+                "model": model_tensors(trainer.model),
+                "optimizer": optimizer_tensors(trainer.model, trainer.optimizer),
+            }
             if trainer.ema is not None:
-                tensors["ema"] = copy_to_cpu(trainer.ema.values, self._mesh)
+                kept["ema"] = trainer.ema.values
             for index, average in enumerate(trainer.averages.values()):
-                tensors[f"average-{index}"] = copy_to_cpu(average.values, self._mesh)
+                kept[f"average-{index}"] = average.values
+            # Those of the checkpoint before are written: its memory is taken.
+            tensors = self._copies.of(kept)
         return Snapshot(
             step=trainer.step,
             tensors=tensors,

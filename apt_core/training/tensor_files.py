@@ -18,8 +18,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from apt_core.errors import CheckpointError
 from apt_core.files import open_file
@@ -29,25 +27,6 @@ SUFFIX = ".safetensors"
 
 MALFORMED = (ValueError, KeyError, TypeError, IndexError)
 """What torch's reader raises for metadata of shards that are not what it wrote."""
-
-
-def copy_to_cpu(tensors: Mapping[str, Tensor], mesh: DeviceMesh | None = None) -> dict[str, Tensor]:
-    """Copies on the CPU that share nothing. A sharded tensor stays sharded as it is, over ``mesh``,
-    whose processes compute with CPUs."""
-    return {name: _copy(tensor.detach(), mesh) for name, tensor in tensors.items()}
-
-
-def _copy(tensor: Tensor, mesh: DeviceMesh | None) -> Tensor:
-    if not isinstance(tensor, DTensor):
-        return tensor.to("cpu", copy=True).contiguous()
-    return DTensor.from_local(
-        tensor.to_local().to("cpu", copy=True).contiguous(),
-        mesh or tensor.device_mesh,
-        tensor.placements,
-        run_check=False,
-        shape=tensor.shape,
-        stride=tensor.stride(),
-    )
 
 
 def write_whole(stem: Path, tensors: Mapping[str, Tensor]) -> None:
