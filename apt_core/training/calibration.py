@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 from apt_core.config.schema import ModelSection
 from apt_core.data.batches import Batch
-from apt_core.device import autocast, autocast_dtype, available_memory, cpu_threads
+from apt_core.device import (
+    autocast,
+    autocast_dtype,
+    available_memory,
+    cpu_threads,
+    is_out_of_memory,
+    synchronize,
+)
 from apt_core.failures import one_line
 from apt_core.kernel import Kernel
 from apt_core.modeling.compose import ModelBuilder
@@ -201,14 +208,16 @@ class Calibration:
                 result = subject.train(model, ids)
             result.backward()
 
-        seq_len = self.kernel.config.seq_len
-        few = min(FIRST_TOKENS, seq_len)
-        seconds = min(self._seconds(lambda: micro_batch(1, few), 2))
-        tokens = int(SECONDS * few * subject.flops(few) / seconds / subject.flops(seq_len))
-        length = min(seq_len, max(few, tokens))
-        sequences = min(training.batch_size, max(1, tokens // length))
-        micro_batch(sequences, length)
-        taken = min(self._seconds(lambda: micro_batch(sequences, length), TRIES))
+        def seconds(sequences: int, length: int, tries: int) -> float:
+            if tries > 2:
+                micro_batch(sequences, length)
+            return min(self._seconds(lambda: micro_batch(sequences, length), tries))
+
+        most = training.batch_size, self.kernel.config.seq_len
+        again = self.device.type != "cpu"
+        sequences, length, taken = measured_size(seconds, subject.flops, most, again=again)
+        if again:
+            micro_batch(sequences, length)  # one without memory has left no gradients
         optimizer.step()
         stepping = min(self._seconds(optimizer.step, TRIES))
         params = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -220,12 +229,48 @@ class Calibration:
         The least of them is what other programs have disturbed the least."""
         times: list[float] = []
         while len(times) < tries or (len(times) < MOST_TRIES and sum(times) < SECONDS):
-            _wait(self.device)
+            synchronize(self.device)
             start = perf_counter()
             work()
-            _wait(self.device)
+            synchronize(self.device)
             times.append(perf_counter() - start)
         return times
+
+
+def measured_size(
+    seconds: Callable[[int, int, int], float],
+    flops: Callable[[int], float],
+    most: tuple[int, int],
+    *,
+    again: bool,
+) -> tuple[int, int, float]:
+    """Sequences and their length of a micro-batch that takes about SECONDS, and how long it takes.
+
+    ``seconds`` measures a micro-batch of so many sequences of a length, so many times; ``flops``
+    are those of a token in a sequence of a length; ``most`` are the sequences and the length of
+    the run's own micro-batch. ``again`` is for devices on which a few tokens take as long as many:
+    the size is told anew by each measurement until it grows no more, or there is no more memory.
+    """
+    most_sequences, seq_len = most
+    sequences, length = 1, min(FIRST_TOKENS, seq_len)
+    first = length
+    taken, measured = seconds(sequences, length, 2), False
+    while True:
+        before = sequences * length
+        tokens = int(SECONDS * before * flops(length) / taken / flops(seq_len))
+        wider = min(seq_len, max(first, tokens))
+        more = min(most_sequences, max(1, tokens // wider))
+        if measured and more * wider <= before:
+            return sequences, length, taken
+        try:
+            there = seconds(more, wider, TRIES)
+        except Exception as error:
+            if not (measured and is_out_of_memory(error)):
+                raise
+            return sequences, length, taken
+        sequences, length, taken, measured = more, wider, there, True
+        if not again:
+            return sequences, length, taken
 
 
 def _train_model(model: nn.Module, ids: Tensor) -> Tensor:
@@ -273,8 +318,3 @@ def _with_memory(model: nn.Module, device: torch.device) -> nn.Module:
         else:
             parameter.fill_(1.0)
     return model
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

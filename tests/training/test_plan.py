@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from apt_core.modeling.layers import MHAProvider
 from apt_core.plugin_manager import PluginManager
 from apt_core.providers.attention import AttentionSupport
 from apt_core.training import calibration
+from apt_core.training.calibration import measured_size
 from apt_core.training.costs import support_notices
 from apt_core.training.memory import memory_per_rank
 from apt_core.training.plan import make_plan, print_plan
@@ -344,6 +346,7 @@ from apt_core import ProviderSpec, hookimpl
 from apt_core.modeling.layers import MHAProvider
 from apt_core.providers.attention import AttentionSupport
 from apt_core.training import calibration
+from apt_core.training.calibration import measured_size
 
 
 class Picky(MHAProvider):
@@ -405,3 +408,34 @@ def test_a_run_says_at_its_start_what_its_attention_does_not_claim(
     run = apt_train(*picky, *sizes, "--training.compile", "true", "--training.max_steps", "1")
     assert run.code == 0, run.err
     assert "training.compile: attention:picky (plugin picky) does not claim" in run.out
+
+
+def launched(tried: list[int], most: int = 2**30) -> Callable[[int, int, int], float]:
+    """A device that takes 20 ms to be told what to do, and 5 microseconds a token; beyond ``most``
+    tokens it has no memory."""
+
+    def seconds(sequences: int, length: int, tries: int) -> float:
+        tokens = sequences * length
+        if tokens > most:
+            raise torch.OutOfMemoryError
+        tried.append(tokens)
+        return max(0.02, 5e-6 * tokens)
+
+    return seconds
+
+
+def test_a_device_that_waits_to_be_told_is_timed_with_as_much_as_it_takes_to_be_busy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(calibration, "SECONDS", 0.15)
+    tried: list[int] = []
+    sized = partial(measured_size, flops=lambda length: 1.0, most=(12, 1024))
+    assert sized(launched(tried), again=True) == (12, 1024, pytest.approx(0.06144))
+    assert tried[0] == 32 and 3 <= len(tried) <= 5
+    # On a CPU a few tokens tell how long many take.
+    assert sized(launched(tried := []), again=False) == (1, 240, 0.02)
+    assert tried == [32, 240]
+    sequences, length, taken = sized(launched(tried := [], most=2000), again=True)
+    assert sequences * length == tried[-1] <= 2000 and taken == 0.02
+    with pytest.raises(torch.OutOfMemoryError):
+        sized(launched([], most=100), again=True)
