@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from apt_core import hookimpl
+from apt_core.cli.run_command import run_command
+from apt_core.cli.train import app
 from apt_core.testing import TinyRun, tiny_run
 
 pytestmark = pytest.mark.gpu
@@ -113,6 +115,20 @@ def test_a_checkpoint_goes_to_the_cpu_and_back(tmp_path: Path) -> None:
     for device, step in ((GPU, 4), ("cpu", 8), (GPU, 12)):
         run = ran(device=device, output=folder, stop_at_step=step, resume=step > 4)
         assert run.manifest["figures"]["steps"] == step
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_killed_run_resumes_with_the_same_bits(
+    optimizer: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["-p", "tiny_debug", "--verify-resume", "--stop-at-step", "8"]
+    words += ["--hardware.device", GPU, "--training.optimizer_name", optimizer]
+    words += ["--model.dropout", "0.1", "--training.mixed_precision", "true"]
+    code = run_command(app, "apt-train", words)
+    printed = capsys.readouterr()
+    assert code == 0, printed.out + printed.err
+    assert "bit-equal: " in printed.out
 
 
 FORKS = """
