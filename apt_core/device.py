@@ -57,6 +57,13 @@ def unused_gpu() -> str:
     return f"CUDA {torch.version.cuda}, which torch is built for, finds none: too old a driver?"
 
 
+def gpu_name(device: torch.device) -> str:
+    """What NVIDIA calls the GPU ``device``; empty for another device."""
+    import torch
+
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else ""
+
+
 def as_current_device(device: torch.device) -> AbstractContextManager[object]:
     """A context in which ``device`` is CUDA's current one, if it is a GPU."""
     import torch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from apt_core.device import gpu_name
 from apt_core.kernel import Kernel
 from apt_core.training.run_folder import now, versions
 
@@ -20,6 +21,7 @@ def write_manifest(trainer: Trainer, status: str, **entries: Any) -> None:
         versions=versions(),
         data=trainer.parts.data,
         device=str(trainer.device),
+        gpu=gpu_name(trainer.device),
         world_size=trainer.world_size,
         parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
         providers=[row.row() for row in kernel.registry.resolutions.values()],

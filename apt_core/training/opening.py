@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from apt_core.device import gpu_name
 from apt_core.errors import ConfigError, Problem
 from apt_core.kernel import before_the_run
 from apt_core.log import Backlog, get_logger, logging_to
@@ -144,10 +145,12 @@ def _log_start(trainer: Trainer) -> None:
         log.info("inactive: %s (%s)", key.key, key.reason)
     for row in kernel.registry.resolutions.values():
         log.info("%s: %s", row.kind, row.used)
+    gpu = gpu_name(trainer.device)
     log.info(
-        "model built: %s parameters on %s%s, %s",
+        "model built: %s parameters on %s%s%s, %s",
         f"{parameters:,}",
         trainer.device,
+        f" ({gpu})" if gpu else "",
         f" in {world.size} processes ({world.sharding})" if world.size > 1 else "",
         f"plugins: {', '.join(active)}" if active else "no plugins",
     )

@@ -54,8 +54,13 @@ def header(run: Run) -> Header:
         why = f"No end is recorded: it goes on, or was killed; {rows}."
     facts = [
         f"{label} {manifest[key]}"
-        for key, label in (("started", "started"), ("ended", "ended"), ("device", "on"))
-        if isinstance(manifest.get(key), str)
+        for key, label in (
+            ("started", "started"),
+            ("ended", "ended"),
+            ("device", "on"),
+            ("gpu", "GPU"),
+        )
+        if isinstance(manifest.get(key), str) and manifest[key]
     ]
     return Header(
         title=cut(str(manifest.get("profile") or run.folder.name or "run"), 80),

@@ -20,7 +20,7 @@ from apt_core.device import as_current_device, has_native_bf16, resolve_device
 from apt_core.errors import ConfigError
 from apt_core.modeling.init import construction_rng
 from apt_core.testing import tiny_run
-from apt_core.training import prepare
+from apt_core.training import manifest, opening, prepare
 from apt_core.training.distributed import ALONE, World
 from apt_core.training.saving import writer_thread
 
@@ -107,6 +107,19 @@ def test_a_gpu_that_torch_cannot_use_is_told(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     gpus(1)
     assert settled("auto") == ("cuda:0", [])
+
+
+def test_a_gpu_is_told_by_what_it_is_called(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert device.gpu_name(torch.device("cpu")) == ""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda of: f"NVIDIA X ({of})")
+    assert device.gpu_name(torch.device("cuda:1")) == "NVIDIA X (cuda:1)"
+    for module in (opening, manifest):
+        monkeypatch.setattr(module, "gpu_name", lambda of: "NVIDIA X")
+    run = tiny_run(steps=1, output=tmp_path / "run")
+    assert run.manifest["gpu"] == "NVIDIA X"
+    assert " parameters on cpu (NVIDIA X), no plugins" in (tmp_path / "run/log.txt").read_text()
 
 
 def test_the_memory_of_a_run_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
