@@ -14,9 +14,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal, TypeVar, cast
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -26,8 +27,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from apt_core.config import Config
-from apt_core.errors import AptError, ConfigError, Problem, ProcessLostError, TrainingError
+from apt_core.errors import AptError, ConfigError, Problem, TrainingError
 from apt_core.failures import text_of
+from apt_core.training.liveness import Liveness, lost_error
 from apt_core.training.resume import differences
 
 Value = TypeVar("Value")
@@ -35,13 +37,23 @@ Value = TypeVar("Value")
 Sharding = Literal["none", "ddp", "fsdp"]
 
 PATIENCE = timedelta(minutes=30)
-"""How long a process waits for the others: one of them may tokenise, or write a large file."""
+"""How long a process waits for the others that are alive: one of them may tokenise, or write a
+large file. One that has died is noticed by :class:`~apt_core.training.liveness.Liveness`."""
 
+ERROR_HANDLING, CLEAN_UP_ONLY = "TORCH_NCCL_ASYNC_ERROR_HANDLING", "2"
+"""By default torch kills a process whose NCCL has an error, before that can write a checkpoint. Its
+own communication is ended by either."""
+
+WAIT = timedelta(seconds=1)
+"""How long a process waits before it asks whether the others are alive."""
 
 MOMENT = 5.0
 """Seconds in which a process that dies expects the others to do so too, if it is of the same."""
 
 POLL_SECONDS = 0.05
+
+NCCL_SIGNS = ("remote process exited", "communicator was aborted")
+"""In what NCCL and torch raise once a process has gone, or its communication was ended for that."""
 
 STORE_VARIABLE = "APT_STORE"
 """In the environment of processes that --nproc has started: the file through which they find each
@@ -50,13 +62,15 @@ other. torchrun's find each other at MASTER_ADDR."""
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run. ``local_rank`` counts those ``on_this_machine``."""
+    """The processes of a run. ``local_rank`` counts those ``on_this_machine``, whose ranks follow
+    each other."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     on_this_machine: int = 1
     sharding: Sharding = "none"
+    liveness: Liveness = field(default_factory=Liveness, repr=False, compare=False)
 
     @classmethod
     def from_environment(cls, config: Config, environment: Mapping[str, str]) -> World:
@@ -94,6 +108,7 @@ class World:
         chosen = backend or ("nccl" if device.type == "cuda" else "gloo")
         # What a checkpoint holds lies on the CPU, whatever the device is.
         both = chosen if chosen != "nccl" else "cpu:gloo,cuda:nccl"
+        os.environ.setdefault(ERROR_HANDLING, CLEAN_UP_ONLY)
         if STORE_VARIABLE in os.environ:
             store = shared_store()
             store.set_timeout(PATIENCE)
@@ -103,7 +118,13 @@ class World:
         else:
             dist.init_process_group(both, timeout=PATIENCE)
         try:
-            yield
+            # The same store may have served another run.
+            everyone = self.gather((uuid4().hex, os.getpid()))
+            first = self.rank - self.local_rank
+            here = range(first, first + self.on_this_machine)
+            pids = [pid if rank in here else None for rank, (_, pid) in enumerate(everyone)]
+            with self.liveness.watching(shared_store, everyone[0][0], self.rank, pids):
+                yield
         except RuntimeError as error:
             known = explained(error)
             if known is error:
@@ -149,9 +170,23 @@ class World:
         """``value`` of every process, in the order of the ranks."""
         if self.size == 1:
             return [value]
+        self.liveness.require_others()
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def wait(self, work: dist.Work) -> None:
+        """Wait for a collective of the CPU. Raises ProcessLostError once another process is known
+        to be gone, of which Gloo may not know."""
+        while True:
+            self.liveness.require_others()
+            try:
+                work.wait(WAIT)
+                return
+            except RuntimeError:
+                if work.is_completed():
+                    work.wait()  # it may have ended well meanwhile, or says why not
+                    return
 
     def any(self, flag: bool) -> bool:
         """Is it so in any of the processes?"""
@@ -246,9 +281,9 @@ def explained(error: BaseException) -> BaseException:
     if "/gloo/" in text:
         # "[a source file] what happened. Some advice."
         text = text.partition("] ")[2].partition(". ")[0]
-    elif "remote process exited" not in text:
+    elif not any(sign in text for sign in NCCL_SIGNS):
         return error
-    return ProcessLostError(f"another process of the run has ended or does not answer ({text})")
+    return lost_error(text)
 
 
 def is_sharded(tensor: Tensor) -> bool:

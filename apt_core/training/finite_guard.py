@@ -88,6 +88,13 @@ class FiniteGuard:
         self._pending.clear()
         self._total, self._in_a_row, self._skipped = total, in_a_row, list(unread)
 
+    def forget(self, steps: int) -> None:
+        """Forget the last ``steps``, all of which were skipped; waits for the device."""
+        self._collect()
+        self._total -= steps
+        self._in_a_row -= steps
+        del self._skipped[len(self._skipped) - steps :]
+
     def _count(self, step: int) -> None:
         self._total += 1
         self._in_a_row += 1

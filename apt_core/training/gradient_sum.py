@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from apt_core.errors import TrainingError
 from apt_core.training.distributed import World, is_sharded
+from apt_core.training.liveness import lost_error
 
 BUCKET_BYTES = 2**26
 """How much of the gradients is brought together at once, in memory of its own: more takes memory,
@@ -40,14 +41,17 @@ class GradientSum:
         self._buckets: list[list[int]] = []
         self._seen: dict[int, bool] = {}
         self._flags: tuple[list[bool], Tensor] | None = None
+        self._taken_part: list[tuple[int, Tensor]] = []
 
     def begin(self) -> None:
         """Take in which parameters are frozen. Raises TrainingError naming one that is so in some
-        of the processes only: nobody could say what its gradient is."""
+        of the processes only: nobody could say what its gradient is. Raises ProcessLostError where
+        another process is known to be gone."""
         learning = [parameter.requires_grad for parameter in self._parameters]
         own = torch.tensor([hash(tuple(learning))])
         everyone = torch.empty(self._world.size, dtype=own.dtype)
-        dist.all_gather_single(everyone, own)
+        # Here a process waits for one that is slower, or gone with the whole of its machine.
+        self._world.wait(dist.all_gather_single(everyone, own, async_op=True))
         if (everyone != own).any():
             self._tell_apart(learning)
         if learning != self._learning:
@@ -65,9 +69,13 @@ class GradientSum:
         if isinstance(self._model, FSDPModule):
             self._model.set_requires_gradient_sync(last)
 
-    def finish(self, loss: Tensor, stop: bool) -> tuple[Tensor, Tensor]:
-        """Bring the gradients together; returns the mean of ``loss`` and the number of processes
-        that want to ``stop``, both 0-d on the device.
+    def finish(self, step: int, loss: Tensor, stop: bool) -> tuple[Tensor, Tensor]:
+        """Bring the gradients of ``step`` together; returns the mean of ``loss`` and the number of
+        processes that want to ``stop``, both 0-d on the device.
+
+        Collectives of NCCL that are ended because a process is gone return as if they were done.
+        The message after those of the gradients counts who takes part, and the loss of a step in
+        which that is not everyone is not finite: such a step changes nothing.
 
         Waits for the device only in a process that has no gradient of a parameter that learns.
         Raises TrainingError naming a parameter whose gradient cannot be summed.
@@ -81,22 +89,38 @@ class GradientSum:
         if self._flags is None or self._flags[0] != present:
             flags = torch.tensor(present, dtype=loss.dtype)
             self._flags = present, flags.to(loss.device, non_blocking=True)
-        wanted = torch.full_like(loss, float(stop))
-        message = torch.cat([torch.stack([loss / self._world.size, wanted]), self._flags[1]])
+        for bucket in self._buckets:
+            self._sum(bucket)
+        wanted, one = torch.full_like(loss, float(stop)), torch.ones_like(loss)
+        message = torch.cat([torch.stack([loss / self._world.size, wanted, one]), self._flags[1]])
         dist.all_reduce(message)
-        nowhere: set[int] = set()
         if not all(present):
-            counts = message[2:].tolist()
-            nowhere = {i for i, count in zip(self._chosen, counts, strict=True) if not count}
-        if self._sharded:
-            for index in nowhere:
-                self._parameters[index].grad = None
-        else:
-            for bucket in self._buckets:
-                self._sum(bucket, nowhere)
-        return message[0], message[1]
+            for index, count in zip(self._chosen, message[3:].tolist(), strict=True):
+                if not count:
+                    self._parameters[index].grad = None
+        there = message[2]
+        self._taken_part.append((step, there))
+        return message[0] / (there == self._world.size), message[1]
 
-    def _sum(self, bucket: list[int], nowhere: set[int]) -> None:
+    def first_lost(self) -> int | None:
+        """The first step since the last :meth:`require_all` in which not every process took part,
+        after which none counts; None without one. Waits for the device."""
+        if not self._taken_part:
+            return None
+        steps, there = zip(*self._taken_part, strict=True)
+        counts = zip(steps, torch.stack(there).tolist(), strict=True)
+        return next((step for step, count in counts if count != self._world.size), None)
+
+    def require_all(self) -> None:
+        """Raise ProcessLostError where a step was taken in which not every process took part; waits
+        for the device, on which all that was taken is then whole."""
+        step = self.first_lost()
+        if step is not None:
+            self._world.liveness.require_others()
+            raise lost_error(f"not all of them took part in step {step}")
+        self._taken_part.clear()
+
+    def _sum(self, bucket: list[int]) -> None:
         """One message: the gradients of these parameters, which become views into it."""
         parameters = [self._parameters[index] for index in bucket]
         flat = torch.cat(
@@ -104,9 +128,8 @@ class GradientSum:
         )
         dist.all_reduce(flat, op=dist.ReduceOp.AVG)
         pieces = flat.split([p.numel() for p in parameters])
-        for index, parameter, piece in zip(bucket, parameters, pieces, strict=True):
-            if index not in nowhere:
-                parameter.grad = piece.view(parameter.shape)
+        for parameter, piece in zip(parameters, pieces, strict=True):
+            parameter.grad = piece.view(parameter.shape)
 
     def _divided(self) -> Iterator[list[int]]:
         """Parameters that learn, in lists of one type and not much more than a bucket."""

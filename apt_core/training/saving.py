@@ -110,6 +110,7 @@ class Saving:
         position = self._position()
         if self.saved == position:
             return
+        self._trainer.require_all()
         if bad := weights_not_finite(self._trainer, everywhere=True):
             self._refused = position
             raise diverged(

@@ -23,7 +23,13 @@ from apt_core.device import (
     held_memory,
     is_out_of_memory,
 )
-from apt_core.errors import CheckpointError, PluginError, StopTraining, TrainingError
+from apt_core.errors import (
+    CheckpointError,
+    PluginError,
+    ProcessLostError,
+    StopTraining,
+    TrainingError,
+)
 from apt_core.failures import one_line, text_of
 from apt_core.hook_returns import MAX_FACTOR
 from apt_core.kernel import Kernel, before_the_run, boot
@@ -443,7 +449,9 @@ class Trainer:
                 loss = total * scale
                 self._terms = {}  # what fails from here on is not theirs
                 if together is not None:
-                    loss, stopping = together.finish(loss, self.stopping.wanted)
+                    loss, stopping = together.finish(step, loss, self.stopping.wanted)
+                    if logged:
+                        together.require_all()
                     if logged or device.type == "cpu":
                         self.stopping.agreed = bool(stopping.item())
                 clock.lap("forward_backward")
@@ -693,10 +701,38 @@ class Trainer:
             advice = f"what would fit cannot be told ({one_line(failure)})"
         return TrainingError(f"out of memory {when}: {advice}")
 
+    def require_all(self) -> None:
+        """Raise ProcessLostError where a step was taken in which not all processes took part; waits
+        for the device."""
+        if self._together is not None:
+            self._together.require_all()
+
+    def _take_back_lost_steps(self) -> None:
+        """The host may be some steps ahead of the last one in which all processes took part, and
+        what came after has changed neither weights nor averages: go back to there.
+
+        Raises TrainingError where a plugin was enabled meanwhile, whose parts are there already.
+        """
+        first = None if self._together is None else self._together.first_lost()
+        if first is None or first > self.step:
+            return
+        lost, plan = range(first, self.step + 1), self.parts.plan
+        self.guard.forget(len(lost))
+        for step in lost:
+            epoch, index = divmod(step - 1, plan.steps_per_epoch)
+            self.tokens -= plan.step_targets(epoch + 1, index)
+        self.step = first - 1
+        self.epoch = 1 + max(0, self.step - 1) // plan.steps_per_epoch
+        self.in_step, self._row_due = True, None  # plugins have seen the steps
+        if any(entry["step"] in lost for entry in self.timeline):
+            raise TrainingError("plugins were enabled in a step that not all processes have taken")
+
     def _die(self, error: BaseException) -> None:
         """The run ends by ``error``: keep what can be kept and tell the plugins."""
         if isinstance(error, KeyboardInterrupt):
             log.warning("interrupted")
+        if isinstance(error, ProcessLostError):
+            self.world.liveness.give_up()
         averages = [a for a in (self.ema, *self.averages.values()) if a is not None]
         averaging = not all(average.is_apart for average in averages)
         whole = not (self._updating or averaging or self._strangers())
@@ -708,7 +744,9 @@ class Trainer:
             except BaseException as failure:
                 log.error("no row of step %d: %s", self.step, one_line(failure))
             try:
-                self.saving.save_in_emergency()
+                self._take_back_lost_steps()
+                if self.step:
+                    self.saving.save_in_emergency()
             except BaseException as failure:  # whatever it is, the manifest comes next
                 text = one_line(failure)
                 log.error("no checkpoint of step %d could be written: %s", self.step, text)
@@ -727,6 +765,7 @@ class Trainer:
         """Score the held-out text, or a few batches of it, and tell of the result; ``final`` says
         that only the end of the run asks for it."""
         self._settle_process(whole=True)
+        self.require_all()
         self.step_log.pause()
         with eval_mode(self.model):
             scores = self._scores(everything=everything, final=final)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from apt_core.errors import TrainingError
+from apt_core.errors import ProcessLostError, TrainingError
 from apt_core.training import gradient_sum
 from apt_core.training.distributed import World
 from apt_core.training.gradient_sum import GradientSum
@@ -40,7 +40,7 @@ def test_gradients_of_many_messages_and_of_two_types_are_what_they_were(world, m
                 expected[name] = parameter.grad.clone()
         sent.clear()
         together.begin()
-        loss, stopping = together.finish(torch.tensor(2.0), stop=True)
+        loss, stopping = together.finish(1, torch.tensor(2.0), stop=True)
         assert (loss, stopping) == (2.0, 1.0)
         found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -55,4 +55,47 @@ def test_a_gradient_that_is_not_dense_is_named(world):
     together.begin()
     model(torch.tensor([1])).sum().backward()
     with pytest.raises(TrainingError, match=r"the gradient of 0\.weight is torch\.sparse_coo"):
-        together.finish(torch.tensor(0.0), stop=False)
+        together.finish(1, torch.tensor(0.0), stop=False)
+
+
+class Work:
+    """A collective of Gloo with a machine that has been switched off, or with one that is slow."""
+
+    def __init__(self, waits: int, error: str = "") -> None:
+        self.waits, self.error = waits, error
+
+    def wait(self, timeout: object = None) -> None:
+        self.waits -= 1
+        if self.waits > 0:
+            raise RuntimeError("Operation timed out!")
+        if self.error:
+            raise RuntimeError(self.error)
+
+    def is_completed(self) -> bool:
+        return self.waits <= 1  # ended since the last wait
+
+
+@pytest.mark.parametrize("error", ["", "Connection reset"])
+def test_what_is_slow_is_waited_for_and_what_is_lost_is_not(monkeypatch, error):
+    world = World(sharding="ddp")
+    slow = Work(3, error)
+    if error:
+        with pytest.raises(RuntimeError, match=error):
+            world.wait(slow)
+    else:
+        world.wait(slow)
+    assert slow.waits == 0
+    never = Work(10**9)
+    waits = never.wait
+    told: list[object] = []
+
+    def lost(timeout: object = None) -> None:
+        told.append(timeout)
+        if len(told) == 3:
+            monkeypatch.setattr(world.liveness, "lost", "process 1 has not answered")
+        waits(timeout)
+
+    never.wait = lost
+    with pytest.raises(ProcessLostError, match="process 1 has not answered"):
+        world.wait(never)
+    assert len(told) == 3

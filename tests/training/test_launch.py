@@ -59,6 +59,44 @@ def apt_loss_terms(trainer, output):
     return {"none": output.logits.sum() * 0}
 """
 
+DEAF = """
+import os, signal, threading
+import torch.distributed as dist
+from apt_core import hookimpl
+from apt_core.training import liveness
+
+if os.environ["MODE"] == "stop":
+    liveness.BEAT_SECONDS, liveness.SILENT_SECONDS = 0.5, 4.0
+    end = signal.SIGSTOP
+else:
+    end = signal.SIGKILL
+    let_go = threading.Event()
+    reduce = dist.all_reduce
+
+    def all_reduce(tensor, **options):
+        "As NCCL does: wait for one that is gone, and once it is ended leave the tensor as it was."
+        done = threading.Event()
+        def work():
+            whole = tensor.clone()
+            try:
+                reduce(whole, **options)
+            except RuntimeError:
+                return
+            tensor.copy_(whole)
+            done.set()
+        threading.Thread(target=work, daemon=True).start()
+        while not done.wait(0.02) and not let_go.is_set():
+            pass
+
+    dist.all_reduce = all_reduce
+    liveness.end_collectives = let_go.set
+
+@hookimpl
+def apt_loss_terms(trainer):
+    if (trainer.rank, trainer.step) == (1, 5):  # in the sixth
+        os.kill(os.getpid(), end)
+"""
+
 
 WANDB = """
 import os, stat
@@ -205,6 +243,32 @@ def test_a_process_that_is_killed_ends_the_run_with_a_checkpoint(
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["status"] == "failed"
     assert "another process of the run has ended" in manifest["error"]
+
+
+@pytest.mark.parametrize("mode", ["deaf", "stop"])
+def test_processes_that_notice_nothing_themselves_end_with_the_last_whole_step(
+    arguments: Callable[..., list[str]], apt_train: Callable[..., Any], tmp_path: Path, mode: str
+) -> None:
+    """A collective of NCCL waits for a process that was killed, and one of Gloo for a process that
+    was stopped. No row is due of the step that the host has gone on to meanwhile."""
+    deaf = tmp_path / "deaf.py"
+    deaf.write_text(DEAF, encoding="utf-8")
+    seldom = "--training.log_every_steps=4"
+    done = train(arguments("--plugin", str(deaf), seldom, *TWO), mode)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "error: process 1 was killed by signal 9" in done.stderr
+    assert "error: another process of the run has ended" in done.stderr
+    checkpoint = newest_intact(tmp_path / "run" / "checkpoints")
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert checkpoint.state["step"] == manifest["step"] == 5
+    assert (
+        apt_train(*arguments(seldom, "--stop-at-step=5", name="whole")[2:], name="whole").code == 0
+    )
+    whole = load(tmp_path / "whole" / "checkpoints" / "step-00000005")
+    same = ("epoch", "tokens", "nonfinite_steps")
+    assert [checkpoint.state[key] for key in same] == [whole.state[key] for key in same]
+    expected = weights(whole.path)
+    assert all(tensor.equal(expected[name]) for name, tensor in weights(checkpoint.path).items())
 
 
 def test_a_layer_that_fails_in_one_process_leaves_the_last_sharded_checkpoint(
