@@ -93,7 +93,7 @@ class FiniteGuard:
         self._collect()
         self._total -= steps
         self._in_a_row -= steps
-        del self._skipped[len(self._skipped) - steps :]
+        del self._skipped[max(0, len(self._skipped) - steps) :]
 
     def _count(self, step: int) -> None:
         self._total += 1

@@ -617,6 +617,7 @@ class Trainer:
         self._settle_process(whole=True)
         if self._watch is not None:
             self._watch.stepping = False
+        self.require_all()
         self.step_log.tell_skipped()
         self.step_log.pause()
         self._require_known_parameters()
