@@ -132,6 +132,8 @@ def trainer(
     own_model, own_training = dict(model or {}), dict(training or {})
 
     def make(bench: Bench, shape: Shape) -> Loop[nn.Module]:
+        if len(bench.text.encode()) <= bench.steps(shape) * shape.tokens:
+            raise ValueError("an epoch ends, with an evaluation, while its steps are timed")
         train_text, val_text = bench.folder / "train.txt", bench.folder / "val.txt"
         if not train_text.exists():
             train_text.write_text(bench.text, encoding="utf-8")
