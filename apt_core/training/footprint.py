@@ -38,7 +38,7 @@ from apt_core.plugin_manager import PluginManager
 from apt_core.providers.optimizer import OptimizerProvider
 from apt_core.training.costs import layers_of
 from apt_core.training.gpu_operators import GPUOperators
-from apt_core.training.loss import cross_entropy_sum
+from apt_core.training.loss import cross_entropy_sum, losses_in_fp32
 from apt_core.training.parameter_groups import parameter_groups
 from apt_core.training.structure import base_structure
 from apt_core.types import PluginCosts
@@ -133,6 +133,16 @@ class Footprint:
                 self._activations[batch_size] = None
         return self._activations[batch_size]
 
+    def trial(self, batch_size: int) -> int:
+        """The most that the loss of ``batch_size`` sequences in fp32, by which a switch is judged,
+        holds beside parameters, in bytes; 0 where that cannot be measured, of which a note of the
+        activations tells."""
+        try:
+            (peak,) = self._extrapolated(lambda model: self._try(model, batch_size))
+            return peak
+        except Exception:
+            return 0
+
     def _extrapolated(self, measure: Callable[[nn.Module], tuple[int, ...]]) -> list[int]:
         """What ``measure`` finds in the whole model."""
         first, more = measured_layers(layer_kinds(self.structure, self._attention_names))
@@ -169,6 +179,12 @@ class Footprint:
                     loss = loss + cross_entropy_sum(outputs[-1], batch)
                 loss = loss / ids.numel()
             loss.backward()
+        return (counted.peak,)
+
+    def _try(self, model: nn.Module, batch_size: int) -> tuple[int]:
+        with self._operators(), CountedAllocations() as counted:
+            ids = torch.zeros(batch_size, self.config.seq_len, dtype=torch.int64)
+            losses_in_fp32(model, Batch(ids, ids, ids.numel()))
         return (counted.peak,)
 
     def _operators(self) -> AbstractContextManager[object]:

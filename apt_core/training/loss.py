@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from apt_core.data.batches import IGNORED, Batch
 from apt_core.metric_names import of_term
 from apt_core.modeling.masks import Tokens, padding_marked
+from apt_core.modeling.modes import eval_mode
 from apt_core.types import ModelOutput
 
 if TYPE_CHECKING:
@@ -32,6 +33,21 @@ def cross_entropy_sum(output: ModelOutput, batch: Batch) -> Tensor:
     """The cross-entropy summed over the target tokens, in nats, in fp32."""
     logits = output.logits.flatten(0, 1).float()
     return F.cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+@torch.no_grad()
+def losses_in_fp32(model: nn.Module, batch: Batch) -> Tensor:
+    """The cross-entropy of each token of ``batch`` [B*T], in nats, computed in fp32 in eval mode; 0
+    where there is no target."""
+    with eval_mode(model):
+        logits = model(batch.input_ids).logits
+    # A sequence at a time, for it takes as much again as its logits.
+    return torch.cat(
+        [
+            F.cross_entropy(row.float(), targets, ignore_index=IGNORED, reduction="none")
+            for row, targets in zip(logits, batch.targets, strict=True)
+        ]
+    )
 
 
 def loss_terms(trainer: Trainer, batch: Batch, output: ModelOutput) -> Iterator[tuple[str, Tensor]]:

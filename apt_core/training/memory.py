@@ -11,7 +11,7 @@ from torch import nn
 
 from apt_core.kernel import Kernel
 from apt_core.training.distributed import Sharding, local_part
-from apt_core.training.footprint import Footprint, Weights
+from apt_core.training.footprint import Footprint, Weights, count_bytes
 from apt_core.training.gradient_sum import BUCKET_BYTES
 from apt_core.training.stages import plugin_costs
 from apt_core.training.structure import structure_after
@@ -112,11 +112,42 @@ def estimate(
     )
 
 
-def switch_memory(before: MemoryEstimate, after: MemoryEstimate) -> int:
-    """Bytes that each process needs at the moment at which one structure of the model takes the
-    place of another: all that lasts of both, and the old gradients."""
-    old = before.total - (before.activations or 0)
-    return old + after.parameters + after.optimizer + after.ema
+def switch_memory(
+    old: Footprint, new: Footprint, before: MemoryEstimate, after: MemoryEstimate
+) -> int:
+    """Bytes that each process needs at most while the structure of ``new`` takes the place of that
+    of ``old``; ``before`` and ``after`` are their estimates.
+
+    What lasts of the old one, without gradients, is there throughout. Both are tried, each with the
+    activations of a loss; then the new optimizer's state is made, and the averages, but for state
+    that stays as it is. What a rule makes of a parameter is there twice for a moment.
+    """
+    lasting = before.parameters + before.optimizer + before.ema + before.buffers + before.snapshot
+    shapes = {name: p.shape for name, p in old.structure.named_parameters()}
+    parameters = dict(new.structure.named_parameters())
+    changed = {name: p for name, p in parameters.items() if shapes.get(name) != p.shape}
+    largest = max((p.nbytes for p in changed.values()), default=0)
+    state = after.optimizer
+    if after.sharding != "fsdp":
+        kept = count_bytes(p for name, p in parameters.items() if name not in changed)
+        state -= before.optimizer * kept // max(1, old.weights.parameters)
+    made = max(new.trial(after.batch_size), largest, state + after.ema + largest)
+    return lasting + max(old.trial(before.batch_size), after.parameters + made)
+
+
+def needed(footprint: Footprint, now: MemoryEstimate, after: Footprint | None) -> int:
+    """The bytes of ``now``, which is of ``footprint``, or, with ``after``, of it and of the switch
+    to that structure and the training of it, whichever are more."""
+    if after is None:
+        return now.total
+    then = estimate(
+        after,
+        now.world_size,
+        now.sharding,
+        batch_size=now.batch_size,
+        grad_accum_steps=now.grad_accum_steps,
+    )
+    return max(now.total, then.total, switch_memory(footprint, after, now, then))
 
 
 def _gathered(weights: Weights) -> int:
@@ -132,9 +163,11 @@ def fitting_batch(
     sharding: Sharding = "none",
     *,
     below: int | None = None,
+    after: Footprint | None = None,
 ) -> MemoryEstimate | None:
     """The largest micro-batch that fits into ``available`` bytes, with so many more of them that
     the batch of a step stays what it is; one of less than ``below`` sequences, where that is given.
+    With ``after`` the switch to that structure fits too, and what is trained then.
 
     None if not even a single sequence fits.
     """
@@ -152,7 +185,7 @@ def fitting_batch(
             batch_size=size,
             grad_accum_steps=training.grad_accum_steps * (training.batch_size // size),
         )
-        if tried.total <= available:
+        if needed(footprint, tried, after) <= available:
             best, low = tried, middle + 1
         else:
             high = middle
@@ -167,51 +200,68 @@ def out_of_memory_advice(
     *,
     device: torch.device | None = None,
     switched_by: Sequence[str] = (),
+    switching: str = "",
 ) -> str:
     """What to change so that the run fits into ``available`` bytes a process, in one line.
 
     ``device`` is the run's, where that is not the one which the profile names; ``switched_by`` are
-    the plugins that have changed the model so far.
+    the plugins that have changed the model so far, and ``switching`` is the one that was changing
+    it.
     """
     active = [r.name for r in kernel.manager.records.values() if r.state == "active"]
-    structure = structure_after(kernel, switched_by)
-    footprint = Footprint(kernel, device, structure, plugin_costs(kernel, active))
+
+    def footprint_after(*more: str) -> Footprint:
+        structure = structure_after(kernel, [*switched_by, *more])
+        return Footprint(kernel, device, structure, plugin_costs(kernel, [*active, *more]))
+
+    footprint = footprint_after()
+    after = footprint_after(switching) if switching else None
     training = kernel.config.training
     now = estimate(footprint, world_size, sharding)
     if now.activations is None:
         return f"{gib(available)} are there: try a training.batch_size below {training.batch_size}"
-    have = f"about {gib(now.total)} are needed and {gib(available)} are there"
-    if now.total <= available:
+    total = needed(footprint, now, after)
+    have = f"about {gib(total)} are needed and {gib(available)} are there"
+    if total <= available:
         have += ", part of which other programs, plugins or libraries take"
-    fitting = fitting_batch(footprint, available, world_size, sharding, below=training.batch_size)
+    fitting = fitting_batch(
+        footprint, available, world_size, sharding, below=training.batch_size, after=after
+    )
     if fitting is None:
-        return f"{have}; {_beyond_the_batch(footprint, world_size, sharding, available)}"
+        return f"{have}; {_beyond_the_batch(footprint, world_size, sharding, available, after)}"
     size, steps = fitting.batch_size, fitting.grad_accum_steps
     return (
         f"{have}; training.batch_size {size} with training.grad_accum_steps {steps} (the same "
-        f"global batch) needs {gib(fitting.total)}: "
+        f"global batch) needs {gib(needed(footprint, fitting, after))}: "
         f"--training.batch_size {size} --training.grad_accum_steps {steps}"
     )
 
 
 def _beyond_the_batch(
-    footprint: Footprint, world_size: int, sharding: Sharding, available: int
+    footprint: Footprint,
+    world_size: int,
+    sharding: Sharding,
+    available: int,
+    after: Footprint | None,
 ) -> str:
     """What helps where a smaller micro-batch does not."""
-    alone = estimate(footprint, world_size, sharding, batch_size=1)
+
+    def total(count: int, sharding: Sharding) -> int:
+        return needed(footprint, estimate(footprint, count, sharding, batch_size=1), after)
+
     options = ["a smaller model", f"a data.max_length below {footprint.config.seq_len}"]
     count = 2
     while count <= MOST_PROCESSES:
-        sharded = estimate(footprint, count, "fsdp", batch_size=1)
-        if count > world_size and sharded.total <= available:
+        if count > world_size and total(count, "fsdp") <= available:
             options.append(
                 f"hardware.distributed fsdp over {count} processes, each with as much memory "
-                f"(training.batch_size 1 then needs {gib(sharded.total)})"
+                f"(training.batch_size 1 then needs {gib(total(count, 'fsdp'))})"
             )
             break
         count *= 2
+    alone = gib(total(world_size, sharding))
     return (
-        f"training.batch_size 1 needs {gib(alone.total)}, so that a smaller one alone does not "
+        f"training.batch_size 1 needs {alone}, so that a smaller one alone does not "
         f"help; what does is {', or '.join(options)}"
     )
 

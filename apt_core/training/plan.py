@@ -232,22 +232,25 @@ class _Planning:
 
     def rows(self) -> list[dict[str, Any]]:
         rows = []
-        before: MemoryEstimate | None = None
+        before: tuple[Footprint, MemoryEstimate] | None = None
         # All of them first: what a plugin cannot do is said before anything takes time.
         for stage in [*stages(self.kernel, self.schedule)]:
-            memory = self._memory(stage)
-            switching = switch_memory(before, memory) if stage.switches and before else None
+            footprint = self._footprint(stage)
+            size = self.batch["processes"]
+            memory = estimate(footprint, size, sharding_of(self.kernel.config, size))
+            switching = None
+            if stage.switches and before:
+                switching = switch_memory(before[0], footprint, before[1], memory)
             rows.append(self._row(stage, memory, switching))
-            before = memory
+            before = footprint, memory
         return rows
 
-    def _memory(self, stage: Stage) -> MemoryEstimate:
-        size = self.batch["processes"]
+    def _footprint(self, stage: Stage) -> Footprint:
         key = id(stage.structure), stage.costs
         if key not in self._footprints:
             model = stage.structure.model
             self._footprints[key] = Footprint(self.kernel, structure=model, costs=stage.costs)
-        return estimate(self._footprints[key], size, sharding_of(self.kernel.config, size))
+        return self._footprints[key]
 
     def _row(self, stage: Stage, memory: MemoryEstimate, switching: int | None) -> dict[str, Any]:
         structure, cost = stage.structure, self.cost

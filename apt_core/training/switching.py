@@ -8,19 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.optim import Optimizer
 
-from apt_core.data.batches import IGNORED, Batch
+from apt_core.data.batches import Batch
 from apt_core.device import is_out_of_memory
 from apt_core.errors import CheckpointError, ConfigError, Problem
 from apt_core.log import get_logger
-from apt_core.modeling.modes import eval_mode
 from apt_core.modeling.transforms import ModelTransform
 from apt_core.plugin_records import PluginRecord
 from apt_core.training.ema import WeightAverage
+from apt_core.training.loss import losses_in_fp32
 from apt_core.training.prepare import build_optimizer
 from apt_core.training.structure import HOOK, base_structure, transform_of
 from apt_core.training.transforming import (
@@ -38,11 +36,8 @@ log = get_logger("apt.training")
 
 @dataclass(frozen=True)
 class _Made:
-    """What takes the place of the run's model and of all that holds its parameters; ``structure``
-    is the model on the meta device."""
+    """What takes the place of all that holds the parameters of the run's model."""
 
-    structure: nn.Module
-    model: nn.Module
     optimizer: Optimizer
     average: WeightAverage | None
     averages: dict[str, WeightAverage]
@@ -54,17 +49,24 @@ class Switching:
     ``switches`` are those that were made, in order, as manifests and checkpoints have them:
     ``plugin``, the first ``epoch`` and ``step`` of the new structure, ``loss_before`` and
     ``loss_after`` on a fixed batch of held-out text (nats per token, in fp32), and the plugins that
-    were ``quarantined``, which had no say in the new optimizer.
+    were ``quarantined``, which had no say in the new optimizer. ``making`` is the plugin for
+    which a second model is made, until the run has taken it.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._structure: nn.Module | None = None
         self.switches: list[dict[str, Any]] = []
+        self.making = ""
 
     def switch(self, plugin: str) -> bool:
         """Let ``plugin``, which is due, change the model; False if it failed, in which case nothing
-        is changed and it is quarantined in every process."""
+        is changed and it is quarantined in every process. The gradients of the last step go."""
+        taken = self._switch(plugin)
+        self.making = ""  # not after an exception, which ends the run and is to be explained
+        return taken
+
+    def _switch(self, plugin: str) -> bool:
         trainer, manager = self._trainer, self._trainer.manager
         if not manager.implements(plugin, HOOK) or plugin in self.plugins:
             return True
@@ -78,13 +80,15 @@ class Switching:
             return False
         if transform is None:
             return True
+        self.making = plugin
+        # Those of the last step are of no use any more, and take room.
+        trainer.optimizer.zero_grad(set_to_none=True)
         batch = trainer.evaluator.fixed_batch().to(trainer.device)
         before = fixed_loss(trainer, trainer.model, batch)
         after = float("nan")
         others = self._others(plugin)
         try:
-            made = self._make(transform)
-            self._refuse_if_changed(others)
+            structure, model = self._make_model(transform)
         except (Exception, SystemExit, GeneratorExit) as error:
             self._failed(plugin, others, error)
         # Under FSDP2 what follows needs all processes.
@@ -92,7 +96,7 @@ class Switching:
             self._restore(others)
             return False
         try:
-            after = fixed_loss(trainer, made.model, batch)
+            after = fixed_loss(trainer, model, batch)
             # Not "difference > tolerance", of which NaN knows nothing.
             if not abs(after - before) <= transform.tolerance:
                 raise ValueError(
@@ -104,8 +108,18 @@ class Switching:
         if not self._agreed(plugin):
             self._restore(others)
             return False
-        grown = [sum(p.numel() for p in m.parameters()) for m in (trainer.model, made.model)]
+        # Only now: the activations of the losses and the new state need not be there together.
+        try:
+            made = self._make_rest(transform, model)
+            self._refuse_if_changed(others)
+        except (Exception, SystemExit, GeneratorExit) as error:
+            self._failed(plugin, others, error)
+        if not self._agreed(plugin):
+            self._restore(others)
+            return False
+        grown = [sum(p.numel() for p in m.parameters()) for m in (trainer.model, model)]
         # Before the rest: a run that dies in it saves the new model.
+        self.making = ""
         self.switches.append(
             {
                 "plugin": plugin,
@@ -116,7 +130,7 @@ class Switching:
                 "quarantined": [r.name for r in self._quarantined()],
             }
         )
-        self._adopt(made, transform)
+        self._adopt(structure, model, made, transform)
         log.info(
             "%s changed the model: %s parameters, %s before; loss of a fixed batch %.6f, "
             "%.6f before (%+.1e)",
@@ -162,7 +176,9 @@ class Switching:
                     f"plugin {switch['plugin']} changed the structure of the checkpoint's model, "
                     f"and does not do so now{f' ({reason})' if reason else ''}"
                 )
-            self._adopt(self._make(transform, carry=False), transform)
+            structure, model = self._make_model(transform, carry=False)
+            made = self._make_rest(transform, model, carry=False)
+            self._adopt(structure, model, made, transform)
             self.switches.append(dict(switch))
 
     @property
@@ -227,14 +243,16 @@ class Switching:
             log.warning("the model stays as it is, without what %s would have changed", plugin)
         return not any(reasons)
 
-    def _make(self, transform: ModelTransform, *, carry: bool = True) -> _Made:
-        trainer, kernel = self._trainer, self._trainer.kernel
-        old, config = trainer.model, trainer.config
+    def _make_model(
+        self, transform: ModelTransform, *, carry: bool = True
+    ) -> tuple[nn.Module, nn.Module]:
+        """The new structure on the meta device, and the model."""
+        trainer, config = self._trainer, self._trainer.config
         structure = copy.deepcopy(transform.model)
         faults: list[Exception] = []
         model = materialize(
             transform,
-            old,
+            trainer.model,
             carry=carry,
             faults=faults,
             seed=config.training.seed,
@@ -242,21 +260,29 @@ class Switching:
             device=trainer.device,
             world=trainer.world,
         )
+        if faults:
+            raise faults[0]
+        carry_frozen(transform, trainer.model, model)
+        return structure, model
+
+    def _make_rest(
+        self, transform: ModelTransform, model: nn.Module, *, carry: bool = True
+    ) -> _Made:
+        trainer, kernel = self._trainer, self._trainer.kernel
+        faults: list[Exception] = []
         optimizer = build_optimizer(kernel, model)
         if carry:
-            provider = trainer.registry.get("optimizer", config.training.optimizer_name)
+            name = kernel.config.training.optimizer_name
+            moments = trainer.registry.get("optimizer", name).moments
             carry_optimizer_state(
-                transform, old, trainer.optimizer, model, optimizer, provider.moments, faults
+                transform, trainer.model, trainer.optimizer, model, optimizer, moments, faults
             )
-        carry_frozen(transform, old, model)
 
         def moved(average: WeightAverage) -> WeightAverage:
             values = carry_average(transform, average.values, model, faults) if carry else None
             return WeightAverage(model, average.decay, warmup=average.warmup, values=values)
 
         made = _Made(
-            structure,
-            model,
             optimizer,
             None if trainer.ema is None else moved(trainer.ema),
             {plugin: moved(average) for plugin, average in trainer.averages.items()},
@@ -265,24 +291,21 @@ class Switching:
             raise faults[0]
         return made
 
-    def _adopt(self, made: _Made, transform: ModelTransform) -> None:
+    def _adopt(
+        self, structure: nn.Module, model: nn.Module, made: _Made, transform: ModelTransform
+    ) -> None:
         trainer = self._trainer
-        self._structure = made.structure
+        self._structure = structure
         trainer.modes.carry(transform, trainer.model)
         trainer.ema, trainer.averages = made.average, made.averages
-        trainer.switch_to(made.model, made.optimizer)
+        trainer.switch_to(model, made.optimizer)
         trainer.step_log.structure_changed(transform.added_flops)
 
 
-@torch.no_grad()
 def fixed_loss(trainer: Trainer, model: nn.Module, batch: Batch) -> float:
     """The mean cross-entropy of ``batch`` in nats per token, computed in fp32 in eval mode."""
     try:
-        with eval_mode(model):
-            logits = model(batch.input_ids).logits.flatten(0, 1).float()
-        losses = F.cross_entropy(
-            logits, batch.targets.flatten(), ignore_index=IGNORED, reduction="none"
-        )
+        losses = losses_in_fp32(model, batch)
     finally:
         trainer.world.reshard(model)
     # The last digits of a sum in fp32 are what is to be compared.

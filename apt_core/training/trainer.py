@@ -697,6 +697,7 @@ class Trainer:
                 available,
                 device=device,
                 switched_by=self.switching.plugins,
+                switching=self.switching.making,
             )
         except Exception as failure:
             advice = f"what would fit cannot be told ({one_line(failure)})"

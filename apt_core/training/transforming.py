@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from apt_core.modeling.init import initialize_parameters
 from apt_core.modeling.transforms import ModelTransform, Rule, unchanged
-from apt_core.training.distributed import ALONE, World, shard_like, whole_tensor
+from apt_core.training.distributed import ALONE, World, is_sharded, shard_like, whole_tensor
 
 CPU = torch.device("cpu")
 
@@ -111,7 +111,8 @@ def carry_optimizer_state(
     moments: Mapping[str, int],
     faults: list[Exception] | None = None,
 ) -> None:
-    """Give ``new_optimizer``, which has taken no step, what ``old_optimizer`` keeps.
+    """Give ``new_optimizer``, which has taken no step, what ``old_optimizer`` keeps. What stays as
+    it is they share: only one of them may take another step.
 
     ``moments`` are those of the optimizer's provider, ``faults`` as in :func:`materialize`. Raises
     ValueError for state of the size of its parameter that is not among them.
@@ -129,9 +130,12 @@ def carry_optimizer_state(
         rules: dict[int, Rule] = {1: origin.first_moment, 2: origin.second_moment}
         state = packed["state"][index] = {}
         for key, value in old_optimizer.state[source].items():
-            if key in moments:
+            rule = rules[moments[key]] if key in moments else None
+            if rule is unchanged and value.shape == parameter.shape and not is_sharded(parameter):
+                state[key] = value
+            elif rule is not None:
                 whole, what = whole_tensor(value), f"{name}//{key}"
-                whole = _by(rules[moments[key]], whole, parameter, what, faults)
+                whole = _by(rule, whole, parameter, what, faults)
                 state[key] = shard_like(whole, parameter).clone()
             elif isinstance(value, Tensor) and value.numel() > 1:
                 raise ValueError(

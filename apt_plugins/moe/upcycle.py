@@ -190,11 +190,13 @@ class _Copies:
         down = name == "down"
         parts = whole.unflatten(1 if down else 0, (groups, self.hidden))
         parts = parts.movedim(1, 0) if down else parts
-        copies = parts[:, None].expand(groups, experts, *parts.shape[1:]).flatten(0, 1)
+        # One tensor of their size: of the largest experts it is what takes the most here.
+        copies = parts[:, None].repeat(1, experts, 1, 1).flatten(0, 1)
         if power and self.settings.symmetry_breaking:
             scale = whole.new_tensor([0.5**power, 1.0, 2.0**power])[self._gauge().to(whole.device)]
-            copies = copies * scale[:, None, :] if down else copies * scale[:, :, None]
-        return copies * factor
+            copies *= scale[:, None, :] if down else scale[:, :, None]
+        copies *= factor
+        return copies
 
     def _gauge(self) -> Tensor:
         """1 + log2 of c by expert and hidden unit, int64 [G*E, F/G]; c is 1 in the first expert of

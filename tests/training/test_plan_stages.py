@@ -253,17 +253,35 @@ def test_the_moment_of_the_switch_has_the_state_of_both_structures(kernel_of) ->
     kernel = kernel_of(training={"ema_decay": 0.9})
     plan = make_plan(kernel)
     found = by_name(plan)
-    before, after = (
-        estimate(Footprint(kernel, structure=structure_after(kernel, plugins)))
-        for plugins in ([], ["wider"])
+    old, new = (
+        Footprint(kernel, structure=structure_after(kernel, plugins)) for plugins in ([], ["wider"])
     )
-    both = 2 * (before.gradients + after.gradients) + before.optimizer + after.optimizer
-    tables = before.parameters - before.gradients
-    expected = both + before.gradients + 2 * tables + before.snapshot
-    assert found["enable wider"]["switch_memory"] == switch_memory(before, after) == expected
+    before, after = estimate(old), estimate(new)
+    lasting = before.parameters + before.optimizer + before.ema + before.snapshot
+    # A rule makes a parameter beside its place, and the state of what stays is taken over: of all
+    # but the feed-forwards of every second layer. There are no gradients.
+    largest, moved = 4 * HIDDEN * WIDTH, LAYERS // 2 * 3 * 48 * WIDTH * 4
+    kept = before.optimizer * (before.gradients - moved) // before.gradients
+    made = after.parameters + after.optimizer - kept + after.ema + largest
+    assert new.trial(4) < made - after.parameters
+    expected = lasting + made
+    assert found["enable wider"]["switch_memory"] == expected
+    assert switch_memory(old, new, before, after) == expected
     others = [stage["switch_memory"] for name, stage in found.items() if name != "enable wider"]
     assert others == [None] * 3
     assert "switch (enable wider): " in printed(plan)
+
+
+def test_a_switch_that_computes_much_takes_what_its_trial_takes(kernel_of) -> None:
+    kernel = kernel_of(training={"batch_size": 64})
+    old, new = (
+        Footprint(kernel, structure=structure_after(kernel, plugins)) for plugins in ([], ["wider"])
+    )
+    before, after = estimate(old), estimate(new)
+    lasting = before.parameters + before.optimizer + before.snapshot
+    logits = 64 * 16 * 256 * 4
+    assert new.trial(64) > logits
+    assert switch_memory(old, new, before, after) == lasting + after.parameters + new.trial(64)
 
 
 def test_running_out_of_memory_after_a_switch_is_judged_by_the_new_structure(kernel_of) -> None:
