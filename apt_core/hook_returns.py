@@ -309,7 +309,7 @@ def costs(value: Any, arguments: Mapping[str, Any]) -> PluginCosts:
 
 def loss_terms(value: Any, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     """a mapping of names to 0-d real tensors on the model's device"""
-    device = arguments["output"].logits.device
+    device = arguments["batch"].targets.device
     return {name: _loss_term(term, device) for name, term in _pairs(value, "what it returned")}
 
 

@@ -77,14 +77,16 @@ def _set_autocast(values: tuple[Any, ...]) -> None:
     torch.clear_autocast_cache()
 
 
-def _precision() -> tuple[Any, ...]:
+def fp32_precision() -> tuple[Any, ...]:
+    """How exact fp32 arithmetic is, for :func:`set_fp32_precision`."""
     named = None
     with suppress(RuntimeError):  # torch refuses the old name where the new ones are mixed
         named = torch.get_float32_matmul_precision()
     return (named, *(_C._get_fp32_precision_getter(*place) for place in PRECISIONS))
 
 
-def _set_precision(values: tuple[Any, ...]) -> None:
+def set_fp32_precision(values: tuple[Any, ...]) -> None:
+    """Bring back what :func:`fp32_precision` has found."""
     named, *each = values
     if named is not None:
         torch.set_float32_matmul_precision(named)
@@ -180,7 +182,7 @@ def _states() -> Iterator[State]:
         lambda values: torch.set_anomaly_enabled(*values),
     )
     yield State("number of threads", torch.get_num_threads, torch.set_num_threads)
-    yield State("fp32 precision", _precision, _set_precision)
+    yield State("fp32 precision", fp32_precision, set_fp32_precision)
     yield State(
         "deterministic algorithms",
         lambda: (

@@ -23,7 +23,6 @@ from apt_core.kernel import boot
 from apt_core.modeling import ModelBuilder
 from apt_core.modeling.layers import SelfAttention
 from apt_core.training import Trainer
-from apt_core.training.loss import cross_entropy_sum
 from apt_core.training.prepare import Parts, prepare
 
 Losses = Mapping[tuple[str, int], Sequence[float]]
@@ -133,7 +132,7 @@ def training_step(variant: Variant) -> Callable[[], object]:
 
     def call() -> None:
         parts.optimizer.zero_grad(set_to_none=True)
-        (cross_entropy_sum(parts.forward(batch.input_ids), batch) / batch.num_targets).backward()
+        (parts.forward(batch)[0] / batch.num_targets).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         parts.optimizer.step()
 

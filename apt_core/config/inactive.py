@@ -112,6 +112,17 @@ def unused_settings(
     if training.early_stopping_patience is None:
         patience = "training.early_stopping_patience"
         yield Unused("training.early_stopping_min_delta", f"{patience} is not set", (patience,))
+    if training.compile is False:
+        key = "training.compile"
+        yield Unused(f"{key}_mode", f"{key} is false", (key,))
+    if config.hardware.device == "cpu":
+        if training.compile == "auto":
+            reason = "training.compile is auto, which compiles nothing on a CPU"
+            keys = ("training.compile", "hardware.device")
+            yield Unused("training.compile_mode", reason, keys)
+        yield Unused(
+            "hardware.tf32", "it is of a GPU: hardware.device is cpu", ("hardware.device",)
+        )
     if config.evaluation.sample_tokens == 0:
         tokens = "evaluation.sample_tokens"
         for key in ("evaluation.sample_prompt", "evaluation.sample_temperature"):

@@ -299,7 +299,16 @@ class TrainingSection(Section):
     amp_level: Name | None = Field(
         default=None, description="Level of the former apex autocast; has no effect."
     )
-    compile: bool = Field(default=False, description="Compile the model with torch.compile.")
+    compile: Annotated[Literal[True, False, "auto"], one_of(True, False, "auto")] = Field(
+        default="auto",
+        description="Compile the forward and the loss with torch.compile: true, false, or auto "
+        "(on a GPU, where nothing speaks against it).",
+    )
+    compile_mode: Literal["auto", "default", "reduce-overhead"] = Field(
+        default="auto",
+        description="How it is compiled: default, reduce-overhead (with CUDA graphs), or auto "
+        "(with graphs where the model is small).",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0, description="Seed of the weights, the data order and dropout."
     )
@@ -431,6 +440,11 @@ class HardwareSection(Section):
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$")] = Field(
         default="auto", description="auto, cpu, mps, cuda or cuda:N."
+    )
+    tf32: bool = Field(
+        default=True,
+        description="Let a GPU multiply fp32 matrices in TF32, several times as fast with 10 bits "
+        "of mantissa; false: exactly.",
     )
     num_threads: Annotated[int, Field(ge=1, le=2**10)] | None = Field(
         default=None,

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from apt_core.data.batches import IGNORED, Batch
 from apt_core.device import autocast
 from apt_core.modeling.casts import KeptCasts
 from apt_core.modeling.modes import eval_mode
+from apt_core.types import ModelOutput
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,15 @@ class BatchScore:
     num_targets: int
 
 
+def sums_of(output: ModelOutput, targets: Tensor, *, accuracy: bool) -> Tensor:
+    """Of ``targets`` [B, T]: the summed loss in nats and how many were predicted right, 0 unless
+    ``accuracy`` is wanted; fp64 [2]."""
+    logits, expected = output.logits.flatten(0, 1).float(), targets.flatten()
+    loss = F.cross_entropy(logits, expected, ignore_index=IGNORED, reduction="sum")
+    right = (logits.argmax(-1) == expected).sum() if accuracy else torch.zeros_like(loss)
+    return torch.stack([loss.double(), right.double()])
+
+
 @torch.no_grad()
 def score_batches(
     model: nn.Module,
@@ -35,25 +45,28 @@ def score_batches(
     dtype: torch.dtype | None = None,
     accuracy: bool = False,
     interrupted: Callable[[], bool] = lambda: False,
+    sums: Callable[..., Tensor] | None = None,
 ) -> list[BatchScore] | None:
     """Score ``model`` on each of ``batches``, in eval mode; modules have their own back.
 
-    None when ``interrupted()`` became true before the end.
+    None when ``interrupted()`` became true before the end. ``sums(batch, accuracy=...)`` computes
+    what :func:`sums_of` does, by default with the model itself.
     """
-    sums, targets, casts = [], [], KeptCasts(model)
+    if sums is None:
+
+        def sums(batch: Batch, *, accuracy: bool) -> Tensor:
+            return sums_of(model(batch.input_ids), batch.targets, accuracy=accuracy)
+
+    found, targets, casts = [], [], KeptCasts(model)
     with eval_mode(model):
         for batch in batches:
             if interrupted():
                 return None
             batch = batch.to(device)
             with casts.used(dtype), autocast(device, dtype):
-                logits = model(batch.input_ids).logits.flatten(0, 1).float()
-            expected = batch.targets.flatten()
-            loss = F.cross_entropy(logits, expected, ignore_index=IGNORED, reduction="sum")
-            right = (logits.argmax(-1) == expected).sum() if accuracy else torch.zeros_like(loss)
-            sums.append(torch.stack([loss.double(), right.double()]))
+                found.append(sums(batch, accuracy=accuracy))
             targets.append(batch.num_targets)
-    rows = torch.stack(sums).tolist() if sums else []
+    rows = torch.stack(found).tolist() if found else []
     return [
         BatchScore(loss, int(right) if accuracy else None, count)
         for (loss, right), count in zip(rows, targets, strict=True)

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from apt_core.config.schema import ModelSection
-from apt_core.data.batches import Batch
 from apt_core.device import (
     autocast,
     autocast_dtype,
@@ -274,7 +273,7 @@ def measured_size(
 
 
 def _train_model(model: nn.Module, ids: Tensor) -> Tensor:
-    return cross_entropy_sum(model(ids), Batch(ids, ids, ids.numel())) / ids.numel()
+    return cross_entropy_sum(model(ids), ids) / ids.numel()
 
 
 def _training_layers(d_model: int) -> Callable[[nn.Module, Tensor], Tensor]:

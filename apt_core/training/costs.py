@@ -175,7 +175,7 @@ def support_notices(kernel: Kernel, device: torch.device) -> list[str]:
     """What the profile asks of an attention that does not claim it, one line each."""
     training = kernel.config.training
     asked = {
-        "compile": ("training.compile", training.compile, "it breaks the graph"),
+        "compile": ("training.compile", training.compile is True, "it breaks the graph"),
         "autocast": (
             "training.mixed_precision",
             autocast_dtype(training.mixed_precision, device, kernel.config.model.d_model)

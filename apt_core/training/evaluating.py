@@ -68,6 +68,7 @@ class Evaluator:
                 dtype=trainer.parts.dtype,
                 accuracy=self._accuracy,
                 interrupted=lambda: trainer.stopping.interrupted,
+                sums=trainer.parts.forward.sums,
             )
         if scored is None:
             return None

@@ -28,7 +28,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from apt_core.data.batches import Batch
 from apt_core.device import autocast, autocast_dtype, planned_capability, resolve_device
 from apt_core.failures import one_line
 from apt_core.kernel import Kernel
@@ -167,16 +166,15 @@ class Footprint:
         dtype = autocast_dtype(config.training.mixed_precision, self.device, config.model.d_model)
         with self._operators(), CountedAllocations() as counted:
             ids = torch.zeros(batch_size, config.seq_len, dtype=torch.int64)
-            batch = Batch(ids, ids, ids.numel())
             with autocast(CPU, dtype):
                 # What the forwards give is there until the backward is done.
                 outputs = [model(ids)]
-                loss = cross_entropy_sum(outputs[0], batch)
+                loss = cross_entropy_sum(outputs[0], ids)
                 with torch.no_grad(), eval_mode(model):
                     outputs += [model(ids) for _ in range(self.costs.forwards)]
                 for _ in range(self.costs.passes):
                     outputs.append(model(ids))
-                    loss = loss + cross_entropy_sum(outputs[-1], batch)
+                    loss = loss + cross_entropy_sum(outputs[-1], ids)
                 loss = loss / ids.numel()
             loss.backward()
         return (counted.peak,)

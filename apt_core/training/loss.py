@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from apt_core.training.trainer import Trainer
 
 
-def forward_batch(forward: nn.Module, model: nn.Module, batch: Batch) -> ModelOutput:
-    """What ``forward``, the ``model`` itself or what wraps it, gives for ``batch`` in training; its
+Result = TypeVar("Result")
+
+
+def forward_batch(forward: Callable[[Tensor], Result], model: nn.Module, batch: Batch) -> Result:
+    """What ``forward``, the ``model`` itself or what calls it, gives for ``batch`` in training; its
     layers know which positions are padding."""
     if batch.num_targets == batch.targets.numel():
         return forward(batch.input_ids)
@@ -29,10 +32,10 @@ def forward_batch(forward: nn.Module, model: nn.Module, batch: Batch) -> ModelOu
         return forward(batch.input_ids)
 
 
-def cross_entropy_sum(output: ModelOutput, batch: Batch) -> Tensor:
-    """The cross-entropy summed over the target tokens, in nats, in fp32."""
+def cross_entropy_sum(output: ModelOutput, targets: Tensor) -> Tensor:
+    """The cross-entropy of ``targets`` [B, T], summed over those that count, in nats, in fp32."""
     logits = output.logits.flatten(0, 1).float()
-    return F.cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 @torch.no_grad()
@@ -50,8 +53,11 @@ def losses_in_fp32(model: nn.Module, batch: Batch) -> Tensor:
     )
 
 
-def loss_terms(trainer: Trainer, batch: Batch, output: ModelOutput) -> Iterator[tuple[str, Tensor]]:
-    """``(loss/<plugin>.<name>, 0-d tensor)`` of every term."""
+def loss_terms(
+    trainer: Trainer, batch: Batch, output: ModelOutput | None
+) -> Iterator[tuple[str, Tensor]]:
+    """``(loss/<plugin>.<name>, 0-d tensor)`` of every term. ``output`` may be None where none of
+    the plugins reads it."""
     for plugin, terms in trainer.manager.call_each(
         "apt_loss_terms", trainer=trainer, batch=batch, output=output
     ):

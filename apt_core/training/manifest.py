@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from apt_core.device import gpu_name
 from apt_core.kernel import Kernel
+from apt_core.training.compiling import computes
 from apt_core.training.run_folder import now, versions
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ def write_manifest(trainer: Trainer, status: str, **entries: Any) -> None:
         data=trainer.parts.data,
         device=str(trainer.device),
         gpu=gpu_name(trainer.device),
+        computes=computes(
+            trainer.config, trainer.device, trainer.parts.dtype, trainer.parts.forward.compilation
+        ),
         world_size=trainer.world_size,
         parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
         providers=[row.row() for row in kernel.registry.resolutions.values()],

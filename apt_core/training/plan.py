@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from apt_core.config import Config, Source, check_files
 from apt_core.config.switches import UNITS
 from apt_core.data.batches import StepPlan, num_windows
 from apt_core.data.tokens import tokenize
+from apt_core.device import autocast_dtype
 from apt_core.errors import AptError
 from apt_core.failures import one_line
 from apt_core.kernel import DATA_PATHS, Kernel, before_the_run, data_files
@@ -17,6 +20,7 @@ from apt_core.providers.tokenizer import TokenizerProvider
 from apt_core.schedules import Horizon, Schedule
 from apt_core.training.blame import naming_authors
 from apt_core.training.calibration import Calibration, Speed
+from apt_core.training.compiling import compilation, computes
 from apt_core.training.costs import (
     BACKWARD_AND_FORWARD,
     ModelCost,
@@ -45,9 +49,11 @@ READ_UP_TO = 64 * 2**20
 
 
 def make_plan(kernel: Kernel, world_size: int | None = None) -> dict[str, Any]:
-    """The plan as JSON values, with the keys profile, device, providers, plugins, inactive_keys,
-    notices, missing, model, batch, calibration and stages.
+    """The plan as JSON values, with the keys profile, device, computes, providers, plugins,
+    inactive_keys, notices, missing, model, batch, calibration and stages.
 
+    ``computes`` has the ``precision`` of the forward, whether a GPU multiplies fp32 in ``tf32``,
+    and what ``compile`` comes to: its ``mode``, null where nothing is compiled, and the ``reason``.
     ``missing`` has what the run needs and this machine lacks: ``key`` of the profile and
     ``message``. ``model`` has the parts of the model at the start with their costs, as
     :mod:`apt_core.training.costs` counts them; what a provider cannot tell is null there, with a
@@ -88,6 +94,7 @@ def make_plan(kernel: Kernel, world_size: int | None = None) -> dict[str, Any]:
     return {
         "profile": kernel.config.name,
         "device": str(device),
+        "computes": _computes(kernel, device, world_size),
         "providers": [row.row() for row in kernel.registry.resolutions.values()],
         "plugins": [_at_the_start(kernel, row) for row in plugin_rows(kernel)],
         "inactive_keys": [{"key": k.key, "reason": k.reason} for k in kernel.inactive],
@@ -117,6 +124,13 @@ def missing_parts(kernel: Kernel, world_size: int | None) -> list[dict[str, str]
         _, notice = processes_for(config)
         found += [_entry(notice)] if notice else []
     return found
+
+
+def _computes(kernel: Kernel, device: torch.device, world_size: int) -> dict[str, Any]:
+    config = kernel.config
+    dtype = autocast_dtype(config.training.mixed_precision, device, config.model.d_model)
+    chosen = compilation(kernel, device, sharding_of(config, world_size), world_size)
+    return computes(config, device, dtype, chosen)
 
 
 def _paths(config: Config) -> list[dict[str, str]]:

@@ -28,6 +28,7 @@ from apt_core.providers.lr_schedule import LRScheduleProvider
 from apt_core.providers.optimizer import OptimizerProvider
 from apt_core.providers.tokenizer import TokenizerProvider
 from apt_core.training.blame import naming_authors
+from apt_core.training.compiling import Forward, compilation
 from apt_core.training.costs import support_notices
 from apt_core.training.distributed import ALONE, World
 from apt_core.training.parameter_groups import parameter_groups
@@ -58,7 +59,7 @@ def num_threads(config: Config) -> int | None:
 
 @dataclass
 class Parts:
-    """The parts of a run. ``forward`` is the model, compiled where the profile asks for it."""
+    """The parts of a run. ``forward`` computes the model, compiled or not."""
 
     device: torch.device
     dtype: torch.dtype | None
@@ -68,7 +69,7 @@ class Parts:
     bytes_per_token: float
     data: dict[str, Any]
     model: nn.Module
-    forward: nn.Module
+    forward: Forward
     optimizer: Optimizer
     lr_schedule: LRScheduleProvider
 
@@ -110,7 +111,7 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> Parts:
         bytes_per_token=bytes_per_token,
         data=data,
         model=model,
-        forward=loop_forward(kernel, model, world),
+        forward=loop_forward(kernel, model, device, world),
         optimizer=optimizer,
         lr_schedule=lr_schedule,
     )
@@ -152,15 +153,15 @@ def _note_roles_that_are_not_told(kernel: Kernel, model: nn.Module) -> None:
         )
 
 
-def loop_forward(kernel: Kernel, model: nn.Module, world: World) -> nn.Module:
-    """What the loop calls: ``model``, the same in every process, compiled where the profile asks
-    for it."""
+def loop_forward(kernel: Kernel, model: nn.Module, device: torch.device, world: World) -> Forward:
+    """What the loop calls: ``model``, the same in every process, compiled or not."""
     world.replicate(model)
-    return torch.compile(model) if kernel.config.training.compile else model
+    chosen = compilation(kernel, device, world.sharding, world.size)
+    return Forward(model, chosen, strict=kernel.manager.strict)
 
 
 OWN_SECTIONS = ("name", "version", "description", "monitoring", "hardware", "debug")
-"""What may differ between the processes of a run."""
+"""What may differ between the processes of a run, but for what of it decides."""
 
 
 def _what_decides(
@@ -183,6 +184,7 @@ def _what_decides(
             if r.state == "active"
         },
         "precision": str(dtype),
+        "tf32": kernel.config.hardware.tf32,
         "versions": versions(),
     }
 

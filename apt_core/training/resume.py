@@ -21,6 +21,7 @@ FREE_KEYS = (
     "training.batch_size",
     "training.grad_accum_steps",
     "training.compile",
+    "training.compile_mode",
     "training.max_seconds",
     "training.early_stopping_patience",
     "training.early_stopping_min_delta",

@@ -1,4 +1,5 @@
-"""Seeds as pure functions of the position, and kernels that give the same result every time."""
+"""Seeds as pure functions of the position, kernels that give the same result every time, and how
+exact products are."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from apt_core.modeling.init import seed_of
+from apt_core.process_state import fp32_precision, set_fp32_precision
 
 _64_BITS = 2**64 - 1
 
@@ -26,11 +28,18 @@ class ModelSeeds:
         else:
             self._manual_seed = torch.default_generator.manual_seed
 
+        self._newest = 0
+
     def seed(self, step: int, micro: int) -> None:
         # Multiplied and folded by odd constants, for a generator may look at the low half alone.
         mixed = self._start + step * 0x9E3779B97F4A7C15 + micro * 0xC2B2AE3D27D4EB4F & _64_BITS
         mixed = (mixed ^ mixed >> 32) * 0xD6E8FEB86659FD93 & _64_BITS
-        self._manual_seed((mixed ^ mixed >> 32) >> 1)
+        self._newest = (mixed ^ mixed >> 32) >> 1
+        self._manual_seed(self._newest)
+
+    def again(self) -> None:
+        """Seed it for the same micro-batch once more."""
+        self._manual_seed(self._newest)
 
 
 @contextmanager
@@ -52,3 +61,21 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
+
+
+@contextmanager
+def fp32_products(device: torch.device, *, tf32: bool) -> Iterator[None]:
+    """Let a GPU multiply matrices of fp32 in TF32 inside, or exactly where ``tf32`` is False.
+
+    TF32 has 10 bits of mantissa of fp32's 23. A device that is no GPU multiplies as before.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = fp32_precision()
+    # By the old name: torch raises where it is asked for that after a setting by the new ones.
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        yield
+    finally:
+        set_fp32_precision(before)

@@ -20,6 +20,7 @@ from apt_core.plugin_records import PluginRecord
 from apt_core.training.ema import WeightAverage
 from apt_core.training.loss import losses_in_fp32
 from apt_core.training.prepare import build_optimizer
+from apt_core.training.seeds import fp32_products
 from apt_core.training.structure import HOOK, base_structure, transform_of
 from apt_core.training.transforming import (
     carry_average,
@@ -62,7 +63,9 @@ class Switching:
     def switch(self, plugin: str) -> bool:
         """Let ``plugin``, which is due, change the model; False if it failed, in which case nothing
         is changed and it is quarantined in every process. The gradients of the last step go."""
-        taken = self._switch(plugin)
+        # The last digits of fp32 tell the old model from the new one.
+        with fp32_products(self._trainer.device, tf32=False):
+            taken = self._switch(plugin)
         self.making = ""  # not after an exception, which ends the run and is to be explained
         return taken
 

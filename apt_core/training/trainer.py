@@ -43,6 +43,7 @@ from apt_core.plugin_manager import PluginManager
 from apt_core.process_state import ProcessState
 from apt_core.training.blame import attributed, usable_factor
 from apt_core.training.callbacks import Callbacks
+from apt_core.training.compiling import compiler_settings, readers_of_outputs
 from apt_core.training.distributed import World
 from apt_core.training.diverging import diverged, listed, void_steps
 from apt_core.training.ema import WeightAverage
@@ -51,12 +52,7 @@ from apt_core.training.evaluating import Evaluator
 from apt_core.training.finite_guard import FiniteGuard
 from apt_core.training.gradient_sum import GradientSum
 from apt_core.training.gradients import Gradients, name_bad_gradients
-from apt_core.training.loss import (
-    cross_entropy_sum,
-    forward_batch,
-    loss_terms,
-    without_gradients,
-)
+from apt_core.training.loss import loss_terms, without_gradients
 from apt_core.training.manifest import write_manifest
 from apt_core.training.memory import out_of_memory_advice, own_memory
 from apt_core.training.model_modes import ModelModes
@@ -65,7 +61,7 @@ from apt_core.training.prepare import loop_forward, num_threads, prepare, settle
 from apt_core.training.run_folder import RunFolder
 from apt_core.training.run_length import horizon
 from apt_core.training.saving import Saving
-from apt_core.training.seeds import ModelSeeds, deterministic_kernels
+from apt_core.training.seeds import ModelSeeds, deterministic_kernels, fp32_products
 from apt_core.training.step_clock import StepClock
 from apt_core.training.step_log import StepLog
 from apt_core.training.stopping import Stopping
@@ -268,12 +264,14 @@ class Trainer:
             self.stopping.interrupts.listening(),
             threads,
             deterministic,
+            compiler_settings(self.config),
             keeping_backlog() as backlog,
         ):
             with before_the_run():
                 self.device = settle_device(self.kernel, self.world)
             with (
                 as_current_device(self.device),
+                fp32_products(self.device, tf32=self.config.hardware.tf32),
                 self.world.joined(self.device, self.config.hardware.backend),
             ):
                 self._held = held_memory(self.device)
@@ -359,6 +357,7 @@ class Trainer:
         plan, hook, device, clock = self.parts.plan, self.manager.hook, self.device, self.clock
         watch = self._watch
         seeds = ModelSeeds(device, training.seed, self.rank)
+        outputs = bool(readers_of_outputs(hook))
         first_epoch, first_index = divmod(self.step, plan.steps_per_epoch)
         self.step_log.begin()
         if self._over():
@@ -426,8 +425,9 @@ class Trainer:
                     if together is not None:
                         together.expect(last=last)
                     with self._casts.used(self.parts.dtype), autocast(device, self.parts.dtype):
-                        output = forward_batch(self.parts.forward, self.model, batch)
-                        summed = cross_entropy_sum(output, batch)
+                        summed, output = self.parts.forward(
+                            batch, outputs=outputs, again=seeds.again
+                        )
                     if last:
                         self._casts.forget()  # from here on the backward lets go of them
                     if logged:
@@ -523,7 +523,7 @@ class Trainer:
         self._use(model, optimizer)
         self.guard.load(*skipped)
         self.parts.model, self.parts.optimizer = model, optimizer
-        self.parts.forward = loop_forward(self.kernel, model, self.world)
+        self.parts.forward = loop_forward(self.kernel, model, self.device, self.world)
         if self._watch is not None and self._watch.stepping:
             self._watch.expect(model)
 

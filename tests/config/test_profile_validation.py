@@ -79,7 +79,10 @@ def test_five_mistakes_report_five(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("d_model", "did you mean 'model.d_model'?"),
         ("monitoring.wandb.enable", "did you mean 'enabled'?"),
         ("schedules.ramp.strat", "did you mean 'start'?"),
-        ("hardware.qqq", "known keys here: backend, device, distributed, num_gpus, num_threads"),
+        (
+            "hardware.qqq",
+            "known keys here: backend, device, distributed, num_gpus, num_threads, tf32",
+        ),
     ],
 )
 def test_an_unknown_key_at_any_depth_gets_a_suggestion(path: str, hint: str) -> None:
@@ -187,7 +190,7 @@ def test_what_an_unknown_key_stands_for_causes_no_further_problem() -> None:
         ("training.betas", [0.9], "is missing"),
         ("training.betas", [0.9, 1.0], "less than 1"),
         ("training.seed", -1, "at least 0"),
-        ("training.compile", "yes", "true or false, not the text 'yes'"),
+        ("training.compile", "yes", "true, false or 'auto', not the text 'yes'"),
         ("debug.log_level", "debug", "'DEBUG', 'INFO'"),
         ("hardware.device", "gpu", "must match"),
         ("plugins", "moe", "a list, not the text 'moe'"),

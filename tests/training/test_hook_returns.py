@@ -38,7 +38,7 @@ from apt_core.types import GenerationRequest
 
 # The calls --------------------------------------------------------------------------------------
 
-OUTPUT = SimpleNamespace(logits=torch.zeros(1, 2, 3))
+BATCH = SimpleNamespace(targets=torch.zeros(1, 2))
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "apt_register_providers": {},
@@ -46,7 +46,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "apt_build_provider": {"spec": NORM, "config": None},
     "apt_param_groups": {"model": MODEL},
     "apt_costs": {"config": None},
-    "apt_loss_terms": {"trainer": None, "batch": None, "output": OUTPUT},
+    "apt_loss_terms": {"trainer": None, "batch": BATCH, "output": None},
     "apt_metrics": {"trainer": None},
     "apt_state_dict": {"trainer": None},
     "apt_rewrite_prompt": {"request": GenerationRequest("x")},

@@ -18,7 +18,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from apt_core import ProviderSpec, hookimpl
 from apt_core import device as devices
-from apt_core.data.batches import Batch
 from apt_core.device import (
     PLANNED_CAPABILITY,
     autocast,
@@ -64,7 +63,7 @@ def micro_batch(kernel: Kernel, model: nn.Module, length: int = 32) -> None:
     ids = torch.zeros(size, length, dtype=torch.int64)
     with autocast(CPU, autocast_dtype(kernel.config.training.mixed_precision, CPU)):
         output = model(ids)
-        loss = cross_entropy_sum(output, Batch(ids, ids, ids.numel())) / ids.numel()
+        loss = cross_entropy_sum(output, ids) / ids.numel()
     loss.backward()
 
 

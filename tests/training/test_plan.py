@@ -403,7 +403,7 @@ def test_what_a_layer_of_the_core_refuses_is_bad_input_that_names_the_key(
 def test_a_run_says_at_its_start_what_its_attention_does_not_claim(
     apt_train, picky, monkeypatch
 ) -> None:
-    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     sizes = ("--model.d_model", "32", "--model.num_heads", "4")
     run = apt_train(*picky, *sizes, "--training.compile", "true", "--training.max_steps", "1")
     assert run.code == 0, run.err

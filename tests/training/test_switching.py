@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import signal
@@ -603,14 +604,16 @@ def test_a_checkpoint_of_after_the_switch_needs_the_plugin(
 def test_a_compiled_model_is_compiled_anew(wider: Experiment, monkeypatch) -> None:
     compiled: list[Any] = []
 
-    def compile_(model: Any, **options: Any) -> Any:
-        compiled.append(model)
-        return model
+    def compile_(function: Any, **options: Any) -> Any:
+        compiled.append(function)
+        return function
 
     monkeypatch.setattr(torch, "compile", compile_)
     run = wider.train("run", changes={"training.compile": True})
-    assert len(compiled) == 2
-    assert compiled[0] is not compiled[1]
+    # What trains and what evaluates, of the old model and the new one.
+    models = [inspect.getclosurevars(function).nonlocals["model"] for function in compiled]
+    assert [id(model) for model in models] == [id(models[0])] * 2 + [id(models[2])] * 2
+    assert models[0] is not models[2]
     assert run.result.status == "finished"
 
 

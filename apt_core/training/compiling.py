@@ -1,0 +1,240 @@
+"""The forward and the loss of a micro-batch as the loop computes them, compiled or not.
+
+Both are compiled as one: the logits and their gradients in fp32 are then never in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt_core.config import Config
+from apt_core.data.batches import Batch
+from apt_core.device import is_out_of_memory
+from apt_core.evaluation.quick_eval import sums_of
+from apt_core.failures import cause_of, one_line
+from apt_core.kernel import Kernel
+from apt_core.log import get_logger
+from apt_core.modeling.compose import ModelBuilder
+from apt_core.training.costs import supported
+from apt_core.training.distributed import Sharding
+from apt_core.training.loss import cross_entropy_sum, forward_batch
+from apt_core.types import ModelOutput
+
+log = get_logger("apt.training")
+
+GRAPHS_BELOW = 2**31
+"""Tokens of a micro-batch times d_model², below which CUDA graphs are used. A compiled layer starts
+some 40 kernels in its forward and backward, which takes the host about 0.4 ms, and computes
+72 d_model² FLOPs a token, which at 400 TFLOP/s takes as long where the product is 2**31."""
+
+GRAPHS = "reduce-overhead"
+
+MOST_GRAPHS = 16
+"""How many graphs are made of the same function: what trains comes in a few shapes, with and
+without what plugins read, freeze or limit. A number that changes in every step would need one for
+each value."""
+
+COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "triton")
+"""Whose errors are of compiling, and not of what is compiled."""
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """``mode`` is that of torch.compile, None where nothing is compiled, ``reason`` says why that
+    is so or why there are no graphs, and ``asked`` whether the profile wants no other."""
+
+    mode: str | None
+    reason: str
+    asked: bool = False
+
+
+def compilation(
+    kernel: Kernel, device: torch.device, sharding: Sharding, world_size: int
+) -> Compilation:
+    """What ``training.compile`` and ``training.compile_mode`` come to on ``device``."""
+    training = kernel.config.training
+    wanted = training.compile_mode
+    if training.compile is False:
+        return Compilation(None, "training.compile is false", asked=True)
+    asked = training.compile is True
+    if not asked and (reason := _objection(kernel, device, sharding)):
+        return Compilation(None, reason)
+    against = _objection_to_graphs(kernel, device, world_size)
+    if wanted == "default":
+        against = "training.compile_mode is default"
+    elif wanted == "auto":
+        against = against or _too_large_for_graphs(kernel.config) or _reading_plugins(kernel)
+    return Compilation("default" if against else GRAPHS, against, asked)
+
+
+def computes(
+    config: Config, device: torch.device, dtype: torch.dtype | None, chosen: Compilation
+) -> dict[str, Any]:
+    """How a forward with autocast to ``dtype`` is computed, as plans and manifests show it."""
+    return {
+        "precision": str(dtype or torch.float32).removeprefix("torch."),
+        "tf32": device.type == "cuda" and config.hardware.tf32,
+        "compile": {"mode": chosen.mode, "reason": chosen.reason},
+    }
+
+
+def _objection(kernel: Kernel, device: torch.device, sharding: Sharding) -> str:
+    """Why ``auto`` compiles nothing; empty where it does."""
+    if device.type != "cuda":
+        return f"auto does not on {device.type}"
+    if not _has_triton(device):
+        return "auto does not without Triton, or on a GPU that it does not know"
+    if sharding == "fsdp":
+        return "auto does not with fsdp, which gathers parameters in between"
+    for name in dict.fromkeys(ModelBuilder(kernel.config, kernel.registry).attention_names()):
+        supports = supported(kernel.registry.get("attention", name)) or {}
+        if supports.get("compile") is False:
+            return f"auto does not with attention {name}, which does not claim to support it"
+    return ""
+
+
+def _has_triton(device: torch.device) -> bool:
+    from torch.utils._triton import has_triton
+
+    with torch.cuda.device(device):
+        return bool(has_triton())
+
+
+def _objection_to_graphs(kernel: Kernel, device: torch.device, world_size: int) -> str:
+    if device.type != "cuda":
+        return "there are graphs on a GPU alone"
+    if world_size > 1:
+        return "gradients of several processes are summed in the backward"
+    if kernel.config.training.grad_accum_steps > 1:
+        return "a graph overwrites the gradients of the micro-batch before (grad_accum_steps)"
+    return ""
+
+
+def _too_large_for_graphs(config: Config) -> str:
+    work = config.training.batch_size * config.seq_len * config.model.d_model**2
+    return "" if work < GRAPHS_BELOW else "the model is large: starting its kernels takes no time"
+
+
+def _reading_plugins(kernel: Kernel) -> str:
+    """Those that may hold on to what a forward gives, or build layers that do: graphs write what
+    the next forward gives to the same memory."""
+    hook = kernel.manager.hook
+    methods = [*readers_of_outputs(hook), *hook.apt_transform_model.get_hookimpls()]
+    names = sorted({method.plugin_name for method in methods})
+    return f"plugin {names[0]} may keep what graphs overwrite" if names else ""
+
+
+def readers_of_outputs(hook: Any) -> list[Any]:
+    """The implementations of loss terms, of all the plugins of ``hook``, that read what the model
+    gives."""
+    return [m for m in hook.apt_loss_terms.get_hookimpls() if "output" in m.argnames]
+
+
+@contextmanager
+def compiler_settings(config: Config) -> Iterator[None]:
+    """How torch compiles inside: a backward together with its forward, so that a failure leaves no
+    gradients; an error, and not silence, where it gives up for too many different calls; with
+    ``training.deterministic`` without choosing kernels by their time."""
+    if config.training.compile is False:
+        yield
+        return
+    import torch._dynamo.config as dynamo
+    import torch._functorch.config as functorch
+    import torch._inductor.config as inductor
+
+    with (
+        functorch.patch(force_non_lazy_backward_lowering=True),
+        dynamo.patch(fail_on_recompile_limit_hit=config.training.compile == "auto"),
+        inductor.patch(deterministic=config.training.deterministic or inductor.deterministic),
+    ):
+        yield
+
+
+class Forward:
+    """Computes micro-batches with ``model``; ``compilation`` is how, and changes where ``auto``
+    finds that the compiler fails: the forward goes on without, unless ``strict``.
+
+    Batches of a run come in few shapes, each of which is compiled for itself.
+    """
+
+    def __init__(self, model: nn.Module, compilation: Compilation, *, strict: bool = False) -> None:
+        self.compilation = compilation
+        self._model, self._strict = model, strict
+        self._step: Callable[..., Any] | None = None
+        self._sums: Callable[..., Tensor] | None = None
+        if compilation.mode is not None:
+            options: dict[str, Any] = {
+                "dynamic": False,
+                "isolate_recompiles": True,
+                "recompile_limit": MOST_GRAPHS,
+            }
+
+            def step(ids: Tensor, targets: Tensor, outputs: bool) -> Any:
+                output = model(ids)
+                summed = cross_entropy_sum(output, targets)
+                return summed, output if outputs else None
+
+            def sums(ids: Tensor, targets: Tensor, accuracy: bool) -> Tensor:
+                return sums_of(model(ids), targets, accuracy=accuracy)
+
+            mode = None if compilation.mode == "default" else compilation.mode
+            self._step = torch.compile(step, mode=mode, **options)
+            # Without graphs: an evaluation keeps the sums of all its batches.
+            self._sums = torch.compile(sums, **options)
+
+    def __call__(
+        self, batch: Batch, *, outputs: bool = True, again: Callable[[], object] = lambda: None
+    ) -> tuple[Tensor, ModelOutput | None]:
+        """The summed cross-entropy of ``batch`` in training, in nats and fp32, and what the model
+        gives: None where that is compiled and nobody wants the ``outputs``. ``again`` is called
+        before a second try."""
+        step = self._step
+        if step is not None:
+            try:
+                return forward_batch(
+                    lambda ids: step(ids, batch.targets, outputs), self._model, batch
+                )
+            except Exception as error:
+                self._give_up(error)
+                again()
+        output = forward_batch(self._model, self._model, batch)
+        return cross_entropy_sum(output, batch.targets), output
+
+    def sums(self, batch: Batch, *, accuracy: bool) -> Tensor:
+        """What :func:`~apt_core.evaluation.quick_eval.sums_of` says of ``batch``."""
+        if self._sums is not None:
+            try:
+                return self._sums(batch.input_ids, batch.targets, accuracy)
+            except Exception as error:
+                self._give_up(error)
+        return sums_of(self._model(batch.input_ids), batch.targets, accuracy=accuracy)
+
+    def _give_up(self, error: Exception) -> None:
+        """Go on without the compiler; raise ``error`` where it is not the compiler's, or the
+        profile wants it."""
+        if self.compilation.asked or self._strict or not of_compiling(error):
+            raise error
+        reason = f"torch.compile failed: {one_line(error)}"
+        if type(error).__name__ == "FailOnRecompileLimitHit":
+            reason = f"the calls differ so often that {MOST_GRAPHS} graphs did not suffice"
+        log.warning("training.compile: %s; the run goes on without it", reason)
+        self.compilation = replace(self.compilation, mode=None, reason=reason)
+        self._step = self._sums = None
+
+
+def of_compiling(error: BaseException) -> bool:
+    """Did the compiler raise ``error``, and not for want of memory?"""
+    if is_out_of_memory(error):
+        return False
+    cause: BaseException | None = error
+    while cause is not None:
+        if any(base.__module__.startswith(COMPILERS) for base in type(cause).__mro__):
+            return True
+        cause = cause_of(cause)
+    return False
