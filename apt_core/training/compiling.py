@@ -220,7 +220,7 @@ class Forward:
         profile wants it."""
         if self.compilation.asked or self._strict or not of_compiling(error):
             raise error
-        reason = f"torch.compile failed: {one_line(error)}"
+        reason = f"torch.compile failed: {one_line(getattr(error, 'inner_exception', error))}"
         if type(error).__name__ == "FailOnRecompileLimitHit":
             reason = f"the calls differ so often that {MOST_GRAPHS} graphs did not suffice"
         log.warning("training.compile: %s; the run goes on without it", reason)

@@ -36,6 +36,7 @@ from apt_core.training.peak import measured_peak_flops
 from apt_core.training.rehearsal import rehearse
 from apt_core.training.run_folder import versions
 from apt_core.training.run_length import horizon, tell_what_the_length_decides
+from apt_core.training.seeds import fp32_products
 from apt_core.training.state import keep_plan
 
 log = get_logger("apt.training")
@@ -94,7 +95,8 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> Parts:
     schedule = kernel.schedule.with_horizon(horizon(config, plan))
     lr_schedule = registry.get("lr_schedule", training.lr_schedule_name)
     tell_what_the_length_decides(kernel, schedule, lr_schedule)
-    rehearse(kernel, schedule)
+    with fp32_products(device, tf32=False):
+        rehearse(kernel, schedule)
     model = ModelBuilder(config, registry).build_model()
     world.shard(model, device)
     model.to(device)
