@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from apt_core.data.batches import Batch
 from apt_core.device import autocast, autocast_dtype, planned_capability, resolve_device
 from apt_core.failures import one_line
 from apt_core.kernel import Kernel
