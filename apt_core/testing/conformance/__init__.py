@@ -8,11 +8,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from apt_core.testing.conformance.attention import attention_checks
 from apt_core.testing.conformance.backbone import backbone_checks
-from apt_core.testing.conformance.checks import Check, LeftOut
+from apt_core.testing.conformance.checks import Check, LeftOut, running_on
 from apt_core.testing.conformance.ffn import ffn_checks
 from apt_core.testing.conformance.lr_schedule import lr_schedule_checks
 from apt_core.testing.conformance.norm import norm_checks
@@ -32,12 +34,19 @@ CHECKS: dict[str, Callable[[Any], list[Check]]] = {
 }
 
 
-def checks_of(kind: str, provider: Any) -> list[Check]:
+def checks_of(kind: str, provider: Any, device: str = "cpu") -> list[Check]:
     """The checks of ``provider``, whose kind is ``kind``; none for a kind that has none.
 
     Nothing is built before a check runs. The first is ``builds``: where it fails, so will others.
+    They run on ``device``.
     """
-    return CHECKS[kind](provider) if kind in CHECKS else []
+    checks = CHECKS[kind](provider) if kind in CHECKS else []
+    return [replace(check, run=partial(_run_on, device, check)) for check in checks]
+
+
+def _run_on(device: str, check: Check) -> None:
+    with running_on(device):
+        check.run()
 
 
 __all__ = ["CHECKS", "Check", "LeftOut", "checks_of"]

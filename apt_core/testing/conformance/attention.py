@@ -17,13 +17,14 @@ from apt_core.testing.conformance.checks import (
     Check,
     LeftOut,
     built_or_refused,
+    here,
     refusing,
     require_equal,
 )
 from apt_core.testing.conformance.layers import Call, leaf, sample
 from apt_core.testing.conformance.places import MarkedPlaces
 
-DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [4, 5, 5, 5, 5, 7, 7, 7]])
+DOCUMENTS = [[0, 0, 0, 1, 1, 1, 1, 1], [4, 5, 5, 5, 5, 7, 7, 7]]
 """Two rows of eight tokens, each packed with documents."""
 
 
@@ -71,7 +72,7 @@ class Attention:
 
     def calls_of(self, batch: int) -> list[Call]:
         """Ways in which training calls the layer with so many rows."""
-        masks = [{"mask": torch.ones(batch, 1, 1, self.length, dtype=torch.bool)}]
+        masks = [{"mask": here(torch.ones(batch, 1, 1, self.length, dtype=torch.bool))}]
         return [{}, *(masks if self.supports.mask else [])]
 
     def at_lengths(self, check: Callable[[Attention], None]) -> None:
@@ -87,9 +88,10 @@ class Attention:
         """Ways in which training calls the layer."""
         if not self.supports.mask:
             return [{}]
+        documents = here(torch.tensor(DOCUMENTS))
         masked = {
-            "mask": document_mask(DOCUMENTS),
-            "positions": document_positions(DOCUMENTS),
+            "mask": document_mask(documents),
+            "positions": document_positions(documents),
         }
         return [{}, masked]
 
@@ -145,7 +147,7 @@ def _dropout(at: Attention) -> None:
 
 def _causal(at: Attention) -> None:
     """No output depends on a later input: not by its gradient, and not by its value."""
-    whole = torch.ones(at.length, at.length, dtype=torch.bool)
+    whole = here(torch.ones(at.length, at.length, dtype=torch.bool))
     calls: list[Call] = [{}, {"mask": whole}] if at.supports.mask else [{}]
     layer = at.build()
     for call in calls:
@@ -185,7 +187,7 @@ def _blind_to_values(layer: nn.Module, at: Attention, call: Call) -> None:
 @torch.no_grad()
 def _positions(at: Attention) -> None:
     """0..T-1 where none are given; [T] and [B, T] alike; and heeded, where they matter."""
-    layer, x, places = at.build(), at.input(), torch.arange(at.length)
+    layer, x, places = at.build(), at.input(), here(torch.arange(at.length))
     y = layer(x)
     require_equal(layer(x, positions=places), y, "positions 0..T-1, [T]")
     require_equal(layer(x, positions=places.expand(2, -1)), y, "positions 0..T-1, [B, T]")

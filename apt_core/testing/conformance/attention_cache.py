@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from apt_core.modeling.masks import padding_mask, padding_positions
-from apt_core.testing.conformance.checks import Check, LeftOut, built_or_refused, require_equal
+from apt_core.testing.conformance.checks import (
+    Check,
+    LeftOut,
+    built_or_refused,
+    here,
+    require_equal,
+)
 from apt_core.testing.conformance.lengths import cuts
 
 if TYPE_CHECKING:
@@ -85,7 +91,7 @@ def _cache_with_mask(at: Attention) -> None:
     layer = _caching(at)
     at.claims("mask")
     T, filling = at.length, 2
-    x, is_token = at.input(), torch.ones(2, T, dtype=torch.bool)
+    x, is_token = at.input(), here(torch.ones(2, T, dtype=torch.bool))
     is_token[0, :filling] = False
     places = padding_positions(is_token)
     cache, outputs, end = layer.create_cache(T), [], 0

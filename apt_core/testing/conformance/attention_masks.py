@@ -13,7 +13,7 @@ from apt_core.modeling.masks import (
     padding_mask,
     padding_positions,
 )
-from apt_core.testing.conformance.checks import Check, refusing, require_equal, require_finite
+from apt_core.testing.conformance.checks import Check, here, refusing, require_equal, require_finite
 from apt_core.testing.conformance.layers import leaf, sample
 
 if TYPE_CHECKING:
@@ -35,15 +35,15 @@ def _mask(at: Attention) -> None:
     layer, x = at.build(), leaf(at.input())
     T, heads, y = at.length, at.num_heads, layer(x)
     for shape in ((T, T), (2, 1, 1, T), (2, 1, T, T), (2, heads, T, T)):
-        mask = torch.ones(shape, dtype=torch.bool)
+        mask = here(torch.ones(shape, dtype=torch.bool))
         require_equal(layer(x, mask=mask), y, f"with a mask of True, {list(shape)}")
         assert mask.all(), f"the layer changes the mask {list(shape)} that it is given"
     hidden, last = T - 6, T - 1
-    mask = torch.ones(T, T, dtype=torch.bool)
+    mask = here(torch.ones(T, T, dtype=torch.bool))
     mask[last, hidden] = False
     (grad,) = torch.autograd.grad(layer(x, mask=mask)[:, last].square().sum(), x)
     assert not grad[:, hidden].any(), "what a mask [T, T] hides is seen"
-    mask = torch.ones(2, 1, 1, T, dtype=torch.bool)
+    mask = here(torch.ones(2, 1, 1, T, dtype=torch.bool))
     mask[0, ..., hidden] = False
     masked = layer(x, mask=mask)
     (grad,) = torch.autograd.grad(masked[0, last].square().sum(), x)
@@ -56,20 +56,20 @@ def _wrong_masks(at: Attention) -> None:
     at.claims("mask")
     layer, x, T = at.build(), at.input(), at.length
     with refusing("a mask of floats"):
-        layer(x, mask=torch.zeros(T, T))
+        layer(x, mask=here(torch.zeros(T, T)))
     for shape in ((T, T + 1), (3, 1, T, T), (T + 1, T), (1, 2, 1, T, T)):
         with refusing(f"a mask {list(shape)} for x [2, {T}, D]"):
-            layer(x, mask=torch.ones(shape, dtype=torch.bool))
+            layer(x, mask=here(torch.ones(shape, dtype=torch.bool)))
 
 
 def _padding(at: Attention) -> None:
     """Filled up on either side, a row gives what it gives alone, and nothing is NaN."""
     at.claims("mask")
     layer, width = at.build(), at.length
-    lengths = torch.tensor([width - 5, width])[:, None]
+    lengths, places = here(torch.tensor([[width - 5], [width]])), here(torch.arange(width))
     for side, is_token in (
-        ("left", torch.arange(width) >= width - lengths),
-        ("right", torch.arange(width) < lengths),
+        ("left", places >= width - lengths),
+        ("right", places < lengths),
     ):
         x = leaf(at.input(length=width))
         y = layer(x, mask=padding_mask(is_token), positions=padding_positions(is_token))
@@ -91,9 +91,8 @@ def _packed(at: Attention) -> None:
     at.claims("mask")
     T = at.length
     documents = ((3, T - 3), (1, T - 4, 3))
-    ids = torch.stack(
-        [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in documents]
-    )
+    rows = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in documents]
+    ids = here(torch.stack(rows))
     layer, x = at.build(), leaf(at.input(length=ids.shape[1]))
     y = layer(x, mask=document_mask(ids), positions=document_positions(ids))
     cotangent = sample(*y.shape)

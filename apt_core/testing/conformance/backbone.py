@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,11 +15,16 @@ from apt_core.modeling.layers.ffn import SwiGLUProvider
 from apt_core.modeling.layers.norm import RMSNormProvider
 from apt_core.modeling.masks import document_mask, document_positions
 from apt_core.testing.conformance import layers
-from apt_core.testing.conformance.checks import Check, LeftOut, refusing, require_equal
+from apt_core.testing.conformance.checks import Check, LeftOut, here, refusing, require_equal
 from apt_core.testing.conformance.places import MarkedEmbedding, MarkedPlaces
 from apt_core.types import ModelOutput
 
-DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [4, 5, 5, 5, 5, 7, 7, 7]])
+DOCUMENTS = [[0, 0, 0, 1, 1, 1, 1, 1], [4, 5, 5, 5, 5, 7, 7, 7]]
+
+
+def _documents() -> dict[str, Tensor]:
+    documents = here(torch.tensor(DOCUMENTS))
+    return {"mask": document_mask(documents), "positions": document_positions(documents)}
 
 
 class _Logits(nn.Module):
@@ -74,13 +80,12 @@ class Backbone:
     def ids(self, length: int | None = None, seed: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         size = (2, self.length if length is None else length)
-        return torch.randint(self.vocab_size, size, generator=generator)
+        return here(torch.randint(self.vocab_size, size, generator=generator))
 
 
 def backbone_checks(provider: Any) -> list[Check]:
     """The checks of a backbone provider."""
     of = Backbone(provider)
-    packed = {"mask": document_mask(DOCUMENTS), "positions": document_positions(DOCUMENTS)}
     return [
         Check("builds", lambda: _builds(of)),
         Check("shape", lambda: _shape(of)),
@@ -96,12 +101,13 @@ def backbone_checks(provider: Any) -> list[Check]:
         Check("cache", lambda: _cache(of)),
         Check("long sequences", lambda: _long_sequences(of)),
         Check("autocast", lambda: layers.autocasts(layers.built(of.logits), of.ids())),
-        Check("compile", lambda: layers.compiles(layers.built(of.logits), of.ids(), {}, packed)),
-        Check(
-            "no host sync",
-            lambda: layers.never_waits(layers.built(of.logits), of.ids(), {}, packed),
-        ),
+        Check("compile", lambda: _packed_too(of, layers.compiles)),
+        Check("no host sync", lambda: _packed_too(of, layers.never_waits)),
     ]
+
+
+def _packed_too(of: Backbone, check: Callable[..., None]) -> None:
+    check(layers.built(of.logits), of.ids(), {}, _documents())
 
 
 def _builds(of: Backbone) -> None:
@@ -138,11 +144,10 @@ def _causal(of: Backbone) -> None:
 @torch.no_grad()
 def _packed(of: Backbone) -> None:
     model, ids = of.build(), of.ids()
-    mask, positions = document_mask(DOCUMENTS), document_positions(DOCUMENTS)
-    logits = model(ids, mask=mask, positions=positions).logits
-    for row in range(len(DOCUMENTS)):
-        for document in DOCUMENTS[row].unique():
-            kept = DOCUMENTS[row] == document
+    logits = model(ids, **_documents()).logits
+    for row, documents in enumerate(here(torch.tensor(DOCUMENTS))):
+        for document in documents.unique():
+            kept = documents == document
             alone = model(ids[row : row + 1, kept]).logits
             require_equal(logits[row : row + 1, kept], alone, "a document packed with others")
 
@@ -150,7 +155,7 @@ def _packed(of: Backbone) -> None:
 @torch.no_grad()
 def _position_embedding(of: Backbone) -> None:
     """It is added, and follows the positions that are given."""
-    ids, places = of.ids(), torch.arange(of.length)
+    ids, places = of.ids(), here(torch.arange(of.length))
     model = of.build(position=MarkedEmbedding(of.d_model))
     logits = model(ids).logits
     plain = layers.same_weights(model, of.build())

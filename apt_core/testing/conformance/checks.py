@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 from unittest import SkipTest
@@ -30,8 +31,35 @@ class Check:
         return self.name
 
 
-def require_equal(given: Tensor, expected: Tensor, what: str, tolerance: float = 1e-4) -> None:
-    """AssertionError unless ``given`` is within ``tolerance`` of the largest value expected."""
+DEVICE: ContextVar[str] = ContextVar("device", default="cpu")
+"""Where the check at hand runs."""
+
+
+@contextmanager
+def running_on(device: str) -> Iterator[None]:
+    """A context in which checks run on ``device``."""
+    before = DEVICE.set(device)
+    try:
+        yield
+    finally:
+        DEVICE.reset(before)
+
+
+def here(tensor: Tensor) -> Tensor:
+    """``tensor`` on the device that the check runs on."""
+    return tensor.to(DEVICE.get())
+
+
+TOLERANCE = 1e-4
+"""Of the largest value: for what is computed in fp32."""
+
+
+def require_equal(
+    given: Tensor, expected: Tensor, what: str, tolerance: float | None = None
+) -> None:
+    """AssertionError unless ``given`` is within ``tolerance``, by default TOLERANCE, of the largest
+    value expected."""
+    tolerance = TOLERANCE if tolerance is None else tolerance
     assert given.shape == expected.shape, (
         f"{what}: the shape {list(given.shape)} should be {list(expected.shape)}"
     )

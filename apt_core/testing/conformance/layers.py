@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from apt_core.modeling.init import construction_rng, generator_for, initialize_parameters
-from apt_core.testing.conformance.checks import LeftOut, require_equal, require_finite
+from apt_core.testing.conformance.checks import DEVICE, LeftOut, here, require_equal, require_finite
 
 Create = Callable[[], nn.Module]
 Call = Mapping[str, Any]
@@ -25,7 +25,8 @@ AUTOCAST_GRADIENT_ERROR = 0.1
 
 
 def built(create: Create, seed: int = 0) -> nn.Module:
-    """A layer in evaluation mode, initialised by ``seed`` and then shaken.
+    """A layer in evaluation mode, initialised by ``seed`` and then shaken, on the CPU as that of a
+    run is, and brought to the device of the check.
 
     What starts at zero or one is moved away from there: a part that a fresh layer does not use
     has to keep the promises too.
@@ -38,13 +39,16 @@ def built(create: Create, seed: int = 0) -> nn.Module:
         for name, parameter in layer.named_parameters():
             fan_in = parameter.shape[-1] if parameter.ndim else 1
             size = max(parameter.square().mean().sqrt().item(), fan_in**-0.5)
-            noise = torch.randn(parameter.shape, generator=generator_for(seed, f"shaken/{name}"))
+            generator = generator_for(seed, f"shaken/{name}")
+            noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(0.1 * size * noise.to(parameter.dtype))
-    return layer.eval()
+    return layer.to(DEVICE.get()).eval()
 
 
 def sample(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    """Of a normal distribution, the same numbers on any device."""
+    generator = torch.Generator().manual_seed(seed)
+    return here(torch.randn(shape, generator=generator))
 
 
 def leaf(x: Tensor) -> Tensor:
@@ -58,7 +62,7 @@ def gradients(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     leaves = [x] if x.requires_grad else []
     leaves += [parameter for parameter in layer.parameters() if parameter.requires_grad]
     if not leaves:
-        return torch.zeros(1)
+        return here(torch.zeros(1))
     found = torch.autograd.grad((y * sample(*y.shape, seed=1)).sum(), leaves, allow_unused=True)
     return torch.cat(
         [
@@ -206,7 +210,7 @@ def builds_on_meta(create: Create, x: Tensor) -> None:
     tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     held = [name for name, tensor in tensors.items() if not tensor.is_meta]
     assert not held, f"built on the meta device, {', '.join(held)} is allocated"
-    layer.to_empty(device="cpu").eval()
+    layer.to_empty(device=DEVICE.get()).eval()
     with torch.no_grad():
         for tensor in (*layer.parameters(), *layer.buffers()):
             tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
@@ -225,7 +229,7 @@ def autocasts(layer: nn.Module, x: Tensor, *calls: Call) -> None:
     for call in calls or ({},):
         given, cast = leaf(x), leaf(x)
         wide = layer(given, **call)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16):
             y = layer(cast, **call)
         assert y.is_floating_point(), f"the output is {y.dtype}"
         require_near(y.float(), wide, "the output", AUTOCAST_ERROR)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ def norm_checks(provider: Any) -> list[Check]:
         built(create)
         layers.share_nothing(create)
 
-    x = sample(2, 8, D_MODEL)
+    x = partial(sample, 2, 8, D_MODEL)
 
     def long() -> Tensor:
         found = integers(provider, create, lambda: provider.create_layer(48))
@@ -32,13 +33,16 @@ def norm_checks(provider: Any) -> list[Check]:
 
     return [
         Check("builds", builds),
-        Check("shape", lambda: layers.keeps_shape(built(create), x, x[0], x[0, 0], x[:, :, None])),
-        Check("gradients", lambda: layers.has_gradients(built(create), x)),
-        Check("deterministic", lambda: layers.deterministic(create, x)),
-        Check("state dict", lambda: layers.loads_state(create, x)),
-        Check("meta device", lambda: layers.builds_on_meta(create, x)),
-        Check("token-wise", lambda: layers.token_wise(built(create), x, long())),
-        Check("autocast", lambda: layers.autocasts(built(create), x)),
-        Check("compile", lambda: layers.compiles(built(create), x)),
-        Check("no host sync", lambda: layers.never_waits(built(create), x)),
+        Check(
+            "shape",
+            lambda: layers.keeps_shape(built(create), x(), x()[0], x()[0, 0], x()[:, :, None]),
+        ),
+        Check("gradients", lambda: layers.has_gradients(built(create), x())),
+        Check("deterministic", lambda: layers.deterministic(create, x())),
+        Check("state dict", lambda: layers.loads_state(create, x())),
+        Check("meta device", lambda: layers.builds_on_meta(create, x())),
+        Check("token-wise", lambda: layers.token_wise(built(create), x(), long())),
+        Check("autocast", lambda: layers.autocasts(built(create), x())),
+        Check("compile", lambda: layers.compiles(built(create), x())),
+        Check("no host sync", lambda: layers.never_waits(built(create), x())),
     ]

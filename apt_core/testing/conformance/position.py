@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from apt_core.testing.conformance import layers
-from apt_core.testing.conformance.checks import Check, LeftOut, refusing, require_equal
+from apt_core.testing.conformance.checks import Check, LeftOut, here, refusing, require_equal
 from apt_core.testing.conformance.layers import built, sample
 
 WIDTH, MAX_SEQ_LEN, LENGTH, HEADS = 16, 32, 8, 3
@@ -48,20 +48,24 @@ class _Embedding(nn.Module):
 def position_checks(provider: Any) -> list[Check]:
     """The checks of a provider of positions; each looks at whatever it offers."""
     every = partial(_every, provider)
-    places = torch.arange(LENGTH)
+    places = partial(_places, LENGTH)
     return [
         Check("builds", lambda: every(_builds)),
         Check("shape", lambda: every(_shape)),
         Check("positions", lambda: every(_positions)),
         Check("default positions", lambda: _default_positions(provider)),
         Check("long sequences", lambda: _long_sequences(provider)),
-        Check("gradients", lambda: every(lambda c: layers.has_gradients(built(c), places))),
-        Check("deterministic", lambda: every(lambda c: layers.deterministic(c, places))),
-        Check("state dict", lambda: every(lambda c: layers.loads_state(c, places))),
-        Check("meta device", lambda: every(lambda c: layers.builds_on_meta(c, places))),
-        Check("compile", lambda: every(lambda c: layers.compiles(built(c), places))),
-        Check("no host sync", lambda: every(lambda c: layers.never_waits(built(c), places))),
+        Check("gradients", lambda: every(lambda c: layers.has_gradients(built(c), places()))),
+        Check("deterministic", lambda: every(lambda c: layers.deterministic(c, places()))),
+        Check("state dict", lambda: every(lambda c: layers.loads_state(c, places()))),
+        Check("meta device", lambda: every(lambda c: layers.builds_on_meta(c, places()))),
+        Check("compile", lambda: every(lambda c: layers.compiles(built(c), places()))),
+        Check("no host sync", lambda: every(lambda c: layers.never_waits(built(c), places()))),
     ]
+
+
+def _places(length: int) -> Tensor:
+    return here(torch.arange(length))
 
 
 def _every(provider: Any, check: Callable[[layers.Create], None]) -> None:
@@ -86,7 +90,7 @@ def _builds(create: layers.Create) -> None:
 
 def _shape(create: layers.Create) -> None:
     module = built(create)
-    for positions in (torch.arange(LENGTH), torch.arange(2 * LENGTH).view(2, -1)):
+    for positions in (_places(LENGTH), _places(2 * LENGTH).view(2, -1)):
         y = module(positions)
         assert y.dtype == torch.float32, f"of float32 comes {y.dtype}"
         assert y.isfinite().all(), "values that are not finite"
@@ -94,7 +98,7 @@ def _shape(create: layers.Create) -> None:
 
 def _positions(create: layers.Create) -> None:
     """[T] and [B, T] agree; what a place gives depends on its position alone; all differ."""
-    module, places = built(create), torch.arange(LENGTH)
+    module, places = built(create), _places(LENGTH)
     y = module(places)
     require_equal(module(places.expand(2, -1)), y, "positions [B, T]")
     rows = torch.stack([places, places + 9])
@@ -107,7 +111,7 @@ def _positions(create: layers.Create) -> None:
 
 def _default_positions(provider: Any) -> None:
     rotary, x = _rotary(provider), sample(2, LENGTH, HEADS, WIDTH)
-    require_equal(rotary(x), rotary(x, torch.arange(LENGTH)), "without positions")
+    require_equal(rotary(x), rotary(x, _places(LENGTH)), "without positions")
 
 
 def _long_sequences(provider: Any) -> None:

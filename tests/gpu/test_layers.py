@@ -1,0 +1,136 @@
+"""The parts of a model on a GPU: what each must do, with every kernel, and to the bit."""
+
+from __future__ import annotations
+
+from pkgutil import resolve_name
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from apt_core.defaults import core_providers
+from apt_core.kernel import NAME_KEYS
+from apt_core.modeling.layers import MHAProvider, TVAProvider
+from apt_core.testing import tiny_run
+from apt_core.testing.conformance import Check, checks, checks_of
+from apt_plugins.flash_attn.layer import FlashTVAProvider
+
+pytestmark = pytest.mark.gpu
+
+GPU = "cuda"
+
+CORE = {spec.key: spec for spec in core_providers("0")}
+COMPUTING = ("attention", "ffn", "norm", "position", "backbone", "optimizer")
+SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    *((key, {}) for key, spec in CORE.items() if spec.kind in COMPUTING),
+    ("attention:tva_default", {"r": 2, "s": 3, "qk_norm": True}),
+    ("attention:tva_default", {"rank": 6, "factored": True}),
+    ("attention:mha", {"qk_norm": True}),
+    ("ffn:vft", {"rank": 7}),
+]
+
+
+def every_check() -> list[Any]:
+    found = []
+    for key, settings in SETTINGS:
+        shown = "".join(f"-{name}={value}" for name, value in settings.items())
+        provider = resolve_name(str(CORE[key].factory))(settings or None)
+        for check in checks_of(CORE[key].kind, provider, GPU):
+            found.append(pytest.param(check, id=f"{key}{shown}-{check}"))
+    return found
+
+
+@pytest.mark.parametrize("check", every_check())
+def test_a_provider_of_the_core_does_what_its_kind_must(check: Check) -> None:
+    check.run()
+
+
+@pytest.mark.parametrize("check", checks_of("attention", FlashTVAProvider(), GPU), ids=str)
+def test_flash_attention_does_what_every_attention_must(
+    check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the precision of its kernel, which computes in bf16."""
+    pytest.importorskip("flash_attn")
+    monkeypatch.setattr(checks, "TOLERANCE", 0.03)
+    check.run()
+
+
+BACKENDS = [
+    b for name, b in SDPBackend.__members__.items() if name not in ("ERROR", "OVERRIDEABLE")
+]
+NO_KERNEL = ("No available kernel", "No viable backend", "Invalid backend")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+@pytest.mark.parametrize("attention", [MHAProvider, TVAProvider], ids=["mha", "tva"])
+def test_a_query_that_may_see_nothing_gets_zeros(
+    attention: Any, backend: SDPBackend, dtype: torch.dtype
+) -> None:
+    """And neither it nor any gradient is NaN."""
+    layer = attention().create_layer(64, 4, max_seq_len=16, num_kv_heads=4).to(GPU, dtype)
+    x = torch.randn(2, 16, 64, device=GPU, dtype=dtype, requires_grad=True)
+    mask = torch.ones(2, 1, 16, 16, dtype=torch.bool, device=GPU)
+    mask[0, :, 5] = mask[1, :, :, :3] = False
+    blind = torch.zeros(2, 16, dtype=torch.bool, device=GPU)
+    blind[0, 5] = blind[1, :3] = True
+    try:
+        with sdpa_kernel(backend):
+            y = layer(x, mask=mask)
+    except RuntimeError as error:
+        if not any(text in str(error) for text in NO_KERNEL):
+            raise
+        pytest.skip(f"{backend.name} has no kernel for a mask in {dtype} here")
+    assert not y[blind].any()
+    assert y[~blind].any(-1).all() and y.isfinite().all()
+    y.float().square().sum().backward()
+    gradients = [x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+MOE, ROUTING = "apt_plugins.moe.plugin", "apt_plugins.routing.plugin"
+EXPERTS = {"model.moe.experts": 4, "model.moe.top_k": 2}
+PARTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    **{
+        key: ((), {NAME_KEYS[spec.kind]: spec.name})
+        for key, spec in CORE.items()
+        if spec.kind in COMPUTING
+    },
+    "compensator": ((), {"model.tva.s": 2, "model.tva.qk_norm": True}),
+    "n-grams with dropout": (
+        (),
+        {"model.ngram.orders": [2], "model.ngram.buckets": [64], "model.dropout": 0.1},
+    ),
+    "average of the weights": ((), {"training.ema_decay": 0.9}),
+    "experts": ((MOE,), EXPERTS),
+    "experts with a limit": (
+        (MOE, ROUTING),
+        {
+            **EXPERTS,
+            "model.moe.dropless": False,
+            "model.moe.capacity": 0.8,
+            "model.moe.shared_expert": "split",
+            "routing.exploration": 1.0,
+            "routing.balancing": "bias",
+        },
+    ),
+    "alignment": (("apt_plugins.align.plugin",), {"model.tva.s": 1}),
+}
+
+
+@pytest.mark.parametrize("precision", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("part", PARTS)
+def test_deterministic_runs_have_the_same_bits(part: str, precision: bool) -> None:
+    plugins, settings = PARTS[part]
+    overrides = {
+        "hardware.device": GPU,
+        "training.deterministic": True,
+        "training.mixed_precision": precision,
+        "training.grad_accum_steps": 2,
+        "evaluation.sample_tokens": 0,
+        **settings,
+    }
+    one, other = (tiny_run(*plugins, steps=4, overrides=overrides) for _ in range(2))
+    assert one.same_weights(other)
+    assert [row.get("loss") for row in one.metrics] == [row.get("loss") for row in other.metrics]
