@@ -14,6 +14,7 @@ from apt_core import hookimpl
 from apt_core.cli.run_command import run_command
 from apt_core.cli.train import app
 from apt_core.testing import TinyRun, tiny_run
+from apt_plugins.moe.device_experts import GROUPED_MAJORS
 
 pytestmark = pytest.mark.gpu
 
@@ -37,7 +38,7 @@ def losses(run: TinyRun) -> list[float]:
 
 
 class WithoutWaiting:
-    """Between log steps every wait of the host for the device is an error."""
+    """Every wait of the host for the device is an error, but in log steps and evaluations."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -54,17 +55,52 @@ class WithoutWaiting:
             torch.cuda.set_sync_debug_mode("default")
 
     @hookimpl
+    def on_evaluation_start(self) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+    @hookimpl
     def on_training_end(self) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+MOE, ROUTING = "apt_plugins.moe.plugin", "apt_plugins.routing.plugin"
+EXPERTS = {"model.moe.experts": 4, "model.moe.top_k": 2}
+LIMITED = {
+    **EXPERTS,
+    "model.moe.dropless": False,
+    "model.moe.capacity": 0.8,
+    "routing.exploration": 1.0,
+    "routing.balancing": "bias",
+}
+
+
 @pytest.mark.parametrize("device", [GPU, f"{GPU}:0"])
-def test_nothing_waits_between_log_steps(device: str, optimizer: str) -> None:
+@pytest.mark.parametrize(
+    ("plugins", "settings"),
+    [
+        ((), {"training.optimizer_name": "adamw", "training.ema_decay": 0.9}),
+        ((), {"training.optimizer_name": "muon"}),
+        ((MOE,), EXPERTS),
+        ((MOE, ROUTING), LIMITED),
+        (("apt_plugins.align.plugin",), {"model.tva.s": 1}),
+    ],
+    ids=["adamw", "muon", "experts", "experts with a limit", "align"],
+)
+def test_nothing_waits_between_log_steps(
+    device: str, plugins: tuple[str, ...], settings: dict[str, Any]
+) -> None:
+    """With two micro-batches, and padding at the end of an epoch."""
+    if settings is EXPERTS and torch.cuda.get_device_capability()[0] not in GROUPED_MAJORS:
+        pytest.skip("experts without a limit take turns here, by numbers that the host reads")
     watching = WithoutWaiting()
     try:
-        overrides = {"training.optimizer_name": optimizer, "training.mixed_precision": "auto"}
-        run = ran(watching, device=device, overrides=overrides)
+        overrides = {
+            "training.mixed_precision": "auto",
+            "training.grad_accum_steps": 2,
+            "training.max_epochs": 4,
+            **settings,
+        }
+        run = ran(*plugins, watching, device=device, overrides=overrides)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert watching.steps == STEPS - STEPS // LOG_EVERY
