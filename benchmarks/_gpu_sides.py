@@ -126,9 +126,13 @@ def trainer(
     label: str,
     model: Profile | None = None,
     training: Profile | None = None,
+    hardware: Profile | None = None,
     **described: Any,
 ) -> Side:
-    """A run of APT's trainer, whose profile has ``model`` and ``training`` beyond the shape's."""
+    """A run of APT's trainer, with these sections of its profile beyond the shape's.
+
+    It computes in bf16 where that is native, and compiles nothing unless ``training`` says so.
+    """
     own_model, own_training = dict(model or {}), dict(training or {})
 
     def make(bench: Bench, shape: Shape) -> Loop[nn.Module]:
@@ -154,7 +158,7 @@ def trainer(
             },
             "data": {"train_path": str(train_text), "val_path": str(val_text)},
             "evaluation": {"eval_freq": 0, "eval_batches": 1, "sample_tokens": 0},
-            "hardware": {"device": str(bench.device)},
+            "hardware": {"device": str(bench.device), **(hardware or {})},
         }
 
         def made() -> Trainer:

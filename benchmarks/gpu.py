@@ -61,9 +61,9 @@ GOAL_OVER_BARE, GOAL_SHARE = 1.1, 0.5
 """Tokens/s over those of the fastest bare loop, and the share of an H100's nominal bf16 peak."""
 
 REPEATS = 3
-"""Of the text, of which the longest run has more than two."""
+"""How often the text is repeated, so that no epoch ends in the longest run."""
 
-OURS = ("apt", "apt_compiled")
+OURS = ("apt", "apt_compiled", "apt_graphs", "apt_default")
 """The sides that a goal is measured by; the fastest counts."""
 
 
@@ -114,7 +114,12 @@ def against(
 
 BARE, BARE_COMPILED = bare("bare loop"), bare("bare loop, compiled", compiled=True)
 APT = trainer("APT")
-APT_COMPILED = trainer("APT, compiled", training={"compile": True})
+COMPILED = {"compile": True, "compile_mode": "default"}
+GRAPHS = {"compile": True, "compile_mode": "reduce-overhead"}
+APT_COMPILED = trainer("APT, compiled", training=COMPILED)
+APT_GRAPHS = trainer("APT, compiled with graphs", training=GRAPHS)
+APT_DEFAULT = trainer("APT by default", training={"compile": "auto", "mixed_precision": "auto"})
+EXACT = {"tf32": False}
 
 CHANGES = {
     "fp32": trainer("APT, fp32 (TF32)", training={"mixed_precision": False}, fp32=True),
@@ -244,12 +249,22 @@ ROWS: Sequence[Row] = (
     *(Row(f"experts_E{n}", 8, partial(measure_experts, experts=n)) for n in EXPERTS),
     changed("muon"),
     Row("saving", 20, measure_saving),
-    against("one_layer", ONE_LAYER, {"bare": BARE, "apt": APT}, seconds=8, suffix="_one_layer"),
+    against(
+        "one_layer",
+        ONE_LAYER,
+        {"bare": BARE, "apt": APT, "apt_graphs": APT_GRAPHS},
+        seconds=30,
+        suffix="_one_layer",
+    ),
     against(
         "base_profile",
         SMALL,
-        {"base": of_base("base profile"), "base_compiled": of_base("compiled", compile=True)},
-        seconds=40,
+        {
+            "base": of_base("base profile"),
+            "base_compiled": of_base("base profile, compiled", **COMPILED),
+            "base_graphs": of_base("base profile, compiled with graphs", **GRAPHS),
+        },
+        seconds=60,
     ),
     attention("tva"),
     against(
@@ -264,9 +279,30 @@ ROWS: Sequence[Row] = (
     ),
     Row("decoding", 20, measure_decoding),
     changed("fp32"),
+    # How exact fp32 is, is a setting of the process: sides of one row have the same.
+    against(
+        "fp32_exact",
+        GPT2,
+        {
+            "apt": trainer("APT", hardware=EXACT),
+            "apt_fp32_exact": trainer(
+                "APT, fp32 without TF32",
+                training={"mixed_precision": False},
+                hardware=EXACT,
+                nanogpt=False,
+            ),
+        },
+        seconds=40,
+    ),
     changed("average"),
     attention("gqa"),
     attention("flash_v2"),
+    against(
+        "default",
+        GPT2,
+        {"bare_compiled": BARE_COMPILED, "apt_default": APT_DEFAULT, "apt_graphs": APT_GRAPHS},
+        seconds=90,
+    ),
 )
 """Those worth most first: a budget leaves out the last."""
 
@@ -325,6 +361,8 @@ class Progress:
         gc.collect()
         if self.bench.device.type == "cuda" and not self.lost:
             torch.cuda.empty_cache()
+            # Runs that end beside each other put back what another one has set.
+            torch.set_float32_matmul_precision("high")
         for folder in self.bench.folder.iterdir():
             if folder.is_dir():
                 shutil.rmtree(folder, ignore_errors=True)

@@ -42,14 +42,15 @@ build on PyPI is; with an older driver
 GPU that torch cannot use is an error that says so.
 
 The benchmark trains GPT-2 of 124 million parameters, in batches of 12 sequences of 1,024
-tokens, beside a bare loop like nanoGPT's in the same run: eager and compiled, with each change
-of precision, optimizer, vocabulary and attention; the shipped profile `base` and a single
-layer, where launches are what costs; layers of 8, 32 and 64 experts beside a dense one of as
-many operations; what a checkpoint holds up; tokens decoded a second. Of each side it tells the
-tokens a second, the share of the peak that was measured on the device and of the one that
-NVIDIA gives for it, GiB and launches a step. Goals are 1.1 times the tokens a second of the
-fastest bare loop, and half of an H100's bf16 peak. What does not fit in the time (`--budget`)
-is told to have been left out, and a row that fails does not end the others.
+tokens, beside a bare loop like nanoGPT's in the same run: eager, compiled, with CUDA graphs and
+as a profile has it by default, with each change of precision, optimizer, vocabulary and
+attention; the shipped profile `base` and a single layer, where launches are what costs; layers
+of 8, 32 and 64 experts beside a dense one of as many operations; what a checkpoint holds up;
+tokens decoded a second. Of each side it tells the tokens a second, the share of the peak that
+was measured on the device and of the one that NVIDIA gives for it, GiB and launches a step.
+Goals are 1.1 times the tokens a second of the fastest bare loop, and half of an H100's bf16
+peak. What does not fit in the time (`--budget`) is told to have been left out, and a row that
+fails does not end the others.
 
 Without a GPU the same command skips every test and takes every row at a small size: its files
 say `"dry_run": true`, and their figures mean nothing.

@@ -343,9 +343,10 @@ def test_the_command_for_a_gpu_takes_every_row_on_a_cpu(python: Python, tmp_path
     for figure in (
         "apt_over_bare",
         "apt_over_bare_one_layer",
-        *(f"apt_{change}_over_apt" for change in ("muon", "fp32", "average", "50257")),
-        "apt_compiled_over_bare_compiled",
-        "base_compiled_over_base",
+        "apt_graphs_over_bare_one_layer",
+        *(f"apt_{n}_over_apt" for n in ("muon", "fp32", "fp32_exact", "average", "50257")),
+        *(f"apt_{name}_over_bare_compiled" for name in ("compiled", "graphs", "default")),
+        *(f"base_{name}_over_base" for name in ("compiled", "graphs")),
         *(f"{name}_over_apt" for name in ("tva", "gqa", "bare_50257")),
         *(f"moe_E{experts}_over_dense" for experts in (8, 32, 64)),
         "saving_over_silent",
