@@ -5,7 +5,7 @@ Both are compiled as one: the logits and their gradients in fp32 are then never 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -82,6 +82,21 @@ def computes(
         "tf32": device.type == "cuda" and config.hardware.tf32,
         "compile": {"mode": chosen.mode, "reason": chosen.reason},
     }
+
+
+def computes_in_words(how: Mapping[str, Any]) -> str:
+    """What :func:`computes` says, for people.
+
+    >>> chosen = {"mode": "default", "reason": "the model is large"}
+    >>> computes_in_words({"precision": "bfloat16", "tf32": True, "compile": chosen})
+    'computes in bfloat16 (fp32 in TF32), compiled without graphs (the model is large)'
+    """
+    mode, reason = how["compile"]["mode"], how["compile"]["reason"]
+    compiled = {None: "not compiled", "default": "compiled without graphs"}
+    tf32 = " (fp32 in TF32)" if how["tf32"] else ""
+    why = f" ({reason})" if reason else ""
+    words = compiled.get(mode, f"compiled, {mode}")
+    return f"computes in {how['precision']}{tf32}, {words}{why}"
 
 
 def _objection(kernel: Kernel, device: torch.device, sharding: Sharding) -> str:

@@ -15,6 +15,7 @@ from apt_core.paths import user_path
 from apt_core.training import checkpoint
 from apt_core.training.blame import naming_authors
 from apt_core.training.checkpoint import Checkpoint
+from apt_core.training.compiling import computes, computes_in_words
 from apt_core.training.manifest import write_manifest
 from apt_core.training.restoring import named_checkpoint, restore
 from apt_core.training.run_folder import RunFolder, newest_folder, now
@@ -154,6 +155,12 @@ def _log_start(trainer: Trainer) -> None:
         f" in {world.size} processes ({world.sharding})" if world.size > 1 else "",
         f"plugins: {', '.join(active)}" if active else "no plugins",
     )
+    compilation = trainer.parts.forward.compilation
+    if compilation.mode is not None or trainer.device.type != "cpu":
+        how = computes(trainer.config, trainer.device, trainer.parts.dtype, compilation)
+        log.info("%s", computes_in_words(how))
+    if compilation.mode is not None:
+        log.info("compiling: the first evaluation and the first steps wait for it")
     if trainer.config.debug.verbose:
         for name, parameter in trainer.model.named_parameters():
             log.debug("%s %s", name, list(parameter.shape))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from apt_core.failures import short_path
 from apt_core.providers.attention import AttentionSupport
+from apt_core.training.compiling import computes_in_words
 from apt_core.training.memory import gib
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def print_plan(console: Console, plan: dict[str, Any]) -> None:
         console.print(text, markup=False)
 
     say(f"plan of profile {plan['profile']} on {plan['device']} (nothing is trained)")
-    say(_computes(plan["computes"]))
+    say(computes_in_words(plan["computes"]))
     for row in plan["missing"]:
         say(f"missing here: {row['key']}: {row['message']}")
     for row in plan["paths"]:
@@ -119,19 +120,6 @@ def _print_model(console: Console, model: dict[str, Any], total: dict[str, Any])
     lines.append(f"supports: of {flags}")
     for line in lines:
         console.print(line, markup=False)
-
-
-def _computes(how: dict[str, Any]) -> str:
-    """
-    >>> chosen = {"mode": "default", "reason": "the model is large"}
-    >>> _computes({"precision": "bfloat16", "tf32": True, "compile": chosen})
-    'computes in bfloat16 (fp32 in TF32), compiled without graphs (the model is large)'
-    """
-    mode, reason = how["compile"]["mode"], how["compile"]["reason"]
-    compiled = {None: "not compiled", "default": "compiled without graphs"}
-    tf32 = " (fp32 in TF32)" if how["tf32"] else ""
-    words = compiled.get(mode, f"compiled, {mode}")
-    return f"computes in {how['precision']}{tf32}, {words}{_because(reason)}"
 
 
 def _memory(stages: list[dict[str, Any]]) -> Iterator[str]:

@@ -79,13 +79,16 @@ def graphs() -> int:
 
 
 def test_a_compiled_run_has_the_losses_of_another_and_few_graphs(
-    as_on_a_gpu: Callable[..., None],
+    as_on_a_gpu: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     plain = ran(compile=False)
+    assert "computes in" not in caplog.text, "of a plain run on a CPU there is nothing to say"
     as_on_a_gpu()
     run = ran()
     assert losses(run) == pytest.approx(losses(plain), rel=1e-5)
     assert run.manifest["computes"]["compile"]["mode"] == "default"
+    assert "computes in float32, compiled without graphs" in caplog.text
+    assert "compiling: the first evaluation" in caplog.text
     assert sum(counters["graph_break"].values()) == 0
     # Whole batches and the last of an epoch, in training and in evaluations.
     assert graphs() == 4
