@@ -38,6 +38,7 @@ TINY_PROFILE: dict[str, Any] = {
         "warmup_steps": 0,
         "log_every_steps": 2,
         "mixed_precision": False,
+        "compile": False,
     },
     "evaluation": {"eval_freq": 4, "eval_batches": 2, "sample_tokens": 4},
     "hardware": {"device": "cpu"},

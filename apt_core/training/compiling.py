@@ -5,6 +5,7 @@ Both are compiled as one: the logits and their gradients in fp32 are then never 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,6 +40,9 @@ MOST_GRAPHS = 16
 """How many graphs are made of the same function: what trains comes in a few shapes, with and
 without what plugins read, freeze or limit. A number that changes in every step would need one for
 each value."""
+
+RECURSION_LIMIT = 2000
+"""Inductor's."""
 
 COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "triton")
 """Whose errors are of compiling, and not of what is compiled."""
@@ -155,7 +159,8 @@ def readers_of_outputs(hook: Any) -> list[Any]:
 def compiler_settings(config: Config) -> Iterator[None]:
     """How torch compiles inside: a backward together with its forward, so that a failure leaves no
     gradients; an error, and not silence, where it gives up for too many different calls; with
-    ``training.deterministic`` without choosing kernels by their time."""
+    ``training.deterministic`` without choosing kernels by their time. The recursion limit is the
+    one that Inductor sets, before plugins are watched: to them it is nobody's change."""
     if config.training.compile is False:
         yield
         return
@@ -163,12 +168,17 @@ def compiler_settings(config: Config) -> Iterator[None]:
     import torch._functorch.config as functorch
     import torch._inductor.config as inductor
 
-    with (
-        functorch.patch(force_non_lazy_backward_lowering=True),
-        dynamo.patch(fail_on_recompile_limit_hit=config.training.compile == "auto"),
-        inductor.patch(deterministic=config.training.deterministic or inductor.deterministic),
-    ):
-        yield
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(before, RECURSION_LIMIT))
+    try:
+        with (
+            functorch.patch(force_non_lazy_backward_lowering=True),
+            dynamo.patch(fail_on_recompile_limit_hit=config.training.compile == "auto"),
+            inductor.patch(deterministic=config.training.deterministic or inductor.deterministic),
+        ):
+            yield
+    finally:
+        sys.setrecursionlimit(before)
 
 
 class Forward:

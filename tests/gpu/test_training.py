@@ -109,7 +109,7 @@ def test_nothing_waits_between_log_steps(
 
 @pytest.mark.parametrize(("precision", "tolerance"), [(False, 1e-4), (True, 2e-2)])
 def test_losses_are_those_of_the_cpu(precision: bool, tolerance: float) -> None:
-    overrides = {"training.mixed_precision": precision}
+    overrides = {"training.mixed_precision": precision, "hardware.tf32": False}
     expected = losses(ran(device="cpu"))
     assert losses(ran(overrides=overrides)) == pytest.approx(expected, rel=tolerance)
 

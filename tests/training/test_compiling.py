@@ -3,6 +3,7 @@ are. Forced on the CPU, where the compiler runs without generating code."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -142,6 +143,19 @@ def test_loss_terms_are_those_of_a_plain_run(
     assert losses(run) == pytest.approx(losses(plain), rel=1e-5)
 
 
+def test_what_the_compiler_sets_is_no_plugins_change(as_on_a_gpu: Callable[..., None]) -> None:
+    def setting(graph: Any, _: Any) -> Any:
+        if torch.is_grad_enabled():  # in a step
+            sys.setrecursionlimit(max(sys.getrecursionlimit(), 2000))
+        return graph.forward
+
+    before = sys.getrecursionlimit()
+    as_on_a_gpu(setting)
+    run = ran(Sees(), steps=2)
+    assert run.manifest["computes"]["compile"]["mode"] == "default"
+    assert sys.getrecursionlimit() == before
+
+
 # What fails ---------------------------------------------------------------------------------------
 
 
@@ -235,7 +249,7 @@ class Attention:
 
 def chosen(*plugins: Any, world: int = 1, sharding: Any = "none", **changes: Any) -> Compilation:
     profile = {section: values for section, values in TINY_PROFILE.items() if section != "data"}
-    for key, value in changes.items():
+    for key, value in {"training__compile": "auto", **changes}.items():
         section, _, name = key.partition("__")
         profile[section] = {**profile.get(section, {}), name: value}
     manager = PluginManager()
@@ -283,7 +297,7 @@ def test_small_models_are_compiled_with_graphs(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_nothing_is_compiled_on_a_cpu_unless_it_is_asked_for() -> None:
-    kernel = boot(TINY_PROFILE, files=False)
+    kernel = boot({"model": TINY_PROFILE["model"]}, files=False)
     found = compilation(kernel, torch.device("cpu"), "none", 1)
     assert found == Compilation(None, "auto does not on cpu")
 
