@@ -12,7 +12,9 @@ from apt_core.inference.generator import candidates, generate, sample, window_st
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.plugin_manager import PluginManager
 from apt_core.registry import Registry
-from apt_core.testing import TINY_PROFILE, Recorder
+from apt_core.testing import TINY_PROFILE, Recorder, tiny_run
+from apt_core.training import evaluating
+from apt_core.types import GenerationResult
 
 REQUEST = GenerationRequest("The ", max_new_tokens=8, seed=3)
 
@@ -292,3 +294,24 @@ def test_a_type_to_compute_in_is_of_the_model_alone_and_its_weights_are_cast_onc
         casts.append(seen.casts)
     assert casts[0] == casts[1] > 0
     assert set(types) == {(torch.float32, torch.float32)}
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("cuda", torch.bfloat16), ("cpu", None)])
+def test_the_sample_of_a_run_is_computed_in_its_precision_on_a_gpu(kind, dtype, monkeypatch):
+    class Keeps:
+        @hookimpl
+        def on_training_start(self, trainer):
+            self.trainer = trainer
+
+    keeps = Keeps()
+    tiny_run(keeps, steps=1, overrides={"training.mixed_precision": True})
+    asked = {}
+
+    def instead(*arguments, **options):
+        asked.update(options)
+        return GenerationResult("", ())
+
+    monkeypatch.setattr(evaluating, "generate", instead)
+    keeps.trainer.device = torch.device(kind, 0)
+    keeps.trainer.evaluator.sample()
+    assert asked["dtype"] == dtype
