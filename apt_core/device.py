@@ -177,14 +177,16 @@ heap."""
 def available_memory(device: torch.device) -> int:
     """The bytes that this process may use on ``device``, those that it has already included.
 
-    On a GPU what it has left. On a CPU the least of what the system has left, the limits of the
-    control groups that the process is in, and of its address space (``ulimit -v``), of which
-    libraries reserve more than they use.
+    On a GPU what it has left, and no more than the process's share of it. On a CPU the least of
+    what the system has left, the limits of the control groups that the process is in, and of its
+    address space (``ulimit -v``), of which libraries reserve more than they use.
     """
     import torch
 
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+        free, total = torch.cuda.mem_get_info(device)
+        share = torch.cuda.get_per_process_memory_fraction(device)
+        return int(min(free + torch.cuda.memory_reserved(device), share * total))
     pages = Path("/proc/self/statm")
     if not pages.exists():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

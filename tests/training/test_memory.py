@@ -390,6 +390,16 @@ def test_where_no_batch_fits_the_advice_names_what_else_helps() -> None:
 # What there is
 
 
+def test_a_share_of_a_gpu_bounds_what_is_available_on_it(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10)
+    for share, available in ((1.0, 80), (0.5, 50)):
+        monkeypatch.setattr(
+            torch.cuda, "get_per_process_memory_fraction", lambda device, share=share: share
+        )
+        assert available_memory(torch.device("cuda:0")) == available
+
+
 def test_a_limit_on_the_address_space_bounds_what_is_available(monkeypatch) -> None:
     free = available_memory(CPU)
     assert free > 0
