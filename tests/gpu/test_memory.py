@@ -15,7 +15,6 @@ import torch
 from apt_core import hookimpl
 from apt_core.device import available_memory
 from apt_core.errors import TrainingError
-from apt_core.kernel import Kernel
 from apt_core.testing import TinyRun, tiny_run
 from apt_core.testing.tiny import TEXT
 from apt_core.training.footprint import Footprint
