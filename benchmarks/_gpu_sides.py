@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -276,8 +277,10 @@ def alone(bench: Bench, shape: Shape, side: Side) -> dict[str, float]:
     if bench.device.type == "cpu":
         return {}
     shape, bench = replace(shape, turn=1), replace(bench, rounds=4)
+    gc.collect()  # the sides that were timed
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(bench.device)
+    held = torch.cuda.memory_allocated(bench.device)
     fetches, profiler, profiled = 0, torch.profiler.profile(), bench.steps(shape) - 1
 
     def fetched() -> None:
@@ -289,7 +292,7 @@ def alone(bench: Bench, shape: Shape, side: Side) -> dict[str, float]:
 
     with steps_alone():
         side.make(bench, shape)(fetched)
-    gib = torch.cuda.max_memory_allocated(bench.device) / 2**30
+    gib = (torch.cuda.max_memory_allocated(bench.device) - held) / 2**30
     on_device = torch.autograd.DeviceType.CUDA
     events = [event for event in profiler.events() or () if not event.is_user_annotation]
     return {
