@@ -318,10 +318,13 @@ class Progress:
         self.lost = ""
 
     def take(self, rows: Sequence[Row]) -> None:
-        for number, row in enumerate(rows, 1):
+        nothing = {"outcome": "not begun", "reason": "", "seconds": 0.0}
+        self.outcomes += [{"row": row.name, **nothing} for row in rows]
+        for number, (row, told) in enumerate(zip(rows, self.outcomes, strict=True), 1):
             print(f"[{number}/{len(rows)}] {row.name} ...", file=sys.stderr, flush=True)
-            self.outcomes.append({"row": row.name, **self._outcome(row)})
-            told = self.outcomes[-1]
+            told["outcome"] = "not ended"
+            self._write()
+            told |= self._outcome(row)
             print(
                 f"[{number}/{len(rows)}] {row.name}: {told['outcome']}"
                 f"{' (' + told['reason'] + ')' if told['reason'] else ''}, "
@@ -330,8 +333,14 @@ class Progress:
                 file=sys.stderr,
                 flush=True,
             )
-            if self.written:  # a benchmark that is killed leaves what it has
-                self.report.write(self.written)
+        self._write()
+
+    def _write(self) -> None:
+        """A benchmark that is killed leaves what it has, and says in which row that was."""
+        raw = self.report.raw
+        raw["goals"] = [] if self.bench.device.type == "cpu" else goals(raw.get("lines", []))
+        if self.written:
+            self.report.write(self.written)
 
     def _outcome(self, row: Row) -> dict[str, Any]:
         if self.lost:
@@ -429,7 +438,6 @@ def measure(report: Report, bench: Bench, budget: float, written: Path | None) -
         report.note("A dry run: sizes are tiny, and the figures only show that every row runs.")
     progress = Progress(report, bench, budget, written)
     progress.take(ROWS)
-    report.raw["goals"] = [] if report.raw["dry_run"] else goals(report.raw.get("lines", []))
     add_tables(report)
     return all(row["outcome"] != "failed" for row in progress.outcomes)
 

@@ -141,6 +141,7 @@ assert slower.pop("steps per second") and not sum(slower.values())
 """
 
 GPU_ROWS = """
+import json
 from pathlib import Path
 from time import sleep
 
@@ -159,6 +160,8 @@ def not_here(report, bench):
     raise NotUsableError("no such kernel")
 
 def breaks(report, bench):
+    rows = json.loads(written.read_text())["raw"]["rows"]
+    assert [row["outcome"] for row in rows[-2:]] == ["not ended", "not begun"]
     Bench.synchronize = lost
     raise RuntimeError("an illegal memory access")
 

@@ -138,14 +138,15 @@ def judge_benchmark(code: int | None, found: Mapping[str, Any]) -> tuple[bool, l
     for row in rows:
         outcomes[row["outcome"]] = outcomes.get(row["outcome"], 0) + 1
         if row["outcome"] != "measured":
-            lines.append(f"  {row['outcome']}: {row['row']} ({row['reason']})")
+            why = f" ({row['reason']})" if row["reason"] else ""
+            lines.append(f"  {row['outcome']}: {row['row']}{why}")
     said = ", ".join(f"{number} {name}" for name, number in outcomes.items()) or "nothing measured"
     lines.insert(0, f"benchmark: {said} in {sum(row['seconds'] for row in rows):.0f} s")
     for goal in raw.get("goals", []):
         if goal["met"] is None:
             told = "not measured"
         else:
-            told = f"{goal['measured']:.3g}, {'met' if goal['met'] else 'NOT met'}"
+            told = f"{goal['measured']:.3g} by {goal['by']}, {'met' if goal['met'] else 'NOT met'}"
         lines.append(f"  goal: {goal['goal']}, on an H100 {goal['wanted']}: {told}")
     if code is None:
         lines.append("  did not end in its time")

@@ -96,20 +96,22 @@ def test_rows_without_a_figure_and_goals_are_told(command: ModuleType) -> None:
         {"row": "eager", "outcome": "measured", "reason": "", "seconds": 9},
         {"row": "compiled", "outcome": "failed", "reason": "no C compiler", "seconds": 1},
         {"row": "gqa", "outcome": "left out", "reason": "9 s are left", "seconds": 0},
+        {"row": "tva", "outcome": "not ended", "reason": "", "seconds": 0},
     ]
     goals = [
-        {"goal": "tokens/s", "wanted": 1.1, "measured": 1.234, "met": True},
-        {"goal": "share", "wanted": 0.5, "measured": 0.4, "met": False},
+        {"goal": "tokens/s", "wanted": 1.1, "measured": 1.234, "met": True, "by": "apt"},
+        {"goal": "share", "wanted": 0.5, "measured": 0.4, "met": False, "by": "apt"},
         {"goal": "another", "wanted": 0.5, "measured": None, "met": None},
     ]
     passed, lines = command.judge_benchmark(1, {"raw": {"rows": rows, "goals": goals}})
     assert not passed
     assert lines == [
-        "benchmark: 1 measured, 1 failed, 1 left out in 10 s",
+        "benchmark: 1 measured, 1 failed, 1 left out, 1 not ended in 10 s",
         "  failed: compiled (no C compiler)",
         "  left out: gqa (9 s are left)",
-        "  goal: tokens/s, on an H100 1.1: 1.23, met",
-        "  goal: share, on an H100 0.5: 0.4, NOT met",
+        "  not ended: tva",
+        "  goal: tokens/s, on an H100 1.1: 1.23 by apt, met",
+        "  goal: share, on an H100 0.5: 0.4 by apt, NOT met",
         "  goal: another, on an H100 0.5: not measured",
     ]
     passed, lines = command.judge_benchmark(None, {})
