@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from apt_core.config import Config
 from apt_core.data.batches import Batch
@@ -193,6 +194,7 @@ class Forward:
         self._model, self._strict = model, strict
         self._step: Callable[..., Any] | None = None
         self._sums: Callable[..., Tensor] | None = None
+        self._with_weights: Callable[..., ModelOutput] | None = None
         if compilation.mode is not None:
             options: dict[str, Any] = {
                 "dynamic": False,
@@ -208,10 +210,14 @@ class Forward:
             def sums(ids: Tensor, targets: Tensor, accuracy: bool) -> Tensor:
                 return sums_of(model(ids), targets, accuracy=accuracy)
 
+            def with_weights(weights: Mapping[str, Tensor], ids: Tensor) -> ModelOutput:
+                return functional_call(model, weights, (ids,))
+
             mode = None if compilation.mode == "default" else compilation.mode
             self._step = torch.compile(step, mode=mode, **options)
             # Without graphs: an evaluation keeps the sums of all its batches.
             self._sums = torch.compile(sums, **options)
+            self._with_weights = torch.compile(with_weights, **options)
 
     def __call__(
         self, batch: Batch, *, outputs: bool = True, again: Callable[[], object] = lambda: None
@@ -231,6 +237,14 @@ class Forward:
         output = forward_batch(self._model, self._model, batch)
         return cross_entropy_sum(output, batch.targets), output
 
+    def output(self, batch: Batch) -> ModelOutput:
+        """What the model gives for ``batch`` in training."""
+        if self._step is not None:
+            output = self(batch)[1]
+            assert output is not None
+            return output
+        return forward_batch(self._model, self._model, batch)
+
     def sums(self, batch: Batch, *, accuracy: bool) -> Tensor:
         """What :func:`~apt_core.evaluation.quick_eval.sums_of` says of ``batch``."""
         if self._sums is not None:
@@ -239,6 +253,17 @@ class Forward:
             except Exception as error:
                 self._give_up(error)
         return sums_of(self._model(batch.input_ids), batch.targets, accuracy=accuracy)
+
+    def with_weights(self, weights: Mapping[str, Tensor], input_ids: Tensor) -> ModelOutput:
+        """What the model gives for ``input_ids`` [B, T] with these ``weights`` in the place of its
+        own."""
+        if self._with_weights is not None:
+            try:
+                return self._with_weights(weights, input_ids)
+            except Exception as error:
+                self._give_up(error)
+        output: ModelOutput = functional_call(self._model, dict(weights), (input_ids,))
+        return output
 
     def _give_up(self, error: Exception) -> None:
         """Go on without the compiler; raise ``error`` where it is not the compiler's, or the
@@ -250,7 +275,7 @@ class Forward:
             reason = f"the calls differ so often that {MOST_GRAPHS} graphs did not suffice"
         log.warning("training.compile: %s; the run goes on without it", reason)
         self.compilation = replace(self.compilation, mode=None, reason=reason)
-        self._step = self._sums = None
+        self._step = self._sums = self._with_weights = None
 
 
 def of_compiling(error: BaseException) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -48,6 +48,9 @@ class WeightAverage:
         self._live = [local_part(p.detach()) for p in parameters.values()]
         self._averages = [local_part(self.values[name]) for name in parameters]
         self._exchanged, self._exchanging = 0, False
+        self.compute: Callable[[Mapping[str, Tensor], Tensor], ModelOutput] | None = None
+        """What :meth:`output` computes with, given weights by name and ids: by default the model
+        as it is, which the loop may have compiled."""
 
     @property
     def decay(self) -> float:
@@ -79,6 +82,8 @@ class WeightAverage:
         model = self._model
         with eval_mode(model):
             if not isinstance(model, FSDPModule):
+                if self.compute is not None:
+                    return self.compute(self.values, input_ids)
                 return functional_call(model, dict(self.values), (input_ids,))
             # Its forward gathers what lies in the shards.
             model.reshard()

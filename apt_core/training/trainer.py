@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from apt_core.config import Config
+from apt_core.data.batches import Batch
 from apt_core.device import (
     as_current_device,
     autocast,
@@ -66,6 +67,7 @@ from apt_core.training.step_clock import StepClock
 from apt_core.training.step_log import StepLog
 from apt_core.training.stopping import Stopping
 from apt_core.training.switching import Switching
+from apt_core.types import ModelOutput
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,10 +105,11 @@ class Trainer:
     as ``training.learning_rate``) in which a resume may differ from its checkpoint.
 
     What hooks may use: ``config registry model optimizer schedule epoch step tokens device rank
-    world_size metrics output_dir step_void param(name) rng(plugin) autocast() average(plugin,
-    decay) request_stop(reason)``. ``epoch`` counts from 1, ``step`` is the number of optimizer
-    steps taken, ``tokens`` the target tokens seen, ``metrics`` the newest row of a step, with the
-    scores of an evaluation since, which is of step ``val_step``, ``output_dir`` the run's folder.
+    world_size metrics output_dir step_void param(name) rng(plugin) autocast() forward(batch)
+    average(plugin, decay) request_stop(reason)``. ``epoch`` counts from 1, ``step`` is the number
+    of optimizer steps taken, ``tokens`` the target tokens seen, ``metrics`` the newest row of a
+    step, with the scores of an evaluation since, which is of step ``val_step``, ``output_dir`` the
+    run's folder.
     ``step_void`` says whether the newest step was not finite, and so changed nothing: a bool, or
     where the device alone knows 0-d, 1.0 or 0.0. A plugin may replace ``model`` and ``optimizer``
     in mid-run: do not keep them.
@@ -185,6 +188,10 @@ class Trainer:
         """The precision in which the loop computes its forward, for another one."""
         return autocast(self.device, self.parts.dtype)
 
+    def forward(self, batch: Batch) -> ModelOutput:
+        """What the model gives for ``batch`` in training, as the loop computes it."""
+        return self.parts.forward.output(batch)
+
     def average(self, plugin: str, decay: float) -> WeightAverage:
         """A moving average of the weights that belongs to the plugin: made of the present weights
         by the first call, and the same one after.
@@ -208,7 +215,9 @@ class Trainer:
                 asked,
             )
             self.averages[plugin].decay = self.asked_decays[plugin] = decay
-        return self.averages[plugin]
+        average = self.averages[plugin]
+        average.compute = self.parts.forward.with_weights
+        return average
 
     def restore_average(self, plugin: str, decay: float, asked: float | None) -> WeightAverage:
         """The average that a checkpoint holds, for its values to be read into: it had come to

@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 
 from apt_core import ModelOutput
 from apt_core.providers import AlignProvider
-from apt_core.training.loss import forward_batch
 from apt_plugins.align.settings import SECTION, WEIGHT, BistateSettings
 
 NAME = "align"
@@ -60,7 +59,7 @@ class Alignment:
             if self.has_teacher:
                 stable = trainer.average(NAME, self.momentum).output(batch.input_ids)
             else:
-                stable = forward_batch(trainer.model, trainer.model, batch)
+                stable = trainer.forward(batch)
         terms = self.objective.terms(
             output, stable, batch.targets, vein=self.vein, mutual=not self.has_teacher
         )

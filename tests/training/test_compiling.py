@@ -143,6 +143,19 @@ def test_loss_terms_are_those_of_a_plain_run(
     assert losses(run) == pytest.approx(losses(plain), rel=1e-5)
 
 
+@pytest.mark.parametrize(("state", "more"), [("ema", 2), ("rdrop", 0)])
+def test_a_second_state_of_the_model_is_compiled_too(
+    as_on_a_gpu: Callable[..., None], state: str, more: int
+) -> None:
+    overrides = {"model.bistate": {"mode": state, "weight": 0.3, "beta": 0.0}}
+    plain = ran("align", compile=False, overrides=overrides)
+    as_on_a_gpu()
+    run = ran("align", overrides=overrides)
+    assert losses(run) == pytest.approx(losses(plain), rel=1e-5)
+    assert run.manifest["computes"]["compile"]["mode"] == "default"
+    assert graphs() == 4 + more
+
+
 def test_what_the_compiler_sets_is_no_plugins_change(as_on_a_gpu: Callable[..., None]) -> None:
     def setting(graph: Any, _: Any) -> Any:
         if torch.is_grad_enabled():  # in a step
