@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -315,7 +316,8 @@ def nominal_peak(bench: Bench) -> float | None:
     if bench.device.type == "cpu":
         return None
     name = torch.cuda.get_device_name(bench.device)
-    return next((peak for part, peak in NOMINAL_PEAKS.items() if part in name), None)
+    known = (peak for part, peak in NOMINAL_PEAKS.items() if re.search(rf"\b{part}\b", name))
+    return next(known, None)
 
 
 def line(bench: Bench, shape: Shape, name: str, side: Side, seconds: float) -> dict[str, Any]:

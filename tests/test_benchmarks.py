@@ -196,6 +196,14 @@ assert told["after"] == (
     "failed", "the device does not answer since breaks: RuntimeError: CUDA error"
 )
 
+peaks = {
+    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA RTX A1000": None,
+}
+for name, peak in peaks.items():
+    torch.cuda.get_device_name = lambda device: name
+    assert gpu.nominal_peak(bench) == peak, name
+
 def lines(**pace):
     return [{"side": side, "tokens_per_second": value} for side, value in pace.items()]
 
