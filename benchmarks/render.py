@@ -37,9 +37,9 @@ than ten minutes the tests that compute on a GPU and `benchmarks/gpu.py`. Their 
 `gpu-results/`, and a summary is printed: what passed, failed and was skipped and why, and the
 figures beside the goals. `python tests/gpu` does the same in an environment that is there.
 Needed are tox, a C compiler (for `torch.compile`) and a driver for CUDA 13, of which torch's
-build on PyPI is; with an older driver
-`PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126 tox -e gpu` takes an older build. A
-GPU that torch cannot use is an error that says so.
+build on PyPI is; for an older driver name an index of builds for its CUDA, as by
+`PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126`. A GPU that torch cannot use is an
+error that says so.
 
 The benchmark trains GPT-2 of 124 million parameters, in batches of 12 sequences of 1,024
 tokens, beside a bare loop like nanoGPT's in the same run: eager, compiled, with CUDA graphs and

@@ -73,24 +73,23 @@ def not_usable(found: Mapping[str, Any]) -> str:
     if found["cuda"] is None:
         why = f"torch {found['torch']} is a build without CUDA, from an index of CPU builds"
         hint = (
-            "PyPI's build has CUDA: take it again without the other index, "
+            "PyPI's build has CUDA: take it again without the other index, PIP_CONFIG_FILE=/dev/null "
             f"PIP_INDEX_URL={PYPI} PIP_EXTRA_INDEX_URL= tox run -r -e gpu"
         )
     else:
         why = f"torch {found['torch']} (CUDA {found['cuda']}) cannot use it: {found['error']}"
         hint = (
-            "an older driver needs a build for an older CUDA: "
+            "too old a driver needs a build for an older CUDA, if there is one: "
             f"PIP_EXTRA_INDEX_URL={OLDER} tox run -r -e gpu"
         )
     return f"this machine has a GPU, but {why}\n{hint}\n--dry-run does without it"
 
 
-def run(command: Sequence[str | Path], seconds: float, hide: bool) -> tuple[int | None, float]:
-    """The exit code of ``command``, None where it was ended after ``seconds``; and its seconds."""
+def run(command: Sequence[str | Path], seconds: float, hide: bool) -> int | None:
+    """The exit code of ``command``, None where it was ended after ``seconds``."""
     environment = dict(os.environ)
     if hide:
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    began = time.perf_counter()
     # A session of its own: what it has started ends with it.
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     code: int | None = None
@@ -102,7 +101,7 @@ def run(command: Sequence[str | Path], seconds: float, hide: bool) -> tuple[int 
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    return code, time.perf_counter() - began
+    return code
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -180,13 +179,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pytest = ["-m", "gpu", "-q", f"--timeout={TEST_SECONDS}", "-p", "no:cacheprovider"]
     pytest += ["--continue-on-collection-errors"]
     command = [sys.executable, ROOT / "tests/gpu/gpu_outcomes.py", tests, *pytest]
-    code, _ = run([*command, *options.tests], TESTS_SHARE * LIMIT, hide=dry)
+    code = run([*command, *options.tests], TESTS_SHARE * LIMIT, hide=dry)
     tested, lines = judge_tests(code, read(tests))
 
     left = LIMIT - (time.perf_counter() - began)
     flags = ["--json", benchmark, "--budget", f"{left - 2 * MARGIN:.0f}"]
     flags += ["--dry-run", "--quick"] if dry else []
-    code, _ = run([sys.executable, ROOT / "benchmarks/gpu.py", *flags], left - MARGIN, hide=dry)
+    code = run([sys.executable, ROOT / "benchmarks/gpu.py", *flags], left - MARGIN, hide=dry)
     measured, more = judge_benchmark(code, read(benchmark))
 
     content = {

@@ -148,10 +148,10 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(
 def test_what_a_part_has_started_ends_with_it(command: ModuleType, tmp_path: Path) -> None:
     started = tmp_path / "started"
     leaves = ["sh", "-c", f"sleep 100 & echo $! > {started}; exit 3"]
-    assert command.run(leaves, 100.0, hide=True)[0] == 3
+    assert command.run(leaves, 100.0, hide=True) == 3
     status = Path(f"/proc/{started.read_text().strip()}/status")
     while status.exists() and "zombie" not in status.read_text():
         time.sleep(
             0.01
         )  # a signal takes a moment; of one that never comes the test's timeout tells
-    assert command.run(["sleep", "100"], 0.05, hide=True)[0] is None
+    assert command.run(["sleep", "100"], 0.05, hide=True) is None
