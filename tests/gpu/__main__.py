@@ -73,8 +73,8 @@ def not_usable(found: Mapping[str, Any]) -> str:
     if found["cuda"] is None:
         why = f"torch {found['torch']} is a build without CUDA, from an index of CPU builds"
         hint = (
-            "PyPI's build has CUDA: take it again without the other index, PIP_CONFIG_FILE=/dev/null "
-            f"PIP_INDEX_URL={PYPI} PIP_EXTRA_INDEX_URL= tox run -r -e gpu"
+            "PyPI's build has CUDA: take it again without the other index, by "
+            f"PIP_CONFIG_FILE=/dev/null PIP_INDEX_URL={PYPI} PIP_EXTRA_INDEX_URL= tox run -r -e gpu"
         )
     else:
         why = f"torch {found['torch']} (CUDA {found['cuda']}) cannot use it: {found['error']}"
