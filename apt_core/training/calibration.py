@@ -37,6 +37,7 @@ from apt_core.training.footprint import layer_kinds
 from apt_core.training.loss import cross_entropy_sum
 from apt_core.training.parameter_groups import parameter_groups
 from apt_core.training.prepare import num_threads
+from apt_core.training.seeds import fp32_products
 from apt_core.training.stages import Structure
 
 CPU_BYTES = 2**28
@@ -96,7 +97,8 @@ class Calibration:
         if self.cost.flops_per_token is None:
             return None
         try:
-            with cpu_threads(self.threads):
+            tf32 = self.kernel.config.hardware.tf32
+            with cpu_threads(self.threads), fp32_products(self.device, tf32=tf32):
                 return self._timed(self._subject(structure))
         except Exception as error:
             if self.kernel.manager.lets_through(error):

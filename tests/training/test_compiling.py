@@ -25,9 +25,10 @@ from apt_core.plugin_manager import PluginManager
 from apt_core.process_state import ProcessState
 from apt_core.providers import AttentionSupport
 from apt_core.testing import TINY_PROFILE, TinyRun, tiny_run
-from apt_core.training import compiling, loss, prepare, switching, trainer
+from apt_core.training import calibration, compiling, loss, prepare, switching, trainer
 from apt_core.training.compiling import Compilation, compilation
 from apt_core.training.footprint import CountedAllocations
+from apt_core.training.plan import make_plan
 from apt_core.training.seeds import fp32_products
 
 GPU = torch.device("cuda", 0)
@@ -371,6 +372,21 @@ def test_fp32_is_multiplied_in_tf32_but_for_proofs(
         "step": {there}, "evaluation": {there}, "switch": {"highest"}, "comparison": {"highest"},
     }  # fmt: skip
     assert ProcessState().before().values == before
+
+
+def test_a_plan_is_timed_as_the_run_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_gpu = lambda _, *, tf32: fp32_products(GPU, tf32=tf32)  # noqa: E731
+    monkeypatch.setattr(calibration, "fp32_products", as_gpu)
+    seen: list[str] = []
+
+    def timed(*_: Any) -> None:
+        seen.append(torch.get_float32_matmul_precision())
+
+    monkeypatch.setattr(calibration.Calibration, "_timed", timed)
+    for tf32 in (True, False):
+        hardware = {"device": "auto", "tf32": tf32}
+        make_plan(boot({**TINY_PROFILE, "hardware": hardware}, files=False))
+    assert seen == ["high", "highest"]
 
 
 def test_what_a_plugin_leaves_of_it_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
