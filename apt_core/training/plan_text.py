@@ -162,6 +162,8 @@ def _time(plan: dict[str, Any]) -> Iterator[str]:
     elsewhere = "" if calibration["is_the_runs_device"] else ", not the profile's device"
     what = ", then ".join(dict.fromkeys(measured))
     of = "with its evaluations, " if plan["batch"]["steps_per_epoch"] is not None else ""
+    if plan["computes"]["compile"]["mode"] is not None:
+        what += ", not compiled: the run, which is, takes less"
     yield f"time: an estimate, {of}on {on}{elsewhere}; timed: {what}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -422,6 +423,24 @@ def launched(tried: list[int], most: int = 2**30) -> Callable[[int, int, int], f
         return max(0.02, 5e-6 * tokens)
 
     return seconds
+
+
+def test_a_plan_is_timed_as_exactly_as_the_run_computes_and_says_what_it_leaves_out(
+    kernel_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def products(device: torch.device, *, tf32: bool) -> AbstractContextManager[None]:
+        asked.append((str(device), tf32))
+        return nullcontext()
+
+    monkeypatch.setattr(calibration, "fp32_products", products)
+    for tf32, compiled in ((True, False), (False, True)):
+        hardware = {"device": "cpu", "tf32": tf32}
+        plan = make_plan(kernel_of(hardware=hardware, training={"compile": compiled}))
+        assert asked == [("cpu", tf32)]
+        assert ("timed: the whole model, not compiled" in printed(plan)) is compiled
+        asked.clear()
 
 
 def test_a_device_that_waits_to_be_told_is_timed_with_as_much_as_it_takes_to_be_busy(
