@@ -39,8 +39,13 @@ PROFILE: dict[str, Any] = {
         "vocab_size": 8192,
         "max_seq_len": 64,
     },
-    # In one micro-batch gradients would come while activations go.
-    "training": {"batch_size": BATCH, "grad_accum_steps": 2, "mixed_precision": True},
+    # In one micro-batch gradients would come while activations go, and a compiler saves some.
+    "training": {
+        "batch_size": BATCH,
+        "grad_accum_steps": 2,
+        "mixed_precision": True,
+        "compile": False,
+    },
     "evaluation": {"eval_freq": 0, "eval_batches": 1, "sample_tokens": 0},
     "hardware": {"device": GPU},
 }
@@ -104,6 +109,11 @@ def test_a_run_takes_the_memory_that_is_planned(
         train(measured, **settings, **{"model.dropout": 0.1})
     planned = estimate(measured.planned(*["moe"] * experts))
     assert planned.total == pytest.approx(measured.step, rel=0.1)
+
+
+def test_a_compiled_run_takes_no_more_than_is_planned(train: Any, measured: Measured) -> None:
+    train(measured, **{"training.compile": True})
+    assert 0 < measured.step < 1.1 * estimate(measured.planned()).total
 
 
 @pytest.mark.parametrize("experts", [8, 32])
