@@ -6,7 +6,7 @@ aborted. So the tensors stay on the CPU, and what computes otherwise on a GPU is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class GPUOperators(TorchFunctionMode):
             Tensor.is_cpu.__get__: lambda tensor: False,
             F.scaled_dot_product_attention: self._attention,
             F.dropout: _dropout,
-            torch.dropout: _dropout,
+            torch.dropout: lambda input, p, train: _dropout(input, p, train),
             F.rms_norm: _rms_norm,
             torch.rms_norm: _rms_norm,
         }
@@ -66,7 +66,7 @@ class GPUOperators(TorchFunctionMode):
             if name in IN_FP32:
                 args = [_widened(value) for value in args]
                 kwargs = {key: _widened(value) for key, value in kwargs.items()}
-            elif name in TO_FP32 and args and args[0].dtype in HALF and kwargs.get("dtype") is None:
+            elif name in TO_FP32 and args and _is_half(args[0]) and not _types(args, kwargs):
                 kwargs = {**kwargs, "dtype": torch.float32}
         return self._instead.get(func, func)(*args, **kwargs)
 
@@ -112,8 +112,16 @@ class GPUOperators(TorchFunctionMode):
         )[0]
 
 
+def _types(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.dtype]:
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
+
+
+def _is_half(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in HALF
+
+
 def _widened(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
+    return value.float() if _is_half(value) else value
 
 
 def _bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -125,11 +133,9 @@ def _bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return added.expand(*query.shape[:-1], length)
 
 
-def _dropout(
-    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, **rest: Any
-) -> Tensor:
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """It keeps a boolean for each number."""
-    if inplace or not (training or rest.get("train")) or not 0 < p < 1:
+    if inplace or not training or not 0 < p < 1:
         return F.dropout(input, p, training, inplace)
     return torch.native_dropout(input, p, True)[0]
 

@@ -241,6 +241,7 @@ def test_a_mask_on_a_gpu_is_a_number_for_each_place() -> None:
         # In fp32 under autocast: a copy of the input, and the row's number.
         (partial(F.rms_norm, normalized_shape=(16,)), True, 4 * SIZE + 4 * ROWS, 4 * SIZE),
         (partial(torch.softmax, dim=-1), True, 4 * SIZE, 4 * SIZE),
+        (lambda x: x.softmax(-1, torch.bfloat16), True, 2 * SIZE, 2 * SIZE),
         (lambda x: x.exp(), True, 4 * SIZE, 4 * SIZE),
     ],
 )
