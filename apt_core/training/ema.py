@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,6 +18,11 @@ from apt_core.types import ModelOutput
 WARMUP = 10
 """An average with a warm-up begins short, as long as there is little to average: its decay is at
 most (1 + step) / (WARMUP + step)."""
+
+
+PIECE_BYTES = 2**26
+"""Of so many weights the distance to their averages is there at once, where the device alone knows
+whether a step counts."""
 
 
 class WeightAverage:
@@ -47,6 +52,7 @@ class WeightAverage:
         )
         self._live = [local_part(p.detach()) for p in parameters.values()]
         self._averages = [local_part(self.values[name]) for name in parameters]
+        self._pieces = [*_pieces(self._live, self._averages)]
         self._exchanged, self._exchanging = 0, False
         self.compute: Callable[[Mapping[str, Tensor], Tensor], ModelOutput] | None = None
         """What :meth:`output` computes with, given weights by name and ids: by default the model
@@ -69,9 +75,12 @@ class WeightAverage:
         decay = min(self.decay, (1 + step) / (WARMUP + step)) if self.warmup else self.decay
         share = 1 - decay
         if isinstance(void, Tensor):
-            ahead = torch._foreach_sub(self._live, self._averages)
-            torch._foreach_mul_(ahead, share * (1 - void))
-            torch._foreach_add_(self._averages, ahead)
+            taken = share * (1 - void)
+            for live, averages in self._pieces:
+                ahead = torch._foreach_sub(live, averages)
+                torch._foreach_mul_(ahead, taken)
+                torch._foreach_add_(averages, ahead)
+                del ahead  # before the next takes as much
         elif not void:
             torch._foreach_lerp_(self._averages, self._live, share)
 
@@ -120,3 +129,15 @@ class WeightAverage:
         live.copy_(average)
         average.copy_(kept)
         self._exchanging = False
+
+
+def _pieces(
+    live: Sequence[Tensor], averages: Sequence[Tensor]
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Both, cut at the same places into lists of about PIECE_BYTES."""
+    first = size = 0
+    for index, tensor in enumerate(live, start=1):
+        size += tensor.nbytes
+        if size >= PIECE_BYTES or index == len(live):
+            yield list(live[first:index]), list(averages[first:index])
+            first, size = index, 0

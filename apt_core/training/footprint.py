@@ -37,6 +37,7 @@ from apt_core.modeling.modes import eval_mode
 from apt_core.plugin_manager import PluginManager
 from apt_core.providers.optimizer import OptimizerProvider
 from apt_core.training.costs import layers_of
+from apt_core.training.finite_guard import decides_on_device
 from apt_core.training.gpu_operators import GPUOperators
 from apt_core.training.loss import cross_entropy_sum, losses_in_fp32
 from apt_core.training.parameter_groups import parameter_groups
@@ -203,6 +204,8 @@ class Footprint:
             separate_matrices=provider.separates_matrices,
         )
         optimizer = provider.create(groups, learning_rate=rate, weight_decay=decay)
+        if decides_on_device(optimizer, self.device):
+            optimizer.grad_scale, optimizer.found_inf = None, torch.zeros(())
         optimizer.step()
         with CountedAllocations() as counted:
             optimizer.step()

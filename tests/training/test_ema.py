@@ -12,8 +12,9 @@ from torch import nn
 from apt_core import hookimpl
 from apt_core.inference.generator import generate
 from apt_core.testing import tiny_run
-from apt_core.training import checkpoint
+from apt_core.training import checkpoint, ema
 from apt_core.training.ema import WARMUP, WeightAverage
+from apt_core.training.footprint import CountedAllocations
 
 QUIET = {"training.log_every_steps": 1, "evaluation.sample_tokens": 0, "hardware.num_threads": 1}
 AVERAGED = {**QUIET, "training.ema_decay": 0.8, "training.learning_rate": 1e-2}
@@ -33,6 +34,24 @@ def test_it_follows_the_formula():
             expected[name] = decay * expected[name] + (1 - decay) * p.detach().double()
     for name, value in average.values.items():
         torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_where_the_device_knows_whether_a_step_counts_it_takes_no_copy_of_all(monkeypatch):
+    monkeypatch.setattr(ema, "PIECE_BYTES", 4 * 16 * 16)
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(8)))
+    averages = [WeightAverage(model, 0.5) for _ in range(2)]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+    averages[0].update(1)
+    with CountedAllocations() as counted:
+        averages[1].update(1, torch.zeros(()))
+    assert counted.peak < 3 * ema.PIECE_BYTES < 4 * 8 * 16 * 16
+    kept = {name: value.clone() for name, value in averages[1].values.items()}
+    averages[1].update(2, torch.ones(()))
+    for name, value in averages[0].values.items():
+        torch.testing.assert_close(averages[1].values[name], value)
+        assert averages[1].values[name].equal(kept[name])
 
 
 def generator(seed: int) -> torch.Generator:
