@@ -136,12 +136,14 @@ class Footprint:
 
     def trial(self, batch_size: int) -> int:
         """The most that the loss of ``batch_size`` sequences in fp32, by which a switch is judged,
-        holds beside parameters, in bytes; 0 where that cannot be measured, of which a note of the
-        activations tells."""
+        holds beside parameters, in bytes; 0, with a note, where that cannot be measured."""
         try:
             (peak,) = self._extrapolated(lambda model: self._try(model, batch_size))
             return peak
-        except Exception:
+        except Exception as error:
+            self.notes.append(
+                f"memory: the loss by which a switch is judged is not counted: {one_line(error)}"
+            )
             return 0
 
     def _extrapolated(self, measure: Callable[[nn.Module], tuple[int, ...]]) -> list[int]:

@@ -122,7 +122,8 @@ def switch_memory(
     activations of a loss; then the new optimizer's state is made, and the averages, but for state
     that stays as it is. What a rule makes of a parameter is there twice for a moment.
     """
-    lasting = before.parameters + before.optimizer + before.ema + before.buffers + before.snapshot
+    lasting = before.parameters + before.optimizer + before.ema + before.snapshot
+    lasting += max(before.buffers, after.buffers)
     shapes = {name: p.shape for name, p in old.structure.named_parameters()}
     parameters = dict(new.structure.named_parameters())
     changed = {name: p for name, p in parameters.items() if shapes.get(name) != p.shape}

@@ -349,6 +349,8 @@ def test_a_model_that_looks_at_values_has_unknown_activations_and_a_note() -> No
     assert unknown.activations is None and unknown.total > unknown.parameters
     (note,) = footprint.notes
     assert note.startswith("memory: the activations are unknown: DataDependent")
+    assert footprint.trial(4) == 0
+    assert footprint.notes[1].startswith("memory: the loss by which a switch is judged is not cou")
     assert "training.batch_size below 16" in out_of_memory_advice(kernel, 1, "none", MIB)
 
 
