@@ -120,8 +120,10 @@ def _objection(kernel: Kernel, device: torch.device, sharding: Sharding) -> str:
 
 
 def _has_triton(device: torch.device) -> bool:
-    from torch.utils._triton import has_triton
+    from torch.utils._triton import has_triton, has_triton_package
 
+    if not has_triton_package():  # a machine that is only planned for may have no such device
+        return False
     with torch.cuda.device(device):
         return bool(has_triton())
 

@@ -115,7 +115,8 @@ class Multiplies:
         self.errors: dict[str, float] = {}
 
     def multiply(self, where: str) -> None:
-        a = torch.linspace(-1, 1, 256 * 256, device=GPU).view(256, 256).sin()
+        generator = torch.Generator("cpu").manual_seed(0)
+        a = torch.randn(256, 256, generator=generator, device="cpu").to(GPU)
         exact = a.double() @ a.double()
         self.errors[where] = float((a @ a - exact).norm() / exact.norm())
 
@@ -125,8 +126,7 @@ class Multiplies:
 
     @hookimpl
     def apt_transform_model(self, model: Any) -> ModelTransform:
-        with torch.device(GPU):
-            self.multiply("switch")
+        self.multiply("switch")
         return ModelTransform(model, {}, tolerance=1e-6)
 
 
@@ -137,7 +137,7 @@ class Multiplies:
 def test_tf32_is_of_steps_and_not_of_switches() -> None:
     multiplying = Multiplies()
     ran(multiplying, steps=2, hardware__tf32=True)
-    assert multiplying.errors["switch"] < 2e-6 < 1e-5 < multiplying.errors["step"]
+    assert multiplying.errors["switch"] < 2e-6 < 1e-4 < multiplying.errors["step"]
     exact = Multiplies()
     ran(exact, steps=2)
     assert max(exact.errors.values()) < 2e-6
