@@ -36,6 +36,9 @@ class Callbacks:
     def __init__(self, manager: PluginManager) -> None:
         self._manager = manager
         self._seen = -1
+        self.apart = False
+        """Does the model run compiled? Then its hooks are called between its graphs: in one, each
+        number that a hook keeps would make another of it."""
 
     def guard(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Guard what was registered since the last call. Where nothing was, in this process as a
@@ -47,7 +50,7 @@ class Callbacks:
             for key, function in list(hooks.items()):
                 plugin = self._manager.author_of(function)
                 if plugin is not None and not isinstance(function, _Guarded):
-                    hooks[key] = _Guarded(self._manager, plugin, function)
+                    hooks[key] = _Guarded(self._manager, plugin, function, apart=self.apart)
 
 
 def _registered(model: nn.Module, optimizer: Optimizer) -> Iterator[MutableMapping[Any, Any]]:
@@ -67,12 +70,23 @@ def _registered(model: nn.Module, optimizer: Optimizer) -> Iterator[MutableMappi
 class _Guarded:
     """A hook of a plugin; silent once the plugin is quarantined."""
 
-    def __init__(self, manager: PluginManager, plugin: str, function: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        manager: PluginManager,
+        plugin: str,
+        function: Callable[..., Any],
+        *,
+        apart: bool,
+    ) -> None:
         self._manager, self._plugin, self._function = manager, plugin, function
+        self._call = torch.compiler.disable(self._guarded) if apart else self._guarded
         self._name = manager.callback_name(function)
         self._takes_part = False
 
     def __call__(self, *args: Any, **options: Any) -> Any:
+        return self._call(*args, **options)
+
+    def _guarded(self, *args: Any, **options: Any) -> Any:
         if self._manager.is_quarantined(self._plugin):
             return None
         try:

@@ -291,6 +291,7 @@ class Trainer:
                     if not is_out_of_memory(error) or isinstance(error, PluginError):
                         raise
                     raise self._out_of_memory(error, "before the first step") from error
+                self._callbacks.apart = self.parts.forward.compilation.mode is not None
                 # The text too, but not what the run is to have.
                 self._held = held_memory(self.device) - own_memory(self.parts.model)
                 self._use(self.parts.model, self.parts.optimizer)

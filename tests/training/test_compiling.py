@@ -25,10 +25,9 @@ from apt_core.plugin_manager import PluginManager
 from apt_core.process_state import ProcessState
 from apt_core.providers import AttentionSupport
 from apt_core.testing import TINY_PROFILE, TinyRun, tiny_run
-from apt_core.training import calibration, compiling, loss, prepare, switching, trainer
+from apt_core.training import compiling, loss, prepare, switching, trainer
 from apt_core.training.compiling import Compilation, compilation
 from apt_core.training.footprint import CountedAllocations
-from apt_core.training.plan import make_plan
 from apt_core.training.seeds import fp32_products
 
 GPU = torch.device("cuda", 0)
@@ -168,6 +167,44 @@ def test_what_the_compiler_sets_is_no_plugins_change(as_on_a_gpu: Callable[..., 
     run = ran(Sees(), steps=2)
     assert run.manifest["computes"]["compile"]["mode"] == "default"
     assert sys.getrecursionlimit() == before
+
+
+class Hooks:
+    """Functions in the model that keep a number, read a value, and fail."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.values: list[float] = []
+
+    @hookimpl
+    def on_training_start(self, trainer: Any) -> None:
+        def counting(*_: Any) -> None:
+            self.calls += 1
+
+        def reading(_: Any, __: Any, output: torch.Tensor) -> None:
+            self.values.append(output.detach().abs().mean().item())
+
+        def failing(*_: Any) -> None:
+            raise ValueError("nothing to see")
+
+        for function in (counting, reading, failing):
+            trainer.model.blocks[0].ffn.register_forward_hook(function)
+
+
+def test_hooks_in_a_compiled_model_are_called_between_its_graphs(
+    as_on_a_gpu: Callable[..., None],
+) -> None:
+    plain, hooks = Hooks(), Hooks()
+    expected = ran(plain, compile=False, strict=False)
+    as_on_a_gpu()
+    run = ran(hooks, strict=False)
+    assert losses(run) == pytest.approx(losses(expected), rel=1e-5)
+    assert hooks.calls == plain.calls
+    assert hooks.values == pytest.approx(plain.values, rel=1e-4)
+    rows = [r.manifest["plugins"][0]["failures"] for r in (run, expected)]
+    assert [row["error"] for row in rows[0]] == [row["error"] for row in rows[1]]
+    # Each of the four graphs in as many parts, however long the run is.
+    assert graphs() <= 4 * 4
 
 
 # What fails ---------------------------------------------------------------------------------------
@@ -372,21 +409,6 @@ def test_fp32_is_multiplied_in_tf32_but_for_proofs(
         "step": {there}, "evaluation": {there}, "switch": {"highest"}, "comparison": {"highest"},
     }  # fmt: skip
     assert ProcessState().before().values == before
-
-
-def test_a_plan_is_timed_as_the_run_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    as_gpu = lambda _, *, tf32: fp32_products(GPU, tf32=tf32)  # noqa: E731
-    monkeypatch.setattr(calibration, "fp32_products", as_gpu)
-    seen: list[str] = []
-
-    def timed(*_: Any) -> None:
-        seen.append(torch.get_float32_matmul_precision())
-
-    monkeypatch.setattr(calibration.Calibration, "_timed", timed)
-    for tf32 in (True, False):
-        hardware = {"device": "auto", "tf32": tf32}
-        make_plan(boot({**TINY_PROFILE, "hardware": hardware}, files=False))
-    assert seen == ["high", "highest"]
 
 
 def test_what_a_plugin_leaves_of_it_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
