@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from apt_core.config import Config
@@ -135,18 +135,27 @@ class World:
 
     # The model -------------------------------------------------------------------------------
 
-    def shard(self, model: nn.Module, device: torch.device) -> None:
+    def shard(
+        self, model: nn.Module, device: torch.device, dtype: torch.dtype | None = None
+    ) -> None:
         """Shard the parameters of ``model`` in place where the run uses FSDP2.
 
-        Every layer of the first list of layers is a group of its own, the rest is another.
+        Every layer of the first list of layers is a group of its own, the rest is another. Layers
+        are gathered in ``dtype``, the type that autocast computes in, or None for that of the
+        parameters; the model then computes under autocast wherever it is called. Shards, gradients
+        between the processes, the stream between the layers and what is outside them stay in fp32.
         """
         if self.sharding != "fsdp":
             return
         mesh = init_device_mesh(device.type, (self.size,))
-        stack = next((m for m in model.children() if isinstance(m, nn.ModuleList)), ())
-        for layer in stack:
-            fully_shard(layer, mesh=mesh)
+        # Cast inputs would make the whole stream of that type.
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+        for layer in next((m for m in model.children() if isinstance(m, nn.ModuleList)), ()):
+            fully_shard(layer, mesh=mesh, mp_policy=policy if dtype else MixedPrecisionPolicy())
         fully_shard(model, mesh=mesh)
+        if dtype is not None:
+            model.forward = torch.autocast(device.type, dtype)(model.forward)
+        model.gathered_dtype = dtype
         # A process may have no gradient of what another has one of.
         cast(FSDPModule, model).set_reduce_scatter_unused_params(True)
 

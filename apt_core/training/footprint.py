@@ -101,7 +101,10 @@ class Footprint:
             self.notes.append(
                 f"memory: there is no GPU here: counted for one of compute capability {version}"
             )
-        self._activations: dict[int, int | None] = {}
+        self.dtype = autocast_dtype(
+            self.config.training.mixed_precision, self.device, self.config.model.d_model
+        )
+        self._activations: dict[tuple[int, bool], int | None] = {}
 
     @cached_property
     def weights(self) -> Weights:
@@ -122,17 +125,19 @@ class Footprint:
             )
             return 2 * self.weights.trainable, 0
 
-    def activations(self, batch_size: int) -> int | None:
+    def activations(self, batch_size: int, *, gathered: bool = False) -> int | None:
         """The most that a forward and backward of ``batch_size`` sequences hold beside parameters
-        and gradients, in bytes; None where the model does not run on fake tensors."""
-        if batch_size not in self._activations:
+        and gradients, in bytes; None where the model does not run on fake tensors. With layers that
+        are ``gathered`` in the type of autocast there are no casts of their weights."""
+        key = batch_size, gathered and self.dtype is not None
+        if key not in self._activations:
             try:
-                (peak,) = self._extrapolated(lambda model: self._run(model, batch_size))
-                self._activations[batch_size] = peak
+                (peak,) = self._extrapolated(lambda model: self._run(model, *key))
+                self._activations[key] = peak
             except Exception as error:
                 self.notes.append(f"memory: the activations are unknown: {one_line(error)}")
-                self._activations[batch_size] = None
-        return self._activations[batch_size]
+                self._activations[key] = None
+        return self._activations[key]
 
     def trial(self, batch_size: int) -> int:
         """The most that the loss of ``batch_size`` sequences in fp32, by which a switch is judged,
@@ -165,9 +170,10 @@ class Footprint:
         with FakeTensorMode():
             return measure(_faked(model))
 
-    def _run(self, model: nn.Module, batch_size: int) -> tuple[int]:
-        config = self.config
-        dtype = autocast_dtype(config.training.mixed_precision, self.device, config.model.d_model)
+    def _run(self, model: nn.Module, batch_size: int, gathered: bool) -> tuple[int]:
+        config, dtype = self.config, self.dtype
+        for layer in layers_of(model) if gathered else ():
+            cast_parameters(layer, dtype)
         with self._operators(), CountedAllocations() as counted:
             ids = torch.zeros(batch_size, config.seq_len, dtype=torch.int64)
             with autocast(CPU, dtype):
@@ -254,6 +260,15 @@ def _fake_like(tensor: Tensor) -> Tensor:
     if tensor.requires_grad:
         parameter.grad = torch.empty_like(fake)
     return parameter
+
+
+def cast_parameters(layer: nn.Module, dtype: torch.dtype) -> None:
+    """Make the parameters of ``layer`` what it finds when they are gathered in ``dtype``."""
+    for module in layer.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            cast = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+            cast.grad = None if parameter.grad is None else torch.empty_like(cast)
+            module.register_parameter(name, cast)
 
 
 def layer_kinds(model: nn.Module, attention_names: Sequence[str]) -> list[Hashable]:

@@ -68,6 +68,8 @@ class GradientSum:
         gradients communicated."""
         if isinstance(self._model, FSDPModule):
             self._model.set_requires_gradient_sync(last)
+            if last and self._model.gathered_dtype is not None:
+                self._begin_where_others_have_gradients()
 
     def finish(self, step: int, loss: Tensor, stop: bool) -> tuple[Tensor, Tensor]:
         """Bring the gradients of ``step`` together; returns the mean of ``loss`` and the number of
@@ -165,6 +167,24 @@ class GradientSum:
                     parameter.register_post_accumulate_grad_hook(partial(self._saw, index))
                     self._seen[index] = False
             module.reshard()
+
+    def _begin_where_others_have_gradients(self) -> None:
+        """Give parameters a gradient of zeros where others of their group have one of the
+        micro-batches before. Those are in fp32, and what the last backward adds to nothing is not:
+        FSDP2 sends one type."""
+        for module in self._model.modules():
+            groups = (
+                module._get_fsdp_state()._fsdp_param_groups
+                if isinstance(module, FSDPModule)
+                else ()
+            )
+            for group in groups:
+                parts = [part for part in group.fsdp_params if part.sharded_param.requires_grad]
+                lacking = [part for part in parts if part.unsharded_accumulated_grad is None]
+                for part in lacking if len(lacking) < len(parts) else ():
+                    part.unsharded_accumulated_grad = torch.zeros_like(
+                        part._unsharded_param, dtype=part.reduce_dtype
+                    )
 
     def _saw(self, index: int, _: Tensor) -> None:
         self._seen[index] = True

@@ -77,8 +77,8 @@ def estimate(
     size = training.batch_size if batch_size is None else batch_size
     micro_batches = training.grad_accum_steps if grad_accum_steps is None else grad_accum_steps
     state, workspace = footprint.optimizer
-    activations = footprint.activations(size)
     parts = world_size if sharding == "fsdp" else 1
+    activations = footprint.activations(size, gathered=parts > 1)
 
     def share(count: int) -> int:
         return -(-count // parts)
@@ -90,7 +90,7 @@ def estimate(
     buffers = together = 0
     if sharding == "fsdp":
         gradients = weights.trainable if whole else gradients
-        buffers = _gathered(weights) if parts > 1 else 0
+        buffers = _gathered(weights, footprint.dtype) if parts > 1 else 0
     elif sharding == "ddp":
         # A message, once the activations are gone.
         together = min(
@@ -151,10 +151,14 @@ def needed(footprint: Footprint, now: MemoryEstimate, after: Footprint | None) -
     return max(now.total, then.total, switch_memory(footprint, after, now, then))
 
 
-def _gathered(weights: Weights) -> int:
+def _gathered(weights: Weights, dtype: torch.dtype | None) -> int:
     """What FSDP2 holds whole at most: the parameters outside the layers, from the forward to the
-    backward, and of two layers, the one at work and the one that is fetched meanwhile."""
-    return weights.outside + 2 * weights.largest_layer
+    backward, and of two layers, the one at work and the one that is fetched meanwhile, both in the
+    type of autocast."""
+    layer = weights.largest_layer
+    if dtype is not None:
+        layer = layer * dtype.itemsize // torch.float32.itemsize
+    return weights.outside + 2 * layer
 
 
 def fitting_batch(

@@ -31,6 +31,7 @@ from apt_core.training.blame import naming_authors
 from apt_core.training.compiling import Forward, compilation
 from apt_core.training.costs import support_notices
 from apt_core.training.distributed import ALONE, World
+from apt_core.training.gathering import gathered_dtype
 from apt_core.training.parameter_groups import parameter_groups
 from apt_core.training.peak import measured_peak_flops
 from apt_core.training.rehearsal import rehearse
@@ -98,7 +99,7 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> Parts:
     with fp32_products(device, tf32=False):
         rehearse(kernel, schedule)
     model = ModelBuilder(config, registry).build_model()
-    world.shard(model, device)
+    world.shard(model, device, gathered_dtype(kernel, model, device, dtype, world))
     model.to(device)
     kernel.notices += support_notices(kernel, device)
     optimizer = build_optimizer(kernel, model)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -18,6 +19,7 @@ from apt_core.log import get_logger
 from apt_core.modeling.transforms import ModelTransform
 from apt_core.plugin_records import PluginRecord
 from apt_core.training.ema import WeightAverage
+from apt_core.training.gathering import gathered_dtype
 from apt_core.training.loss import losses_in_fp32
 from apt_core.training.prepare import build_optimizer
 from apt_core.training.seeds import fp32_products
@@ -101,10 +103,11 @@ class Switching:
         try:
             after = fixed_loss(trainer, model, batch)
             # Not "difference > tolerance", of which NaN knows nothing.
-            if not abs(after - before) <= transform.tolerance:
+            tolerance = max(transform.tolerance, abs(before) * rounding(trainer.model, model))
+            if not abs(after - before) <= tolerance:
                 raise ValueError(
                     f"the loss of a fixed batch went from {before:.7g} to {after:.7g}, by more "
-                    f"than its tolerance of {transform.tolerance:g}"
+                    f"than its tolerance of {tolerance:g}"
                 )
         except (Exception, SystemExit, GeneratorExit) as error:
             self._failed(plugin, others, error)
@@ -262,6 +265,9 @@ class Switching:
             num_layers=config.model.num_layers,
             device=trainer.device,
             world=trainer.world,
+            gathered=lambda new: gathered_dtype(
+                trainer.kernel, new, trainer.device, trainer.parts.dtype, trainer.world
+            ),
         )
         if faults:
             raise faults[0]
@@ -305,8 +311,16 @@ class Switching:
         trainer.step_log.structure_changed(transform.added_flops)
 
 
+def rounding(*models: nn.Module) -> float:
+    """The share by which rounding may change the loss of ``models``: none in fp32. Layers that
+    FSDP2 gathers in another type cannot compute in it; the rehearsal before the run has."""
+    dtypes = [getattr(model, "gathered_dtype", None) for model in models]
+    return max(0.0 if dtype is None else torch.finfo(dtype).eps for dtype in dtypes)
+
+
 def fixed_loss(trainer: Trainer, model: nn.Module, batch: Batch) -> float:
-    """The mean cross-entropy of ``batch`` in nats per token, computed in fp32 in eval mode."""
+    """The mean cross-entropy of ``batch`` in nats per token, computed in eval mode and in fp32, or
+    in the type in which FSDP2 gathers the layers."""
     try:
         losses = losses_in_fp32(model, batch)
     finally:

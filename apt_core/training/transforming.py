@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,11 @@ def materialize(
     num_layers: int,
     device: torch.device = CPU,
     world: World = ALONE,
+    gathered: Callable[[nn.Module], torch.dtype | None] = lambda _: None,
 ) -> nn.Module:
     """The new model, in memory on ``device`` and sharded as the run's is, with what ``old`` has to
-    give; parameters that start anew are initialised by (``seed``, name).
+    give; parameters that start anew are initialised by (``seed``, name). ``gathered`` says in which
+    type its layers are gathered.
 
     ``old`` is not changed. What a rule raises is added to ``faults``, if given: all processes take
     part in all of this, whatever happens in one. Without ``carry`` no rule is asked, for weights
@@ -57,7 +59,9 @@ def materialize(
                 "a reset_buffers() that computes it"
             )
     tell_buffers_loaded(new)
-    world.shard(new, device)
+    with torch.enable_grad():
+        dtype = gathered(new)
+    world.shard(new, device, dtype)
     _carry_modes(old, new)
     return new.to(device)
 

@@ -54,3 +54,18 @@ def test_a_stream_that_starts_small_comes_out_at_one(name):
     x = 0.04 * 768**-0.5 * torch.randn(2, 3, 768)
     y = layer_of(name, 768)(x)
     torch.testing.assert_close(y.square().mean(-1), torch.ones(2, 3), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_in_a_narrower_type_than_the_input_are_rounded_and_nothing_else(name):
+    wide, narrow, x = layer_of(name, 6), layer_of(name, 6).bfloat16(), torch.randn(4, 6)
+    with torch.no_grad():
+        for parameter in narrow.parameters():
+            parameter.uniform_(0.5, 1.5)
+    wide.load_state_dict(narrow.state_dict())
+    found = narrow(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wide(x), rtol=0, atol=0)
+    found.sum().backward()
+    assert {parameter.grad.dtype for parameter in narrow.parameters()} == {torch.bfloat16}
+    assert narrow(x.bfloat16()).dtype == torch.bfloat16

@@ -35,6 +35,8 @@ HALF = 4
 LENGTH = 750
 """Characters of the text: the last step of an epoch, the sixth, has too few for two processes."""
 
+PARTS = ("model", "optimizer", "ema")
+
 UNEVEN = {"model__ffn_name": "probed", "training__weight_decay": 0.1}
 
 WORKER = """
@@ -210,6 +212,41 @@ class Uneven(Base):
             terms["late"] = ((seen["late"] ** 2).mean(-1) * counted).sum() / counted.sum()
         return terms
 
+class Types(Base):
+    '''Of which type a layer finds its weights and its input, and where nobody asks for autocast.'''
+    @hookimpl
+    def on_training_start(self, trainer):
+        block = trainer.model.blocks[0]
+        block.ffn.register_forward_pre_hook(self.found)
+        self.norm = block.ffn_norm
+
+    def found(self, module, arguments):
+        types = [next(module.parameters()).dtype, self.norm.weight.dtype, arguments[0].dtype]
+        self.told["types"] = [*map(str, types)]
+
+    @hookimpl
+    def on_evaluation_end(self, trainer):
+        types = {str(parameter.dtype) for parameter in trainer.model.parameters()}
+        self.told["kept"] = sorted(types)
+        with torch.no_grad():
+            self.told["loss"] = trainer.model(torch.arange(8)[None]).logits.float().norm().item()
+        trainer.world.reshard(trainer.model)
+
+class OfOneType(SwiGLU):
+    '''Computes in fp32 whatever autocast says.'''
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return x.float() @ self.up.weight.T @ self.up.weight
+
+class OfOneTypeProvider(SwiGLUProvider):
+    def create_layer(self, d_model, d_ff, dropout=0.0):
+        return OfOneType(d_model, d_ff, dropout)
+
+class Stubborn(Types):
+    @hookimpl
+    def apt_register_providers(self):
+        return [ProviderSpec("ffn", "stubborn", OfOneTypeProvider)]
+
 class NeverFinite(Base):
     @hookimpl
     def apt_loss_terms(self, trainer, output):
@@ -346,6 +383,29 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
                 "NeverFinite", plugin="NeverFinite", training__max_nonfinite_steps=2, **sharded
             ),
             runs.job("differs", second={"tie_embeddings": False}),
+            *(
+                runs.job(f"{name}_narrow", plugin="Types", training__mixed_precision=True, **how)
+                for name, how in (("ddp", {}), ("fsdp", sharded))
+            ),
+            *(
+                runs.job(
+                    f"{name}_uneven_narrow",
+                    plugin="Uneven",
+                    training__mixed_precision=True,
+                    **UNEVEN,
+                    **four,
+                    **how,
+                )
+                for name, how in (("ddp", {}), ("fsdp", sharded))
+            ),
+            runs.job(
+                "stubborn",
+                plugin="Stubborn",
+                training__mixed_precision=True,
+                training__max_steps=2,
+                model__ffn_name="stubborn",
+                **sharded,
+            ),
             runs.job("compiled", training__compile=True, training__max_steps=3),
         ]
     )
@@ -378,7 +438,7 @@ def test_two_processes_train_as_one_does(runs: Runs, sharding: str, optimizer: s
     alone, together = runs.rows(f"alone_{optimizer}"), runs.rows(name)
     assert [row["tokens"] for row in alone] == [row["tokens"] for row in together]
     assert figures(together) == pytest.approx(figures(alone), rel=1e-6)
-    for part in ("model", "optimizer", "ema"):
+    for part in PARTS:
         expected = runs.tensors(f"alone_{optimizer}", part)
         torch.testing.assert_close(runs.tensors(name, part), expected, rtol=1e-4, atol=1e-5)
     first, second = runs.told(name)
@@ -397,10 +457,36 @@ def test_parameters_without_a_gradient_in_a_process_or_in_all_learn_as_in_one(
     first, second = (set(told["rare"]) for told in runs.told(name))
     assert first - second and second - first and len(first | second) < STEPS
     assert figures(runs.rows(name)) == pytest.approx(figures(runs.rows(alone)), rel=1e-6)
-    for part in ("model", "optimizer", "ema"):
+    for part in PARTS:
         expected = runs.tensors(alone, part)
         torch.testing.assert_close(runs.tensors(name, part), expected, rtol=1e-4, atol=1e-5)
         assert any("ffn.never" in tensor for tensor in expected) == (part != "optimizer")
+
+
+@pytest.mark.parametrize("name", ["narrow", "uneven_narrow"])
+def test_layers_that_are_gathered_in_bf16_learn_as_under_autocast(runs: Runs, name: str) -> None:
+    """The casts that autocast would make of them; the norms and what a layer has beside its
+    matrices are rounded too. What is kept and saved is in fp32."""
+    found, expected = (figures(runs.rows(f"{sharding}_{name}")) for sharding in ("fsdp", "ddp"))
+    assert found == pytest.approx(expected, rel=2e-2)
+    saved = [runs.tensors(f"{how}_{name}", part) for how in ("fsdp", "ddp") for part in PARTS]
+    assert {tensor.dtype for tensors in saved for tensor in tensors.values()} == {torch.float32}
+
+
+def test_where_a_layer_takes_bf16_it_is_gathered_in_it(runs: Runs) -> None:
+    wide, narrow = "torch.float32", "torch.bfloat16"
+    for told, types in (
+        (runs.told("ddp_narrow"), [wide, wide, wide]),
+        (runs.told("fsdp_narrow"), [narrow, narrow, wide]),
+        (runs.told("stubborn"), [wide, wide, wide]),
+    ):
+        for each in told:
+            assert (each["status"], each["types"], each["kept"]) == ("finished", types, [wide])
+    assert runs.told("fsdp_narrow")[0]["loss"] == runs.told("fsdp_narrow")[1]["loss"] > 0
+    log = (runs.folder / "stubborn" / "log.txt").read_text()
+    assert log.count("FSDP2 gathers the layers in fp32") == 1
+    assert "with parameters in bfloat16 they fail (RuntimeError: " in log
+    assert "FSDP2 gathers" not in (runs.folder / "fsdp_narrow" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("name", ["FreezesAlone", "FreezesAloneSharded"])
@@ -455,7 +541,7 @@ def test_a_checkpoint_of_any_number_of_processes_goes_on_in_two(runs: Runs, name
 
 @pytest.mark.parametrize("name", ["ddp_half", "fsdp_half"])
 def test_a_checkpoint_of_two_processes_goes_on_in_one(runs: Runs, name: str) -> None:
-    for part in ("model", "optimizer", "ema"):
+    for part in PARTS:
         saved, expected = runs.tensors(name, part, HALF), runs.tensors("alone_half", part, HALF)
         torch.testing.assert_close(saved, expected, rtol=1e-4, atol=1e-6)
     runs.alone(f"{name}_alone", resume_from=runs.checkpoint(name, HALF))

@@ -264,7 +264,7 @@ def test_a_plan_for_a_gpu_says_that_there_is_none(monkeypatch) -> None:
 
 
 def test_fsdp_divides_what_lasts_and_gathers_a_layer_at_a_time() -> None:
-    footprint = Footprint(kernel_of(ema_decay=0.99, device="cuda"))
+    footprint = Footprint(kernel_of(ema_decay=0.99, device="cuda", mixed_precision=False))
     alone, eight = estimate(footprint), estimate(footprint, 8, "fsdp")
     weights = footprint.weights
     for part in ("gradients", "optimizer", "ema"):
@@ -274,6 +274,18 @@ def test_fsdp_divides_what_lasts_and_gathers_a_layer_at_a_time() -> None:
     assert eight.buffers == weights.outside + 2 * weights.largest_layer
     assert weights.outside + 4 * weights.largest_layer == weights.parameters
     assert alone.buffers == alone.snapshot == 0 and alone.ema > 0
+
+
+def test_layers_that_fsdp_gathers_in_bf16_need_no_casts_beside_them() -> None:
+    footprint = Footprint(kernel_of(mixed_precision=True))
+    alone, eight = estimate(footprint), estimate(footprint, 8, "fsdp")
+    weights = footprint.weights
+    assert eight.buffers == weights.outside + weights.largest_layer
+    assert alone.activations and eight.activations
+    casts = (weights.parameters - weights.outside) // 2
+    assert alone.activations - eight.activations == pytest.approx(casts, rel=0.05)
+    # Within a process nothing is gathered.
+    assert estimate(footprint, 8, "ddp").activations == alone.activations
 
 
 def test_gradients_that_wait_for_more_micro_batches_are_whole_in_every_process() -> None:

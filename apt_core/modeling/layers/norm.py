@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from apt_core.providers.norm import NormProvider
 
 EPS = 1e-8
 """Small beside the mean square of a stream that starts small, which is under 1e-5."""
+
+
+def _as_wide(parameter: Tensor, x: Tensor) -> Tensor:
+    """``parameter`` in the type of ``x``, where that is the wider one: FSDP2 may gather it in a
+    narrower one, and torch's kernels take one type."""
+    if parameter.dtype == x.dtype:
+        return parameter
+    return parameter.to(torch.promote_types(parameter.dtype, x.dtype))
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's, of parameters that may be in a narrower type than the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, _as_wide(self.weight, x), self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, of parameters that may be in a narrower type than the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = _as_wide(self.weight, x), _as_wide(self.bias, x)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class RMSNormProvider(NormProvider):
@@ -17,7 +42,7 @@ class RMSNormProvider(NormProvider):
     name = "rmsnorm"
 
     def create_layer(self, d_model: int) -> nn.Module:
-        return nn.RMSNorm(_checked(d_model), eps=float(self.setting("eps", EPS)))
+        return RMSNorm(_checked(d_model), eps=float(self.setting("eps", EPS)))
 
 
 class LayerNormProvider(NormProvider):
@@ -27,7 +52,7 @@ class LayerNormProvider(NormProvider):
     name = "layernorm"
 
     def create_layer(self, d_model: int) -> nn.Module:
-        return nn.LayerNorm(_checked(d_model), eps=float(self.setting("eps", EPS)))
+        return LayerNorm(_checked(d_model), eps=float(self.setting("eps", EPS)))
 
 
 def _checked(d_model: int) -> int:

@@ -22,8 +22,10 @@ SHARDINGS = ("ddp", "fsdp")
 def test_killed_and_resumed_is_in_one_go(
     curriculum: Curriculum, in_children, differences, killer, ranks, sharding: str
 ) -> None:
-    """One run is killed after each of the steps, so that a resume goes on from a resume."""
-    curriculum.settings = {**IN_TWO, "hardware.distributed": sharding}
+    """One run is killed after each of the steps, so that a resume goes on from a resume. Of the
+    sharded one the layers are gathered in bf16, before the switch and after."""
+    narrow = {"training.mixed_precision": sharding == "fsdp"}
+    curriculum.settings = {**IN_TWO, **narrow, "hardware.distributed": sharding}
     assert in_children(*ranks(lambda: curriculum.train("whole"))) == [0, 0]
     saving = {"training.save_every_steps": 1}
     for n in KILLS:
@@ -35,6 +37,7 @@ def test_killed_and_resumed_is_in_one_go(
         )
         assert in_children(*part) == [-signal.SIGKILL] * 2
     assert in_children(*ranks(lambda: curriculum.train("killed", resume=True))) == [0, 0]
+    assert "FSDP2 gathers" not in curriculum.log("whole")  # in fp32
     for n in KILLS:
         assert f"(step {n})" in curriculum.log("killed")
     assert differences(curriculum.folder / "whole", curriculum.folder / "killed") == []

@@ -1,0 +1,75 @@
+"""The type in which FSDP2 gathers the layers of a model.
+
+Autocast casts a weight in every layer that multiplies by it, and the backward keeps all the casts:
+of a sharded model a whole copy. Gathered in that type already, weights need no cast, and half the
+communication. But a layer then finds its parameters in that type.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from apt_core.device import autocast, is_out_of_memory
+from apt_core.failures import one_line
+from apt_core.kernel import Kernel
+from apt_core.log import get_logger
+from apt_core.modeling.compose import ModelBuilder
+from apt_core.training.costs import layers_of
+from apt_core.training.distributed import World
+from apt_core.training.footprint import (
+    cast_parameters,
+    layer_kinds,
+    measured_layers,
+    with_layers,
+)
+
+log = get_logger("apt.training")
+
+TOKENS = 16
+
+
+def gathered_dtype(
+    kernel: Kernel, model: nn.Module, device: torch.device, dtype: torch.dtype | None, world: World
+) -> torch.dtype | None:
+    """``dtype``, in which autocast computes, where the layers of ``model`` take their parameters in
+    it, else None: that of the parameters. All processes call this together; says which layer is to
+    blame.
+
+    ``model`` is whole, and stays as it is; its layers are tried on ``device``, some of each kind.
+    """
+    if dtype is None or world.sharding != "fsdp":
+        return None
+    names = ModelBuilder(kernel.config, kernel.registry).attention_names()
+    layers, _ = measured_layers(layer_kinds(model, names))
+    sample = with_layers(model, layers)
+    reasons = world.gather(_failure(sample, kernel.config.seq_len, device, dtype))
+    reason = next(filter(None, reasons), "")
+    if reason:
+        log.warning(
+            "FSDP2 gathers the layers in fp32, which takes more memory and communication: with "
+            "parameters in %s they fail (%s)",
+            str(dtype).removeprefix("torch."),
+            reason,
+        )
+    return None if reason else dtype
+
+
+def _failure(model: nn.Module, seq_len: int, device: torch.device, dtype: torch.dtype) -> str:
+    """With what a micro-batch fails in ``model``, or nothing."""
+    devices = [device] if device.type == "cuda" else []
+    try:
+        model.to(device)
+        for layer in layers_of(model):
+            cast_parameters(layer, dtype)
+        ids = torch.zeros(1, min(TOKENS, seq_len), dtype=torch.int64, device=device)
+        with torch.random.fork_rng(devices), torch.enable_grad():
+            with autocast(device, dtype):
+                logits = model(ids).logits
+            if logits.requires_grad:
+                logits.float().mean().backward()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return one_line(error)
+    return ""
