@@ -407,6 +407,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
                 **sharded,
             ),
             runs.job("compiled", training__compile=True, training__max_steps=3),
+            runs.job(
+                "compiled_narrow",
+                training__compile=True,
+                training__max_steps=3,
+                training__mixed_precision=True,
+                **sharded,
+            ),
         ]
     )
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -726,3 +733,5 @@ def test_processes_that_do_not_train_the_same_are_refused(runs: Runs) -> None:
 def test_a_compiled_model_trains_in_two_processes(runs: Runs) -> None:
     expected = figures(runs.rows("ddp_adamw"))[:3]
     assert figures(runs.rows("compiled"))[:3] == pytest.approx(expected, rel=1e-5)
+    narrow = figures(runs.rows("compiled_narrow"))[:3]
+    assert narrow == pytest.approx(figures(runs.rows("fsdp_narrow"))[:3], rel=2e-2)
