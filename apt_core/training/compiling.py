@@ -107,15 +107,15 @@ def computes_in_words(how: Mapping[str, Any]) -> str:
 def _objection(kernel: Kernel, device: torch.device, sharding: Sharding) -> str:
     """Why ``auto`` compiles nothing; empty where it does."""
     if device.type != "cuda":
-        return f"auto does not on {device.type}"
+        return "auto compiles on a GPU alone"
     if not _has_triton(device):
-        return "auto does not without Triton, or on a GPU that it does not know"
+        return "auto compiles nothing without Triton, or on a GPU that it does not know"
     if sharding == "fsdp":
-        return "auto does not with fsdp, which gathers parameters in between"
+        return "auto compiles nothing under fsdp, which gathers parameters in between"
     for name in dict.fromkeys(ModelBuilder(kernel.config, kernel.registry).attention_names()):
         supports = supported(kernel.registry.get("attention", name)) or {}
         if supports.get("compile") is False:
-            return f"auto does not with attention {name}, which does not claim to support it"
+            return f"auto compiles no attention {name}, which does not claim to support it"
     return ""
 
 
@@ -159,12 +159,13 @@ def readers_of_outputs(hook: Any) -> list[Any]:
 
 
 @contextmanager
-def compiler_settings(config: Config) -> Iterator[None]:
-    """How torch compiles inside: a backward together with its forward, so that a failure leaves no
-    gradients; an error, and not silence, where it gives up for too many different calls; with
-    ``training.deterministic`` without choosing kernels by their time. The recursion limit is the
-    one that Inductor sets, before plugins are watched: to them it is nobody's change."""
-    if config.training.compile is False:
+def compiler_settings(config: Config, chosen: Compilation) -> Iterator[None]:
+    """How torch compiles inside, if it does: a backward together with its forward, so that a
+    failure leaves no gradients; an error, and not silence, where it gives up for too many different
+    calls; with ``training.deterministic`` without choosing kernels by their time. The recursion
+    limit is the one that Inductor sets, before plugins are watched: to them it is nobody's
+    change."""
+    if chosen.mode is None:
         yield
         return
     import torch._dynamo.config as dynamo

@@ -273,7 +273,6 @@ class Trainer:
             self.stopping.interrupts.listening(),
             threads,
             deterministic,
-            compiler_settings(self.config),
             keeping_backlog() as backlog,
         ):
             with before_the_run():
@@ -305,7 +304,11 @@ class Trainer:
                 self.step_log = StepLog(self)
                 self._enabling = Enabling(self)
                 self.evaluator = Evaluator(self)
-                with self._opening.opened(self, backlog):
+                compilation = self.parts.forward.compilation
+                with (
+                    compiler_settings(self.config, compilation),
+                    self._opening.opened(self, backlog),
+                ):
                     self._at = self.step, self.tokens
                     return self._run()
 

@@ -350,7 +350,7 @@ def test_small_models_are_compiled_with_graphs(monkeypatch: pytest.MonkeyPatch) 
 def test_nothing_is_compiled_on_a_cpu_unless_it_is_asked_for() -> None:
     kernel = boot({"model": TINY_PROFILE["model"]}, files=False)
     found = compilation(kernel, torch.device("cpu"), "none", 1)
-    assert found == Compilation(None, "auto does not on cpu")
+    assert found == Compilation(None, "auto compiles on a GPU alone")
 
 
 # How exact products are ---------------------------------------------------------------------------
