@@ -42,7 +42,9 @@ def train(*options: str) -> list[dict]:
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_every_example_passes_the_checks_of_a_plugin(example: Path) -> None:
-    findings = check_plugin(str(example))
+    # The lengths that are tried go beyond the window, whatever that is.
+    narrow = {"window_attention.window": 4} if example.stem == "window_attention" else {}
+    findings = check_plugin(str(example), overrides=narrow)
     assert [finding for finding in findings if not finding.ok] == []
 
 
