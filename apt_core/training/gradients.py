@@ -36,8 +36,9 @@ class Gradients:
         if self._clears_more:
             self._optimizer.zero_grad(set_to_none=True)
             return
-        for parameter in self._parameters:
-            parameter.grad = None
+        for group in self._optimizer.param_groups:  # a plugin may have added one
+            for parameter in group["params"]:
+                parameter.grad = None
 
     @torch.no_grad()
     def clip(self) -> Tensor:

@@ -370,7 +370,6 @@ class Trainer:
         plan, hook, device, clock = self.parts.plan, self.manager.hook, self.device, self.clock
         watch = self._watch
         seeds = ModelSeeds(device, training.seed, self.rank)
-        outputs = bool(readers_of_outputs(hook))
         first_epoch, first_index = divmod(self.step, plan.steps_per_epoch)
         self.step_log.begin()
         if self._over():
@@ -433,6 +432,7 @@ class Trainer:
                 total = entropy = zero
                 terms = self._terms = {}
                 adding = bool(hook.apt_loss_terms.get_hookimpls())
+                outputs = adding and bool(readers_of_outputs(hook))
                 self._gradients.clear()
                 for micro, batch in enumerate(batches):
                     seeds.seed(step, micro)

@@ -144,6 +144,25 @@ def test_loss_terms_are_those_of_a_plain_run(
     assert losses(run) == pytest.approx(losses(plain), rel=1e-5)
 
 
+class Registers:
+    """Brings a plugin that reads the logits along when a step has been taken."""
+
+    def __init__(self, plugin: ReadsLogits) -> None:
+        self.plugin = plugin
+
+    @hookimpl
+    def on_step_end(self, step: int, trainer: Any) -> None:
+        if step == 1:
+            trainer.manager.register(self.plugin, "reads_logits")
+
+
+def test_a_plugin_that_comes_later_gets_the_logits_too(as_on_a_gpu: Callable[..., None]) -> None:
+    as_on_a_gpu()
+    plugin = ReadsLogits()
+    ran(Registers(plugin), steps=3)
+    assert len(plugin.given) == 2 * 2, "of two micro-batches in each of two steps"
+
+
 @pytest.mark.parametrize(("state", "more"), [("ema", 2), ("rdrop", 0)])
 def test_a_second_state_of_the_model_is_compiled_too(
     as_on_a_gpu: Callable[..., None], state: str, more: int

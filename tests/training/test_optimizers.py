@@ -399,9 +399,11 @@ class Counting(torch.optim.AdamW):
 def test_gradients_are_cleared_as_the_optimizer_does():
     model = torch.nn.Linear(2, 1)
     for optimizer in (torch.optim.AdamW(model.parameters()), Counting(model.parameters())):
-        model(torch.ones(1, 2)).sum().backward()
-        Gradients(optimizer, 1.0).clear()
-        assert [p.grad for p in model.parameters()] == [None, None]
+        gradients, late = Gradients(optimizer, 1.0), nn.Parameter(torch.ones(1))
+        optimizer.add_param_group({"params": [late]})
+        (late * model(torch.ones(1, 2))).sum().backward()
+        gradients.clear()
+        assert [p.grad for p in (*model.parameters(), late)] == [None, None, None]
     assert Counting.cleared == 1
 
 
