@@ -7,11 +7,11 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apt_core.data.batches import IGNORED, Batch
+from apt_core.data.batches import Batch
 from apt_core.device import autocast
+from apt_core.evaluation.cross_entropy import cross_entropy_sum
 from apt_core.modeling.casts import KeptCasts
 from apt_core.modeling.modes import eval_mode
 from apt_core.types import ModelOutput
@@ -30,9 +30,8 @@ class BatchScore:
 def sums_of(output: ModelOutput, targets: Tensor, *, accuracy: bool) -> Tensor:
     """Of ``targets`` [B, T]: the summed loss in nats and how many were predicted right, 0 unless
     ``accuracy`` is wanted; fp64 [2]."""
-    logits, expected = output.logits.flatten(0, 1).float(), targets.flatten()
-    loss = F.cross_entropy(logits, expected, ignore_index=IGNORED, reduction="sum")
-    right = (logits.argmax(-1) == expected).sum() if accuracy else torch.zeros_like(loss)
+    loss = cross_entropy_sum(output, targets)
+    right = (output.logits.argmax(-1) == targets).sum() if accuracy else torch.zeros_like(loss)
     return torch.stack([loss.double(), right.double()])
 
 

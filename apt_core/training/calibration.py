@@ -28,13 +28,13 @@ from apt_core.device import (
     is_out_of_memory,
     synchronize,
 )
+from apt_core.evaluation.cross_entropy import cross_entropy_sum
 from apt_core.failures import one_line
 from apt_core.kernel import Kernel
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.plugin_manager import PluginManager
 from apt_core.training.costs import ModelCost, layer_flops, layers_of
 from apt_core.training.footprint import layer_kinds
-from apt_core.training.loss import cross_entropy_sum
 from apt_core.training.parameter_groups import parameter_groups
 from apt_core.training.prepare import num_threads
 from apt_core.training.seeds import fp32_products

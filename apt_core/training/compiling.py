@@ -18,6 +18,7 @@ from torch.func import functional_call
 from apt_core.config import Config
 from apt_core.data.batches import Batch
 from apt_core.device import is_out_of_memory
+from apt_core.evaluation.cross_entropy import cross_entropy_sum
 from apt_core.evaluation.quick_eval import sums_of
 from apt_core.failures import cause_of, one_line
 from apt_core.kernel import Kernel
@@ -25,7 +26,7 @@ from apt_core.log import get_logger
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.training.costs import supported
 from apt_core.training.distributed import Sharding
-from apt_core.training.loss import cross_entropy_sum, forward_batch
+from apt_core.training.loss import forward_batch
 from apt_core.types import ModelOutput
 
 log = get_logger("apt.training")

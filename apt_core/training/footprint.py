@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from apt_core.data.batches import Batch
 from apt_core.device import autocast, autocast_dtype, planned_capability, resolve_device
+from apt_core.evaluation.cross_entropy import cross_entropy_sum
 from apt_core.failures import one_line
 from apt_core.kernel import Kernel
 from apt_core.modeling.compose import ModelBuilder
@@ -39,7 +40,7 @@ from apt_core.providers.optimizer import OptimizerProvider
 from apt_core.training.costs import layers_of
 from apt_core.training.finite_guard import decides_on_device
 from apt_core.training.gpu_operators import GPUOperators
-from apt_core.training.loss import cross_entropy_sum, losses_in_fp32
+from apt_core.training.loss import losses_in_fp32
 from apt_core.training.parameter_groups import parameter_groups
 from apt_core.training.structure import base_structure
 from apt_core.types import PluginCosts

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 from apt_core import hookimpl
+from apt_core.evaluation import cross_entropy
 from apt_core.modeling import ModelTransform
 from apt_core.testing import TinyRun, tiny_run
-from apt_core.training import loss
 
 pytestmark = pytest.mark.gpu
 
@@ -146,7 +146,7 @@ def test_tf32_is_of_steps_and_not_of_switches() -> None:
 def test_the_loss_in_parts_is_the_loss_and_waits_for_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(loss, "PART_BYTES", 2**20)
+    monkeypatch.setattr(cross_entropy, "PART_BYTES", 2**20)
     logits = torch.randn(1000, 3000, device=GPU).bfloat16().requires_grad_()
     targets = torch.randint(3000, (1000,), device=GPU)
     targets[::7] = -100
@@ -155,7 +155,7 @@ def test_the_loss_in_parts_is_the_loss_and_waits_for_nothing(
     expected, logits.grad = logits.grad.float(), None
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss._InParts.apply(logits, targets).backward()
+        cross_entropy._InParts.apply(logits, targets).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(logits.grad.float(), expected, rtol=1e-2, atol=1e-7)

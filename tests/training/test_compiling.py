@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from apt_core import ProviderSpec, hookimpl
 from apt_core.errors import ConfigError
+from apt_core.evaluation import cross_entropy
+from apt_core.evaluation.quick_eval import sums_of
 from apt_core.kernel import boot
 from apt_core.modeling import ModelTransform
 from apt_core.modeling.layers import MHAProvider
@@ -25,10 +27,12 @@ from apt_core.plugin_manager import PluginManager
 from apt_core.process_state import ProcessState
 from apt_core.providers import AttentionSupport
 from apt_core.testing import TINY_PROFILE, TinyRun, tiny_run
-from apt_core.training import compiling, loss, prepare, switching, trainer
+from apt_core.training import compiling, prepare, switching, trainer
 from apt_core.training.compiling import Compilation, compilation
 from apt_core.training.footprint import CountedAllocations
+from apt_core.training.gpu_operators import GPUOperators
 from apt_core.training.seeds import fp32_products
+from apt_core.types import ModelOutput
 
 GPU = torch.device("cuda", 0)
 EPOCH = 5
@@ -463,7 +467,7 @@ def test_what_a_plugin_leaves_of_it_is_put_back(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_loss_in_parts_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, classes = 50, 300
-    monkeypatch.setattr(loss, "PART_BYTES", 4 * classes * 16)
+    monkeypatch.setattr(cross_entropy, "PART_BYTES", 4 * classes * 16)
     draw = torch.Generator().manual_seed(0)
     logits = 4 * torch.randn(rows, classes, generator=draw)
     targets = torch.randint(classes, (rows,), generator=draw)
@@ -482,7 +486,7 @@ def test_the_loss_in_parts_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
         given = logits.to(dtype)
         expected = computed(plain, given.double())
-        value, gradient = computed(lambda x: loss._InParts.apply(x, targets), given)
+        value, gradient = computed(lambda x: cross_entropy._InParts.apply(x, targets), given)
         assert value.item() == pytest.approx(expected[0].item(), rel=1e-6)
         assert (gradient - expected[1]).norm() <= tolerance * expected[1].norm()
         assert (gradient[::7] == 0).all()
@@ -493,6 +497,10 @@ def test_the_loss_in_parts_holds_no_logits_in_fp32() -> None:
         logits = torch.empty(4096, 50_304, dtype=torch.bfloat16, requires_grad=True)
         targets = torch.zeros(4096, dtype=torch.int64)
         with CountedAllocations() as counted:
-            loss._InParts.apply(logits, targets).backward()
+            cross_entropy._InParts.apply(logits, targets).backward()
+        evaluated = CountedAllocations()
+        with torch.no_grad(), GPUOperators((9, 0)), evaluated:
+            sums_of(ModelOutput(logits[None], logits[None]), targets[None], accuracy=True)
+    assert evaluated.peak <= 4 * cross_entropy.PART_BYTES
     # The gradient, and four of a part.
-    assert counted.peak <= logits.nbytes + 4 * loss.PART_BYTES
+    assert counted.peak <= logits.nbytes + 4 * cross_entropy.PART_BYTES

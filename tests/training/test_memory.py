@@ -25,6 +25,7 @@ from apt_core.device import (
     available_memory,
     is_out_of_memory,
 )
+from apt_core.evaluation.cross_entropy import cross_entropy_sum
 from apt_core.kernel import Kernel, boot
 from apt_core.modeling import ModelBuilder
 from apt_core.modeling.layers import SwiGLUProvider
@@ -32,7 +33,6 @@ from apt_core.plugin_manager import PluginManager
 from apt_core.training.distributed import sharding_of
 from apt_core.training.footprint import CountedAllocations, Footprint
 from apt_core.training.gpu_operators import GPUOperators
-from apt_core.training.loss import cross_entropy_sum
 from apt_core.training.memory import (
     estimate,
     fitting_batch,

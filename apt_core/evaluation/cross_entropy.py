@@ -1,0 +1,61 @@
+"""The summed cross-entropy, of training and of evaluations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from apt_core.data.batches import IGNORED
+from apt_core.types import ModelOutput
+
+
+def cross_entropy_sum(output: ModelOutput, targets: Tensor) -> Tensor:
+    """The cross-entropy of ``targets`` [B, T], summed over those that count, in nats, in fp32."""
+    logits, expected = output.logits.flatten(0, 1), targets.flatten()
+    if logits.is_cuda and not torch.compiler.is_compiling():  # the compiler fuses what it needs
+        summed: Tensor = _InParts.apply(logits, expected)
+        return summed
+    return F.cross_entropy(logits.float(), expected, ignore_index=IGNORED, reduction="sum")
+
+
+PART_BYTES = 2**26
+"""Of the logits of so many rows in fp32: little beside all of them in bf16, and enough for a GPU to
+be busy."""
+
+
+class _InParts(torch.autograd.Function):
+    """The summed cross-entropy, which has logits, probabilities and gradients in fp32 of a part of
+    the rows at a time, and keeps the ``logits`` [N, V] alone, in the type that they have."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, targets)
+        rows = _rows_of_a_part(logits)
+        summed = logits.new_zeros((), dtype=torch.float32)
+        for part, expected in zip(logits.split(rows), targets.split(rows), strict=True):
+            summed += F.cross_entropy(part.float(), expected, ignore_index=IGNORED, reduction="sum")
+        return summed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, targets = ctx.saved_tensors
+        rows = _rows_of_a_part(logits)
+        result = torch.empty_like(logits)
+        counts = targets != IGNORED
+        classes, factors = targets.where(counts, 0), gradient.where(counts, 0)[:, None]
+        places = torch.arange(rows, device=logits.device)
+        for first in range(0, len(logits), rows):
+            part = slice(first, first + rows)
+            slope = torch.softmax(logits[part], -1, dtype=torch.float32)
+            slope[places[: len(slope)], classes[part]] -= 1
+            torch.mul(slope, factors[part], out=result[part])
+        return result, None
+
+
+def _rows_of_a_part(logits: Tensor) -> int:
+    return max(1, PART_BYTES // (4 * logits.shape[1]))
