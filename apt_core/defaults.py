@@ -124,7 +124,7 @@ _DECLARED = (
     ProviderSpec(
         kind="optimizer",
         name="adamw",
-        factory="apt_core.training.optimizers.adamw:AdamWProvider",
+        factory="apt_core.optim.optimizers.adamw:AdamWProvider",
         section="training",
         reads=_ADAM,
         summary="AdamW, fused where the device has it",
@@ -133,7 +133,7 @@ _DECLARED = (
     ProviderSpec(
         kind="optimizer",
         name="muon",
-        factory="apt_core.training.optimizers.muon:MuonProvider",
+        factory="apt_core.optim.optimizers.muon:MuonProvider",
         section="training",
         reads=(*_ADAM, "training.muon"),
         summary="Muon for hidden matrices, AdamW for the rest",
@@ -141,7 +141,7 @@ _DECLARED = (
     ProviderSpec(
         kind="lr_schedule",
         name="cosine",
-        factory="apt_core.training.lr_schedules:CosineProvider",
+        factory="apt_core.optim.lr_schedules:CosineProvider",
         reads=_DECAY,
         summary="linear warm-up, then cosine decay",
         default=True,
@@ -149,14 +149,14 @@ _DECLARED = (
     ProviderSpec(
         kind="lr_schedule",
         name="linear",
-        factory="apt_core.training.lr_schedules:LinearProvider",
+        factory="apt_core.optim.lr_schedules:LinearProvider",
         reads=_DECAY,
         summary="linear warm-up, then linear decay",
     ),
     ProviderSpec(
         kind="lr_schedule",
         name="wsd",
-        factory="apt_core.training.lr_schedules:WSDProvider",
+        factory="apt_core.optim.lr_schedules:WSDProvider",
         section="training",
         reads=(*_DECAY, "training.decay_ratio"),
         summary="linear warm-up, stable, then a decay at the end",
@@ -164,7 +164,7 @@ _DECLARED = (
     ProviderSpec(
         kind="lr_schedule",
         name="constant",
-        factory="apt_core.training.lr_schedules:ConstantProvider",
+        factory="apt_core.optim.lr_schedules:ConstantProvider",
         reads=("training.warmup_steps",),
         summary="linear warm-up, then constant",
     ),

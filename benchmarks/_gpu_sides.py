@@ -20,9 +20,9 @@ from _apt_turns import handing_over, trainer_loop
 from _bare import NanoGPT, Recipe, nanogpt_section, random_windows, train
 from _harness import Timings
 from _turns import Loop, take_turns
+from apt_core.parallel.peak import measured_peak_flops
 from apt_core.plugin_manager import PluginManager
 from apt_core.training import Trainer
-from apt_core.training.peak import measured_peak_flops
 
 Profile = Mapping[str, Any]
 Maker = Callable[["Bench", "Shape"], Loop[nn.Module]]

@@ -22,7 +22,7 @@ from typing import Any
 
 from apt_core.cli.run_command import run_command
 from apt_core.cli.train import app
-from apt_core.training.child_process import apt_train_command
+from apt_core.parallel.child_process import apt_train_command
 
 EVENTS = "APT_CHAOS_EVENTS"
 """The environment's name for the descriptor that events are told on."""

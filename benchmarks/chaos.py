@@ -46,9 +46,9 @@ from _launch import (
     launch,
 )
 from apt_core.errors import CheckpointError
-from apt_core.training import checkpoint
-from apt_core.training.checkpoint import Checkpoint
-from apt_core.training.run_folder import versions
+from apt_core.runs import checkpoint
+from apt_core.runs.checkpoint import Checkpoint
+from apt_core.runs.folder import versions
 from apt_core.training.verify import VOLATILE, compare_checkpoints
 
 STEPS = 48

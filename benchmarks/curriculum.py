@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-import apt_core.training.switching as switching
+import apt_core.training.curriculum.switching as switching
 from _harness import Report, Series, run
 from apt_core import hookimpl
 from apt_core.config import Override

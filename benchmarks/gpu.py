@@ -45,9 +45,9 @@ from apt_core.inference.generator import generate
 from apt_core.kernel import boot
 from apt_core.modeling import ModelBuilder
 from apt_core.modeling.layers import SwiGLU
+from apt_core.parallel.peak import measured_peak_flops
 from apt_core.plugin_manager import PluginManager
 from apt_core.registry import Registry
-from apt_core.training.peak import measured_peak_flops
 from apt_core.types import GenerationRequest
 from apt_plugins.moe.experts import Experts
 from apt_plugins.moe.layer import MoELayer

@@ -31,8 +31,8 @@ from _harness import command_of, describe_machine
 from apt_core import hookimpl
 from apt_core.kernel import boot
 from apt_core.plugin_manager import PluginManager
+from apt_core.runs.folder import versions
 from apt_core.training import Trainer
-from apt_core.training.run_folder import versions
 
 STEPS, QUICK_STEPS = 100_000, 2_000
 LOOKS, QUICK_LOOKS = 200, 40

@@ -12,7 +12,7 @@ import typer
 from apt_core.cli.output import Json, complain, output_apart, print_table, say
 from apt_core.cli.run_command import run_command
 from apt_core.errors import ConfigError, Problem, did_you_mean
-from apt_core.inspection import (
+from apt_core.inspect.listing import (
     Listing,
     hook_facts,
     hook_names,
@@ -287,7 +287,7 @@ def trace(
 ) -> int:
     """Train with timed hooks: apt-hooks trace -- -p tiny_debug --plugin my_plugin.py"""
     from apt_core.cli.train import app as train_app
-    from apt_core.tracing import traced
+    from apt_core.inspect.tracing import traced
 
     arguments = [argument for argument in context.args if argument != "--"]
     with traced() as rows:
@@ -322,7 +322,7 @@ def schema(
 @app.command()
 def docs(debug: Debug = False) -> None:
     """The reference of every hook, as Markdown."""
-    from apt_core.hook_reference import hook_reference
+    from apt_core.inspect.hook_reference import hook_reference
 
     say(hook_reference(), end="")
 

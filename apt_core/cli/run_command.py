@@ -152,7 +152,7 @@ def _report(error: Exception, args: Sequence[str], code: int, place: tuple[bool,
 
 
 def _is_said(error: Exception, rank: int) -> bool:
-    from apt_core.training.launch import is_said
+    from apt_core.parallel.launch import is_said
 
     # Whoever started the processes ends them all when the first has ended.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -166,7 +166,7 @@ def train(
             files=not dry_run,
         )
         if dry_run:
-            from apt_core.training.plan import make_plan, print_plan
+            from apt_core.planning.plan import make_plan, print_plan
 
             plan = make_plan(kernel, nproc)
             if json:
@@ -181,7 +181,7 @@ def train(
             steps, deterministic = stop_at_step or VERIFIED_STEPS, device.type == "cuda"
             return verify(console, arguments, output, steps, deterministic=deterministic)
         if (processes := 1 if inside else nproc or _processes_wanted(kernel)) > 1:
-            from apt_core.training.launch import launch
+            from apt_core.parallel.launch import launch
 
             arguments += _options(
                 output=output,
@@ -236,7 +236,7 @@ def _processes_wanted(kernel: Kernel) -> int:
     """Of a run that was not told: what the profile asks for and the machine has."""
     if not kernel.config.hardware.distributed or kernel.config.hardware.num_gpus < 2:
         return 1
-    from apt_core.training.launch import processes_for
+    from apt_core.parallel.launch import processes_for
 
     processes, notice = processes_for(kernel.config)
     if notice and kernel.manager.strict:

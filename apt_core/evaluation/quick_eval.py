@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from apt_core.data.batches import Batch
 from apt_core.device import autocast
-from apt_core.evaluation.cross_entropy import cross_entropy_sum
 from apt_core.modeling.casts import KeptCasts
+from apt_core.modeling.cross_entropy import cross_entropy_sum
 from apt_core.modeling.modes import eval_mode
 from apt_core.types import ModelOutput
 

@@ -118,7 +118,7 @@ def check_plugin(
 def _resumed(reference: str, name: str, overrides: Mapping[str, Any]) -> str:
     """How a run with the plugin that is resumed differs from one that is not; the plugin has only
     what it has handed over."""
-    from apt_core.training import checkpoint
+    from apt_core.runs import checkpoint
 
     with tempfile.TemporaryDirectory(prefix="apt-check-") as temporary:
         folders = [Path(temporary) / part for part in ("whole", "part")]

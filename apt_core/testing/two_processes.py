@@ -79,7 +79,7 @@ def _profile(folder: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 def _run(arguments: Sequence[str]) -> str:
     """Run apt-train; what it died of, or an empty string."""
-    from apt_core.training.child_process import apt_train_command
+    from apt_core.parallel.child_process import apt_train_command
 
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
@@ -129,7 +129,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 def _tensors(folder: Path) -> dict[str, Any]:
     import torch
 
-    from apt_core.training import checkpoint
+    from apt_core.runs import checkpoint
 
     saved = checkpoint.load(checkpoint.list_checkpoints(folder / "checkpoints")[-1])
     tensors = {

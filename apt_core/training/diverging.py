@@ -14,8 +14,8 @@ from torch import Tensor
 from apt_core.errors import DivergedError, TrainingError
 from apt_core.failures import short_path
 from apt_core.metric_names import CROSS_ENTROPY, LOSS
-from apt_core.training.checkpoint import newest_sound, step_of
-from apt_core.training.distributed import local_part
+from apt_core.parallel.world import local_part
+from apt_core.runs.checkpoint import newest_sound, step_of
 
 if TYPE_CHECKING:
     from apt_core.training.trainer import Trainer

@@ -15,9 +15,9 @@ from apt_core.failures import one_line
 from apt_core.kernel import Kernel
 from apt_core.log import get_logger
 from apt_core.modeling.compose import ModelBuilder
-from apt_core.training.costs import layers_of
-from apt_core.training.distributed import World
-from apt_core.training.footprint import (
+from apt_core.modeling.costs import layers_of
+from apt_core.parallel.world import World
+from apt_core.planning.footprint import (
     cast_parameters,
     layer_kinds,
     measured_layers,

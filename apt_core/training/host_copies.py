@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from apt_core.device import available_memory
 from apt_core.failures import one_line
 from apt_core.log import get_logger
-from apt_core.training.distributed import local_part
+from apt_core.parallel.world import local_part
 
 log = get_logger("apt.checkpoint")
 

@@ -11,14 +11,14 @@ from apt_core.device import gpu_name
 from apt_core.errors import ConfigError, Problem
 from apt_core.kernel import before_the_run
 from apt_core.log import Backlog, get_logger, logging_to
+from apt_core.modeling.blame import naming_authors
+from apt_core.modeling.compilation import computes, computes_in_words
 from apt_core.paths import user_path
-from apt_core.training import checkpoint
-from apt_core.training.blame import naming_authors
-from apt_core.training.checkpoint import Checkpoint
-from apt_core.training.compiling import computes, computes_in_words
-from apt_core.training.manifest import write_manifest
+from apt_core.runs import checkpoint
+from apt_core.runs.checkpoint import Checkpoint
+from apt_core.runs.folder import RunFolder, newest_folder, now
+from apt_core.runs.manifest import write_manifest
 from apt_core.training.restoring import named_checkpoint, restore
-from apt_core.training.run_folder import RunFolder, newest_folder, now
 from apt_core.training.saving import Saving
 
 if TYPE_CHECKING:

@@ -12,51 +12,34 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from apt_core.config import Config, inactive_alone
+from apt_core.config import inactive_alone
 from apt_core.data.batches import BatchPlan
+from apt_core.data.loading import build_tokenizer, load_text
 from apt_core.data.tokens import ids_sha256, tokenize
-from apt_core.device import autocast_dtype, forget_peak_memory, resolve_device, unused_gpu
-from apt_core.errors import ConfigError, Problem, ProviderError
+from apt_core.device import autocast_dtype, forget_peak_memory
+from apt_core.errors import ConfigError, Problem
 from apt_core.kernel import Kernel, before_the_run
 from apt_core.log import get_logger
+from apt_core.modeling.blame import naming_authors
+from apt_core.modeling.compilation import compilation
 from apt_core.modeling.compose import ModelBuilder
-from apt_core.modeling.lr_scale import learning_rate_scales, undeclared_squares
-from apt_core.modeling.probe import probe_layer
+from apt_core.modeling.costs import support_notices
+from apt_core.modeling.lr_scale import undeclared_squares
+from apt_core.modeling.seeds import fp32_products
+from apt_core.optim.build import build_optimizer
+from apt_core.parallel.peak import measured_peak_flops
+from apt_core.parallel.world import ALONE, World
 from apt_core.paths import READ
-from apt_core.providers.dataset import DatasetProvider, TextData
+from apt_core.planning.run_length import horizon, tell_what_the_length_decides
 from apt_core.providers.lr_schedule import LRScheduleProvider
 from apt_core.providers.optimizer import OptimizerProvider
 from apt_core.providers.tokenizer import TokenizerProvider
-from apt_core.training.blame import naming_authors
-from apt_core.training.compiling import Forward, compilation
-from apt_core.training.costs import support_notices
-from apt_core.training.distributed import ALONE, World
+from apt_core.runs.folder import versions
+from apt_core.training.curriculum.rehearsal import rehearse
 from apt_core.training.gathering import gathered_dtype
-from apt_core.training.parameter_groups import parameter_groups
-from apt_core.training.peak import measured_peak_flops
-from apt_core.training.rehearsal import rehearse
-from apt_core.training.run_folder import versions
-from apt_core.training.run_length import horizon, tell_what_the_length_decides
-from apt_core.training.seeds import fp32_products
-from apt_core.training.state import keep_plan
+from apt_core.training.step.forward import Forward
 
 log = get_logger("apt.training")
-
-PROBED = ("attention", "ffn", "norm")
-
-ONE_THREAD_BELOW = 2**23
-"""Multiply-adds of one feed-forward matrix in a micro-batch, below which a second thread brings a
-quarter on an idle machine and costs a multiple on a busy one."""
-
-
-def num_threads(config: Config) -> int | None:
-    """How many CPU threads the run takes, or None for torch's choice: a function of the profile,
-    since results depend on it in their last bits."""
-    if config.hardware.num_threads is not None:
-        return config.hardware.num_threads
-    model, length = config.model, config.seq_len
-    work = config.training.batch_size * length * model.d_model * model.d_ff
-    return 1 if work < ONE_THREAD_BELOW else None
 
 
 @dataclass
@@ -120,27 +103,6 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> Parts:
     )
 
 
-def build_optimizer(kernel: Kernel, model: nn.Module) -> Optimizer:
-    """The profile's optimizer of ``model``, whose groups keep their peak rate as ``initial_lr``."""
-    training = kernel.config.training
-    provider: OptimizerProvider = kernel.registry.get("optimizer", training.optimizer_name)
-    groups = parameter_groups(
-        model,
-        kernel.manager,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-        scales=learning_rate_scales(
-            model, kernel.config.model.d_model if training.scale_lr_by_width else None
-        ),
-        separate_matrices=getattr(provider, "separates_matrices", False),
-    )
-    optimizer = provider.create(
-        groups, learning_rate=training.learning_rate, weight_decay=training.weight_decay
-    )
-    keep_plan(optimizer)
-    return optimizer
-
-
 def _note_roles_that_are_not_told(kernel: Kernel, model: nn.Module) -> None:
     """The rate of a matrix depends on whether it reads the residual stream, which its sizes do not
     tell where it is square."""
@@ -198,108 +160,6 @@ def _note_what_needs_others(kernel: Kernel) -> None:
     if inactive and kernel.manager.strict:
         raise ConfigError([Problem(i.reason, i.key, hint="--strict allows none") for i in inactive])
     kernel.inactive += inactive
-
-
-def settle_device(kernel: Kernel, world: World = ALONE) -> torch.device:
-    """The run's device, on which the registry probes layers from now on.
-
-    Each process on a machine with GPUs has one of its own; a ConfigError says where there are too
-    few. A device that is not there is replaced by the CPU, with a notice; under ``strict`` that is
-    a ConfigError too.
-    """
-    asked = kernel.config.hardware.device
-    device, reason = resolve_device(asked)
-    if reason:
-        message = f"hardware.device: {asked} not usable ({reason})"
-        if kernel.manager.strict:
-            raise ConfigError(Problem(message, hint="--strict allows no fallback"))
-        kernel.notices.append(f"{message}: using {device.type}")
-    elif asked == "auto" and device.type == "cpu" and (why := unused_gpu()):
-        kernel.notices.append(f"using the CPU, though this machine has a GPU: {why}")
-    if device.type == "cuda" and world.size > 1:
-        device = _own_gpu(asked, world)
-    kernel.registry.probe = layer_probe(kernel, device)
-    return device
-
-
-def _own_gpu(asked: str, world: World) -> torch.device:
-    """This process's. Of processes that torchrun or --nproc has started, all on the machine raise
-    the same ConfigError, or none does."""
-    # Whoever starts processes without torchrun may count them by LOCAL_RANK alone.
-    processes = max(world.on_this_machine, world.local_rank + 1)
-    there = torch.cuda.device_count()
-    if ":" in asked and processes > 1:
-        message = f"{asked} is one GPU, and {processes} processes on this machine need one each"
-        raise ConfigError(
-            Problem(message, key="hardware.device", hint="hardware.device: cuda gives each its own")
-        )
-    if ":" in asked:
-        return torch.device(asked)
-    if processes > there:
-        message = f"{processes} processes on this machine need a GPU each; it has {there}"
-        hint = f"--nproc {there} takes what there is, hardware.device: cpu none"
-        if there == 1:
-            hint += "; processes that each see a GPU of their own need LOCAL_RANK=0"
-            hint += " and LOCAL_WORLD_SIZE=1"
-        raise ConfigError(Problem(message, key="hardware.device", hint=hint))
-    return torch.device("cuda", world.local_rank)
-
-
-def layer_probe(kernel: Kernel, device: torch.device) -> Any:
-    """The registry's probe: one tiny forward and backward of a layer on the run's device."""
-    model = kernel.config.model
-
-    def probe(spec: Any, provider: Any, config: Any) -> str | None:
-        if spec.kind not in PROBED:
-            return None
-        position = None
-        if spec.kind == "attention" and model.position_name != "none":
-            position = kernel.registry.get("position", model.position_name)
-        # A plan is made on the meta device; the probe computes something.
-        with torch.device("cpu"):
-            return probe_layer(
-                provider,
-                spec.kind,
-                device=device,
-                head_dim=model.d_model // model.num_heads,
-                position=position,
-            )
-
-    return probe
-
-
-def build_tokenizer(kernel: Kernel) -> TokenizerProvider:
-    """The profile's tokenizer. Raises ConfigError if the model has fewer ids than it."""
-    config = kernel.config
-    name = config.data.tokenizer_name
-    tokenizer: TokenizerProvider = kernel.registry.get("tokenizer", name)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            Problem(
-                f"is {config.model.vocab_size}, but tokenizer {name!r} has "
-                f"{tokenizer.vocab_size} ids",
-                key="model.vocab_size",
-                hint=f"set it to {tokenizer.vocab_size} or more",
-            )
-        )
-    return tokenizer
-
-
-def load_text(kernel: Kernel) -> TextData:
-    """The text of the run. Raises ConfigError for what cannot be read, ProviderError for a dataset
-    that loads anything but text."""
-    name = kernel.config.data.dataset_name
-    provider = kernel.registry.get("dataset", name)
-    if isinstance(provider, DatasetProvider):
-        provider.data_section = kernel.config.data
-    loaded = provider.load()
-    if not isinstance(loaded, TextData):
-        plugin = kernel.registry.spec("dataset", name).plugin
-        raise ProviderError(
-            f"dataset:{name} (plugin {plugin}): load() returned a {type(loaded).__name__}, not "
-            "TextData"
-        )
-    return loaded
 
 
 def _data(

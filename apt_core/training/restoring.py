@@ -8,23 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from apt_core.config.differences import differences
 from apt_core.errors import CheckpointError, ConfigError, Problem
 from apt_core.failures import short_path
 from apt_core.kernel import ALL_NAME_KEYS
 from apt_core.log import get_logger
-from apt_core.secrets import with_secrets
-from apt_core.training import checkpoint
-from apt_core.training.checkpoint import Checkpoint
-from apt_core.training.diverging import listed, weights_not_finite
-from apt_core.training.resume import check_resume, differences, saved_config, saved_profile
-from apt_core.training.run_length import horizon, what_another_length_changes
-from apt_core.training.state import (
+from apt_core.modeling.carry import tell_buffers_loaded
+from apt_core.planning.run_length import horizon, what_another_length_changes
+from apt_core.runs import checkpoint
+from apt_core.runs.checkpoint import Checkpoint
+from apt_core.runs.resume_check import check_resume, saved_config, saved_profile
+from apt_core.runs.state_tensors import (
     load_optimizer,
     load_optimizer_groups,
     model_tensors,
     restore_plugins,
 )
-from apt_core.training.transforming import tell_buffers_loaded
+from apt_core.secrets import with_secrets
+from apt_core.training.diverging import listed, weights_not_finite
 
 if TYPE_CHECKING:
     from apt_core.training.trainer import Trainer

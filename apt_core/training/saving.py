@@ -20,20 +20,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from apt_core.errors import StopTraining, TrainingError
 from apt_core.failures import one_line, short_path
 from apt_core.log import get_logger
+from apt_core.parallel.world import World
 from apt_core.plugin_manager import IN_STEP
-from apt_core.training import checkpoint
-from apt_core.training.checkpoint import Evaluated, Snapshot
-from apt_core.training.distributed import World
-from apt_core.training.diverging import diverged, listed, weights_not_finite
-from apt_core.training.host_copies import HostCopies
-from apt_core.training.manifest import plugin_rows
-from apt_core.training.run_folder import RunFolder, now, versions
-from apt_core.training.state import (
+from apt_core.runs import checkpoint
+from apt_core.runs.checkpoint import Evaluated, Snapshot
+from apt_core.runs.folder import RunFolder, now, versions
+from apt_core.runs.manifest import plugin_rows
+from apt_core.runs.state_tensors import (
     model_tensors,
     optimizer_groups,
     optimizer_tensors,
     plugin_states,
 )
+from apt_core.training.diverging import diverged, listed, weights_not_finite
+from apt_core.training.host_copies import HostCopies
 
 if TYPE_CHECKING:
     from apt_core.training.trainer import Trainer

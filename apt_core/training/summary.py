@@ -11,7 +11,7 @@ from apt_core.kernel import Kernel
 from apt_core.monitor import duration, rate
 from apt_core.plugin_records import PluginRecord
 from apt_core.printable import printable
-from apt_core.training.checkpoint import list_checkpoints, step_of
+from apt_core.runs.checkpoint import list_checkpoints, step_of
 
 if TYPE_CHECKING:
     from rich.console import Console

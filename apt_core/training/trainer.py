@@ -36,37 +36,39 @@ from apt_core.hook_returns import MAX_FACTOR
 from apt_core.kernel import Kernel, before_the_run, boot
 from apt_core.log import get_logger, keeping_backlog, noting_errors
 from apt_core.metric_names import CROSS_ENTROPY
+from apt_core.modeling.blame import attributed, usable_factor
 from apt_core.modeling.casts import KeptCasts
+from apt_core.modeling.compilation import readers_of_outputs
 from apt_core.modeling.init import seed_of
 from apt_core.modeling.modes import eval_mode
+from apt_core.modeling.placement import num_threads, settle_device
+from apt_core.modeling.seeds import ModelSeeds, deterministic_kernels, fp32_products
 from apt_core.monitor import ProgressDisplay
+from apt_core.optim.averages import WeightAverage
+from apt_core.parallel.gradient_sum import GradientSum
+from apt_core.parallel.world import World
+from apt_core.planning.memory import out_of_memory_advice, own_memory
+from apt_core.planning.run_length import horizon
 from apt_core.plugin_manager import PluginManager
 from apt_core.process_state import ProcessState
-from apt_core.training.blame import attributed, usable_factor
-from apt_core.training.callbacks import Callbacks
-from apt_core.training.compiling import compiler_settings, readers_of_outputs
-from apt_core.training.distributed import World
+from apt_core.runs.folder import RunFolder
+from apt_core.runs.manifest import write_manifest
+from apt_core.training.curriculum.enabling import Enabling
+from apt_core.training.curriculum.model_modes import ModelModes
+from apt_core.training.curriculum.switching import Switching
 from apt_core.training.diverging import diverged, listed, void_steps
-from apt_core.training.ema import WeightAverage
-from apt_core.training.enabling import Enabling
 from apt_core.training.evaluating import Evaluator
-from apt_core.training.finite_guard import FiniteGuard
-from apt_core.training.gradient_sum import GradientSum
-from apt_core.training.gradients import Gradients, name_bad_gradients
-from apt_core.training.loss import loss_terms, without_gradients
-from apt_core.training.manifest import write_manifest
-from apt_core.training.memory import out_of_memory_advice, own_memory
-from apt_core.training.model_modes import ModelModes
 from apt_core.training.opening import Opening
-from apt_core.training.prepare import loop_forward, num_threads, prepare, settle_device
-from apt_core.training.run_folder import RunFolder
-from apt_core.training.run_length import horizon
+from apt_core.training.prepare import loop_forward, prepare
 from apt_core.training.saving import Saving
-from apt_core.training.seeds import ModelSeeds, deterministic_kernels, fp32_products
-from apt_core.training.step_clock import StepClock
-from apt_core.training.step_log import StepLog
+from apt_core.training.step.callbacks import Callbacks
+from apt_core.training.step.clock import StepClock
+from apt_core.training.step.finite_guard import FiniteGuard
+from apt_core.training.step.forward import compiler_settings
+from apt_core.training.step.gradients import Gradients, name_bad_gradients
+from apt_core.training.step.log import StepLog
+from apt_core.training.step.loss import loss_terms, without_gradients
 from apt_core.training.stopping import Stopping
-from apt_core.training.switching import Switching
 from apt_core.types import ModelOutput
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from apt_core.errors import TrainingError
-from apt_core.training import checkpoint
-from apt_core.training.checkpoint import Checkpoint
-from apt_core.training.child_process import apt_train_command
+from apt_core.parallel.child_process import apt_train_command
+from apt_core.runs import checkpoint
+from apt_core.runs.checkpoint import Checkpoint
 
 VOLATILE = ("tokens_per_s", "mfu", "memory_mb", "time/")
 """Beginnings of the names of figures that are of the machine, not of the training."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from apt_core.cli.hooks import app
-from apt_core.hook_reference import hook_reference
+from apt_core.inspect.hook_reference import hook_reference
 from apt_core.types import KINDS
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from fault_pairs import FEW, KNOWN, PAIRS, Pair, run_pairs
 from fault_runs import Laboratory, Verdict, run_all
 from rich.console import Console
 
-from apt_core.training.run_folder import versions
+from apt_core.runs.folder import versions
 
 GROUPS = {
     "raise": "raising",

@@ -323,7 +323,7 @@ class Plugins(Target):
         return name, text, rng.random() < 0.3
 
     def feed(self, given: Any) -> str:
-        from apt_core.inspection import implementation_rows, plugin_rows, provider_rows, survey
+        from apt_core.inspect.listing import implementation_rows, plugin_rows, provider_rows, survey
         from apt_core.kernel import boot
 
         name, text, strict = given

@@ -15,12 +15,12 @@ import torch
 from apt_core import hookimpl
 from apt_core.device import available_memory
 from apt_core.errors import TrainingError
+from apt_core.modeling.structure import structure_after
+from apt_core.planning.footprint import Footprint
+from apt_core.planning.memory import estimate, switch_memory
 from apt_core.testing import TinyRun, tiny_run
 from apt_core.testing.tiny import TEXT
-from apt_core.training.footprint import Footprint
-from apt_core.training.memory import estimate, switch_memory
-from apt_core.training.structure import structure_after
-from apt_core.training.switching import Switching
+from apt_core.training.curriculum.switching import Switching
 
 pytestmark = pytest.mark.gpu
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 import yaml
 
+from apt_core.runs.checkpoint import newest_intact
+from apt_core.runs.tensor_files import SavedTensors
 from apt_core.testing import TINY_PROFILE
 from apt_core.testing.tiny import TEXT
-from apt_core.training.checkpoint import newest_intact
-from apt_core.training.tensor_files import SavedTensors
 
 GPU = "cuda"
 SECONDS = 180

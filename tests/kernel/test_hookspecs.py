@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from apt_core.hook_reference import hook_reference
-from apt_core.inspection import hook_facts, hook_names
+from apt_core.inspect.hook_reference import hook_reference
+from apt_core.inspect.listing import hook_facts, hook_names
 from apt_core.plugin_manager import PluginManager
 
 ROOT = Path(__file__).parents[2]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from apt_core.inspection import implementation_rows, plugin_rows, provider_rows, survey
+from apt_core.inspect.listing import implementation_rows, plugin_rows, provider_rows, survey
+from apt_core.inspect.tracing import traced
 from apt_core.plugin_manager import PluginManager
-from apt_core.tracing import traced
 
 HEAD = "from apt_core import PluginInfo, ProviderSpec, hookimpl\n\n"
 PROVIDERS = "@hookimpl\ndef apt_register_providers():\n    return []\n"

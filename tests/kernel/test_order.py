@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apt_core import Priority, hookimpl
-from apt_core.inspection import implementation_rows
+from apt_core.inspect.listing import implementation_rows
 from apt_core.plugin_manager import PluginManager
 
 HOOKS = {"on_epoch_start": {"epoch": 1, "trainer": None}, "apt_decoder": {"request": None}}

@@ -18,11 +18,11 @@ from apt_core.modeling import (
     padding_mask,
     padding_positions,
 )
+from apt_core.modeling.costs import model_cost
 from apt_core.modeling.layers.ngram import FACTOR, PRIME, NgramCache, NgramEmbedding
 from apt_core.modeling.lr_scale import learning_rate_scales
+from apt_core.optim.parameter_groups import hidden_matrices, parameter_groups
 from apt_core.plugin_manager import PluginManager
-from apt_core.training.costs import model_cost
-from apt_core.training.parameter_groups import hidden_matrices, parameter_groups
 from apt_core.types import GenerationRequest
 
 NGRAM = {"orders": [2, 4], "buckets": [64, 128]}

@@ -138,7 +138,7 @@ def apt_register_config():
 
 @hookimpl
 def apt_register_providers():
-    build = "apt_core.training.optimizers.adamw:AdamWProvider"
+    build = "apt_core.optim.optimizers.adamw:AdamWProvider"
     return [ProviderSpec("optimizer", "silent", build),
             ProviderSpec("optimizer", "plain", build, reads=["training.eps"])]
 """

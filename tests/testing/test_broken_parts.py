@@ -15,10 +15,10 @@ from apt_core.data.tokenizer import ByteTokenizer
 from apt_core.modeling.backbones import GPTProvider
 from apt_core.modeling.layers import RoPEProvider
 from apt_core.modeling.layers.learned import LearnedPositionProvider
+from apt_core.optim.lr_schedules import CosineProvider
+from apt_core.optim.optimizers.adamw import AdamWProvider
 from apt_core.providers.position import PositionProvider
 from apt_core.testing.conformance import CHECKS, checks_of
-from apt_core.training.lr_schedules import CosineProvider
-from apt_core.training.optimizers.adamw import AdamWProvider
 from apt_core.types import ModelOutput
 
 if TYPE_CHECKING:

@@ -24,10 +24,10 @@ from safetensors.torch import load_file
 from apt_core import hookimpl
 from apt_core.cli.run_command import run_command
 from apt_core.cli.train import app
+from apt_core.runs import checkpoint
+from apt_core.runs.checkpoint import Checkpoint
 from apt_core.testing import TINY_PROFILE
 from apt_core.testing.tiny import TEXT
-from apt_core.training import checkpoint
-from apt_core.training.checkpoint import Checkpoint
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ from torch.nn.modules import module as torch_module
 
 from apt_core import StopTraining, hookimpl
 from apt_core.errors import PluginError, TrainingError
+from apt_core.runs import checkpoint
 from apt_core.testing import TinyRun, tiny_run
-from apt_core.training import checkpoint
 
 STEPS = 6
 
@@ -227,7 +227,7 @@ def test_what_a_run_dies_of_may_be_unspeakable(
     def write(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("apt_core.training.step_log.StepLog.write", write)
+    monkeypatch.setattr("apt_core.training.step.log.StepLog.write", write)
     with pytest.raises(TrainingError):
         run_with(output=tmp_path / "run")
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())

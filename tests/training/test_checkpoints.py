@@ -24,9 +24,9 @@ import pytest
 
 from apt_core import hookimpl
 from apt_core.errors import CheckpointError, StopTraining, TrainingError
+from apt_core.runs import checkpoint
 from apt_core.testing import TINY_PROFILE, tiny_run
 from apt_core.testing.tiny import TEXT
-from apt_core.training import checkpoint
 from apt_core.training.evaluating import Evaluation, Evaluator
 from apt_core.training.saving import Saving
 

@@ -22,16 +22,16 @@ from apt_core.evaluation import cross_entropy
 from apt_core.evaluation.quick_eval import sums_of
 from apt_core.kernel import boot
 from apt_core.modeling import ModelTransform
+from apt_core.modeling.compilation import Compilation, compilation
 from apt_core.modeling.layers import MHAProvider
+from apt_core.modeling.seeds import fp32_products
+from apt_core.planning.footprint import CountedAllocations
+from apt_core.planning.gpu_operators import GPUOperators
 from apt_core.plugin_manager import PluginManager
 from apt_core.process_state import ProcessState
 from apt_core.providers import AttentionSupport
 from apt_core.testing import TINY_PROFILE, TinyRun, tiny_run
 from apt_core.training import compiling, prepare, switching, trainer
-from apt_core.training.compiling import Compilation, compilation
-from apt_core.training.footprint import CountedAllocations
-from apt_core.training.gpu_operators import GPUOperators
-from apt_core.training.seeds import fp32_products
 from apt_core.types import ModelOutput
 
 GPU = torch.device("cuda", 0)

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from apt_core import hookimpl
 from apt_core.errors import AptError, CheckpointError
+from apt_core.runs import checkpoint
+from apt_core.runs.saved_state import faults
 from apt_core.testing import TinyRun, tiny_run
-from apt_core.training import checkpoint
-from apt_core.training.saved_state import faults
 
 Seal = Callable[[Path], None]
 

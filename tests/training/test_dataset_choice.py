@@ -10,12 +10,12 @@ from pydantic import Field
 
 from apt_core import ProviderSpec, SectionSpec, hookimpl
 from apt_core.config import Section, parse_override
+from apt_core.data.loading import load_text
 from apt_core.errors import ConfigError, ProviderError
 from apt_core.kernel import Kernel, boot
+from apt_core.planning.plan import make_plan
 from apt_core.plugin_manager import PluginManager
 from apt_core.providers import DatasetProvider, TextData
-from apt_core.training.plan import make_plan
-from apt_core.training.prepare import load_text
 
 
 class Settings(Section):

@@ -24,10 +24,10 @@ from apt_core import hookimpl
 from apt_core.data.batches import BatchPlan
 from apt_core.errors import CheckpointError, ConfigError, PluginError
 from apt_core.plugin_manager import PluginManager
+from apt_core.runs.tensor_files import SavedTensors
 from apt_core.testing import TINY_PROFILE
 from apt_core.testing.tiny import TEXT
 from apt_core.training import Trainer
-from apt_core.training.tensor_files import SavedTensors
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8

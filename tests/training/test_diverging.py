@@ -18,8 +18,8 @@ from apt_core.cli.run_command import run_command
 from apt_core.cli.train import app
 from apt_core.errors import CheckpointError, ConfigError, DivergedError, TrainingError
 from apt_core.evaluation.quick_eval import BatchScore, summarize
+from apt_core.runs import checkpoint
 from apt_core.testing import tiny_run
-from apt_core.training import checkpoint
 from apt_core.training.evaluating import Evaluation, Evaluator
 
 NAN, INF = float("nan"), float("inf")

@@ -11,10 +11,10 @@ from torch import nn
 
 from apt_core import hookimpl
 from apt_core.inference.generator import generate
+from apt_core.optim.averages import WARMUP, WeightAverage
+from apt_core.planning.footprint import CountedAllocations
+from apt_core.runs import checkpoint, ema
 from apt_core.testing import tiny_run
-from apt_core.training import checkpoint, ema
-from apt_core.training.ema import WARMUP, WeightAverage
-from apt_core.training.footprint import CountedAllocations
 
 QUIET = {"training.log_every_steps": 1, "evaluation.sample_tokens": 0, "hardware.num_threads": 1}
 AVERAGED = {**QUIET, "training.ema_decay": 0.8, "training.learning_rate": 1e-2}

@@ -147,7 +147,7 @@ def test_killed_long_after_its_checkpoint_and_twice(experiment, in_children, dif
 
 
 def skipping(what: str) -> Callable[..., None]:
-    from apt_core.training.tensor_files import SavedTensors
+    from apt_core.runs.tensor_files import SavedTensors
 
     read = SavedTensors.read_into
 
@@ -162,19 +162,23 @@ def nothing(*arguments: Any) -> None:
     pass
 
 
-READ = "apt_core.training.tensor_files.SavedTensors.read_into"
+READ = "apt_core.runs.tensor_files.SavedTensors.read_into"
 BROKEN = {
     "model": (READ, lambda: skipping("model"), "model: "),
     "optimizer": ("apt_core.training.restoring.load_optimizer", lambda: nothing, "optimizer: "),
     "ema": (READ, lambda: skipping("average of the weights"), "ema: "),
-    "guard": ("apt_core.training.finite_guard.FiniteGuard.load", lambda: nothing, "skipped_steps"),
+    "guard": (
+        "apt_core.training.step.finite_guard.FiniteGuard.load",
+        lambda: nothing,
+        "skipped_steps",
+    ),
     "stopping": (
         "apt_core.training.stopping.Stopping.load_state_dict",
         lambda: nothing,
         "state: stopping",
     ),
     "plugins": ("apt_core.training.restoring.restore_plugins", lambda: nothing, "plugins: "),
-    "dropout": ("apt_core.training.seeds.ModelSeeds.seed", lambda: nothing, "loss after"),
+    "dropout": ("apt_core.modeling.seeds.ModelSeeds.seed", lambda: nothing, "loss after"),
 }
 
 

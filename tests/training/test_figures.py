@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from apt_core import hookimpl
+from apt_core.runs import checkpoint
 from apt_core.testing import TinyRun, tiny_run
-from apt_core.training import checkpoint
 from apt_core.training.summary import summary_lines
 
 EPOCH = 12

@@ -30,10 +30,10 @@ from fault_values import (
 from torch import Tensor, nn
 
 from apt_core import hook_returns, hookimpl
-from apt_core.inspection import hook_facts, hook_names
+from apt_core.inspect.listing import hook_facts, hook_names
 from apt_core.plugin_manager import PluginManager
+from apt_core.runs import checkpoint
 from apt_core.testing import TinyRun, tiny_run
-from apt_core.training import checkpoint
 from apt_core.types import GenerationRequest
 
 # The calls --------------------------------------------------------------------------------------

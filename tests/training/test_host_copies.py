@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from apt_core.runs.checkpoint import list_checkpoints
 from apt_core.testing import tiny_run
 from apt_core.training import host_copies
-from apt_core.training.checkpoint import list_checkpoints
 from apt_core.training.host_copies import HostCopies
 
 

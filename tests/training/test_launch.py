@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 import torch
 
-from apt_core.training.checkpoint import load, newest_intact
-from apt_core.training.distributed import STORE_VARIABLE, shared_store
-from apt_core.training.launch import is_said, launch
-from apt_core.training.tensor_files import SavedTensors
+from apt_core.parallel.launch import is_said, launch
+from apt_core.parallel.world import STORE_VARIABLE, shared_store
+from apt_core.runs.checkpoint import load, newest_intact
+from apt_core.runs.tensor_files import SavedTensors
 
 ROOT = Path(__file__).parents[2]
 # As the console script: without the working directory on the import path.
@@ -418,6 +418,6 @@ def test_of_processes_that_end_at_once_the_silent_one_is_the_cause(
 
         def send_signal(self, number: int) -> None: ...
 
-    monkeypatch.setattr("apt_core.training.launch.subprocess.Popen", Ended)
+    monkeypatch.setattr("apt_core.parallel.launch.subprocess.Popen", Ended)
     assert launch(2, []) == 1
     assert f"process {rank} " in (text := capsys.readouterr().err) and said in text

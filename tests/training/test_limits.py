@@ -13,8 +13,8 @@ import torch
 
 from apt_core import hookimpl
 from apt_core.errors import ConfigError
+from apt_core.runs import checkpoint
 from apt_core.testing import tiny_run
-from apt_core.training import checkpoint
 from apt_core.training.evaluating import Evaluation, Evaluator
 
 QUIET = {

@@ -255,7 +255,7 @@ def test_the_best_checkpoint_is_kept(tmp_path):
 
 
 def test_a_full_disk_costs_one_checkpoint(tmp_path, monkeypatch, caplog):
-    from apt_core.training import checkpoint
+    from apt_core.runs import checkpoint
 
     write, calls = checkpoint.write_whole, []
 
@@ -273,7 +273,7 @@ def test_a_full_disk_costs_one_checkpoint(tmp_path, monkeypatch, caplog):
 
 
 def test_a_final_checkpoint_that_cannot_be_written_fails_the_run(tmp_path, monkeypatch):
-    from apt_core.training import checkpoint
+    from apt_core.runs import checkpoint
 
     def full(tensors, path):
         raise OSError(errno.ENOSPC, "No space left on device")

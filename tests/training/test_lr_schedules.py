@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apt_core.errors import ConfigError
-from apt_core.testing import tiny_run
-from apt_core.training.lr_schedules import (
+from apt_core.optim.lr_schedules import (
     ConstantProvider,
     CosineProvider,
     LinearProvider,
     WSDProvider,
 )
+from apt_core.testing import tiny_run
 
 DECAYING = [CosineProvider(), LinearProvider(), WSDProvider(), WSDProvider({"decay_ratio": 1.0})]
 ALL = [*DECAYING, ConstantProvider(), WSDProvider({"decay_ratio": 0.0})]

@@ -25,20 +25,20 @@ from apt_core.device import (
     available_memory,
     is_out_of_memory,
 )
-from apt_core.evaluation.cross_entropy import cross_entropy_sum
 from apt_core.kernel import Kernel, boot
 from apt_core.modeling import ModelBuilder
+from apt_core.modeling.cross_entropy import cross_entropy_sum
 from apt_core.modeling.layers import SwiGLUProvider
-from apt_core.plugin_manager import PluginManager
-from apt_core.training.distributed import sharding_of
-from apt_core.training.footprint import CountedAllocations, Footprint
-from apt_core.training.gpu_operators import GPUOperators
-from apt_core.training.memory import (
+from apt_core.parallel.world import sharding_of
+from apt_core.planning.footprint import CountedAllocations, Footprint
+from apt_core.planning.gpu_operators import GPUOperators
+from apt_core.planning.memory import (
     estimate,
     fitting_batch,
     memory_per_rank,
     out_of_memory_advice,
 )
+from apt_core.plugin_manager import PluginManager
 
 CPU = torch.device("cpu")
 MIB = 2**20

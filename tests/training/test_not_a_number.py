@@ -13,8 +13,8 @@ from pydantic import BaseModel, field_validator
 
 from apt_core import ConfigError, ProviderSpec, SectionSpec, StopTraining, hookimpl
 from apt_core.errors import ProviderError, TrainingError
+from apt_core.runs import checkpoint
 from apt_core.testing import TinyRun, tiny_run
-from apt_core.training import checkpoint
 
 SAVING = {"training.save_every_steps": 1, "training.log_every_steps": 1}
 WILD = {

@@ -21,16 +21,16 @@ from apt_core.config.schema import HardwareSection, MuonConfig
 from apt_core.modeling import ModelBuilder
 from apt_core.modeling.layers import GELU
 from apt_core.modeling.lr_scale import learning_rate_scales, undeclared_squares
+from apt_core.optim.optimizers.adamw import AdamWProvider
+from apt_core.optim.optimizers.muon import MuonProvider
+from apt_core.optim.optimizers.newton_schulz import orthogonalize
+from apt_core.optim.parameter_groups import hidden_matrices, parameter_groups
 from apt_core.plugin_manager import PluginManager
+from apt_core.runs.state_tensors import load_optimizer_groups, optimizer_groups, optimizer_tensors
 from apt_core.testing import tiny_run
 from apt_core.training import finite_guard
-from apt_core.training.finite_guard import FiniteGuard
-from apt_core.training.gradients import Gradients
-from apt_core.training.optimizers.adamw import AdamWProvider
-from apt_core.training.optimizers.muon import MuonProvider
-from apt_core.training.optimizers.newton_schulz import orthogonalize
-from apt_core.training.parameter_groups import hidden_matrices, parameter_groups
-from apt_core.training.state import load_optimizer_groups, optimizer_groups, optimizer_tensors
+from apt_core.training.step.finite_guard import FiniteGuard
+from apt_core.training.step.gradients import Gradients
 
 SIZES = {"d_model": 16, "num_heads": 2, "num_layers": 2, "d_ff": 64, "max_seq_len": 16}
 CPU = torch.device("cpu")

@@ -21,14 +21,14 @@ from apt_core.cli.run_command import run_command
 from apt_core.cli.train import app
 from apt_core.kernel import Kernel, boot
 from apt_core.modeling import ModelBuilder
+from apt_core.modeling.costs import support_notices
 from apt_core.modeling.layers import MHAProvider
+from apt_core.planning.calibration import measured_size
+from apt_core.planning.memory import memory_per_rank
+from apt_core.planning.plan import make_plan, print_plan
 from apt_core.plugin_manager import PluginManager
 from apt_core.providers.attention import AttentionSupport
 from apt_core.training import calibration
-from apt_core.training.calibration import measured_size
-from apt_core.training.costs import support_notices
-from apt_core.training.memory import memory_per_rank
-from apt_core.training.plan import make_plan, print_plan
 
 SIZES = {"d_model": 32, "num_heads": 4, "d_ff": 48, "num_layers": 3, "max_seq_len": 16}
 CPU = torch.device("cpu")
@@ -287,7 +287,7 @@ def test_a_text_that_is_not_there_or_large_leaves_the_steps_unknown(
     text.write_text("a few words, " * 100, encoding="utf-8")
     small = kernel_of(data={"train_path": str(text)})
     assert make_plan(small)["batch"]["steps_per_epoch"] > 0
-    monkeypatch.setattr("apt_core.training.plan.READ_UP_TO", 10)
+    monkeypatch.setattr("apt_core.planning.plan.READ_UP_TO", 10)
     large = make_plan(small)
     assert large["batch"]["steps_per_epoch"] is None
     assert "an epoch" not in printed(large)
@@ -347,7 +347,7 @@ from apt_core import ProviderSpec, hookimpl
 from apt_core.modeling.layers import MHAProvider
 from apt_core.providers.attention import AttentionSupport
 from apt_core.training import calibration
-from apt_core.training.calibration import measured_size
+from apt_core.planning.calibration import measured_size
 
 
 class Picky(MHAProvider):

@@ -10,11 +10,11 @@ from apt_core import SectionSpec, hookimpl
 from apt_core.data.batches import StepPlan
 from apt_core.errors import ConfigError
 from apt_core.kernel import Kernel, boot
+from apt_core.planning.plan import make_plan
+from apt_core.planning.run_length import horizon, tell_what_the_length_decides
 from apt_core.plugin_manager import PluginManager
 from apt_core.testing import TINY_PROFILE, tiny_run
 from apt_core.testing.tiny import TEXT
-from apt_core.training.plan import make_plan
-from apt_core.training.run_length import horizon, tell_what_the_length_decides
 
 QUIET = {
     "training.log_every_steps": 1,

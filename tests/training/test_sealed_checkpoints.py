@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from apt_core.errors import CheckpointError
+from apt_core.runs import checkpoint
+from apt_core.runs.state_tensors import load_optimizer, optimizer_tensors
+from apt_core.runs.tensor_files import SavedTensors, write_whole
 from apt_core.testing import tiny_run
-from apt_core.training import checkpoint
-from apt_core.training.state import load_optimizer, optimizer_tensors
-from apt_core.training.tensor_files import SavedTensors, write_whole
 
 Seal = Callable[[Path], None]
 

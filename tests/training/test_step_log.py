@@ -18,9 +18,9 @@ from apt_core.cli.run_command import run_command
 from apt_core.errors import TrainingError
 from apt_core.metric_names import OWN_GROUPS
 from apt_core.monitor import ProgressDisplay
+from apt_core.parallel.peak import measured_peak_flops
 from apt_core.testing import tiny_run
-from apt_core.training.peak import measured_peak_flops
-from apt_core.training.step_clock import PARTS
+from apt_core.training.step.clock import PARTS
 
 OFTEN = {"training.log_every_steps": 1}
 

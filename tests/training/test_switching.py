@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 from apt_core import hookimpl
 from apt_core.errors import CheckpointError, ConfigError, PluginError
+from apt_core.runs.checkpoint import list_checkpoints
 from apt_core.testing import TINY_PROFILE, TinyRun, tiny_run
 from apt_core.testing.tiny import TEXT
 from apt_core.training import Trainer, rehearsal
-from apt_core.training.checkpoint import list_checkpoints
 
 EPOCH = 5
 SETTINGS = {

@@ -10,7 +10,7 @@ import torch
 
 from apt_core.data.tokens import tokenize
 from apt_core.kernel import boot
-from apt_core.training import checkpoint
+from apt_core.runs import checkpoint
 from apt_core.training.prepare import _what_decides, prepare
 
 PLUGIN = """

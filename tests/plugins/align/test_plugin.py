@@ -97,7 +97,7 @@ def test_without_a_weight_no_second_forward_is_computed(align_run, monkeypatch):
     def output(self, input_ids):
         raise AssertionError("the teacher was asked")
 
-    monkeypatch.setattr("apt_core.training.ema.WeightAverage.output", output)
+    monkeypatch.setattr("apt_core.optim.averages.WeightAverage.output", output)
     align_run(steps=2, bistate={"weight": 0})
     with pytest.raises(Exception, match="the teacher was asked"):
         align_run(steps=2, bistate={"weight": 0.5})

@@ -9,7 +9,7 @@ import torch
 
 from apt_core.modeling import probe_layer
 from apt_core.modeling.layers import RoPEProvider, TVAProvider
-from apt_core.training.seeds import deterministic_kernels
+from apt_core.modeling.seeds import deterministic_kernels
 from apt_plugins.flash_attn.layer import FlashTVAProvider
 from apt_plugins.flash_attn.plugin import PLUGIN, apt_register_providers
 

@@ -6,8 +6,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from apt_core.device import PLANNED_CAPABILITY, autocast
-from apt_core.training.footprint import CountedAllocations
-from apt_core.training.gpu_operators import GPUOperators
+from apt_core.planning.footprint import CountedAllocations
+from apt_core.planning.gpu_operators import GPUOperators
 from apt_plugins.moe import cpu_experts, cpu_memory
 from apt_plugins.moe.device_experts import assigned_on_device, runs_grouped
 from apt_plugins.moe.experts import Experts

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from apt_core.kernel import boot
-from apt_core.training.parameter_groups import hidden_matrices
+from apt_core.optim.parameter_groups import hidden_matrices
 from apt_plugins.moe.router import TopKProvider, TopKRouter
 
 SCORES = ("softmax", "sigmoid")

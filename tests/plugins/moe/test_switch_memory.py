@@ -7,17 +7,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from apt_core.errors import TrainingError
-from apt_core.testing import tiny_run
-from apt_core.training import switching
-from apt_core.training.footprint import Footprint, count_bytes
-from apt_core.training.memory import (
+from apt_core.modeling.structure import structure_after
+from apt_core.planning.footprint import Footprint, count_bytes
+from apt_core.planning.memory import (
     estimate,
     gib,
     needed,
     out_of_memory_advice,
     switch_memory,
 )
-from apt_core.training.structure import structure_after
+from apt_core.testing import tiny_run
+from apt_core.training import switching
 
 MOE = "apt_plugins.moe.plugin"
 SIZES = {

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from apt_core import ConfigError
 from apt_core.kernel import Kernel, boot
 from apt_core.modeling import ModelBuilder
-from apt_core.training.transforming import carry_average, carry_optimizer_state, materialize
+from apt_core.modeling.carry import carry_average, carry_optimizer_state, materialize
 from apt_plugins.moe.layer import moe_layers
 from apt_plugins.moe.settings import settings_of
 from apt_plugins.moe.upcycle import upcycled

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apt_core.training.transforming import tell_buffers_loaded
+from apt_core.modeling.carry import tell_buffers_loaded
 from apt_plugins.routing import plugin
 from apt_plugins.routing.controls import RoutingControls
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
+from apt_core.runs.checkpoint import list_checkpoints
 from apt_core.testing import TINY_PROFILE, TinyRun, tiny_run
 from apt_core.testing.tiny import TEXT
-from apt_core.training.checkpoint import list_checkpoints
 
 ROOT = Path(__file__).parents[3]
 NAMES = ("moe", "align", "routing", "voter")

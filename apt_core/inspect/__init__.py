@@ -1,0 +1,1 @@
+"""What the kernel knows, shown: listings, traces and generated references."""

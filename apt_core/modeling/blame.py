@@ -1,0 +1,119 @@
+"""Whose code failed when a forward or backward pass did."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from apt_core.errors import (
+    AptError,
+    ConfigError,
+    PluginError,
+    Problem,
+    ProviderError,
+    StopTraining,
+    TrainingError,
+)
+from apt_core.failures import frames_of, one_line, short_path, text_of
+from apt_core.hook_returns import MAX_FACTOR, within
+from apt_core.kernel import Kernel
+from apt_core.parallel.world import explained
+from apt_core.types import CORE, ProviderSpec
+
+
+def attributed(kernel: Kernel, error: BaseException, terms: Collection[str] = ()) -> BaseException:
+    """``error`` itself, or for one that passed through a plugin's provider a ProviderError that
+    names the provider and the line; for one that passed through other code of a plugin, such as a
+    function that it gave to torch, a PluginError, which is counted. A ValueError before the first
+    step is bad input. ``terms`` are the loss terms of the step: without another culprit they are
+    named.
+
+    Once weights train, such a failure is fatal: another layer would be another model.
+    """
+    error = explained(error)
+    manager = kernel.manager
+    own = isinstance(error, AptError) and not isinstance(error, PluginError)
+    if own or manager.ends_run(error) or isinstance(error, KeyboardInterrupt | StopTraining):
+        return error
+    found = _culprit(kernel, error)
+    author = None if found else manager.culprit(error)
+    if isinstance(error, ValueError) and kernel.manager.step == 0:
+        key = f"provider {found[0].key} of plugin {found[0].plugin}" if found else ""
+        key = f"plugin {author[0]}" if author else key
+        return ConfigError(Problem(text_of(error), key=key, where=found[1] if found else ""))
+    if author is not None:
+        plugin, function = author
+        failure = manager.records[plugin].add_failure(
+            error,
+            hook=f"{function} (a callback)",
+            limit=1,
+            step=manager.step,
+            code=manager.get_plugin(plugin),
+        )
+        return PluginError(
+            f"plugin {plugin} failed in {failure.hook} at step {failure.step} ({failure.where}): "
+            f"{failure.error}; the run stops because what called it cannot go on",
+            plugin=plugin,
+            hook=failure.hook,
+            where=failure.where,
+        )
+    if found is None and terms:
+        return TrainingError(
+            f"step {kernel.manager.step} failed: {one_line(error)}; plugins had a part in its "
+            f"loss: {', '.join(terms)} (leave one out with --plugin no:NAME)"
+        )
+    if found is None:
+        return error
+    spec, where = found
+    return ProviderError(
+        f"provider {spec.key} of plugin {spec.plugin} failed at step {kernel.manager.step} "
+        f"({where}): {one_line(error)}"
+    )
+
+
+@contextmanager
+def naming_authors(kernel: Kernel) -> Iterator[None]:
+    """Raise what is raised inside as :func:`attributed` makes it."""
+    try:
+        yield
+    except BaseException as error:
+        known = attributed(kernel, error)
+        if known is error:
+            raise
+        raise known from error
+
+
+def usable_factor(kernel: Kernel, factor: Any) -> float:
+    """What the learning-rate schedule gave for a step, as a float.
+
+    Raises ProviderError, which names the schedule, for what would undo the weights: no number, NaN,
+    one below 0 or beyond all measure.
+    """
+    try:
+        return within(factor, "the factor of the learning rate", MAX_FACTOR)
+    except (TypeError, ValueError, OverflowError) as error:
+        registry, name = kernel.registry, kernel.config.training.lr_schedule_name
+        used = registry.spec("lr_schedule", registry.resolutions["lr_schedule", name].used)
+        raise ProviderError(
+            f"provider {used.key} of plugin {used.plugin} failed at step {kernel.manager.step}: "
+            f"{error}"
+        ) from None
+
+
+def _culprit(kernel: Kernel, error: BaseException) -> tuple[ProviderSpec, str] | None:
+    used = [kernel.registry.spec(r.kind, r.used) for r in kernel.registry.resolutions.values()]
+    foreign = {_module(spec): spec for spec in used if spec.plugin != CORE}
+    frames = list(frames_of(error)) if foreign else []
+    for frame, line in reversed(frames):
+        name = frame.f_globals.get("__name__", "")
+        for module, spec in foreign.items():
+            if name == module or name.startswith(module.rpartition(".")[0] + "."):
+                return spec, f"{short_path(frame.f_code.co_filename)}:{line}"
+    return None
+
+
+def _module(spec: ProviderSpec) -> str:
+    if isinstance(spec.factory, str):
+        return spec.factory.partition(":")[0]
+    return str(getattr(spec.factory, "__module__", ""))

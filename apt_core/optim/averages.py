@@ -1,0 +1,143 @@
+"""Exponential moving averages of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.func import functional_call
+
+from apt_core.hook_returns import within
+from apt_core.modeling.modes import eval_mode
+from apt_core.parallel.world import local_part
+from apt_core.types import ModelOutput
+
+WARMUP = 10
+"""An average with a warm-up begins short, as long as there is little to average: its decay is at
+most (1 + step) / (WARMUP + step)."""
+
+
+PIECE_BYTES = 2**26
+"""Of so many weights the distance to their averages is there at once, where the device alone knows
+whether a step counts."""
+
+
+class WeightAverage:
+    """``values`` [name] follow the parameters of ``model`` with ``decay`` a step.
+
+    It starts with a copy of the weights, or with ``values``, which then are its own. Parameters
+    that are sharded are averaged where they lie. ``decay`` may be set before any step.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: float,
+        *,
+        warmup: bool = True,
+        values: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.decay = decay
+        self.warmup = warmup
+        self._model = model
+        parameters = dict(model.named_parameters())
+        self.values: Mapping[str, Tensor] = (
+            {name: p.detach().clone() for name, p in parameters.items()}
+            if values is None
+            else values
+        )
+        self._live = [local_part(p.detach()) for p in parameters.values()]
+        self._averages = [local_part(self.values[name]) for name in parameters]
+        self._pieces = [*_pieces(self._live, self._averages)]
+        self._exchanged, self._exchanging = 0, False
+        self.compute: Callable[[Mapping[str, Tensor], Tensor], ModelOutput] | None = None
+        """What :meth:`output` computes with, given weights by name and ids: by default the model
+        as it is, which the loop may have compiled."""
+
+    @property
+    def decay(self) -> float:
+        """What a step keeps of the average, from 0 to 1. Setting another raises TypeError and
+        ValueError."""
+        return self._decay
+
+    @decay.setter
+    def decay(self, value: float) -> None:
+        self._decay = within(value, "the decay of an average", 1.0)
+
+    @torch.no_grad()
+    def update(self, step: int, void: bool | Tensor = False) -> None:
+        """Take the weights after ``step`` in, unless the step was ``void``, of which the device may
+        know alone (0-d, 1.0 or 0.0)."""
+        decay = min(self.decay, (1 + step) / (WARMUP + step)) if self.warmup else self.decay
+        share = 1 - decay
+        if isinstance(void, Tensor):
+            taken = share * (1 - void)
+            for live, averages in self._pieces:
+                ahead = torch._foreach_sub(live, averages)
+                torch._foreach_mul_(ahead, taken)
+                torch._foreach_add_(averages, ahead)
+                del ahead  # before the next takes as much
+        elif not void:
+            torch._foreach_lerp_(self._averages, self._live, share)
+
+    @torch.no_grad()
+    def output(self, input_ids: Tensor) -> ModelOutput:
+        """What the model gives for ``input_ids`` [B, T] with the averaged weights, in eval mode;
+        the weights themselves and what a backward of theirs needs are left alone."""
+        model = self._model
+        with eval_mode(model):
+            if not isinstance(model, FSDPModule):
+                if self.compute is not None:
+                    return self.compute(self.values, input_ids)
+                return functional_call(model, dict(self.values), (input_ids,))
+            # Its forward gathers what lies in the shards.
+            model.reshard()
+            with self.in_place():
+                try:
+                    return model(input_ids)
+                finally:
+                    model.reshard()
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the model have the averaged weights inside, and its own again after."""
+        try:
+            while self._exchanged < len(self._live):
+                self._exchange(self._exchanged)
+                self._exchanged += 1
+            yield
+        finally:
+            while self._exchanged:
+                self._exchange(self._exchanged - 1)
+                self._exchanged -= 1
+
+    @property
+    def is_apart(self) -> bool:
+        """Are the weights and their averages where they belong? Not inside :meth:`in_place`, nor
+        after an exchange that was interrupted."""
+        return not self._exchanged and not self._exchanging
+
+    @torch.no_grad()
+    def _exchange(self, index: int) -> None:
+        live, average = self._live[index], self._averages[index]
+        kept = live.clone()  # may run out of memory, and has changed nothing then
+        self._exchanging = True
+        live.copy_(average)
+        average.copy_(kept)
+        self._exchanging = False
+
+
+def _pieces(
+    live: Sequence[Tensor], averages: Sequence[Tensor]
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Both, cut at the same places into lists of about PIECE_BYTES."""
+    first = size = 0
+    for index, tensor in enumerate(live, start=1):
+        size += tensor.nbytes
+        if size >= PIECE_BYTES or index == len(live):
+            yield list(live[first:index]), list(averages[first:index])
+            first, size = index, 0

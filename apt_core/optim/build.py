@@ -1,0 +1,55 @@
+"""The optimizer of a run."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from apt_core.kernel import Kernel
+from apt_core.modeling.lr_scale import learning_rate_scales
+from apt_core.optim.parameter_groups import parameter_groups
+from apt_core.providers.optimizer import OptimizerProvider
+
+PLAN = "plan"
+"""The key of a group under which it keeps what it was made with."""
+
+
+def keep_plan(optimizer: Optimizer) -> None:
+    """Let every group of a new optimizer keep its settings, of which steps and plugins may make
+    others, under ``PLAN``, and its peak rate as ``initial_lr``."""
+    for group in optimizer.param_groups:
+        group[PLAN] = {
+            key: [*value] if isinstance(value, tuple) else value
+            for key, value in group.items()
+            if isinstance(value, bool | int | float | str | tuple)
+        }
+        group["initial_lr"] = group["lr"]
+
+
+def build_optimizer(kernel: Kernel, model: nn.Module) -> Optimizer:
+    """The profile's optimizer of ``model``, whose groups keep their peak rate as ``initial_lr``."""
+    training = kernel.config.training
+    provider: OptimizerProvider = kernel.registry.get("optimizer", training.optimizer_name)
+    groups = parameter_groups(
+        model,
+        kernel.manager,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        scales=learning_rate_scales(
+            model, kernel.config.model.d_model if training.scale_lr_by_width else None
+        ),
+        separate_matrices=getattr(provider, "separates_matrices", False),
+    )
+    optimizer = provider.create(
+        groups, learning_rate=training.learning_rate, weight_decay=training.weight_decay
+    )
+    keep_plan(optimizer)
+    return optimizer
+
+
+def decides_on_device(optimizer: Optimizer, device: torch.device) -> bool:
+    """Whether ``optimizer`` can be told on ``device`` that a step is void. On a CPU there is
+    nothing to wait for, and reading costs less than passing it on."""
+    marks = ("_step_supports_amp_scaling", "takes_found_inf")  # of torch's fused ones, and our own
+    return device.type != "cpu" and any(getattr(optimizer, mark, False) for mark in marks)

@@ -1,0 +1,191 @@
+"""Starting a run in several processes on this machine.
+
+The processes find each other through a file in a folder that only their user may enter, and
+communicate over the loopback interface: nothing listens to other machines, and nobody else can put
+a value before them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from apt_core.config import Config
+from apt_core.parallel.child_process import apt_train_command
+from apt_core.parallel.world import (
+    POLL_SECONDS,
+    STORE_VARIABLE,
+    has_lasting_store,
+    shared_store,
+)
+
+SHUTDOWN_SECONDS = 600.0
+"""How long processes that were told to stop may take to save."""
+
+FIRST_SECONDS = 1.0
+"""How long a process waits for the first one to have the same to say."""
+
+FAILED, BAD_INPUT = 1, 2
+"""Exit codes of a process that has said what was wrong."""
+
+STOPPED = tuple(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM))
+"""Exit codes of a process that has stopped on a signal; the others do the same by agreement."""
+
+SPEAKING = (0, FAILED, BAD_INPUT, *STOPPED)
+"""Exit codes of apt-train itself."""
+
+
+def processes_for(config: Config) -> tuple[int, str]:
+    """How many processes a distributed profile gets on this machine: one a GPU; and why they are
+    fewer than ``hardware.num_gpus``, if they are."""
+    hardware = config.hardware
+    there = torch.cuda.device_count() if hardware.device != "cpu" else 0
+    if there >= hardware.num_gpus:
+        return hardware.num_gpus, ""
+    processes = max(1, there)
+    return processes, (
+        f"hardware.num_gpus: {hardware.num_gpus} asked, {there} usable here: {processes} "
+        "process(es); --nproc N starts N, on CPUs too"
+    )
+
+
+def launch(processes: int, arguments: Sequence[str]) -> int:
+    """Run ``apt-train ARGUMENTS`` in so many processes; returns the exit code of the one that
+    failed first, or 0. One that ended as apt-train never does failed, and is named.
+
+    A signal to this process goes on to all of them. When one fails, the others are told to stop.
+    """
+    command = apt_train_command(arguments)
+    with tempfile.TemporaryDirectory(prefix="apt-run-") as folder:  # of mode 0700
+        workers = _Workers()
+        with workers.told_of_signals():
+            for rank in range(processes):
+                workers.start(command, _environment(rank, processes, Path(folder)))
+            failed = workers.wait()
+    if failed is None:
+        return 0
+    rank, code = failed
+    if code in SPEAKING:
+        return code
+    if workers.told:
+        return 128 + workers.told
+    how = f"ended with exit code {code}" if code > 0 else f"was killed by signal {-code}"
+    print(f"error: process {rank} {how}", file=sys.stderr)
+    return FAILED
+
+
+def _environment(rank: int, processes: int, folder: Path) -> dict[str, str]:
+    """Of a process: its place among the others, and how it finds them."""
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    loopback = _loopback()
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        STORE_VARIABLE: str(folder / "store"),
+        # The network is for runs that torchrun has started.
+        "GLOO_SOCKET_IFNAME": loopback,
+        "NCCL_SOCKET_IFNAME": f"={loopback}",
+    }
+
+
+def _loopback() -> str:
+    """The name of the loopback interface."""
+    names = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
+    return min(names, key=len, default="lo")
+
+
+class _Workers:
+    """The processes of a run. ``told`` is the first signal that was passed on to them, or 0."""
+
+    def __init__(self) -> None:
+        self.told = 0
+        self._running: dict[int, subprocess.Popen[bytes]] = {}
+        self._deadline = float("inf")
+
+    def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Start the next one. Ctrl-C at a terminal reaches it through this process alone."""
+        rank = len(self._running)
+        self._running[rank] = subprocess.Popen(command, env=environment, start_new_session=True)
+        if self.told:  # while the processes were being started
+            self._running[rank].send_signal(self.told)
+
+    def wait(self) -> tuple[int, int] | None:
+        """Wait until all have ended; returns rank and exit code, negative for a signal, of the one
+        that failed first, if one did."""
+        failed: tuple[int, int] | None = None
+        while self._running:
+            codes = {rank: process.poll() for rank, process in self._running.items()}
+            # Those that ended without a word are the cause of what others say.
+            ended = sorted(
+                (code in SPEAKING, code, rank) for rank, code in codes.items() if code is not None
+            )
+            for _, code, rank in ended:
+                del self._running[rank]
+                if code and failed is None:
+                    failed = rank, code
+                    self._stop(None if self.told or code in STOPPED else signal.SIGTERM)
+            if time.monotonic() > self._deadline:
+                self._stop(signal.SIGKILL)
+            if self._running and not ended:
+                time.sleep(POLL_SECONDS)
+        return failed
+
+    def _stop(self, number: int | None) -> None:
+        """Send all a signal, if it takes one, and wait for a limited time from now on."""
+        self._deadline = min(self._deadline, time.monotonic() + SHUTDOWN_SECONDS)
+        for process in list(self._running.values()) if number else ():
+            process.send_signal(number or 0)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.told = self.told or number
+        self._stop(number)
+
+    @contextmanager
+    def told_of_signals(self) -> Iterator[None]:
+        """Pass signals on to the processes while the context lasts; what is ignored stays so."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+        caught = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._pass_on) for number in caught}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def is_said(text: str, rank: int) -> bool:
+    """Has another process of the run said ``text`` already, or the first one within a moment?
+
+    They share what whoever started them keeps, which outlives them; without that, all speak.
+    """
+    if not has_lasting_store():
+        return False
+    key = f"apt/said/{hashlib.sha256(text.encode('utf-8', errors='replace')).hexdigest()}"
+    try:
+        store = shared_store()
+        until = time.monotonic() + (FIRST_SECONDS if rank else 0.0)
+        while time.monotonic() < until and not store.check([key]):
+            time.sleep(POLL_SECONDS)
+        return bool(store.add(key, 1) > 1)
+    except (RuntimeError, ValueError):  # torch's DistError is one; what stands there is no number
+        return False

@@ -1,0 +1,325 @@
+"""One run in several processes: data parallel, or sharded by FSDP2, started by --nproc or torchrun.
+
+Every process takes the same path through the run and computes on micro-batches of its own; what
+the processes must agree on (the run's folder, which plugins are quarantined) goes through
+:class:`World`, and what they bring together once a step through
+:class:`~apt_core.parallel.gradient_sum.GradientSum`. In a run of one process nothing here
+communicates.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Literal, TypeVar, cast
+from uuid import uuid4
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from apt_core.config import Config
+from apt_core.config.differences import differences
+from apt_core.errors import AptError, ConfigError, Problem, TrainingError
+from apt_core.failures import text_of
+from apt_core.parallel.liveness import Liveness, lost_error
+
+Value = TypeVar("Value")
+
+Sharding = Literal["none", "ddp", "fsdp"]
+
+PATIENCE = timedelta(minutes=30)
+"""How long a process waits for the others that are alive: one of them may tokenise, or write a
+large file. One that has died is noticed by :class:`~apt_core.parallel.liveness.Liveness`."""
+
+ERROR_HANDLING, CLEAN_UP_ONLY = "TORCH_NCCL_ASYNC_ERROR_HANDLING", "2"
+"""By default torch kills a process whose NCCL has an error, before that can write a checkpoint. Its
+own communication is ended by either."""
+
+WAIT = timedelta(seconds=1)
+"""How long a process waits before it asks whether the others are alive."""
+
+MOMENT = 5.0
+"""Seconds in which a process that dies expects the others to do so too, if it is of the same."""
+
+POLL_SECONDS = 0.05
+
+NCCL_SIGNS = ("remote process exited", "communicator was aborted")
+"""In what NCCL and torch raise once a process has gone, or its communication was ended for that."""
+
+STORE_VARIABLE = "APT_STORE"
+"""In the environment of processes that --nproc has started: the file through which they find each
+other. torchrun's find each other at MASTER_ADDR."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run. ``local_rank`` counts those ``on_this_machine``, whose ranks follow
+    each other."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    on_this_machine: int = 1
+    sharding: Sharding = "none"
+    liveness: Liveness = field(default_factory=Liveness, repr=False, compare=False)
+
+    @classmethod
+    def from_environment(cls, config: Config, environment: Mapping[str, str]) -> World:
+        """As --nproc and torchrun describe it in the ``environment``. Raises ConfigError for what
+        is no number."""
+        try:
+            rank, size, local_rank, here = (
+                int(environment.get(name, default))
+                for name, default in (
+                    ("RANK", "0"),
+                    ("WORLD_SIZE", "1"),
+                    ("LOCAL_RANK", "0"),
+                    ("LOCAL_WORLD_SIZE", "1"),
+                )
+            )
+        except ValueError as error:
+            raise ConfigError(
+                Problem(f"RANK, WORLD_SIZE and LOCAL_RANK are not torchrun's: {error}")
+            ) from None
+        if size == 1:
+            return cls()
+        return cls(rank, size, local_rank, here, sharding_of(config, size))
+
+    @property
+    def is_first(self) -> bool:
+        """Does this process write and speak for all?"""
+        return self.rank == 0
+
+    @contextmanager
+    def joined(self, device: torch.device, backend: str | None = None) -> Iterator[None]:
+        """Communication between the processes while the context lasts."""
+        if self.size == 1 or dist.is_initialized():
+            yield
+            return
+        chosen = backend or ("nccl" if device.type == "cuda" else "gloo")
+        # What a checkpoint holds lies on the CPU, whatever the device is.
+        both = chosen if chosen != "nccl" else "cpu:gloo,cuda:nccl"
+        os.environ.setdefault(ERROR_HANDLING, CLEAN_UP_ONLY)
+        if STORE_VARIABLE in os.environ:
+            store = shared_store()
+            store.set_timeout(PATIENCE)
+            dist.init_process_group(
+                both, timeout=PATIENCE, store=store, rank=self.rank, world_size=self.size
+            )
+        else:
+            dist.init_process_group(both, timeout=PATIENCE)
+        try:
+            # The same store may have served another run.
+            everyone = self.gather((uuid4().hex, os.getpid()))
+            first = self.rank - self.local_rank
+            here = range(first, first + self.on_this_machine)
+            pids = [pid if rank in here else None for rank, (_, pid) in enumerate(everyone)]
+            with self.liveness.watching(shared_store, everyone[0][0], self.rank, pids):
+                yield
+        except RuntimeError as error:
+            known = explained(error)
+            if known is error:
+                raise
+            raise known from error
+        finally:
+            dist.destroy_process_group()
+
+    # The model -------------------------------------------------------------------------------
+
+    def shard(
+        self, model: nn.Module, device: torch.device, dtype: torch.dtype | None = None
+    ) -> None:
+        """Shard the parameters of ``model`` in place where the run uses FSDP2.
+
+        Every layer of the first list of layers is a group of its own, the rest is another. Layers
+        are gathered in ``dtype``, the type that autocast computes in, or None for that of the
+        parameters; the model then computes under autocast wherever it is called. Shards, gradients
+        between the processes, the stream between the layers and what is outside them stay in fp32.
+        """
+        if self.sharding != "fsdp":
+            return
+        mesh = init_device_mesh(device.type, (self.size,))
+        # Cast inputs would make the whole stream of that type.
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+        for layer in next((m for m in model.children() if isinstance(m, nn.ModuleList)), ()):
+            fully_shard(layer, mesh=mesh, mp_policy=policy if dtype else MixedPrecisionPolicy())
+        fully_shard(model, mesh=mesh)
+        if dtype is not None:
+            model.forward = torch.autocast(device.type, dtype)(model.forward)
+        model.gathered_dtype = dtype
+        # A process may have no gradient of what another has one of.
+        cast(FSDPModule, model).set_reduce_scatter_unused_params(True)
+
+    @torch.no_grad()
+    def replicate(self, model: nn.Module) -> None:
+        """Give every process the first one's parameters and buffers, where the run keeps the whole
+        model in each."""
+        if self.sharding == "ddp":
+            for tensor in model.state_dict().values():
+                dist.broadcast(tensor, src=0)
+
+    def reshard(self, model: nn.Module) -> None:
+        """Let go of what a forward without a backward has gathered of a sharded model: until then
+        its parameters are not those that the optimizer knows."""
+        if isinstance(model, FSDPModule):
+            model.reshard()
+
+    # Agreement -------------------------------------------------------------------------------
+
+    def gather(self, value: Value) -> list[Value]:
+        """``value`` of every process, in the order of the ranks."""
+        if self.size == 1:
+            return [value]
+        self.liveness.require_others()
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait(self, work: dist.Work) -> None:
+        """Wait for a collective of the CPU. Raises ProcessLostError once another process is known
+        to be gone, of which Gloo may not know."""
+        while True:
+            self.liveness.require_others()
+            try:
+                work.wait(WAIT)
+                return
+            except RuntimeError:
+                if work.is_completed():
+                    work.wait()  # it may have ended well meanwhile, or says why not
+                    return
+
+    def any(self, flag: bool) -> bool:
+        """Is it so in any of the processes?"""
+        return any(self.gather(flag))
+
+    def all_at(self, place: str) -> bool:
+        """Do all the processes come to ``place`` within a moment? Unlike a barrier this ends when
+        one of them is gone, and is the same for those who come later."""
+        store, key = shared_store(), f"apt/at/{place}"
+        until = time.monotonic() + MOMENT
+        count = store.add(key, 1)
+        while 0 < count < self.size and time.monotonic() < until:
+            time.sleep(POLL_SECONDS)
+            count = store.add(key, 0)
+        if count != self.size:
+            store.add(key, -2 * self.size)
+        return bool(count == self.size)
+
+    def require_alike(self, facts: Mapping[str, Any]) -> None:
+        """Raise ConfigError in every process, where ``facts`` (a nested mapping) differ between
+        them: their gradients would be of different models or texts."""
+        everyone = self.gather(dict(facts))
+        problems = [
+            Problem(
+                f"{there!r} in process {rank}, {here!r} in process 0",
+                key=key,
+                hint="all the processes of a run need the same",
+            )
+            for rank, others in enumerate(everyone)
+            for key, here, there in differences(everyone[0], others)
+        ]
+        if problems:
+            raise ConfigError(problems)
+
+    def from_first(
+        self, function: Callable[[], Value], group: dist.ProcessGroup | None = None
+    ) -> Value:
+        """What ``function`` returns in the first process, which alone calls it.
+
+        Raises in every process what it raised there: an AptError or OSError as it is, another one
+        as a TrainingError.
+        """
+        if self.size == 1:
+            return function()
+        outcome: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = function()
+            except (AptError, OSError) as problem:
+                outcome[1] = problem
+            except Exception as problem:
+                text = "".join(traceback.format_exception_only(problem)).strip()
+                outcome[1] = TrainingError(text)
+        dist.broadcast_object_list(outcome, src=0, group=group)
+        value, error = outcome
+        if error is not None:
+            raise error
+        return value
+
+
+ALONE = World()
+
+
+def sharding_of(config: Config, world_size: int) -> Sharding:
+    """How a run of so many processes divides the model."""
+    if world_size == 1:
+        return "none"
+    return "fsdp" if config.hardware.distributed == "fsdp" else "ddp"
+
+
+def shared_store() -> dist.Store:
+    """Where the processes have found each other, and keep small values for each other.
+
+    It outlives them where :func:`has_lasting_store` says so. Raises RuntimeError once it is gone.
+    """
+    file = os.environ.get(STORE_VARIABLE)
+    if file:
+        return dist.FileStore(file, -1)  # of an unknown number: none of them removes it
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=10))
+
+
+def has_lasting_store() -> bool:
+    """Does whoever started the processes keep their store, as --nproc and torchrun do?"""
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return agent or STORE_VARIABLE in os.environ
+
+
+def explained(error: BaseException) -> BaseException:
+    """``error``, or a ProcessLostError for what a collective raises once a process has gone."""
+    text = text_of(error)
+    if "/gloo/" in text:
+        # "[a source file] what happened. Some advice."
+        text = text.partition("] ")[2].partition(". ")[0]
+    elif not any(sign in text for sign in NCCL_SIGNS):
+        return error
+    return lost_error(text)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Does this process hold a part of ``tensor`` only?"""
+    return isinstance(tensor, DTensor)
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """``tensor``, gathered where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's part of ``tensor``, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(whole: Tensor, like: Tensor) -> Tensor:
+    """``whole``, which all processes have, sharded as ``like`` is."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(
+        whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+    )
+
+
+@torch.no_grad()
+def fill(target: Tensor, whole: Tensor) -> None:
+    """Copy ``whole`` into ``target``, of which each process may hold a part."""
+    target.copy_(shard_like(whole, target))

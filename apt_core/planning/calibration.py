@@ -1,0 +1,321 @@
+"""How fast a model trains here: a short measurement, and what it says of a whole step.
+
+What fits into a bounded amount of memory is trained for a moment on made-up input: the whole model,
+or one layer of each kind, or, where a layer is too large for that, one of the same shape and less
+width. Its FLOP/s, by the count of :mod:`apt_core.modeling.costs`, stand for the whole model, and so
+does the time of its optimizer's step for each parameter. Not in it: communication between
+processes, loading of data, evaluation, checkpoints, hooks, and what torch.compile brings.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt_core.config.schema import ModelSection
+from apt_core.device import (
+    autocast,
+    autocast_dtype,
+    available_memory,
+    cpu_threads,
+    is_out_of_memory,
+    synchronize,
+)
+from apt_core.failures import one_line
+from apt_core.kernel import Kernel
+from apt_core.modeling.compose import ModelBuilder
+from apt_core.modeling.costs import ModelCost, layer_flops, layers_of
+from apt_core.modeling.cross_entropy import cross_entropy_sum
+from apt_core.modeling.placement import num_threads
+from apt_core.modeling.seeds import fp32_products
+from apt_core.optim.parameter_groups import parameter_groups
+from apt_core.planning.footprint import layer_kinds
+from apt_core.planning.stages import Structure
+from apt_core.plugin_manager import PluginManager
+
+CPU_BYTES = 2**28
+"""What a calibration may take of a CPU's memory for weights, gradients and optimizer state; of an
+accelerator's a quarter of what is free."""
+
+BYTES_PER_PARAMETER = 16
+FIRST_TOKENS = 32
+SECONDS = 0.15
+"""How long a measurement lasts about, after one of a few tokens that tells how much work that is,
+and one to warm up."""
+
+TRIES, MOST_TRIES = 3, 100
+
+
+@dataclass(frozen=True)
+class Speed:
+    """``flops_per_s`` of the forward and backward, the ``optimizer_s`` of a step for each
+    parameter, and what was measured, in words."""
+
+    flops_per_s: float
+    optimizer_s: float
+    measured: str
+
+    def step_seconds(self, flops: float, params: int) -> float:
+        """How long a step takes that computes so much and updates so many parameters."""
+        return flops / self.flops_per_s + params * self.optimizer_s
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is timed: ``model`` is on the meta device, ``train`` computes the forward of a batch in
+    it and what is to be differentiated, ``flops`` are those of training, per token of a sequence of
+    so many."""
+
+    model: nn.Module
+    train: Callable[[nn.Module, Tensor], Tensor]
+    flops: Callable[[int], float]
+    words: str
+
+
+class Calibration:
+    """Measures structures of the model on ``device``; ``notes`` say what could not be, and why."""
+
+    def __init__(self, kernel: Kernel, device: torch.device, cost: ModelCost) -> None:
+        self.kernel, self.device, self.cost = kernel, device, cost
+        self.notes: list[str] = []
+        config = kernel.config
+        self.threads = num_threads(config) or torch.get_num_threads()
+        self._dtype = autocast_dtype(config.training.mixed_precision, device, config.model.d_model)
+        self._builder = ModelBuilder(config, kernel.registry)
+        free = CPU_BYTES if device.type == "cpu" else available_memory(device) // 4
+        self._most_params = free // BYTES_PER_PARAMETER
+
+    def speed(self, structure: Structure) -> Speed | None:
+        """How fast ``structure`` trains; None where that cannot be measured."""
+        if self.cost.flops_per_token is None:
+            return None
+        try:
+            tf32 = self.kernel.config.hardware.tf32
+            with cpu_threads(self.threads), fp32_products(self.device, tf32=tf32):
+                return self._timed(self._subject(structure))
+        except Exception as error:
+            if self.kernel.manager.lets_through(error):
+                raise
+            note = f"time: could not be measured: {one_line(error)}"
+            if note not in self.notes:
+                self.notes.append(note)
+            return None
+
+    def row(self) -> dict[str, Any]:
+        """As the plan shows it."""
+        asked = self.kernel.config.hardware.device
+        alike = asked in ("auto", str(self.device), self.device.type)
+        return {"device": str(self.device), "threads": self.threads, "is_the_runs_device": alike}
+
+    def slowdown(self, processes: int) -> float:
+        """How much longer each of several processes takes than one alone: on a CPU they share its
+        cores, of accelerators each has its own."""
+        if self.device.type != "cpu":
+            return 1.0
+        return max(1.0, processes * self.threads / len(os.sched_getaffinity(0)))
+
+    # What is measured ------------------------------------------------------------------------
+
+    def _subject(self, structure: Structure) -> _Subject:
+        model, config = structure.model, self.kernel.config
+        layers = layers_of(model)
+        if self._fits([model]):
+            whole = copy.deepcopy(model)
+            return _Subject(whole, _train_model, self._model_flops(structure), "the whole model")
+        kinds = layer_kinds(model, self._builder.attention_names())
+        chosen = sorted({kind: index for index, kind in enumerate(kinds)}.values())
+        if chosen and self._fits([layers[index] for index in chosen]):
+            some = nn.ModuleList([copy.deepcopy(layers[index]) for index in chosen])
+
+            def flops(seq_len: int) -> float:
+                by_layer = structure.layer_flops(self.kernel, seq_len)
+                assert by_layer is not None
+                return sum(by_layer[index] for index in chosen)
+
+            words = f"{len(chosen)} of {len(layers)} layers"
+            return _Subject(some, _training_layers(config.model.d_model), flops, words)
+        return self._narrow_layer()
+
+    def _fits(self, modules: Sequence[nn.Module]) -> bool:
+        count = sum(p.numel() for module in modules for p in module.parameters())
+        return count <= self._most_params
+
+    def _model_flops(self, structure: Structure) -> Callable[[int], float]:
+        kernel = self.kernel
+        model, own = kernel.config.model, kernel.config.seq_len
+        total = structure.flops_per_token(self.cost)
+        assert total is not None
+
+        def flops(seq_len: int) -> float:
+            here, there = (layer_flops(kernel, model, n) for n in (seq_len, own))
+            assert here is not None and there is not None
+            return total + sum(here) - sum(there)
+
+        return flops
+
+    def _narrow_layer(self) -> _Subject:
+        """The last layer of the model with which the run starts, as wide as fits. Wide matrices are
+        multiplied at about the same rate."""
+        config, divisor = self.kernel.config, 1
+        last = config.model.num_layers - 1
+        while True:
+            model = _narrower(config.model, divisor)
+            builder = ModelBuilder(config.model_copy(update={"model": model}), self.kernel.registry)
+            with torch.device("meta"):
+                layer = builder.build_block(layer=last)
+            if self._fits([layer]) or model.num_heads == 1:
+                break
+            divisor *= 2
+
+        def flops(seq_len: int) -> float:
+            by_layer = layer_flops(self.kernel, model, seq_len)
+            assert by_layer is not None
+            return by_layer[last]
+
+        width = f", at 1/{divisor} of its width" if divisor > 1 else ""
+        words = f"a layer of the model at the start{width}"
+        return _Subject(nn.ModuleList([layer]), _training_layers(model.d_model), flops, words)
+
+    # Measuring -------------------------------------------------------------------------------
+
+    def _timed(self, subject: _Subject) -> Speed:
+        model = _with_memory(subject.model, self.device)
+        training = self.kernel.config.training
+        provider = self.kernel.registry.get("optimizer", training.optimizer_name)
+        rate, decay = training.learning_rate, training.weight_decay
+        optimizer = provider.create(
+            parameter_groups(
+                model,
+                PluginManager(),
+                learning_rate=rate,
+                weight_decay=decay,
+                separate_matrices=getattr(provider, "separates_matrices", False),
+            ),
+            learning_rate=rate,
+            weight_decay=decay,
+        )
+
+        def micro_batch(sequences: int, length: int) -> None:
+            optimizer.zero_grad(set_to_none=True)
+            ids = torch.zeros(sequences, length, dtype=torch.int64, device=self.device)
+            with autocast(self.device, self._dtype):
+                result = subject.train(model, ids)
+            result.backward()
+
+        def seconds(sequences: int, length: int, tries: int) -> float:
+            if tries > 2:
+                micro_batch(sequences, length)
+            return min(self._seconds(lambda: micro_batch(sequences, length), tries))
+
+        most = training.batch_size, self.kernel.config.seq_len
+        again = self.device.type != "cpu"
+        sequences, length, taken = measured_size(seconds, subject.flops, most, again=again)
+        if again:
+            micro_batch(sequences, length)  # one without memory has left no gradients
+        optimizer.step()
+        stepping = min(self._seconds(optimizer.step, TRIES))
+        params = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        flops_per_s = sequences * length * subject.flops(length) / taken
+        return Speed(flops_per_s, stepping / params, subject.words)
+
+    def _seconds(self, work: Callable[[], object], tries: int) -> list[float]:
+        """How long ``work`` takes, at least ``tries`` times, and for SECONDS where it is short.
+        The least of them is what other programs have disturbed the least."""
+        times: list[float] = []
+        while len(times) < tries or (len(times) < MOST_TRIES and sum(times) < SECONDS):
+            synchronize(self.device)
+            start = perf_counter()
+            work()
+            synchronize(self.device)
+            times.append(perf_counter() - start)
+        return times
+
+
+def measured_size(
+    seconds: Callable[[int, int, int], float],
+    flops: Callable[[int], float],
+    most: tuple[int, int],
+    *,
+    again: bool,
+) -> tuple[int, int, float]:
+    """Sequences and their length of a micro-batch that takes about SECONDS, and how long it takes.
+
+    ``seconds`` measures a micro-batch of so many sequences of a length, so many times; ``flops``
+    are those of a token in a sequence of a length; ``most`` are the sequences and the length of
+    the run's own micro-batch. ``again`` is for devices on which a few tokens take as long as many:
+    the size is told anew by each measurement until it grows no more, or there is no more memory.
+    """
+    most_sequences, seq_len = most
+    sequences, length = 1, min(FIRST_TOKENS, seq_len)
+    first = length
+    taken, measured = seconds(sequences, length, 2), False
+    while True:
+        before = sequences * length
+        tokens = int(SECONDS * before * flops(length) / taken / flops(seq_len))
+        wider = min(seq_len, max(first, tokens))
+        more = min(most_sequences, max(1, tokens // wider))
+        if measured and more * wider <= before:
+            return sequences, length, taken
+        try:
+            there = seconds(more, wider, TRIES)
+        except Exception as error:
+            if not (measured and is_out_of_memory(error)):
+                raise
+            return sequences, length, taken
+        sequences, length, taken, measured = more, wider, there, True
+        if not again:
+            return sequences, length, taken
+
+
+def _train_model(model: nn.Module, ids: Tensor) -> Tensor:
+    return cross_entropy_sum(model(ids), ids) / ids.numel()
+
+
+def _training_layers(d_model: int) -> Callable[[nn.Module, Tensor], Tensor]:
+    def train(layers: nn.Module, ids: Tensor) -> Tensor:
+        x = torch.randn(*ids.shape, d_model, device=ids.device, requires_grad=True)
+        assert isinstance(layers, nn.ModuleList)
+        for layer in layers:
+            x = layer(x)
+        return x.float().mean()
+
+    return train
+
+
+def _narrower(model: ModelSection, divisor: int) -> ModelSection:
+    """The sizes of ``model`` with heads as wide, but fewer, and the rest in proportion."""
+    heads = max(1, model.num_heads // divisor)
+    kv_heads = model.num_kv_heads and max(1, model.num_kv_heads // divisor)
+    sizes = {
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "d_model": heads * (model.d_model // model.num_heads),
+        "d_ff": max(1, model.d_ff // divisor),
+    }
+    return model.model_copy(update=sizes)
+
+
+@torch.no_grad()
+def _with_memory(model: nn.Module, device: torch.device) -> nn.Module:
+    """``model``, which is on the meta device, on ``device`` with values as good as any."""
+    model.to_empty(device=device)
+    for buffer in model.buffers():
+        buffer.zero_()
+    for module in model.modules():
+        reset_buffers = getattr(module, "reset_buffers", None)
+        if reset_buffers is not None:
+            reset_buffers()
+    generator = torch.Generator(device).manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0.0, 0.02, generator=generator)
+        else:
+            parameter.fill_(1.0)
+    return model

@@ -1,0 +1,473 @@
+"""Checkpoints: a folder of safetensors and JSON that is complete or does not exist.
+
+``step-00001234/`` holds ``model.safetensors``, ``optimizer.safetensors`` (keyed by parameter
+name), ``ema.safetensors`` where there is an average of the weights, ``average-N.safetensors`` for
+those that plugins keep (a sharded run has folders of shards in place of these),
+``plugins.safetensors``, ``state.json``, ``profile.yaml`` and ``manifest.json`` with the sha256 of
+each file and of what it says itself. It is written under a temporary name, fsynced, and renamed;
+without its manifest, or with a file that does not match it, it is not used. ``evaluation.json``
+says what an evaluation of these weights gave, which may have come later: it has a sha256 of its
+own. Nothing in it can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from apt_core.errors import CheckpointError
+from apt_core.files import open_file, read_file
+from apt_core.hook_returns import TENSOR_KEY
+from apt_core.json_files import MAX_BYTES, read_json
+from apt_core.log import get_logger
+from apt_core.parallel.world import ALONE, World
+from apt_core.runs.folder import without_nan, write_atomically
+from apt_core.runs.resume_check import saved_profile
+from apt_core.runs.saved_state import faults
+from apt_core.runs.tensor_files import SUFFIX, SavedTensors, write_shards, write_whole
+
+log = get_logger("apt.checkpoint")
+
+FORMAT = 1
+PREFIX = "step-"
+STATE_KEYS = {
+    "step", "epoch", "ended_epochs", "tokens", "nonfinite_steps", "start_scores", "scores",
+    "metrics", "windows_per_step", "stopping", "timeline", "precision", "data_sha256", "plugins",
+    "plugin_records", "optimizer_groups", "transforms", "averages",
+    "modes",
+}  # fmt: skip
+ROWS = {"providers": ("slot", "asked", "used"), "plugins": ("name",)}
+"""Lists of rows in the manifest, with the texts that each row must have."""
+
+EVALUATION = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation of a checkpoint's weights gave.
+
+    ``loss`` is that on the windows that ``watched`` names: losses compare where it is the same.
+    ``scores`` are those on the whole held-out text, empty where only a part was looked at.
+    """
+
+    watched: str
+    loss: float
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Snapshot:
+    """Everything that a checkpoint holds. ``tensors`` are those of ``model``, ``optimizer`` and, as
+    there are any, ``ema`` and ``average-N``, by name; they are on the CPU, contiguous and unshared,
+    and each process may hold shards. ``state`` is JSON: nothing of a snapshot changes as the run
+    goes on."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    plugins: dict[str, Tensor]
+    state: str
+    profile: str
+    manifest: dict[str, Any] = field(default_factory=dict)
+    evaluated: Evaluated | None = None
+
+
+def folder_name(step: int) -> str:
+    return f"{PREFIX}{step:08d}"
+
+
+IS_STEP = re.compile(rf"{PREFIX}\d{{1,18}}")
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix(PREFIX))
+
+
+def save(
+    root: Path,
+    snapshot: Snapshot,
+    world: World = ALONE,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Write a checkpoint; returns its folder. Raises OSError, leaving nothing half-written.
+
+    With ``group``, all the processes of ``world`` call this together, and each writes its shards.
+    """
+    target = root / folder_name(snapshot.step)
+    temporary = root / f".{target.name}.tmp"
+
+    def begin() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def complete() -> Path:
+        write_whole(temporary / "plugins", snapshot.plugins)
+        (temporary / "state.json").write_text(snapshot.state, "utf-8", "backslashreplace")
+        (temporary / "profile.yaml").write_text(snapshot.profile, encoding="utf-8")
+        files = {
+            path.relative_to(temporary).as_posix(): _sha256(path) for path in _files(temporary)
+        }
+        manifest = {"format": FORMAT, "step": snapshot.step, **snapshot.manifest, "sha256": files}
+        _write_json(temporary / "manifest.json", {**manifest, "manifest_sha256": _digest(manifest)})
+        if snapshot.evaluated is not None:
+            write_evaluation(temporary, snapshot.evaluated)
+        for path in _files(temporary):
+            _fsync(path)
+        for folder in {path.parent for path in _files(temporary)}:
+            _fsync(folder)
+        _put_in_place(temporary, target)
+        _fsync(root)
+        return target
+
+    try:
+        if group is None:
+            begin()
+            for name, tensors in snapshot.tensors.items():
+                write_whole(temporary / name, tensors)
+            return complete()
+        world.from_first(begin, group)
+        for name, tensors in snapshot.tensors.items():
+            write_shards(temporary / name, tensors, group)
+        return world.from_first(complete, group)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """Rename, without a moment in which neither the old checkpoint nor the new one is there."""
+    if not target.exists():
+        temporary.rename(target)
+        return
+    old = target.with_name(f".{target.name}.replaced.tmp")
+    shutil.rmtree(old, ignore_errors=True)
+    target.rename(old)
+    temporary.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sweep(root: Path) -> None:
+    """Clear what a run that was killed while saving has left: an old checkpoint that was moved out
+    of the way comes back, what is unfinished goes."""
+    for path in root.glob(f".{PREFIX}*.replaced.tmp"):
+        target = root / path.name.removeprefix(".").removesuffix(".replaced.tmp")
+        if not target.exists():
+            path.rename(target)
+    for path in root.glob(f".{PREFIX}*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write_evaluation(path: Path, evaluated: Evaluated) -> None:
+    """Put what an evaluation gave into the checkpoint at ``path``. Raises OSError."""
+    record = without_nan(asdict(evaluated))
+    text = json.dumps({**record, "sha256": _digest(record)}, indent=1)
+    write_atomically(path / EVALUATION, text)
+
+
+def read_evaluation(path: Path) -> Evaluated | None:
+    """What an evaluation of the checkpoint at ``path`` gave, or None without one.
+
+    Raises CheckpointError for a damaged file.
+    """
+    if not (path / EVALUATION).exists():
+        return None
+    record = _read_json(path / EVALUATION)
+    if record.pop("sha256", None) != _digest(record):
+        raise CheckpointError(f"{path / EVALUATION}: the file is damaged (its own sha256)")
+    try:
+        scores = {name: _number(value) for name, value in record["scores"].items()}
+        return Evaluated(str(record["watched"]), _number(record["loss"]), scores)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        raise CheckpointError(f"{path / EVALUATION}: not what an evaluation gave") from None
+
+
+def _number(value: Any) -> float:
+    """A score of a file, in which one that is not finite is a text. Raises TypeError, ValueError,
+    OverflowError."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise TypeError(f"{value!r} is no number")
+    return float(value)
+
+
+def best_by_evaluation(root: Path, watched: str) -> tuple[Path, float] | None:
+    """The checkpoint below ``root`` of the lowest loss on the windows that ``watched`` names, the
+    first of equals, with that loss; None where none was evaluated on them."""
+    found = [
+        (path, evaluated.loss)
+        for path, evaluated in evaluations(root)
+        if evaluated.watched == watched and isfinite(evaluated.loss)
+    ]
+    return min(found, key=lambda pair: pair[1], default=None)
+
+
+def evaluations(root: Path) -> list[tuple[Path, Evaluated]]:
+    """The checkpoints below ``root`` that were evaluated, oldest first; damaged ones are left
+    out."""
+    found = []
+    for path in list_checkpoints(root):
+        with suppress(CheckpointError):
+            evaluated = read_evaluation(path)
+            found += [] if evaluated is None else [(path, evaluated)]
+    return found
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read: what is small of it, and where its tensors are."""
+
+    path: Path
+    state: dict[str, Any]
+    plugins: dict[str, Tensor]
+    profile: str
+    manifest: dict[str, Any]
+
+    def tensors(self, name: str) -> SavedTensors:
+        """Those of ``model``, ``optimizer``, ``ema`` or ``average-N``. Raises CheckpointError."""
+        return SavedTensors(self.path / name)
+
+
+def load(path: Path, *, verify: bool = True) -> Checkpoint:
+    """Read a checkpoint, by default with a look at every byte.
+
+    Raises CheckpointError naming what is wrong with it.
+    """
+    manifest = _read_json(path / "manifest.json")
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: checkpoint format {manifest.get('format')!r}, this version reads {FORMAT}"
+        )
+    expected = manifest.get("sha256")
+    if not isinstance(expected, dict) or not _is_complete(expected):
+        raise CheckpointError(f"{path}: its manifest does not list all of its files")
+    if manifest.pop("manifest_sha256", None) != _digest(manifest):
+        raise CheckpointError(f"{path / 'manifest.json'}: the file is damaged (its own sha256)")
+    if verify:
+        _verify(path, expected)
+    try:
+        open_file(path / "plugins.safetensors").close()
+        plugins = load_file(path / "plugins.safetensors")
+        profile = read_file(path / "profile.yaml", MAX_BYTES).decode("utf-8")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    state = _read_json(path / "state.json")
+    missing = STATE_KEYS - state.keys()
+    if missing:
+        raise CheckpointError(f"{path}: its state has no {', '.join(sorted(missing))}")
+    if wrong := faults(state):
+        raise CheckpointError(f"{path / 'state.json'}: not a checkpoint's: {'; '.join(wrong)}")
+    found = Checkpoint(path, state, plugins, profile, manifest)
+    _require_agreement(found)
+    return found
+
+
+def _require_agreement(found: Checkpoint) -> None:
+    """Raises CheckpointError where parts of a checkpoint contradict one another."""
+    path, step = found.path, found.state["step"]
+    for where, value in (
+        ("manifest.json", found.manifest.get("step")),
+        ("its name", step_of(path) if IS_STEP.fullmatch(path.name) else step),
+    ):
+        if value != step or isinstance(value, bool):
+            raise CheckpointError(f"{path}: {where} says step {value}, state.json says {step}")
+    for key, texts in ROWS.items():
+        rows = found.manifest.get(key, [])
+        if not isinstance(rows, list) or not all(
+            isinstance(row, dict) and all(isinstance(row.get(text), str) for text in texts)
+            for row in rows
+        ):
+            raise CheckpointError(f"{path / 'manifest.json'}: {key} is not what a checkpoint holds")
+    saved_profile(found.profile)
+    missing = sorted(_references(found.state["plugins"]) - found.plugins.keys())
+    if missing:
+        raise CheckpointError(f"{path}: plugins.safetensors has no {missing[0]!r}")
+    for name, listed in (found.state.get("tensors") or {}).items():
+        there = inventory(found.tensors(name).shapes)
+        for tensor in sorted(listed.keys() | there.keys()):
+            if listed.get(tensor) != there.get(tensor):
+                raise CheckpointError(
+                    f"{path / name}: tensor {tensor!r} is {_described(there.get(tensor))}, "
+                    f"state.json says {_described(listed.get(tensor))}"
+                )
+
+
+def inventory(shapes: Mapping[str, tuple[Sequence[int], Any]]) -> dict[str, list[Any]]:
+    """Type and shape of each tensor by name, as JSON values."""
+    return {name: [str(dtype), *map(int, shape)] for name, (shape, dtype) in shapes.items()}
+
+
+def _described(entry: Sequence[Any] | None) -> str:
+    return "missing" if entry is None else f"{' '.join(map(str, entry[:1]))} {list(entry[1:])}"
+
+
+def _references(value: Any) -> set[Any]:
+    """The names of tensors that the state of plugins refers to."""
+    names, rest = set(), [value]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, dict) and set(item) == {TENSOR_KEY}:
+            names.add(str(item[TENSOR_KEY]))
+        elif isinstance(item, dict | list):
+            rest += item.values() if isinstance(item, dict) else item
+    return names
+
+
+def _verify(path: Path, expected: Mapping[str, str]) -> None:
+    """Raises CheckpointError for a file that is missing, changed, or not listed."""
+    present = {file.relative_to(path).as_posix() for file in _files(path)} - {"manifest.json"}
+    for name in sorted(expected.keys() - present):
+        raise CheckpointError(f"{path}: there is no file {name!r} in it")
+    for stray in sorted(path.rglob(f"*{SUFFIX}")):
+        if stray.relative_to(path).as_posix() not in expected:
+            raise CheckpointError(f"{stray}: the manifest does not list it")
+    for name in sorted(expected):
+        try:
+            actual = _sha256(path / name)
+        except OSError as error:
+            raise CheckpointError(f"{path / name}: {error.strerror}") from None
+        if actual != expected[name]:
+            raise CheckpointError(f"{path / name}: the file is damaged (sha256 does not match)")
+    read_evaluation(path)
+
+
+def _is_complete(files: Mapping[str, str]) -> bool:
+    """Does a manifest list everything, the tensors as a file or as a folder of shards?"""
+    parts = {name.partition("/")[0] for name in files}
+    return {"plugins.safetensors", "state.json", "profile.yaml"} <= parts and all(
+        name in parts or f"{name}{SUFFIX}" in parts for name in ("model", "optimizer")
+    )
+
+
+def newest_intact(root: Path) -> Checkpoint:
+    """The newest checkpoint below ``root`` that verifies; says which were skipped and why.
+
+    Raises CheckpointError when there is none.
+    """
+    reasons = []
+    for path in reversed(list_checkpoints(root)):
+        try:
+            return load(path)
+        except CheckpointError as error:
+            reasons.append(str(error))
+            log.warning("checkpoint skipped: %s", error)
+    detail = "; ".join(reasons) or "there are none"
+    raise CheckpointError(f"no intact checkpoint in {root}: {detail}")
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Checkpoint folders below ``root``, oldest first; unfinished ones are left out."""
+    found = [path for path in root.glob(f"{PREFIX}*") if IS_STEP.fullmatch(path.name)]
+    return sorted((path for path in found if path.is_dir()), key=step_of)
+
+
+def is_sound(path: Path) -> bool:
+    """Was the last step before the checkpoint at ``path`` finite, and its loss on the held-out text
+    where it was evaluated?"""
+    try:
+        sound = _read_json(path / "manifest.json").get("sound", True)
+        evaluated = read_evaluation(path)
+    except CheckpointError:
+        return False
+    return sound is True and (evaluated is None or isfinite(evaluated.loss))
+
+
+def newest_sound(root: Path) -> Path | None:
+    """The newest checkpoint below ``root`` that is sound; its files are not looked at."""
+    return next((path for path in reversed(list_checkpoints(root)) if is_sound(path)), None)
+
+
+def prune(root: Path, keep_last: int, keep: Path | None = None) -> None:
+    """Delete all but the newest, the newest ``keep_last`` that are sound (0: none is deleted), and
+    ``keep``: steps that are not finite, however many, rotate nothing out."""
+    if not keep_last:
+        return
+    kept = 0
+    for number, path in enumerate(reversed(list_checkpoints(root))):
+        if kept < keep_last and is_sound(path):
+            kept += 1
+        elif number > 0 and path != keep:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+MAX_TENSOR_NAME = 200
+"""Characters of where a tensor stands in a plugin's state; the keys there may be of any length."""
+
+
+def split_tensors(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    """A plugin's state, as :func:`~apt_core.hook_returns.state` makes it, with each tensor moved
+    into ``tensors``, under its place in the state, and a reference left there."""
+    if isinstance(value, Tensor):
+        name = f"{place}#{len(tensors)}"
+        tensors[name] = value
+        return {TENSOR_KEY: name}
+    if isinstance(value, dict):
+        return {k: split_tensors(v, _within(place, k), tensors) for k, v in value.items()}
+    if isinstance(value, list):
+        return [split_tensors(v, _within(place, i), tensors) for i, v in enumerate(value)]
+    return value
+
+
+def _within(place: str, key: object) -> str:
+    return f"{place}.{key}"[:MAX_TENSOR_NAME]
+
+
+def join_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of :func:`split_tensors`."""
+    if isinstance(value, dict):
+        if set(value) == {TENSOR_KEY}:
+            return tensors[value[TENSOR_KEY]]
+        return {key: join_tensors(item, tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [join_tensors(item, tensors) for item in value]
+    return value
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """Of what a manifest says, however it is laid out."""
+    text = json.dumps(manifest, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = read_json(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: incomplete, it has no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: not a mapping")
+    return value
+
+
+def _sha256(path: Path) -> str:
+    with open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,366 @@
+"""The folder of a run: the resolved profile, the manifest, the metrics, the log, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from io import FileIO
+from itertools import count
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from apt_core import __version__
+from apt_core.errors import ConfigError, Problem
+from apt_core.failures import short_path
+from apt_core.files import append_to_file, was_replaced
+from apt_core.json_files import json_rows, read_json
+from apt_core.log import get_logger
+from apt_core.runs.folder_lock import FolderLock, process_row
+from apt_core.secrets import without_secrets
+
+log = get_logger("apt.training")
+
+METRICS = "metrics.jsonl"
+TEXTS = ("started", "checkpoint_dir", "ended", "error", "sample", "reason")
+"""Entries of a manifest that a resumed run reads."""
+
+PACKAGES = ("torch", "pluggy", "pydantic", "numpy", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Versions of APT, Python and the packages that decide about results."""
+    found = {"apt": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+        except Exception:  # its metadata are damaged
+            found[package] = "unknown"
+    return found
+
+
+def now() -> str:
+    """UTC, to the second, as manifests have it."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    """A folder in ``parent`` that nobody else has made: ``name``, with a number behind it where
+    that exists already."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise AssertionError("numbers do not end")
+
+
+def newest_folder(profile_name: str) -> Path | None:
+    """The newest default folder of this profile that has a manifest."""
+    parent = Path("runs") / _file_name(profile_name)
+    found = [path.parent for path in parent.glob("*/manifest.json")]
+    return max(found, key=lambda path: _order_of(path.name), default=None)
+
+
+def _order_of(name: str) -> tuple[str, int]:
+    """By which default folders are in the order in which they were made: ``TIME`` or ``TIME-2``."""
+    numbered = re.fullmatch(r"(\d{8}-\d{6})-(\d{1,9})", name)
+    return (numbered[1], int(numbered[2])) if numbered else (name, 1)
+
+
+def _time_after(parent: Path) -> str:
+    """The time as the name of a folder that is newer than those in ``parent``: where the clock has
+    been set back, theirs with a number goes on."""
+    time = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    times = [_order_of(path.name)[0] for path in parent.glob("*")]
+    newest = max((each for each in times if re.fullmatch(r"\d{8}-\d{6}", each)), default=time)
+    if newest > time:
+        log.warning("the clock was ahead when runs/%s/%s was made", parent.name, newest)
+    return max(time, newest)
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name) or "unnamed"
+
+
+class RunFolder:
+    """Creates and writes a run's folder.
+
+    ``checkpoints`` is where its checkpoints are: inside it, or a folder of its own below the
+    profile's ``training.checkpoint_dir`` when no output folder was named. Of several processes only
+    the one whose folder ``writes`` does, with a lock on both.
+    """
+
+    def __init__(self, path: Path, checkpoints: Path, *, writes: bool = True) -> None:
+        # Absolute: a plugin may change the working directory.
+        self.path = path.absolute()
+        self.checkpoints = checkpoints.absolute()
+        self.writes = writes
+        self.manifest: dict[str, Any] = {}
+        self.ended: dict[str, Any] = {}
+        self._metrics: FileIO | None = None
+        self._unwritten = b""
+        self._locks: list[FolderLock] = []
+        self._first_drop: Callable[[], None] | None = None
+        if writes:
+            self._locks.append(FolderLock(self.path, "--output"))
+            if self.checkpoints.parent != self.path and self.checkpoints.is_dir():
+                try:
+                    lock = FolderLock(self.checkpoints, "training.checkpoint_dir")
+                except BaseException:
+                    self.close()
+                    raise
+                self._locks.append(lock)
+
+    def __str__(self) -> str:
+        return short_path(str(self.path))
+
+    @classmethod
+    def create(
+        cls, output: Path | None, profile_name: str, checkpoint_dir: str | None
+    ) -> RunFolder:
+        """A new folder: ``output``, else ``runs/PROFILE/TIME``, and then with checkpoints in
+        ``PROFILE-TIME`` of ``checkpoint_dir``, if there is one. No two runs get the same.
+
+        Raises ConfigError if ``output`` is in use or cannot be written.
+        """
+        name = _file_name(profile_name)
+        try:
+            if output is not None:
+                return cls._of(output)
+            parent = Path("runs") / name
+            path = _new_folder(parent, _time_after(parent))
+            if checkpoint_dir:
+                checkpoints = _new_folder(Path(checkpoint_dir), f"{name}-{path.name}")
+            else:
+                checkpoints = path / "checkpoints"
+                checkpoints.mkdir()
+        except OSError as error:
+            raise ConfigError(
+                Problem(f"the folder cannot be made: {error.strerror}", where=str(error.filename))
+            ) from None
+        return cls(path, checkpoints)
+
+    @classmethod
+    def _of(cls, output: Path) -> RunFolder:
+        """A new run in ``output``, which is empty or not there. Raises ConfigError, OSError."""
+        in_use = ConfigError(
+            Problem(
+                "the output folder is in use",
+                key="--output",
+                where=str(output),
+                hint="name another one, or add --resume to go on with the run in it",
+            )
+        )
+        if output.exists() and not output.is_dir():
+            raise ConfigError(Problem("is a file, not a folder", "--output", str(output)))
+        output.mkdir(parents=True, exist_ok=True)
+        folder = cls(output, output / "checkpoints")
+        # Only now: another run may have come between.
+        if any(output.iterdir()):
+            folder.close()
+            raise in_use
+        folder.checkpoints.mkdir()
+        return folder
+
+    @classmethod
+    def existing(cls, path: Path, checkpoint_dir: str | None = None) -> RunFolder:
+        """The folder of an earlier run; its checkpoints inside it are enough to go on with. Where
+        there are none, they are below the profile's ``checkpoint_dir``.
+
+        Raises ConfigError if there is no run in it, or one that is still going on.
+        """
+        inside = path / "checkpoints"
+        manifest, reason = {}, ""
+        try:
+            manifest = _known_entries(read_json(path / "manifest.json"))
+        except FileNotFoundError:
+            reason = "it has no manifest.json"
+        except (OSError, ValueError) as error:
+            reason = f"manifest.json cannot be read: {getattr(error, 'strerror', None) or error}"
+        if not inside.is_dir() and not manifest:
+            raise ConfigError(
+                Problem(
+                    f"there is no run to resume in this folder: {reason or 'an empty manifest'}",
+                    key="--resume",
+                    where=str(path),
+                    hint="give the folder of the run with --output, or leave --resume out",
+                )
+            )
+        if reason:
+            log.warning("%s: %s; the run goes on from its checkpoints", path, reason)
+        checkpoints = inside if inside.is_dir() else _elsewhere(path, manifest, checkpoint_dir)
+        folder = cls(path, checkpoints)
+        folder.manifest = manifest
+        return folder
+
+    def write_profile(self, text: str) -> None:
+        self._write("profile.yaml", text)
+
+    def begin_manifest(self) -> None:
+        """Note when the run began; after a resume, take out how it ended before, which is then
+        ``ended``."""
+        self.manifest.setdefault("started", now())
+        self.manifest["process"] = {**process_row(), "since": now()}
+        keys = ("ended", "error", "figures", "sample", "reason")
+        self.ended = {key: self.manifest.pop(key) for key in keys if key in self.manifest}
+
+    def write_manifest(self, **entries: Any) -> None:
+        """Update some entries of ``manifest.json``."""
+        self.manifest.update(entries, checkpoint_dir=str(self.checkpoints.resolve()))
+        clean = without_secrets(without_nan(self.manifest))
+        text = json.dumps(clean, indent=2, ensure_ascii=False, default=str, allow_nan=False)
+        self._write("manifest.json", text + "\n")
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a file of its own; ``name`` may have folders in it."""
+        self._write(name, json.dumps(value, ensure_ascii=False) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        """A run is worth more than its records: a disk that is full does not end it."""
+        if not self.writes:
+            return
+        path = self.path / name
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, text)
+        except OSError as error:
+            log.error("%s was not written: %s", name, error)
+
+    @property
+    def log_file(self) -> Path:
+        return self.path / "log.txt"
+
+    def drop_metrics_after(self, step: int, *, evaluation: bool = False) -> None:
+        """Forget rows of steps that a resumed run will take again, and that of an ``evaluation`` of
+        ``step`` which it will make again. A disk that does not take that is tried again before the
+        next row."""
+
+        def drop() -> None:
+            kept, lost = [], 0
+            try:
+                for line, row in json_rows(self.path / METRICS):
+                    at = None if row is None else row.get("step", 0)
+                    if row is None or isinstance(at, bool) or not isinstance(at, int | float):
+                        lost += 1  # the last one may have been cut
+                    elif at <= step and not (evaluation and at == step and "val_loss" in row):
+                        kept.append(line.rstrip(b"\r\n").decode("utf-8") + "\n")
+            except FileNotFoundError:
+                return
+            write_atomically(self.path / METRICS, "".join(kept))
+            if lost:
+                log.warning("%s: %d lines that are no rows of steps are left out", METRICS, lost)
+
+        self._first_drop = drop
+        try:
+            self._drop()
+        except OSError as error:
+            log.error("%s: rows of steps to come are still in it: %s", METRICS, error)
+
+    def _drop(self) -> None:
+        if self._first_drop is not None:
+            self._first_drop()
+            self._first_drop = None
+
+    def write_metrics(self, row: Mapping[str, Any]) -> None:
+        """Append one row. A number that is not finite is written as a string, which JSON allows.
+
+        Rows that a full disk does not take are kept, and written once there is room.
+        """
+        if not self.writes:
+            return
+        text = json.dumps(without_nan(row), ensure_ascii=False, allow_nan=False)
+        waiting = bool(self._unwritten)
+        self._unwritten += text.encode("utf-8", errors="backslashreplace") + b"\n"
+        try:
+            self._drop()
+            if self._metrics is not None and was_replaced(self._metrics, self.path / METRICS):
+                self._metrics.close()
+                self._metrics = None
+                log.warning("%s was moved or deleted: rows go to a new file from here", METRICS)
+            if self._metrics is None:
+                self._metrics = append_to_file(self.path / METRICS)
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
+        except OSError as error:
+            if not waiting:
+                log.error("metrics.jsonl: rows wait for room on the disk: %s", error)
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+        for lock in self._locks:
+            lock.close()
+        self._locks = []
+
+
+def _known_entries(manifest: Any) -> dict[str, Any]:
+    """Those of a run's manifest that a resumed run goes on with, where they are what they should
+    be; the others it writes anew. Raises ValueError for what is no mapping."""
+    if not isinstance(manifest, dict):
+        raise ValueError("it is not a mapping")
+    failed = manifest.get("failed_checkpoints")
+    known = {key: manifest[key] for key in TEXTS if isinstance(manifest.get(key), str)}
+    figures = manifest.get("figures")
+    if isinstance(figures, dict):
+        known["figures"] = {k: v for k, v in figures.items() if isinstance(v, int | float)}
+    if isinstance(failed, list) and all(isinstance(text, str) for text in failed):
+        known["failed_checkpoints"] = failed
+    return known
+
+
+def _elsewhere(path: Path, manifest: Mapping[str, Any], checkpoint_dir: str | None) -> Path:
+    """Where the manifest in ``path`` says that its checkpoints are: below the run, or directly
+    below the profile's ``checkpoint_dir``.
+
+    Raises ConfigError for any other place: a manifest does not decide where is written.
+    """
+    said = Path(path, manifest.get("checkpoint_dir", "checkpoints")).resolve()
+    run = path.resolve()
+    if said.is_relative_to(run) and said != run:
+        return said
+    if checkpoint_dir is not None and said.parent == Path(checkpoint_dir).resolve():
+        return said
+    raise ConfigError(
+        Problem(
+            f"the manifest says that its checkpoints are in {said}, which is not below the run "
+            "nor below the profile's training.checkpoint_dir",
+            key="--resume",
+            where=str(path / "manifest.json"),
+            hint=f"if they are: --training.checkpoint_dir {shlex.quote(str(said.parent))}",
+        )
+    )
+
+
+def without_nan(value: Any) -> Any:
+    """``value`` with each number that is not finite as a string: JSON has no such numbers."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return str(value) if isinstance(value, float) and not isfinite(value) else value
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, sees the old text or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

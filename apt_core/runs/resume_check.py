@@ -1,0 +1,173 @@
+"""May this profile go on from that checkpoint? Which keys may differ, and which may not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from apt_core.config import Config, Source
+from apt_core.config.differences import differences
+from apt_core.config.yaml_text import parse_yaml
+from apt_core.errors import CheckpointError, ConfigError, Problem
+from apt_core.secrets import is_secret, without_secrets
+from apt_core.types import SectionSpec, Unused
+
+FREE_SECTIONS = ("name", "version", "description", "plugins", "evaluation", "monitoring", "debug")
+"""Sections that may differ, with a notice. (Plugins may come and go: a loss term too.)"""
+
+FREE_KEYS = (
+    # What it comes to is compared apart.
+    "training.mixed_precision",
+    # Their product with the number of processes may not differ, which is checked apart.
+    "training.batch_size",
+    "training.grad_accum_steps",
+    "training.compile",
+    "training.compile_mode",
+    "training.max_seconds",
+    "training.early_stopping_patience",
+    "training.early_stopping_min_delta",
+    "training.save_freq",
+    "training.save_every_steps",
+    "training.keep_last",
+    "training.checkpoint_dir",
+    "training.log_every_steps",
+    "training.max_nonfinite_steps",
+    "training.hook_timeout",
+    # It is for the machine to choose where it is auto.
+    "hardware.device",
+    "hardware.num_gpus",
+    "hardware.distributed",
+    "hardware.backend",
+    "hardware.num_threads",
+)
+HORIZON_KEYS = ("training.max_epochs", "training.max_steps", "training.max_tokens")
+"""The end of the run. The learning rate is a function of it, and so are annealed parameters."""
+
+TEXT_KEYS = ("data.source", "data.train_path", "data.val_path", "data.loader")
+"""Where the text is from: what is read there decides, and not where."""
+
+
+def _tva_rank(config: Config) -> int:
+    model = config.model
+    return model.tva.rank or model.d_model // model.num_heads // model.tva.r
+
+
+def _vft_rank(config: Config) -> int:
+    return config.model.vft.rank or config.model.d_model // config.model.vft.r
+
+
+def _nothing(config: Config) -> None:
+    return None
+
+
+RATE_KEYS = ("training.learning_rate", "training.muon.learning_rate", "training.gradient_clip")
+"""Keys that a resume may change from its step on, where it is told to: how far a step goes."""
+
+EFFECTS: Mapping[str, Callable[[Config], Any]] = {
+    "data.max_length": lambda config: config.seq_len,
+    "data.truncation": _nothing,
+    "data.padding": _nothing,
+    "model.num_kv_heads": lambda config: config.model.num_kv_heads or config.model.num_heads,
+    "model.tva.r": _tva_rank,
+    "model.tva.rank": _tva_rank,
+    "model.vft.r": _vft_rank,
+    "model.vft.rank": _vft_rank,
+    "training.amp_level": _nothing,
+}
+"""What keys come to, themselves or with others: where that is the same, they may differ."""
+
+
+def saved_profile(text: str) -> dict[str, Any]:
+    """The profile in a checkpoint. Raises CheckpointError if it is not a mapping."""
+    try:
+        profile = parse_yaml(text, "profile.yaml").data
+    except ConfigError as error:
+        raise CheckpointError(f"the checkpoint's profile cannot be read: {error}") from None
+    if not isinstance(profile, dict):
+        raise CheckpointError("the checkpoint's profile is not a mapping")
+    return profile
+
+
+def saved_config(profile: Mapping[str, Any], sections: Sequence[SectionSpec] = ()) -> Config | None:
+    """A checkpoint's profile with the defaults of keys that it does not have; None for one of
+    another version, or with sections of plugins that are not active.
+
+    ``sections`` are those of the active plugins.
+    """
+    try:
+        return Config.from_dict(profile, sections=sections)
+    except ConfigError:
+        return None
+
+
+def check_resume(
+    config: Config,
+    profile: Mapping[str, Any],
+    before: Config | None,
+    *,
+    unused: Iterable[Unused],
+    same_text: bool,
+    another_past: Callable[[], str],
+    allowed: Collection[str] = (),
+    reporting: Collection[str] = (),
+) -> list[str]:
+    """Keys that differ from those of the checkpoint and may.
+
+    ``profile`` is the checkpoint's, ``before`` is it as a Config, None where it is no valid one
+    here. ``unused`` are the settings without effect in ``config``. ``same_text`` says whether both
+    read the same text, and ``another_past`` is asked where the length of the run differs: what a
+    run of the present one would have had otherwise up to the checkpoint, or "". ``allowed`` are
+    those of RATE_KEYS that the run was told to change; ``reporting`` the sections of plugins that
+    only observe. Raises ConfigError naming every key that
+    must not differ.
+    """
+    changed, refused = [], []
+    for key in allowed:
+        if key not in RATE_KEYS:
+            hint = f"these may: {', '.join(RATE_KEYS)}"
+            refused.append(
+                Problem("a resume may not change it", f"--allow-change {key}", hint=hint)
+            )
+    saved = without_secrets(profile) if before is None else before.to_dict()
+    differing = [*differences(saved, config.to_dict())]
+    length = another_past() if any(key in HORIZON_KEYS for key, _, _ in differing) else ""
+    for key, old, new in differing:
+        reason = "" if key.split(".")[0] in FREE_SECTIONS or key in FREE_KEYS else TRAINS
+        if key in HORIZON_KEYS:
+            reason = length
+        elif is_secret(key.rpartition(".")[2], new if old is None else old):
+            reason = ""  # it opens something, and trains nothing
+        elif any(f"{key}.".startswith(f"{section}.") for section in reporting):
+            reason = ""
+        elif key in TEXT_KEYS:
+            reason = "" if same_text else "another text is read there"
+        elif key in allowed or (
+            reason and before is not None and _same_effect(key, before, config, unused)
+        ):
+            reason = ""
+        if not reason:
+            changed.append(key)
+            continue
+        hint = f"put it back, or start a new run: leave --resume out (was {old!r})"
+        if key in RATE_KEYS:
+            hint += f", or take it from here on: --allow-change {key}"
+        message = f"is {new!r}, the checkpoint was made with {old!r}: {reason}"
+        refused.append(Problem(message, key=key, hint=hint))
+    if refused:
+        raise ConfigError(refused)
+    return changed
+
+
+TRAINS = "it changes how the weights train"
+
+
+def _same_effect(key: str, before: Config, now: Config, unused: Iterable[Unused]) -> bool:
+    if key in EFFECTS and EFFECTS[key](before) == EFFECTS[key](now):
+        return True
+    values = [Source.from_dict(config.to_dict()) for config in (before, now)]
+    return any(
+        # Where what decides is as it was, the setting had no effect before either.
+        item.because and all(len({repr(v.get(k)) for v in values}) == 1 for k in item.because)
+        for item in unused
+        if f"{key}.".startswith(f"{item.key}.")
+    )

@@ -1,0 +1,229 @@
+"""Between the objects of a run and the tensors and JSON of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from math import isclose
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from apt_core.errors import CheckpointError
+from apt_core.failures import one_line
+from apt_core.log import get_logger
+from apt_core.optim.build import PLAN
+from apt_core.plugin_manager import PluginManager
+from apt_core.runs.checkpoint import join_tensors, split_tensors
+from apt_core.runs.tensor_files import SavedTensors
+
+log = get_logger("apt.checkpoint")
+
+ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
+"""What torch's optimizers that may be fused keep of each element of a parameter."""
+
+SEPARATOR = "//"
+"""Between a parameter's name and the name of its optimizer state (``exp_avg``)."""
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, a shared one under its first name only."""
+    unique: dict[int, str] = {}
+    tensors = model.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        unique.setdefault(id(tensor), name)
+    return {name: tensors[name] for name in unique.values()}
+
+
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as ``<parameter>//<state>`` tensors.
+
+    Raises CheckpointError for state that is neither a tensor nor a number.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if not isinstance(value, Tensor | int | float):
+                raise CheckpointError(
+                    f"{type(optimizer).__name__} keeps a {type(value).__name__} as state {key!r} "
+                    f"of {name}: only tensors and numbers can be saved"
+                )
+            tensors[f"{name}{SEPARATOR}{key}"] = torch.as_tensor(value)
+    return tensors
+
+
+def optimizer_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What an optimizer keeps of each group, as far as it is JSON: ``parameters``, their names,
+    ``settings`` but for the rate, which is a function of the plan and the position, and the
+    ``plan``."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [
+        {
+            "parameters": [names[id(parameter)] for parameter in group["params"]],
+            "settings": {
+                key: value
+                for key, value in group.items()
+                if key not in ("lr", "initial_lr") and isinstance(value, bool | int | float | str)
+            },
+            PLAN: group.get(PLAN, {}),
+        }
+        for group in optimizer.param_groups
+    ]
+
+
+def load_optimizer_groups(
+    model: nn.Module,
+    optimizer: Optimizer,
+    saved: Sequence[Mapping[str, Any]],
+    *,
+    factors: tuple[float, float] = (1.0, 1.0),
+) -> None:
+    """Put them back. Raises CheckpointError for groups of other parameters, or made with other
+    settings: what a group is planned to be is taken whole, or not at all. By ``factors`` the run
+    was told to change its rates: those of hidden matrices by the second, all others by the
+    first."""
+    own = optimizer_groups(model, optimizer)
+    if [group["parameters"] for group in own] != [group["parameters"] for group in saved]:
+        raise CheckpointError(
+            "the checkpoint has other parameter groups: a plugin that chooses groups came, went or "
+            "changed its mind"
+        )
+    changed = [
+        f"{key} of {_first(now['parameters'])} is {now[PLAN].get(key)!r} and was {was.get(key)!r}"
+        for now, before in zip(own, saved, strict=True)
+        # A checkpoint of an earlier version does not say.
+        for was in [before.get(PLAN) or now[PLAN]]
+        for key in {**was, **now[PLAN]}
+        if was.get(key) != now[PLAN].get(key) and not (key == "lr" and _as_told(was, now, factors))
+    ]
+    if changed:
+        raise CheckpointError(
+            f"parameter groups are made with other settings than in the checkpoint: "
+            f"{'; '.join(changed[:MOST_TOLD])}{' …' if len(changed) > MOST_TOLD else ''}"
+        )
+    for group, values in zip(optimizer.param_groups, saved, strict=True):
+        group.update(values["settings"])
+
+
+def _as_told(was: Mapping[str, Any], now: Mapping[str, Any], factors: tuple[float, float]) -> bool:
+    """Is the rate of a group what the run was told to make of it, and nothing beside?"""
+    factor = factors[bool(was.get("hidden_matrices"))]
+    before, after = was.get("lr"), now[PLAN].get("lr")
+    if not (isinstance(before, int | float) and isinstance(after, int | float)):
+        return False
+    return isclose(after, before * factor, rel_tol=1e-9)
+
+
+MOST_TOLD = 3
+
+
+def _first(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def load_optimizer(
+    model: nn.Module,
+    optimizer: Optimizer,
+    saved: SavedTensors,
+    states: Collection[frozenset[str]] = (),
+) -> None:
+    """Put the state back, sharded as the parameters are. ``states`` are those that the optimizer's
+    provider knows of a parameter.
+
+    Raises CheckpointError for state of a parameter that is not there, for other state than these,
+    and for one of another shape or type than a fused step takes it to have.
+    """
+    parameters = dict(model.named_parameters())
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    by_parameter: dict[str, dict[str, Tensor]] = {}
+    targets: dict[str, Tensor] = {}
+    for key, (shape, dtype) in saved.shapes.items():
+        name, _, state = key.rpartition(SEPARATOR)
+        parameter = parameters.get(name)
+        if parameter is None or name not in ordered:
+            raise CheckpointError(f"the checkpoint has optimizer state of the unknown {name!r}")
+        if states or "fused" in optimizer.defaults:
+            _require_form(key, state, parameter, shape, dtype)
+        if parameter.shape == shape:
+            tensor = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        else:
+            tensor = torch.empty(shape, dtype=dtype)
+        targets[key] = by_parameter.setdefault(name, {})[state] = tensor
+    for name, own in by_parameter.items():
+        _require_states(name, own, states)
+    saved.read_into(targets, "optimizer")
+    packed = optimizer.state_dict()
+    packed["state"] = {
+        index: by_parameter[name] for index, name in enumerate(ordered) if name in by_parameter
+    }
+    try:
+        optimizer.load_state_dict(packed)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if not type(optimizer).__module__.startswith("torch."):
+            raise  # it may have an author
+        raise CheckpointError(
+            f"{type(optimizer).__name__} does not take the state that the checkpoint holds of it: "
+            f"{one_line(error)}"
+        ) from error
+
+
+def _require_form(
+    key: str, state: str, parameter: Tensor, shape: Sequence[int], dtype: torch.dtype
+) -> None:
+    """Raises CheckpointError for state that a fused step, which looks at no size, would read or
+    write beyond its end, or that would be cast."""
+    expected = {
+        **dict.fromkeys(ELEMENTWISE, (parameter.shape, parameter.dtype)),
+        "step": (torch.Size(), torch.float32),
+    }.get(state)
+    if expected is not None and (shape, dtype) != expected:
+        raise CheckpointError(
+            f"the checkpoint's optimizer state {key} is {dtype} {list(shape)}, not "
+            f"{expected[1]} {list(expected[0])}"
+        )
+
+
+def _require_states(name: str, state: Collection[str], states: Collection[frozenset[str]]) -> None:
+    """Raises CheckpointError where a parameter's state is none of ``states``, as far as any are
+    known."""
+    if not states:
+        return
+    if frozenset(state) not in states:
+        known = " or ".join(", ".join(sorted(names)) for names in states)
+        raise CheckpointError(
+            f"the checkpoint's optimizer state of {name} is {', '.join(sorted(state))}, not {known}"
+        )
+
+
+def plugin_states(manager: PluginManager, trainer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What plugins hand over: JSON by plugin, and the tensors that it refers to."""
+    states: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for plugin, state in manager.call_each("apt_state_dict", trainer=trainer):
+        own: dict[str, Tensor] = {}
+        states[plugin] = split_tensors(state, plugin, own)
+        tensors.update(own)
+    return states, tensors
+
+
+def restore_plugins(
+    manager: PluginManager,
+    trainer: Any,
+    states: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Give each active plugin its state back."""
+    for plugin, state in states.items():
+        if not manager.has_plugin(plugin):
+            log.warning("the checkpoint holds state of plugin %s, which is not active", plugin)
+        elif not manager.implements(plugin, "apt_load_state_dict"):
+            log.warning("plugin %s saved state but does not implement apt_load_state_dict", plugin)
+        else:
+            manager.call_plugin(
+                plugin,
+                "apt_load_state_dict",
+                trainer=trainer,
+                state=join_tensors(state, tensors),
+            )
