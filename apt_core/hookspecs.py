@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from apt_core.config import Config
-    from apt_core.registry import Registry
     from apt_core.types import (
         FallbackEvent,
         GenerationRequest,
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
         ModelOutput,
         PluginCosts,
         PluginFailure,
+        ProviderSource,
         ProviderSpec,
         SectionSpec,
     )
@@ -193,7 +193,7 @@ def apt_param_groups(model: nn.Module) -> Sequence[Mapping[str, Any]]:
     changes_weights=True,
     may_last=True,
 )
-def apt_transform_model(model: nn.Module, config: Config, registry: Registry) -> Any:
+def apt_transform_model(model: nn.Module, config: Config, registry: ProviderSource) -> Any:
     """Change the model's structure in mid-run.
 
     When: the plugin becomes enabled, for that plugin alone; at the start of the run as a rehearsal,

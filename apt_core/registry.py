@@ -193,7 +193,7 @@ class Registry:
         problem = self.check_name(kind, name)
         if problem:
             raise ConfigError(problem)
-        return self._specs[kind, name]
+        return self._specs.get((kind, name)) or self._blocked[kind, name][0]
 
     def check_name(self, kind: str, name: str, **place: str) -> Problem | None:
         """What is wrong with asking for this provider, if anything."""
@@ -284,8 +284,6 @@ class Registry:
             if default is None:
                 raise ConfigError(Problem(f"kind {kind!r} has no default provider: name one"))
             return default
-        if (kind, name) in self._blocked and (kind, name) not in self._specs:
-            return self._blocked[kind, name][0]
         return self.spec(kind, name)
 
     def _fall_back(self, spec: ProviderSpec, settings: Any, reason: str, fallback: bool) -> Any:

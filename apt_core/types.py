@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -98,6 +98,17 @@ class ProviderSpec:
     @property
     def key(self) -> str:
         return f"{self.kind}:{self.name}"
+
+
+class ProviderSource(Protocol):
+    """What code that builds layers needs of the registry."""
+
+    def get(self, kind: str, name: str, config: Any = None, fallback: bool = True) -> Any:
+        """The provider of ``kind`` that is called ``name``, built with ``config``, by default with
+        the settings of the profile."""
+
+    def spec(self, kind: str, name: str) -> ProviderSpec:
+        """What is declared of it. Raises ConfigError for one that nobody registers."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 from torch import nn
 
@@ -15,17 +15,7 @@ from apt_core.providers.backbone import BackboneProvider
 from apt_core.providers.ffn import FeedForwardProvider
 from apt_core.providers.norm import NormProvider
 from apt_core.providers.position import PositionProvider
-from apt_core.types import ProviderSpec
-
-
-class ProviderSource(Protocol):
-    """What the builder needs of a registry."""
-
-    def get(self, kind: str, name: str, config: Any = None, fallback: bool = True) -> Any:
-        """The provider of ``kind`` that is called ``name``, built with ``config``."""
-
-    def specs(self, kind: str | None = None) -> Sequence[ProviderSpec]:
-        """What is registered."""
+from apt_core.types import ProviderSource
 
 
 class ModelBuilder:
@@ -179,6 +169,6 @@ class ModelBuilder:
         return cast(BackboneProvider, self._provider("backbone", name))
 
     def _provider(self, kind: str, name: str) -> Any:
-        sections = [spec.section for spec in self.registry.specs(kind) if spec.name == name]
-        settings = self.config.section(sections[0]) if sections and sections[0] else None
+        section = self.registry.spec(kind, name).section
+        settings = self.config.section(section) if section else None
         return self.registry.get(kind, name, settings)

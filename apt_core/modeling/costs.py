@@ -23,9 +23,9 @@ from apt_core.config.schema import ModelSection
 from apt_core.device import autocast_dtype
 from apt_core.failures import one_line
 from apt_core.kernel import Kernel
-from apt_core.modeling.compose import ModelBuilder, ProviderSource
+from apt_core.modeling.compose import ModelBuilder
 from apt_core.modeling.layers.ngram import NgramEmbedding
-from apt_core.types import ProviderSpec
+from apt_core.types import ProviderSource, ProviderSpec
 
 BACKWARD_AND_FORWARD = 3
 CACHE_DTYPE, CACHE_BYTES = "bfloat16", 2
@@ -228,8 +228,8 @@ class _NotingRegistry:
         self._registry = registry
         self.made: list[tuple[Part, nn.Module]] = []
 
-    def specs(self, kind: str | None = None) -> Sequence[ProviderSpec]:
-        return self._registry.specs(kind)
+    def spec(self, kind: str, name: str) -> ProviderSpec:
+        return self._registry.spec(kind, name)
 
     def get(self, kind: str, name: str, config: Any = None, fallback: bool = True) -> Any:
         provider = self._registry.get(kind, name, config, fallback)

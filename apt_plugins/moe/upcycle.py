@@ -31,7 +31,7 @@ from apt_plugins.moe.layer import MoELayer
 from apt_plugins.moe.settings import MoeSettings
 
 if TYPE_CHECKING:
-    from apt_core.registry import Registry
+    from apt_core.types import ProviderSource
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ KINDS: dict[type[nn.Module], _Kind] = {
 
 
 def upcycled(
-    model: nn.Module, config: Config, settings: MoeSettings, registry: Registry
+    model: nn.Module, config: Config, settings: MoeSettings, registry: ProviderSource
 ) -> ModelTransform:
     """``model``, on the meta device and changed in place, with experts in every block.
 

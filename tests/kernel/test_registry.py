@@ -434,6 +434,7 @@ def test_a_provider_of_a_blocked_plugin_falls_back_and_says_so(
     registry = offer({"mine": [a_default()]})
     declared = spec("bm25", plugin="gone", config="no_such_module:Settings")
     registry.note_blocked(declared, "its plugin gone is blocked")
+    assert registry.spec("retrieval", "bm25").plugin == "gone"
     assert isinstance(registry.get("retrieval", "bm25"), Other)
     assert registry.resolutions["retrieval", "bm25"] == Resolution(
         "retrieval", "bm25", "safe", "its plugin gone is blocked"

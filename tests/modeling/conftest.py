@@ -33,8 +33,8 @@ class Shelf:
         factory = self.known[kind, name].factory
         return (resolve_name(factory) if isinstance(factory, str) else factory)(config)
 
-    def specs(self, kind: str | None = None) -> list[ProviderSpec]:
-        return [spec for spec in self.known.values() if kind in (None, spec.kind)]
+    def spec(self, kind: str, name: str) -> ProviderSpec:
+        return self.known[kind, name]
 
 
 @torch.no_grad()
