@@ -63,6 +63,27 @@ def append_to_file(path: str | Path) -> FileIO:
     return file
 
 
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, sees the old text or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def require_inside(folder: Path, path: Path) -> None:
+    """Raise OSError where a link leads from ``path`` out of ``folder``: what somebody else has made
+    of a folder does not decide which files are read."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise OSError(errno.ELOOP, "it is a link that leads out of its folder", str(path))
+
+
 def was_replaced(file: IO[Any], path: str | Path) -> bool:
     """Is what lies at ``path`` no longer the open ``file``: deleted, or rotated away?"""
     try:

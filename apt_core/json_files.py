@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,10 @@ def _children(value: Any) -> list[Any]:
     return [child for child in children if isinstance(child, dict | list)]
 
 
-def json_rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+def json_rows(path: Path, longest: int = MAX_LINE) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     """Each line of a file of rows, with the mapping that it is; None for one that was cut, has more
-    than MAX_LINE bytes, or is something else. Empty lines are left out. Raises OSError."""
-    for line in read_lines(path, MAX_LINE):
+    than ``longest`` bytes, or is something else. Empty lines are left out. Raises OSError."""
+    for line in read_lines(path, longest):
         if line.strip():
             yield line, _row(line)
 
@@ -57,3 +58,12 @@ def _row(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) else None
+
+
+def without_nan(value: Any) -> Any:
+    """``value`` with each number that is not finite as a string: JSON has no such numbers."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return str(value) if isinstance(value, float) and not isfinite(value) else value

@@ -30,12 +30,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from apt_core.errors import CheckpointError
-from apt_core.files import open_file, read_file
+from apt_core.files import open_file, read_file, write_atomically
 from apt_core.hook_returns import TENSOR_KEY
-from apt_core.json_files import MAX_BYTES, read_json
+from apt_core.json_files import MAX_BYTES, read_json, without_nan
 from apt_core.log import get_logger
 from apt_core.parallel.world import ALONE, World
-from apt_core.runs.folder import without_nan, write_atomically
 from apt_core.runs.resume_check import saved_profile
 from apt_core.runs.saved_state import faults
 from apt_core.runs.tensor_files import SUFFIX, SavedTensors, write_shards, write_whole

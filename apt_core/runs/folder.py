@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from io import FileIO
 from itertools import count
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from apt_core import __version__
 from apt_core.errors import ConfigError, Problem
 from apt_core.failures import short_path
-from apt_core.files import append_to_file, was_replaced
-from apt_core.json_files import json_rows, read_json
+from apt_core.files import write_atomically
+from apt_core.json_files import json_rows, read_json, without_nan
 from apt_core.log import get_logger
+from apt_core.runs.events import EVENTS, as_row
 from apt_core.runs.folder_lock import FolderLock, process_row
+from apt_core.runs.metrics import METRICS
+from apt_core.runs.rows import RowFile
 from apt_core.secrets import without_secrets
 
 log = get_logger("apt.training")
 
-METRICS = "metrics.jsonl"
 TEXTS = ("started", "checkpoint_dir", "ended", "error", "sample", "reason")
 """Entries of a manifest that a resumed run reads."""
 
@@ -108,10 +107,9 @@ class RunFolder:
         self.writes = writes
         self.manifest: dict[str, Any] = {}
         self.ended: dict[str, Any] = {}
-        self._metrics: FileIO | None = None
-        self._unwritten = b""
+        self._metrics = RowFile(self.path / METRICS)
+        self._events = RowFile(self.path / EVENTS)
         self._locks: list[FolderLock] = []
-        self._first_drop: Callable[[], None] | None = None
         if writes:
             self._locks.append(FolderLock(self.path, "--output"))
             if self.checkpoints.parent != self.path and self.checkpoints.is_dir():
@@ -261,45 +259,25 @@ class RunFolder:
             if lost:
                 log.warning("%s: %d lines that are no rows of steps are left out", METRICS, lost)
 
-        self._first_drop = drop
+        self._metrics.first = drop
         try:
-            self._drop()
+            self._metrics.settle()
         except OSError as error:
             log.error("%s: rows of steps to come are still in it: %s", METRICS, error)
 
-    def _drop(self) -> None:
-        if self._first_drop is not None:
-            self._first_drop()
-            self._first_drop = None
-
     def write_metrics(self, row: Mapping[str, Any]) -> None:
-        """Append one row. A number that is not finite is written as a string, which JSON allows.
+        """Append one row of metrics."""
+        if self.writes:
+            self._metrics.append(row)
 
-        Rows that a full disk does not take are kept, and written once there is room.
-        """
-        if not self.writes:
-            return
-        text = json.dumps(without_nan(row), ensure_ascii=False, allow_nan=False)
-        waiting = bool(self._unwritten)
-        self._unwritten += text.encode("utf-8", errors="backslashreplace") + b"\n"
-        try:
-            self._drop()
-            if self._metrics is not None and was_replaced(self._metrics, self.path / METRICS):
-                self._metrics.close()
-                self._metrics = None
-                log.warning("%s was moved or deleted: rows go to a new file from here", METRICS)
-            if self._metrics is None:
-                self._metrics = append_to_file(self.path / METRICS)
-            while self._unwritten:
-                self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
-        except OSError as error:
-            if not waiting:
-                log.error("metrics.jsonl: rows wait for room on the disk: %s", error)
+    def write_event(self, event: Mapping[str, Any]) -> None:
+        """Append one event, as :class:`~apt_core.event_log.EventLog` hands it on."""
+        if self.writes:
+            self._events.append(as_row(event))
 
     def close(self) -> None:
-        if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
+        self._metrics.close()
+        self._events.close()
         for lock in self._locks:
             lock.close()
         self._locks = []
@@ -341,26 +319,3 @@ def _elsewhere(path: Path, manifest: Mapping[str, Any], checkpoint_dir: str | No
             hint=f"if they are: --training.checkpoint_dir {shlex.quote(str(said.parent))}",
         )
     )
-
-
-def without_nan(value: Any) -> Any:
-    """``value`` with each number that is not finite as a string: JSON has no such numbers."""
-    if isinstance(value, Mapping):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    return str(value) if isinstance(value, float) and not isfinite(value) else value
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, sees the old text or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

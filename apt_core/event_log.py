@@ -1,0 +1,56 @@
+"""What happens in a run, told by one call as a line of the log and as data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+Row = dict[str, Any]
+
+MAX_WAITING = 1000
+"""Events that are kept until a run has its folder."""
+
+
+class EventLog:
+    """Logs events of one run and hands each as a row to whoever keeps them.
+
+    A row has ``time`` (UTC), ``step``, ``kind``, the ``message`` that was logged, and what belongs
+    to its kind; see :data:`apt_core.runs.events.KINDS`.
+    """
+
+    def __init__(self) -> None:
+        self._keep: Callable[[Row], None] | None = None
+        self._waiting: list[Row] = []
+
+    def record(
+        self,
+        kind: str,
+        message: str,
+        *values: object,
+        step: int,
+        log: logging.Logger,
+        level: int = logging.INFO,
+        **data: Any,
+    ) -> None:
+        """Log ``message % values`` at ``level``, and record it with ``data``."""
+        log.log(level, message, *values)
+        row = {"time": _now(), "step": step, "kind": kind, "message": message % values, **data}
+        if self._keep is not None:
+            self._keep(row)
+        elif len(self._waiting) < MAX_WAITING:
+            self._waiting.append(row)
+
+    def keep_with(self, keep: Callable[[Row], None] | None) -> None:
+        """Hand to ``keep`` what has been recorded, and what will be; None ends that."""
+        waiting, self._waiting = self._waiting, []
+        self._keep = keep
+        if keep is not None:
+            for row in waiting:
+                keep(row)
+
+
+def _now() -> str:
+    """UTC, to the millisecond."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"

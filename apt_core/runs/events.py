@@ -1,0 +1,134 @@
+"""``events.jsonl``: everything that happened in a run, one JSON object a line.
+
+The file is a history, which is only appended to. What a run does again after it was resumed is
+there twice; :func:`read_events` tells what still holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from apt_core.failures import text_of
+from apt_core.runs.rows import read_rows
+from apt_core.secrets import redact, without_secrets
+
+EVENTS = "events.jsonl"
+
+KINDS = {
+    "started": "the run began: `parameters`, `device`, `processes`, `plugins`",
+    "resumed": "the run went on from `checkpoint`, in a process of its own: as of `started`",
+    "rewound": "steps after `step`, up to `from_step`, are no part of the run any more: "
+    "they are taken again",
+    "changed": "a resume was told to change `key` from `before` to `after`",
+    "fell_back": "of kind `provider`, `used` runs in the place of `asked`: `reason`",
+    "enabled": "the schedule enabled `plugin`, from `step` of `epoch` on",
+    "disabled": "the schedule disabled `plugin`, from `step` of `epoch` on",
+    "switched": "`plugin` changed the model, from `step` of `epoch` on: `parameters` and "
+    "`parameters_before`, `loss_after` and `loss_before` on a fixed batch",
+    "failed": "`plugin` failed in `hook`, at the line `where`, in `process`: `error`",
+    "quarantined": "`plugin` is not called any more: `reason`",
+    "skipped": "`count` steps, the first of them `steps`, were not finite and changed nothing; "
+    "`total` so far",
+    "epoch_ended": "`epoch` ended",
+    "saved": "`checkpoint` is complete",
+    "deleted": "`checkpoint` was deleted for newer ones",
+    "set_aside": "`checkpoint`, of a step after the one that a resume went on from, is now `name`",
+    "not_saved": "no checkpoint of `step`: `error`",
+    "stopping": "the run ends before its last step: `reason`",
+    "ended": "`status` is finished, stopped, interrupted or failed; `reason` or `error` of it",
+}
+"""Each kind of event with what it says. Every event has ``time``, ``step``, ``kind``, ``message``
+too; ``plugin``, ``epoch`` and ``checkpoint`` are what they are in each kind."""
+
+GOES_BACK = ("started", "resumed", "rewound")
+"""Kinds after which earlier events of later steps are no part of the run; one that starts has no
+past."""
+
+MAX_TEXT = 4000
+"""Characters of a text in an event: an error of a plugin may be of any length."""
+
+MAX_ITEMS = 100
+"""Items of a list or mapping in an event."""
+
+MAX_LINE = 2**20
+"""Bytes of an event that is read."""
+
+MAX_EVENTS = 200_000
+"""Events of a run that are read."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened at ``step``. ``kind`` is one of :data:`KINDS`, or another that a later version
+    has written; ``data`` is what the row has beside the other fields, of any form."""
+
+    step: int
+    kind: str
+    time: str = ""
+    message: str = ""
+    plugin: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class History:
+    """The ``events`` of a run in their order. Those of steps that a resume has taken again are
+    ``lost``; ``notes`` say what could not be read."""
+
+    events: list[Event] = field(default_factory=list)
+    lost: list[Event] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def as_row(event: Mapping[str, Any]) -> dict[str, Any]:
+    """``event`` as its row is written: of bounded size and without secrets."""
+    row = without_secrets(dict(event))
+    return {name: _bounded(value) for name, value in row.items()}
+
+
+def _bounded(value: Any, depth: int = 0) -> Any:
+    if isinstance(value, str):
+        text = redact(value)
+        return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}…"
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if depth < 4 and isinstance(value, Mapping):
+        items = list(value.items())[:MAX_ITEMS]
+        return {_bounded(str(key)): _bounded(item, depth + 1) for key, item in items}
+    if depth < 4 and isinstance(value, list | tuple):
+        return [_bounded(item, depth + 1) for item in value[:MAX_ITEMS]]
+    return _bounded(text_of(value))
+
+
+def read_events(folder: Path) -> History:
+    """Read the events of the run in ``folder``, whatever state its file is in; never raises."""
+    history = History()
+    events: list[Event] = []
+    for row in read_rows(folder / EVENTS, history.notes, MAX_LINE):
+        if len(events) == MAX_EVENTS:
+            history.notes.append(
+                f"{EVENTS} has more than {MAX_EVENTS:,} events: the rest is left out"
+            )
+            break
+        events.append(_event(row))
+    last = inf  # the last step that no later event has gone back behind
+    for event in reversed(events):
+        (history.events if event.step <= last else history.lost).append(event)
+        if event.kind in GOES_BACK:
+            last = min(last, -1 if event.kind == "started" else event.step)
+    history.events.reverse()
+    history.lost.reverse()
+    return history
+
+
+def _event(row: dict[str, Any]) -> Event:
+    texts = {name: _text(row.pop(name, "")) for name in ("kind", "time", "message", "plugin")}
+    return Event(step=row.pop("step"), **texts, data=row)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
