@@ -56,7 +56,7 @@ class Resolution:
 
     def row(self) -> dict[str, str]:
         """As the manifest shows it."""
-        return {"slot": self.kind, "asked": self.asked, "used": self.used, "reason": self.reason}
+        return {"kind": self.kind, "asked": self.asked, "used": self.used, "reason": self.reason}
 
 
 class Registry:

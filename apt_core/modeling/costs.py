@@ -47,7 +47,7 @@ class PartCost:
     that decodes without a cache has none. ``supports`` is what an attention claims, by name.
     """
 
-    slot: str
+    kind: str
     asked: str
     used: str
     layers: int | None
@@ -93,7 +93,7 @@ class ModelCost:
         }
 
     def _attention(self) -> Iterator[PartCost]:
-        return (part for part in self.parts if part.slot == "attention")
+        return (part for part in self.parts if part.kind == "attention")
 
 
 def model_cost(kernel: Kernel) -> ModelCost:

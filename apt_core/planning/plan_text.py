@@ -30,9 +30,9 @@ def print_plan(console: Console, plan: dict[str, Any]) -> None:
         say(f"{row['key']}: {short_path(row['path'])}")
     for notice in plan["notices"]:
         say(f"note: {notice}")
-    providers = Table("slot", "asked", "used", "reason", box=None, header_style="bold")
+    providers = Table("kind", "asked", "used", "reason", box=None, header_style="bold")
     for row in plan["providers"]:
-        providers.add_row(row["slot"], row["asked"], row["used"], row["reason"])
+        providers.add_row(row["kind"], row["asked"], row["used"], row["reason"])
     console.print(providers)
     for row in plan["plugins"]:
         say(f"plugin {row['name']}: {row['state']}{_because(row['reason'])}")
@@ -84,12 +84,12 @@ def _print_model(console: Console, model: dict[str, Any], total: dict[str, Any])
     table.add_column("supports", overflow="fold")
     without: list[str] = []
     for part in model["parts"]:
-        attends = part["slot"] == "attention"
+        attends = part["kind"] == "attention"
         supports = part["supports"] or {}
         if attends and supports.get("cache") is False:
             without.append(part["used"])
         table.add_row(
-            f"{part['slot']} {part['used']}".rstrip(),
+            f"{part['kind']} {part['used']}".rstrip(),
             "" if part["layers"] is None else str(part["layers"]),
             f"{part['params']:,}",
             _flops(part["flops_per_token"]),

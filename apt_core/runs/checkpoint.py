@@ -35,6 +35,7 @@ from apt_core.hook_returns import TENSOR_KEY
 from apt_core.json_files import MAX_BYTES, read_json, without_nan
 from apt_core.log import get_logger
 from apt_core.parallel.world import ALONE, World
+from apt_core.runs.folder import in_present_words
 from apt_core.runs.resume_check import saved_profile
 from apt_core.runs.saved_state import faults
 from apt_core.runs.tensor_files import SUFFIX, SavedTensors, write_shards, write_whole
@@ -49,7 +50,7 @@ STATE_KEYS = {
     "plugin_records", "optimizer_groups", "transforms", "averages",
     "modes",
 }  # fmt: skip
-ROWS = {"providers": ("slot", "asked", "used"), "plugins": ("name",)}
+ROWS = {"providers": ("kind", "asked", "used"), "plugins": ("name",)}
 """Lists of rows in the manifest, with the texts that each row must have."""
 
 EVALUATION = "evaluation.json"
@@ -271,7 +272,7 @@ def load(path: Path, *, verify: bool = True) -> Checkpoint:
         raise CheckpointError(f"{path}: its state has no {', '.join(sorted(missing))}")
     if wrong := faults(state):
         raise CheckpointError(f"{path / 'state.json'}: not a checkpoint's: {'; '.join(wrong)}")
-    found = Checkpoint(path, state, plugins, profile, manifest)
+    found = Checkpoint(path, state, plugins, profile, in_present_words(manifest))
     _require_agreement(found)
     return found
 

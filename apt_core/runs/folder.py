@@ -34,6 +34,16 @@ TEXTS = ("started", "checkpoint_dir", "ended", "error", "sample", "reason")
 PACKAGES = ("torch", "pluggy", "pydantic", "numpy", "safetensors")
 
 
+def in_present_words(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a run or of a checkpoint, in whose rows of providers earlier versions wrote
+    ``slot`` for ``kind``."""
+    rows = manifest.get("providers")
+    for row in rows if isinstance(rows, list) else ():
+        if isinstance(row, dict) and "slot" in row:
+            row.setdefault("kind", row.pop("slot"))
+    return manifest
+
+
 def versions() -> dict[str, str]:
     """Versions of APT, Python and the packages that decide about results."""
     found = {"apt": __version__, "python": platform.python_version()}

@@ -303,10 +303,10 @@ def _check_providers(trainer: Trainer, manifest: Mapping[str, Any]) -> None:
     resolutions = trainer.kernel.registry.resolutions.values()
     here = {(row.kind, row.asked): row.used for row in resolutions}
     for row in manifest.get("providers", []):
-        used = here.get((row["slot"], row["asked"]))
+        used = here.get((row["kind"], row["asked"]))
         if used is not None and used != row["used"]:
             raise CheckpointError(
-                f"{row['slot']}: the checkpoint was trained with {row['used']!r}, here "
+                f"{row['kind']}: the checkpoint was trained with {row['used']!r}, here "
                 f"{used!r} would run; ask for it: "
-                f"--{ALL_NAME_KEYS[row['slot']]} {row['used']}"
+                f"--{ALL_NAME_KEYS[row['kind']]} {row['used']}"
             )

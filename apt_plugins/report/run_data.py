@@ -12,6 +12,7 @@ from typing import Any
 from apt_core.config.yaml_text import parse_yaml
 from apt_core.errors import ConfigError
 from apt_core.files import read_file
+from apt_core.runs.folder import in_present_words
 from apt_core.secrets import SecretValues, named_secrets, redact
 from apt_plugins.report.events import LogFacts, read_log
 from apt_plugins.report.metrics import Metrics, read_metrics
@@ -113,7 +114,7 @@ def _manifest(path: Path, notes: list[str]) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         notes.append("manifest.json cannot be read")
         return {}
-    return manifest
+    return in_present_words(manifest)
 
 
 def _settings(profile: str, notes: list[str]) -> dict[str, Any]:

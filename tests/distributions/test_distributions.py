@@ -79,7 +79,7 @@ def test_a_provider_that_the_profile_names_activates_its_plugin_and_says_so(
 ) -> None:
     environment.profile("[]")
     manifest, printed = train(environment, "--model.norm_name", "good_norm")
-    assert {"slot": "norm", "asked": "good_norm", "used": "good_norm", "reason": ""} in manifest[
+    assert {"kind": "norm", "asked": "good_norm", "used": "good_norm", "reason": ""} in manifest[
         "providers"
     ]
     assert [row["name"] for row in manifest["plugins"]] == ["counter"]

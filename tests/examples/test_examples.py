@@ -79,7 +79,7 @@ def test_the_window_attention_trains_and_is_what_the_manifest_names() -> None:
     options = ("--model.attention_name", "window", "--window_attention.window", "8")
     train("--plugin", WINDOW, "--strict", *options)
     providers = json.loads(Path("run/manifest.json").read_text())["providers"]
-    used = {row["slot"]: (row["used"], row["reason"]) for row in providers}
+    used = {row["kind"]: (row["used"], row["reason"]) for row in providers}
     assert used["attention"] == ("window", "")
 
 

@@ -180,7 +180,7 @@ def test_a_provider_is_built_once_for_each_config(offer: Callable[..., Registry]
     assert registry.get("retrieval", "bm25", {"width": 3}) is provider
     assert registry.get("retrieval", "bm25", {"width": 4}).config.width == 4
     assert registry.resolutions["retrieval", "bm25"].row() == {
-        "slot": "retrieval",
+        "kind": "retrieval",
         "asked": "bm25",
         "used": "bm25",
         "reason": "",

@@ -240,7 +240,7 @@ def test_the_plan_counts_the_tables(tiny):
     with torch.device("meta"):
         model = ModelBuilder(kernel.config, kernel.registry).build_model()
     assert model.ngram.weight.is_meta
-    parts = {part.slot: part.params for part in model_cost(kernel).parts}
+    parts = {part.kind: part.params for part in model_cost(kernel).parts}
     assert parts["ngrams"] == (64 + 128) * 32
     assert parts["embeddings"] == 256 * 32 and parts["norm"] == (2 * 2 + 2) * 32
     assert sum(parts.values()) == sum(p.numel() for p in model.parameters())

@@ -36,7 +36,7 @@ def test_flash_v2_falls_back_and_says_so_everywhere(apt_train):
     assert line in run.out and "using tva_default" in run.out
     assert line in (run.folder / "log.txt").read_text(encoding="utf-8")
     for manifest in (run.manifest, json.loads((run.checkpoints[-1] / "manifest.json").read_text())):
-        row = next(row for row in manifest["providers"] if row["slot"] == "attention")
+        row = next(row for row in manifest["providers"] if row["kind"] == "attention")
         assert (row["asked"], row["used"]) == ("flash_v2", "tva_default")
         assert "flash-attn is not installed" in row["reason"]
     assert "attention:tva_default (asked: flash_v2" in run.out

@@ -80,7 +80,7 @@ def test_a_dataset_gets_its_own_section_and_sees_data(data):
 
 def test_the_plan_shows_the_dataset_that_was_asked_for():
     plan = make_plan(start({"loader": "words"}), None)
-    assert [r["asked"] for r in plan["providers"] if r["slot"] == "dataset"] == ["words"]
+    assert [r["asked"] for r in plan["providers"] if r["kind"] == "dataset"] == ["words"]
 
 
 def test_settings_of_a_dataset_that_is_not_used_do_nothing():

@@ -83,8 +83,8 @@ def kernel_of() -> Callable[..., Kernel]:
     return make
 
 
-def rows(plan: dict[str, Any], slot: str) -> list[dict[str, Any]]:
-    return [part for part in plan["model"]["parts"] if part["slot"] == slot]
+def rows(plan: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    return [part for part in plan["model"]["parts"] if part["kind"] == kind]
 
 
 # FLOPs
@@ -227,7 +227,7 @@ def test_parameters_are_those_of_the_model_by_part(kernel_of) -> None:
         "norm": sum(map(total, norms)),
         "embeddings": total("embedding") + total("position") + total("head"),
     }
-    assert {part["slot"]: part["params"] for part in plan["model"]["parts"]} == expected
+    assert {part["kind"]: part["params"] for part in plan["model"]["parts"]} == expected
     assert plan["stages"][0]["params_total"] == sum(p.numel() for p in model.parameters())
 
 
@@ -319,7 +319,7 @@ def test_the_json_of_a_plan_has_the_costs(capsys, profile) -> None:
     plan = json.loads(capsys.readouterr().out)
     stage = plan["stages"][0]
     assert stage["flops_per_token"] > 0 and stage["kv_cache_bytes_per_token"] > 0
-    assert {part["slot"] for part in plan["model"]["parts"]} == {
+    assert {part["kind"] for part in plan["model"]["parts"]} == {
         "attention", "ffn", "norm", "embeddings",
     }  # fmt: skip
 
@@ -387,7 +387,7 @@ def test_a_size_that_only_the_probe_has_is_no_reason_to_fall_back(apt_train, pic
     vft = ("--model.ffn_name", "vft", "--model.vft.rank", "32")
     run = apt_train(*picky, *sizes, *vft, "--training.max_steps", "1")
     assert run.code == 0, run.err
-    used = {row["slot"]: row["used"] for row in run.manifest["providers"]}
+    used = {row["kind"]: row["used"] for row in run.manifest["providers"]}
     assert (used["attention"], used["ffn"]) == ("picky", "vft")
 
 

@@ -37,6 +37,18 @@ def run(stopped: Path, tmp_path: Path) -> Path:
     return shutil.copytree(stopped, tmp_path / "run")
 
 
+def test_rows_that_call_the_kind_of_a_provider_its_slot_are_read(seal: Seal, run: Path) -> None:
+    newest = run / "checkpoints" / "step-00000002"
+    file = newest / "manifest.json"
+    written = json.loads(file.read_text())
+    rows = [dict(row) for row in written["providers"]]
+    for row in written["providers"]:
+        row["slot"] = row.pop("kind")
+    file.write_text(json.dumps(written))
+    seal(newest)
+    assert checkpoint.load(newest).manifest["providers"] == rows
+
+
 @pytest.mark.parametrize("wrong", [[], None, True, {}, "text", 10**400])
 @pytest.mark.parametrize("key", ["loss", "scores"])
 def test_scores_of_an_evaluation_are_numbers(run: Path, key: str, wrong: Any) -> None:
@@ -53,7 +65,7 @@ INNER = [
     ("state.json", ("optimizer_groups", 0, "settings", "eps"), "text"),
     ("state.json", ("optimizer_groups", 0, "settings", "eps"), True),
     ("state.json", ("tensors", "model", "final_norm.weight"), []),
-    ("manifest.json", ("providers", 0, "slot"), [[]]),
+    ("manifest.json", ("providers", 0, "kind"), [[]]),
     ("manifest.json", ("providers", 0, "asked"), None),
     ("manifest.json", ("providers", 0), {}),
     ("manifest.json", ("plugins",), [{"name": {}}]),

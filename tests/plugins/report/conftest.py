@@ -19,7 +19,8 @@ MANIFEST: dict[str, Any] = {
     "device": "cpu",
     "versions": {"apt": "0.1.0", "torch": "2.13.0"},
     "providers": [
-        {"slot": "attention", "asked": "flash_v2", "used": "tva_default", "reason": "no GPU here"}
+        {"kind": "attention", "asked": "flash_v2", "used": "tva_default", "reason": "no GPU here"},
+        {"slot": "ffn", "asked": "vft", "used": "vft", "reason": "as earlier versions wrote it"},
     ],
     "plugins": [],
     "step": 100,

@@ -22,8 +22,10 @@ def test_a_failed_run_shows_its_error(make_run, page):
 
 
 def test_a_fallback_is_shown_with_its_reason(make_run, page):
-    text = page(make_run()).text
+    shown = page(make_run())
+    text = shown.text
     assert "flash_v2" in text and "tva_default" in text and "no GPU here" in text
+    assert "<td>ffn</td><td>vft</td>" in shown.html
 
 
 def test_failures_of_plugins_are_in_the_table_and_the_timeline(make_run, page):
@@ -120,7 +122,7 @@ def test_the_values_under_the_pointer_are_those_of_the_rows(make_run, page):
 def test_hostile_text_stays_text(make_run, make_rows, page):
     metrics = make_rows(5, **{f"{HOSTILE}/{HOSTILE}": 1.0, HOSTILE: 2.0})
     metrics.append({"step": 5, "sample": HOSTILE})
-    rows = [{"slot": HOSTILE, "asked": HOSTILE, "used": "x", "reason": HOSTILE}]
+    rows = [{"kind": HOSTILE, "asked": HOSTILE, "used": "x", "reason": HOSTILE}]
     failure = {"hook": HOSTILE, "step": 3, "error": HOSTILE, "where": HOSTILE}
     folder = make_run(
         metrics,
