@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from apt_core.discovery import Installed, LoadError, entry_for, load, plugin_name
 from apt_core.errors import ConfigError, PluginError, Problem
@@ -71,7 +71,8 @@ def ask(manager: PluginManager, record: PluginRecord) -> Declared:
     if problem is not None:
         manager.unregister(name=record.name)
         return broken(record, problem)
-    return Declared(record, providers or [], sections or [])
+    owned = [replace(section, plugin=record.name) for section in sections or ()]
+    return Declared(record, providers or [], owned)
 
 
 def broken(record: PluginRecord, problem: Problem, details: str = "") -> Declared:

@@ -195,9 +195,10 @@ def _section_spec(spec: Any) -> SectionSpec:
     for name in params:
         if not name.isidentifier():
             raise ValueError(f"the schedule parameter {name!r} is no name")
-    if spec.unused is not None and not callable(spec.unused):
-        raise TypeError(f"unused of section {path!r} is a {_name(spec.unused)}, not a function")
-    return SectionSpec(path, model, params, spec.unused)
+    for what, function in (("unused", spec.unused), ("check", spec.check)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{what} of section {path!r} is a {_name(function)}, not a function")
+    return SectionSpec(path, model, params, spec.unused, spec.check)
 
 
 def _printable(value: Any, what: str) -> str:

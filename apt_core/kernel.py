@@ -389,6 +389,8 @@ class _Boot:
             # The list as it took effect, with what the command line added and left out.
             requests = [PluginRequest.model_validate(wanted.as_profile()) for wanted in self.active]
             config = config.model_copy(update={"plugins": tuple(requests)})
+            for section in self.sections:
+                self.problems += self._problems_of_plugin(config, section)
             self.problems += self._configure(config)
         self._tell_vain_blocks(inactive)
         if self.strict:
@@ -534,6 +536,24 @@ class _Boot:
             message = f"its check of unused settings failed: {one_line(error)}"
             self.problems.append(Problem(message, section.path))
             return ()
+
+    def _problems_of_plugin(self, config: Config, section: SectionSpec) -> Sequence[Problem]:
+        """What a plugin has against its section, with the place of each key."""
+        if section.check is None:
+            return ()
+        try:
+            return [
+                Problem(
+                    f"plugin {section.plugin}: {problem.message}",
+                    key := str(problem.key or section.path),
+                    str(problem.where or self.source.where(key)),
+                    str(problem.hint),
+                )
+                for problem in section.check(config)
+            ]
+        except Exception as error:  # foreign code
+            message = f"its check failed: {one_line(error)}"
+            return [Problem(message, section.path, self.source.where(section.path))]
 
     def _strict_problems(self, inactive: Sequence[InactiveKey], lenient: bool) -> list[Problem]:
         """An inactive key is an error, unless the person left its plugin out."""

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from torch import Tensor
 
+    from apt_core.errors import Problem
+
 KINDS = (
     "attention",
     "ffn",
@@ -129,14 +131,19 @@ class SectionSpec:
     validates it; ``schedule_params`` are the names of the parameters under ``schedules:`` that the
     plugin reads. A plugin that only reads schedule parameters leaves ``path`` and ``model`` out.
 
-    ``unused(config)`` names the settings that have no effect in a checked profile: those among
-    them that somebody has written are reported as inactive.
+    ``check(config)`` gives a :class:`~apt_core.Problem` for each fault of a profile whose keys are
+    valid one by one: contradictions within the section, and with the rest. A problem without a
+    place gets that of its key. ``unused(config)`` names the settings that have no effect in such a
+    profile: those among them that somebody has written are reported as inactive. ``plugin`` is
+    stamped when the plugin is asked.
     """
 
     path: str = ""
     model: type[BaseModel] | None = None
     schedule_params: Sequence[str] = ()
     unused: Callable[[Any], Iterable[Unused]] | None = None
+    check: Callable[[Any], Iterable[Problem]] | None = None
+    plugin: str = ""
 
 
 @dataclass(frozen=True)

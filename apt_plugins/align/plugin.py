@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from apt_core import (
-    ConfigError,
     PluginCosts,
     PluginInfo,
     Priority,
@@ -21,6 +20,7 @@ from apt_plugins.align.settings import (
     WEIGHT,
     BistateSettings,
     contradictions,
+    settings_of,
     unused,
 )
 
@@ -57,23 +57,20 @@ def apt_register_providers() -> list[ProviderSpec]:
 
 @hookimpl
 def apt_register_config() -> list[SectionSpec]:
-    return [SectionSpec(SECTION, BistateSettings, schedule_params=(WEIGHT,), unused=unused)]
-
-
-@hookimpl
-def apt_configure(config: Config) -> None:
-    settings = config.section(SECTION)
-    assert isinstance(settings, BistateSettings)
-    problems = list(contradictions(config, settings))
-    if problems:
-        raise ConfigError(problems)
+    return [
+        SectionSpec(
+            SECTION,
+            BistateSettings,
+            schedule_params=(WEIGHT,),
+            unused=unused,
+            check=contradictions,
+        )
+    ]
 
 
 @hookimpl
 def apt_costs(config: Config) -> PluginCosts:
-    settings = config.section(SECTION)
-    assert isinstance(settings, BistateSettings)
-    if settings.mode == "rdrop":
+    if settings_of(config).mode == "rdrop":
         return PluginCosts(passes=1)
     return PluginCosts(averages=1, forwards=1)
 

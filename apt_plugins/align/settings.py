@@ -64,9 +64,16 @@ class BistateSettings(Section):
         return min(self.momentum_end, 1 - 1 / (1 / (1 - self.momentum_start) + age))
 
 
-def contradictions(config: Config, settings: BistateSettings) -> Iterator[Problem]:
+def settings_of(config: Config) -> BistateSettings:
+    """The section of a profile that was checked with the plugin."""
+    settings = config.section(SECTION)
+    assert isinstance(settings, BistateSettings)
+    return settings
+
+
+def contradictions(config: Config) -> Iterator[Problem]:
     """What cannot work, each with its remedy."""
-    model = config.model
+    settings, model = settings_of(config), config.model
     if settings.alpha == settings.beta == 0:
         yield Problem(
             "alpha and beta are both 0: nothing would be aligned",
@@ -124,8 +131,7 @@ def contradictions(config: Config, settings: BistateSettings) -> Iterator[Proble
 
 def unused(config: Config) -> Iterator[Unused]:
     """Settings that have no effect beside others."""
-    settings = config.section(SECTION)
-    assert isinstance(settings, BistateSettings)
+    settings = settings_of(config)
     if settings.mode != "ema":
         for key in ("momentum_start", "momentum_end"):
             reason = f"{SECTION}.mode is {settings.mode!r}: there is no average"

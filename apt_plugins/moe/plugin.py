@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from apt_core import ConfigError, PluginInfo, Priority, ProviderSpec, SectionSpec, hookimpl
+from apt_core import PluginInfo, Priority, ProviderSpec, SectionSpec, hookimpl
 from apt_plugins.moe.settings import ROUTERS, MoeSettings, contradictions, settings_of, unused
 
 if TYPE_CHECKING:
@@ -49,23 +49,14 @@ def apt_register_providers() -> list[ProviderSpec]:
 
 @hookimpl
 def apt_register_config() -> list[SectionSpec]:
-    return [SectionSpec("model.moe", MoeSettings, unused=unused)]
-
-
-@hookimpl
-def apt_configure(config: Config) -> None:
-    if not settings_of(config).enabled:
-        log.info("model.moe.enabled is false: the dense feed-forward stays")
-        return
-    problems = list(contradictions(config))
-    if problems:
-        raise ConfigError(problems)
+    return [SectionSpec("model.moe", MoeSettings, unused=unused, check=contradictions)]
 
 
 @hookimpl
 def apt_transform_model(model: Any, config: Config, registry: Any) -> ModelTransform | None:
     settings = settings_of(config)
     if not settings.enabled:
+        log.info("model.moe.enabled is false: the dense feed-forward stays")
         return None
     from apt_plugins.moe.upcycle import upcycled
 

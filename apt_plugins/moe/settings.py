@@ -83,6 +83,8 @@ def settings_of(config: Config) -> MoeSettings:
 def contradictions(config: Config) -> Iterator[Problem]:
     """What single keys cannot show and needs no layer."""
     settings, d_ff = settings_of(config), config.model.d_ff
+    if not settings.enabled:
+        return
     if settings.top_k > settings.experts:
         yield Problem(
             f"{settings.top_k} experts per token, and there are {settings.experts}",

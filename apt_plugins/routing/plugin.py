@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from apt_core import ConfigError, PluginInfo, SectionSpec, hookimpl
+from apt_core import PluginInfo, SectionSpec, hookimpl
 from apt_plugins.routing.settings import (
     SCHEDULE_PARAMS,
     RoutingSettings,
@@ -17,7 +17,6 @@ from apt_plugins.routing.settings import (
 )
 
 if TYPE_CHECKING:
-    from apt_core.config import Config
     from apt_plugins.routing.controls import RoutingControls
 
 PLUGIN = PluginInfo(
@@ -33,14 +32,15 @@ controls: WeakKeyDictionary[Any, RoutingControls] = WeakKeyDictionary()
 
 @hookimpl
 def apt_register_config() -> list[SectionSpec]:
-    return [SectionSpec("routing", RoutingSettings, schedule_params=SCHEDULE_PARAMS, unused=unused)]
-
-
-@hookimpl
-def apt_configure(config: Config) -> None:
-    problems = list(contradictions(config))
-    if problems:
-        raise ConfigError(problems)
+    return [
+        SectionSpec(
+            "routing",
+            RoutingSettings,
+            schedule_params=SCHEDULE_PARAMS,
+            unused=unused,
+            check=contradictions,
+        )
+    ]
 
 
 def controls_of(model: Any) -> RoutingControls:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
-from apt_core import ConfigError, PluginInfo, SectionSpec, hookimpl
+from apt_core import PluginInfo, SectionSpec, hookimpl
 from apt_plugins.voter.settings import VotingSettings, contradictions, settings_of, unused
 
 if TYPE_CHECKING:
@@ -37,16 +37,17 @@ current = Current()
 def apt_register_config() -> list[SectionSpec]:
     return [
         SectionSpec(
-            "model.voting", VotingSettings, schedule_params=("vote_threshold",), unused=unused
+            "model.voting",
+            VotingSettings,
+            schedule_params=("vote_threshold",),
+            unused=unused,
+            check=contradictions,
         )
     ]
 
 
 @hookimpl
 def apt_configure(config: Config) -> None:
-    problems = list(contradictions(config))
-    if problems:
-        raise ConfigError(problems)
     current.settings = settings_of(config)
 
 

@@ -155,3 +155,44 @@ def apt_register_providers():
     assert keys("plain") == {"training.betas"}
     with pytest.raises(ConfigError, match="mine: its check of unused settings failed: ValueError"):
         keys("silent", size=13)
+
+
+def test_the_check_of_a_section_tells_every_contradiction_with_its_place(tmp_path: Path) -> None:
+    source = """
+from apt_core import Problem, SectionSpec, hookimpl
+from pydantic import BaseModel
+
+class Mine(BaseModel):
+    low: int = 0
+    high: int = 9
+
+def check(config):
+    mine = config.section("mine")
+    if mine.low > mine.high:
+        yield Problem(f"{mine.low} is above mine.high", "mine.low", hint="lower it")
+        yield Problem("nothing is between its ends")
+    if mine.low == 13:
+        raise ValueError("a defect")
+
+@hookimpl
+def apt_register_config():
+    return [SectionSpec("mine", Mine, check=check)]
+"""
+    plugin, profile = tmp_path / "mine.py", tmp_path / "some.yaml"
+    plugin.write_text(source)
+
+    def problems(low: int, rest: str = "") -> list[str]:
+        profile.write_text(f"plugins: [{plugin}]\nmine:\n  low: {low}\n{rest}")
+        with pytest.raises(ConfigError) as caught:
+            boot(profile, files=False)
+        return [str(problem).removeprefix(f"{profile}:") for problem in caught.value.problems]
+
+    assert problems(10) == [
+        "3: mine.low: plugin mine: 10 is above mine.high (lower it)",
+        "2: mine: plugin mine: nothing is between its ends",
+    ]
+    # What was yielded before the defect is of a check that is not to be trusted.
+    assert problems(13) == ["2: mine: its check failed: ValueError: a defect"]
+    # A profile that is not valid is shown to no plugin.
+    (problem,) = problems(10, "model: {tva: {r: 99}}\n")
+    assert "model.tva.r" in problem

@@ -275,7 +275,7 @@ def problems(**overrides):
 
 def test_a_contrast_without_a_compensator_is_refused_at_the_start():
     (problem,) = problems(model={"tva": {"s": 0}})
-    assert problem.startswith("model.bistate.beta: ")
+    assert problem.startswith("profile: model.bistate.beta: ")
     assert "set model.tva.s to 1 or more, or model.bistate.beta to 0" in problem
     boot_fine(model={"tva": {"s": 0}, "bistate": {"beta": 0}})
 
@@ -299,7 +299,7 @@ def test_everything_that_contradicts_is_told_at_once():
         model={"bistate": {"mode": "rdrop"}, "tva": {"s": 0}},
         schedules={"align_weight": {"start": 0.1, "end": -0.1}},
     )
-    assert [problem.split(": ")[0] for problem in found] == [
+    assert [problem.split(": ")[1] for problem in found] == [
         "model.bistate.beta",
         "model.bistate.mode",
         "schedules.align_weight",
@@ -316,7 +316,7 @@ def test_two_passes_of_sharded_weights_are_refused():
 
 def test_an_average_that_would_grow_younger_is_refused():
     (problem,) = problems(model={"bistate": {"momentum_start": 0.9999}})
-    assert problem.startswith("model.bistate.momentum_start: ")
+    assert problem.startswith("profile: model.bistate.momentum_start: ")
 
 
 def test_nothing_to_align_is_refused():
