@@ -21,7 +21,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from apt_core import hook_returns as returns
-from apt_core.markers import hookspec
+from apt_core.markers import PROJECT, HookPolicy, Stage, hookspec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 
 @hookspec(
+    stage=Stage.LOADING,
     returns=returns.provider_specs,
     dormant=True,
     alone=True,
@@ -79,7 +80,14 @@ def apt_register_providers() -> Sequence[ProviderSpec]:
     """
 
 
-@hookspec(returns=returns.section_specs, dormant=True, alone=True, failure_limit=1, may_last=True)
+@hookspec(
+    stage=Stage.LOADING,
+    returns=returns.section_specs,
+    dormant=True,
+    alone=True,
+    failure_limit=1,
+    may_last=True,
+)
 def apt_register_config() -> Sequence[SectionSpec]:
     """Declare the profile sections that the plugin owns and the schedule parameters it reads.
 
@@ -103,7 +111,14 @@ def apt_register_config() -> Sequence[SectionSpec]:
     """
 
 
-@hookspec(dormant=True, alone=True, failure_limit=1, judges_input=True, may_last=True)
+@hookspec(
+    stage=Stage.BUILDING,
+    dormant=True,
+    alone=True,
+    failure_limit=1,
+    judges_input=True,
+    may_last=True,
+)
 def apt_configure(config: Config) -> None:
     """Look at the whole profile before anything is built.
 
@@ -126,6 +141,7 @@ def apt_configure(config: Config) -> None:
 
 
 @hookspec(
+    stage=Stage.BUILDING,
     returns=returns.provider,
     firstresult=True,
     dormant=True,
@@ -156,6 +172,7 @@ def apt_build_provider(spec: ProviderSpec, config: Any) -> Any:
 
 
 @hookspec(
+    stage=Stage.BUILDING,
     returns=returns.parameter_groups,
     dormant=True,
     failure_limit=1,
@@ -185,6 +202,7 @@ def apt_param_groups(model: nn.Module) -> Sequence[Mapping[str, Any]]:
 
 
 @hookspec(
+    stage=Stage.BUILDING,
     returns=returns.anything,
     dormant=True,
     alone=True,
@@ -192,6 +210,7 @@ def apt_param_groups(model: nn.Module) -> Sequence[Mapping[str, Any]]:
     judges_input=True,
     changes_weights=True,
     may_last=True,
+    permanent=True,
 )
 def apt_transform_model(model: nn.Module, config: Config, registry: ProviderSource) -> Any:
     """Change the model's structure in mid-run.
@@ -243,7 +262,14 @@ def apt_transform_model(model: nn.Module, config: Config, registry: ProviderSour
     """
 
 
-@hookspec(returns=returns.costs, dormant=True, alone=True, failure_limit=1, may_last=True)
+@hookspec(
+    stage=Stage.BUILDING,
+    returns=returns.costs,
+    dormant=True,
+    alone=True,
+    failure_limit=1,
+    may_last=True,
+)
 def apt_costs(config: Config) -> PluginCosts:
     """Say what the plugin takes of memory and arithmetic while it is enabled.
 
@@ -265,7 +291,7 @@ def apt_costs(config: Config) -> PluginCosts:
 # Training ------------------------------------------------------------------------------------
 
 
-@hookspec(sets_modes=True, may_last=True)
+@hookspec(stage=Stage.RUN, sets_modes=True, may_last=True)
 def on_plugin_enabled(plugin: str, trainer: Any) -> None:
     """A plugin has become enabled, at load or at its schedule's moment, before ``on_epoch_start``.
 
@@ -284,7 +310,7 @@ def on_plugin_enabled(plugin: str, trainer: Any) -> None:
     """
 
 
-@hookspec(sets_modes=True, may_last=True)
+@hookspec(stage=Stage.RUN, sets_modes=True, may_last=True)
 def on_training_start(trainer: Any) -> None:
     """Model, optimizer and data are ready; a resumed state is loaded; no step was taken yet.
 
@@ -299,7 +325,7 @@ def on_training_start(trainer: Any) -> None:
     """
 
 
-@hookspec(sets_modes=True)
+@hookspec(stage=Stage.RUN, sets_modes=True, replayed=True)
 def on_epoch_start(epoch: int, trainer: Any) -> None:
     """An epoch begins. After a resume in mid-epoch it fires for the rest of that epoch.
 
@@ -313,7 +339,7 @@ def on_epoch_start(epoch: int, trainer: Any) -> None:
     """
 
 
-@hookspec(copies=("batch",), sets_modes=True)
+@hookspec(stage=Stage.STEP, copies=("batch",), sets_modes=True, replayed=True)
 def on_step_start(step: int, batch: Sequence[Any], trainer: Any) -> None:
     """An optimizer step begins, before its first forward.
 
@@ -331,10 +357,12 @@ def on_step_start(step: int, batch: Sequence[Any], trainer: Any) -> None:
 
 
 @hookspec(
+    stage=Stage.MICRO_BATCH,
     returns=returns.loss_terms,
     failure_limit=1,
     changes_weights=True,
     fatal_among_processes=True,
+    replayed=True,
 )
 def apt_loss_terms(trainer: Any, batch: Any, output: ModelOutput) -> Mapping[str, Tensor]:
     """Add terms to the loss.
@@ -359,7 +387,7 @@ def apt_loss_terms(trainer: Any, batch: Any, output: ModelOutput) -> Mapping[str
     """
 
 
-@hookspec
+@hookspec(stage=Stage.STEP, edits_gradients=True, replayed=True)
 def on_backward_end(step: int, trainer: Any) -> None:
     """The gradients of the step are complete, before the finite check and clipping.
 
@@ -375,7 +403,7 @@ def on_backward_end(step: int, trainer: Any) -> None:
     """
 
 
-@hookspec
+@hookspec(stage=Stage.STEP, replayed=True)
 def on_step_end(step: int, loss: Tensor, trainer: Any) -> None:
     """The optimizer has stepped.
 
@@ -393,7 +421,7 @@ def on_step_end(step: int, loss: Tensor, trainer: Any) -> None:
     """
 
 
-@hookspec(returns=returns.metrics)
+@hookspec(stage=Stage.RUN, returns=returns.metrics)
 def apt_metrics(trainer: Any) -> Mapping[str, float]:
     """Report numbers of your own.
 
@@ -413,7 +441,7 @@ def apt_metrics(trainer: Any) -> Mapping[str, float]:
     """
 
 
-@hookspec(copies=("metrics",))
+@hookspec(stage=Stage.RUN, copies=("metrics",))
 def on_metrics(metrics: Mapping[str, float], step: int) -> None:
     """A row of metrics was written: what loggers implement. On the first rank only.
 
@@ -434,7 +462,7 @@ def on_metrics(metrics: Mapping[str, float], step: int) -> None:
     """
 
 
-@hookspec
+@hookspec(stage=Stage.RUN)
 def on_evaluation_start(trainer: Any) -> None:
     """The held-out text is about to be scored; the model is in eval mode.
 
@@ -448,7 +476,7 @@ def on_evaluation_start(trainer: Any) -> None:
     """
 
 
-@hookspec(copies=("metrics",), may_last=True)
+@hookspec(stage=Stage.RUN, copies=("metrics",), may_last=True)
 def on_evaluation_end(trainer: Any, metrics: Mapping[str, float]) -> None:
     """The held-out text was scored: ``val_loss`` (nats per token), ``val_ppl``, ``val_bpb``, and on
     how many targets (``val_tokens``).
@@ -465,7 +493,7 @@ def on_evaluation_end(trainer: Any, metrics: Mapping[str, float]) -> None:
     """
 
 
-@hookspec(may_last=True)
+@hookspec(stage=Stage.RUN, may_last=True)
 def on_epoch_end(epoch: int, trainer: Any) -> None:
     """An epoch is over and evaluated; the checkpoint, where the profile asks for one, comes next.
 
@@ -483,7 +511,7 @@ def on_epoch_end(epoch: int, trainer: Any) -> None:
     """
 
 
-@hookspec(may_last=True)
+@hookspec(stage=Stage.ENDING, may_last=True)
 def on_training_end(trainer: Any) -> None:
     """The last step is done and the last checkpoint is on disk.
 
@@ -500,7 +528,7 @@ def on_training_end(trainer: Any) -> None:
 # Checkpoints ---------------------------------------------------------------------------------
 
 
-@hookspec(returns=returns.state, dormant=True, may_last=True)
+@hookspec(stage=Stage.RUN, returns=returns.state, dormant=True, may_last=True)
 def apt_state_dict(trainer: Any) -> Mapping[str, Any]:
     """Hand over the plugin's state for the checkpoint.
 
@@ -529,7 +557,7 @@ def apt_state_dict(trainer: Any) -> Mapping[str, Any]:
     """
 
 
-@hookspec(dormant=True, alone=True, sets_modes=True, may_last=True)
+@hookspec(stage=Stage.RUN, dormant=True, alone=True, sets_modes=True, may_last=True)
 def apt_load_state_dict(trainer: Any, state: Mapping[str, Any]) -> None:
     """Take back what ``apt_state_dict`` returned.
 
@@ -549,7 +577,7 @@ def apt_load_state_dict(trainer: Any, state: Mapping[str, Any]) -> None:
     """
 
 
-@hookspec(may_last=True)
+@hookspec(stage=Stage.RUN, may_last=True)
 def on_checkpoint_saved(path: Path, trainer: Any) -> None:
     """A checkpoint is complete on disk in the folder ``path``. On the first rank only.
 
@@ -566,7 +594,7 @@ def on_checkpoint_saved(path: Path, trainer: Any) -> None:
 # Trouble -------------------------------------------------------------------------------------
 
 
-@hookspec
+@hookspec(stage=Stage.RUN)
 def on_provider_fallback(event: FallbackEvent) -> None:
     """A provider was asked for and another is used; ``event.reason`` says why.
 
@@ -580,7 +608,7 @@ def on_provider_fallback(event: FallbackEvent) -> None:
     """
 
 
-@hookspec
+@hookspec(stage=Stage.RUN)
 def on_plugin_failure(failure: PluginFailure) -> None:
     """A plugin has failed. A failure in here is logged and counted, never told again.
 
@@ -597,7 +625,7 @@ def on_plugin_failure(failure: PluginFailure) -> None:
     """
 
 
-@hookspec(may_last=True)
+@hookspec(stage=Stage.RUN, may_last=True)
 def on_exception(error: BaseException, trainer: Any) -> None:
     """The run is about to die of ``error``; the last checkpoint was attempted already.
 
@@ -616,7 +644,7 @@ def on_exception(error: BaseException, trainer: Any) -> None:
 # Generation ----------------------------------------------------------------------------------
 
 
-@hookspec(returns=returns.prompt)
+@hookspec(stage=Stage.ENDING, returns=returns.prompt, chained=True)
 def apt_rewrite_prompt(request: GenerationRequest) -> str | None:
     """Rewrite the prompt, for instance with retrieved passages.
 
@@ -634,7 +662,7 @@ def apt_rewrite_prompt(request: GenerationRequest) -> str | None:
     """
 
 
-@hookspec
+@hookspec(stage=Stage.ENDING)
 def on_generation_start(request: GenerationRequest) -> None:
     """A generation starts; ``request.prompt`` is final.
 
@@ -648,7 +676,7 @@ def on_generation_start(request: GenerationRequest) -> None:
     """
 
 
-@hookspec(returns=returns.functions)
+@hookspec(stage=Stage.ENDING, returns=returns.functions)
 def apt_logits_processors(
     request: GenerationRequest,
 ) -> Sequence[Callable[[Tensor, Tensor], Tensor]]:
@@ -673,7 +701,7 @@ def apt_logits_processors(
     """
 
 
-@hookspec(returns=returns.decoder, firstresult=True)
+@hookspec(stage=Stage.ENDING, returns=returns.decoder, firstresult=True)
 def apt_decoder(request: GenerationRequest) -> Any:
     """Choose the next token in place of sampling.
 
@@ -696,7 +724,7 @@ def apt_decoder(request: GenerationRequest) -> Any:
     """
 
 
-@hookspec
+@hookspec(stage=Stage.ENDING)
 def on_generation_end(request: GenerationRequest, result: GenerationResult) -> None:
     """A generation is done; ``result.text`` is the continuation.
 
@@ -708,3 +736,28 @@ def on_generation_end(request: GenerationRequest, result: GenerationResult) -> N
         def on_generation_end(request, result):
             print(f"{len(result.tokens)} tokens")
     """
+
+
+# Policy --------------------------------------------------------------------------------------
+
+POLICIES: dict[str, HookPolicy] = {
+    name: getattr(specification, f"{PROJECT}_policy")
+    for name, specification in list(globals().items())
+    if hasattr(specification, f"{PROJECT}_policy")
+}
+"""The policy of every hook, by its name, in the order in which they stand above."""
+
+
+def hooks_where(applies: Callable[[HookPolicy], bool]) -> tuple[str, ...]:
+    """The hooks to whose policy something applies."""
+    return tuple(name for name, policy in POLICIES.items() if applies(policy))
+
+
+STEP_HOOKS = hooks_where(lambda policy: policy.in_step)
+"""Hooks that are called within a step, and not by one another: their times add up."""
+
+MICRO_BATCH_HOOKS = hooks_where(lambda policy: policy.stage is Stage.MICRO_BATCH)
+"""Those of them that are called between the forward and the backward of each micro-batch."""
+
+REACHES_WEIGHTS = frozenset({"trainer", "model", "batch", "output", "request"})
+"""Parameters of hooks that lead to the weights, or to what is trained on."""

@@ -370,7 +370,7 @@ class _Boot:
             params=self.params,
             blocked={**self.left_out, **inert_params},
             lenient=lenient,
-            permanent=[n for n in names if self.manager.implements(n, "apt_transform_model")],
+            permanent=[n for n in names if self.manager.implements_where(n, lambda p: p.permanent)],
         )
         self.problems += problems
         inactive += more

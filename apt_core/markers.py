@@ -1,10 +1,11 @@
-"""``hookimpl`` and ``hookspec``: how functions are marked, and in what order they run."""
+"""``hookimpl`` and ``hookspec``: how hooks are marked, ordered, and what is decided by hook."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from enum import IntEnum
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
 from types import GeneratorType
 from typing import Any, TypeVar, overload
 
@@ -79,69 +80,97 @@ def hookimpl(
     return mark if function is None else mark(function)
 
 
-@overload
-def hookspec(function: F) -> F: ...
-@overload
-def hookspec(
-    *,
-    returns: Returns = ...,
-    firstresult: bool = ...,
-    dormant: bool = ...,
-    alone: bool = ...,
-    copies: tuple[str, ...] = ...,
-    failure_limit: int = ...,
-    judges_input: bool = ...,
-    changes_weights: bool = ...,
-    fatal_among_processes: bool = ...,
-    sets_modes: bool = ...,
-    may_last: bool = ...,
-) -> Callable[[F], F]: ...
-def hookspec(
-    function: F | None = None,
-    *,
-    returns: Returns = ignored,
-    firstresult: bool = False,
-    dormant: bool = False,
-    alone: bool = False,
-    copies: tuple[str, ...] = (),
-    failure_limit: int = 3,
-    judges_input: bool = False,
-    changes_weights: bool = False,
-    fatal_among_processes: bool = False,
-    sets_modes: bool = False,
-    may_last: bool = False,
-) -> F | Callable[[F], F]:
-    """Mark a function as the specification of a hook, with all of its policy.
+class Stage(Enum):
+    """When in the life of a run a hook is called."""
 
-    ``returns`` makes plain types of what an implementation returned, inside the guard; by default
-    that is not looked at. ``dormant``: does it fire for a plugin whose schedule has not enabled it
-    yet? ``alone``: is it called for one plugin at a time, so that a wrapper would be around
-    nothing? Of the parameters ``copies``, which are lists and mappings, each implementation gets
-    its own. A plugin is quarantined once it has failed ``failure_limit`` times. With
-    ``judges_input`` a ConfigError is no failure but bad input. ``changes_weights``: is what it
-    returns part of the training (without it, a plugin that is left out leaves the weights as they
-    are)?
-    ``fatal_among_processes``: does its failure end a run of several processes, which would no
-    longer do the same? ``sets_modes``: may it set the training mode of parts of the model? (What
-    another hook leaves set is put back.) ``may_last``: is one that takes longer than
-    ``training.hook_timeout`` only told of, and no failure?
+    LOADING = "while the plugin is loaded: one that fails is broken, and bad input unless isolated"
+    BUILDING = "while the profile is checked, and whenever parts of the run are built"
+    RUN = "in the run, outside of its steps"
+    STEP = "in every step"
+    MICRO_BATCH = "in every step, for each of its micro-batches"
+    ENDING = "once the steps are over: StopTraining ends only what calls it"
+
+
+def _told(sentence: str) -> Any:
+    """A field of a policy, False by default; ``sentence`` says in the reference what True means."""
+    return field(default=False, metadata={"told": sentence})
+
+
+@dataclass(frozen=True, kw_only=True)
+class HookPolicy:
+    """What is decided by hook. It marks the function that specifies the hook.
+
+    Everything that treats one hook unlike another reads it here: the manager, the commands, the
+    checks of plugins, the reference of hooks, the fault matrix of the tests.
     """
 
-    def mark(func: F) -> F:
-        options = {
-            "returns": returns,
-            "firstresult": firstresult,
-            "dormant": dormant,
-            "alone": alone,
-            "copies": copies,
-            "failure_limit": failure_limit,
-            "judges_input": judges_input,
-            "changes_weights": changes_weights,
-            "fatal_among_processes": fatal_among_processes,
-            "sets_modes": sets_modes,
-            "may_last": may_last,
-        }
-        setattr(func, f"{PROJECT}_spec", options)
-        return func
+    stage: Stage
 
-    return mark if function is None else mark(function)
+    returns: Returns = ignored
+    """Makes plain types of what an implementation returned, inside the guard."""
+
+    copies: tuple[str, ...] = ()
+    """Parameters, lists and mappings, of which each implementation gets its own."""
+
+    failure_limit: int = 3
+    """Failures in this hook at which a plugin is quarantined."""
+
+    firstresult: bool = False
+    """Is the first result that is not None the only one? (pluggy's name)"""
+
+    chained: bool = False
+    """Is each implementation given what the one before made of the request?"""
+
+    dormant: bool = False
+    """Is it called for a plugin whose schedule has not enabled it yet?"""
+
+    alone: bool = _told("It is called for one plugin at a time: there are no wrappers of it.")
+    """Is it called for one plugin at a time, so that a wrapper would be around nothing?"""
+
+    changes_weights: bool = _told("What it returns is part of the training.")
+    """Is its result part of the training? An observer cannot implement it."""
+
+    edits_gradients: bool = _told("It may edit gradients in place.")
+    """Is what it does to gradients part of the training?"""
+
+    judges_input: bool = _told("A ConfigError is bad input.")
+    """Is a ConfigError bad input (exit code 2), and no failure of the plugin?"""
+
+    fatal_among_processes: bool = _told("A failure ends a run of several processes.")
+    """Would processes no longer do the same where it fails in one of them?"""
+
+    may_last: bool = _told(
+        "It may take longer than `training.hook_timeout`: that is told, and no failure."
+    )
+    """Is one that takes longer than ``training.hook_timeout`` only told of?"""
+
+    sets_modes: bool = _told("Modes of modules that it sets are kept.")
+    """May it set the training mode of parts of the model? What another leaves set is put back."""
+
+    permanent: bool = _told("A schedule cannot disable a plugin that implements it.")
+    """Does what it did stay when the plugin is disabled?"""
+
+    replayed: bool = _told("A step that a resume takes again calls it again.")
+    """Does a resume from the middle of a step call it again for that step?"""
+
+    @property
+    def in_step(self) -> bool:
+        """Is it called within every step?"""
+        return self.stage in (Stage.STEP, Stage.MICRO_BATCH)
+
+    @property
+    def trains(self) -> bool:
+        """Does a plugin with such a hook change weights, whatever the profile names?"""
+        return self.edits_gradients or (self.changes_weights and self.stage is not Stage.LOADING)
+
+    def __call__(self, function: F) -> F:
+        setattr(function, f"{PROJECT}_spec", {"firstresult": self.firstresult})
+        setattr(function, f"{PROJECT}_policy", self)
+        return function
+
+
+hookspec = HookPolicy
+"""``@hookspec(stage=…)`` marks a function as a hook, with all of its policy."""
+
+CALLBACK = HookPolicy(stage=Stage.RUN)
+"""The policy of functions that a plugin gives to others to call: that of a hook that only tells."""

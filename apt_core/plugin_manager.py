@@ -34,8 +34,9 @@ from apt_core.hook_calls import (
     values_of,
 )
 from apt_core.hook_deadline import HookDeadline, HookTimeoutError
+from apt_core.hookspecs import POLICIES, REACHES_WEIGHTS, STEP_HOOKS, hooks_where
 from apt_core.log import get_logger
-from apt_core.markers import PROJECT, Priority
+from apt_core.markers import CALLBACK, PROJECT, HookPolicy, Priority
 from apt_core.plugin_names import normalized_name, short_name
 from apt_core.plugin_records import PluginRecord
 from apt_core.requirements import unmet
@@ -52,23 +53,8 @@ log = get_logger("apt.plugins")
 
 T = TypeVar("T")
 
-CALLBACK = {
-    "failure_limit": 3,
-    "judges_input": False,
-    "fatal_among_processes": False,
-    "sets_modes": False,
-    "may_last": False,
-}
-"""The policy of functions that a plugin gives to others to call: that of a hook that only tells."""
-
-REACHES_WEIGHTS = frozenset({"trainer", "model", "batch", "output", "request"})
-"""Parameters of hooks that lead to the weights, or to what is trained on."""
-
 MAX_LOG_ERRORS = 20
 """Errors of logging that are kept until they are counted; they hold on to frames."""
-
-IN_STEP = ("on_step_start", "apt_loss_terms", "on_backward_end", "on_step_end")
-"""Hooks that are called within a step, and not by one another: their times add up."""
 
 
 class PluginManager(pluggy.PluginManager):
@@ -410,7 +396,7 @@ class PluginManager(pluggy.PluginManager):
         deadline = HookDeadline(
             seconds,
             position=lambda: f" at step {self.step}{process}",
-            may_last=lambda hook: bool(self._options(hook)["may_last"]),
+            may_last=lambda hook: policy_of(hook).may_last,
             aloud=bool(process),
         )
         before, self.deadline = self.deadline, deadline
@@ -439,7 +425,7 @@ class PluginManager(pluggy.PluginManager):
         if changes := watch.put_back(before, sets_modes=sets_modes):
             self._left_by_one(calls, changes)
 
-    def left_behind(self, changes: Sequence[str], hooks: Sequence[str] = IN_STEP) -> None:
+    def left_behind(self, changes: Sequence[str], hooks: Sequence[str] = STEP_HOOKS) -> None:
         """Tell of what was put back after calls of ``hooks``, or of what plugins have handed
         over. Raises PluginError as a call of a hook does."""
         self._left_by_one([call for name in hooks for call in self.order(name)], changes)
@@ -502,7 +488,7 @@ class PluginManager(pluggy.PluginManager):
     # Plans -----------------------------------------------------------------------------------
 
     def time_calls(self, on: bool) -> None:
-        """Time what every plugin does within a step (the IN_STEP hooks) from now on, or no more."""
+        """Time what every plugin does within a step (STEP_HOOKS) from now on, or no more."""
         self._timing = on
 
     def _add_timed(self, key: tuple[str, str], seconds: float) -> None:
@@ -536,14 +522,15 @@ class PluginManager(pluggy.PluginManager):
 
     def _plan(self, hook_name: str, methods: Sequence[Any]) -> Plan:
         calls = self._sorted(hook_name, methods)
+        policy = policy_of(hook_name)
         plan = Plan(
             methods,
             tuple(call for call in calls if call.wrapper),
             tuple(call for call in calls if not call.wrapper),
-            self._options(hook_name)["returns"],
+            policy.returns,
             [0.0] * sum(not call.wrapper for call in calls),
-            hook_name in IN_STEP,
-            self._options(hook_name)["sets_modes"],
+            policy.in_step,
+            policy.sets_modes,
         )
         if hook_name in self._plans:
             self._former_plans.append(self._plans[hook_name])
@@ -563,42 +550,42 @@ class PluginManager(pluggy.PluginManager):
         priority = own if record is None or record.priority is None else record.priority
         function = method.function
         argnames = tuple(inspect.signature(function).parameters)
-        copies = self._options(hook_name)["copies"]
-        places = [place for place, name in enumerate(argnames) if name in copies]
+        policy = policy_of(hook_name)
+        places = [place for place, name in enumerate(argnames) if name in policy.copies]
         if places:
             function = on_copies(function, places)
         key = (hook_name, method.plugin_name)
         timing = timed_wrapper if method.wrapper else timed
         if self.shared_timings is not None:
             function = timing(function, self.shared_timings.setdefault(key, []).append)
-        if method.wrapper and hook_name in IN_STEP:
+        if method.wrapper and policy.in_step:
             function = timed_wrapper(function, partial(self._add_timed, key))
         return Call(function, argnames, method.plugin_name, hook_name, priority, method.wrapper)
 
     def _may_run(self, call: Call, dormant: bool) -> bool:
         record = self.records.get(call.plugin)
         if record is not None and record.state == "dormant":
-            return dormant or bool(self._options(call.hook)["dormant"])
+            return dormant or policy_of(call.hook).dormant
         return record is None or record.state in ("active", "available")
-
-    def _options(self, hook_name: str) -> Mapping[str, Any]:
-        hook = getattr(self.hook, hook_name, None)
-        options: Mapping[str, Any] = CALLBACK if hook is None else hook.spec.opts
-        return options
 
     def implements(self, plugin: str, hook_name: str) -> bool:
         """Does a registered plugin implement the hook, whatever its state?"""
         methods = getattr(self.hook, hook_name).get_hookimpls()
         return any(method.plugin_name == plugin for method in methods)
 
+    def implements_where(self, plugin: str, applies: Callable[[HookPolicy], bool]) -> bool:
+        """Does a registered plugin implement a hook to whose policy something applies?"""
+        return any(self.implements(plugin, hook) for hook in hooks_where(applies))
+
     def only_observes(self, plugin: str) -> bool:
         """Does a registered plugin say that it is an observer, or get nothing through which it
         could change a weight?"""
         if plugin_info(self.get_plugin(plugin)).observer:
             return True
-        return all(
-            not self._options(caller.name)["changes_weights"]
-            and not REACHES_WEIGHTS & {*method.argnames}
+        if self.implements_where(plugin, lambda policy: policy.changes_weights):
+            return False
+        return not any(
+            REACHES_WEIGHTS & {*method.argnames}
             for caller in self.get_hookcallers(self.get_plugin(plugin)) or ()
             for method in caller.get_hookimpls()
             if method.plugin_name == plugin
@@ -706,8 +693,8 @@ class PluginManager(pluggy.PluginManager):
         return type(error) is PluginError and error in self._raised_here
 
     def _failed(self, call: Call, error: BaseException) -> None:
-        options = self._options(call.hook)
-        if options["judges_input"] and isinstance(error, ConfigError):
+        policy = policy_of(call.hook)
+        if policy.judges_input and isinstance(error, ConfigError):
             known = [p for p in getattr(error, "problems", ()) if isinstance(p, Problem)]
             problems = known or [Problem(one_line(error))]
             raise ConfigError(
@@ -717,7 +704,7 @@ class PluginManager(pluggy.PluginManager):
         failure = record.add_failure(
             error,
             hook=call.hook,
-            limit=1 if isinstance(error, HookTimeoutError) else options["failure_limit"],
+            limit=1 if isinstance(error, HookTimeoutError) else policy.failure_limit,
             step=self.step,
             code=call.function,
         )
@@ -750,7 +737,7 @@ class PluginManager(pluggy.PluginManager):
             return "the profile says on_failure: required"
         if self.stop_together is None or not to_others:
             return ""
-        if self._options(call.hook)["fatal_among_processes"]:
+        if policy_of(call.hook).fatal_among_processes:
             return "the processes of a run must train on the same loss"
         collective = (options_of(call.function) or {}).get("collective")
         if collective:
@@ -776,6 +763,11 @@ class PluginManager(pluggy.PluginManager):
         stop = fatal or pending or stopped
         if stop is not None:
             raise stop from error
+
+
+def policy_of(hook_name: str) -> HookPolicy:
+    """The policy of a hook, or of a callback, whose name is that of no hook."""
+    return POLICIES.get(hook_name, CALLBACK)
 
 
 def _what(changes: Sequence[str]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from apt_core.errors import Problem, did_you_mean
 from apt_core.failures import one_line, short_path, source_of
+from apt_core.hookspecs import POLICIES
 from apt_core.log import get_logger
 from apt_core.markers import PROJECT
 from apt_core.types import PluginInfo
@@ -102,8 +103,8 @@ def _problems_of(plugin: Any, name: str, specs: Mapping[str, Any]) -> list[Probl
         options = options_of(function)
         if options is not None:
             problems += _check_implementation(plugin, name, attribute, function, options, specs)
-            spec = specs.get(options.get("specname") or attribute)
-            if plugin_info(plugin).observer and spec and spec.opts["changes_weights"]:
+            policy = POLICIES.get(options.get("specname") or attribute)
+            if plugin_info(plugin).observer and policy and policy.changes_weights:
                 problems.append(
                     Problem(
                         "an observer cannot implement it: its result is part of the training",
@@ -172,7 +173,7 @@ def _check_implementation(
         problems.append(problem("it is asynchronous", "hooks are plain functions: drop 'async'"))
     if options.get("wrapper") and not inspect.isgeneratorfunction(function):
         problems.append(problem("a wrapper must yield once", "result = yield; return result"))
-    if options.get("wrapper") and specs[hook].opts["alone"]:
+    if options.get("wrapper") and POLICIES[hook].alone:
         problems.append(
             problem("it is called for one plugin at a time, so a wrapper is around nothing", "")
         )

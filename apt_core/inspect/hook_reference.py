@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 
+from apt_core.hookspecs import POLICIES
 from apt_core.inspect.listing import hook_facts, hook_names
 from apt_core.plugin_manager import PluginManager
 
@@ -15,15 +17,6 @@ not enabled yet. What an implementation returns is looked at where it is called:
 the hook accepts is a failure of the plugin there, like an exception.
 """
 
-POLICY = {
-    "alone": "It is called for one plugin at a time: there are no wrappers of it.",
-    "changes_weights": "What it returns is part of the training.",
-    "judges_input": "A ConfigError is bad input.",
-    "fatal_among_processes": "A failure ends a run of several processes.",
-    "may_last": "It may take longer than `training.hook_timeout`: that is told, and no failure.",
-    "sets_modes": "Modes of modules that it sets are kept.",
-}
-
 
 def hook_reference() -> str:
     """One section a hook: signature, behaviour, contract, example."""
@@ -31,15 +24,21 @@ def hook_reference() -> str:
     parts = [HEADER]
     for name in hook_names(manager):
         facts = hook_facts(manager, name)
-        result = "the first result that is not None" if facts["firstresult"] else "every result"
-        limit = facts["failure_limit"]
+        policy = POLICIES[name]
+        result = "every result"
+        if policy.firstresult:
+            result = "the first result that is not None"
+        elif policy.chained:
+            result = "the last result, each of which is made of the one before"
+        limit = policy.failure_limit
         after = "the first failure" if limit == 1 else f"failure {limit}"
         told = [
+            f"Called {policy.stage.value}.",
             f"Collects {result}.",
-            f"Fires for dormant plugins: {'yes' if facts['dormant'] else 'no'}.",
+            f"Fires for dormant plugins: {'yes' if policy.dormant else 'no'}.",
             f"Quarantine after {after}.",
             f"Accepts {facts['returns'].replace('``', '`')}.",
-            *(sentence for flag, sentence in POLICY.items() if facts[flag]),
+            *(f.metadata["told"] for f in fields(policy) if f.metadata and getattr(policy, f.name)),
         ]
         parts.append(
             f"## {name}\n\n`{facts['signature']}`\n\n{' '.join(told)}\n\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from apt_core.declarations import declared_by
 from apt_core.discovery import installed_plugins
 from apt_core.errors import ConfigError, Problem
 from apt_core.failures import short_path, source_of
+from apt_core.hookspecs import POLICIES
 from apt_core.plugin_manager import PluginManager
 from apt_core.plugin_records import PluginRecord
 from apt_core.registry import Registry
@@ -136,20 +137,13 @@ def hook_names(manager: PluginManager) -> list[str]:
 
 def hook_facts(manager: PluginManager, name: str) -> dict[str, Any]:
     """Signature, behaviour, policy and contract of one hook."""
-    spec = getattr(manager.hook, name).spec
+    spec, policy = getattr(manager.hook, name).spec, POLICIES[name]
     return {
         "hook": name,
         "signature": f"{name}({', '.join(spec.argnames)})",
-        "firstresult": bool(spec.opts["firstresult"]),
-        "dormant": bool(spec.opts["dormant"]),
-        "alone": bool(spec.opts["alone"]),
-        "failure_limit": spec.opts["failure_limit"],
-        "returns": (inspect.getdoc(spec.opts["returns"]) or "").partition("\n")[0],
-        "judges_input": spec.opts["judges_input"],
-        "changes_weights": spec.opts["changes_weights"],
-        "fatal_among_processes": spec.opts["fatal_among_processes"],
-        "sets_modes": spec.opts["sets_modes"],
-        "may_last": spec.opts["may_last"],
+        **{part.name: getattr(policy, part.name) for part in fields(policy)},
+        "stage": policy.stage.name.lower(),
+        "returns": (inspect.getdoc(policy.returns) or "").partition("\n")[0],
         "doc": inspect.getdoc(spec.function) or "",
     }
 

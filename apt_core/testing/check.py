@@ -24,15 +24,6 @@ from apt_core.testing.two_processes import differences
 from apt_core.types import CORE, KINDS, ProviderSpec
 from apt_core.validation import misplaced_hooks
 
-ACTS = (
-    "apt_loss_terms",
-    "apt_param_groups",
-    "apt_build_provider",
-    "apt_transform_model",
-    "on_backward_end",
-)
-"""Hooks by which a plugin may mean to change the weights."""
-
 TRAINED_WITH = ("attention", "ffn", "norm", "position", "backbone", "optimizer", "lr_schedule")
 """Kinds of providers that a tiny run can be made with, whatever their settings are."""
 
@@ -102,7 +93,7 @@ def check_plugin(
         return [*findings, Finding("trains", False, _reason(error))]
     findings.append(Finding("trains", True, "6 steps, strictly"))
     name = declared.record.name
-    if not any(manager.implements(name, hook) for hook in ACTS):
+    if not manager.implements_where(name, lambda policy: policy.trains):
         same = plain.same_weights(run)
         detail = "" if same else "the weights differ from a run without the plugin"
         findings.append(Finding("leaves the weights alone", same, detail))
@@ -162,7 +153,7 @@ def _in_two_processes(
     tried: dict[str, dict[str, Any]] = {
         spec.key: {NAME_KEYS[spec.kind]: spec.name} for spec in specs
     }
-    if not tried and any(manager.implements(name, hook) for hook in ACTS):
+    if not tried and manager.implements_where(name, lambda policy: policy.trains):
         tried[""] = dict(WHOLE)
     paths = {spec.section for spec in registry.specs() if spec.plugin == name} - {""}
     for key, named in tried.items():

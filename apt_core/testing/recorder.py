@@ -8,7 +8,8 @@ from typing import Any
 
 from apt_core import hookspecs
 from apt_core.errors import did_you_mean
-from apt_core.markers import PROJECT, Priority, hookimpl
+from apt_core.hookspecs import POLICIES
+from apt_core.markers import Priority, hookimpl
 
 
 class Recorder:
@@ -28,11 +29,12 @@ class Recorder:
         self, hooks: Collection[str] | None = None, *, priority: int = Priority.NORMAL
     ) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
-        specs = {n: spec for n, spec in vars(hookspecs).items() if hasattr(spec, f"{PROJECT}_spec")}
-        for name in (n for n in specs if n.startswith("on_")) if hooks is None else hooks:
-            if name not in specs:
-                raise ValueError(f"there is no hook {name!r} {did_you_mean(name, specs)}".rstrip())
-            setattr(self, name, hookimpl(priority=priority)(self._listener(name, specs[name])))
+        for name in (n for n in POLICIES if n.startswith("on_")) if hooks is None else hooks:
+            if name not in POLICIES:
+                hint = did_you_mean(name, POLICIES)
+                raise ValueError(f"there is no hook {name!r} {hint}".rstrip())
+            listener = self._listener(name, getattr(hookspecs, name))
+            setattr(self, name, hookimpl(priority=priority)(listener))
 
     def _listener(self, name: str, spec: Callable[..., Any]) -> Callable[..., None]:
         signature = inspect.signature(spec)

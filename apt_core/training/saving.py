@@ -19,9 +19,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from apt_core.errors import StopTraining, TrainingError
 from apt_core.failures import one_line, short_path
+from apt_core.hookspecs import hooks_where
 from apt_core.log import get_logger
 from apt_core.parallel.world import World
-from apt_core.plugin_manager import IN_STEP
 from apt_core.runs import checkpoint
 from apt_core.runs.checkpoint import Evaluated, Snapshot
 from apt_core.runs.folder import RunFolder, now, versions
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 log = get_logger("apt.checkpoint")
 
-STEP_HOOKS = ("on_epoch_start", *IN_STEP)
+REPLAYED = hooks_where(lambda policy: policy.replayed)
 
 Position = tuple[int, int]
 """Steps taken and epochs ended."""
@@ -283,7 +283,7 @@ class Saving:
         weights are worth more than that a resume gives the same bits."""
         manager = self._trainer.manager
         kept = {call.plugin for call in manager.order("apt_state_dict")}
-        moved = {call.plugin for hook in STEP_HOOKS for call in manager.order(hook)}
+        moved = {call.plugin for hook in REPLAYED for call in manager.order(hook)}
         plugins = sorted(kept & moved)
         if plugins:
             log.warning(

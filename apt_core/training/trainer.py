@@ -33,6 +33,7 @@ from apt_core.errors import (
 )
 from apt_core.failures import one_line, text_of
 from apt_core.hook_returns import MAX_FACTOR
+from apt_core.hookspecs import MICRO_BATCH_HOOKS, hooks_where
 from apt_core.kernel import Kernel, before_the_run, boot
 from apt_core.log import get_logger, keeping_backlog, noting_errors
 from apt_core.metric_names import CROSS_ENTROPY
@@ -76,7 +77,7 @@ if TYPE_CHECKING:
 
 log = get_logger("apt.training")
 
-LOOKING = ("apt_loss_terms", "on_backward_end", "on_step_end")
+KEEP_MODES = hooks_where(lambda policy: policy.in_step and not policy.sets_modes)
 """Hooks of every step that are to leave the modes of modules alone."""
 
 
@@ -417,7 +418,7 @@ class Trainer:
                 if watch is not None:
                     watch.begin_step()
                     if not watch.modes_unchanged():
-                        self.manager.left_behind(watch.put_back(), LOOKING)
+                        self.manager.left_behind(watch.put_back(), KEEP_MODES)
                 # To call what nobody implements takes ten times as long as to ask.
                 if hook.on_step_start.get_hookimpls():
                     hook.on_step_start(step=step, batch=list(batches), trainer=self)
@@ -457,7 +458,7 @@ class Trainer:
                         summed = summed + term
                         terms[name] = terms.get(name, zero) + term.detach()
                     if adding and watch is not None and not watch.settled():
-                        self.manager.left_behind(watch.put_back(), ("apt_loss_terms",))
+                        self.manager.left_behind(watch.put_back(), MICRO_BATCH_HOOKS)
                     if not summed.requires_grad:
                         raise TrainingError(f"step {step}: every parameter of the model is frozen")
                     summed.backward(scale)

@@ -11,15 +11,8 @@ from dataclasses import dataclass
 
 from fault_kinds import groups_of
 
-from apt_core import hookspecs
-from apt_core.markers import PROJECT, ignored
-
-HOOKS: dict[str, Mapping[str, object]] = {
-    name: getattr(spec, f"{PROJECT}_spec")
-    for name, spec in vars(hookspecs).items()
-    if hasattr(spec, f"{PROJECT}_spec")
-}
-"""The policy of every hook, as its ``@hookspec`` has it."""
+from apt_core.hookspecs import POLICIES as HOOKS
+from apt_core.markers import Stage, ignored
 
 # Where a hook is called ------------------------------------------------------------------------
 
@@ -93,19 +86,12 @@ WATCHED = frozenset(
 )  # fmt: skip
 """Changes of global state that are told, with the plugin and the hook, wherever they are left."""
 
-LOADING = ("apt_register_providers", "apt_register_config")
-"""Hooks whose failure makes a plugin unusable: it is left out, or the input is bad."""
-
-ENDING = ("on_training_end", "apt_rewrite_prompt", "on_generation_start", "apt_logits_processors",
-          "apt_decoder", "on_generation_end")  # fmt: skip
-"""Hooks that are called when the run is over: nothing is left to stop but what calls them."""
-
 POLICIES = ("isolate", "required", "strict")
 
 
 def loading(case: Case, number: int) -> bool:
     """Is the plugin asked what it declares, and broken where it fails?"""
-    return case.hook in LOADING and number == 1
+    return HOOKS[case.hook].stage is Stage.LOADING and number == 1
 
 
 def severity_of(case: Case) -> str:
@@ -118,12 +104,12 @@ def severity_of(case: Case) -> str:
             return "stop"
         if name == "KeyboardInterrupt":
             return "interrupt"
-        if name.startswith("ConfigError") and HOOKS[case.hook]["judges_input"]:
+        if name.startswith("ConfigError") and HOOKS[case.hook].judges_input:
             return "judgement"
         return "failure"
     if case.kind in WATCHED:
         return "left"
-    looked_at = HOOKS[case.hook]["returns"] is not ignored
+    looked_at = HOOKS[case.hook].returns is not ignored
     if group == "later" or (group == "return" and looked_at):
         return "failure"
     return "failure" if case.kind == "return-half-a-generator" else "nothing"
@@ -143,7 +129,7 @@ def expected_of(case: Case, number: int, taken: int | None) -> Outcome:
         return BAD_INPUT
     if outcome is STOPS and taken is None:
         return BAD_INPUT
-    if outcome is STOPS and case.hook in ENDING:
+    if outcome is STOPS and HOOKS[case.hook].stage is Stage.ENDING:
         return ENDS_STAGE
     if scene.name == "plan":
         return Outcome(outcome.name, outcome.code, "")
@@ -221,13 +207,13 @@ def cases_of(hook: str, places: Positions) -> list[Case]:
         for position in names:
             add("raise-ValueError", policy, position)
     add("raise-ValueError", "isolate", "always")
-    forms = [form for form in FORMS if not (HOOKS[hook]["alone"] and form.startswith("wrapper"))]
+    forms = [form for form in FORMS if not (HOOKS[hook].alone and form.startswith("wrapper"))]
     for number, form in enumerate(forms):
         for kind in IN_FORMS:
             add(kind, "isolate", names[number % len(names)], form)
         for policy in POLICIES[1:]:
             add("raise-ValueError", policy, names[number % len(names)], form)
-    for policy in () if HOOKS[hook]["alone"] else POLICIES:
+    for policy in () if HOOKS[hook].alone else POLICIES:
         add("wrong-none", policy, names[0], "wrapper-none")
         add("wrong-twice", policy, names[0], "wrapper-twice")
     scene = scene_of(hook)

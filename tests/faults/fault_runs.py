@@ -540,7 +540,7 @@ class Laboratory:
             others["on_plugin_failure"] = others.get("on_plugin_failure", 0) + failures
         if case.hook == "on_plugin_failure":  # never told again
             others["on_plugin_failure"] -= failures
-        if HOOKS[case.hook]["firstresult"] and case.kind.startswith("later"):
+        if HOOKS[case.hook].firstresult and case.kind.startswith("later"):
             others[case.hook] -= 1  # there is a result before it is asked
         for hook in own.keys() | others.keys():
             if own.get(hook, 0) != others.get(hook, 0):
@@ -595,7 +595,7 @@ class Laboratory:
             return
         row = _row(left)
         failures = [failure["hook"] for failure in row.get("failures", [])]
-        limit = min(int(HOOKS[case.hook]["failure_limit"]), FAILURES_IN_ALL)  # type: ignore[call-overload]
+        limit = min(HOOKS[case.hook].failure_limit, FAILURES_IN_ALL)
         due = len(self.reconnoitre(case.hook).seen["calls"]) - number + 1
         count = min(limit, due) if case.position == "always" and not ends else 1
         if failures != [case.hook] * count:

@@ -89,7 +89,7 @@ def test_a_method_tells_its_plugin_function_and_options(plugin_of: type) -> None
 
 def test_a_specification_keeps_our_options(watching: Watching) -> None:
     spec = watching.hook.apt_loss_terms.spec
-    assert (spec.opts["failure_limit"], spec.opts["dormant"]) == (1, False)
+    assert spec.opts["firstresult"] is False
     assert spec.argnames == ("trainer", "batch", "output")
 
 

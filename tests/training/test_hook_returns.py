@@ -30,7 +30,8 @@ from fault_values import (
 from torch import Tensor, nn
 
 from apt_core import hook_returns, hookimpl
-from apt_core.inspect.listing import hook_facts, hook_names
+from apt_core.hookspecs import POLICIES, hooks_where
+from apt_core.markers import ignored
 from apt_core.plugin_manager import PluginManager
 from apt_core.runs import checkpoint
 from apt_core.testing import TinyRun, tiny_run
@@ -101,7 +102,7 @@ def wrapping(value: Any) -> Any:
 def outcome(manager: PluginManager, hook: str, way: str) -> Any:
     """The plugin's result of the hook, called in one of the ways that there are, or None."""
     arguments = ARGUMENTS[hook]
-    first = getattr(manager.hook, hook).spec.opts["firstresult"]
+    first = POLICIES[hook].firstresult
     if way == "plugin":
         return manager.call_plugin("mine", hook, **arguments)
     if way == "chain":
@@ -117,7 +118,7 @@ def outcome(manager: PluginManager, hook: str, way: str) -> Any:
 
 
 def ways(hook: str) -> list[str]:
-    return ["hook", "each", "plugin", *["chain"] * (hook == "apt_rewrite_prompt")]
+    return ["hook", "each", "plugin", *["chain"] * POLICIES[hook].chained]
 
 
 CASES = [(hook, label, *case) for hook, cases in WRONG.items() for label, case in cases.items()]
@@ -140,9 +141,9 @@ def test_a_wrong_result_is_a_failure_where_the_hook_is_called(
         assert f"{Path(__file__).name}:" in failure.where
     # A wrapper's result is its own, whatever the others have returned.
     manager = PluginManager()
-    if once or hook == "apt_rewrite_prompt" or manager._specs()[hook].opts["alone"]:
+    if once or POLICIES[hook].chained or POLICIES[hook].alone:
         return
-    result = value if manager._specs()[hook].opts["firstresult"] else [value]
+    result = value if POLICIES[hook].firstresult else [value]
     manager.register(Plugin(**{hook: wrapping(result)}), "mine")
     assert outcome(manager, hook, "each") is None
     (failure,) = manager.records["mine"].failures
@@ -176,14 +177,8 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 def test_every_hook_whose_result_is_looked_at_has_its_cases() -> None:
-    manager = PluginManager()
-    ignored = {"no result: what is returned is not looked at"}
-    looked_at = {h for h in hook_names(manager) if hook_facts(manager, h)["returns"] not in ignored}
-    assert looked_at - {"apt_transform_model"} == set(ARGUMENTS) == set(WRONG)
-    judging = {h for h in hook_names(manager) if hook_facts(manager, h)["judges_input"]}
-    assert judging == {"apt_configure", "apt_transform_model"}
-    fatal = {h for h in hook_names(manager) if hook_facts(manager, h)["fatal_among_processes"]}
-    assert fatal == {"apt_loss_terms"}
+    looked_at = hooks_where(lambda policy: policy.returns not in (ignored, hook_returns.anything))
+    assert set(looked_at) == set(ARGUMENTS) == set(WRONG)
 
 
 def test_tensors_of_a_state_are_copies_that_can_be_saved() -> None:

@@ -7,14 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from apt_core import hookspecs
-from apt_core.markers import PROJECT
+from apt_core.hookspecs import POLICIES
 
-ON_HOOKS = sorted(
-    name
-    for name, spec in vars(hookspecs).items()
-    if name.startswith("on_") and hasattr(spec, f"{PROJECT}_spec")
-)
+ON_HOOKS = sorted(name for name in POLICIES if name.startswith("on_"))
 NEEDS_TROUBLE = {"on_provider_fallback", "on_plugin_failure", "on_exception"}
 
 DRAWS = """

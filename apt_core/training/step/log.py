@@ -12,6 +12,7 @@ from torch import Tensor
 
 from apt_core.data.batches import cut_windows
 from apt_core.device import peak_memory_bytes, synchronize
+from apt_core.hookspecs import MICRO_BATCH_HOOKS
 from apt_core.log import get_logger
 from apt_core.metric_names import CROSS_ENTROPY, of_memory, of_parameter, of_plugin, of_time
 from apt_core.modeling.costs import BACKWARD_AND_FORWARD, model_cost
@@ -222,7 +223,7 @@ class StepLog:
         row = {of_time(part): round(milliseconds, 3) for part, milliseconds in whole.items()}
         shares: dict[str, dict[str, float]] = {"hooks": {}, "loss_terms": {}}
         for (hook, plugin), seconds in trainer.manager.take_call_seconds().items():
-            share = shares["loss_terms" if hook == "apt_loss_terms" else "hooks"]
+            share = shares["loss_terms" if hook in MICRO_BATCH_HOOKS else "hooks"]
             share[plugin] = share.get(plugin, 0.0) + 1e3 * seconds / steps
         for kind, part in (("hooks", "hooks"), ("loss_terms", "forward_backward")):
             # A plugin that waits for a GPU waits for more than is the part's own.
