@@ -80,7 +80,7 @@ def write_atomically(path: Path, text: str) -> None:
 def require_inside(folder: Path, path: Path) -> None:
     """Raise OSError where a link leads from ``path`` out of ``folder``: what somebody else has made
     of a folder does not decide which files are read."""
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise OSError(errno.ELOOP, "it is a link that leads out of its folder", str(path))
 
 

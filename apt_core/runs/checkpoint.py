@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -36,6 +35,10 @@ from apt_core.json_files import MAX_BYTES, read_json, without_nan
 from apt_core.log import get_logger
 from apt_core.parallel.world import ALONE, World
 from apt_core.runs.folder import in_present_words
+from apt_core.runs.layout import IS_STEP, PREFIX
+from apt_core.runs.layout import folder_name as folder_name
+from apt_core.runs.layout import list_checkpoints as list_checkpoints
+from apt_core.runs.layout import step_of as step_of
 from apt_core.runs.resume_check import saved_profile
 from apt_core.runs.saved_state import faults
 from apt_core.runs.tensor_files import SUFFIX, SavedTensors, write_shards, write_whole
@@ -43,7 +46,6 @@ from apt_core.runs.tensor_files import SUFFIX, SavedTensors, write_shards, write
 log = get_logger("apt.checkpoint")
 
 FORMAT = 1
-PREFIX = "step-"
 STATE_KEYS = {
     "step", "epoch", "ended_epochs", "tokens", "nonfinite_steps", "start_scores", "scores",
     "metrics", "windows_per_step", "stopping", "timeline", "precision", "data_sha256", "plugins",
@@ -83,17 +85,6 @@ class Snapshot:
     profile: str
     manifest: dict[str, Any] = field(default_factory=dict)
     evaluated: Evaluated | None = None
-
-
-def folder_name(step: int) -> str:
-    return f"{PREFIX}{step:08d}"
-
-
-IS_STEP = re.compile(rf"{PREFIX}\d{{1,18}}")
-
-
-def step_of(path: Path) -> int:
-    return int(path.name.removeprefix(PREFIX))
 
 
 def save(
@@ -368,12 +359,6 @@ def newest_intact(root: Path) -> Checkpoint:
             log.warning("checkpoint skipped: %s", error)
     detail = "; ".join(reasons) or "there are none"
     raise CheckpointError(f"no intact checkpoint in {root}: {detail}")
-
-
-def list_checkpoints(root: Path) -> list[Path]:
-    """Checkpoint folders below ``root``, oldest first; unfinished ones are left out."""
-    found = [path for path in root.glob(f"{PREFIX}*") if IS_STEP.fullmatch(path.name)]
-    return sorted((path for path in found if path.is_dir()), key=step_of)
 
 
 def is_sound(path: Path) -> bool:

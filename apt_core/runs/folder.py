@@ -22,6 +22,7 @@ from apt_core.json_files import json_rows, read_json, without_nan
 from apt_core.log import get_logger
 from apt_core.runs.events import EVENTS, as_row
 from apt_core.runs.folder_lock import FolderLock, process_row
+from apt_core.runs.layout import CHECKPOINTS, checkpoints_folder, named_folder
 from apt_core.runs.metrics import METRICS
 from apt_core.runs.rows import RowFile
 from apt_core.secrets import without_secrets
@@ -151,7 +152,7 @@ class RunFolder:
             if checkpoint_dir:
                 checkpoints = _new_folder(Path(checkpoint_dir), f"{name}-{path.name}")
             else:
-                checkpoints = path / "checkpoints"
+                checkpoints = path / CHECKPOINTS
                 checkpoints.mkdir()
         except OSError as error:
             raise ConfigError(
@@ -173,7 +174,7 @@ class RunFolder:
         if output.exists() and not output.is_dir():
             raise ConfigError(Problem("is a file, not a folder", "--output", str(output)))
         output.mkdir(parents=True, exist_ok=True)
-        folder = cls(output, output / "checkpoints")
+        folder = cls(output, output / CHECKPOINTS)
         # Only now: another run may have come between.
         if any(output.iterdir()):
             folder.close()
@@ -188,7 +189,7 @@ class RunFolder:
 
         Raises ConfigError if there is no run in it, or one that is still going on.
         """
-        inside = path / "checkpoints"
+        inside = path / CHECKPOINTS
         manifest, reason = {}, ""
         try:
             manifest = _known_entries(read_json(path / "manifest.json"))
@@ -207,7 +208,18 @@ class RunFolder:
             )
         if reason:
             log.warning("%s: %s; the run goes on from its checkpoints", path, reason)
-        checkpoints = inside if inside.is_dir() else _elsewhere(path, manifest, checkpoint_dir)
+        checkpoints = checkpoints_folder(path, manifest, checkpoint_dir)
+        if checkpoints is None:
+            said = named_folder(path, manifest)
+            raise ConfigError(
+                Problem(
+                    f"the manifest says that its checkpoints are in {said}, which is not below the "
+                    "run nor below the profile's training.checkpoint_dir",
+                    key="--resume",
+                    where=str(path / "manifest.json"),
+                    hint=f"if they are: --training.checkpoint_dir {shlex.quote(str(said.parent))}",
+                )
+            )
         folder = cls(path, checkpoints)
         folder.manifest = manifest
         return folder
@@ -306,26 +318,3 @@ def _known_entries(manifest: Any) -> dict[str, Any]:
     if isinstance(failed, list) and all(isinstance(text, str) for text in failed):
         known["failed_checkpoints"] = failed
     return known
-
-
-def _elsewhere(path: Path, manifest: Mapping[str, Any], checkpoint_dir: str | None) -> Path:
-    """Where the manifest in ``path`` says that its checkpoints are: below the run, or directly
-    below the profile's ``checkpoint_dir``.
-
-    Raises ConfigError for any other place: a manifest does not decide where is written.
-    """
-    said = Path(path, manifest.get("checkpoint_dir", "checkpoints")).resolve()
-    run = path.resolve()
-    if said.is_relative_to(run) and said != run:
-        return said
-    if checkpoint_dir is not None and said.parent == Path(checkpoint_dir).resolve():
-        return said
-    raise ConfigError(
-        Problem(
-            f"the manifest says that its checkpoints are in {said}, which is not below the run "
-            "nor below the profile's training.checkpoint_dir",
-            key="--resume",
-            where=str(path / "manifest.json"),
-            hint=f"if they are: --training.checkpoint_dir {shlex.quote(str(said.parent))}",
-        )
-    )

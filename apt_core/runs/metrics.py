@@ -29,8 +29,8 @@ class Series:
 
 @dataclass
 class Metrics:
-    """Every numeric key of the ``rows``, which are counted, ``samples`` by step, ``epochs`` with the
-    step that begins each; ``notes`` say what could not be read."""
+    """Every numeric key of the ``rows``, which are counted, ``samples`` by step, each of ``epochs``
+    with the step that begins it; ``notes`` say what could not be read."""
 
     series: dict[str, Series] = field(default_factory=dict)
     samples: list[tuple[int, str]] = field(default_factory=list)
@@ -43,16 +43,17 @@ class Metrics:
 def read_metrics(folder: Path) -> Metrics:
     """Read the metrics of the run in ``folder``, whatever state its file is in; never raises.
 
-    Where the steps go back, a resume has begun: of what comes before it, rows of steps that were
-    taken again do not count. Of two values at a step the later one does.
+    Where the steps of training go back, a resume has begun: of what comes before it, rows of steps
+    that were taken again do not count. Of two values at a step the later one does.
     """
     metrics = Metrics()
     columns: dict[str, tuple[array[int], array[float]]] = {}
     samples: list[tuple[int, str]] = []
-    steps, epochs = array("q"), array("q")
+    steps, epochs, trained = array("q"), array("q"), array("b")
     for number, row in enumerate(read_rows(folder / METRICS, metrics.notes)):
         steps.append(row["step"])
         epochs.append(row["epoch"] if is_step(row.get("epoch")) else -1)
+        trained.append("loss" in row)
         for key, value in row.items():
             kind = type(value)
             if kind is float or kind is int or (kind is str and value in NOT_FINITE):
@@ -63,10 +64,10 @@ def read_metrics(folder: Path) -> Metrics:
                 column[1].append(value if kind is float else as_float(value))
             elif key == "sample" and kind is str:
                 samples.append((number, value))
-    counted = _counted(np.frombuffer(steps, dtype=np.int64))
-    at = np.frombuffer(steps, dtype=np.int64).astype(np.float64)
+    at = np.frombuffer(steps, dtype=np.int64)
+    counted = _counted(at, np.flatnonzero(np.frombuffer(trained, dtype=np.bool_)))
     metrics.rows = int(counted.sum())
-    metrics.last_step = max((steps[i] for i in np.flatnonzero(counted)[-1:]), default=0)
+    metrics.last_step = int(at[counted].max(initial=0))
     metrics.samples = [(steps[i], text) for i, text in samples if counted[i]]
     metrics.epochs = _first_of_each(
         (epochs[i], steps[i]) for i in np.flatnonzero(counted) if epochs[i] >= 0
@@ -75,9 +76,9 @@ def read_metrics(folder: Path) -> Metrics:
         if key not in ("step", "epoch"):
             rows = np.frombuffer(numbers, dtype=np.int64)
             kept = counted[rows]
-            x, y = at[rows[kept]], np.frombuffer(values)[kept]
-            last = np.append(x[1:] != x[:-1], True)[: x.size]
-            metrics.series[key] = Series(key, x[last], y[last])
+            if kept.any():
+                x, y = at[rows[kept]].astype(np.float64), np.frombuffer(values)[kept]
+                metrics.series[key] = _series(key, x, y)
     return metrics
 
 
@@ -89,14 +90,21 @@ def as_float(value: float | str) -> float:
         return float("-inf" if isinstance(value, int) and value < 0 else "inf")
 
 
-def _counted(steps: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which rows are of the run as it went on: those whose step no later row goes back to, or
-    behind."""
+def _counted(steps: NDArray[np.int64], training: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which rows, of ``steps``, are of the run as it went on: those whose step none of the later
+    rows of ``training`` (their numbers) goes back to, or behind."""
+    back = training[1:][steps[training[1:]] <= steps[training[:-1]]]
     taken_again = np.full(steps.size + 1, MAX_STEP)
-    back = np.flatnonzero(steps[1:] < steps[:-1]) + 1
     taken_again[back] = steps[back]
-    later = np.minimum.accumulate(taken_again[::-1])[::-1][1:]
+    later: NDArray[np.int64] = np.minimum.accumulate(taken_again[::-1])[::-1][1:]
     return steps < later
+
+
+def _series(name: str, steps: NDArray[np.float64], values: NDArray[np.float64]) -> Series:
+    order = np.argsort(steps, kind="stable")
+    steps, values = steps[order], values[order]
+    last = np.append(steps[1:] != steps[:-1], True)
+    return Series(name, steps[last], values[last])
 
 
 def _first_of_each(rows: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from apt_core.monitor import duration
-from apt_plugins.report.metrics import NOT_FINITE, Series, as_float, training_loss
+from apt_core.runs.metrics import NOT_FINITE, as_float
+from apt_plugins.report.metrics import Series, training_loss
 from apt_plugins.report.panels import last, lowest, typical
 from apt_plugins.report.run_data import Run
 from apt_plugins.report.wording import cut, number, size
@@ -73,7 +74,7 @@ def header(run: Run) -> Header:
 
 
 def _tiles(run: Run) -> list[Tile]:
-    series = run.metrics.series
+    series = run.series
     steps = max(manifest_number(run, "step", run.metrics.last_step), run.metrics.last_step)
 
     def figure(name: str) -> float | None:
@@ -105,7 +106,7 @@ def _tiles(run: Run) -> list[Tile]:
         tiles.append(Tile("tokens per second", number(round(speed)), "median"))
     if (mfu := typical(series.get("mfu"))) is not None:
         tiles.append(Tile("MFU", f"{mfu:.1%}", "median"))
-    if parameters := manifest_number(run, "parameters", run.log.parameters or 0):
+    if parameters := manifest_number(run, "parameters", 0):
         tiles.append(Tile("parameters", size(parameters), in_full(parameters)))
     return tiles
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
@@ -14,12 +13,16 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from apt_core.files import write_atomically
 from apt_plugins.report.charts import WIDE, Mark, step_axis
-from apt_plugins.report.events import MAX_FAILURES, Event, events_of, lanes_of
 from apt_plugins.report.header import header
 from apt_plugins.report.panels import panels
 from apt_plugins.report.run_data import Run, mappings, read_run
+from apt_plugins.report.timeline import MAX_FAILURES, WORDS, Event, events_of, lanes_of
 from apt_plugins.report.wording import cut, number, size, visible
+
+CHANGES = ("enabled", "disabled", "quarantined", WORDS["switched"], "resumed", "changed")
+"""Kinds of events after which a run is another one: lines on the charts of the loss."""
 
 MAX_EVENTS = 200
 MAX_LANES = 40
@@ -53,13 +56,7 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
     A reader, or a crash, sees the old page or the new one, never a part. Raises OSError.
     """
     path = Path(folder) / "report.html" if output is None else Path(output)
-    page = build_report(folder).encode("utf-8")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(page)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, build_report(folder))
     return path
 
 
@@ -90,7 +87,7 @@ def _hash(text: str) -> str:
 
 def _context(run: Run) -> dict[str, Any]:
     events = events_of(run)
-    drawn = panels(run.metrics, _marks(run, events))
+    drawn = panels(run.metrics, run.series, _marks(run, events))
     numbers = {id(chart): index for index, chart in enumerate(drawn.charts)}
     told = [event for event in events if event.kind != "checkpoint"]
     notes = list(run.notes)
@@ -126,7 +123,7 @@ def _marks(run: Run, events: Iterable[Event]) -> list[Mark]:
     changes = [
         Mark(event.step, cut(f"{event.plugin} {event.kind}".strip(), 40))
         for event in events
-        if event.kind not in ("checkpoint", "failed")
+        if event.kind in CHANGES
     ]
     return [*(epochs if len(epochs) <= 30 else []), *changes[:40]]
 

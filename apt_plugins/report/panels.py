@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from apt_core.metric_names import CROSS_ENTROPY
+from apt_core.runs.metrics import Metrics
 from apt_plugins.report.axes import Axis
 from apt_plugins.report.charts import (
     SMALL,
@@ -21,7 +22,7 @@ from apt_plugins.report.charts import (
     line_chart,
     step_axis,
 )
-from apt_plugins.report.metrics import Array, Metrics, Series, training_loss
+from apt_plugins.report.metrics import Array, Series, training_loss
 from apt_plugins.report.thinning import means
 
 TITLES = {
@@ -99,9 +100,9 @@ class Panels:
         return [*self.loss, *(c for group in self.groups for c in group.charts), *split]
 
 
-def panels(metrics: Metrics, marks: Sequence[Mark]) -> Panels:
-    """The charts of a run, with ``marks`` on those of the loss."""
-    series = metrics.series
+def panels(metrics: Metrics, series: Mapping[str, Series], marks: Sequence[Mark]) -> Panels:
+    """The charts of a run, of whose ``metrics`` they draw ``series``, with ``marks`` on those of
+    the loss."""
     steps = step_axis(metrics.last_step)
     split = [name for name in series if PART.fullmatch(name) or OF_PLUGIN.fullmatch(name)]
     shown = ["tokens", CROSS_ENTROPY, "val_loss", "val_tokens", *split]
@@ -119,7 +120,7 @@ def panels(metrics: Metrics, marks: Sequence[Mark]) -> Panels:
         ]
         groups.append(Group(title, [chart for chart in charts if chart is not None]))
     return Panels(
-        loss=_loss_charts(metrics, marks, buckets),
+        loss=_loss_charts(series, metrics.last_step, marks, buckets),
         groups=[group for group in groups if group.charts],
         time=_time_split(series, steps, buckets),
         left_out=left_out,
@@ -176,23 +177,22 @@ def _chart(series: Sequence[Series], group: str, steps: Axis, buckets: int) -> C
     )
 
 
-def _loss_charts(metrics: Metrics, marks: Sequence[Mark], buckets: int) -> list[Chart]:
+def _loss_charts(
+    series: Mapping[str, Series], last_step: int, marks: Sequence[Mark], buckets: int
+) -> list[Chart]:
     """Training and held-out loss over linear and over logarithmic steps."""
     curves = [
-        Curve(series, label, color, noisy=is_noisy(series))
-        for color, (series, label) in enumerate(
-            (
-                (training_loss(metrics.series), "training"),
-                (metrics.series.get("val_loss"), "held out"),
-            )
+        Curve(drawn, label, color, noisy=is_noisy(drawn))
+        for color, (drawn, label) in enumerate(
+            ((training_loss(series), "training"), (series.get("val_loss"), "held out"))
         )
-        if series is not None
+        if drawn is not None
     ]
     charts = [
         line_chart(
             "Loss in nats per token" + (", log scale of steps" if log else ""),
             curves,
-            step_axis(metrics.last_step, log=log),
+            step_axis(last_step, log=log),
             buckets=buckets,
             frame=WIDE,
             marks=marks,
@@ -202,7 +202,7 @@ def _loss_charts(metrics: Metrics, marks: Sequence[Mark], buckets: int) -> list[
     return [chart for chart in charts if chart is not None]
 
 
-def _time_split(series: dict[str, Series], steps: Axis, buckets: int) -> TimeSplit | None:
+def _time_split(series: Mapping[str, Series], steps: Axis, buckets: int) -> TimeSplit | None:
     parts = {m[1]: s for name, s in series.items() if (m := PART.fullmatch(name))}
     if not parts:
         return None

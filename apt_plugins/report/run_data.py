@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -11,11 +10,14 @@ from typing import Any
 
 from apt_core.config.yaml_text import parse_yaml
 from apt_core.errors import ConfigError
-from apt_core.files import read_file
+from apt_core.files import read_file, require_inside
+from apt_core.json_files import parse_json
+from apt_core.runs.events import EVENTS, Event, read_events
 from apt_core.runs.folder import in_present_words
+from apt_core.runs.layout import checkpoints_folder, list_checkpoints
+from apt_core.runs.metrics import METRICS, Metrics, read_metrics
 from apt_core.secrets import SecretValues, named_secrets, redact
-from apt_plugins.report.events import LogFacts, read_log
-from apt_plugins.report.metrics import Metrics, read_metrics
+from apt_plugins.report.metrics import Series
 
 MAX_FILE = 100_000_000
 """Bytes of a manifest or a profile that is read."""
@@ -26,9 +28,9 @@ MAX_PROFILE = 200_000
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: its folder's name, when it was written, its bytes."""
+    """A complete checkpoint: its folder, when it was written, its bytes."""
 
-    name: str
+    path: Path
     written: str
     bytes: int
 
@@ -40,7 +42,8 @@ class Run:
     folder: Path
     manifest: dict[str, Any]
     metrics: Metrics
-    log: LogFacts
+    series: dict[str, Series]
+    events: list[Event]
     profile: str
     settings: dict[str, Any]
     checkpoints: list[Checkpoint]
@@ -71,8 +74,10 @@ def read_run(folder: Path) -> Run:
     """Read the folder of a run that is going on, has ended, or was killed while writing."""
     notes: list[str] = []
     manifest = _manifest(folder / "manifest.json", notes)
-    metrics = read_metrics(folder / "metrics.jsonl")
-    notes += metrics.notes
+    metrics, history = read_metrics(folder), read_events(folder)
+    notes += [*metrics.notes, *history.notes]
+    if not (folder / EVENTS).exists():
+        notes.append("what happened in the run is told as far as its manifest knows")
     profile = _text(folder / "profile.yaml")
     if profile is None:
         notes.append(_missing(folder / "profile.yaml"))
@@ -81,17 +86,21 @@ def read_run(folder: Path) -> Run:
         folder=folder,
         manifest=manifest,
         metrics=metrics,
-        log=read_log(folder / "log.txt"),
+        series={
+            name: Series(name, each.steps, each.values) for name, each in metrics.series.items()
+        },
+        events=history.events,
         profile=_shown(profile or "", settings)[:MAX_PROFILE],
         settings=settings,
-        checkpoints=_checkpoints(folder, manifest),
-        last_row_at=_changed_at(folder / "metrics.jsonl"),
+        checkpoints=_checkpoints(folder, manifest, settings),
+        last_row_at=_changed_at(folder / METRICS),
         notes=notes,
     )
 
 
 def _text(path: Path) -> str | None:
     try:
+        require_inside(path.parent, path)
         return read_file(path, MAX_FILE).decode("utf-8", errors="replace")
     except OSError:
         return None
@@ -104,17 +113,14 @@ def _missing(path: Path) -> str:
 
 def _manifest(path: Path, notes: list[str]) -> dict[str, Any]:
     text = _text(path)
-    if text is None:
-        notes.append(_missing(path))
-        return {}
     try:
-        manifest = json.loads(text)
-    except (ValueError, RecursionError):
+        manifest = None if text is None else parse_json(text)
+    except ValueError:
         manifest = None
-    if not isinstance(manifest, dict):
-        notes.append("manifest.json cannot be read")
-        return {}
-    return in_present_words(manifest)
+    if isinstance(manifest, dict):
+        return in_present_words(manifest)
+    notes.append(_missing(path))
+    return {}
 
 
 def _settings(profile: str, notes: list[str]) -> dict[str, Any]:
@@ -133,19 +139,23 @@ def _shown(profile: str, settings: dict[str, Any]) -> str:
     return redact(profile)
 
 
-def _checkpoints(folder: Path, manifest: Mapping[str, Any]) -> list[Checkpoint]:
-    """The complete ones, oldest first, inside the folder or where the manifest says they are."""
-    home = folder / "checkpoints"
-    elsewhere = manifest.get("checkpoint_dir")
-    if not home.is_dir() and isinstance(elsewhere, str) and "\0" not in elsewhere:
-        home = Path(elsewhere)
+def _checkpoints(
+    folder: Path, manifest: Mapping[str, Any], settings: Mapping[str, Any]
+) -> list[Checkpoint]:
+    """The complete ones, oldest first."""
+    training = settings.get("training")
+    named = training.get("checkpoint_dir") if isinstance(training, dict) else None
+    if not isinstance(named, str) or "\0" in named:
+        named = None
+    home = checkpoints_folder(folder, manifest, named)
     found = []
-    for path in sorted(home.glob("step-*/manifest.json")):
+    for path in list_checkpoints(home) if home is not None else ():
         try:
-            total = sum(f.stat().st_size for f in path.parent.rglob("*") if f.is_file())
+            if (path / "manifest.json").is_file():
+                total = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+                found.append(Checkpoint(path, _changed_at(path / "manifest.json"), total))
         except FileNotFoundError:
             continue  # the run that is going on has just pruned it
-        found.append(Checkpoint(path.parent.name, _changed_at(path), total))
     return found
 
 

@@ -38,10 +38,20 @@ def test_rows_of_steps_that_were_taken_again_do_not_count(metrics):
     )
     assert series(found, "loss") == [(1, 5.0), (2, 4.0), (3, 3.25)]
     assert series(found, "val_loss") == [(2, 4.5)]
-    assert series(found, "old/metric") == []
+    assert "old/metric" not in found.series
     assert found.samples == [(1, "a"), (2, "b")]
     assert found.epochs == [(1, 1), (2, 3)]
     assert (found.rows, found.last_step, found.notes) == (4, 3, [])
+
+
+def test_an_evaluation_of_an_earlier_step_is_no_resume(metrics):
+    found = metrics(
+        {"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0}, {"step": 1, "val_loss": 3.0},
+        {"step": 0, "val_loss": 6.0},
+    )  # fmt: skip
+    assert series(found, "loss") == [(1, 5.0), (2, 4.0)]
+    assert series(found, "val_loss") == [(0, 6.0), (1, 3.0)]
+    assert (found.rows, found.last_step) == (4, 2)
 
 
 def test_of_two_values_at_a_step_the_later_one_counts(metrics):

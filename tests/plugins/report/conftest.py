@@ -88,14 +88,14 @@ def page() -> Callable[[Path], Page]:
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
-    """``make_run(rows, manifest={…}, log="…", tail="…")``: a folder; None leaves a file out."""
+    """``make_run(rows, manifest={…}, events=[…], tail="…")``: a folder; None leaves a file out."""
 
     def make(
         metrics: Iterable[Mapping[str, Any]] | None = None,
         *,
         manifest: Mapping[str, Any] | None = MANIFEST,
         profile: str | None = "name: a_profile\nevaluation: {sample_prompt: 'Once '}\n",
-        log: str = "",
+        events: Iterable[Mapping[str, Any]] | None = (),
         tail: str = "",
         **changes: Any,
     ) -> Path:
@@ -108,8 +108,9 @@ def make_run(tmp_path: Path) -> MakeRun:
             (folder / "manifest.json").write_text(text, encoding="utf-8")
         if profile is not None:
             (folder / "profile.yaml").write_text(profile, encoding="utf-8")
-        if log:
-            (folder / "log.txt").write_text(log, encoding="utf-8")
+        if events is not None:
+            lines = [json.dumps(row) + "\n" for row in events]
+            (folder / "events.jsonl").write_text("".join(lines), encoding="utf-8")
         return folder
 
     return make

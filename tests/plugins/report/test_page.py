@@ -128,8 +128,10 @@ def test_hostile_text_stays_text(make_run, make_rows, page):
         metrics,
         profile=f"# {HOSTILE}\n",
         tail="{" + HOSTILE,
-        log=f"2026-11-23 16:59:17,1 INFO apt.training: enabled {HOSTILE.replace(' ', '')} "
-        "(epoch 1, step 2)\n",
+        events=[
+            {"step": 2, "kind": kind, **dict.fromkeys(("plugin", "message", "error"), HOSTILE)}
+            for kind in (HOSTILE, "enabled", "failed")
+        ],
         status=HOSTILE,
         profile_name=HOSTILE,
         error=HOSTILE,
@@ -205,14 +207,20 @@ def test_the_page_of_a_folder_is_always_the_same(make_run, page):
     assert page(folder).html == page(folder).html
 
 
-LOG = """\
-2026-11-23 16:59:17,767 INFO apt.checkpoint: model built: 12,345,678 parameters on cpu
-2026-11-23 16:59:18,000 INFO apt.training: enabled moe (epoch 1, step 20)
-2026-11-23 16:59:19,000 INFO apt.training: enabled voter (epoch 1, step 60)
-2026-11-23 16:59:20,000 INFO apt.checkpoint: resumed from checkpoints/step-00000040 (step 40)
-2026-11-23 16:59:21,000 INFO apt.training: enabled moe (epoch 1, step 41)
-2026-11-23 16:59:22,000 INFO apt.training: disabled moe (epoch 2, step 80)
-"""
+def event(step, kind, plugin="", **data):
+    return {"step": step, "kind": kind, "plugin": plugin, **data}
+
+
+EVENTS = [
+    event(20, "enabled", "moe", epoch=1),
+    event(60, "enabled", "voter", epoch=1),
+    event(60, "failed", "voter", hook="on_step_end", error="ValueError: x"),
+    event(40, "resumed", checkpoint="checkpoints/step-00000040"),
+    event(41, "enabled", "moe", epoch=1),
+    event(80, "disabled", "moe", epoch=2),
+    event(80, "deleted", checkpoint="step-00000040"),
+    event(81, "of a later version", message="what it says"),
+]
 
 
 def switches(shown):
@@ -223,11 +231,59 @@ def switches(shown):
 
 @pytest.mark.parametrize("timeline", [[], [{"plugin": "moe", "event": "enabled", "step": 20}]])
 def test_the_timeline_goes_on_after_a_resume_without_what_was_lost(make_run, page, timeline):
-    shown = page(make_run(log=LOG, timeline=timeline))
+    shown = page(make_run(events=EVENTS, timeline=timeline))
     assert switches(shown) == [
         (20, "moe", "enabled"),
         (40, "", "resumed"),
         (80, "moe", "disabled"),
+        (81, "", "of a later version"),
     ]
-    assert "12.3M" in shown.text
     assert "moe enabled" in shown.text and "voter" not in shown.text
+    assert "from checkpoints/step-00000040" in shown.text and "what it says" in shown.text
+    assert "events.jsonl" not in shown.text
+
+
+def test_a_run_without_events_is_told_by_its_manifest_and_its_log_is_not_read(make_run, page):
+    folder = make_run(
+        events=None, timeline=[{"plugin": "moe", "event": "enabled", "epoch": 1, "step": 20}]
+    )
+    line = "2026-11-23 16:59:17,1 INFO apt.training: enabled voter (epoch 1, step 30)\n"
+    (folder / "log.txt").write_text(line)
+    shown = page(folder)
+    assert switches(shown) == [(20, "moe", "enabled")]
+    assert "there is no events.jsonl" in shown.text and "as far as its manifest knows" in shown.text
+
+
+def test_what_is_told_by_events_and_manifest_is_told_once(make_run, page):
+    losses = {"loss_before": 1.0, "loss_after": 1.25}
+    failure = {"hook": "on_step_end", "step": 30, "error": "ValueError: x"}
+    folder = make_run(
+        events=[
+            event(20, "enabled", "moe", epoch=1),
+            event(20, "switched", "moe", epoch=1, **losses),
+            {"kind": "failed", "plugin": "voter", **failure},
+        ],
+        timeline=[{"plugin": "moe", "event": "enabled", "epoch": 1, "step": 20}],
+        switches=[{"plugin": "moe", "epoch": 1, "step": 20, **losses}],
+        plugins=[{"name": "voter", "state": "active", "failures": [failure]}],
+    )
+    shown = page(folder)
+    assert switches(shown) == [
+        (20, "moe", "enabled"),
+        (20, "moe", "transformed the model"),
+    ]
+    assert shown.text.count("in on_step_end: ValueError: x") == 2
+    assert shown.text.count("loss 1 before, 1.25 after") == 2  # in the table and the timeline
+
+
+def test_nothing_is_shown_of_other_folders(make_run, page, tmp_path):
+    (tmp_path / "key").write_text("a private key")
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "step-00000009").mkdir(parents=True)
+    (elsewhere / "step-00000009/manifest.json").write_text("{}")
+    folder = make_run(checkpoint_dir=str(elsewhere))
+    (folder / "profile.yaml").unlink()
+    (folder / "profile.yaml").symlink_to(tmp_path / "key")
+    shown = page(folder)
+    assert "a private key" not in shown.html and "step-00000009" not in shown.text
+    assert "profile.yaml cannot be read" in shown.text
