@@ -24,8 +24,8 @@ from apt_core.errors import AptError, Problem, did_you_mean
 from apt_core.failures import MAX_SOURCE, formatted, one_line, short_path, where_raised
 from apt_core.files import read_file
 from apt_core.plugin_names import is_file_reference, name_of, normalized_name
+from apt_core.plugin_objects import plugin_info
 from apt_core.plugin_records import PluginRecord
-from apt_core.validation import plugin_info
 
 GROUP = "apt.plugins"
 COMMAND_GROUP = "apt.commands"
@@ -105,7 +105,8 @@ def entry_for(reference: str, installed: Mapping[str, Installed]) -> Installed |
 
 
 def load(reference: str, installed: Mapping[str, Installed]) -> tuple[Any, PluginRecord]:
-    """Import the plugin behind a reference; returns the plugin and its record.
+    """Import the plugin behind a reference; returns the plugin, as it is registered, and its
+    record.
 
     Raises LoadError when it is not there, when two distributions share its name, or when
     importing it fails in any way.

@@ -302,11 +302,13 @@ def on_plugin_enabled(plugin: str, trainer: Any) -> None:
 
         from apt_core import hookimpl
 
-        enabled = []
+        class Plugin:
+            def __init__(self):
+                self.enabled = []
 
-        @hookimpl
-        def on_plugin_enabled(plugin):
-            enabled.append(plugin)
+            @hookimpl
+            def on_plugin_enabled(self, plugin):
+                self.enabled.append(plugin)
     """
 
 
@@ -454,11 +456,13 @@ def on_metrics(metrics: Mapping[str, float], step: int) -> None:
 
         from apt_core import hookimpl
 
-        rows = []
+        class Plugin:
+            def __init__(self):
+                self.rows = []
 
-        @hookimpl
-        def on_metrics(metrics, step):
-            rows.append((step, dict(metrics)))
+            @hookimpl
+            def on_metrics(self, metrics, step):
+                self.rows.append((step, dict(metrics)))
     """
 
 
@@ -541,19 +545,21 @@ def apt_state_dict(trainer: Any) -> Mapping[str, Any]:
 
         from apt_core import hookimpl
 
-        seen = {"steps": 0}
+        class Plugin:
+            def __init__(self):
+                self.steps = 0
 
-        @hookimpl
-        def on_step_end(step):
-            seen["steps"] = step
+            @hookimpl
+            def on_step_end(self):
+                self.steps += 1
 
-        @hookimpl
-        def apt_state_dict(trainer):
-            return dict(seen)
+            @hookimpl
+            def apt_state_dict(self):
+                return {"steps": self.steps}
 
-        @hookimpl
-        def apt_load_state_dict(trainer, state):
-            seen.update(state)
+            @hookimpl
+            def apt_load_state_dict(self, state):
+                self.steps = state["steps"]
     """
 
 
@@ -569,11 +575,14 @@ def apt_load_state_dict(trainer: Any, state: Mapping[str, Any]) -> None:
 
         from apt_core import hookimpl
 
-        restored = {}
+        class Plugin:
+            @hookimpl
+            def apt_load_state_dict(self, state):
+                self.best = state["best"]
 
-        @hookimpl
-        def apt_load_state_dict(trainer, state):
-            restored.update(state)
+            @hookimpl
+            def apt_state_dict(self):
+                return {"best": self.best}
     """
 
 

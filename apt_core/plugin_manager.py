@@ -37,16 +37,20 @@ from apt_core.hook_deadline import HookDeadline, HookTimeoutError
 from apt_core.hookspecs import POLICIES, REACHES_WEIGHTS, STEP_HOOKS, hooks_where
 from apt_core.log import get_logger
 from apt_core.markers import CALLBACK, PROJECT, HookPolicy, Priority
-from apt_core.plugin_names import normalized_name, short_name
+from apt_core.plugin_names import normalized_name
+from apt_core.plugin_objects import (
+    canonical_name,
+    implementation_options,
+    loose_hooks,
+    make,
+    options_of,
+    plugin_class,
+    plugin_info,
+)
 from apt_core.plugin_records import PluginRecord
 from apt_core.requirements import unmet
 from apt_core.types import CORE, PluginFailure, PluginInfo
-from apt_core.validation import (
-    check_plugin_object,
-    implementation_options,
-    options_of,
-    plugin_info,
-)
+from apt_core.validation import check_plugin_object
 from apt_core.watch import Watch
 
 log = get_logger("apt.plugins")
@@ -87,6 +91,7 @@ class PluginManager(pluggy.PluginManager):
         self._seconds: dict[tuple[str, str], float] = {}
         self._telling = False
         self._pending: PluginError | None = None
+        self._facts: dict[str, PluginInfo] = {}
         self._raised_here: WeakSet[PluginError] = WeakSet()
         self._log_errors: list[BaseException] = []
         self._told: set[Hashable] = set()
@@ -101,25 +106,42 @@ class PluginManager(pluggy.PluginManager):
         *,
         record: PluginRecord | None = None,
     ) -> str:
-        """Validate and register a plugin (a module or an instance); returns its name, normalised.
+        """Validate and register a plugin; returns its name, normalised.
+
+        A module of functions and an object are taken as they are. Of a class, and of a module that
+        names one, a new object is made, which is this manager's alone: :meth:`get_plugin` has it.
 
         Nothing is changed when it raises ConfigError: an unknown hook, parameters that would
-        never be passed, a class in place of an instance, an unmet requirement, a conflict with
+        never be passed, a class that cannot be made, an unmet requirement, a conflict with
         an active plugin, a name that is taken.
         """
         name = normalized_name(name or canonical_name(plugin))
-        problems = check_plugin_object(plugin, name, self._specs())
+        info, cls = plugin_info(plugin), plugin_class(plugin)
+        unusable = self._unusable(name, info)
+        problems = []
+        if cls is not None:
+            problems += [
+                Problem(
+                    f"its module has hooks beside its class {cls.__name__}",
+                    key=f"plugin {name}, {hook}",
+                    hint="put them all into the class, or all into the module",
+                )
+                for hook in loose_hooks(plugin)
+            ]
+            if unusable or problems:  # what it needs to be made may be missing
+                raise ConfigError(unusable + problems)
+            plugin = make(cls, name)
+        problems += check_plugin_object(plugin, name, self._specs())
         if name == CORE:
             problems.append(Problem("the name is the core's own", key=f"plugin {name}"))
         if name in self._name2plugin:
             problems.append(
                 Problem("the name is taken by another active plugin", key=f"plugin {name}")
             )
-        taken = self.get_name(plugin)
+        taken = self.get_name(plugin) if cls is None else self._name_of_class(cls)
         if taken is not None and taken != name:
             problems.append(Problem(f"it is active already as {taken!r}", key=f"plugin {name}"))
-        info = plugin_info(plugin)
-        problems += self._unusable(name, info)
+        problems += unusable
         if problems:
             raise ConfigError(problems)
         super().register(plugin, name)
@@ -127,18 +149,22 @@ class PluginManager(pluggy.PluginManager):
         record.state = "active"
         record.summary = record.summary or info.summary
         record.version = record.version or info.version
-        self.records[name] = record
+        self.records[name], self._facts[name] = record, info
         return name
+
+    def _name_of_class(self, cls: type[Any]) -> str | None:
+        active = self.list_name_plugin()
+        return next((name for name, plugin in active if type(plugin) is cls), None)
 
     def _unusable(self, name: str, info: PluginInfo) -> list[Problem]:
         reasons = [(f"it cannot be used: {reason}", "") for reason in unmet(info.requires)]
         conflicts = list(map(normalized_name, info.conflicts))
         reasons += [
             (f"it conflicts with the active plugin {other!r}", f"block one: --plugin no:{other}")
-            for other, plugin in self.list_name_plugin()
+            for other, _ in self.list_name_plugin()
             if not self.listing
             and other != name
-            and (other in conflicts or name in map(normalized_name, plugin_info(plugin).conflicts))
+            and (other in conflicts or name in map(normalized_name, self._facts[other].conflicts))
         ]
         return [Problem(reason, key=f"plugin {name}", hint=hint) for reason, hint in reasons]
 
@@ -146,6 +172,7 @@ class PluginManager(pluggy.PluginManager):
         name = name or self.get_name(plugin)
         plugin = super().unregister(plugin, name)
         self.records.pop(name or "", None)
+        self._facts.pop(name or "", None)
         self._forget_plans()
         return plugin
 
@@ -580,7 +607,7 @@ class PluginManager(pluggy.PluginManager):
     def only_observes(self, plugin: str) -> bool:
         """Does a registered plugin say that it is an observer, or get nothing through which it
         could change a weight?"""
-        if plugin_info(self.get_plugin(plugin)).observer:
+        if self._facts[plugin].observer:
             return True
         if self.implements_where(plugin, lambda policy: policy.changes_weights):
             return False
@@ -773,9 +800,3 @@ def policy_of(hook_name: str) -> HookPolicy:
 def _what(changes: Sequence[str]) -> tuple[str, ...]:
     """The names of what has changed, without the values."""
     return tuple(change.partition(" from ")[0] for change in changes)
-
-
-def canonical_name(plugin: Any) -> str:
-    """A module's short name; for an instance, its class in lower case."""
-    name = getattr(plugin, "__name__", None)
-    return short_name(str(name)) if name else type(plugin).__name__.lower()

@@ -51,7 +51,7 @@ CORE = "core"
 
 @dataclass(frozen=True)
 class PluginInfo:
-    """Facts about a plugin: assign one to ``PLUGIN`` in its module.
+    """Facts about a plugin: assign one to ``PLUGIN`` in its module, or in its class.
 
     ``requires`` are PEP 508 requirements (``"faiss-cpu>=1.8"``), ``conflicts`` names of plugins
     that cannot be active in the same run. An ``observer`` reports and changes no weight, so that

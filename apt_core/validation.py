@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from types import FunctionType, MethodType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from apt_core.errors import Problem, did_you_mean
 from apt_core.failures import one_line, short_path, source_of
 from apt_core.hookspecs import POLICIES
 from apt_core.log import get_logger
-from apt_core.markers import PROJECT
+from apt_core.plugin_objects import (
+    CLASS,
+    declared_info,
+    function_in,
+    has_hooks,
+    options_of,
+    plugin_info,
+)
 from apt_core.types import PluginInfo
 
 log = get_logger("apt.plugins")
@@ -24,37 +31,6 @@ _NEVER_PASSED = {
     inspect.Parameter.VAR_KEYWORD: "**{}",
     inspect.Parameter.KEYWORD_ONLY: "keyword-only {}",
 }
-
-
-def static_function(plugin: Any, name: str) -> Callable[..., Any] | None:
-    """The function behind an attribute, without running descriptors; None for anything else."""
-    return _function(inspect.getattr_static(plugin, name, None))
-
-
-def implementation_options(plugin: Any, name: str) -> dict[str, Any] | None:
-    """The options that ``@hookimpl`` left on a function of the plugin, or None."""
-    function = static_function(plugin, name)
-    return None if function is None else options_of(function)
-
-
-def _function(attribute: Any) -> Callable[..., Any] | None:
-    # By its type: an object may say of itself that it is of another, or fail when asked.
-    if issubclass(type(attribute), staticmethod | classmethod):
-        attribute = attribute.__func__
-    return attribute if issubclass(type(attribute), FunctionType | MethodType) else None
-
-
-def options_of(attribute: Any) -> dict[str, Any] | None:
-    """The options that ``@hookimpl`` left on a function or method, or None."""
-    attribute = attribute.__func__ if isinstance(attribute, MethodType) else attribute
-    options = inspect.getattr_static(attribute, f"{PROJECT}_impl", None)
-    return options if isinstance(options, dict) else None
-
-
-def plugin_info(plugin: Any) -> PluginInfo:
-    """The plugin's ``PLUGIN``, or empty facts."""
-    info = inspect.getattr_static(plugin, "PLUGIN", None)
-    return info if isinstance(info, PluginInfo) else PluginInfo()
 
 
 def check_plugin_object(plugin: Any, name: str, specs: Mapping[str, Any]) -> list[Problem]:
@@ -69,16 +45,8 @@ def check_plugin_object(plugin: Any, name: str, specs: Mapping[str, Any]) -> lis
 
 
 def _problems_of(plugin: Any, name: str, specs: Mapping[str, Any]) -> list[Problem]:
-    if inspect.isclass(plugin):
-        return [
-            Problem(
-                f"{plugin.__qualname__} is a class, not an instance",
-                key=f"plugin {name}",
-                hint=f"point the entry point at an object: plugin = {plugin.__qualname__}()",
-            )
-        ]
     problems = []
-    info = inspect.getattr_static(plugin, "PLUGIN", None)
+    info = declared_info(plugin)
     if info is not None and not isinstance(info, PluginInfo):
         problems.append(
             Problem(
@@ -89,7 +57,7 @@ def _problems_of(plugin: Any, name: str, specs: Mapping[str, Any]) -> list[Probl
         )
     for attribute in dir(plugin):
         value = inspect.getattr_static(plugin, attribute, None)
-        function = _function(value)
+        function = function_in(value)
         if function is None:
             if options_of(value) is not None:
                 problems.append(
@@ -128,9 +96,8 @@ def _problems_of(plugin: Any, name: str, specs: Mapping[str, Any]) -> list[Probl
 def misplaced_hooks(plugin: Any) -> str:
     """Where the hooks of a module that has none may be instead: in a class of it."""
     for name, value in vars(plugin).items() if isinstance(plugin, ModuleType) else ():
-        own = inspect.isclass(value) and value.__module__ == plugin.__name__
-        if own and any(implementation_options(value, attribute) for attribute in dir(value)):
-            return f"its class {name} has hooks: make them functions of the module"
+        if inspect.isclass(value) and value.__module__ == plugin.__name__ and has_hooks(value):
+            return f"its class {name} has hooks: call it {CLASS}, and each run has one of its own"
     return ""
 
 

@@ -20,32 +20,29 @@ class Settings(Section):
     path: str = Field(default="loss.csv", description="File to write.")
 
 
-rows: list[list[float]] = []
+class Plugin:
+    def __init__(self):
+        self.rows = []
 
+    @hookimpl
+    def apt_register_config(self):
+        return [SectionSpec("loss_logger", Settings)]
 
-@hookimpl
-def apt_register_config():
-    return [SectionSpec("loss_logger", Settings)]
+    @hookimpl
+    def on_metrics(self, metrics, step):
+        if "loss" in metrics:
+            self.rows.append([step, metrics["loss"]])
 
+    @hookimpl
+    def on_checkpoint_saved(self, trainer):
+        path = Path(trainer.config.section("loss_logger").path)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([["step", "loss"], *self.rows])
 
-@hookimpl
-def on_metrics(metrics, step):
-    if "loss" in metrics:
-        rows.append([step, metrics["loss"]])
+    @hookimpl
+    def apt_state_dict(self):
+        return {"rows": self.rows}
 
-
-@hookimpl
-def on_checkpoint_saved(trainer):
-    path = Path(trainer.config.section("loss_logger").path)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["step", "loss"], *rows])
-
-
-@hookimpl
-def apt_state_dict():
-    return {"rows": rows}
-
-
-@hookimpl
-def apt_load_state_dict(state):
-    rows[:] = state["rows"]
+    @hookimpl
+    def apt_load_state_dict(self, state):
+        self.rows = state["rows"]

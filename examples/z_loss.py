@@ -18,12 +18,6 @@ def apt_register_config():
 
 @hookimpl
 def apt_loss_terms(trainer, output):
-    weight = trainer.schedule.get_param(
-        "z_loss_weight",
-        epoch=trainer.epoch,
-        step=trainer.step + 1,  # trainer.step are the steps that have been taken
-        tokens=trainer.tokens,
-        default=1e-4,
-    )
+    weight = trainer.param("z_loss_weight", default=1e-4)
     log_z = output.logits.float().logsumexp(-1)
     return {"z": weight * log_z.square().mean()}

@@ -19,10 +19,6 @@ NAME = "align"
 
 log = logging.getLogger("apt.align")
 
-_last_with_vein: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-"""By model, the layer that :func:`vein_of` looks for: a search of all modules a step is no small
-part of a small model's."""
-
 
 class Alignment:
     """``weight`` and ``momentum`` are those of the step at hand. The stable state is either the
@@ -37,6 +33,8 @@ class Alignment:
         self.has_teacher = settings.mode == "ema"
         self.vein: Tensor | None = None
         self._first_step = trainer.schedule.first_step_of(NAME)
+        self._last_with_vein: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+        """By model: a search of all modules a step is no small part of a small model's."""
 
     def begin_step(self, step: int, trainer: Any) -> None:
         """Take the values of this step; in the first one the teacher begins as the model is."""
@@ -49,7 +47,7 @@ class Alignment:
             self.momentum = self.settings.momentum(max(0, step - self._first_step))
             average = trainer.average(NAME, self.settings.momentum_start)
             average.decay = self.momentum
-        self.vein = vein_of(trainer.model) if self.weight else None
+        self.vein = self._vein_of(trainer.model) if self.weight else None
 
     def terms(self, trainer: Any, batch: Any, output: ModelOutput) -> Mapping[str, Tensor]:
         """The objective's terms times ``weight``; without a weight, nothing is computed."""
@@ -65,15 +63,21 @@ class Alignment:
         )
         return {name: self.weight * term for name, term in terms.items()}
 
+    def _vein_of(self, model: nn.Module) -> Tensor | None:
+        if model not in self._last_with_vein:
+            self._last_with_vein[model] = last_with_vein(model)
+        layer = self._last_with_vein[model]
+        return None if layer is None else vein_of(layer)
+
+
+def last_with_vein(model: nn.Module) -> Any:
+    """The last layer of the model that has a vein, or None."""
+    having = [layer for layer in model.modules() if hasattr(layer, "orthonormal_basis")]
+    return having[-1] if having else None
+
 
 @torch.no_grad()
-def vein_of(model: nn.Module) -> Tensor | None:
-    """The main directions [D, m] of the last layer that has any, whole where it is sharded."""
-    if model not in _last_with_vein:
-        having = [module for module in model.modules() if hasattr(module, "orthonormal_basis")]
-        _last_with_vein[model] = having[-1] if having else None
-    layer = _last_with_vein[model]
-    if layer is None:
-        return None
+def vein_of(layer: Any) -> Tensor:
+    """The main directions [D, m] of a layer, whole where it is sharded."""
     basis = layer.orthonormal_basis()
     return basis.full_tensor() if isinstance(basis, DTensor) else basis

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from apt_core import (
     PluginCosts,
@@ -36,64 +35,64 @@ PLUGIN = PluginInfo(
     version="1.0.0",
 )
 
-runs: WeakKeyDictionary[Any, Alignment] = WeakKeyDictionary()
-"""By trainer, for a process may make several runs."""
 
+class Plugin:
+    """The alignment of one run."""
 
-@hookimpl
-def apt_register_providers() -> list[ProviderSpec]:
-    return [
-        ProviderSpec(
-            kind="align",
-            name=DEFAULT,
-            factory="apt_plugins.align.objective:BistateProvider",
-            version="1.0.0",
-            summary="divergence of predictions and contrast of states, between two states",
-            section=SECTION,
-            config="apt_plugins.align.settings:BistateSettings",
-        )
-    ]
+    def __init__(self) -> None:
+        self._alignment: Alignment | None = None
 
+    @hookimpl
+    def apt_register_providers(self) -> list[ProviderSpec]:
+        return [
+            ProviderSpec(
+                kind="align",
+                name=DEFAULT,
+                factory="apt_plugins.align.objective:BistateProvider",
+                version="1.0.0",
+                summary="divergence of predictions and contrast of states, between two states",
+                section=SECTION,
+                config="apt_plugins.align.settings:BistateSettings",
+            )
+        ]
 
-@hookimpl
-def apt_register_config() -> list[SectionSpec]:
-    return [
-        SectionSpec(
-            SECTION,
-            BistateSettings,
-            schedule_params=(WEIGHT,),
-            unused=unused,
-            check=contradictions,
-        )
-    ]
+    @hookimpl
+    def apt_register_config(self) -> list[SectionSpec]:
+        return [
+            SectionSpec(
+                SECTION,
+                BistateSettings,
+                schedule_params=(WEIGHT,),
+                unused=unused,
+                check=contradictions,
+            )
+        ]
 
+    @hookimpl
+    def apt_costs(self, config: Config) -> PluginCosts:
+        if settings_of(config).mode == "rdrop":
+            return PluginCosts(passes=1)
+        return PluginCosts(averages=1, forwards=1)
 
-@hookimpl
-def apt_costs(config: Config) -> PluginCosts:
-    if settings_of(config).mode == "rdrop":
-        return PluginCosts(passes=1)
-    return PluginCosts(averages=1, forwards=1)
+    @hookimpl(collective=True)
+    def on_step_start(self, step: int, trainer: Any) -> None:
+        if self._alignment is None:
+            from apt_plugins.align.alignment import Alignment
 
+            self._alignment = Alignment(trainer)
+        self._alignment.begin_step(step, trainer)
 
-@hookimpl(collective=True)
-def on_step_start(step: int, trainer: Any) -> None:
-    if trainer not in runs:
-        from apt_plugins.align.alignment import Alignment
+    # Late: others read what the forward left behind in the layers, and a second pass replaces it.
+    @hookimpl(priority=Priority.LATE)
+    def apt_loss_terms(self, trainer: Any, batch: Any, output: Any) -> Mapping[str, Tensor]:
+        assert self._alignment is not None
+        return self._alignment.terms(trainer, batch, output)
 
-        runs[trainer] = Alignment(trainer)
-    runs[trainer].begin_step(step, trainer)
-
-
-# Late: others read what the forward left behind in the layers, and a second pass replaces it.
-@hookimpl(priority=Priority.LATE)
-def apt_loss_terms(trainer: Any, batch: Any, output: Any) -> Mapping[str, Tensor]:
-    return runs[trainer].terms(trainer, batch, output)
-
-
-@hookimpl
-def apt_metrics(trainer: Any) -> Mapping[str, float]:
-    alignment = runs[trainer]
-    metrics = {"weight": alignment.weight}
-    if alignment.has_teacher:
-        metrics["momentum"] = alignment.momentum
-    return metrics
+    @hookimpl
+    def apt_metrics(self) -> Mapping[str, float]:
+        alignment = self._alignment
+        assert alignment is not None
+        metrics = {"weight": alignment.weight}
+        if alignment.has_teacher:
+            metrics["momentum"] = alignment.momentum
+        return metrics

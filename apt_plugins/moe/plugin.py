@@ -25,98 +25,101 @@ PLUGIN = PluginInfo(
 
 log = logging.getLogger("apt.moe")
 
-layers_of: WeakKeyDictionary[Any, list[MoELayer]] = WeakKeyDictionary()
-"""By model: to search one takes longer than to count what its experts are sent."""
 
+class Plugin:
+    """The mixture of one run."""
 
-@hookimpl
-def apt_register_providers() -> list[ProviderSpec]:
-    return [
-        ProviderSpec(
-            kind="router",
-            name=name,
-            factory="apt_plugins.moe.router:TopKProvider",
-            version="1.0.0",
-            summary=summary,
-            config=MoeSettings,
-        )
-        for name, summary in (
-            (ROUTERS[0], "the top k experts of a linear score, their weights renormalised"),
-            (ROUTERS[1], f"another name of {ROUTERS[0]}"),
-        )
-    ]
+    def __init__(self) -> None:
+        self._layers: WeakKeyDictionary[Any, list[MoELayer]] = WeakKeyDictionary()
+        """By model: to search one takes longer than to count what its experts are sent."""
 
+    @hookimpl
+    def apt_register_providers(self) -> list[ProviderSpec]:
+        return [
+            ProviderSpec(
+                kind="router",
+                name=name,
+                factory="apt_plugins.moe.router:TopKProvider",
+                version="1.0.0",
+                summary=summary,
+                config=MoeSettings,
+            )
+            for name, summary in (
+                (ROUTERS[0], "the top k experts of a linear score, their weights renormalised"),
+                (ROUTERS[1], f"another name of {ROUTERS[0]}"),
+            )
+        ]
 
-@hookimpl
-def apt_register_config() -> list[SectionSpec]:
-    return [SectionSpec("model.moe", MoeSettings, unused=unused, check=contradictions)]
+    @hookimpl
+    def apt_register_config(self) -> list[SectionSpec]:
+        return [SectionSpec("model.moe", MoeSettings, unused=unused, check=contradictions)]
 
+    @hookimpl
+    def apt_transform_model(
+        self, model: Any, config: Config, registry: Any
+    ) -> ModelTransform | None:
+        settings = settings_of(config)
+        if not settings.enabled:
+            log.info("model.moe.enabled is false: the dense feed-forward stays")
+            return None
+        from apt_plugins.moe.upcycle import upcycled
 
-@hookimpl
-def apt_transform_model(model: Any, config: Config, registry: Any) -> ModelTransform | None:
-    settings = settings_of(config)
-    if not settings.enabled:
-        log.info("model.moe.enabled is false: the dense feed-forward stays")
-        return None
-    from apt_plugins.moe.upcycle import upcycled
+        return upcycled(model, config, settings, registry)
 
-    return upcycled(model, config, settings, registry)
+    def moe_layers_of(self, trainer: Any) -> list[MoELayer]:
+        """The layers that the trainer's present model has of this plugin, maybe none."""
+        model = trainer.model
+        if model not in self._layers:
+            from apt_plugins.moe.layer import moe_layers
 
+            self._layers[model] = moe_layers(model)
+        return self._layers[model]
 
-def moe_layers_of(trainer: Any) -> list[MoELayer]:
-    """The layers that the trainer's present model has of this plugin, maybe none."""
-    model = trainer.model
-    if model not in layers_of:
-        from apt_plugins.moe.layer import moe_layers
+    @hookimpl(priority=Priority.EARLY, collective=True)
+    def on_step_start(self, step: int, trainer: Any) -> None:
+        layers = self.moe_layers_of(trainer)
+        if not layers:
+            return
+        from apt_plugins.moe.statistics import start_counting
 
-        layers_of[model] = moe_layers(model)
-    return layers_of[model]
+        start_counting(layers)
+        first = trainer.schedule.first_step_of(NAME) + settings_of(trainer.config).dropless_steps
+        for layer in layers:
+            layer.limited = step >= first
 
+    # Around the others, and so before them: one that makes a forward of its own replaces what the
+    # layers keep of the batch's.
+    @hookimpl(priority=Priority.FIRST, wrapper=True)
+    def apt_loss_terms(self, trainer: Any, batch: Any) -> Generator[None, list[Any], list[Any]]:
+        # One that a plugin keeps in eval mode leaves nothing behind of its forward.
+        layers = [
+            layer
+            for layer in self.moe_layers_of(trainer)
+            if layer.training and layer.router.training
+        ]
+        own = []
+        if layers:
+            from apt_plugins.moe.statistics import losses
 
-@hookimpl(priority=Priority.EARLY, collective=True)
-def on_step_start(step: int, trainer: Any) -> None:
-    layers = moe_layers_of(trainer)
-    if not layers:
-        return
-    from apt_plugins.moe.statistics import start_counting
+            own = [losses(layers, batch, settings_of(trainer.config))]
+        return own + (yield)
 
-    start_counting(layers)
-    first = trainer.schedule.first_step_of(NAME) + settings_of(trainer.config).dropless_steps
-    for layer in layers:
-        layer.limited = step >= first
+    # Early: who balances the load by it, at the end of the step, wants that of all processes.
+    @hookimpl(priority=Priority.EARLY, collective=True)
+    def on_step_end(self, step: int, trainer: Any) -> None:
+        layers = self.moe_layers_of(trainer)
+        if layers and trainer.world_size > 1:
+            from apt_plugins.moe.statistics import sum_over_processes
 
+            sum_over_processes(layers)
+        for layer in layers:
+            layer.counted_step = step
 
-# Around the others, and so before them: one that makes a forward of its own replaces what the
-# layers keep of the batch's.
-@hookimpl(priority=Priority.FIRST, wrapper=True)
-def apt_loss_terms(trainer: Any, batch: Any) -> Generator[None, list[Any], list[Any]]:
-    # One that a plugin keeps in eval mode leaves nothing behind of its forward.
-    layers = [layer for layer in moe_layers_of(trainer) if layer.training and layer.router.training]
-    own = []
-    if layers:
-        from apt_plugins.moe.statistics import losses
+    @hookimpl
+    def apt_metrics(self, trainer: Any) -> dict[str, float]:
+        layers = self.moe_layers_of(trainer)
+        if not layers:
+            return {}
+        from apt_plugins.moe.statistics import figures
 
-        own = [losses(layers, batch, settings_of(trainer.config))]
-    return own + (yield)
-
-
-# Early: who balances the load by it, at the end of the step, wants that of all processes.
-@hookimpl(priority=Priority.EARLY, collective=True)
-def on_step_end(step: int, trainer: Any) -> None:
-    layers = moe_layers_of(trainer)
-    if layers and trainer.world_size > 1:
-        from apt_plugins.moe.statistics import sum_over_processes
-
-        sum_over_processes(layers)
-    for layer in layers:
-        layer.counted_step = step
-
-
-@hookimpl
-def apt_metrics(trainer: Any) -> dict[str, float]:
-    layers = moe_layers_of(trainer)
-    if not layers:
-        return {}
-    from apt_plugins.moe.statistics import figures
-
-    return figures(layers)
+        return figures(layers)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from apt_core import PluginInfo, Priority, hookimpl
 
@@ -36,38 +35,31 @@ class Budget:
         self._written_at, self._seconds = end, end - start
 
 
-budgets: WeakKeyDictionary[Any, Budget] = WeakKeyDictionary()
-"""By trainer, for a process may make several runs."""
+class Plugin:
+    """The page of one run."""
 
+    def __init__(self) -> None:
+        self._budget = Budget(time.perf_counter())
 
-@hookimpl
-def on_training_start(trainer: Any) -> None:
-    budgets[trainer] = Budget(time.perf_counter())
+    def write(self, trainer: Any) -> None:
+        """Write the page of the trainer's run, on the main process alone."""
+        if trainer.rank != 0:
+            return
+        from apt_plugins.report.page import write_report
 
+        start = time.perf_counter()
+        write_report(trainer.output_dir)
+        self._budget.spent(start, time.perf_counter())
 
-def write(trainer: Any) -> None:
-    """Write the page of the trainer's run, on the main process alone."""
-    if trainer.rank != 0:
-        return
-    from apt_plugins.report.page import write_report
+    @hookimpl(priority=Priority.LAST)
+    def on_epoch_end(self, trainer: Any) -> None:
+        if self._budget.allows(time.perf_counter()):
+            self.write(trainer)
 
-    start = time.perf_counter()
-    write_report(trainer.output_dir)
-    if trainer in budgets:
-        budgets[trainer].spent(start, time.perf_counter())
+    @hookimpl(priority=Priority.LAST)
+    def on_training_end(self, trainer: Any) -> None:
+        self.write(trainer)
 
-
-@hookimpl(priority=Priority.LAST)
-def on_epoch_end(trainer: Any) -> None:
-    if trainer in budgets and budgets[trainer].allows(time.perf_counter()):
-        write(trainer)
-
-
-@hookimpl(priority=Priority.LAST)
-def on_training_end(trainer: Any) -> None:
-    write(trainer)
-
-
-@hookimpl(priority=Priority.LAST)
-def on_exception(trainer: Any) -> None:
-    write(trainer)
+    @hookimpl(priority=Priority.LAST)
+    def on_exception(self, trainer: Any) -> None:
+        self.write(trainer)

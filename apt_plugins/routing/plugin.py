@@ -26,65 +26,64 @@ PLUGIN = PluginInfo(
 
 log = logging.getLogger("apt.routing")
 
-controls: WeakKeyDictionary[Any, RoutingControls] = WeakKeyDictionary()
-"""By model: a switch in mid-run makes another one, whose layers know nothing of the values yet."""
 
+class Plugin:
+    """What one run has set."""
 
-@hookimpl
-def apt_register_config() -> list[SectionSpec]:
-    return [
-        SectionSpec(
-            "routing",
-            RoutingSettings,
-            schedule_params=SCHEDULE_PARAMS,
-            unused=unused,
-            check=contradictions,
-        )
-    ]
+    def __init__(self) -> None:
+        self._controls: WeakKeyDictionary[Any, RoutingControls] = WeakKeyDictionary()
+        """By model: a switch in mid-run makes another one, whose layers have no values yet."""
 
+    @hookimpl
+    def apt_register_config(self) -> list[SectionSpec]:
+        return [
+            SectionSpec(
+                "routing",
+                RoutingSettings,
+                schedule_params=SCHEDULE_PARAMS,
+                unused=unused,
+                check=contradictions,
+            )
+        ]
 
-def controls_of(model: Any) -> RoutingControls:
-    if model not in controls:
-        from apt_plugins.moe.layer import moe_layers
-        from apt_plugins.routing.controls import RoutingControls
+    def controls_of(self, model: Any) -> RoutingControls:
+        if model not in self._controls:
+            from apt_plugins.moe.layer import moe_layers
+            from apt_plugins.routing.controls import RoutingControls
 
-        controls[model] = RoutingControls(moe_layers(model))
-    return controls[model]
+            self._controls[model] = RoutingControls(moe_layers(model))
+        return self._controls[model]
 
-
-def set_controls(trainer: Any) -> None:
-    """Set what the schedule says for the step at hand. An evaluation computes with it too."""
-    controls_of(trainer.model).set(
-        {
-            "temperature": trainer.param("route_temp"),
-            "exploration": settings_of(trainer.config).exploration,
-            "capacity": trainer.param("moe_capacity"),
-        }
-    )
-
-
-@hookimpl
-def on_training_start(trainer: Any) -> None:
-    if trainer.step == 0:  # else the layers have what they had, and an evaluation may be due
-        set_controls(trainer)
-    if not has_experts(trainer.config):
-        log.warning(
-            "routing does nothing: the run has no mixture of experts (add moe to plugins, or "
-            "leave routing out)"
+    def set_controls(self, trainer: Any) -> None:
+        """Set what the schedule says for the step at hand. An evaluation computes with it too."""
+        self.controls_of(trainer.model).set(
+            {
+                "temperature": trainer.param("route_temp"),
+                "exploration": settings_of(trainer.config).exploration,
+                "capacity": trainer.param("moe_capacity"),
+            }
         )
 
+    @hookimpl
+    def on_training_start(self, trainer: Any) -> None:
+        if trainer.step == 0:  # else the layers have what they had, and an evaluation may be due
+            self.set_controls(trainer)
+        if not has_experts(trainer.config):
+            log.warning(
+                "routing does nothing: the run has no mixture of experts (add moe to plugins, or "
+                "leave routing out)"
+            )
 
-@hookimpl(collective=True)
-def on_step_start(trainer: Any) -> None:
-    set_controls(trainer)
+    @hookimpl(collective=True)
+    def on_step_start(self, trainer: Any) -> None:
+        self.set_controls(trainer)
 
+    @hookimpl(collective=True)
+    def on_step_end(self, step: int, trainer: Any) -> None:
+        settings, layers = settings_of(trainer.config), self.controls_of(trainer.model).layers
+        # Where nobody counts any more, the loads are those of an earlier step.
+        if settings.balancing == "none" or not layers or layers[0].counted_step != step:
+            return
+        from apt_plugins.routing.balancing import move_biases
 
-@hookimpl(collective=True)
-def on_step_end(step: int, trainer: Any) -> None:
-    settings, layers = settings_of(trainer.config), controls_of(trainer.model).layers
-    # Where nobody counts any more, the loads are those of an earlier step.
-    if settings.balancing == "none" or not layers or layers[0].counted_step != step:
-        return
-    from apt_plugins.routing.balancing import move_biases
-
-    move_biases(layers, settings.bias_rate, trainer.step_void)
+        move_biases(layers, settings.bias_rate, trainer.step_void)

@@ -164,10 +164,98 @@ def test_every_problem_of_a_plugin_comes_at_once(
     assert problems[0].message == "PLUGIN is a dict"
 
 
-def test_a_class_in_place_of_an_instance(manager: PluginManager) -> None:
-    (problem,) = refused(manager, Methods)
-    assert problem.message == "Methods is a class, not an instance"
-    assert problem.hint == "point the entry point at an object: plugin = Methods()"
+def test_a_class_is_made_into_an_object_of_each_manager(manager: PluginManager) -> None:
+    class Good:
+        PLUGIN = PluginInfo(summary="of the class")
+
+        @hookimpl
+        def on_step_end(self) -> None: ...
+
+    other = PluginManager()
+    assert manager.register(Good) == other.register(Good) == "good"
+    one, two = manager.get_plugin("good"), other.get_plugin("good")
+    assert type(one) is type(two) is Good
+    assert one is not two
+    assert manager.records["good"].summary == "of the class"
+    (problem,) = refused(manager, Good)
+    assert problem.message == "it is active already as 'good'"
+    assert {problem.key for problem in refused(PluginManager(), Methods)} == {
+        problem.key for problem in refused(PluginManager(), Methods())
+    }
+
+
+CLASS = (
+    HEAD
+    + """
+PLUGIN = PluginInfo(summary="counts", observer=True)
+made = []
+
+class Plugin:
+    def __init__(self):
+        made.append(self)
+        self.seen = []
+
+    @hookimpl
+    def on_step_end(self, step, trainer):
+        self.seen.append(step)
+"""
+)
+
+
+def test_a_module_names_its_class(load_source: Callable[..., Any]) -> None:
+    module = load_source("counting", CLASS)
+    managers = [PluginManager(), PluginManager()]
+    for number, manager in enumerate(managers):
+        assert manager.register(module, "counting") == "counting"
+        manager.hook.on_step_end(step=number, loss=0.0, trainer=None)
+        assert manager.records["counting"].summary == "counts"
+        assert manager.only_observes("counting")
+        (problem,) = refused(manager, module)
+        assert problem.message == "it is active already as 'counting'"
+    assert [manager.get_plugin("counting").seen for manager in managers] == [[0], [1]]
+    assert PluginManager().register(module.Plugin()) == "apt_plugin_counting"
+
+
+@pytest.mark.parametrize(
+    ("source", "key", "message"),
+    [
+        (
+            CLASS + "\n@hookimpl\ndef on_epoch_end(): ...\n",
+            "plugin mine, on_epoch_end",
+            "its module has hooks beside its class Plugin",
+        ),
+        (
+            CLASS.replace("__init__(self)", "__init__(self, config)"),
+            "plugin mine",
+            "its class Plugin cannot be made: TypeError: Plugin.__init__() missing 1 required "
+            "positional argument: 'config'",
+        ),
+        (CLASS.replace("step, trainer", "steps"), "plugin mine, on_step_end", "no parameter 'st"),
+        (CLASS.replace("PluginInfo(", "dict("), "plugin mine", "PLUGIN is a dict"),
+        (
+            CLASS.replace("summary=", "requires=('no-such-package',), summary=").replace(
+                "made.append", "import_what_is_missing"
+            ),
+            "plugin mine",
+            "it cannot be used: no-such-package",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_class(
+    manager: PluginManager, load_source: Callable[..., Any], source: str, key: str, message: str
+) -> None:
+    (problem,) = refused(manager, load_source("mine", source))
+    assert problem.key == key
+    assert message in problem.message
+
+
+def test_a_class_without_hooks_is_none_of_the_plugin(
+    manager: PluginManager, load_source: Callable[..., Any]
+) -> None:
+    source = HEAD + "class Plugin: ...\n\n@hookimpl\ndef on_epoch_end(): ...\n"
+    module = load_source("mine", source)
+    manager.register(module, "mine")
+    assert manager.get_plugin("mine") is module
 
 
 def test_an_unmet_requirement(manager: PluginManager, plugin_of: type) -> None:

@@ -194,8 +194,10 @@ def test_a_plugin_that_is_installed_is_imported_anew_by_a_resume(folder: Path) -
     from apt_plugins.report import plugin
 
     options = {"steps": 2, "output": folder / "run"}
-    assert tiny_run("report", stop_at_step=1, **options).manager.get_plugin("report") is plugin
-    assert tiny_run("report", resume=True, **options).manager.get_plugin("report") is not plugin
+    run = tiny_run("report", stop_at_step=1, **options)
+    assert isinstance(run.manager.get_plugin("report"), plugin.Plugin)
+    run = tiny_run("report", resume=True, **options)
+    assert not isinstance(run.manager.get_plugin("report"), plugin.Plugin)
     assert sys.modules["apt_plugins.report.plugin"] is plugin
 
 

@@ -16,8 +16,9 @@ from apt_core.kernel import boot
 from apt_core.modeling import KeptCasts, cast_weight
 from apt_core.testing import tiny_run
 from apt_core.testing.tiny import TEXT
-from apt_plugins.moe import experts, plugin, statistics
+from apt_plugins.moe import experts, statistics
 from apt_plugins.moe.layer import MoELayer, moe_layers
+from apt_plugins.moe.plugin import Plugin
 
 MOE = "apt_plugins.moe.plugin"
 FIGURES = {
@@ -180,8 +181,9 @@ def test_counts_of_several_processes_are_summed_at_the_end_of_a_step(monkeypatch
     summed = []
     monkeypatch.setattr(statistics, "sum_over_processes", summed.append)
     layers = [SimpleNamespace(counted_step=0)]
-    monkeypatch.setattr(plugin, "moe_layers_of", lambda trainer: layers)
-    plugin.on_step_end(step=7, trainer=SimpleNamespace(world_size=world_size))
+    moe = Plugin()
+    monkeypatch.setattr(moe, "moe_layers_of", lambda trainer: layers)
+    moe.on_step_end(step=7, trainer=SimpleNamespace(world_size=world_size))
     assert layers[0].counted_step == 7
     assert summed == [layers] * (world_size - 1)
 

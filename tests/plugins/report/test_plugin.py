@@ -67,7 +67,7 @@ def test_a_report_that_fails_does_not_fail_the_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_only_the_main_process_writes(make_run, rank):
     folder = make_run()
-    plugin.on_training_end(trainer=Run(folder, rank))
+    plugin.Plugin().on_training_end(trainer=Run(folder, rank))
     assert (folder / "report.html").exists() == (rank == 0)
 
 
@@ -82,12 +82,12 @@ def test_pages_in_mid_run_cost_at_most_a_hundredth_of_the_time():
 
 def test_an_epochs_end_writes_when_the_budget_allows_it(make_run, monkeypatch):
     folder = make_run()
-    trainer = Run(folder)
-    monkeypatch.setitem(plugin.budgets, trainer, plugin.Budget(now=float("inf")))
-    plugin.on_epoch_end(trainer=trainer)
+    report = plugin.Plugin()
+    monkeypatch.setattr(report, "_budget", plugin.Budget(now=float("inf")))
+    report.on_epoch_end(trainer=Run(folder))
     assert not (folder / "report.html").exists()
-    monkeypatch.setitem(plugin.budgets, trainer, plugin.Budget(now=float("-inf")))
-    plugin.on_epoch_end(trainer=trainer)
+    monkeypatch.setattr(report, "_budget", plugin.Budget(now=float("-inf")))
+    report.on_epoch_end(trainer=Run(folder))
     assert (folder / "report.html").exists()
 
 

@@ -12,6 +12,7 @@ from apt_plugins.moe.experts import Experts
 from apt_plugins.moe.layer import MoELayer
 from apt_plugins.moe.router import TopKRouter
 from apt_plugins.moe.settings import MoeSettings
+from apt_plugins.routing.plugin import Plugin
 from apt_plugins.routing.settings import RoutingSettings
 
 WIDTH = 16
@@ -31,6 +32,12 @@ class Trainer:
 
     def param(self, name, default=None):
         return self.values.get(name, default)
+
+
+@pytest.fixture
+def plugin():
+    """The plugin of one run."""
+    return Plugin()
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from apt_plugins.moe.layer import moe_layers
 from apt_plugins.moe.statistics import count, start_counting
-from apt_plugins.routing import plugin
 from apt_plugins.routing.balancing import move_biases
 
 
@@ -17,7 +16,7 @@ def counted(layers, step):
         layer.counted_step = step
 
 
-def max_violations(trainer, tokens, steps):
+def max_violations(plugin, trainer, tokens, steps):
     """MaxVio, the largest load over its fair share minus 1 in the worst group, of each of ``steps``
     steps on random tokens, with an optimizer."""
     model = trainer.model
@@ -49,11 +48,11 @@ def max_violations(trainer, tokens, steps):
     ids=["sigmoid", "softmax", "granular"],
 )
 def test_a_skewed_router_is_even_within_200_steps_and_without_the_bias_it_is_not(
-    make_model, make_trainer, tokens, shape
+    plugin, make_model, make_trainer, tokens, shape
 ):
     balanced = make_trainer(make_model(skew=0.4, **shape), {"balancing": "bias"})
-    with_bias = max_violations(balanced, tokens, 200)
-    without = max_violations(make_trainer(make_model(skew=0.4, **shape)), tokens, 200)
+    with_bias = max_violations(plugin, balanced, tokens, 200)
+    without = max_violations(plugin, make_trainer(make_model(skew=0.4, **shape)), tokens, 200)
     assert with_bias[0] == without[0] > 1
     assert max(with_bias[-10:]) < 0.3
     assert min(without[-10:]) > 0.6
@@ -81,7 +80,7 @@ def test_an_even_load_moves_nothing_whatever_the_number_of_experts(make_model):
 
 
 @pytest.mark.parametrize("void", [True, torch.ones(())], ids=["known", "on the device"])
-def test_a_void_step_moves_nothing(make_model, make_trainer, void):
+def test_a_void_step_moves_nothing(plugin, make_model, make_trainer, void):
     model = make_model()
     model[0].load.copy_(torch.arange(8.0))
     counted(model, 1)
@@ -94,7 +93,7 @@ def test_a_void_step_moves_nothing(make_model, make_trainer, void):
     assert model[0].router.bias.any()
 
 
-def test_the_rate_is_that_of_the_profile(make_model, make_trainer):
+def test_the_rate_is_that_of_the_profile(plugin, make_model, make_trainer):
     model = make_model(experts=2, top_k=1)
     model[0].load.copy_(torch.tensor([3.0, 1.0]))
     trainer = make_trainer(model, {"balancing": "bias", "bias_rate": 0.5})

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from apt_core.modeling.carry import tell_buffers_loaded
-from apt_plugins.routing import plugin
 from apt_plugins.routing.controls import RoutingControls
 
 
@@ -18,7 +17,7 @@ def routed(model, x):
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
 def test_the_temperature_changes_the_weights_and_not_who_is_chosen(
-    make_model, make_trainer, tokens, scores
+    plugin, make_model, make_trainer, tokens, scores
 ):
     model, x = make_model(scores=scores, skew=0.4).train(), tokens(64)
     chosen, weights = routed(model, x)
@@ -35,13 +34,13 @@ def test_the_temperature_changes_the_weights_and_not_who_is_chosen(
     torch.testing.assert_close(routed(model, x)[1], sharper)
 
 
-def test_the_temperature_holds_before_the_first_step(make_model, make_trainer):
+def test_the_temperature_holds_before_the_first_step(plugin, make_model, make_trainer):
     model = make_model()
     plugin.on_training_start(trainer=make_trainer(model, route_temp=1.5))
     assert model[0].router.temperature == 1.5
 
 
-def test_exploration_draws_experts_by_their_probabilities(make_model, make_trainer, tokens):
+def test_exploration_draws_experts_by_their_probabilities(plugin, make_model, make_trainer, tokens):
     model = make_model(experts=4, top_k=1, skew=0.8).train()
     plugin.on_training_start(trainer=make_trainer(model, {"exploration": 1.0}, route_temp=2.0))
     x = tokens(1)
@@ -53,7 +52,9 @@ def test_exploration_draws_experts_by_their_probabilities(make_model, make_train
     assert float(((drawn - expected) ** 2 / expected).sum()) < 16.27
 
 
-def test_exploration_depends_on_the_seed_of_the_loop_alone(make_model, make_trainer, tokens):
+def test_exploration_depends_on_the_seed_of_the_loop_alone(
+    plugin, make_model, make_trainer, tokens
+):
     model, x = make_model().train(), tokens(64)
     best, _ = routed(model, x)
     plugin.on_training_start(trainer=make_trainer(model, {"exploration": 1.0}))
@@ -71,7 +72,7 @@ def test_exploration_depends_on_the_seed_of_the_loop_alone(make_model, make_trai
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_nothing_is_drawn_without_exploration(make_model, make_trainer, tokens, training):
+def test_nothing_is_drawn_without_exploration(plugin, make_model, make_trainer, tokens, training):
     model = make_model().train(training)
     plugin.on_training_start(trainer=make_trainer(model, {"exploration": 0.0}))
     state = torch.get_rng_state()
@@ -79,7 +80,9 @@ def test_nothing_is_drawn_without_exploration(make_model, make_trainer, tokens, 
     assert torch.get_rng_state().equal(state)
 
 
-def test_the_capacity_of_the_schedule_is_that_of_the_layers(make_model, make_trainer, tokens):
+def test_the_capacity_of_the_schedule_is_that_of_the_layers(
+    plugin, make_model, make_trainer, tokens
+):
     model = make_model(layers=2, skew=0.8).train()
     trainer = make_trainer(model, moe_capacity=1.5)
     plugin.on_step_start(trainer=trainer)
@@ -93,7 +96,7 @@ def test_the_capacity_of_the_schedule_is_that_of_the_layers(make_model, make_tra
     assert model[0].kept.sum() < kept
 
 
-def test_without_schedules_nothing_is_touched(make_model, make_trainer):
+def test_without_schedules_nothing_is_touched(plugin, make_model, make_trainer):
     model = make_model()
     model[0].capacity = 3.0
     model[0].router.temperature.fill_(0.7)
@@ -104,7 +107,7 @@ def test_without_schedules_nothing_is_touched(make_model, make_trainer):
     assert not model[0].router.explores
 
 
-def test_a_knob_is_turned_only_where_its_value_changes(make_model, make_trainer):
+def test_a_knob_is_turned_only_where_its_value_changes(plugin, make_model, make_trainer):
     model = make_model()
     trainer = make_trainer(model, route_temp=1.5)
     plugin.on_step_start(trainer=trainer)
@@ -116,7 +119,7 @@ def test_a_knob_is_turned_only_where_its_value_changes(make_model, make_trainer)
     assert model[0].router.temperature == 1.25
 
 
-def test_a_model_that_has_become_a_mixture_is_set_too(make_model, make_trainer):
+def test_a_model_that_has_become_a_mixture_is_set_too(plugin, make_model, make_trainer):
     trainer = make_trainer(torch.nn.Linear(2, 2), {"balancing": "bias"}, route_temp=1.5)
     plugin.on_training_start(trainer=trainer)
     plugin.on_step_start(trainer=trainer)
@@ -126,7 +129,7 @@ def test_a_model_that_has_become_a_mixture_is_set_too(make_model, make_trainer):
     assert trainer.model[0].router.temperature == 1.5
 
 
-def test_what_was_set_is_part_of_the_model_and_comes_back_with_it(make_model, make_trainer):
+def test_what_was_set_is_part_of_the_model_and_comes_back_with_it(plugin, make_model, make_trainer):
     """Whoever has set it may be gone by then."""
     trainer = make_trainer(make_model(), {"exploration": 0.5}, route_temp=1.25, moe_capacity=1.42)
     plugin.on_step_start(trainer=trainer)
@@ -140,7 +143,9 @@ def test_what_was_set_is_part_of_the_model_and_comes_back_with_it(make_model, ma
     assert layer.capacity == pytest.approx(1.42)
 
 
-def test_a_resumed_run_keeps_what_the_layers_have_until_its_next_step(make_model, make_trainer):
+def test_a_resumed_run_keeps_what_the_layers_have_until_its_next_step(
+    plugin, make_model, make_trainer
+):
     trainer = make_trainer(make_model(), route_temp=1.25)
     trainer.step = 7
     plugin.on_training_start(trainer=trainer)
@@ -149,7 +154,7 @@ def test_a_resumed_run_keeps_what_the_layers_have_until_its_next_step(make_model
     assert trainer.model[0].router.temperature == 1.25
 
 
-def test_a_model_is_not_kept_alive():
+def test_a_model_is_not_kept_alive(plugin):
     import gc
     import weakref
 

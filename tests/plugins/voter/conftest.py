@@ -1,4 +1,4 @@
-"""A voter that is forgotten after each test, and generations with it."""
+"""Generations with plugins."""
 
 from __future__ import annotations
 
@@ -11,14 +11,6 @@ from apt_core.modeling import ModelBuilder
 from apt_core.plugin_manager import PluginManager
 from apt_core.registry import Registry
 from apt_core.testing import TINY_PROFILE
-from apt_plugins.voter import plugin
-
-
-@pytest.fixture(autouse=True)
-def voter(monkeypatch):
-    """The plugin's state, anew."""
-    monkeypatch.setattr(plugin, "current", plugin.Current())
-    return plugin.current
 
 
 @pytest.fixture

@@ -13,11 +13,18 @@ import torch
 from apt_core import AptError, ConfigError, GenerationRequest, hookimpl
 from apt_core.kernel import boot
 from apt_core.testing import TINY_PROFILE, tiny_run
-from apt_plugins.voter import plugin
+from apt_plugins.voter.plugin import Plugin
 from apt_plugins.voter.settings import VotingSettings
 
 VOTER = "apt_plugins.voter.plugin"
 ROOT = Path(__file__).parents[3]
+
+
+def voter(**settings):
+    """The plugin of a generation outside of a run."""
+    made = Plugin()
+    made._settings = VotingSettings(**settings)
+    return made
 
 
 def booted(voting=None, schedules=None):
@@ -26,18 +33,16 @@ def booted(voting=None, schedules=None):
     return boot(data, plugins=[VOTER], files=False)
 
 
-def test_a_vote_that_is_never_triggered_is_plain_decoding_token_for_token(
-    continuation, voter, caplog
-):
+def test_a_vote_that_is_never_triggered_is_plain_decoding_token_for_token(continuation, caplog):
     caplog.set_level("INFO", "apt.voter")
-    voter.settings = VotingSettings(threshold=100.0)
+    plugin = voter(threshold=100.0)
     assert continuation(plugin)[0] == continuation()[0]
     assert "0 of 24 tokens were put to the vote" in caplog.text
 
 
-def test_uncertain_tokens_are_voted_on_and_counted(continuation, voter, caplog):
+def test_uncertain_tokens_are_voted_on_and_counted(continuation, caplog):
     caplog.set_level("INFO", "apt.voter")
-    voter.settings = VotingSettings(threshold=0.0)
+    plugin = voter(threshold=0.0)
     tokens, manager = continuation(plugin)
     assert tokens != continuation()[0]
     assert continuation(plugin)[0] == tokens
@@ -45,7 +50,7 @@ def test_uncertain_tokens_are_voted_on_and_counted(continuation, voter, caplog):
     assert manager.records["plugin_0"].failures == []
 
 
-def test_tokens_before_the_first_vote_are_those_of_plain_decoding(continuation, voter, caplog):
+def test_tokens_before_the_first_vote_are_those_of_plain_decoding(continuation, caplog):
     caplog.set_level("INFO", "apt.voter")
     plain = continuation(max_new_tokens=40)[0]
     seen = []
@@ -64,7 +69,7 @@ def test_tokens_before_the_first_vote_are_those_of_plain_decoding(continuation, 
     threshold = max(seen)
     first = seen.index(threshold)
     assert first > 2
-    voter.settings = VotingSettings(threshold=threshold - 1e-6)
+    plugin = voter(threshold=threshold - 1e-6)
     voted = continuation(plugin, max_new_tokens=40)[0]
     assert voted[:first] == plain[:first]
     assert "0 of 40" not in caplog.text
@@ -74,21 +79,21 @@ def test_tokens_before_the_first_vote_are_those_of_plain_decoding(continuation, 
     ("settings", "request_"), [({"k": 1}, {}), ({"threshold": 0.0}, {"temperature": 0.0})]
 )
 def test_one_voter_and_temperature_zero_are_plain_decoding(
-    continuation, voter, caplog, settings, request_
+    continuation, caplog, settings, request_
 ):
     caplog.set_level("INFO", "apt.voter")
-    voter.settings = VotingSettings(**{"threshold": 0.0, **settings})
+    plugin = voter(**{"threshold": 0.0, **settings})
     assert continuation(plugin, **request_)[0] == continuation(**request_)[0]
     assert "put to the vote" not in caplog.text
 
 
-def test_a_voter_that_fails_leaves_plain_sampling(continuation, voter, monkeypatch):
+def test_a_voter_that_fails_leaves_plain_sampling(continuation, monkeypatch):
     from apt_plugins.voter.decoder import VotingDecoder
 
     def fails(self, input_ids, logits):
         raise RuntimeError("no quorum")
 
-    voter.settings = VotingSettings(threshold=0.0)
+    plugin = voter(threshold=0.0)
     monkeypatch.setattr(VotingDecoder, "choose", fails)
     tokens, manager = continuation(plugin)
     assert tokens == continuation()[0]
@@ -122,9 +127,13 @@ class Thresholds:
     def __init__(self):
         self.seen = []
 
+    @hookimpl
+    def on_training_start(self, trainer):
+        self.voter = trainer.manager.get_plugin("voter")
+
     @hookimpl(priority=0)
     def on_generation_start(self, request):
-        chosen = plugin.apt_decoder(request)
+        chosen = self.voter.apt_decoder(request)
         self.seen.append(None if chosen is None else chosen._threshold)
 
 
@@ -173,18 +182,23 @@ def test_after_a_run_the_static_threshold_counts():
     schedules = {"schedules.vote_threshold": 1.0, "model.voting.threshold": 4.5}
     tiny_run(VOTER, kept := Keeps(), steps=2, overrides=schedules)
     assert kept.trainer.param("vote_threshold") == 1.0
+    plugin = kept.trainer.manager.get_plugin("voter")
     assert plugin.apt_decoder(GenerationRequest(""))._threshold == 4.5
 
 
-def test_a_run_that_died_is_forgotten(voter):
+def test_a_run_that_died_is_forgotten():
     class Dies:
+        @hookimpl
+        def on_training_start(self, trainer):
+            self.voter = trainer.manager.get_plugin("voter")
+
         @hookimpl
         def on_step_end(self, step):
             raise RuntimeError("broken on purpose")
 
     with pytest.raises(AptError):
-        tiny_run(VOTER, Dies(), overrides={"schedules.vote_threshold": 1.0})
-    assert voter.trainer is None
+        tiny_run(VOTER, dies := Dies(), overrides={"schedules.vote_threshold": 1.0})
+    assert dies.voter._trainer is None
 
 
 def test_another_profile_read_meanwhile_changes_nothing_of_a_run():

@@ -1,0 +1,117 @@
+"""What a plugin is: a module of functions, an object, or a class of which each run has an object.
+
+Attributes are looked up statically: a property of a plugin is never run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+from apt_core.errors import ConfigError, Problem
+from apt_core.failures import one_line, source_of, where_raised
+from apt_core.markers import PROJECT
+from apt_core.plugin_names import short_name
+from apt_core.types import PluginInfo
+
+CLASS = "Plugin"
+"""The name by which a module names its class, of which every manager makes an object of its own."""
+
+
+def static_function(plugin: Any, name: str) -> Callable[..., Any] | None:
+    """The function behind an attribute, without running descriptors; None for anything else."""
+    return function_in(inspect.getattr_static(plugin, name, None))
+
+
+def implementation_options(plugin: Any, name: str) -> dict[str, Any] | None:
+    """The options that ``@hookimpl`` left on a function of the plugin, or None."""
+    function = static_function(plugin, name)
+    return None if function is None else options_of(function)
+
+
+def function_in(attribute: Any) -> Callable[..., Any] | None:
+    """The function that an attribute is, or that a method of either kind wraps; else None."""
+    # By its type: an object may say of itself that it is of another, or fail when asked.
+    if issubclass(type(attribute), staticmethod | classmethod):
+        attribute = attribute.__func__
+    return attribute if issubclass(type(attribute), FunctionType | MethodType) else None
+
+
+def options_of(attribute: Any) -> dict[str, Any] | None:
+    """The options that ``@hookimpl`` left on a function or method, or None."""
+    attribute = attribute.__func__ if isinstance(attribute, MethodType) else attribute
+    options = inspect.getattr_static(attribute, f"{PROJECT}_impl", None)
+    return options if isinstance(options, dict) else None
+
+
+def plugin_info(plugin: Any) -> PluginInfo:
+    """The plugin's ``PLUGIN``, or empty facts."""
+    info = declared_info(plugin)
+    return info if isinstance(info, PluginInfo) else PluginInfo()
+
+
+def declared_info(plugin: Any) -> Any:
+    """What stands as ``PLUGIN`` in the plugin; for a module's class, in either of the two."""
+    missing = object()
+    for place in (plugin_class(plugin), plugin, _module_of_class(plugin)):
+        info = inspect.getattr_static(place, "PLUGIN", missing)
+        if info is not missing:
+            return info
+    return None
+
+
+def _module_of_class(plugin: Any) -> ModuleType | None:
+    """The module that names the class of ``plugin``, or ``plugin`` as its class."""
+    cls = plugin if inspect.isclass(plugin) else type(plugin)
+    module = sys.modules.get(cls.__module__)
+    return module if inspect.getattr_static(module, CLASS, None) is cls else None
+
+
+def plugin_class(plugin: Any) -> type[Any] | None:
+    """The class of which each run is given an object of its own: ``plugin`` as one, or what a
+    module calls ``Plugin`` if that has hooks. None for a module of functions and for an object."""
+    if inspect.isclass(plugin):
+        return plugin
+    cls = vars(plugin).get(CLASS) if isinstance(plugin, ModuleType) else None
+    return cls if inspect.isclass(cls) and has_hooks(cls) else None
+
+
+def has_hooks(plugin: Any) -> bool:
+    """Is any attribute marked with ``@hookimpl``?"""
+    return any(implementation_options(plugin, attribute) for attribute in dir(plugin))
+
+
+def loose_hooks(plugin: Any) -> list[str]:
+    """The hooks of a module beside its class, which nobody would call."""
+    if inspect.isclass(plugin) or plugin_class(plugin) is None:
+        return []
+    return [attribute for attribute in dir(plugin) if implementation_options(plugin, attribute)]
+
+
+def canonical_name(plugin: Any) -> str:
+    """The short name of a module, or of the one that names the plugin's class as its own; else
+    that class in lower case."""
+    module = plugin if isinstance(plugin, ModuleType) else _module_of_class(plugin)
+    if module is not None:
+        return short_name(module.__name__)
+    return (plugin if inspect.isclass(plugin) else type(plugin)).__name__.lower()
+
+
+def make(cls: type[Any], name: str) -> Any:
+    """A plugin's object, for one run."""
+    try:
+        return cls()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise ConfigError(
+            Problem(
+                f"its class {cls.__name__} cannot be made: {one_line(error)}",
+                key=f"plugin {name}",
+                where=where_raised(error, *source_of(cls)),
+                hint="a plugin's class is called without arguments: apt_configure gets the profile",
+            )
+        ) from error
