@@ -8,10 +8,11 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from apt_core.errors import AptError, StopTraining
-from apt_core.hook_calls import Call
+from apt_core.hook_plans import Call
 from apt_core.log import get_logger
 
 log = get_logger("apt.plugins")
@@ -28,7 +29,8 @@ NO_FAILURES = (AptError, StopTraining)
 DEBUGGERS = ("bdb", "pdb", "pydevd", "_pydevd_bundle", "debugpy")
 KERNEL = (
     "apt_core.plugin_manager",
-    "apt_core.hook_calls",
+    "apt_core.hook_plans",
+    "apt_core.hook_wrappers",
     "apt_core.hook_deadline",
     "apt_core.discovery",
 )
@@ -218,3 +220,24 @@ class HookDeadline:
             verdict,
             stack.rstrip(),
         )
+
+
+@contextmanager
+def on_time(deadline: HookDeadline | None, call: Call, judged: bool = True) -> Iterator[None]:
+    """Raise HookTimeoutError for what is late inside, if it is ``judged``; else only tell."""
+    running = None if deadline is None else deadline.enter(call)
+    if running is None:
+        yield
+        return
+    running.judged = judged
+    try:
+        yield
+        if judged:
+            running.judge()
+    except BaseException as error:
+        known = running.failed(error) if judged else error
+        if known is error:
+            raise
+        raise known from error
+    finally:
+        running.end()

@@ -21,7 +21,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from apt_core import hook_returns as returns
-from apt_core.markers import PROJECT, HookPolicy, Stage, hookspec
+from apt_core.markers import CALLBACK, PROJECT, HookPolicy, Stage, hookspec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -755,6 +755,11 @@ POLICIES: dict[str, HookPolicy] = {
     if hasattr(specification, f"{PROJECT}_policy")
 }
 """The policy of every hook, by its name, in the order in which they stand above."""
+
+
+def policy_of(hook_name: str) -> HookPolicy:
+    """The policy of a hook, or of a callback, whose name is that of no hook."""
+    return POLICIES.get(hook_name, CALLBACK)
 
 
 def hooks_where(applies: Callable[[HookPolicy], bool]) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ from apt_core.discovery import LoadError, installed_plugins, load
 from apt_core.errors import ConfigError, Problem, StopTraining, did_you_mean
 from apt_core.failures import one_line, shown, source_sha256
 from apt_core.log import get_logger
+from apt_core.plugin_checks import misplaced_hooks
 from apt_core.plugin_manager import PluginManager
 from apt_core.plugin_records import PluginRecord
 from apt_core.registry import NO_FALLBACK, Probe, Registry
@@ -44,7 +45,6 @@ from apt_core.schedules import Schedule, check_schedules
 from apt_core.secrets import SecretValues
 from apt_core.selection import Wanted, select
 from apt_core.types import CORE, SectionSpec, Unused
-from apt_core.validation import misplaced_hooks
 from apt_core.watch import EarlyWatch
 
 log = get_logger("apt")

@@ -380,7 +380,7 @@ class Registry:
         for the person, and those of the core, are raised again.
         """
         own = isinstance(error, AptError) and not isinstance(error, PluginError)
-        if own or isinstance(error, KeyboardInterrupt) or self.manager.ends_run(error):
+        if own or isinstance(error, KeyboardInterrupt) or self.manager.failures.ends_run(error):
             raise
         if isinstance(error, ImportError):
             return one_line(error)
@@ -389,7 +389,7 @@ class Registry:
         code: Any = spec.factory
         if isinstance(code, str):
             code = sys.modules.get(code.partition(":")[0])
-        self.manager.fail(spec.plugin, "apt_build_provider", error, code=code)
+        self.manager.failures.fail(spec.plugin, "apt_build_provider", error, code=code)
         return f"building it failed: {one_line(error)}"
 
 

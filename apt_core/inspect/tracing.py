@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import mean
 
-from apt_core.plugin_manager import PluginManager
+from apt_core.hook_plans import HookPlans
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class TraceRow:
 def traced() -> Iterator[Callable[[], list[TraceRow]]]:
     """Every manager that is made inside times its calls; yields a function that sums them up."""
     timings: dict[tuple[str, str], list[float]] = {}
-    PluginManager.shared_timings = timings
+    HookPlans.shared_timings = timings
     try:
         yield lambda: [
             TraceRow(
@@ -41,4 +41,4 @@ def traced() -> Iterator[Callable[[], list[TraceRow]]]:
             if seconds
         ]
     finally:
-        PluginManager.shared_timings = None
+        HookPlans.shared_timings = None

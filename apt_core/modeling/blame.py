@@ -12,7 +12,6 @@ from apt_core.errors import (
     PluginError,
     Problem,
     ProviderError,
-    StopTraining,
     TrainingError,
 )
 from apt_core.failures import frames_of, one_line, short_path, text_of
@@ -34,10 +33,10 @@ def attributed(kernel: Kernel, error: BaseException, terms: Collection[str] = ()
     error = explained(error)
     manager = kernel.manager
     own = isinstance(error, AptError) and not isinstance(error, PluginError)
-    if own or manager.ends_run(error) or isinstance(error, KeyboardInterrupt | StopTraining):
+    if own or manager.failures.lets_through(error):
         return error
     found = _culprit(kernel, error)
-    author = None if found else manager.culprit(error)
+    author = None if found else manager.failures.culprit(error)
     if isinstance(error, ValueError) and kernel.manager.step == 0:
         key = f"provider {found[0].key} of plugin {found[0].plugin}" if found else ""
         key = f"plugin {author[0]}" if author else key

@@ -63,7 +63,7 @@ def parameter_groups(
         ]
         if max(steps, default=0.0) > 1:
             wrong = f"rate times decay is {max(steps):g}: above 1 a step turns the weights around"
-            manager.fail(plugin, "apt_param_groups", ValueError(wrong))
+            manager.failures.fail(plugin, "apt_param_groups", ValueError(wrong))
             continue
         for group in asked:
             decay, lr_scale = group.get("weight_decay"), group.get("lr_scale", 1.0)

@@ -101,7 +101,7 @@ class Calibration:
             with cpu_threads(self.threads), fp32_products(self.device, tf32=tf32):
                 return self._timed(self._subject(structure))
         except Exception as error:
-            if self.kernel.manager.lets_through(error):
+            if self.kernel.manager.failures.lets_through(error):
                 raise
             note = f"time: could not be measured: {one_line(error)}"
             if note not in self.notes:

@@ -16,13 +16,13 @@ from apt_core.discovery import installed_plugins
 from apt_core.errors import AptError, did_you_mean
 from apt_core.failures import one_line
 from apt_core.kernel import NAME_KEYS, boot
+from apt_core.plugin_checks import misplaced_hooks
 from apt_core.plugin_manager import PluginManager
 from apt_core.registry import Registry
 from apt_core.testing.own_modules import own_modules
 from apt_core.testing.tiny import TINY_PROFILE, tiny_run
 from apt_core.testing.two_processes import differences
 from apt_core.types import CORE, KINDS, ProviderSpec
-from apt_core.validation import misplaced_hooks
 
 TRAINED_WITH = ("attention", "ffn", "norm", "position", "backbone", "optimizer", "lr_schedule")
 """Kinds of providers that a tiny run can be made with, whatever their settings are."""

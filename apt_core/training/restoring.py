@@ -98,7 +98,7 @@ def restore(trainer: Trainer, found: Checkpoint) -> None:
         )
     trainer.stopping.check_limits(trainer.step)
     trainer.manager.step = trainer.step
-    trainer.manager.load_state_dict(state["plugin_records"])
+    trainer.manager.failures.load_state_dict(state["plugin_records"])
     restore_plugins(trainer.manager, trainer, state["plugins"], found.plugins)
     kernel.notices.append(f"resumed from {short_path(str(found.path))} (step {trainer.step})")
     kernel.notices += _changed_plugins(trainer, found.manifest)

@@ -362,7 +362,7 @@ class Saving:
             "data_sha256": trainer.parts.data["sha256"],
             "tokens_sha256": trainer.parts.data["tokens_sha256"],
             "plugins": plugins,
-            "plugin_records": trainer.manager.state_dict(),
+            "plugin_records": trainer.manager.failures.state_dict(),
             "tensors": {
                 name: checkpoint.inventory({k: (v.shape, v.dtype) for k, v in part.items()})
                 for name, part in tensors.items()

@@ -271,7 +271,7 @@ class Trainer:
         timeout, plugins = training.hook_timeout, self.manager.list_name_plugin()
         process = f" in process {self.rank}, for which the others wait" if self.rank else ""
         with (
-            noting_errors(self.manager.note_log_error),
+            noting_errors(self.manager.failures.note_log_error),
             self.manager.hook_deadline(timeout if plugins else 0.0, process),
             self.stopping.interrupts.listening(),
             threads,
@@ -322,7 +322,7 @@ class Trainer:
         before = None if watch is None else watch.before()
         yield
         if watch is not None and (changes := watch.put_back(before)):
-            self.manager.left_behind(changes, ())
+            self.manager.failures.left_behind(changes, ())
 
     def _run(self) -> RunResult:
         self.step_log.start()
@@ -337,7 +337,7 @@ class Trainer:
             try:
                 self._enabling.announce()
                 self.manager.hook.on_training_start(trainer=self)
-                self.manager.settle()
+                self.manager.failures.settle()
                 self.modes.started(self.model)
                 self._require_known_parameters()
                 if self.step == 0:
@@ -408,7 +408,7 @@ class Trainer:
                 self.manager.step = step
                 self._at = step, self.tokens
                 self.in_step = True
-                self.manager.time_calls(logged or clock.every_step)
+                self.manager.plans.timing = logged or clock.every_step
                 if self._enabling.enable_due():
                     self._enabling.tell_parameters(f"step {step}")
                 clock.start(sampling=logged)
@@ -418,7 +418,7 @@ class Trainer:
                 if watch is not None:
                     watch.begin_step()
                     if not watch.modes_unchanged():
-                        self.manager.left_behind(watch.put_back(), KEEP_MODES)
+                        self.manager.failures.left_behind(watch.put_back(), KEEP_MODES)
                 # To call what nobody implements takes ten times as long as to ask.
                 if hook.on_step_start.get_hookimpls():
                     hook.on_step_start(step=step, batch=list(batches), trainer=self)
@@ -458,7 +458,7 @@ class Trainer:
                         summed = summed + term
                         terms[name] = terms.get(name, zero) + term.detach()
                     if adding and watch is not None and not watch.settled():
-                        self.manager.left_behind(watch.put_back(), MICRO_BATCH_HOOKS)
+                        self.manager.failures.left_behind(watch.put_back(), MICRO_BATCH_HOOKS)
                     if not summed.requires_grad:
                         raise TrainingError(f"step {step}: every parameter of the model is frozen")
                     summed.backward(scale)
@@ -512,7 +512,7 @@ class Trainer:
                 if self._row_due is not None:
                     row = self.step_log.write(*self._row_due)
                     self._display.update(step, epoch, row)
-                    self.manager.settle()
+                    self.manager.failures.settle()
                     self._enabling.share_quarantines()
                     self.saving.poll()
                 if self._over():
@@ -533,7 +533,7 @@ class Trainer:
         if watch is None or not watch.stepping or (not whole and watch.settled()):
             return
         if left := watch.put_back():
-            self.manager.left_behind(left)
+            self.manager.failures.left_behind(left)
 
     def switch_to(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Go on with another model, which has the place of the one before in everything."""
@@ -679,7 +679,7 @@ class Trainer:
         with suppress(StopTraining):
             self.manager.hook.on_training_end(trainer=self)
         with suppress(StopTraining):
-            self.manager.settle()
+            self.manager.failures.settle()
         # What failed at the end in another process is told too, or ends this one.
         self._enabling.share_quarantines()
         write_manifest(self, status)
@@ -775,7 +775,7 @@ class Trainer:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         write_manifest(self, status, figures=self._figures(), error=text_of(error))
         try:
-            self.manager.settle()
+            self.manager.failures.settle()
             self.manager.hook.on_exception(error=error, trainer=self)
         except BaseException as failure:
             log.error("%s", one_line(failure))

@@ -535,7 +535,7 @@ def test_the_state_survives_a_checkpoint(manager: PluginManager, plugin_of: type
         metrics(before)
     before.hook.on_training_start(trainer=None)
     after = fresh()
-    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    after.failures.load_state_dict(json.loads(json.dumps(before.failures.state_dict())))
     assert "only_before" not in after.records
     for name in ("bad", "once"):
         old, new = before.records[name], after.records[name]
@@ -800,9 +800,9 @@ def test_what_a_plugin_handed_over_fails_as_its_hook_does(
         try:
             function()
         except ValueError as error:
-            manager.fail(plugin, "apt_logits_processors", error)
-    manager.fail(plugin, "apt_logits_processors", TypeError("never raised"))
-    manager.fail(plugin, "apt_decoder", TypeError("not implemented here"))
+            manager.failures.fail(plugin, "apt_logits_processors", error)
+    manager.failures.fail(plugin, "apt_logits_processors", TypeError("never raised"))
+    manager.failures.fail(plugin, "apt_decoder", TypeError("not implemented here"))
     assert [f.where for f in failures(manager, "mine")] == [
         *["mine.py:4"] * 3,
         "mine.py:6",

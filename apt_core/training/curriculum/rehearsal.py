@@ -93,7 +93,7 @@ class _Trial:
                 if _parameters(base_structure(kernel, config)) <= MOST:
                     return cls(kernel, config)
             except Exception as error:
-                if kernel.manager.lets_through(error):
+                if kernel.manager.failures.lets_through(error):
                     raise
                 log.debug("no loss is compared in a rehearsal: %s", one_line(error))
                 return None
@@ -118,12 +118,12 @@ class _Trial:
                 new = materialize(own, old, seed=seed, num_layers=layers)
                 after = _loss(new, self._ids)
         except (Exception, SystemExit) as error:
-            if manager.lets_through(error):
+            if manager.failures.lets_through(error):
                 raise
             if self._whole and self._fatal(plugin):
                 # A ConfigError of the hook is bad input; one of a rule is a failure.
                 told = RuntimeError(str(error)) if isinstance(error, ConfigError) else error
-                manager.fail(plugin, HOOK, told)
+                manager.failures.fail(plugin, HOOK, told)
             log.warning(
                 "what %s will make of the model could not be tried before the start: %s",
                 plugin,
@@ -137,7 +137,7 @@ class _Trial:
                 f"tried before the start, it changes the loss of {of}, not trained, from "
                 f"{before:.7g} to {after:.7g}, by more than its tolerance of {own.tolerance:g}"
             )
-            manager.fail(plugin, HOOK, changed)
+            manager.failures.fail(plugin, HOOK, changed)
             self._model = old
         else:
             self._model = new

@@ -79,7 +79,7 @@ class Switching:
             transform = self._transform(plugin)
         except ConfigError as error:
             # Bad input at the start of a run, and a failure in the middle of it.
-            manager.fail(plugin, HOOK, RuntimeError(str(error)))
+            manager.failures.fail(plugin, HOOK, RuntimeError(str(error)))
             transform = None
         if not self._agreed(plugin):
             return False
@@ -230,12 +230,12 @@ class Switching:
     ) -> None:
         """Count an error in making or trying the new model as a failure of ``plugin``; raise those
         that are to end the run."""
-        if is_out_of_memory(error) or self._trainer.manager.lets_through(error):
+        if is_out_of_memory(error) or self._trainer.manager.failures.lets_through(error):
             raise error
         self._restore(others)
         # A ConfigError of the hook is bad input; here it comes too late to be that.
         told = RuntimeError(str(error)) if isinstance(error, ConfigError) else error
-        self._trainer.manager.fail(plugin, HOOK, told)
+        self._trainer.manager.failures.fail(plugin, HOOK, told)
 
     def _agreed(self, plugin: str) -> bool:
         """Is the plugin well in all processes? Where it is not in one, it is quarantined in all."""

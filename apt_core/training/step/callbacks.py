@@ -48,7 +48,7 @@ class Callbacks:
         self._seen = RemovableHandle.next_id
         for hooks in _registered(model, optimizer):
             for key, function in list(hooks.items()):
-                plugin = self._manager.author_of(function)
+                plugin = self._manager.failures.author_of(function)
                 if plugin is not None and not isinstance(function, _Guarded):
                     hooks[key] = _Guarded(self._manager, plugin, function, apart=self.apart)
 
@@ -80,7 +80,7 @@ class _Guarded:
     ) -> None:
         self._manager, self._plugin, self._function = manager, plugin, function
         self._call = torch.compiler.disable(self._guarded) if apart else self._guarded
-        self._name = manager.callback_name(function)
+        self._name = manager.failures.callback_name(function)
         self._takes_part = False
 
     def __call__(self, *args: Any, **options: Any) -> Any:
@@ -101,7 +101,7 @@ class _Guarded:
         except BaseException as error:
             if self._takes_part:
                 raise
-            self._manager.callback_failed(self._plugin, self._function, error)
+            self._manager.failures.callback_failed(self._plugin, self._function, error)
             return None
         self._takes_part = self._takes_part or result is not None
         return result

@@ -222,7 +222,7 @@ class StepLog:
         whole = trainer.clock.read()
         row = {of_time(part): round(milliseconds, 3) for part, milliseconds in whole.items()}
         shares: dict[str, dict[str, float]] = {"hooks": {}, "loss_terms": {}}
-        for (hook, plugin), seconds in trainer.manager.take_call_seconds().items():
+        for (hook, plugin), seconds in trainer.manager.plans.take_call_seconds().items():
             share = shares["loss_terms" if hook in MICRO_BATCH_HOOKS else "hooks"]
             share[plugin] = share.get(plugin, 0.0) + 1e3 * seconds / steps
         for kind, part in (("hooks", "hooks"), ("loss_terms", "forward_backward")):

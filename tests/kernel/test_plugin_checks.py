@@ -404,7 +404,9 @@ def test_no_field_of_a_declaration_is_lost() -> None:
         files=("train_path",),
         reads=("training.eps",),
     )
-    section = SectionSpec("mine", Mine, ("rate",), unused=lambda config: [])
+    section = SectionSpec(
+        "mine", Mine, ("rate",), unused=lambda config: [], check=lambda config: []
+    )
     bare = {provider: ProviderSpec("", "", ""), section: SectionSpec()}
     assert provider_specs([provider], {}) == [provider]
     assert section_specs([section], {}) == [section]

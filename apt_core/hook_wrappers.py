@@ -1,47 +1,16 @@
-"""Calls of hook implementations: what a plan consists of, and wrappers as guarded generators."""
+"""Wrappers of hooks: generators, each part of which runs behind the guard."""
 
 from __future__ import annotations
 
-import copy
-import functools
-import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
-from apt_core.errors import StopTraining
+from apt_core.hook_plans import Call, Plan
 from apt_core.markers import Returns
 
 Owned = tuple[str, Any]
 """A result, after the name of the plugin that it is from."""
-
-PASSES = (StopTraining, KeyboardInterrupt)
-"""What the guard lets through, beside the errors with which a manager ends the run; everything else
-that a hook raises is a failure of its plugin."""
-
-
-class Call(NamedTuple):
-    """One implementation in a plan."""
-
-    function: Callable[..., Any]
-    argnames: tuple[str, ...]
-    plugin: str
-    hook: str
-    priority: int
-    wrapper: bool
-
-
-class Plan(NamedTuple):
-    """The implementations of one hook that run now, in order, and what is made of their results."""
-
-    methods: Sequence[Any]
-    wrappers: tuple[Call, ...]
-    calls: tuple[Call, ...]
-    returns: Returns
-    seconds: list[float]
-    """Of each of the calls, while they are timed."""
-    in_step: bool
-    sets_modes: bool
 
 
 Failed = Callable[[Call, BaseException], None]
@@ -154,65 +123,3 @@ def values_of(owned: Sequence[Owned], firstresult: bool) -> Any:
     if firstresult:
         return owned[0][1] if owned else None
     return [value for _, value in owned]
-
-
-def on_copies(function: Callable[..., Any], places: Sequence[int]) -> Callable[..., Any]:
-    """``function``, given copies of the arguments in these places; it keeps its name and source."""
-
-    @functools.wraps(function)
-    def run(*args: Any) -> Any:
-        own = list(args)
-        for place in places:
-            own[place] = copy.copy(own[place])
-        return function(*own)
-
-    return run
-
-
-Add = Callable[[float], object]
-
-
-def timed(function: Callable[..., Any], add: Add) -> Callable[..., Any]:
-    """``function``, which gives the seconds of each call to ``add``; it keeps its name and
-    source."""
-
-    @functools.wraps(function)
-    def run(*args: Any) -> Any:
-        start = time.perf_counter()
-        try:
-            return function(*args)
-        finally:
-            add(time.perf_counter() - start)
-
-    return run
-
-
-def timed_wrapper(function: Callable[..., Any], add: Add) -> Callable[..., Any]:
-    """As :func:`timed`, for a wrapper: one entry a call, without what the wrapper is around."""
-
-    @functools.wraps(function)
-    def run(*args: Any) -> Generator[Any, Any, Any]:
-        spent, steps = 0.0, function(*args)
-        resume: Callable[[], Any] = functools.partial(next, steps)
-        try:
-            while True:
-                start = time.perf_counter()
-                try:
-                    value = resume()
-                except StopIteration as stop:
-                    return stop.value
-                finally:
-                    spent += time.perf_counter() - start
-                try:
-                    sent = yield value
-                except GeneratorExit:
-                    steps.close()
-                    raise
-                except BaseException as error:
-                    resume = functools.partial(steps.throw, error)
-                else:
-                    resume = functools.partial(steps.send, sent)
-        finally:
-            add(spent)
-
-    return run

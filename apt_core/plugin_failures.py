@@ -1,0 +1,321 @@
+"""What comes of a failure of a plugin: it is counted, told, quarantined, or ends the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, Protocol
+from weakref import WeakSet
+
+from apt_core.errors import ConfigError, PluginError, Problem, StopTraining
+from apt_core.failures import frames_of, is_code_of, one_line, source_of, where_raised
+from apt_core.hook_deadline import HookTimeoutError
+from apt_core.hook_plans import Call
+from apt_core.hookspecs import STEP_HOOKS, policy_of
+from apt_core.log import get_logger
+from apt_core.plugin_objects import options_of
+from apt_core.plugin_records import PluginRecord
+from apt_core.types import PluginFailure
+
+log = get_logger("apt.plugins")
+
+PASSES = (StopTraining, KeyboardInterrupt)
+"""What the guard lets through, beside the errors with which failures end the run; everything else
+that a hook raises is a failure of its plugin."""
+
+MAX_LOG_ERRORS = 20
+"""Errors of logging that are kept until they are counted; they hold on to frames."""
+
+
+class Plugins(Protocol):
+    """What is asked of the manager: which plugins there are, and how the run goes."""
+
+    strict: bool
+    step: int
+    stop_together: Callable[[str], None] | None
+    records: dict[str, PluginRecord]
+
+    @property
+    def hook(self) -> Any: ...
+    def list_name_plugin(self) -> list[tuple[str, Any]]: ...
+    def get_plugin(self, name: str) -> Any: ...
+    def set_state(self, name: str, state: str, reason: str = "") -> None: ...
+    def is_quarantined(self, plugin: str) -> bool: ...
+    def order(self, hook_name: str) -> list[Call]: ...
+
+
+class PluginFailures:
+    """Counts what plugins do wrong, tells of it, and raises what the policy makes of it.
+
+    A failure is isolated, and its plugin quarantined at the limit of the hook, unless --strict, the
+    plugin's ``on_failure`` or the other processes of the run make it fatal: that is a PluginError.
+    """
+
+    def __init__(self, plugins: Plugins) -> None:
+        self._plugins = plugins
+        self._telling = False
+        self._pending: PluginError | None = None
+        self._raised_here: WeakSet[PluginError] = WeakSet()
+        self._log_errors: list[BaseException] = []
+        self._told: set[Hashable] = set()
+
+    # What is raised --------------------------------------------------------------------------
+
+    def raised(self, call: Call, error: BaseException) -> None:
+        """What an implementation raised: raise what the guard lets through, unless it has to wait
+        for the other processes, and count the rest."""
+        if isinstance(error, StopTraining) and self._plugins.stop_together is not None:
+            self._plugins.stop_together(error.reason)
+        elif self.lets_through(error):
+            raise error
+        else:
+            self._failed(call, error)
+
+    def lets_through(self, error: BaseException) -> bool:
+        """Is it what no guard keeps: a plugin stops the run, a person, or this manager?"""
+        return isinstance(error, PASSES) or self.ends_run(error)
+
+    def ends_run(self, error: BaseException) -> bool:
+        """Is it this manager's own word that a failure ends the run, on its way up? (A PluginError
+        that a plugin raises by itself is a failure like any other.)"""
+        return type(error) is PluginError and error in self._raised_here
+
+    def _failed(self, call: Call, error: BaseException) -> None:
+        policy = policy_of(call.hook)
+        if policy.judges_input and isinstance(error, ConfigError):
+            known = [p for p in getattr(error, "problems", ()) if isinstance(p, Problem)]
+            problems = known or [Problem(one_line(error))]
+            raise ConfigError(
+                [replace(p, message=f"plugin {call.plugin}: {p.message}") for p in problems]
+            ) from error
+        record = self._record_of(call)
+        failure = record.add_failure(
+            error,
+            hook=call.hook,
+            limit=1 if isinstance(error, HookTimeoutError) else policy.failure_limit,
+            step=self._plugins.step,
+            code=call.function,
+        )
+        at = f"plugin {failure.plugin} failed in {failure.hook} at step {failure.step}"
+        message = f"{at} ({failure.where}): {failure.error}"
+        outcome = f"failure {failure.count}"
+        if failure.quarantined:
+            self._plugins.set_state(
+                call.plugin, "quarantined", f"{failure.error} ({failure.where})"
+            )
+            outcome = "quarantined: it is not called any more"
+        log.warning("%s [%s]", message, outcome)
+        log.debug("%s", failure.traceback)
+        fatal = None
+        because = self._fatal_because(call, record)
+        if because:
+            fatal = PluginError(
+                f"{message}; the run stops because {because}",
+                plugin=failure.plugin,
+                hook=failure.hook,
+                where=failure.where,
+            )
+            self._own(fatal)
+        self._tell(failure, fatal, error)
+
+    def _record_of(self, call: Call) -> PluginRecord:
+        known = PluginRecord(call.plugin, state="active")
+        return self._plugins.records.setdefault(call.plugin, known)
+
+    def _fatal_because(self, call: Call, record: PluginRecord, *, to_others: bool = True) -> str:
+        """Why a failure of ``call`` ends the run, or an empty string. ``to_others``: does it make a
+        difference to the other processes?"""
+        if self._plugins.strict:
+            return "--strict"
+        if record.on_failure == "required":
+            return "the profile says on_failure: required"
+        if self._plugins.stop_together is None or not to_others:
+            return ""
+        if policy_of(call.hook).fatal_among_processes:
+            return "the processes of a run must train on the same loss"
+        collective = (options_of(call.function) or {}).get("collective")
+        if collective:
+            return "every process of it must do its part of a collective hook"
+        return ""
+
+    def _tell(
+        self, failure: PluginFailure, fatal: PluginError | None, error: BaseException | None
+    ) -> None:
+        """Fire on_plugin_failure, unless this is a failure inside it, then raise what is fatal."""
+        if self._telling:
+            self._pending = self._pending or fatal
+            return
+        self._telling = True
+        stopped = None
+        try:
+            self._plugins.hook.on_plugin_failure(failure=failure)
+        except StopTraining as stopping:
+            stopped = stopping
+        finally:
+            self._telling = False
+            pending, self._pending = self._pending, None
+        stop = fatal or pending or stopped
+        if stop is not None:
+            raise stop from error
+
+    # What is raised elsewhere -----------------------------------------------------------------
+
+    def fail(self, plugin: str, hook_name: str, error: BaseException, *, code: Any = None) -> None:
+        """Count a failure of something that a plugin handed over, as if the hook had raised it.
+
+        ``code`` is the function, class or module that failed where that is no implementation of
+        the hook. Raises PluginError where the policy says that the run must stop.
+        """
+        self._failed(self.call_for(plugin, hook_name, code), error)
+
+    def call_for(self, plugin: str, hook_name: str, code: Any) -> Call:
+        """What stands for the call where ``code``, by default the implementation, is run later."""
+        if code is None:
+            methods = getattr(self._plugins.hook, hook_name).get_hookimpls()
+            own = [method.function for method in methods if method.plugin_name == plugin]
+            code = own[0] if own else self._plugins.get_plugin(plugin)
+        return Call(code, (), plugin, hook_name, 0, False)
+
+    def callback_failed(self, plugin: str, function: Any, error: BaseException) -> None:
+        """Count a failure of something that the plugin gave to others to call. Raises as a call of
+        a hook does."""
+        self.raised(Call(function, (), plugin, self.callback_name(function), 0, False), error)
+
+    @staticmethod
+    def callback_name(function: Any) -> str:
+        """What stands for the hook where a function that was given to others fails."""
+        return f"{getattr(function, '__name__', type(function).__name__)} (a callback)"
+
+    def settle(self) -> None:
+        """Count what handlers and filters of logging have raised since the last call, and raise
+        what the policy makes of it. (A log call itself never raises it.)"""
+        # What is told here goes through the same handlers: that is left to the next call.
+        errors, self._log_errors = self._log_errors, []
+        for error in errors:
+            found = self.culprit(error)
+            if found is None:
+                text = one_line(error)
+                self._tell_once(text, f"a handler or filter of logging failed: {text}")
+            elif not self._plugins.is_quarantined(found[0]):
+                plugin, function = found
+                code: Any = self._plugins.get_plugin(plugin)
+                self._failed(Call(code, (), plugin, f"{function} (logging)", 0, False), error)
+
+    def note_log_error(self, error: BaseException) -> None:
+        """Keep, for :meth:`settle`, what a foreign handler or filter of logging has raised."""
+        if len(self._log_errors) < MAX_LOG_ERRORS:
+            self._log_errors.append(error)
+
+    # What is left changed in the process ---------------------------------------------------
+
+    def left_behind(self, changes: Sequence[str], hooks: Sequence[str] = STEP_HOOKS) -> None:
+        """Tell of what was put back after calls of ``hooks``, or of what plugins have handed
+        over. Raises PluginError as a call of a hook does."""
+        self.left_by([call for name in hooks for call in self._plugins.order(name)], changes)
+
+    def left_by(self, calls: Sequence[Call], changes: Sequence[str]) -> None:
+        """Tell of what one of the ``calls``, of any plugin if there are none, has left changed."""
+        called = {call.plugin: call for call in calls}
+        if len(called) == 1:
+            (call,) = called.values()
+            self.left_by_call(call, changes)
+            return
+        names = ", ".join(called) or ", ".join(name for name, _ in self._plugins.list_name_plugin())
+        text = f"one of the plugins {names} left changed: {'; '.join(changes)}; it is put back"
+        if self._plugins.strict:
+            where = ", ".join(dict.fromkeys(call.hook for call in calls))
+            stop = f"{text}; the run stops because --strict"
+            raise self._own(PluginError(stop, plugin=names, hook=where))
+        self._tell_once((tuple(called), _what(changes)), text)
+
+    def left_by_call(self, call: Call, changes: Sequence[str]) -> None:
+        """Tell of what this ``call`` has left changed."""
+        where = where_raised(Exception(), *source_of(call.function))
+        at = f"plugin {call.plugin} left changed in {call.hook} at step {self._plugins.step}"
+        text = f"{at} ({where}): {'; '.join(changes)}"
+        record = self._record_of(call)
+        because = self._fatal_because(call, record, to_others=False)
+        if because:
+            stop = PluginError(
+                f"{text}; the run stops because {because}",
+                plugin=call.plugin,
+                hook=call.hook,
+                where=where,
+            )
+            raise self._own(stop)
+        what = call.plugin, call.hook, _what(changes)
+        if self._tell_once(what, f"{text}; it is put back"):
+            left = PluginFailure(
+                plugin=call.plugin,
+                hook=call.hook,
+                step=self._plugins.step,
+                error=f"left changed: {'; '.join(changes)}",
+                where=where,
+                count=len(record.failures) + len(record.leftovers) + 1,
+                quarantined=False,
+                traceback="",
+            )
+            record.leftovers.append(left)
+            self._tell(left, None, None)
+
+    def _tell_once(self, what: Hashable, text: str) -> bool:
+        if what in self._told:
+            return False
+        self._told.add(what)
+        log.warning("%s", text)
+        return True
+
+    def _own(self, error: PluginError) -> PluginError:
+        self._raised_here.add(error)
+        return error
+
+    # What a checkpoint keeps ---------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Failures and quarantines, as JSON values, for the checkpoint."""
+        return {
+            name: {
+                "state": record.state,
+                "reason": record.reason,
+                "failures": [asdict(failure) for failure in record.failures],
+            }
+            for name, record in self._plugins.records.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take failures and quarantines back; plugins that are not active now are passed over."""
+        for name, record in self._plugins.records.items():
+            if name in state:
+                saved = state[name]
+                record.failures = [PluginFailure(**failure) for failure in saved["failures"]]
+                if saved["state"] == "quarantined":
+                    self._plugins.set_state(name, "quarantined", saved["reason"])
+
+    # Whose code it is ----------------------------------------------------------------------
+
+    def author_of(self, code: Any) -> str | None:
+        """The registered plugin whose file a function, or the class of an object, is from."""
+        try:
+            filename, _ = source_of(code)
+        except Exception:  # an object that answers to every name
+            return None
+        return self._owner(filename)
+
+    def culprit(self, error: BaseException) -> tuple[str, str] | None:
+        """The plugin in whose code ``error`` was raised, deepest first, and the function's name."""
+        for frame, _ in reversed(list(frames_of(error))):
+            owner = self._owner(frame.f_code.co_filename)
+            if owner is not None:
+                return owner, frame.f_code.co_name
+        return None
+
+    def _owner(self, filename: str) -> str | None:
+        for name, plugin in self._plugins.list_name_plugin() if filename else ():
+            if is_code_of(filename, source_of(plugin)[0]):
+                return name
+        return None
+
+
+def _what(changes: Sequence[str]) -> tuple[str, ...]:
+    """The names of what has changed, without the values."""
+    return tuple(change.partition(" from ")[0] for change in changes)
