@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from apt_core.kinds import KINDS
 from apt_core.types import CORE, ProviderSpec
 
 _LAYERS = "apt_core.modeling.layers"
@@ -24,7 +25,6 @@ _DECLARED = (
         config="apt_core.config.schema:TVAConfig",
         section="model.tva",
         reads=("model.num_kv_heads",),
-        default=True,
     ),
     ProviderSpec(
         kind="attention",
@@ -40,7 +40,6 @@ _DECLARED = (
         name="default",
         factory=f"{_LAYERS}.ffn:SwiGLUProvider",
         summary="SwiGLU feed-forward",
-        default=True,
     ),
     ProviderSpec(
         kind="ffn",
@@ -67,7 +66,6 @@ _DECLARED = (
         name="rmsnorm",
         factory=f"{_LAYERS}.norm:RMSNormProvider",
         summary="RMSNorm with a learned scale",
-        default=True,
     ),
     ProviderSpec(
         kind="norm",
@@ -82,7 +80,6 @@ _DECLARED = (
         summary="rotary position embedding",
         config="apt_core.config.schema:RoPEConfig",
         section="model.rope",
-        default=True,
     ),
     ProviderSpec(
         kind="position",
@@ -95,14 +92,12 @@ _DECLARED = (
         name="gpt",
         factory="apt_core.modeling.backbones.gpt:GPTProvider",
         summary="pre-norm decoder-only transformer",
-        default=True,
     ),
     ProviderSpec(
         kind="tokenizer",
         name="byte",
         factory="apt_core.data.tokenizer:ByteTokenizer",
         summary="UTF-8 bytes, exactly 256 ids",
-        default=True,
     ),
     ProviderSpec(
         kind="dataset",
@@ -110,7 +105,6 @@ _DECLARED = (
         factory="apt_core.data.loaders.text_default:TextDataset",
         section="data",
         summary="text files: .txt and, by suffix, .jsonl",
-        default=True,
         files=("train_path", "val_path"),
     ),
     ProviderSpec(
@@ -128,7 +122,6 @@ _DECLARED = (
         section="training",
         reads=_ADAM,
         summary="AdamW, fused where the device has it",
-        default=True,
     ),
     ProviderSpec(
         kind="optimizer",
@@ -144,7 +137,6 @@ _DECLARED = (
         factory="apt_core.optim.lr_schedules:CosineProvider",
         reads=_DECAY,
         summary="linear warm-up, then cosine decay",
-        default=True,
     ),
     ProviderSpec(
         kind="lr_schedule",
@@ -173,4 +165,7 @@ _DECLARED = (
 
 def core_providers(version: str) -> list[ProviderSpec]:
     """The core's providers, stamped with the core's name and version."""
-    return [replace(spec, plugin=CORE, version=version) for spec in _DECLARED]
+    return [
+        replace(spec, plugin=CORE, version=version, default=spec.name == KINDS[spec.kind].default)
+        for spec in _DECLARED
+    ]

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from apt_core.types import METHODS, PluginCosts, ProviderSpec, SectionSpec
+from apt_core.kinds import KINDS
+from apt_core.types import PluginCosts, ProviderSpec, SectionSpec
 
 if TYPE_CHECKING:
     import torch
@@ -198,7 +199,11 @@ def _section_spec(spec: Any) -> SectionSpec:
     for what, function in (("unused", spec.unused), ("check", spec.check)):
         if function is not None and not callable(function):
             raise TypeError(f"{what} of section {path!r} is a {_name(function)}, not a function")
-    return SectionSpec(path, model, params, spec.unused, spec.check)
+    names = dict(_pairs(spec.names, f"names of section {path!r}"))
+    for key, kind in names.items():
+        if kind not in KINDS:
+            raise ValueError(f"{path}.{key} is to name a provider of the unknown kind {kind!r}")
+    return SectionSpec(path, model, params, spec.unused, spec.check, names)
 
 
 def _printable(value: Any, what: str) -> str:
@@ -256,7 +261,7 @@ def check_provider(value: Any, kind: str) -> None:
     building anything with it."""
     if isinstance(value, type):
         raise TypeError(f"the class {value.__name__} is no {kind} provider: give an object of it")
-    missing = [m for m in METHODS.get(kind, ()) if not callable(getattr(value, m, None))]
+    missing = [m for m in KINDS[kind].methods if not callable(getattr(value, m, None))]
     if missing:
         raise TypeError(f"a {_name(value)} is no {kind} provider: it has no {', '.join(missing)}()")
     if kind == "tokenizer":

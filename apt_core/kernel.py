@@ -36,11 +36,12 @@ from apt_core.declarations import Declared, ask, broken, declared_by
 from apt_core.discovery import LoadError, installed_plugins, load
 from apt_core.errors import ConfigError, Problem, StopTraining, did_you_mean
 from apt_core.failures import one_line, shown, source_sha256
+from apt_core.kinds import KINDS, Named, named_providers, naming_keys
 from apt_core.log import get_logger
 from apt_core.plugin_checks import misplaced_hooks
 from apt_core.plugin_manager import PluginManager
 from apt_core.plugin_records import PluginRecord
-from apt_core.registry import NO_FALLBACK, Probe, Registry
+from apt_core.registry import Probe, Registry
 from apt_core.schedules import Schedule, check_schedules
 from apt_core.secrets import SecretValues
 from apt_core.selection import Wanted, select
@@ -48,23 +49,6 @@ from apt_core.types import CORE, SectionSpec, Unused
 from apt_core.watch import EarlyWatch
 
 log = get_logger("apt")
-
-NAME_KEYS = {
-    "attention": "model.attention_name",
-    "ffn": "model.ffn_name",
-    "norm": "model.norm_name",
-    "position": "model.position_name",
-    "backbone": "model.backbone_name",
-    "tokenizer": "data.tokenizer_name",
-    "dataset": "data.loader",
-    "optimizer": "training.optimizer_name",
-    "lr_schedule": "training.lr_schedule_name",
-}
-"""The profile key that names the provider of each kind."""
-
-ALL_NAME_KEYS = {**NAME_KEYS, "router": "model.moe.router", "align": "model.bistate.align"}
-"""Those too of kinds that a run has only where a plugin owns the section."""
-
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 """Variables of the environment by which a process knows its place among those of a run."""
@@ -74,7 +58,8 @@ PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 class Kernel:
     """A checked profile with its plugins, providers and schedule.
 
-    ``observed`` are the sections of plugins that change no weight.
+    ``providers`` are those that the profile uses, ``observed`` the sections of plugins that change
+    no weight.
     ``notices`` are facts that the person should see at the start of a run; ``inactive`` the keys
     of the profile that do nothing, with the reason; ``unused`` all settings that have no effect
     beside others, written or not; ``place`` the variables of the launcher (PLACE) from before any
@@ -86,6 +71,7 @@ class Kernel:
     registry: Registry
     schedule: Schedule
     schedule_params: Mapping[str, str]
+    providers: Named = field(default_factory=dict)
     sections: Sequence[SectionSpec] = ()
     observed: Sequence[str] = ()
     inactive: list[InactiveKey] = field(default_factory=list)
@@ -93,43 +79,6 @@ class Kernel:
     notices: list[str] = field(default_factory=list)
     place: Mapping[str, str] = field(default_factory=dict)
     secrets: SecretValues = field(default_factory=SecretValues, repr=False)
-
-    def named_providers(self) -> list[tuple[str, str]]:
-        """``(kind, name)`` of every provider that the profile uses."""
-        return chosen_providers(self.config)
-
-
-def chosen_providers(config: Config) -> list[tuple[str, str]]:
-    """``(kind, name)`` of every provider that a checked profile uses."""
-    named = named_providers(config.to_dict(), ALL_NAME_KEYS)
-    text = ("dataset", config.data.dataset_name)
-    return [pair for pair in named if pair[0] != "dataset"] + [text]
-
-
-def named_providers(
-    data: Mapping[str, Any], keys: Mapping[str, str] = NAME_KEYS
-) -> list[tuple[str, str]]:
-    """``(kind, name)`` of every provider that a profile names under ``keys``; data may be
-    unchecked."""
-
-    def at(path: str) -> Any:
-        value: Any = data
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, Mapping) else None
-        return value
-
-    def names() -> Iterator[tuple[str, Any]]:
-        pattern = at("model.attention_pattern")
-        attentions = pattern if isinstance(pattern, list | tuple) else ()
-        for kind, path in keys.items():
-            if not (kind == "attention" and attentions):
-                yield kind, at(path)
-        yield "dataset", at("data.source")
-        for name in attentions:
-            yield "attention", name
-
-    named = [(kind, name) for kind, name in names() if isinstance(name, str) and name]
-    return [pair for pair in dict.fromkeys(named) if pair != ("position", "none")]
 
 
 DATA_PATHS = ("train_path", "val_path")
@@ -157,10 +106,12 @@ def _told_files(config: Config, registry: Registry) -> Sequence[str] | None:
     return next((spec.files for spec in registry.specs("dataset") if spec.name == name), None)
 
 
-def _name_keys(kind: str) -> tuple[str, ...]:
-    """The keys that decide which providers of a kind are used."""
-    keys = {"attention": ("model.attention_pattern",), "dataset": ("data.source",)}
-    return (*((ALL_NAME_KEYS[kind],) if kind in ALL_NAME_KEYS else ()), *keys.get(kind, ()))
+def _named_in(config: Config, sections: Sequence[SectionSpec]) -> Named:
+    """The providers that a checked profile uses."""
+    data = config.to_dict()
+    # Without any text that is named, it is a built-in one.
+    data["data"]["source"] = config.data.text_source
+    return named_providers(data, sections)
 
 
 def boot(
@@ -330,7 +281,8 @@ class _Boot:
     def activate_for_providers(self) -> None:
         """Activate installed plugins whose providers the profile names."""
         self.registry = Registry(self.manager, strict=self.strict)
-        missing = [p for p in named_providers(self.source.data) if not self.registry.has(*p)]
+        named = named_providers(self.source.data, self.sections)
+        missing = [pair for pair in named if not self.registry.has(*pair)]
         if not missing:
             return
         self._begin_to_watch()
@@ -347,7 +299,8 @@ class _Boot:
                     self.spared.discard(name)
                     self.registry.note_blocked(spec, f"its plugin {name} is blocked")
                 elif not self.manager.has_plugin(name):
-                    self._load(Wanted(name, name, where=self.source.where(NAME_KEYS[spec.kind])))
+                    key = named[spec.kind, spec.name]
+                    self._load(Wanted(name, name, where=self.source.where(key)))
                     self.notices.append(f"plugin {name} activated: the profile names {spec.key}")
         self.registry.refresh()
 
@@ -374,15 +327,17 @@ class _Boot:
         )
         self.problems += problems
         inactive += more
+        named: Named = {}
         unused: list[Unused] = []
         if config is not None:
-            unused = list(self._unused(config))
+            named = _named_in(config, self.sections)
+            unused = list(self._unused(config, named))
             # With --plugin no:NAME the list of plugins is the command line's.
             chosen = ("plugins",) if self.blocked else ()
             told = {item.key for item in inactive}
             vain = written_in_vain(config, self.source, unused, chosen)
             inactive += [item for item in vain if item.key not in told]
-            self.problems += self._check_providers(config)
+            self.problems += self._check_providers(named)
             inactive += _unread_paths(config, self.registry)
             missing = check_files(config, self.source, data_files(config, self.registry))
             self.problems += missing if files else ()
@@ -404,6 +359,7 @@ class _Boot:
             registry=self.registry,
             schedule=Schedule(config, params=self.params),
             schedule_params=self.params,
+            providers=named,
             sections=self.sections,
             observed=self.observed,
             inactive=inactive,
@@ -447,17 +403,10 @@ class _Boot:
                 problems.append(Problem(f"it stopped the run: {reason}", f"plugin {name}"))
         return problems
 
-    def _check_providers(self, config: Config) -> list[Problem]:
-        named = chosen_providers(config)
-        keys = {(kind, name): ALL_NAME_KEYS[kind] for kind, name in named}
-        keys["dataset", config.data.source or ""] = "data.source"
-        for name in config.model.attention_pattern or ():
-            keys["attention", name] = "model.attention_pattern"
+    def _check_providers(self, named: Named) -> list[Problem]:
         problems = [
-            self.registry.check_name(
-                kind, name, key=keys[kind, name], where=self.source.where(keys[kind, name])
-            )
-            for kind, name in named
+            self.registry.check_name(kind, name, key=key, where=self.source.where(key))
+            for (kind, name), key in named.items()
         ]
         conflicts = self.registry.check_conflicts(f"{kind}:{name}" for kind, name in named)
         return [problem for problem in problems if problem] + conflicts
@@ -490,17 +439,19 @@ class _Boot:
                 params.update(dict.fromkeys(section.schedule_params, reason))
         return inert, params, lenient
 
-    def _unused(self, config: Config) -> Iterator[Unused]:
+    def _unused(self, config: Config, named: Named) -> Iterator[Unused]:
         """Every setting that has no effect in this run, as the core, the providers and the plugins
         tell it."""
         names = {wanted.name for wanted in self.active}
         yield from unused_settings(config, names, {section.path for section in self.sections})
-        yield from self._unused_of_providers(config)
+        yield from self._unused_of_providers(named)
         for section in self.sections:
             yield from self._unused_of_plugin(config, section)
 
-    def _unused_of_providers(self, config: Config) -> Iterator[Unused]:
-        named = chosen_providers(config)
+    def _unused_of_providers(self, named: Named) -> Iterator[Unused]:
+        deciding: dict[str, tuple[str, ...]] = {}
+        for kind, keys in naming_keys(self.sections):
+            deciding[kind] = deciding.get(kind, ()) + keys
         specs = self.registry.specs()
         used = [spec for spec in specs if (spec.kind, spec.name) in named]
         may_fall_back = {kind for kind, _ in named} - {s.kind for s in used if s.plugin == CORE}
@@ -514,9 +465,9 @@ class _Boot:
         silent |= {kind for kind, name in named if not self.registry.knows(kind, name)}
         read = {key for spec in used for key in spec.reads or ()}
         for spec in specs:
-            because = _name_keys(spec.kind)
+            because = deciding[spec.kind]
             own = spec.section.startswith("model.") and spec.section not in shared
-            own = own or (spec.kind in NO_FALLBACK and spec.section not in ("", "data"))
+            own = own or (not KINDS[spec.kind].fallback and spec.section not in ("", "data"))
             if own and spec.section not in sections:
                 yield Unused(spec.section, f"{spec.key} is not used", because)
             for key in spec.reads or ():

@@ -26,20 +26,15 @@ from apt_core.errors import (
 )
 from apt_core.failures import one_line
 from apt_core.hook_returns import check_provider
+from apt_core.kinds import KINDS
 from apt_core.log import get_logger
 from apt_core.markers import hookimpl
 from apt_core.plugin_manager import PluginManager
 from apt_core.requirements import unmet
 from apt_core.synonyms import value_meant
-from apt_core.types import CORE, KINDS, FallbackEvent, ProviderSpec
+from apt_core.types import CORE, FallbackEvent, ProviderSpec
 
 log = get_logger("apt.registry")
-
-NO_FALLBACK = ("dataset", "tokenizer")
-"""Kinds without a fallback: other text, or other ids, would be another experiment."""
-
-SECTIONS = {"dataset": "data"}
-"""The section of providers that name none, by kind."""
 
 Probe = Callable[[ProviderSpec, Any, Any], "str | None"]
 """``probe(spec, provider, config)``: None if the provider works here, else the reason."""
@@ -98,7 +93,7 @@ class Registry:
                 if problem:
                     problems.append(problem)
                 else:
-                    section = spec.section or SECTIONS.get(spec.kind, "")
+                    section = spec.section or KINDS[spec.kind].section
                     specs[spec.kind, spec.name] = replace(spec, plugin=plugin, section=section)
         self._specs, self.problems = specs, problems
         return problems
@@ -162,7 +157,8 @@ class Registry:
     def specs(self, kind: str | None = None) -> list[ProviderSpec]:
         """Every spec, by kind in the order of KINDS, the default first."""
         chosen = [spec for spec in self._specs.values() if kind in (None, spec.kind)]
-        return sorted(chosen, key=lambda s: (KINDS.index(s.kind), not s.default, s.name))
+        order = list(KINDS)
+        return sorted(chosen, key=lambda s: (order.index(s.kind), not s.default, s.name))
 
     def list_providers(self, kind: str | None = None) -> dict[str, list[str]]:
         """Provider names by kind. Raises ConfigError for a kind that there is not."""
@@ -199,9 +195,9 @@ class Registry:
         """What is wrong with asking for this provider, if anything."""
         if self.has(kind, name):
             return None
-        names = [spec.name for spec in self.specs(kind)] + ["none"] * (kind == "position")
         if kind not in KINDS:
             return Problem(f"there is no kind {kind!r}", hint=did_you_mean(kind, KINDS), **place)
+        names = [spec.name for spec in self.specs(kind)] + ["none"] * KINDS[kind].optional
         meant = value_meant(kind, name)
         # Naming one of an installed plugin that is not active yet activates it.
         hint = f"did you mean {meant!r}?" if meant else did_you_mean(name, names)
@@ -289,7 +285,7 @@ class Registry:
     def _fall_back(self, spec: ProviderSpec, settings: Any, reason: str, fallback: bool) -> Any:
         """The kind's default in the place of ``spec``; recorded, logged and told."""
         default = next((d for d in self._defaults(spec.kind) if d.name != spec.name), None)
-        if default is None or spec.kind in NO_FALLBACK:
+        if default is None or not KINDS[spec.kind].fallback:
             raise ProviderError(f"{spec.key} (plugin {spec.plugin}) cannot be used: {reason}")
         message = f"{spec.kind}: {spec.name} not usable ({reason})"
         if self.strict or not fallback:

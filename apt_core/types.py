@@ -12,39 +12,6 @@ if TYPE_CHECKING:
 
     from apt_core.errors import Problem
 
-KINDS = (
-    "attention",
-    "ffn",
-    "norm",
-    "position",
-    "backbone",
-    "router",
-    "align",
-    "retrieval",
-    "tokenizer",
-    "dataset",
-    "optimizer",
-    "lr_schedule",
-)
-"""Every kind of provider, in the order in which listings show them."""
-
-
-METHODS = {
-    "attention": ("create_layer",),
-    "ffn": ("create_layer",),
-    "norm": ("create_layer",),
-    "position": ("create_rotary", "create_embedding"),
-    "backbone": ("create_model",),
-    "tokenizer": ("encode", "decode"),
-    "dataset": ("load",),
-    "router": ("create_router",),
-    "align": ("terms",),
-    "optimizer": ("create",),
-    "lr_schedule": ("factor",),
-}
-"""What a provider of the kind must have, as far as it is looked at when it is built."""
-
-
 CORE = "core"
 """What listings and manifests show as the plugin of the core's own providers."""
 
@@ -131,6 +98,9 @@ class SectionSpec:
     validates it; ``schedule_params`` are the names of the parameters under ``schedules:`` that the
     plugin reads. A plugin that only reads schedule parameters leaves ``path`` and ``model`` out.
 
+    ``names`` are the keys of the section that name a provider, each with its kind:
+    ``{"router": "router"}`` of ``model.moe`` lets ``model.moe.router`` choose a router.
+
     ``check(config)`` gives a :class:`~apt_core.Problem` for each fault of a profile whose keys are
     valid one by one: contradictions within the section, and with the rest. A problem without a
     place gets that of its key. ``unused(config)`` names the settings that have no effect in such a
@@ -143,6 +113,7 @@ class SectionSpec:
     schedule_params: Sequence[str] = ()
     unused: Callable[[Any], Iterable[Unused]] | None = None
     check: Callable[[Any], Iterable[Problem]] | None = None
+    names: Mapping[str, str] = field(default_factory=dict, hash=False)
     plugin: str = ""
 
 

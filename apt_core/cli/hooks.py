@@ -139,7 +139,7 @@ def providers(
 
 def show_providers(listing: Listing, kind: str, *, as_json: bool) -> Json | None:
     """Print the providers of one kind, or of all."""
-    from apt_core.types import KINDS
+    from apt_core.kinds import KINDS
 
     if kind and kind not in KINDS:
         hint = did_you_mean(kind, KINDS) or f"kinds are {', '.join(KINDS)}"

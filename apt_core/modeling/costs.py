@@ -23,6 +23,7 @@ from apt_core.config.schema import ModelSection
 from apt_core.device import autocast_dtype
 from apt_core.failures import one_line
 from apt_core.kernel import Kernel
+from apt_core.kinds import KINDS
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.modeling.layers.ngram import NgramEmbedding
 from apt_core.types import ProviderSource, ProviderSpec
@@ -30,7 +31,7 @@ from apt_core.types import ProviderSource, ProviderSpec
 BACKWARD_AND_FORWARD = 3
 CACHE_DTYPE, CACHE_BYTES = "bfloat16", 2
 
-LAYERS = ("attention", "ffn", "norm")
+LAYERS = tuple(kind.name for kind in KINDS.values() if "create_layer" in kind.methods)
 
 Part = tuple[str, str]
 """Kind and name of the provider as the profile names it; embeddings and n-grams have no name."""

@@ -10,10 +10,9 @@ from apt_core.config import Config
 from apt_core.device import resolve_device, unused_gpu
 from apt_core.errors import ConfigError, Problem
 from apt_core.kernel import Kernel
+from apt_core.kinds import KINDS
 from apt_core.modeling.probe import probe_layer
 from apt_core.parallel.world import ALONE, World
-
-PROBED = ("attention", "ffn", "norm")
 
 ONE_THREAD_BELOW = 2**23
 """Multiply-adds of one feed-forward matrix in a micro-batch, below which a second thread brings a
@@ -80,7 +79,7 @@ def layer_probe(kernel: Kernel, device: torch.device) -> Any:
     model = kernel.config.model
 
     def probe(spec: Any, provider: Any, config: Any) -> str | None:
-        if spec.kind not in PROBED:
+        if not KINDS[spec.kind].probed:
             return None
         position = None
         if spec.kind == "attention" and model.position_name != "none":

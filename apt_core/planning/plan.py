@@ -78,7 +78,7 @@ def make_plan(kernel: Kernel, world_size: int | None = None) -> dict[str, Any]:
     missing += [_entry(text) for text in kernel.notices[known:]]
     del kernel.notices[known:]
     with before_the_run(), naming_authors(kernel):
-        for kind, name in kernel.named_providers():
+        for kind, name in kernel.providers:
             kernel.registry.get(kind, name)
         tokenizer = build_tokenizer(kernel)
         cost = model_cost(kernel)

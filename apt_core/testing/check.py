@@ -15,14 +15,15 @@ from apt_core.declarations import declared_by
 from apt_core.discovery import installed_plugins
 from apt_core.errors import AptError, did_you_mean
 from apt_core.failures import one_line
-from apt_core.kernel import NAME_KEYS, boot
+from apt_core.kernel import boot
+from apt_core.kinds import KINDS
 from apt_core.plugin_checks import misplaced_hooks
 from apt_core.plugin_manager import PluginManager
 from apt_core.registry import Registry
 from apt_core.testing.own_modules import own_modules
 from apt_core.testing.tiny import TINY_PROFILE, tiny_run
 from apt_core.testing.two_processes import differences
-from apt_core.types import CORE, KINDS, ProviderSpec
+from apt_core.types import CORE, ProviderSpec
 
 TRAINED_WITH = ("attention", "ffn", "norm", "position", "backbone", "optimizer", "lr_schedule")
 """Kinds of providers that a tiny run can be made with, whatever their settings are."""
@@ -151,7 +152,7 @@ def _in_two_processes(
     specs = [s for s in registry.specs() if s.plugin == name and s.kind in TRAINED_WITH]
     specs = [spec for spec in specs if registry.usable(spec)[0] is not False]
     tried: dict[str, dict[str, Any]] = {
-        spec.key: {NAME_KEYS[spec.kind]: spec.name} for spec in specs
+        spec.key: {KINDS[spec.kind].keys[0]: spec.name} for spec in specs
     }
     if not tried and manager.implements_where(name, lambda policy: policy.trains):
         tried[""] = dict(WHOLE)
@@ -233,7 +234,7 @@ def _check_provider(
     if spec.kind in TRAINED_WITH:
         settings = {o.key: o.value for o in overrides}
         settings |= _of_sections(registry.profile, {spec.section} - {""})
-        settings[NAME_KEYS[spec.kind]] = spec.name
+        settings[KINDS[spec.kind].keys[0]] = spec.name
         try:
             tiny_run(*plugins, steps=2, overrides=settings)
         except Exception as error:

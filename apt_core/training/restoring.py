@@ -11,7 +11,6 @@ import torch
 from apt_core.config.differences import differences
 from apt_core.errors import CheckpointError, ConfigError, Problem
 from apt_core.failures import short_path
-from apt_core.kernel import ALL_NAME_KEYS
 from apt_core.log import get_logger
 from apt_core.modeling.carry import tell_buffers_loaded
 from apt_core.planning.run_length import horizon, what_another_length_changes
@@ -303,10 +302,11 @@ def _check_providers(trainer: Trainer, manifest: Mapping[str, Any]) -> None:
     resolutions = trainer.kernel.registry.resolutions.values()
     here = {(row.kind, row.asked): row.used for row in resolutions}
     for row in manifest.get("providers", []):
-        used = here.get((row["kind"], row["asked"]))
+        asked = row["kind"], row["asked"]
+        used = here.get(asked)
         if used is not None and used != row["used"]:
+            key = trainer.kernel.providers.get(asked)
             raise CheckpointError(
                 f"{row['kind']}: the checkpoint was trained with {row['used']!r}, here "
-                f"{used!r} would run; ask for it: "
-                f"--{ALL_NAME_KEYS[row['kind']]} {row['used']}"
+                f"{used!r} would run" + (f"; ask for it: --{key} {row['used']}" if key else "")
             )

@@ -65,6 +65,7 @@ class Plugin:
                 schedule_params=(WEIGHT,),
                 unused=unused,
                 check=contradictions,
+                names={"align": "align"},
             )
         ]
 

@@ -52,7 +52,15 @@ class Plugin:
 
     @hookimpl
     def apt_register_config(self) -> list[SectionSpec]:
-        return [SectionSpec("model.moe", MoeSettings, unused=unused, check=contradictions)]
+        return [
+            SectionSpec(
+                "model.moe",
+                MoeSettings,
+                unused=unused,
+                check=contradictions,
+                names={"router": "router"},
+            )
+        ]
 
     @hookimpl
     def apt_transform_model(

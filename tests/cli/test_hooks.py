@@ -11,7 +11,7 @@ import pytest
 
 from apt_core.cli.hooks import app
 from apt_core.inspect.hook_reference import hook_reference
-from apt_core.types import KINDS
+from apt_core.kinds import KINDS
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Command
@@ -138,7 +138,7 @@ def test_usable_is_null_where_only_torch_could_tell(command: Command, folder: Pa
 
 def test_providers_covers_the_kinds_in_their_order(command: Command) -> None:
     kinds = [row["kind"] for row in command(app, "providers", "--json").json]
-    assert kinds == sorted(kinds, key=KINDS.index)
+    assert kinds == sorted(kinds, key=list(KINDS).index)
     assert {"attention", "ffn", "norm", "tokenizer", "dataset", "optimizer"} <= set(kinds)
 
 

@@ -191,6 +191,8 @@ WRONG: dict[str, dict[str, tuple[Any, str]]] = {
         "a path with a gap": (section("a..b", Settings), "not a path of keys"),
         "parameters as text": (section(schedule_params=("rate")), "a comma is missing"),
         "a parameter that is no name": (section(schedule_params=["a b"]), "no name"),
+        "a list of naming keys": (section("mine", Settings, names=["norm"]), "not a mapping"),
+        "a key of no kind": (section("mine", Settings, names={"a": "nrom"}), "unknown kind 'nrom'"),
     },
     "apt_build_provider": {
         "a name": ("rmsnorm", "a str is no norm provider: it has no create_layer()"),

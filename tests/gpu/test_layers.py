@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from apt_core.defaults import core_providers
-from apt_core.kernel import NAME_KEYS
+from apt_core.kinds import KINDS
 from apt_core.modeling.layers import MHAProvider, TVAProvider
 from apt_core.testing import tiny_run
 from apt_core.testing.conformance import Check, checks, checks_of
@@ -93,7 +93,7 @@ MOE, ROUTING = "apt_plugins.moe.plugin", "apt_plugins.routing.plugin"
 EXPERTS = {"model.moe.experts": 4, "model.moe.top_k": 2}
 PARTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     **{
-        key: ((), {NAME_KEYS[spec.kind]: spec.name})
+        key: ((), {KINDS[spec.kind].keys[0]: spec.name})
         for key, spec in CORE.items()
         if spec.kind in COMPUTING
     },

@@ -72,19 +72,19 @@ def test_a_profile_without_plugins_has_none_and_the_cores_providers(install: Ins
     install("moe", MOE)
     kernel = start()
     assert (states(kernel), kernel.notices, kernel.inactive) == ({}, [], [])
-    assert ("attention", "tva_default") in kernel.named_providers()
+    assert ("attention", "tva_default") in kernel.providers
 
 
 def test_no_positions_is_no_provider() -> None:
-    named = boot({"model": {"position_name": "none"}}).named_providers()
-    assert "position" not in dict(named)
+    named = boot({"model": {"position_name": "none"}}).providers
+    assert "position" not in {kind for kind, _ in named}
 
 
 def test_a_pattern_takes_the_place_of_the_attention() -> None:
     model = {"attention_name": "tva_default", "attention_pattern": ["mha"]}
-    attentions = [name for kind, name in boot({"model": model}).named_providers()
-                  if kind == "attention"]  # fmt: skip
-    assert attentions == ["mha"]
+    named = boot({"model": model}).providers
+    attentions = {name: key for (kind, name), key in named.items() if kind == "attention"}
+    assert attentions == {"mha": "model.attention_pattern"}
 
 
 @pytest.mark.parametrize("key", ["model.tva.rank", "model.tva", "model.vft.r"])
@@ -170,6 +170,23 @@ def test_a_provider_of_an_installed_plugin_activates_it_and_says_so(install: Ins
     assert states(kernel) == {"norms": "active"}
     assert kernel.notices == ["plugin norms activated: the profile names norm:mine"]
     assert kernel.registry.spec("norm", "mine").plugin == "norms"
+
+
+def test_a_key_of_a_plugins_section_that_names_a_provider_activates_its_plugin_too(
+    install: Install,
+) -> None:
+    install("norms", NORM)
+    own = (
+        "class Own(BaseModel):\n    judge: str = 'rmsnorm'\n\n"
+        "@hookimpl\ndef apt_register_config():\n"
+        "    return [SectionSpec('judging', Own, names={'judge': 'norm'})]\n"
+    )
+    install("judging", HEAD + own)
+    kernel = start({"judging": {"judge": "mine"}}, "judging")
+    assert states(kernel) == {"judging": "active", "norms": "active"}
+    assert kernel.providers["norm", "mine"] == "judging.judge"
+    wrong = problems({"judging": {"judge": "nobody"}}, "judging")["judging.judge"]
+    assert "no plugin offers norm provider 'nobody'" in wrong.message
 
 
 def test_a_provider_of_a_blocked_plugin_is_known_and_falls_back(install: Install) -> None:

@@ -405,7 +405,12 @@ def test_no_field_of_a_declaration_is_lost() -> None:
         reads=("training.eps",),
     )
     section = SectionSpec(
-        "mine", Mine, ("rate",), unused=lambda config: [], check=lambda config: []
+        "mine",
+        Mine,
+        ("rate",),
+        unused=lambda config: [],
+        check=lambda config: [],
+        names={"x": "norm"},
     )
     bare = {provider: ProviderSpec("", "", ""), section: SectionSpec()}
     assert provider_specs([provider], {}) == [provider]

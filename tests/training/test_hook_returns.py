@@ -59,8 +59,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 RIGHT: dict[str, list[tuple[Any, Any]]] = {
     "apt_register_providers": [(spec(requires=["a"])[0], spec(requires=("a",)))],
     "apt_register_config": [
-        (iter(section("a.b", Settings, schedule_params=["x"])),
-         section("a.b", Settings, schedule_params=("x",))),
+        (iter(section("a.b", Settings, schedule_params=["x"], names=UserDict(k="norm"))),
+         section("a.b", Settings, schedule_params=("x",), names={"k": "norm"})),
     ],
     "apt_param_groups": [
         ([OrderedDict(params=iter([MODEL.weight]), lr_scale=Whole(2))], group(lr_scale=2.0)),
