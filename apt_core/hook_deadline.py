@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from types import FrameType
 
 from apt_core.errors import AptError, StopTraining
@@ -101,7 +102,9 @@ class HookDeadline:
         self._seen: tuple[Running, float] | None = None
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        self._monitor = threading.Thread(target=self._watch, name="apt-hook-deadline", daemon=True)
+        self._monitor = threading.Thread(
+            target=copy_context().run, args=(self._watch,), name="apt-hook-deadline", daemon=True
+        )
 
     def start(self) -> None:
         self._monitor.start()

@@ -37,7 +37,7 @@ from apt_core.discovery import LoadError, installed_plugins, load
 from apt_core.errors import ConfigError, Problem, StopTraining, did_you_mean
 from apt_core.failures import one_line, shown, source_sha256
 from apt_core.kinds import KINDS, Named, named_providers, naming_keys
-from apt_core.log import get_logger
+from apt_core.log import get_logger, of_one_run
 from apt_core.plugin_checks import misplaced_hooks
 from apt_core.plugin_manager import PluginManager
 from apt_core.plugin_records import PluginRecord
@@ -140,7 +140,11 @@ def boot(
     manager = manager or PluginManager()
     manager.strict = strict = strict or manager.strict
     asked = bool(plugins or source.data.get("plugins") or manager.list_name_plugin())
-    with before_the_run(), manager.hook_deadline(_hook_timeout(source) if asked else 0.0):
+    with (
+        of_one_run(),
+        before_the_run(),
+        manager.hook_deadline(_hook_timeout(source) if asked else 0.0),
+    ):
         starting = _Boot(source, manager, strict)
         starting.load_plugins(plugins)
         starting.activate_for_providers()

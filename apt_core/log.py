@@ -1,6 +1,7 @@
 """Logging of a run: plain lines on the console, everything in the run folder's ``log.txt``.
 
-Every part of APT logs to a child of the logger ``apt``; plugins may do the same.
+Every part of APT logs to a child of the logger ``apt``; plugins may do the same. A process may make
+several runs, in turns too: what one of them logs does not reach the files of another.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from io import BufferedWriter, TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 class KernelLogger(logging.Logger):
     """A logger whose calls never raise what a foreign handler, filter or record factory raises, nor
-    leave out the other handlers: it is noted where :func:`noting_errors` says, else printed as
+    leave out the other handlers: it is noted where :func:`of_one_run` says, else printed as
     logging does. The console and the files of :func:`logging_to` get its records whatever anybody
     has made of logging meanwhile, by its configuration or by a filter."""
 
@@ -76,26 +78,43 @@ def _hand_to(handler: logging.Handler, record: logging.LogRecord) -> None:
         _note(error)
 
 
-_noting: list[Callable[[BaseException], None]] = []
+_RUN: ContextVar[object | None] = ContextVar("run", default=None)
+"""Whose records and errors these are: a run's own object; None outside of runs, and in threads that
+nobody has told."""
+
+
+def _concerns(owner: object | None) -> bool:
+    """Is what happens now a matter of the run ``owner``, or of any?"""
+    run = _RUN.get()
+    return owner is None or run is None or run is owner
+
+
+_noting: list[tuple[object | None, Callable[[BaseException], None]]] = []
 
 
 def _note(error: BaseException) -> None:
     if isinstance(error, KeyboardInterrupt):
         raise error
-    if _noting:
-        _noting[-1](error)
+    if notes := [note for owner, note in _noting if _concerns(owner)]:
+        notes[-1](error)
     elif logging.raiseExceptions and sys.stderr is not None:
         traceback.print_exception(error)
 
 
 @contextmanager
-def noting_errors(note: Callable[[BaseException], None]) -> Iterator[None]:
-    """While the context lasts, give ``note`` what foreign code raises in a log call."""
-    _noting.append(note)
+def of_one_run(note: Callable[[BaseException], None] | None = None) -> Iterator[None]:
+    """What is logged inside, in this context of Python's, is of one run; give ``note`` what foreign
+    code raises in its log calls, or print it."""
+    run = object()
+    noting = [(run, note)] if note is not None else []
+    token = _RUN.set(run)
+    _noting.extend(noting)
     try:
         yield
     finally:
-        _noting.remove(note)
+        for entry in noting:
+            _noting.remove(entry)
+        _RUN.reset(token)
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -110,6 +129,8 @@ ROOT = get_logger("apt")
 
 
 def _add(handler: logging.Handler) -> None:
+    owner = _RUN.get()
+    handler.addFilter(lambda record: _concerns(owner))
     _own.append(handler)
     ROOT.addHandler(handler)  # for the loggers of plugins, which are below it
 
@@ -118,6 +139,29 @@ def _take_away(handler: logging.Handler) -> None:
     ROOT.removeHandler(handler)
     with suppress(ValueError):
         _own.remove(handler)
+
+
+_listening: list[bool] = []
+"""By context that takes records: has it a console? Runs in turns do not leave in the order in which
+they came, and what logging was like before the first is restored after the last."""
+_before: list[tuple[int, bool]] = []
+
+
+@contextmanager
+def _taking_records(*, on_console: bool = False) -> Iterator[None]:
+    if not _listening:
+        _before[:] = [(ROOT.level, ROOT.propagate)]
+    _listening.append(on_console)
+    ROOT.setLevel(logging.DEBUG)
+    ROOT.propagate = _before[0][1] and not any(_listening)
+    try:
+        yield
+    finally:
+        _listening.remove(on_console)
+        level, propagate = _before[0]
+        ROOT.propagate = propagate and not any(_listening)
+        if not _listening:
+            ROOT.setLevel(level)
 
 
 class TolerantStream:
@@ -269,14 +313,12 @@ class Backlog(logging.Handler):
 def keeping_backlog() -> Iterator[Backlog]:
     """Keep what is logged from here on until it is poured into a handler."""
     backlog = Backlog()
-    _add(backlog)
-    before = ROOT.level
-    ROOT.setLevel(logging.DEBUG)
-    try:
-        yield backlog
-    finally:
-        _take_away(backlog)
-        ROOT.setLevel(before)
+    with _taking_records():
+        _add(backlog)
+        try:
+            yield backlog
+        finally:
+            _take_away(backlog)
 
 
 @contextmanager
@@ -303,16 +345,12 @@ def logging_to(
         if backlog is not None:
             backlog.pour_into(written)
         handlers.append(written)
-    previous, propagate = ROOT.level, ROOT.propagate
-    ROOT.setLevel(logging.DEBUG)
-    ROOT.propagate = console is None and propagate
-    for handler in handlers:
-        _add(handler)
-    try:
-        yield
-    finally:
+    with _taking_records(on_console=console is not None):
         for handler in handlers:
-            _take_away(handler)
-            handler.close()
-        ROOT.setLevel(previous)
-        ROOT.propagate = propagate
+            _add(handler)
+        try:
+            yield
+        finally:
+            for handler in handlers:
+                _take_away(handler)
+                handler.close()

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from pathlib import Path
 from typing import TypeVar
 
@@ -148,7 +149,9 @@ class _Watch:
         self._signs: tuple[str | None, str] = (None, "")
         self._failed = False
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="apt-liveness", daemon=True)
+        self._thread = threading.Thread(
+            target=copy_context().run, args=(self._watch,), name="apt-liveness", daemon=True
+        )
 
     def start(self) -> None:
         for rank, pid in enumerate(self._pids):

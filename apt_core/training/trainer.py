@@ -35,7 +35,7 @@ from apt_core.failures import one_line, text_of
 from apt_core.hook_returns import MAX_FACTOR
 from apt_core.hookspecs import MICRO_BATCH_HOOKS, hooks_where
 from apt_core.kernel import Kernel, before_the_run, boot
-from apt_core.log import get_logger, keeping_backlog, noting_errors
+from apt_core.log import get_logger, keeping_backlog, of_one_run
 from apt_core.metric_names import CROSS_ENTROPY
 from apt_core.modeling.blame import attributed, usable_factor
 from apt_core.modeling.casts import KeptCasts
@@ -271,7 +271,7 @@ class Trainer:
         timeout, plugins = training.hook_timeout, self.manager.list_name_plugin()
         process = f" in process {self.rank}, for which the others wait" if self.rank else ""
         with (
-            noting_errors(self.manager.failures.note_log_error),
+            of_one_run(self.manager.failures.note_log_error),
             self.manager.hook_deadline(timeout if plugins else 0.0, process),
             self.stopping.interrupts.listening(),
             threads,

@@ -6,13 +6,15 @@ import logging
 import os
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
+from contextvars import Context
 from io import StringIO
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from apt_core.log import ROOT, TolerantStream, get_logger, logging_to
+from apt_core.log import ROOT, TolerantStream, get_logger, logging_to, of_one_run
 
 log = logging.getLogger("apt.somewhere")
 LONG = "a line that is longer than a terminal is wide, with [brackets] and 123 " + "x" * 100
@@ -101,6 +103,49 @@ def test_nobody_silences_the_kernels_log_of_a_run(what: str) -> None:
         ROOT.handlers[:] = handlers
         logging.root.manager.loggerDict.pop("apt.silenced")
     assert out.getvalue() == "heard\n"
+
+
+def test_runs_in_turns_have_each_its_own_log(tmp_path: Path) -> None:
+    own, out = get_logger("apt.own"), StringIO()
+    before = ROOT.level, ROOT.propagate
+    runs = {name: (Context(), ExitStack(), []) for name in ("one", "two")}
+
+    def say(text: str) -> None:
+        log.info(text)  # as plugins do
+        own.info(text)
+
+    def start(name: str) -> None:
+        _, stack, noted = runs[name]
+        stack.enter_context(of_one_run(noted.append))
+        stack.enter_context(logging_to(file=tmp_path / name))
+
+    failing = logging.Handler()
+    failing.emit = lambda record: int("x")  # type: ignore[method-assign,assignment]
+    with logging_to(Console(file=out)):
+        say("before")
+        for name, (context, _, _) in runs.items():
+            context.run(start, name)
+        for name in ("one", "two", "one"):
+            runs[name][0].run(say, f"of {name}")
+        own.addHandler(failing)
+        runs["one"][0].run(own.info, "failed")
+        own.removeHandler(failing)
+        say("of any")
+        for name in ("one", "two"):  # not as they came, which is the other way round
+            context, stack, _ = runs[name]
+            context.run(stack.close)
+            say(f"after {name}")
+
+    def lines(name: str) -> list[str]:
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        return [line.rpartition(": ")[2] for line in text.splitlines()]
+
+    one = ["of one"] * 4 + ["failed", "of any", "of any"]
+    assert lines("one") == one
+    assert lines("two") == ["of two"] * 2 + ["of any"] * 2 + ["after one"] * 2
+    assert [len(noted) for _, _, noted in runs.values()] == [1, 0]
+    assert out.getvalue().split("\n").count("of one") == 4
+    assert (ROOT.level, ROOT.propagate) == before
 
 
 @pytest.mark.parametrize("end", ["close", "detach"])

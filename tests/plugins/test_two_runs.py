@@ -1,0 +1,185 @@
+"""Two runs in one process, in turns or one within the other, share nothing: with all shipped
+plugins on, each gives the bits, the rows and the lines that it gives alone."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apt_core import hookimpl
+from apt_core.discovery import installed_plugins
+from apt_core.testing import TinyRun, tiny_run
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SHIPPED = [
+    *(n for n, p in installed_plugins().items() if p.dist == "apt-kernel"),
+    *(str(path) for path in sorted(EXAMPLES.glob("*.py"))),
+]
+TIMED = re.compile(r"time/.*|tokens_per_s|mfu|memory_mb|peak_memory_mb")
+
+
+def settings(number: int, folder: Path) -> dict[str, Any]:
+    """Two profiles that differ in all that a plugin could keep of one for the other."""
+    return {
+        "training.seed": number,
+        "training.log_every_steps": 1,
+        "model.dropout": 0.1,
+        "model.tva.s": 1,
+        "model.moe.experts": (4, 2)[number],
+        "model.bistate.mode": ("ema", "rdrop")[number],
+        "model.bistate.weight": (0.5, 0.2)[number],
+        "model.voting.threshold": (9.0, 0.5)[number],
+        "routing.exploration": (0.3, 0.1)[number],
+        "schedules.enable_moe_at_step": (4, 3)[number],
+        "schedules.route_temp": {"start": 1.0, "end": 0.5, "by": "step", "until": 6 + number},
+        "loss_logger.path": str(folder / "losses.csv"),
+    }
+
+
+def run(number: int, folder: Path, *others: Any) -> TinyRun:
+    return tiny_run(
+        *SHIPPED,
+        Says(),
+        *others,
+        steps=6 + number,
+        overrides=settings(number, folder),
+        output=folder / "run",
+    )
+
+
+def facts(of: TinyRun) -> dict[str, Any]:
+    """All that a run has come to, but times and the names of folders."""
+    folder = of.result.folder
+    lines = [line[24:] for line in (folder / "log.txt").read_text(encoding="utf-8").splitlines()]
+    hidden = [line for line in lines if "run folder" not in line and "data: " not in line]
+    plugins = ("plugins: hands, ", "plugins: another, ")
+    return {
+        "rows": [{k: v for k, v in row.items() if not TIMED.fullmatch(k)} for row in of.metrics],
+        "lines": [
+            re.sub("|".join(plugins), "plugins: ", line.replace(str(folder), ""))
+            for line in hidden
+            if "checkpoint: " not in line
+        ],
+        "sample": of.result.sample,
+        "losses": (folder.parent / "losses.csv").read_text(encoding="utf-8"),
+        "failures": [row["name"] for row in of.manifest["plugins"] if row["failures"]],
+    }
+
+
+class Turns:
+    """Lets one of several threads go on at a time."""
+
+    def __init__(self, number: int) -> None:
+        self._changed = threading.Condition()
+        self._waiting = list(range(number))
+        self.taken: list[int] = []
+
+    @contextmanager
+    def taking(self, me: int):
+        self._wait(me)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._waiting.remove(me)
+                self._changed.notify_all()
+
+    def hand_over(self, me: int) -> None:
+        with self._changed:
+            self._waiting.remove(me)
+            self._waiting.append(me)
+            self._changed.notify_all()
+        self._wait(me)
+
+    def _wait(self, me: int) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._waiting[0] == me, timeout=300)
+            self.taken.append(me)
+
+
+class Says:
+    """Logs while the profile is checked."""
+
+    @hookimpl
+    def apt_configure(self, config: Any) -> None:
+        logging.getLogger("apt.says").info("%d is being checked", config.training.seed)
+
+
+class Hands:
+    """Calls ``over`` in the middle of a run's steps, evaluations, generations and checkpoints."""
+
+    def __init__(self, over: Callable[[], object]) -> None:
+        self.over = over
+
+    @hookimpl
+    def on_step_start(self) -> None:
+        self.over()
+
+    @hookimpl
+    def on_step_end(self) -> None:
+        self.over()
+
+    @hookimpl
+    def on_evaluation_start(self) -> None:
+        self.over()
+
+    @hookimpl
+    def on_generation_start(self) -> None:
+        self.over()
+
+    @hookimpl
+    def on_checkpoint_saved(self) -> None:
+        self.over()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[TinyRun]:
+    return [run(number, tmp_path_factory.mktemp(f"alone{number}")) for number in range(2)]
+
+
+def assert_as_alone(runs: list[TinyRun], alone: list[TinyRun]) -> None:
+    for one, other in zip(runs, alone, strict=True):
+        assert one.same_weights(other)
+        assert facts(one) == facts(other)
+
+
+def test_two_runs_in_turns_are_what_each_is_alone(alone: list[TinyRun], tmp_path: Path) -> None:
+    turns, runs, errors = Turns(2), {}, []
+
+    def train(number: int) -> None:
+        try:
+            with turns.taking(number):
+                hands = Hands(lambda: turns.hand_over(number))
+                runs[number] = run(number, tmp_path / str(number), hands)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=train, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    assert turns.taken[:20] == [0, 1] * 10
+    assert_as_alone([runs[0], runs[1]], alone)
+
+
+def test_a_run_within_a_run_is_what_it_is_alone(alone: list[TinyRun], tmp_path: Path) -> None:
+    inner: list[TinyRun] = []
+
+    class Another:
+        @hookimpl
+        def on_step_end(self, step: int) -> None:
+            if step == 5:
+                inner.append(run(1, tmp_path / "inner"))
+
+    outer = run(0, tmp_path / "outer", Another())
+    assert_as_alone([outer, *inner], alone)
