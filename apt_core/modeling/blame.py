@@ -15,9 +15,9 @@ from apt_core.errors import (
     TrainingError,
 )
 from apt_core.failures import frames_of, one_line, short_path, text_of
-from apt_core.hook_returns import MAX_FACTOR, within
 from apt_core.kernel import Kernel
 from apt_core.parallel.world import explained
+from apt_core.plain_values import MAX_FACTOR, within
 from apt_core.types import CORE, ProviderSpec
 
 

@@ -13,7 +13,7 @@ from math import isfinite
 
 from torch import Size, Tensor, nn
 
-from apt_core.hook_returns import number, within
+from apt_core.plain_values import number, within
 
 SHOWN = 5
 """Of so many problems a message tells."""

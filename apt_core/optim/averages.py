@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 
-from apt_core.hook_returns import within
 from apt_core.modeling.modes import eval_mode
 from apt_core.parallel.world import local_part
+from apt_core.plain_values import within
 from apt_core.types import ModelOutput
 
 WARMUP = 10

@@ -30,10 +30,10 @@ from torch import Tensor
 
 from apt_core.errors import CheckpointError
 from apt_core.files import open_file, read_file, write_atomically
-from apt_core.hook_returns import TENSOR_KEY
 from apt_core.json_files import MAX_BYTES, read_json, without_nan
 from apt_core.log import get_logger
 from apt_core.parallel.world import ALONE, World
+from apt_core.plugin_state import TENSOR_KEY
 from apt_core.runs.folder import in_present_words
 from apt_core.runs.layout import IS_STEP, PREFIX
 from apt_core.runs.layout import folder_name as folder_name
@@ -395,8 +395,8 @@ MAX_TENSOR_NAME = 200
 
 
 def split_tensors(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
-    """A plugin's state, as :func:`~apt_core.hook_returns.state` makes it, with each tensor moved
-    into ``tensors``, under its place in the state, and a reference left there."""
+    """A plugin's state, as :func:`~apt_core.plugin_state.plain_state` makes it, with each tensor
+    moved into ``tensors``, under its place in the state, and a reference left there."""
     if isinstance(value, Tensor):
         name = f"{place}#{len(tensors)}"
         tensors[name] = value

@@ -32,7 +32,6 @@ from apt_core.errors import (
     TrainingError,
 )
 from apt_core.failures import one_line, text_of
-from apt_core.hook_returns import MAX_FACTOR
 from apt_core.hookspecs import MICRO_BATCH_HOOKS, hooks_where
 from apt_core.kernel import Kernel, before_the_run, boot
 from apt_core.log import get_logger, keeping_backlog, of_one_run
@@ -48,6 +47,7 @@ from apt_core.monitor import ProgressDisplay
 from apt_core.optim.averages import WeightAverage
 from apt_core.parallel.gradient_sum import GradientSum
 from apt_core.parallel.world import World
+from apt_core.plain_values import MAX_FACTOR
 from apt_core.planning.memory import out_of_memory_advice, own_memory
 from apt_core.planning.run_length import horizon
 from apt_core.plugin_manager import PluginManager

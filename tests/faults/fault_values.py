@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from apt_core import PluginCosts, ProviderSpec, SectionSpec
-from apt_core.hook_returns import MAX_DEPTH, TENSOR_KEY
+from apt_core.plugin_state import MAX_DEPTH, TENSOR_KEY
 
 # Values that pretend, refuse or never end ------------------------------------------------------
 

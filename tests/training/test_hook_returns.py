@@ -29,7 +29,7 @@ from fault_values import (
 )
 from torch import Tensor, nn
 
-from apt_core import hook_returns, hookimpl
+from apt_core import hook_returns, hookimpl, plain_values, plugin_state
 from apt_core.hookspecs import POLICIES, hooks_where
 from apt_core.markers import ignored
 from apt_core.plugin_manager import PluginManager
@@ -129,8 +129,8 @@ CASES = [(hook, label, *case) for hook, cases in WRONG.items() for label, case i
 def test_a_wrong_result_is_a_failure_where_the_hook_is_called(
     hook: str, label: str, value: Any, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for limit in ("MAX_ITEMS", "MAX_VALUES"):
-        monkeypatch.setattr(hook_returns, limit, 1000)
+    monkeypatch.setattr(plain_values, "MAX_ITEMS", 1000)
+    monkeypatch.setattr(plugin_state, "MAX_VALUES", 1000)
     once = isinstance(value, Iterator) and not isinstance(value, itertools.repeat)
     for way in ways(hook)[: 1 if once else None]:
         manager = PluginManager()
