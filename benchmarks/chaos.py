@@ -47,9 +47,9 @@ from _launch import (
 )
 from apt_core.errors import CheckpointError
 from apt_core.runs import checkpoint
-from apt_core.runs.checkpoint import Checkpoint
+from apt_core.runs.compare import VOLATILE, compare_checkpoints
 from apt_core.runs.folder import versions
-from apt_core.training.verify import VOLATILE, compare_checkpoints
+from apt_core.training.verify import RECORDS
 
 STEPS = 48
 EVENTS, QUICK_EVENTS = 250, 10
@@ -636,8 +636,9 @@ def compare(case: Case, quiet: Path) -> list[str]:
     except CheckpointError as error:
         return [f"the last checkpoint: {error}"]
     differences = [
-        f"differs: {what}{values(what, actual, expected)}"
-        for what in compare_checkpoints(expected, actual)[1]
+        f"differs: {each}"
+        for each in compare_checkpoints(expected, actual).differences
+        if each.what.partition(": metrics")[0] != "the state" and each.what != RECORDS
     ]
     rows, twice = rows_of(case.run)
     differences += [f"two rows of {kind} after step {step}" for step, kind in twice]
@@ -647,17 +648,6 @@ def compare(case: Case, quiet: Path) -> list[str]:
                 f"the row of {key[1]} after step {key[0]}: {rows.get(key)} for {row}"
             )
     return differences
-
-
-def values(what: str, actual: Checkpoint, expected: Checkpoint) -> str:
-    """What a part of the state is, and what it ought to be."""
-    for prefix, place in (("the state of plugin ", "plugins"), ("the state: ", "")):
-        if what.startswith(prefix):
-            name = what.removeprefix(prefix)
-            pair = [(found.state[place] if place else found.state).get(name)
-                    for found in (actual, expected)]  # fmt: skip
-            return f": {pair[0]} for {pair[1]}"
-    return ""
 
 
 def rows_of(run: Path) -> tuple[dict[tuple[int, str], dict[str, Any]], list[tuple[int, str]]]:

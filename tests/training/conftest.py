@@ -24,8 +24,7 @@ from safetensors.torch import load_file
 from apt_core import hookimpl
 from apt_core.cli.run_command import run_command
 from apt_core.cli.train import app
-from apt_core.runs import checkpoint
-from apt_core.runs.checkpoint import Checkpoint
+from apt_core.runs.compare import compare_runs
 from apt_core.testing import TINY_PROFILE
 from apt_core.testing.tiny import TEXT
 
@@ -132,72 +131,9 @@ def in_children() -> Callable[..., list[int]]:
 
 @pytest.fixture
 def differences() -> Callable[[Path, Path], list[str]]:
-    """Everything that differs between the last checkpoints and the rows of two runs' folders,
-    except what is measured on a clock."""
-
-    def last(folder: Path) -> Checkpoint:
-        return checkpoint.load(checkpoint.list_checkpoints(folder / "checkpoints")[-1])
-
-    def tensors(found: Checkpoint) -> dict[str, torch.Tensor]:
-        read = {f"plugins: {name}": tensor for name, tensor in found.plugins.items()}
-        averages = {path.name.removesuffix(".safetensors") for path in found.path.glob("average-*")}
-        for kind in ("model", "optimizer", "ema", *sorted(averages)):
-            if list(found.path.glob(f"{kind}*")):
-                saved = found.tensors(kind)
-                own = {
-                    name: torch.empty(shape, dtype=dtype)
-                    for name, (shape, dtype) in saved.shapes.items()
-                }
-                saved.read_into(own, kind)
-                read.update({f"{kind}: {name}": tensor for name, tensor in own.items()})
-        return read
-
-    def rows(folder: Path) -> dict[tuple[int, str, int], dict[str, Any]]:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        keyed: dict[tuple[int, str, int], dict[str, Any]] = {}
-        for row in map(json.loads, lines):
-            kind = "training" if "loss" in row else "evaluation"
-            same = sum(key[:2] == (row["step"], kind) for key in keyed)
-            keyed[row["step"], kind, same] = _without_clocks(row)
-        return keyed
-
-    def compare(one: Path, other: Path) -> list[str]:
-        first, second = last(one), last(other)
-        own, others = tensors(first), tensors(second)
-        found = [f"only in one of them: {name}" for name in own.keys() ^ others.keys()]
-        found += [
-            name
-            for name in own.keys() & others.keys()
-            # As bytes: a NaN is itself, and 0.0 is not -0.0.
-            if not own[name]
-            .view(-1)
-            .view(torch.uint8)
-            .equal(others[name].view(-1).view(torch.uint8))
-        ]
-        for key in (first.state.keys() | second.state.keys()) - {"spent"}:
-            if _without_clocks(first.state.get(key)) != _without_clocks(second.state.get(key)):
-                found.append(f"state: {key}")
-        own_rows, other_rows = rows(one), rows(other)
-        for key in own_rows.keys() | other_rows.keys():
-            row, same = own_rows.get(key, {}), other_rows.get(key, {})
-            found += [
-                f"{name} after step {key[0]}"
-                for name in row.keys() | same.keys()
-                if row.get(name) != same.get(name)
-            ]
-        return sorted(found)
-
-    return compare
-
-
-CLOCKED = ("tokens_per_s", "mfu", "memory_mb", "time/")
-"""Beginnings of the names of figures that are of the machine."""
-
-
-def _without_clocks(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_clocks(v) for k, v in value.items() if not k.startswith(CLOCKED)}
-    return value
+    """What differs between the last checkpoints and the rows of two runs' folders, except what is
+    measured on a clock."""
+    return lambda one, other: [each.what for each in compare_runs(one, other).differences]
 
 
 class Killer:

@@ -175,7 +175,7 @@ BROKEN = {
     "stopping": (
         "apt_core.training.stopping.Stopping.load_state_dict",
         lambda: nothing,
-        "state: stopping",
+        "the state: stopping",
     ),
     "plugins": ("apt_core.training.restoring.restore_plugins", lambda: nothing, "plugins: "),
     "dropout": ("apt_core.modeling.seeds.ModelSeeds.seed", lambda: nothing, "loss after"),
