@@ -106,7 +106,8 @@ def _section_spec(spec: Any) -> SectionSpec:
     for key, kind in names.items():
         if kind not in KINDS:
             raise ValueError(f"{path}.{key} is to name a provider of the unknown kind {kind!r}")
-    return SectionSpec(path, model, params, spec.unused, spec.check, names)
+    without = text(spec.without, f"without of section {path!r}")
+    return SectionSpec(path, model, params, spec.unused, spec.check, names, without)
 
 
 def _printable(value: Any, what: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
@@ -22,6 +22,7 @@ from apt_core.config import (
     Override,
     PluginRequest,
     Source,
+    Validated,
     check_files,
     core_text,
     read_profile,
@@ -58,8 +59,9 @@ PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 class Kernel:
     """A checked profile with its plugins, providers and schedule.
 
-    ``providers`` are those that the profile uses, ``observed`` the sections of plugins that change
-    no weight.
+    ``providers`` are those that the profile uses, ``sections`` those of the plugins, ``idle`` those
+    of installed plugins that are not active, where these had to be asked, and ``observed`` the
+    sections of plugins that change no weight.
     ``notices`` are facts that the person should see at the start of a run; ``inactive`` the keys
     of the profile that do nothing, with the reason; ``unused`` all settings that have no effect
     beside others, written or not; ``place`` the variables of the launcher (PLACE) from before any
@@ -73,6 +75,7 @@ class Kernel:
     schedule_params: Mapping[str, str]
     providers: Named = field(default_factory=dict)
     sections: Sequence[SectionSpec] = ()
+    idle: Sequence[SectionSpec] = ()
     observed: Sequence[str] = ()
     inactive: list[InactiveKey] = field(default_factory=list)
     unused: Sequence[Unused] = ()
@@ -204,6 +207,7 @@ class _Boot:
         self.blocked: dict[str, str] = {}
         self.spared: set[str] = set()
         self.active: list[Wanted] = []
+        self.asked: dict[str, Declared] = {}
 
     def load_plugins(self, references: Sequence[str]) -> None:
         """Load and register what was asked for, and ask each plugin for its declarations."""
@@ -294,9 +298,7 @@ class _Boot:
             record = self.manager.records.get(name)
             if record is not None and record.state != "blocked":
                 continue
-            with self.manager.watching(name, "its import"):
-                declared = declared_by(name, self.installed)
-            for spec in declared.providers:
+            for spec in self._declared_by(name).providers:
                 if (spec.kind, spec.name) not in missing:
                     continue
                 if record is not None:
@@ -308,6 +310,14 @@ class _Boot:
                     self.notices.append(f"plugin {name} activated: the profile names {spec.key}")
         self.registry.refresh()
 
+    def _declared_by(self, name: str) -> Declared:
+        """What an installed plugin that is not active declares."""
+        if name not in self.asked:
+            self._begin_to_watch()
+            with self.manager.watching(name, "its import"):
+                self.asked[name] = declared_by(name, self.installed)
+        return self.asked[name]
+
     def check(self, probe: Probe | None, files: bool) -> Kernel:
         """Check the profile against what the plugins declared; raise every problem at once."""
         self.problems += self.registry.problems
@@ -315,8 +325,13 @@ class _Boot:
         masks = tuple(_mask_problem(self.source, path) for path in masks_in(self.source.data))
         self.source = replace(self.source, problems=(*self.source.problems, *masks))
         names = {wanted.name for wanted in self.active}
-        inert, inert_params, lenient = self._attribute_left_out(names)
-        checked = validate(self.source, self.sections, inert=inert, active=names)
+        checked = validate(self.source, self.sections, active=names)
+        inert, inert_params, lenient = self._attribute_left_out(checked)
+        idle = self._idle_sections(checked, {*names, *self.left_out}, inert)
+        if inert or idle or lenient:
+            checked = validate(
+                self.source, self.sections, inert, active=names, idle=idle, lenient=lenient
+            )
         config, inactive = checked.config, list(checked.inactive)
         self.notices += checked.notices
         self.problems += checked.problems
@@ -365,6 +380,7 @@ class _Boot:
             schedule_params=self.params,
             providers=named,
             sections=self.sections,
+            idle=idle,
             observed=self.observed,
             inactive=inactive,
             unused=unused,
@@ -415,7 +431,9 @@ class _Boot:
         conflicts = self.registry.check_conflicts(f"{kind}:{name}" for kind, name in named)
         return [problem for problem in problems if problem] + conflicts
 
-    def _attribute_left_out(self, active: set[str]) -> tuple[dict[str, str], dict[str, str], bool]:
+    def _attribute_left_out(
+        self, checked: Validated
+    ) -> tuple[dict[str, str], dict[str, str], bool]:
         """Sections and parameters of plugins that were left out, so that their keys are inactive.
 
         Such a plugin is imported only when the profile has keys that nobody else claims, and then
@@ -424,12 +442,8 @@ class _Boot:
         inert: dict[str, str] = {}
         params: dict[str, str] = {}
         lenient = False
-        if not self.left_out:
-            return inert, params, lenient
         schedules = self.source.data.get("schedules")
-        unclaimed = bool(validate(self.source, self.sections, active=active).problems) or (
-            isinstance(schedules, Mapping) and bool(schedules)
-        )
+        unclaimed = checked.problems or (isinstance(schedules, Mapping) and schedules)
         for name, reason in self.left_out.items() if unclaimed else ():
             inert.update({name: reason, f"model.{name}": reason, f"monitoring.{name}": reason})
             if name not in self.blocked:
@@ -442,6 +456,19 @@ class _Boot:
                     inert[section.path] = reason
                 params.update(dict.fromkeys(section.schedule_params, reason))
         return inert, params, lenient
+
+    def _idle_sections(
+        self, checked: Validated, asked: Collection[str], inert: Mapping[str, str]
+    ) -> list[SectionSpec]:
+        """The sections of installed plugins that are not active. These are imported only when the
+        profile has keys that nobody else claims, and then only to be asked."""
+        unclaimed = [
+            path
+            for path in map(dotted, checked.unknown)
+            if not any(f"{path}.".startswith(f"{section}.") for section in inert)
+        ]
+        names = [name for name in self.installed if name not in asked] if unclaimed else []
+        return [section for name in names for section in self._declared_by(name).sections]
 
     def _unused(self, config: Config, named: Named) -> Iterator[Unused]:
         """Every setting that has no effect in this run, as the core, the providers and the plugins

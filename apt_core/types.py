@@ -104,8 +104,11 @@ class SectionSpec:
     ``check(config)`` gives a :class:`~apt_core.Problem` for each fault of a profile whose keys are
     valid one by one: contradictions within the section, and with the rest. A problem without a
     place gets that of its key. ``unused(config)`` names the settings that have no effect in such a
-    profile: those among them that somebody has written are reported as inactive. ``plugin`` is
-    stamped when the plugin is asked.
+    profile: those among them that somebody has written are reported as inactive.
+
+    Where the plugin is installed and not active, what is written in the section is checked by the
+    model and reported as inactive, unless it says ``enabled: false``; ``without`` is what the run
+    does in place of it, for that report. ``plugin`` is stamped when the plugin is asked.
     """
 
     path: str = ""
@@ -114,6 +117,7 @@ class SectionSpec:
     unused: Callable[[Any], Iterable[Unused]] | None = None
     check: Callable[[Any], Iterable[Problem]] | None = None
     names: Mapping[str, str] = field(default_factory=dict, hash=False)
+    without: str = ""
     plugin: str = ""
 
 

@@ -246,16 +246,6 @@ def _sources(view: View) -> Iterator[Problem]:
         )
 
 
-def _experts(view: View) -> Iterator[Problem]:
-    moe = view["model.moe"]
-    if moe is not None and view["model.moe.top_k"] > view["model.moe.experts"]:
-        yield view.problem(
-            f"{moe.top_k} experts per token, and there are {moe.experts}",
-            "model.moe.top_k model.moe.experts",
-            "choose top_k <= experts",
-        )
-
-
 def _ramps(view: View) -> Iterator[Problem]:
     for key, ramp in view["schedules"].items():
         if not isinstance(ramp, Ramp):
@@ -321,7 +311,6 @@ COLLECTORS: tuple[Callable[[View], Iterator[Problem]], ...] = (
     _lengths,
     _warmup,
     _sources,
-    _experts,
     _ramps,
     _switches,
 )

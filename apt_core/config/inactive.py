@@ -43,19 +43,11 @@ def _wanted(value: Any) -> bool:
     return value not in (None, False)
 
 
-def _enabled(section: Any) -> bool:
-    return section is not None and bool(section.enabled)
-
-
 _ONE_PROCESS = "the run has one process: start it with --nproc N, or with torchrun"
 _FULL_WINDOWS = "text is packed into full windows, so nothing is cut or filled"
 _UNNAMED = "no active plugin is named"
-_UNOWNED = "no active plugin owns this section"
 
 RULES = (
-    Rule("model.moe", _enabled, f"{_UNOWNED}: the dense feed-forward stays"),
-    Rule("model.bistate", _given, _UNOWNED),
-    Rule("model.voting", _given, _UNOWNED),
     Rule("training.amp_level", _given, "torch's autocast has no levels: see mixed_precision"),
     Rule("data.truncation", _wanted, _FULL_WINDOWS),
     Rule("data.padding", lambda value: value not in (None, False, "do_not_pad"), _FULL_WINDOWS),
@@ -77,7 +69,7 @@ def unheeded(
     for rule in RULES:
         taken = any(rule.key == path or rule.key.startswith(f"{path}.") for path in owned)
         if not taken and rule.plugin not in active and rule.asks(_value(config, rule.key)):
-            yield InactiveKey(rule.key, rule.reason, rule.reason.startswith(_UNOWNED))
+            yield InactiveKey(rule.key, rule.reason)
     if config.hardware.num_gpus > 1 and not config.hardware.distributed:
         yield InactiveKey("hardware.num_gpus", "hardware.distributed is not set")
     for metric in dict.fromkeys(config.evaluation.metrics):

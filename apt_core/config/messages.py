@@ -41,6 +41,7 @@ _BOUNDS = {
 }
 _NUMERIC = {"int_type": int, "float_type": float, "int_parsing": int, "float_parsing": float}
 _MANY_KEYS = 14
+_NEEDS = "a plugin's needs the plugin"
 _MAX_GUESSES = 100
 """Unknown keys for which it is looked up what they were meant to be, since that is slow."""
 _ANY_RAMP = "schedules.*"
@@ -124,10 +125,18 @@ class KnownKeys:
     """Every key that some section knows, to tell what an unknown key was meant to be.
 
     ``children`` maps a section's dotted path to its keys; ``schedules.*`` stands for any ramp.
+    A key under which ``source`` has a section is taken for a misspelt section, not for another key.
     """
 
-    def __init__(self, core: type[BaseModel], sections: Mapping[str, type[BaseModel]]) -> None:
+    def __init__(
+        self,
+        core: type[BaseModel],
+        sections: Mapping[str, type[BaseModel]],
+        source: Source | None = None,
+    ) -> None:
+        self._source = source
         self._meant: dict[KeyPath, KeyPath | None] = {}
+        self.unknown: list[KeyPath] = []
         self.children: dict[str, set[str]] = {"": set()}
         self._add(core, "")
         self._add(Ramp, _ANY_RAMP)
@@ -150,7 +159,8 @@ class KnownKeys:
                 self._add(inner, f"{path}.{key}" if path else key)
 
     def problem(self, path: KeyPath, source: Source) -> Problem:
-        """The problem of an unknown key at ``path``."""
+        """The problem of an unknown key at ``path``, which is kept in ``unknown``."""
+        self.unknown.append(path)
         return Problem("unknown key", dotted(path), source.where(path), self._hint(path))
 
     def meant(self, path: KeyPath) -> KeyPath | None:
@@ -169,6 +179,10 @@ class KnownKeys:
                 return (*path[:-1], word)
             if word in self.places:
                 return tuple(self.places[word].split("."))
+        places = self.places
+        if self._is_section(path):
+            siblings = [name for name in siblings if dotted((*path[:-1], name)) in self.children]
+            places = {word: place for word, place in places.items() if place in self.children}
         # What stands in the same section under nearly this name is nearer than a word of others.
         if near := difflib.get_close_matches(key, siblings, n=1, cutoff=0.85):
             return (*path[:-1], near[0])
@@ -176,9 +190,12 @@ class KnownKeys:
             return tuple(ours.split("."))
         if near := difflib.get_close_matches(key, siblings, n=1, cutoff=0.6):
             return (*path[:-1], near[0])
-        if far := difflib.get_close_matches(key, self.places, n=1, cutoff=0.8):
-            return tuple(self.places[far[0]].split("."))
+        if far := difflib.get_close_matches(key, places, n=1, cutoff=0.8):
+            return tuple(places[far[0]].split("."))
         return None
+
+    def _is_section(self, path: KeyPath) -> bool:
+        return self._source is not None and isinstance(self._source.get(path), Mapping)
 
     def _known(self, key: str) -> bool:
         section, _, name = key.rpartition(".")
@@ -195,10 +212,11 @@ class KnownKeys:
             return f"did you mean {meant[-1] if here else dotted(meant)!r}?"
         siblings = self._siblings(path)
         if len(path) == 1:
-            return f"known sections: {', '.join(siblings)}; a plugin's needs the plugin"
+            return f"known sections: {', '.join(siblings)}; {_NEEDS}"
         if siblings and len(siblings) <= _MANY_KEYS:
             return f"known keys here: {', '.join(siblings)}"
-        return "`apt-hooks schema` lists every key"
+        listed = "`apt-hooks schema` lists every key"
+        return f"{listed}; {_NEEDS}" if self._is_section(path) else listed
 
 
 def key_like(word: str) -> str:

@@ -126,43 +126,6 @@ class NgramConfig(Section):
     )
 
 
-class MoeSection(Section):
-    """``model.moe``, as long as no plugin owns it."""
-
-    enabled: bool = Field(default=True, description="Use a mixture of experts.")
-    experts: Size = Field(default=8, description="Number of experts.")
-    top_k: Size = Field(default=2, description="Experts per token.")
-    capacity: Annotated[float, Field(gt=0, le=1e6)] = Field(
-        default=1.25, description="Capacity of an expert over its fair share of tokens."
-    )
-    balance_loss: Annotated[float, Field(ge=0, le=1e6)] = Field(
-        default=0.01, description="Weight of the load-balancing loss."
-    )
-
-
-class BistateSection(Section):
-    """``model.bistate``, as long as no plugin owns it."""
-
-    alpha: Annotated[float, Field(ge=0, le=1e6)] = Field(
-        default=0.35, description="Weight of the divergence between the two states."
-    )
-    beta: Annotated[float, Field(ge=0, le=1e6)] = Field(
-        default=0.20, description="Weight of the contrastive term."
-    )
-    tau_align: Annotated[float, Field(gt=0, le=1e6)] = Field(
-        default=0.15, description="Temperature of the contrastive term."
-    )
-
-
-class VotingSection(Section):
-    """``model.voting``, as long as no plugin owns it."""
-
-    threshold: Annotated[float, Field(ge=0, le=1e6)] = Field(
-        default=2.2, description="Entropy in nats from which tokens are voted on."
-    )
-    k: Size = Field(default=3, description="Number of voters.")
-
-
 class ModelSection(Section):
     """``model``: sizes of the network and the providers of its parts."""
 
@@ -208,9 +171,6 @@ class ModelSection(Section):
     ngram: NgramConfig | None = Field(
         default=None, description="Add embeddings of hashed n-grams; without it there are none."
     )
-    moe: MoeSection | None = Field(default=None, description="Mixture of experts.")
-    bistate: BistateSection | None = Field(default=None, description="Two-state alignment.")
-    voting: VotingSection | None = Field(default=None, description="Voting on uncertain tokens.")
 
 
 class MuonConfig(Section):
@@ -592,7 +552,5 @@ def _replace_placeholder(config: Any, path: Sequence[str], section: BaseModel | 
     return config.model_copy(update={key: value})
 
 
-PLACEHOLDERS = frozenset(
-    {"model.moe", "model.bistate", "model.voting", "monitoring.wandb", "monitoring.tensorboard"}
-)
+PLACEHOLDERS = frozenset({"monitoring.wandb", "monitoring.tensorboard"})
 """Sections that the core only keeps for the plugins that own them."""

@@ -296,8 +296,8 @@ class _Merge:
 
     def tell_lost_options(self, below: Any, value: Any) -> None:
         """Tell which options of a plugin are lost with the list that another one replaces."""
-        before = dict(_plugin_items(below))
-        for name, options in _plugin_items(value):
+        before = dict(plugin_items(below))
+        for name, options in plugin_items(value):
             lost = {key: old for key, old in before.get(name, {}).items() if key not in options}
             if lost:
                 words = ", ".join(f"{key}: {old}" for key, old in lost.items())
@@ -324,7 +324,7 @@ class _Merge:
         self.inactive.append(InactiveKey(key, f"{reason}; `{key}: null` takes it back"))
 
 
-def _plugin_items(listed: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def plugin_items(listed: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """The normalised names in a list of plugins, with their options."""
     for item in listed if isinstance(listed, list) else ():
         options = dict(item) if isinstance(item, dict) else {"name": item}

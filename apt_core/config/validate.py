@@ -15,7 +15,7 @@ from apt_core.config.schema import PLACEHOLDERS, Config
 from apt_core.config.secret_fields import secret_places
 from apt_core.config.source import InactiveKey, Source
 from apt_core.config.text_keys import TextKeys
-from apt_core.config.yaml_text import KeyPath
+from apt_core.config.yaml_text import KeyPath, dotted
 from apt_core.errors import ConfigError, Problem
 from apt_core.failures import one_line
 from apt_core.paths import resolve_paths
@@ -23,19 +23,22 @@ from apt_core.secrets import SecretValues, hidden_in, named_secrets
 from apt_core.types import SectionSpec
 
 _ABSENT = object()
+_UNOWNED = "no active plugin owns this section"
 _CORE = KnownKeys(Config, {}).children
 
 
 @dataclass(frozen=True)
 class Validated:
     """``config`` is there if there is no problem. ``inactive`` keys are valid and do nothing,
-    ``notices`` are facts that the person should see, ``secrets`` what no text may show."""
+    ``notices`` are facts that the person should see, ``secrets`` what no text may show, and
+    ``unknown`` the keys that no section has which was asked."""
 
     config: Config | None
     problems: list[Problem]
     inactive: list[InactiveKey]
     notices: list[str]
     secrets: SecretValues
+    unknown: list[KeyPath]
 
     def require(self) -> Config:
         """The config. Raises ConfigError with every problem if there is none."""
@@ -50,41 +53,59 @@ def validate(
     inert: Mapping[str, str] | None = None,
     *,
     active: Collection[str] | None = None,
+    idle: Sequence[SectionSpec] = (),
+    lenient: bool = False,
 ) -> Validated:
     """Check a whole profile; bad input never raises.
 
     ``sections`` are those of plugins, which validate what is written there. ``inert`` maps a
     section of a plugin that was left out to the reason: its keys are inactive, not unknown.
     ``active`` are the names of the active plugins, by default those that the profile names.
+    ``idle`` are the sections of plugins that are not active: what is written there is checked, and
+    inactive. With ``lenient``, a plugin was left out that could not be asked, so that a section
+    which nobody knows may be its: it is inactive.
     """
     owned, spec_problems = _owned_sections(sections)
+    inert = inert or {}
+    waiting = _waiting_sections(idle, {*owned, *inert})
+    models = {**{path: spec.model for path, spec in waiting.items() if spec.model}, **owned}
     secrets = SecretValues()
     secrets.add(named_secrets(source.data))
     problems = [*source.problems, *spec_problems]
-    known = KnownKeys(Config, owned)
-    data, wrong = _with_text(source, owned)
+    known = KnownKeys(Config, models, source)
+    data, wrong = _with_text(source, models)
     problems += wrong.values()
     resolve_paths(data, source.folder_of)
     inactive = list(source.inactive)
-    for path, reason in (inert or {}).items():
+    for path, reason in inert.items():
         if _is_core(path) or path in owned:
             continue
         if _cut(data, path.split(".")) is not _ABSENT:
             inactive.append(InactiveKey(path, reason))
 
     parts: dict[str, BaseModel] = {}
-    containers = _containers({*owned, *(inert or {})}) - set(owned)
+    containers = _containers({*models, *inert}) - set(models)
     # The innermost first: a section may stand within another plugin's.
-    for path in sorted({*owned, *containers}, key=lambda path: (-path.count("."), path)):
+    for path in sorted({*models, *containers}, key=lambda path: (-path.count("."), path)):
         written = _cut(data, path.split("."))
         if path in containers:
             problems += _leftovers(written, path, source, known)
             continue
-        secrets.add(value for _, value in secret_places(owned[path], written))
-        part, found = _validate_part(owned[path], written, path, source, known)
+        if path in waiting and (written is _ABSENT or written is None):
+            continue
+        secrets.add(value for _, value in secret_places(models[path], written))
+        part, found = _validate_part(models[path], written, path, source, known)
         problems += found
-        if part is not None:
+        if part is not None and path in owned:
             parts[path] = part
+        elif part is not None and getattr(part, "enabled", True) is not False:
+            reason = ": ".join(filter(None, (_UNOWNED, waiting[path].without)))
+            inactive.append(InactiveKey(path, reason, unclaimed=True))
+    for place in [*_foreign_sections(data, known)] if lenient else ():
+        if known.meant(place) is None:
+            _cut(data, place)
+            reason = f"{_UNOWNED}; one that was left out may"
+            inactive.append(InactiveKey(dotted(place), reason, unclaimed=True))
 
     data.setdefault("name", source.name)
     config, found, bad = _validate_core(data, source, known)
@@ -96,7 +117,7 @@ def validate(
     config = config.with_plugin_sections(parts)
     secrets.add(hidden_in(config.to_dict(secrets=True), config.to_dict()))
     checked = None if problems else config
-    return Validated(checked, problems, inactive, list(source.notices), secrets)
+    return Validated(checked, problems, inactive, list(source.notices), secrets, known.unknown)
 
 
 def _with_text(
@@ -134,6 +155,32 @@ def _owned_sections(
         else:
             owned[spec.path] = spec.model
     return owned, problems
+
+
+def _waiting_sections(
+    idle: Sequence[SectionSpec], taken: Collection[str]
+) -> dict[str, SectionSpec]:
+    """The sections of plugins that are not active, by path; the first, where two have the same."""
+    return {
+        spec.path: spec
+        for spec in reversed(idle)
+        if spec.path and spec.model is not None and spec.path not in taken
+        if not _is_core(spec.path)
+    }
+
+
+def _foreign_sections(
+    data: Any, known: KnownKeys, path: tuple[str, ...] = ()
+) -> Iterator[tuple[str, ...]]:
+    """The sections in the data that nobody knows."""
+    for key, value in data.items():
+        here = (*path, key)
+        if not isinstance(value, dict):
+            continue
+        if key not in known.children[dotted(path)]:
+            yield here
+        elif dotted(here) in known.children:
+            yield from _foreign_sections(value, known, here)
 
 
 def _is_core(path: str) -> bool:

@@ -26,13 +26,15 @@ class Listing:
     """Plugins for a listing: those of a profile and the command line, or all that are installed.
 
     ``manager`` holds the plugins that hooks are listed for, ``registry`` the providers of those
-    and of every other installed plugin; ``records`` is every plugin that is known.
+    and of every other installed plugin; ``records`` is every plugin that is known. ``sections`` are
+    those of the plugins that are listed, ``idle`` those of the other installed ones.
     """
 
     manager: PluginManager
     registry: Registry
     records: dict[str, PluginRecord]
     sections: list[SectionSpec] = field(default_factory=list)
+    idle: list[SectionSpec] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -73,8 +75,8 @@ def survey(profile: str = "", plugins: Sequence[str] = ()) -> Listing:
         if name not in listing.records:
             declared = declared_by(name, installed, everything)
             listing.records[name] = declared.record
-            if not selection.wanted and not profile:
-                listing.sections += declared.sections
+            others = listing.idle if selection.wanted or profile else listing.sections
+            others += declared.sections
     if not selection.wanted and not profile:
         listing.manager = everything
     listing.problems += listing.registry.refresh()
@@ -87,7 +89,8 @@ def _profile_problems(profile: str, listing: Listing) -> list[Problem]:
     from apt_core.config import read_profile, validate
 
     active = {r.name for r in listing.records.values() if r.state in ("active", "dormant")}
-    return validate(read_profile(profile), listing.sections, active=active).problems
+    source = read_profile(profile)
+    return validate(source, listing.sections, active=active, idle=listing.idle).problems
 
 
 def _read(profile: str) -> tuple[Any, Path | None, set[str]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from apt_core.config import Config, Source
+from apt_core.config import Config, Source, validate
 from apt_core.config.differences import differences
+from apt_core.config.source import plugin_items
 from apt_core.config.yaml_text import parse_yaml
 from apt_core.errors import CheckpointError, ConfigError, Problem
 from apt_core.secrets import is_secret, without_secrets
@@ -88,16 +89,26 @@ def saved_profile(text: str) -> dict[str, Any]:
     return profile
 
 
-def saved_config(profile: Mapping[str, Any], sections: Sequence[SectionSpec] = ()) -> Config | None:
+def saved_config(
+    profile: Mapping[str, Any],
+    sections: Sequence[SectionSpec] = (),
+    idle: Sequence[SectionSpec] = (),
+) -> Config | None:
     """A checkpoint's profile with the defaults of keys that it does not have; None for one of
     another version, or with sections of plugins that are not active.
 
-    ``sections`` are those of the active plugins.
+    ``sections`` are those of the active plugins. Of ``idle``, those of others that were not active
+    then either had no effect, and are left out.
     """
-    try:
-        return Config.from_dict(profile, sections=sections)
-    except ConfigError:
-        return None
+    source = Source.from_dict(profile)
+    listed = dict(plugin_items(source.data.get("plugins")))
+    idle = [section for section in idle if section.plugin not in listed]
+    checked = validate(source, sections, idle=idle)
+    # Earlier versions wrote a null for each section of a plugin that was not active.
+    empty = [path for path in checked.unknown if source.get(path) is None]
+    for path in empty:
+        del source.get(path[:-1])[path[-1]]
+    return (validate(source, sections, idle=idle) if empty else checked).config
 
 
 def check_resume(

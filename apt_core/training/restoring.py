@@ -244,7 +244,7 @@ def _check_profile(trainer: Trainer, found: Checkpoint) -> list[str]:
     kernel, state, data = trainer.kernel, found.state, trainer.parts.data
     # What it says of secrets is not known, and need not be the same.
     profile = with_secrets(saved_profile(found.profile), trainer.config.to_dict(secrets=True))
-    before = saved_config(profile, kernel.sections)
+    before = saved_config(profile, kernel.sections, kernel.idle)
 
     def another_past() -> str:
         if before is None:

@@ -59,6 +59,7 @@ class Plugin:
                 unused=unused,
                 check=contradictions,
                 names={"router": "router"},
+                without="the dense feed-forward stays",
             )
         ]
 

@@ -17,8 +17,17 @@ from pydantic import BaseModel, ValidationError
 from apt_core.config import Config, Section, Source, json_schema, read_profile, validate
 from apt_core.config.yaml_text import ProfileDumper, parse_yaml
 from apt_core.types import SectionSpec
+from apt_plugins.align import plugin as align
+from apt_plugins.moe import plugin as moe
+from apt_plugins.routing import plugin as routing
+from apt_plugins.voter import plugin as voter
 
 SHIPPED = ["base", "tiny_debug", "gpt5_moe_reasoning"]
+WITH_EXPERTS = [
+    spec
+    for plugin in (moe, align, routing, voter)
+    for spec in plugin.Plugin().apt_register_config()
+]
 
 TINY_DEBUG: dict[str, Any] = {
     "name": "tiny_debug",
@@ -160,7 +169,8 @@ def test_shipped_profiles_hold_exactly_their_contract(name: str, contents: dict[
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_profiles_are_valid(name: str) -> None:
-    assert validate(read_profile(name)).problems == []
+    assert validate(read_profile(name), WITH_EXPERTS).problems == []
+    assert validate(read_profile(name), idle=WITH_EXPERTS).problems == []
 
 
 @pytest.mark.parametrize("name", ["base", "tiny_debug"])
@@ -180,8 +190,9 @@ def test_a_users_own_tiny_debug_with_data_paths_is_valid() -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_resolved_profile_reads_back_equal(name: str) -> None:
-    config = validate(read_profile(name)).require()
-    assert reread(config, []) == config
+    for sections in (WITH_EXPERTS, []):
+        config = validate(read_profile(name), sections, idle=WITH_EXPERTS).require()
+        assert reread(config, sections) == config
 
 
 @pytest.mark.filterwarnings("error")
@@ -214,7 +225,7 @@ def test_plugin_requests_keep_their_short_form() -> None:
 
 
 def test_the_resolved_profile_is_plain_yaml_to_everyone() -> None:
-    config = validate(read_profile("gpt5_moe_reasoning")).require()
+    config = validate(read_profile("gpt5_moe_reasoning"), WITH_EXPERTS).require()
     assert yaml.safe_load(config.to_yaml()) == config.to_dict()
 
 

@@ -23,6 +23,7 @@ from apt_core.defaults import core_providers
 from apt_core.errors import ConfigError, Problem
 from apt_core.synonyms import key_meant, plain_word, table
 from apt_core.types import SectionSpec
+from apt_plugins.moe.settings import MoeSettings
 
 
 def nested(path: str, value: Any) -> dict[str, Any]:
@@ -146,7 +147,7 @@ def test_what_others_call_a_value_leads_to_it(path: str, value: str, hint: str) 
 
 def test_the_table_of_other_names_leads_to_names_that_there_are() -> None:
     names, values = table()
-    known = KnownKeys(Config, {})
+    known = KnownKeys(Config, {"model.moe": MoeSettings})
     for ours, others in names.items():
         section, _, key = ours.rpartition(".")
         assert key in known.children[section], ours
@@ -258,7 +259,6 @@ def test_a_wrong_value_says_what_is_expected(path: str, value: Any, words: str) 
             "does not end within",
         ),
         ({"data": {"source": "pydoc", "train_path": "x"}}, "data.source", "only one"),
-        ({"model": {"moe": {"experts": 2, "top_k": 3}}}, "model.moe.top_k", "3 experts"),
         (
             {"schedules": {"enable_a_at_epoch": 2, "enable_a_at_step": 9}},
             "schedules.enable_a_at_step",
@@ -415,10 +415,11 @@ DEEP = SectionSpec("mine.deep.part", Router)
 
 
 def test_a_plugin_replaces_the_placeholder_of_its_section() -> None:
-    profile = {"model": {"moe": {"experts": 8, "noise": 1}}}
-    config = Config.from_dict(profile, sections=[MOE])
+    profile = {"model": {"moe": {"experts": 8, "noise": 1}}, "monitoring": {"wandb": {"noise": 2}}}
+    wandb = SectionSpec("monitoring.wandb", Router)
+    config = Config.from_dict(profile, sections=[MOE, wandb])
     assert config.section("model.moe") == Router(experts=8, noise=1.0)
-    assert config.model.moe == Router(experts=8, noise=1.0)
+    assert config.section("monitoring.wandb") == config.monitoring.wandb == Router(noise=2.0)
 
 
 def test_a_plugins_section_has_its_defaults_where_nothing_is_written() -> None:
@@ -497,9 +498,6 @@ def test_sections_of_plugins_that_were_left_out_are_inactive() -> None:
         ("monitoring.tensorboard.enabled", True),
         ("hardware.num_gpus", 4),
         ("evaluation.metrics", ["reasoning_quality"]),
-        ("model.moe", {"enabled": True}),
-        ("model.bistate", {}),
-        ("model.voting", {"k": 5}),
     ],
 )
 def test_a_key_that_does_nothing_is_named_with_the_reason(path: str, value: Any) -> None:
@@ -517,7 +515,6 @@ def test_a_key_that_does_nothing_is_named_with_the_reason(path: str, value: Any)
         ("monitoring.wandb", {"enabled": False, "project": "x", "tags": ["y"]}),
         ("hardware.num_gpus", 1),
         ("evaluation.metrics", ["perplexity", "accuracy"]),
-        ("model.moe", {"enabled": False}),
         ("training.compile", True),
     ],
 )

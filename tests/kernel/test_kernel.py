@@ -27,7 +27,7 @@ class Settings(BaseModel):
 
 """
 OBSERVER = HEAD + "@hookimpl\ndef on_step_end(step):\n    pass\n"
-MOE = HEAD + (
+MOE = HEAD.replace("strength", "enabled: bool = True\n    strength") + (
     "@hookimpl\ndef apt_register_config():\n"
     "    return [SectionSpec('model.moe', Settings, ('moe_capacity',)),\n"
     "            SectionSpec('experts', Settings, ('route_temp',))]\n"

@@ -411,6 +411,7 @@ def test_no_field_of_a_declaration_is_lost() -> None:
         unused=lambda config: [],
         check=lambda config: [],
         names={"x": "norm"},
+        without="as it is",
     )
     bare = {provider: ProviderSpec("", "", ""), section: SectionSpec()}
     assert provider_specs([provider], {}) == [provider]
