@@ -42,12 +42,12 @@ from apt_core.log import get_logger, of_one_run
 from apt_core.plugin_checks import misplaced_hooks
 from apt_core.plugin_manager import PluginManager
 from apt_core.plugin_records import PluginRecord
+from apt_core.process_watch import EarlyWatch
 from apt_core.registry import Probe, Registry
 from apt_core.schedules import Schedule, check_schedules
 from apt_core.secrets import SecretValues
 from apt_core.selection import Wanted, select
 from apt_core.types import CORE, SectionSpec, Unused
-from apt_core.watch import EarlyWatch
 
 log = get_logger("apt")
 

@@ -35,9 +35,9 @@ from apt_core.plugin_objects import (
     plugin_info,
 )
 from apt_core.plugin_records import PluginRecord
+from apt_core.process_watch import Watch
 from apt_core.requirements import unmet
 from apt_core.types import CORE, PluginInfo
-from apt_core.watch import Watch
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from apt_core.process_state import set_modes
+from apt_core.torch_state import set_modes
 
 
 @contextmanager

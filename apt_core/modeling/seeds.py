@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from apt_core.modeling.init import seed_of
-from apt_core.process_state import fp32_precision, set_fp32_precision
+from apt_core.torch_state import fp32_precision, set_fp32_precision
 
 _64_BITS = 2**64 - 1
 

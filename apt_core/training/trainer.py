@@ -51,9 +51,9 @@ from apt_core.plain_values import MAX_FACTOR
 from apt_core.planning.memory import out_of_memory_advice, own_memory
 from apt_core.planning.run_length import horizon
 from apt_core.plugin_manager import PluginManager
-from apt_core.process_state import ProcessState
 from apt_core.runs.folder import RunFolder
 from apt_core.runs.manifest import write_manifest
+from apt_core.torch_state import TorchWatch
 from apt_core.training.curriculum.enabling import Enabling
 from apt_core.training.curriculum.model_modes import ModelModes
 from apt_core.training.curriculum.switching import Switching
@@ -160,7 +160,7 @@ class Trainer:
         self.stopping = Stopping(self.config, stop_at_step, alone=self.world_size == 1)
         self.switching = Switching(self)
         self._callbacks = Callbacks(self.manager)
-        self._watch: ProcessState | None = None
+        self._watch: TorchWatch | None = None
         self.modes = ModelModes()
         self._at = 0, 0  # the step at hand, and the tokens before it
         self.in_step = False  # have some of the hooks of a step been called, and not all?
@@ -252,9 +252,7 @@ class Trainer:
         step is written first.
         """
         # Not before: plugins may be registered until now.
-        self.manager.watch = self._watch = (
-            ProcessState() if self.manager.list_name_plugin() else None
-        )
+        self.manager.watch = self._watch = TorchWatch() if self.manager.list_name_plugin() else None
         if self._watch is None:
             return self._fit()
         before = self._watch.before()

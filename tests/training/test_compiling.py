@@ -28,9 +28,9 @@ from apt_core.modeling.seeds import fp32_products
 from apt_core.planning.footprint import CountedAllocations
 from apt_core.planning.gpu_operators import GPUOperators
 from apt_core.plugin_manager import PluginManager
-from apt_core.process_state import ProcessState
 from apt_core.providers import AttentionSupport
 from apt_core.testing import TINY_PROFILE, TinyRun, tiny_run
+from apt_core.torch_state import TorchWatch
 from apt_core.training import compiling, prepare, switching, trainer
 from apt_core.types import ModelOutput
 
@@ -430,7 +430,7 @@ def test_fp32_is_multiplied_in_tf32_but_for_proofs(
     as_gpu = lambda _, *, tf32: fp32_products(GPU, tf32=tf32)  # noqa: E731
     for module in (trainer, prepare, switching):
         monkeypatch.setattr(module, "fp32_products", as_gpu)
-    before = ProcessState().before().values
+    before = TorchWatch().before().values
     plugin = Doubles()
     compare = switching.fixed_loss
 
@@ -443,7 +443,7 @@ def test_fp32_is_multiplied_in_tf32_but_for_proofs(
     assert plugin.seen == {
         "step": {there}, "evaluation": {there}, "switch": {"highest"}, "comparison": {"highest"},
     }  # fmt: skip
-    assert ProcessState().before().values == before
+    assert TorchWatch().before().values == before
 
 
 def test_what_a_plugin_leaves_of_it_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from apt_core.modeling.transforms import ModelTransform
-from apt_core.process_state import set_modes
+from apt_core.torch_state import set_modes
 
 log = logging.getLogger("apt.training")
 

@@ -1,4 +1,4 @@
-"""The state of the process that decides what torch computes, watched while plugins are called.
+"""The state of torch that decides what it computes, and the watch that keeps it in a run.
 
 What a plugin sets here for a model of its own, or leaves behind where it fails, would change the
 weights of the run. So the state is compared after each call of a plugin, and put back.
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils import _device
 
-from apt_core.states import OF_PYTHON, State, put_back
+from apt_core.python_state import OF_PYTHON, State, put_back
 
 _C: Any = torch._C
 _AUTOGRAD: Any = torch._C._autograd
@@ -220,7 +220,7 @@ LIKELY = (
     "torch dispatch modes", "torch function state", "default dtype", "autocast",
     "saved-tensors hooks", "number of threads", "fp32 precision", "deterministic algorithms",
 )  # fmt: skip
-"""What :meth:`ProcessState.unchanged` sees, most of it by one call."""
+"""What :meth:`TorchWatch.unchanged` sees, most of it by one call."""
 
 CLOSE_STEPS = 100
 """Steps from the start, from a switch and from every find on, in which each call is looked at."""
@@ -256,8 +256,9 @@ class Before(NamedTuple):
     modes: list[tuple[nn.Module, bool]]
 
 
-class ProcessState:
-    """Compares the state of the process, and the modes of ``model``'s modules, and puts them back.
+class TorchWatch:
+    """The watch of a run: compares the state of the process, and the modes of ``model``'s modules,
+    and puts them back.
 
     Hooks of every step are called in the state that :meth:`expect` has noted. :meth:`unchanged`
     looks for what is likely: after each call of a plugin in the first CLOSE_STEPS, later after all

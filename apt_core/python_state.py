@@ -1,4 +1,4 @@
-"""What is watched in the process: how it is read, set, and told of."""
+"""What is watched in the process beside torch, and how a state is read, set, and told of."""
 
 from __future__ import annotations
 

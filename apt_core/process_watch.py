@@ -1,4 +1,4 @@
-"""What plugins leave changed in the process, seen before torch is imported too."""
+"""The watch over what plugins leave changed in the process, before torch is imported too."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import sys
 from importlib.abc import MetaPathFinder
 from typing import TYPE_CHECKING, Any, Protocol
 
-from apt_core.states import OF_PYTHON, put_back
+from apt_core.python_state import OF_PYTHON, put_back
 
 if TYPE_CHECKING:
-    from apt_core.process_state import ProcessState
+    from apt_core.torch_state import TorchWatch
 
 
 class Watch(Protocol):
@@ -41,33 +41,33 @@ class EarlyWatch:
     stepping, closely = False, True
 
     def __init__(self) -> None:
-        self._state: ProcessState | None = None
+        self._of_torch: TorchWatch | None = None
 
     def before(self) -> Any:
-        return self.state().before() if "torch" in sys.modules else _BeforeTorch(self)
+        return self.of_torch().before() if "torch" in sys.modules else _BeforeTorch(self)
 
     def unchanged(self) -> bool:
         return False
 
     def put_back(self, before: Any = None, *, sets_modes: bool = False) -> list[str]:
         if not isinstance(before, _BeforeTorch):
-            return self.state().put_back(before, sets_modes=sets_modes)
+            return self.of_torch().put_back(before, sets_modes=sets_modes)
         before.close()
         found = put_back(OF_PYTHON, before.values)
         if before.of_torch is not None:
-            found += self.state().put_back(before.of_torch, sets_modes=sets_modes)
+            found += self.of_torch().put_back(before.of_torch, sets_modes=sets_modes)
         return found
 
     def note_modes(self) -> None:
         """There are none."""
 
-    def state(self) -> ProcessState:
-        """That of torch."""
-        if self._state is None:
-            from apt_core.process_state import ProcessState
+    def of_torch(self) -> TorchWatch:
+        """The watch over the state of torch too."""
+        if self._of_torch is None:
+            from apt_core.torch_state import TorchWatch
 
-            self._state = ProcessState()
-        return self._state
+            self._of_torch = TorchWatch()
+        return self._of_torch
 
 
 class _BeforeTorch(MetaPathFinder):
@@ -95,7 +95,7 @@ class _BeforeTorch(MetaPathFinder):
             def exec_module(module: Any) -> None:
                 loader.exec_module = execute
                 execute(module)
-                self.of_torch = self._watch.state().before()
+                self.of_torch = self._watch.of_torch().before()
 
             loader.exec_module = exec_module
         return spec

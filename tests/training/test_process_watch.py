@@ -19,10 +19,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _device
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from apt_core import hookimpl, process_state
+from apt_core import hookimpl, torch_state
 from apt_core.errors import PluginError
-from apt_core.process_state import STATES, ProcessState
 from apt_core.testing import TINY_PROFILE, TinyRun, tiny_run
+from apt_core.torch_state import STATES, TorchWatch
 from apt_core.training import Trainer
 
 OVERRIDES = {
@@ -126,7 +126,7 @@ def quiet() -> Iterator[TinyRun]:
 def state_of_the_process(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No test leaves to the next what a broken watch would."""
     monkeypatch.chdir(tmp_path)
-    state = ProcessState()
+    state = TorchWatch()
     before = state.before()
     yield
     assert state.put_back(before) == []
@@ -361,7 +361,7 @@ def test_a_plugin_that_is_registered_just_before_the_run_is_watched(tmp_path: An
 def test_steady_steps_are_looked_at_as_a_whole_until_something_is_found(
     quiet: TinyRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(process_state, "CLOSE_STEPS", 1)
+    monkeypatch.setattr(torch_state, "CLOSE_STEPS", 1)
 
     class Before:
         @hookimpl
@@ -407,7 +407,7 @@ def test_steady_steps_are_looked_at_as_a_whole_until_something_is_found(
 def test_each_change_that_has_several_suspects_is_told(
     quiet: TinyRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(process_state, "CLOSE_STEPS", 0)
+    monkeypatch.setattr(torch_state, "CLOSE_STEPS", 0)
 
     class Innocent:
         @hookimpl
@@ -432,7 +432,7 @@ def test_a_change_in_a_steady_step_never_reaches_the_weights(
 ) -> None:
     """Each change in one of the hooks of a step, the likely ones in the last of them too: what is
     left there meets the evaluation and the next batch."""
-    monkeypatch.setattr(process_state, "CLOSE_STEPS", 2)
+    monkeypatch.setattr(torch_state, "CLOSE_STEPS", 2)
     hooks = ("apt_loss_terms", "on_step_start", "on_step_end")
     cases = [(hooks[number % 3], name) for number, name in enumerate(CHANGES)]
     cases += [("on_step_end", name) for name in ("grad mode", "default dtype", "inference mode")]
