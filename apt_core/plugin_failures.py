@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, replace
+from logging import DEBUG, WARNING
 from typing import Any, Protocol
 from weakref import WeakSet
 
 from apt_core.errors import ConfigError, PluginError, Problem, StopTraining
+from apt_core.event_log import EventLog
 from apt_core.failures import frames_of, is_code_of, one_line, source_of, where_raised
 from apt_core.hook_deadline import HookTimeoutError
 from apt_core.hook_plans import Call
@@ -34,6 +36,7 @@ class Plugins(Protocol):
     step: int
     stop_together: Callable[[str], None] | None
     records: dict[str, PluginRecord]
+    events: EventLog
 
     @property
     def hook(self) -> Any: ...
@@ -100,12 +103,23 @@ class PluginFailures:
         message = f"{at} ({failure.where}): {failure.error}"
         outcome = f"failure {failure.count}"
         if failure.quarantined:
-            self._plugins.set_state(
-                call.plugin, "quarantined", f"{failure.error} ({failure.where})"
-            )
             outcome = "quarantined: it is not called any more"
-        log.warning("%s [%s]", message, outcome)
+        self._plugins.events.record(
+            "failed",
+            "%s [%s]",
+            message,
+            outcome,
+            step=failure.step,
+            log=log,
+            level=WARNING,
+            plugin=failure.plugin,
+            hook=failure.hook,
+            where=failure.where,
+            error=failure.error,
+        )
         log.debug("%s", failure.traceback)
+        if failure.quarantined:
+            self._quarantine(failure)
         fatal = None
         because = self._fatal_because(call, record)
         if because:
@@ -117,6 +131,21 @@ class PluginFailures:
             )
             self._own(fatal)
         self._tell(failure, fatal, error)
+
+    def _quarantine(self, failure: PluginFailure) -> None:
+        reason = f"{failure.error} ({failure.where})"
+        self._plugins.set_state(failure.plugin, "quarantined", reason)
+        self._plugins.events.record(
+            "quarantined",
+            "plugin %s is quarantined: %s",
+            failure.plugin,
+            reason,
+            step=failure.step,
+            log=log,
+            level=DEBUG,
+            plugin=failure.plugin,
+            reason=reason,
+        )
 
     def _record_of(self, call: Call) -> PluginRecord:
         known = PluginRecord(call.plugin, state="active")
@@ -244,12 +273,14 @@ class PluginFailures:
             )
             raise self._own(stop)
         what = call.plugin, call.hook, _what(changes)
-        if self._tell_once(what, f"{text}; it is put back"):
+        error = f"left changed: {'; '.join(changes)}"
+        told = {"plugin": call.plugin, "hook": call.hook, "where": where, "error": error}
+        if self._tell_once(what, f"{text}; it is put back", **told):
             left = PluginFailure(
                 plugin=call.plugin,
                 hook=call.hook,
                 step=self._plugins.step,
-                error=f"left changed: {'; '.join(changes)}",
+                error=error,
                 where=where,
                 count=len(record.failures) + len(record.leftovers) + 1,
                 quarantined=False,
@@ -258,11 +289,19 @@ class PluginFailures:
             record.leftovers.append(left)
             self._tell(left, None, None)
 
-    def _tell_once(self, what: Hashable, text: str) -> bool:
+    def _tell_once(self, what: Hashable, text: str, **data: str) -> bool:
         if what in self._told:
             return False
         self._told.add(what)
-        log.warning("%s", text)
+        self._plugins.events.record(
+            "failed",
+            "%s",
+            text,
+            step=self._plugins.step,
+            log=log,
+            level=WARNING,
+            **{"error": text, **data},
+        )
         return True
 
     def _own(self, error: PluginError) -> PluginError:

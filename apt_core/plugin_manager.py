@@ -18,6 +18,7 @@ import pluggy
 
 from apt_core import hookspecs
 from apt_core.errors import ConfigError, Problem
+from apt_core.event_log import EventLog
 from apt_core.hook_deadline import HookDeadline, on_time
 from apt_core.hook_plans import Call, HookPlans, Plan
 from apt_core.hook_wrappers import Owned, run_wrapped, values_of
@@ -52,6 +53,7 @@ class PluginManager(pluggy.PluginManager):
     it sets ``stop_together``, which is called with the reason where a hook raises StopTraining:
     none may leave the others at once. A loss term or a collective implementation that fails is
     fatal there. A run sets ``watch`` too: what a call changes in the process is put back.
+    ``events`` is told what happens, before a run has its folder and in it.
     """
 
     def __init__(self, *, strict: bool = False, listing: bool = False) -> None:
@@ -63,6 +65,7 @@ class PluginManager(pluggy.PluginManager):
         self.watch: Watch | None = None
         self.deadline: HookDeadline | None = None
         self.records: dict[str, PluginRecord] = {}
+        self.events = EventLog()
         self.plans = HookPlans(self.records)
         self.failures = PluginFailures(self)
         self._facts: dict[str, PluginInfo] = {}

@@ -12,6 +12,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from logging import WARNING
 from typing import Any
 
 from apt_core import __version__
@@ -303,7 +304,19 @@ class Registry:
             provider, wrong = self._build(default, given)
         if wrong:
             raise ProviderError(f"{message}; nor is the default {default.name}: {wrong}")
-        log.warning("%s: using %s", message, default.name)
+        self.manager.events.record(
+            "fell_back",
+            "%s: using %s",
+            message,
+            default.name,
+            step=self.manager.step,
+            log=log,
+            level=WARNING,
+            provider=spec.kind,
+            asked=spec.name,
+            used=default.name,
+            reason=reason,
+        )
         self.resolutions[spec.kind, spec.name] = Resolution(
             spec.kind, spec.name, default.name, reason
         )
