@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apt_core.failures import cause_of
+from apt_core.error_text import cause_of
 
 if TYPE_CHECKING:
     import torch

@@ -19,9 +19,10 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
+from apt_core.code_source import MAX_SOURCE, short_path
 from apt_core.distributions import Offer, offers
+from apt_core.error_text import formatted, one_line, where_raised
 from apt_core.errors import AptError, Problem, did_you_mean
-from apt_core.failures import MAX_SOURCE, formatted, one_line, short_path, where_raised
 from apt_core.files import read_file
 from apt_core.plugin_names import is_file_reference, name_of, normalized_name
 from apt_core.plugin_objects import plugin_info

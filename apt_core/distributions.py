@@ -9,8 +9,8 @@ from importlib.metadata import Distribution, EntryPoint, EntryPoints, distributi
 from pathlib import PurePath
 from typing import Any
 
+from apt_core.error_text import one_line
 from apt_core.errors import Problem
-from apt_core.failures import one_line
 from apt_core.plugin_names import normalized_name
 
 _read_entry_points = Distribution.entry_points.fget  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from apt_core.code_source import source_sha256
 from apt_core.config import (
     Config,
     InactiveKey,
@@ -35,8 +36,8 @@ from apt_core.config.secret_fields import masks_in
 from apt_core.config.yaml_text import KeyPath, dotted
 from apt_core.declarations import Declared, ask, broken, declared_by
 from apt_core.discovery import LoadError, installed_plugins, load
+from apt_core.error_text import one_line, shown
 from apt_core.errors import ConfigError, Problem, StopTraining, did_you_mean
-from apt_core.failures import one_line, shown, source_sha256
 from apt_core.kinds import KINDS, Named, named_providers, naming_keys
 from apt_core.log import get_logger, of_one_run
 from apt_core.plugin_checks import misplaced_hooks

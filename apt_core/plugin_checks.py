@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
+from apt_core.code_source import short_path, source_of
+from apt_core.error_text import one_line
 from apt_core.errors import Problem, did_you_mean
-from apt_core.failures import one_line, short_path, source_of
 from apt_core.hookspecs import POLICIES
 from apt_core.log import get_logger
 from apt_core.plugin_objects import (

@@ -8,9 +8,10 @@ from logging import DEBUG, WARNING
 from typing import Any, Protocol
 from weakref import WeakSet
 
+from apt_core.code_source import is_code_of, source_of
+from apt_core.error_text import frames_of, one_line, where_raised
 from apt_core.errors import ConfigError, PluginError, Problem, StopTraining
 from apt_core.event_log import EventLog
-from apt_core.failures import frames_of, is_code_of, one_line, source_of, where_raised
 from apt_core.hook_deadline import HookTimeoutError
 from apt_core.hook_plans import Call
 from apt_core.hookspecs import STEP_HOOKS, policy_of

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+from apt_core.code_source import source_of
+from apt_core.error_text import one_line, where_raised
 from apt_core.errors import ConfigError, Problem
-from apt_core.failures import one_line, source_of, where_raised
 from apt_core.markers import PROJECT
 from apt_core.plugin_names import short_name
 from apt_core.types import PluginInfo

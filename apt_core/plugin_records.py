@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from apt_core.failures import formatted, one_line, source_of, where_raised
+from apt_core.code_source import source_of
+from apt_core.error_text import formatted, one_line, where_raised
 from apt_core.types import PluginFailure
 
 FAILURES_IN_ALL = 3

@@ -17,6 +17,7 @@ from typing import Any
 
 from apt_core import __version__
 from apt_core.defaults import core_providers
+from apt_core.error_text import one_line
 from apt_core.errors import (
     AptError,
     ConfigError,
@@ -25,7 +26,6 @@ from apt_core.errors import (
     ProviderError,
     did_you_mean,
 )
-from apt_core.failures import one_line
 from apt_core.hook_returns import check_provider
 from apt_core.kinds import KINDS
 from apt_core.log import get_logger

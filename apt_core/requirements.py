@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
-from apt_core.failures import one_line
+from apt_core.error_text import one_line
 
 
 def unmet(requirements: Iterable[str]) -> list[str]:

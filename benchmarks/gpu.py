@@ -40,7 +40,7 @@ from _gpu_sides import (
 from _harness import Report, flags, interleave, new_report
 from apt_core.config import read_profile
 from apt_core.device import is_out_of_memory
-from apt_core.failures import cause_of, one_line
+from apt_core.error_text import cause_of, one_line
 from apt_core.inference.generator import generate
 from apt_core.kernel import boot
 from apt_core.modeling import ModelBuilder

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from apt_core import __version__
 from apt_core.cli.output import Json, complain, give_up, json_text, open_streams, output_apart
+from apt_core.error_text import one_line, text_of
 from apt_core.errors import AptError, ConfigError, PluginError, Problem, ProviderError
-from apt_core.failures import one_line, text_of
 
 if TYPE_CHECKING:
     import typer

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from apt_core.code_source import short_path, source_of
 from apt_core.declarations import declared_by
 from apt_core.discovery import installed_plugins
 from apt_core.errors import ConfigError, Problem
-from apt_core.failures import short_path, source_of
 from apt_core.hookspecs import POLICIES
 from apt_core.plugin_manager import PluginManager
 from apt_core.plugin_records import PluginRecord

@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from apt_core.code_source import short_path
+from apt_core.error_text import frames_of, one_line, text_of
 from apt_core.errors import (
     AptError,
     ConfigError,
@@ -14,7 +16,6 @@ from apt_core.errors import (
     ProviderError,
     TrainingError,
 )
-from apt_core.failures import frames_of, one_line, short_path, text_of
 from apt_core.kernel import Kernel
 from apt_core.parallel.world import explained
 from apt_core.plain_values import MAX_FACTOR, within

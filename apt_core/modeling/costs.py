@@ -21,7 +21,7 @@ from torch import nn
 from apt_core.config import Config
 from apt_core.config.schema import ModelSection
 from apt_core.device import autocast_dtype
-from apt_core.failures import one_line
+from apt_core.error_text import one_line
 from apt_core.kernel import Kernel
 from apt_core.kinds import KINDS
 from apt_core.modeling.compose import ModelBuilder

@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from apt_core.error_text import one_line
 from apt_core.errors import ProcessLostError
-from apt_core.failures import one_line
 from apt_core.log import get_logger
 
 log = get_logger("apt.training")

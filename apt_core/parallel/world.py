@@ -28,8 +28,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from apt_core.config import Config
 from apt_core.config.differences import differences
+from apt_core.error_text import text_of
 from apt_core.errors import AptError, ConfigError, Problem, TrainingError
-from apt_core.failures import text_of
 from apt_core.parallel.liveness import Liveness, lost_error
 
 Value = TypeVar("Value")

@@ -28,7 +28,7 @@ from apt_core.device import (
     is_out_of_memory,
     synchronize,
 )
-from apt_core.failures import one_line
+from apt_core.error_text import one_line
 from apt_core.kernel import Kernel
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.modeling.costs import ModelCost, layer_flops, layers_of

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from apt_core.data.batches import Batch
 from apt_core.device import autocast, autocast_dtype, planned_capability, resolve_device
-from apt_core.failures import one_line
+from apt_core.error_text import one_line
 from apt_core.kernel import Kernel
 from apt_core.modeling.calling import losses_in_fp32
 from apt_core.modeling.compose import ModelBuilder

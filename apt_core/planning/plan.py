@@ -13,8 +13,8 @@ from apt_core.data.batches import StepPlan, num_windows
 from apt_core.data.loading import build_tokenizer, load_text
 from apt_core.data.tokens import tokenize
 from apt_core.device import autocast_dtype
+from apt_core.error_text import one_line
 from apt_core.errors import AptError
-from apt_core.failures import one_line
 from apt_core.kernel import DATA_PATHS, Kernel, before_the_run, data_files
 from apt_core.modeling.blame import naming_authors
 from apt_core.modeling.compilation import compilation, computes

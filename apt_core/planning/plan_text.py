@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from apt_core.failures import short_path
+from apt_core.code_source import short_path
 from apt_core.modeling.compilation import computes_in_words
 from apt_core.planning.memory import gib
 from apt_core.providers.attention import AttentionSupport

@@ -12,7 +12,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from apt_core.failures import text_of
+from apt_core.error_text import text_of
 from apt_core.runs.rows import read_rows
 from apt_core.secrets import redact, without_secrets
 

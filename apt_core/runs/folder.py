@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from apt_core import __version__
+from apt_core.code_source import short_path
 from apt_core.errors import ConfigError, Problem
-from apt_core.failures import short_path
 from apt_core.files import write_atomically
 from apt_core.json_files import json_rows, read_json, without_nan
 from apt_core.log import get_logger

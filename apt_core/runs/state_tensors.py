@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from apt_core.error_text import one_line
 from apt_core.errors import CheckpointError
-from apt_core.failures import one_line
 from apt_core.log import get_logger
 from apt_core.optim.build import PLAN
 from apt_core.plugin_manager import PluginManager

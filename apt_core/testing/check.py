@@ -13,8 +13,8 @@ from typing import Any
 from apt_core.config import Config, Override
 from apt_core.declarations import declared_by
 from apt_core.discovery import installed_plugins
+from apt_core.error_text import one_line
 from apt_core.errors import AptError, did_you_mean
-from apt_core.failures import one_line
 from apt_core.kernel import boot
 from apt_core.kinds import KINDS
 from apt_core.plugin_checks import misplaced_hooks

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from apt_core.code_source import short_path
 from apt_core.errors import DivergedError, TrainingError
-from apt_core.failures import short_path
 from apt_core.metric_names import CROSS_ENTROPY, LOSS
 from apt_core.parallel.world import local_part
 from apt_core.runs.checkpoint import newest_sound, step_of

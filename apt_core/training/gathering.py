@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from apt_core.device import autocast, is_out_of_memory
-from apt_core.failures import one_line
+from apt_core.error_text import one_line
 from apt_core.kernel import Kernel
 from apt_core.log import get_logger
 from apt_core.modeling.compose import ModelBuilder

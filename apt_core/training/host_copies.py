@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from apt_core.device import available_memory
-from apt_core.failures import one_line
+from apt_core.error_text import one_line
 from apt_core.log import get_logger
 from apt_core.parallel.world import local_part
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from apt_core.code_source import short_path
 from apt_core.config.differences import differences
 from apt_core.errors import CheckpointError, ConfigError, Problem
-from apt_core.failures import short_path
 from apt_core.log import get_logger
 from apt_core.modeling.carry import tell_buffers_loaded
 from apt_core.planning.run_length import horizon, what_another_length_changes

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from apt_core.code_source import short_path
+from apt_core.error_text import one_line
 from apt_core.errors import StopTraining, TrainingError
-from apt_core.failures import one_line, short_path
 from apt_core.hookspecs import hooks_where
 from apt_core.log import get_logger
 from apt_core.parallel.world import World

@@ -8,7 +8,7 @@ from math import inf, isfinite
 from typing import Any
 
 from apt_core.config import Config
-from apt_core.failures import shown
+from apt_core.error_text import shown
 from apt_core.monitor import duration
 from apt_core.training.signals import Interrupts
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
+from apt_core.code_source import short_path
 from apt_core.errors import DivergedError
-from apt_core.failures import short_path
 from apt_core.kernel import Kernel
 from apt_core.monitor import duration, rate
 from apt_core.plugin_records import PluginRecord

@@ -24,6 +24,7 @@ from apt_core.device import (
     held_memory,
     is_out_of_memory,
 )
+from apt_core.error_text import one_line, text_of
 from apt_core.errors import (
     CheckpointError,
     PluginError,
@@ -31,7 +32,6 @@ from apt_core.errors import (
     StopTraining,
     TrainingError,
 )
-from apt_core.failures import one_line, text_of
 from apt_core.hookspecs import MICRO_BATCH_HOOKS, hooks_where
 from apt_core.kernel import Kernel, before_the_run, boot
 from apt_core.log import get_logger, keeping_backlog, of_one_run

@@ -16,11 +16,11 @@ import yaml
 from apt_core import discovery
 from apt_core.cli.run_command import run_command
 from apt_core.cli.train import app
+from apt_core.code_source import source_sha256
 from apt_core.config import Source, parse_override, read_profile, validate
 from apt_core.config.source import Marks
 from apt_core.config.yaml_text import MAX_NODES, parse_yaml
 from apt_core.errors import ConfigError, Problem, did_you_mean
-from apt_core.failures import source_sha256
 from apt_core.files import read_file, read_lines
 
 

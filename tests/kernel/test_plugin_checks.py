@@ -12,8 +12,8 @@ import pluggy
 import pytest
 
 from apt_core import ConfigError, PluginInfo, hookimpl
+from apt_core.code_source import source_of
 from apt_core.errors import Problem
-from apt_core.failures import source_of
 from apt_core.plugin_manager import PluginManager
 
 HEAD = "import functools\n\nimport pluggy\n\nfrom apt_core import hookimpl, PluginInfo\n\n"

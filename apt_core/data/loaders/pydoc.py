@@ -5,10 +5,10 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
+from apt_core.code_source import short_path
 from apt_core.data.loaders.text_default import read_text
 from apt_core.data.preprocess import deduplicate_paragraphs, hold_out
 from apt_core.errors import ConfigError, Problem
-from apt_core.failures import short_path
 from apt_core.providers.dataset import DatasetProvider, TextData
 
 

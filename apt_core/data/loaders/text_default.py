@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from apt_core.code_source import short_path
 from apt_core.data.preprocess import hold_out
 from apt_core.device import available_memory
 from apt_core.errors import ConfigError, Problem
-from apt_core.failures import short_path
 from apt_core.files import read_file
 from apt_core.providers.dataset import DatasetProvider, TextData
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt_core.config import Config
+from apt_core.error_text import one_line
 from apt_core.errors import ConfigError
-from apt_core.failures import one_line
 from apt_core.kernel import Kernel
 from apt_core.log import get_logger
 from apt_core.modeling.carry import materialize

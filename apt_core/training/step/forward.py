@@ -18,8 +18,8 @@ from torch.func import functional_call
 from apt_core.config import Config
 from apt_core.data.batches import Batch
 from apt_core.device import is_out_of_memory
+from apt_core.error_text import cause_of, one_line
 from apt_core.evaluation.quick_eval import sums_of
-from apt_core.failures import cause_of, one_line
 from apt_core.log import get_logger
 from apt_core.modeling.calling import forward_batch
 from apt_core.modeling.compilation import Compilation
