@@ -33,7 +33,10 @@ from fault_runs import PROFILE, TEXT, Left, _noting_the_start, enter, finished, 
 from apt_core.cli.run_command import run_command
 from apt_core.cli.train import app
 from apt_core.errors import CheckpointError
-from apt_core.training import Trainer, checkpoint, distributed, launch
+from apt_core.parallel import launch
+from apt_core.parallel import world as distributed
+from apt_core.runs import checkpoint
+from apt_core.training import Trainer
 
 STEPS = 6
 SAVES_EVERY = 2

@@ -48,7 +48,8 @@ from apt_core.cli.run_command import run_command
 from apt_core.cli.train import app
 from apt_core.errors import CheckpointError
 from apt_core.plugin_records import FAILURES_IN_ALL
-from apt_core.training import Trainer, checkpoint
+from apt_core.runs import checkpoint
+from apt_core.training import Trainer
 
 STEPS = 8
 SAVES_AT = 6

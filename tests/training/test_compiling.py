@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from apt_core import ProviderSpec, hookimpl
 from apt_core.errors import ConfigError
-from apt_core.evaluation import cross_entropy
 from apt_core.evaluation.quick_eval import sums_of
 from apt_core.kernel import boot
-from apt_core.modeling import ModelTransform
+from apt_core.modeling import ModelTransform, cross_entropy
+from apt_core.modeling import compilation as compilation_module
 from apt_core.modeling.compilation import Compilation, compilation
 from apt_core.modeling.layers import MHAProvider
 from apt_core.modeling.seeds import fp32_products
@@ -31,7 +31,9 @@ from apt_core.plugin_manager import PluginManager
 from apt_core.providers import AttentionSupport
 from apt_core.testing import TINY_PROFILE, TinyRun, tiny_run
 from apt_core.torch_state import TorchWatch
-from apt_core.training import compiling, prepare, switching, trainer
+from apt_core.training import prepare, trainer
+from apt_core.training.curriculum import switching
+from apt_core.training.step import forward as compiling
 from apt_core.types import ModelOutput
 
 GPU = torch.device("cuda", 0)
@@ -67,7 +69,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def using(backend: Any = "aot_eager") -> None:
         torch._dynamo.reset()
         counters.clear()
-        monkeypatch.setattr(compiling, "_objection", lambda *_: "")
+        monkeypatch.setattr(compilation_module, "_objection", lambda *_: "")
         monkeypatch.setattr(
             torch,
             "compile",
@@ -345,7 +347,7 @@ def chosen(*plugins: Any, world: int = 1, sharding: Any = "none", **changes: Any
 
 
 def test_what_speaks_against_compiling_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "_has_triton", lambda device: True)
+    monkeypatch.setattr(compilation_module, "_has_triton", lambda device: True)
     breaking = (Attention(),), {"model__attention_name": "breaking"}
     for plugins, options, reason in (
         ((), {"training__compile": False}, "training.compile is false"),
@@ -355,13 +357,13 @@ def test_what_speaks_against_compiling_on_a_gpu(monkeypatch: pytest.MonkeyPatch)
         found = chosen(*plugins, **options)
         assert found.mode is None and reason in found.reason, options
     assert chosen(Attention(), model__attention_name="breaking", training__compile=True).mode
-    monkeypatch.setattr(compiling, "_has_triton", lambda device: False)
+    monkeypatch.setattr(compilation_module, "_has_triton", lambda device: False)
     assert "Triton" in chosen().reason and chosen().mode is None
     assert chosen(training__compile=True).mode is not None
 
 
 def test_small_models_are_compiled_with_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "_has_triton", lambda device: True)
+    monkeypatch.setattr(compilation_module, "_has_triton", lambda device: True)
     assert chosen() == Compilation("reduce-overhead", "")
     assert chosen(ReadsNothing()).mode == "reduce-overhead"
     gpt2 = {"model__d_model": 768, "model__max_seq_len": 1024, "training__batch_size": 12}

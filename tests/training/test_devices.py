@@ -20,8 +20,9 @@ from apt_core.device import as_current_device, has_native_bf16, resolve_device
 from apt_core.errors import ConfigError
 from apt_core.modeling.init import construction_rng
 from apt_core.parallel.world import ALONE, World
+from apt_core.runs import manifest
 from apt_core.testing import tiny_run
-from apt_core.training import manifest, opening, prepare
+from apt_core.training import opening, prepare
 from apt_core.training.saving import writer_thread
 
 

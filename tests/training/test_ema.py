@@ -11,9 +11,10 @@ from torch import nn
 
 from apt_core import hookimpl
 from apt_core.inference.generator import generate
+from apt_core.optim import averages as ema
 from apt_core.optim.averages import WARMUP, WeightAverage
 from apt_core.planning.footprint import CountedAllocations
-from apt_core.runs import checkpoint, ema
+from apt_core.runs import checkpoint
 from apt_core.testing import tiny_run
 
 QUIET = {"training.log_every_steps": 1, "evaluation.sample_tokens": 0, "hardware.num_threads": 1}

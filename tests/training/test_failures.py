@@ -131,7 +131,7 @@ def test_the_guard_says_whether_a_step_was_void(monkeypatch):
     cpu, one, nan = torch.device("cpu"), torch.tensor(1.0), torch.tensor(NAN)
     guard = FiniteGuard(optimizer, cpu, window=2)
     assert (guard.step(1, one, one), guard.step(2, one, nan)) == (False, True)
-    monkeypatch.setattr("apt_core.optim.build.decides_on_device", lambda *_: True)
+    monkeypatch.setattr("apt_core.training.step.finite_guard.decides_on_device", lambda *_: True)
     guard = FiniteGuard(optimizer, cpu, window=2)
     parameter.grad = torch.ones(2)
     assert [float(guard.step(step, loss, one)) for step, loss in enumerate((one, nan), 1)] == [0, 1]

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import nn
 
 from apt_core.errors import ProcessLostError, TrainingError
+from apt_core.parallel import gradient_sum
 from apt_core.parallel.gradient_sum import GradientSum
 from apt_core.parallel.world import World
-from apt_core.training import gradient_sum
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ DEAF = """
 import os, signal, threading
 import torch.distributed as dist
 from apt_core import hookimpl
-from apt_core.training import liveness
+from apt_core.parallel import liveness
 
 if os.environ["MODE"] == "stop":
     liveness.BEAT_SECONDS, liveness.SILENT_SECONDS = 0.5, 4.0

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from apt_core.errors import ProcessLostError
+from apt_core.parallel import liveness
 from apt_core.parallel.liveness import LOOK_SECONDS, SILENT_SECONDS, Liveness, _Watch
-from apt_core.training import liveness
 
 COMPUTES = "print(flush=True)\nwhile True: pass"
 WAITS = "print(flush=True)\nimport time\ntime.sleep(600)"

@@ -28,7 +28,7 @@ from apt_core.optim.parameter_groups import hidden_matrices, parameter_groups
 from apt_core.plugin_manager import PluginManager
 from apt_core.runs.state_tensors import load_optimizer_groups, optimizer_groups, optimizer_tensors
 from apt_core.testing import tiny_run
-from apt_core.training import finite_guard
+from apt_core.training.step import finite_guard
 from apt_core.training.step.finite_guard import FiniteGuard
 from apt_core.training.step.gradients import Gradients
 

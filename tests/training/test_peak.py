@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from apt_core.parallel import peak
 from apt_core.parallel.peak import measured_peak_flops
-from apt_core.training import peak
 
 CPU = torch.device("cpu")
 

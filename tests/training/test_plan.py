@@ -23,12 +23,12 @@ from apt_core.kernel import Kernel, boot
 from apt_core.modeling import ModelBuilder
 from apt_core.modeling.costs import support_notices
 from apt_core.modeling.layers import MHAProvider
+from apt_core.planning import calibration
 from apt_core.planning.calibration import measured_size
 from apt_core.planning.memory import memory_per_rank
 from apt_core.planning.plan import make_plan, print_plan
 from apt_core.plugin_manager import PluginManager
 from apt_core.providers.attention import AttentionSupport
-from apt_core.training import calibration
 
 SIZES = {"d_model": 32, "num_heads": 4, "d_ff": 48, "num_layers": 3, "max_seq_len": 16}
 CPU = torch.device("cpu")
@@ -346,7 +346,7 @@ PICKY = """
 from apt_core import ProviderSpec, hookimpl
 from apt_core.modeling.layers import MHAProvider
 from apt_core.providers.attention import AttentionSupport
-from apt_core.training import calibration
+from apt_core.planning import calibration
 from apt_core.planning.calibration import measured_size
 
 

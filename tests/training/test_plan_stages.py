@@ -16,12 +16,12 @@ from torch import nn
 from apt_core.kernel import Kernel, boot
 from apt_core.modeling.costs import model_cost
 from apt_core.modeling.structure import structure_after
+from apt_core.planning import calibration
 from apt_core.planning.calibration import Calibration
 from apt_core.planning.footprint import CountedAllocations, Footprint
 from apt_core.planning.memory import estimate, out_of_memory_advice, switch_memory
 from apt_core.planning.plan import make_plan, print_plan
 from apt_core.planning.stages import stages
-from apt_core.training import calibration
 from apt_core.types import PluginCosts
 
 CPU = torch.device("cpu")

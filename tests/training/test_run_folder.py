@@ -16,8 +16,9 @@ from apt_core.cli.run_command import run_command
 from apt_core.cli.train import app
 from apt_core.errors import ConfigError
 from apt_core.log import get_logger, logging_to
+from apt_core.runs import folder as run_folder
+from apt_core.runs import folder_lock
 from apt_core.runs.folder import RunFolder, newest_folder
-from apt_core.training import folder_lock, run_folder
 from apt_core.training.restoring import named_checkpoint
 
 

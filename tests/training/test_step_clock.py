@@ -9,7 +9,8 @@ import torch
 
 from apt_core import monitor
 from apt_core.monitor import Throughput
-from apt_core.training import step_clock, step_log
+from apt_core.training.step import clock as step_clock
+from apt_core.training.step import log as step_log
 from apt_core.training.step.clock import PARTS, StepClock
 from apt_core.training.step.log import StepLog
 

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from apt_core import hookimpl
 from apt_core.testing import tiny_run
-from apt_core.training import finite_guard, gradients
+from apt_core.training.step import finite_guard, gradients
 
 LOG_EVERY = 5
 READS = {

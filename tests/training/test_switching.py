@@ -19,7 +19,8 @@ from apt_core.errors import CheckpointError, ConfigError, PluginError
 from apt_core.runs.checkpoint import list_checkpoints
 from apt_core.testing import TINY_PROFILE, TinyRun, tiny_run
 from apt_core.testing.tiny import TEXT
-from apt_core.training import Trainer, rehearsal
+from apt_core.training import Trainer
+from apt_core.training.curriculum import rehearsal
 
 EPOCH = 5
 SETTINGS = {

@@ -17,7 +17,7 @@ from apt_core.planning.memory import (
     switch_memory,
 )
 from apt_core.testing import tiny_run
-from apt_core.training import switching
+from apt_core.training.curriculum import switching
 
 MOE = "apt_plugins.moe.plugin"
 SIZES = {
