@@ -23,7 +23,7 @@ from apt_core.kernel import boot
 from apt_core.modeling import ModelBuilder
 from apt_core.modeling.layers import SelfAttention
 from apt_core.training import Trainer
-from apt_core.training.prepare import Parts, prepare
+from apt_core.training.prepare import Built, Parts, prepare
 
 Losses = Mapping[tuple[str, int], Sequence[float]]
 """Validation losses in nats per byte by variant and steps, one a seed."""
@@ -55,7 +55,7 @@ class Variant:
             "hardware": {"device": "cpu", "num_threads": 1},
         }
 
-    def prepared(self) -> Parts:
+    def prepared(self) -> tuple[Parts, Built]:
         return prepare(boot(self.profile(1, 0)), torch.device("cpu"))
 
 
@@ -126,15 +126,15 @@ def widened(costs: Mapping[str, Cost]) -> Variant:
 
 def training_step(variant: Variant) -> Callable[[], object]:
     """One whole optimizer step on one batch, as a run takes it."""
-    parts = variant.prepared()
+    parts, built = variant.prepared()
     (batch,) = parts.plan.step_batches(1, 0)
-    parameters = list(parts.model.parameters())
+    parameters = list(built.model.parameters())
 
     def call() -> None:
-        parts.optimizer.zero_grad(set_to_none=True)
-        (parts.forward(batch)[0] / batch.num_targets).backward()
+        built.optimizer.zero_grad(set_to_none=True)
+        (built.forward(batch)[0] / batch.num_targets).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        parts.optimizer.step()
+        built.optimizer.step()
 
     return call
 

@@ -257,14 +257,15 @@ def run(kernel: Kernel, console: Console | None, *, again: str, **options: Any) 
     try:
         result = trainer.fit()
     except BaseException as error:
-        hint = resume_hint(trainer, again, error) if console is not None else ""
-        if hint:
+        if console is not None and (
+            hint := resume_hint(trainer.folder, trainer.step, again, error)
+        ):
             complain(hint)
         raise
     if console is not None:
         print_summary(console, result, kernel)
         if result.status == "interrupted":
-            console.print(resume_hint(trainer, again), markup=False)
+            console.print(resume_hint(trainer.folder, trainer.step, again), markup=False)
     return result.exit_code
 
 

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 
+from apt_core.plain_values import within
+from apt_core.log import get_logger
 from apt_core.modeling.modes import eval_mode
 from apt_core.parallel.world import local_part
-from apt_core.plain_values import within
 from apt_core.types import ModelOutput
+
+log = get_logger("apt.training")
 
 WARMUP = 10
 """An average with a warm-up begins short, as long as there is little to average: its decay is at
@@ -129,6 +132,66 @@ class WeightAverage:
         live.copy_(average)
         average.copy_(kept)
         self._exchanging = False
+
+
+class Averages:
+    """The averages of a run's weights: ``ema``, the profile's, and one of each plugin that asked
+    for one, ``by_plugin``."""
+
+    def __init__(self, ema: WeightAverage | None = None) -> None:
+        self.ema = ema
+        self.by_plugin: dict[str, WeightAverage] = {}
+        self.asked: dict[str, float] = {}
+        self._restored: dict[str, float] = {}
+
+    @property
+    def all(self) -> list[WeightAverage]:
+        """The profile's and the plugins'."""
+        own = [] if self.ema is None else [self.ema]
+        return [*own, *self.by_plugin.values()]
+
+    @property
+    def named(self) -> dict[str, Mapping[str, Tensor]]:
+        """The values of each, by the name that its file in a checkpoint has."""
+        own = {} if self.ema is None else {"ema": self.ema.values}
+        kept = enumerate(self.by_plugin.values())
+        return own | {f"average-{index}": average.values for index, average in kept}
+
+    def of_plugin(self, plugin: str, decay: float, model: nn.Module) -> WeightAverage:
+        """The average of ``plugin``: made of the weights of ``model`` by the first call, and the
+        same one after. A call with another ``decay`` than the first one had changes it."""
+        asked = self._restored.pop(plugin, decay)
+        if plugin not in self.by_plugin:
+            self.by_plugin[plugin] = WeightAverage(model, decay, warmup=False)
+            self.asked[plugin] = decay
+        elif asked != decay:
+            log.info(
+                "the average of plugin %s goes on with decay %g, asked was %g before",
+                plugin,
+                decay,
+                asked,
+            )
+            self.by_plugin[plugin].decay = self.asked[plugin] = decay
+        return self.by_plugin[plugin]
+
+    def restore(
+        self, plugin: str, decay: float, asked: float | None, model: nn.Module
+    ) -> WeightAverage:
+        """The average that a checkpoint holds, for its values to be read into: it had come to
+        ``decay``, and the plugin had asked for ``asked`` when it was made (None where the
+        checkpoint does not say). Asking for another one first is a change of mind."""
+        average = self.of_plugin(plugin, decay if asked is None else asked, model)
+        average.decay = decay
+        if asked is not None:
+            self._restored[plugin] = asked
+        return average
+
+    def moved(self, move: Callable[[WeightAverage], WeightAverage]) -> Averages:
+        """The same averages of another model, each made by ``move``."""
+        new = Averages(None if self.ema is None else move(self.ema))
+        new.by_plugin = {plugin: move(average) for plugin, average in self.by_plugin.items()}
+        new.asked, new._restored = self.asked, self._restored
+        return new
 
 
 def _pieces(

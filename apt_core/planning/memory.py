@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from apt_core.device import available_memory
+from apt_core.errors import TrainingError
+from apt_core.error_text import one_line
 from apt_core.kernel import Kernel
 from apt_core.modeling.structure import structure_after
 from apt_core.parallel.gradient_sum import BUCKET_BYTES
-from apt_core.parallel.world import Sharding, local_part
+from apt_core.parallel.world import Sharding, World, local_part
 from apt_core.planning.footprint import Footprint, Weights, count_bytes
 from apt_core.planning.stages import plugin_costs
 
@@ -283,3 +287,35 @@ def gib(count: int) -> str:
     ('9.1 GiB', '50 MiB')
     """
     return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:.0f} MiB"
+
+
+def out_of_memory(
+    error: BaseException,
+    when: str,
+    kernel: Kernel,
+    world: World,
+    device: torch.device,
+    held: int,
+    *,
+    switched_by: Sequence[str] = (),
+    switching: str = "",
+) -> TrainingError:
+    """What to raise for ``error``, after letting go of what it kept: that memory ran out, and what
+    would fit beside the ``held`` bytes of others. The plugins ``switched_by`` have changed the
+    model, ``switching`` was about to."""
+    traceback.clear_frames(error.__traceback__)  # the activations are there
+    here = 1 if device.type == "cuda" else world.on_this_machine
+    available = max(0, available_memory(device) - held) // here
+    try:
+        advice = out_of_memory_advice(
+            kernel,
+            world.size,
+            world.sharding,
+            available,
+            device=device,
+            switched_by=switched_by,
+            switching=switching,
+        )
+    except Exception as failure:
+        advice = f"what would fit cannot be told ({one_line(failure)})"
+    return TrainingError(f"out of memory {when}: {advice}")

@@ -30,28 +30,21 @@ from torch import Tensor
 
 from apt_core.errors import CheckpointError
 from apt_core.files import open_file, read_file, write_atomically
+from apt_core.plugin_state import TENSOR_KEY
 from apt_core.json_files import MAX_BYTES, read_json, without_nan
 from apt_core.log import get_logger
 from apt_core.parallel.world import ALONE, World
-from apt_core.plugin_state import TENSOR_KEY
-from apt_core.runs.folder import in_present_words
 from apt_core.runs.layout import IS_STEP, PREFIX
 from apt_core.runs.layout import folder_name as folder_name
 from apt_core.runs.layout import list_checkpoints as list_checkpoints
 from apt_core.runs.layout import step_of as step_of
 from apt_core.runs.resume_check import saved_profile
-from apt_core.runs.saved_state import faults
+from apt_core.runs.run_state import RunState
 from apt_core.runs.tensor_files import SUFFIX, SavedTensors, write_shards, write_whole
 
 log = get_logger("apt.checkpoint")
 
 FORMAT = 1
-STATE_KEYS = {
-    "step", "epoch", "ended_epochs", "tokens", "nonfinite_steps", "start_scores", "scores",
-    "metrics", "windows_per_step", "stopping", "timeline", "precision", "data_sha256", "plugins",
-    "plugin_records", "optimizer_groups", "transforms", "averages",
-    "modes",
-}  # fmt: skip
 ROWS = {"providers": ("kind", "asked", "used"), "plugins": ("name",)}
 """Lists of rows in the manifest, with the texts that each row must have."""
 
@@ -224,7 +217,7 @@ class Checkpoint:
     """A checkpoint that was read: what is small of it, and where its tensors are."""
 
     path: Path
-    state: dict[str, Any]
+    state: RunState
     plugins: dict[str, Tensor]
     profile: str
     manifest: dict[str, Any]
@@ -257,12 +250,10 @@ def load(path: Path, *, verify: bool = True) -> Checkpoint:
         profile = read_file(path / "profile.yaml", MAX_BYTES).decode("utf-8")
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
-    state = _read_json(path / "state.json")
-    missing = STATE_KEYS - state.keys()
-    if missing:
-        raise CheckpointError(f"{path}: its state has no {', '.join(sorted(missing))}")
-    if wrong := faults(state):
-        raise CheckpointError(f"{path / 'state.json'}: not a checkpoint's: {'; '.join(wrong)}")
+    try:
+        state = RunState.from_json(_read_json(path / "state.json"))
+    except ValueError as error:
+        raise CheckpointError(f"{path / 'state.json'}: {error}") from None
     found = Checkpoint(path, state, plugins, profile, in_present_words(manifest))
     _require_agreement(found)
     return found
@@ -270,7 +261,7 @@ def load(path: Path, *, verify: bool = True) -> Checkpoint:
 
 def _require_agreement(found: Checkpoint) -> None:
     """Raises CheckpointError where parts of a checkpoint contradict one another."""
-    path, step = found.path, found.state["step"]
+    path, step = found.path, found.state.step
     for where, value in (
         ("manifest.json", found.manifest.get("step")),
         ("its name", step_of(path) if IS_STEP.fullmatch(path.name) else step),
@@ -285,10 +276,10 @@ def _require_agreement(found: Checkpoint) -> None:
         ):
             raise CheckpointError(f"{path / 'manifest.json'}: {key} is not what a checkpoint holds")
     saved_profile(found.profile)
-    missing = sorted(_references(found.state["plugins"]) - found.plugins.keys())
+    missing = sorted(_references(found.state.plugins) - found.plugins.keys())
     if missing:
         raise CheckpointError(f"{path}: plugins.safetensors has no {missing[0]!r}")
-    for name, listed in (found.state.get("tensors") or {}).items():
+    for name, listed in (found.state.tensors or {}).items():
         there = inventory(found.tensors(name).shapes)
         for tensor in sorted(listed.keys() | there.keys()):
             if listed.get(tensor) != there.get(tensor):

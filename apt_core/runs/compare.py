@@ -96,8 +96,8 @@ def compare_checkpoints(
     """Compare all tensors of two checkpoints by their bytes, and all of their state but what is of
     the machine."""
     found = Comparison()
-    step = max(one.state["step"], other.state["step"])
-    averages = max(len(each.state["averages"]) for each in (one, other))
+    step = max(one.state.step, other.state.step)
+    averages = max(len(each.state.averages) for each in (one, other))
     kinds = ["model", "optimizer", "ema", *(f"average-{n}" for n in range(averages)), "plugins"]
     for kind in kinds:
         pair = [_tensors(kind, each) for each in (one, other)]
@@ -107,8 +107,9 @@ def compare_checkpoints(
         for name in pair[0].keys() | pair[1].keys():
             if detail := _tensor_difference(pair[0].get(name), pair[1].get(name), names):
                 found.differences.append(Difference(step, f"{kind}: {name}", detail))
-    for part in (one.state.keys() | other.state.keys()) - {TIME}:
-        was, now = one.state.get(part), other.state.get(part)
+    states = [each.state.to_json() for each in (one, other)]
+    for part in states[0].keys() - {TIME}:
+        was, now = (state[part] for state in states)
         if part in ("plugins", "metrics"):
             what = "the state of plugin {}" if part == "plugins" else "the state: metrics: {}"
             differing = _differing(was or {}, now or {}, names)

@@ -2,43 +2,54 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
 
 from apt_core.device import gpu_name
 from apt_core.kernel import Kernel
-from apt_core.modeling.compilation import computes
 from apt_core.runs.folder import now, versions
-
-if TYPE_CHECKING:
-    from apt_core.training.trainer import Trainer
+from apt_core.runs.run_state import Progress
 
 
-def write_manifest(trainer: Trainer, status: str, **entries: Any) -> None:
-    """Bring the run's manifest up to date."""
-    kernel = trainer.kernel
-    trainer.folder.write_manifest(
-        status=status,
-        profile=trainer.config.name,
-        versions=versions(),
-        data=trainer.parts.data,
-        device=str(trainer.device),
-        gpu=gpu_name(trainer.device),
-        computes=computes(
-            trainer.config, trainer.device, trainer.parts.dtype, trainer.parts.forward.compilation
-        ),
-        world_size=trainer.world_size,
-        parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
-        providers=[row.row() for row in kernel.registry.resolutions.values()],
-        plugins=plugin_rows(kernel),
-        timeline=trainer.timeline,
-        switches=trainer.switching.switches,
-        changes=trainer.changes,
-        inactive_keys=[{"key": k.key, "reason": k.reason} for k in kernel.inactive],
-        step=trainer.step,
-        failed_checkpoints=trainer.saving.failures,
-        **({} if status == "running" else {"ended": now()}),
-        **entries,
-    )
+def run_manifest(
+    status: str,
+    kernel: Kernel,
+    progress: Progress,
+    *,
+    data: Mapping[str, Any],
+    device: torch.device,
+    computes: Mapping[str, Any],
+    world_size: int,
+    parameters: int,
+    failed_checkpoints: Sequence[str],
+) -> dict[str, Any]:
+    """The entries of a run's manifest.
+
+    ``computes`` is what :func:`~apt_core.modeling.compilation.computes` says, ``parameters`` the
+    number of the model's.
+    """
+    entries = {
+        "status": status,
+        "profile": kernel.config.name,
+        "versions": versions(),
+        "data": data,
+        "device": str(device),
+        "gpu": gpu_name(device),
+        "computes": computes,
+        "world_size": world_size,
+        "parameters": parameters,
+        "providers": [row.row() for row in kernel.registry.resolutions.values()],
+        "plugins": plugin_rows(kernel),
+        "timeline": [event.model_dump() for event in progress.timeline],
+        "switches": [switch.model_dump() for switch in progress.transforms],
+        "changes": [change.model_dump() for change in progress.changes],
+        "inactive_keys": [{"key": k.key, "reason": k.reason} for k in kernel.inactive],
+        "step": progress.step,
+        "failed_checkpoints": failed_checkpoints,
+    }
+    return entries if status == "running" else entries | {"ended": now()}
 
 
 def plugin_rows(kernel: Kernel) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from math import isclose
 from typing import Any
 
@@ -16,6 +16,7 @@ from apt_core.log import get_logger
 from apt_core.optim.build import PLAN
 from apt_core.plugin_manager import PluginManager
 from apt_core.runs.checkpoint import join_tensors, split_tensors
+from apt_core.runs.run_state import Group
 from apt_core.runs.tensor_files import SavedTensors
 
 log = get_logger("apt.checkpoint")
@@ -75,7 +76,7 @@ def optimizer_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, A
 def load_optimizer_groups(
     model: nn.Module,
     optimizer: Optimizer,
-    saved: Sequence[Mapping[str, Any]],
+    saved: Sequence[Group],
     *,
     factors: tuple[float, float] = (1.0, 1.0),
 ) -> None:
@@ -84,7 +85,7 @@ def load_optimizer_groups(
     was told to change its rates: those of hidden matrices by the second, all others by the
     first."""
     own = optimizer_groups(model, optimizer)
-    if [group["parameters"] for group in own] != [group["parameters"] for group in saved]:
+    if [group["parameters"] for group in own] != [group.parameters for group in saved]:
         raise CheckpointError(
             "the checkpoint has other parameter groups: a plugin that chooses groups came, went or "
             "changed its mind"
@@ -93,7 +94,7 @@ def load_optimizer_groups(
         f"{key} of {_first(now['parameters'])} is {now[PLAN].get(key)!r} and was {was.get(key)!r}"
         for now, before in zip(own, saved, strict=True)
         # A checkpoint of an earlier version does not say.
-        for was in [before.get(PLAN) or now[PLAN]]
+        for was in [before.plan or now[PLAN]]
         for key in {**was, **now[PLAN]}
         if was.get(key) != now[PLAN].get(key) and not (key == "lr" and _as_told(was, now, factors))
     ]
@@ -103,7 +104,7 @@ def load_optimizer_groups(
             f"{'; '.join(changed[:MOST_TOLD])}{' …' if len(changed) > MOST_TOLD else ''}"
         )
     for group, values in zip(optimizer.param_groups, saved, strict=True):
-        group.update(values["settings"])
+        group.update(values.settings)
 
 
 def _as_told(was: Mapping[str, Any], now: Mapping[str, Any], factors: tuple[float, float]) -> bool:
@@ -197,33 +198,27 @@ def _require_states(name: str, state: Collection[str], states: Collection[frozen
         )
 
 
-def plugin_states(manager: PluginManager, trainer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What plugins hand over: JSON by plugin, and the tensors that it refers to."""
-    states: dict[str, Any] = {}
+def split_states(
+    states: Iterable[tuple[str, Any]],
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The JSON values of the states of plugins, by plugin, and the tensors that they refer to."""
+    values: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
-    for plugin, state in manager.call_each("apt_state_dict", trainer=trainer):
+    for plugin, state in states:
         own: dict[str, Tensor] = {}
-        states[plugin] = split_tensors(state, plugin, own)
+        values[plugin] = split_tensors(state, plugin, own)
         tensors.update(own)
-    return states, tensors
+    return values, tensors
 
 
-def restore_plugins(
-    manager: PluginManager,
-    trainer: Any,
-    states: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-) -> None:
-    """Give each active plugin its state back."""
-    for plugin, state in states.items():
+def joined_states(
+    manager: PluginManager, values: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Any]]:
+    """The states of those plugins that are active and take them, as they gave them."""
+    for plugin, state in values.items():
         if not manager.has_plugin(plugin):
             log.warning("the checkpoint holds state of plugin %s, which is not active", plugin)
         elif not manager.implements(plugin, "apt_load_state_dict"):
             log.warning("plugin %s saved state but does not implement apt_load_state_dict", plugin)
         else:
-            manager.call_plugin(
-                plugin,
-                "apt_load_state_dict",
-                trainer=trainer,
-                state=join_tensors(state, tensors),
-            )
+            yield plugin, join_tensors(state, tensors)

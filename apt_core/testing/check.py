@@ -130,7 +130,7 @@ def _resumed(reference: str, name: str, overrides: Mapping[str, Any]) -> str:
             checkpoint.load(checkpoint.list_checkpoints(folder / "checkpoints")[-1])
             for folder in folders
         ]
-    states = [json.dumps(each.state["plugins"].get(name), sort_keys=True) for each in saved]
+    states = [json.dumps(each.state.plugins.get(name), sort_keys=True) for each in saved]
     one, other = (each.plugins for each in saved)
     same = one.keys() == other.keys() and all(t.equal(other[key]) for key, t in one.items())
     if states[0] != states[1] or not same:

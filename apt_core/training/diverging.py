@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from itertools import chain
 from math import inf, isfinite
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from apt_core.code_source import short_path
+from apt_core.config.schema import TrainingSection
 from apt_core.errors import DivergedError, TrainingError
+from apt_core.code_source import short_path
 from apt_core.metric_names import CROSS_ENTROPY, LOSS
 from apt_core.parallel.world import local_part
 from apt_core.runs.checkpoint import newest_sound, step_of
-
-if TYPE_CHECKING:
-    from apt_core.training.trainer import Trainer
+from apt_core.runs.folder import RunFolder
 
 SHOWN = 4
 """How many names of tensors are told."""
@@ -37,40 +35,29 @@ def names_not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name, good in zip(parts, finite, strict=True) if not good]
 
 
-def weights_not_finite(trainer: Trainer, *, everywhere: bool = False) -> list[str]:
-    """Names of parameters, and of averages of them, that are not finite: in this process, or in any
-    of them, if all call this. (What else a model keeps, such as a mask, may be infinite.)"""
-    kept: dict[str, Mapping[str, Tensor]] = {"": dict(trainer.model.named_parameters())}
-    if trainer.ema is not None:
-        kept["average of "] = trainer.ema.values
-    kept |= {f"{plugin}'s average of ": a.values for plugin, a in trainer.averages.items()}
-    named = {f"{what}{n}": tensor for what, own in kept.items() for n, tensor in own.items()}
-    bad = names_not_finite(named)
-    return [*dict.fromkeys(chain(*trainer.world.gather(bad)))] if everywhere else bad
-
-
 def listed(names: list[str]) -> str:
     """Some of the names, and how many there are besides."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
 
-def void_steps(trainer: Trainer, what: str, row: Mapping[str, Any]) -> TrainingError:
+def void_steps(
+    training: TrainingSection, folder: RunFolder, what: str, row: Mapping[str, Any]
+) -> TrainingError:
     """``what``, a streak of void steps, has happened, and what to do. ``row`` is the newest one of
     metrics: where the cross-entropy is finite in it, loss terms that are not are the cause."""
     terms = [name for name, value in row.items() if name.startswith(f"{LOSS}/")
              and isinstance(value, float) and not isfinite(value)]  # fmt: skip
     if not terms or CROSS_ENTROPY in terms:
-        return diverged(trainer, what)
+        return diverged(training, folder, what)
     return TrainingError(
         f"{what}: not finite is {', '.join(terms)}, a loss term of a plugin; mend the plugin or "
         "leave it out, and --resume"
     )
 
 
-def diverged(trainer: Trainer, what: str) -> DivergedError:
+def diverged(training: TrainingSection, folder: RunFolder, what: str) -> DivergedError:
     """``what`` has happened, and how to go on from before it."""
-    training, folder = trainer.config.training, trainer.folder
     back = newest_sound(folder.checkpoints)
     rates = {"training.learning_rate": training.learning_rate}
     if training.optimizer_name == "muon":

@@ -6,17 +6,18 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from apt_core.data.batches import Batch, EvaluationPlan
 from apt_core.evaluation.quick_eval import BatchScore, score_batches, summarize
 from apt_core.inference.generator import generate
+from apt_core.kernel import Kernel
+from apt_core.parallel.world import World
+from apt_core.training.prepare import Parts
+from apt_core.training.stopping import Stopping
+from apt_core.training.trained_model import TrainedModel
 from apt_core.types import GenerationRequest
-
-if TYPE_CHECKING:
-    from apt_core.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,17 @@ class Evaluator:
     micro-batches or divided among processes. ``watched`` is a sha256 of them.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        parts, settings = trainer.parts, trainer.config.evaluation
-        self._trainer = trainer
+    def __init__(
+        self,
+        kernel: Kernel,
+        parts: Parts,
+        world: World,
+        trained: TrainedModel,
+        stopping: Stopping,
+    ) -> None:
+        settings = kernel.config.evaluation
+        self._kernel, self._parts, self._world = kernel, parts, world
+        self._trained, self._stopping = trained, stopping
         self._plan = EvaluationPlan(
             parts.val_tokens, seq_len=parts.plan.seq_len, batch_size=parts.plan.batch_size
         )
@@ -53,7 +62,7 @@ class Evaluator:
 
         Every process scores a share of the batches, and all of them get the whole.
         """
-        trainer, world = self._trainer, self._trainer.world
+        parts, world = self._parts, self._world
         indices = list(range(self._plan.num_batches)) if everything else self._watched
         turns = -(-len(indices) // world.size)
         # A sharded model computes in all the processes or in none: the last turn is filled up.
@@ -62,20 +71,20 @@ class Evaluator:
         ]
         with self._weights():
             scored = score_batches(
-                trainer.model,
+                self._trained.model,
                 (self._plan.batch(index) for index in own),
-                device=trainer.device,
-                dtype=trainer.parts.dtype,
+                device=parts.device,
+                dtype=parts.dtype,
                 accuracy=self._accuracy,
-                interrupted=lambda: trainer.stopping.interrupted,
-                sums=trainer.parts.forward.sums,
+                interrupted=lambda: self._stopping.interrupted,
+                sums=self._trained.forward.sums,
             )
         if scored is None:
             return None
         by_index: dict[int, BatchScore] = {}
         for share in world.gather(dict(zip(own, scored, strict=True))):
             by_index.update(share)
-        bytes_per_token = trainer.parts.bytes_per_token
+        bytes_per_token = parts.bytes_per_token
         watched = summarize([by_index[index] for index in self._watched], bytes_per_token)
         every = [by_index[index] for index in sorted(by_index)]
         scores = summarize(every, bytes_per_token)
@@ -88,38 +97,39 @@ class Evaluator:
 
     def sample(self) -> str:
         """The continuation of the profile's prompt, or nothing where none is wanted."""
-        trainer, settings = self._trainer, self._trainer.config.evaluation
+        config, parts = self._kernel.config, self._parts
+        settings = config.evaluation
         if not settings.sample_tokens:
             return ""
         request = GenerationRequest(
             prompt=settings.sample_prompt,
             max_new_tokens=settings.sample_tokens,
             temperature=settings.sample_temperature,
-            seed=trainer.config.training.seed,
+            seed=config.training.seed,
         )
         with self._weights():
             result = generate(
-                trainer.model,
-                trainer.parts.tokenizer,
+                self._trained.model,
+                parts.tokenizer,
                 request,
-                trainer.manager,
-                max_seq_len=trainer.config.model.max_seq_len,
-                device=trainer.device,
+                self._kernel.manager,
+                max_seq_len=config.model.max_seq_len,
+                device=parts.device,
                 # On a CPU a sample is computed in fp32, whatever the run is.
-                dtype=None if trainer.device.type == "cpu" else trainer.parts.dtype,
-                interrupted=lambda: trainer.stopping.interrupted,
+                dtype=None if parts.device.type == "cpu" else parts.dtype,
+                interrupted=lambda: self._stopping.interrupted,
             )
         return result.text
 
     @contextmanager
     def _weights(self) -> Iterator[None]:
         """The weights to evaluate with, while the context lasts."""
-        trainer = self._trainer
-        with nullcontext() if trainer.ema is None else trainer.ema.in_place():
+        ema = self._trained.averages.ema
+        with nullcontext() if ema is None else ema.in_place():
             try:
                 yield
             finally:
-                trainer.world.reshard(trainer.model)
+                self._world.reshard(self._trained.model)
 
 
 def _identity(plan: EvaluationPlan, stretches: Sequence[range]) -> str:

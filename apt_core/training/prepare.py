@@ -42,9 +42,19 @@ from apt_core.training.step.forward import Forward
 log = get_logger("apt.training")
 
 
-@dataclass
+@dataclass(frozen=True)
+class Built:
+    """A model and what trains it; ``forward`` computes the model, compiled or not."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    forward: Forward
+
+
+@dataclass(frozen=True)
 class Parts:
-    """The parts of a run. ``forward`` computes the model, compiled or not."""
+    """What stays as it is all through a run: the text and how it is cut, the tokenizer, the course
+    of the learning rate, and where and in which precision the run computes."""
 
     device: torch.device
     dtype: torch.dtype | None
@@ -53,20 +63,20 @@ class Parts:
     val_tokens: npt.NDArray[Any]
     bytes_per_token: float
     data: dict[str, Any]
-    model: nn.Module
-    forward: Forward
-    optimizer: Optimizer
     lr_schedule: LRScheduleProvider
 
 
-def prepare(kernel: Kernel, device: torch.device, world: World = ALONE) -> Parts:
-    """Build the parts. Raises ConfigError for input that does not fit together, and what a
-    plugin's part raises as an error that names the plugin."""
+def prepare(kernel: Kernel, device: torch.device, world: World = ALONE) -> tuple[Parts, Built]:
+    """Build the parts of a run and its model.
+
+    Raises ConfigError for input that does not fit together, and what a plugin's part raises as an
+    error that names the plugin.
+    """
     with before_the_run(), naming_authors(kernel):
         return _prepare(kernel, device, world)
 
 
-def _prepare(kernel: Kernel, device: torch.device, world: World) -> Parts:
+def _prepare(kernel: Kernel, device: torch.device, world: World) -> tuple[Parts, Built]:
     config, registry = kernel.config, kernel.registry
     training = config.training
     if world.size == 1:
@@ -88,7 +98,7 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> Parts:
     optimizer = build_optimizer(kernel, model)
     _note_roles_that_are_not_told(kernel, model)
     world.require_alike(_what_decides(kernel, dtype, data))
-    return Parts(
+    parts = Parts(
         device=device,
         dtype=dtype,
         tokenizer=tokenizer,
@@ -96,11 +106,9 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> Parts:
         val_tokens=val_tokens,
         bytes_per_token=bytes_per_token,
         data=data,
-        model=model,
-        forward=loop_forward(kernel, model, device, world),
-        optimizer=optimizer,
         lr_schedule=lr_schedule,
     )
+    return parts, Built(model, optimizer, loop_forward(kernel, model, device, world))
 
 
 def _note_roles_that_are_not_told(kernel: Kernel, model: nn.Module) -> None:

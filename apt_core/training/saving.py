@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 
-from apt_core.code_source import short_path
-from apt_core.error_text import one_line
+from apt_core.config import Config
 from apt_core.errors import StopTraining, TrainingError
-from apt_core.hookspecs import hooks_where
+from apt_core.code_source import short_path
 from apt_core.log import get_logger
 from apt_core.parallel.world import World
 from apt_core.runs import checkpoint
 from apt_core.runs.checkpoint import Evaluated, Snapshot
-from apt_core.runs.folder import RunFolder, now, versions
-from apt_core.runs.manifest import plugin_rows
-from apt_core.runs.state_tensors import (
-    model_tensors,
-    optimizer_groups,
-    optimizer_tensors,
-    plugin_states,
-)
-from apt_core.training.diverging import diverged, listed, weights_not_finite
-from apt_core.training.host_copies import HostCopies
-
-if TYPE_CHECKING:
-    from apt_core.training.trainer import Trainer
+from apt_core.runs.folder import RunFolder
+from apt_core.runs.run_state import Progress
+from apt_core.training.diverging import diverged, listed
+from apt_core.training.hooks import TrainerHooks
+from apt_core.training.snapshots import Snapshots
+from apt_core.training.trained_model import TrainedModel
 
 log = get_logger("apt.checkpoint")
-
-REPLAYED = hooks_where(lambda policy: policy.replayed)
 
 Position = tuple[int, int]
 """Steps taken and epochs ended."""
@@ -72,32 +57,46 @@ class _Best:
 
 
 class Saving:
-    """Takes snapshots of the trainer and writes them, one at a time, on a thread.
+    """Writes snapshots of the run, one at a time, on a thread. ``watched`` names the held-out
+    windows by whose loss checkpoints compare.
 
     In a run of several processes the first one writes; of a sharded model each writes its shards.
     Of the checkpoints that were evaluated, the best that is on the disk is kept where the profile
     wants that: one whose write failed is none, and bars no other.
     """
 
-    def __init__(self, trainer: Trainer, folder: RunFolder, *, resumed: bool) -> None:
-        self._trainer, self._folder = trainer, folder
-        self._world: World = trainer.world
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder,
+        world: World,
+        device: torch.device,
+        progress: Progress,
+        trained: TrainedModel,
+        snapshots: Snapshots,
+        hooks: TrainerHooks,
+        watched: str,
+        *,
+        resumed: bool,
+    ) -> None:
+        self._training, self._keeps_best = config.training, config.evaluation.save_best
+        self._folder, self._world, self._progress = folder, world, progress
+        self._trained, self._snapshots, self._hooks = trained, snapshots, hooks
+        self._watched = watched
         self.saved = self._position() if resumed else None
         self._evaluated: tuple[int, Evaluated] | None = None
         self._refused: Position | None = None
         self._prunes = True
         self.failures: list[str] = [*folder.manifest.get("failed_checkpoints", [])]
         self._write: _Write | None = None
-        self._thread = writer_thread(trainer.device)
+        self._thread = writer_thread(device)
         # A group of its own: a checkpoint is written while the run communicates.
         sharded = self._world.sharding == "fsdp"
         self._group = dist.new_group(backend="gloo") if sharded else None
-        mesh = init_device_mesh("cpu", (self._world.size,)) if sharded else None
-        # Of several processes that hold the same, one saves.
-        self._copies = HostCopies(mesh, self._world.on_this_machine if sharded else 1)
         self._best = _Best()
-        if trainer.config.evaluation.save_best:
-            self._best = self._world.from_first(self._best_before)
+        self.notice = ""
+        if self._keeps_best:
+            self._best, self.notice = self._world.from_first(self._best_before)
 
     def save(self) -> None:
         """Take a snapshot of the current position, unless there is a checkpoint of it, and have it
@@ -111,15 +110,16 @@ class Saving:
         position = self._position()
         if self.saved == position:
             return
-        self._trainer.require_all()
-        if bad := weights_not_finite(self._trainer, everywhere=True):
+        self._trained.require_all_processes()
+        if bad := self._trained.not_finite(everywhere=True):
             self._refused = position
             raise diverged(
-                self._trainer,
+                self._training,
+                self._folder,
                 f"the weights after step {position[0]} are not finite ({listed(bad)}) and are not "
                 "saved",
             )
-        snapshot = self._snapshot()
+        snapshot = self._snapshots.take(self._evaluation_of(position[0]))
         if self._world.is_first or self._group is not None:
             future = self._thread.submit(self._written, snapshot)
         else:
@@ -131,18 +131,18 @@ class Saving:
         """The watched loss of the current position, and the scores on the whole held-out text where
         there are such. The checkpoint of the position has them with it, be it written before or
         after."""
-        step, before = self._trainer.step, self._evaluation_of(self._trainer.step)
+        step, before = self._progress.step, self._evaluation_of(self._progress.step)
         if before is not None:
             scores = scores or before.scores
-        self._evaluated = step, Evaluated(self._trainer.evaluator.watched, loss, scores)
+        self._evaluated = step, Evaluated(self._watched, loss, scores)
         if self._write is None and self.saved is not None and self.saved[0] == step:
             self._record(step)
 
     def finds_best(self) -> bool:
         """Is the current position, by its evaluation, better than the best checkpoint on the disk?
         Waits for the one that is being written where that decides."""
-        found = self._evaluation_of(self._trainer.step)
-        wanted = self._trainer.config.evaluation.save_best
+        found = self._evaluation_of(self._progress.step)
+        wanted = self._keeps_best
         if not wanted or found is None or not found.loss < self._best.loss:
             return False
         self.finish()
@@ -165,25 +165,25 @@ class Saving:
                 checkpoint.write_evaluation(path, found)
             except OSError as error:
                 log.error("the evaluation of step %d is not kept with it: %s", step, error)
-        if self._trainer.config.evaluation.save_best and found.loss < self._best.loss:
+        if self._keeps_best and found.loss < self._best.loss:
             self._best = _Best(step, found.loss)
 
-    def _best_before(self) -> _Best:
+    def _best_before(self) -> tuple[_Best, str]:
         """The best of the checkpoints that the run goes on after. Where all were judged on other
-        windows, the best of those stays until there is another, however high its loss."""
-        root, watched = self._folder.checkpoints, self._trainer.evaluator.watched
+        windows, the best of those stays until there is another, however high its loss, and a text
+        says so."""
+        root, watched = self._folder.checkpoints, self._watched
         best = checkpoint.best_by_evaluation(root, watched)
         if best is not None:
-            return _Best(checkpoint.step_of(best[0]), best[1])
+            return _Best(checkpoint.step_of(best[0]), best[1]), ""
         others = checkpoint.evaluations(root)
         best = checkpoint.best_by_evaluation(root, others[-1][1].watched) if others else None
         if best is None:
-            return _Best()
-        self._trainer.kernel.notices.append(
+            return _Best(), ""
+        return _Best(checkpoint.step_of(best[0])), (
             f"{best[0].name} is the best checkpoint on the held-out windows that were watched "
             "before: it is kept until one is the best on the new ones"
         )
-        return _Best(checkpoint.step_of(best[0]))
 
     def poll(self) -> None:
         """Tell of the checkpoint that was being written, if it is complete now."""
@@ -213,7 +213,7 @@ class Saving:
             log.info("checkpoint: %s", short_path(str(path)))
             if self._prunes:
                 self._prune()
-            self._trainer.manager.hook.on_checkpoint_saved(path=path, trainer=self._trainer)
+            self._hooks.call("on_checkpoint_saved", path=path)
 
     def save_unjudged(self) -> None:
         """Save, and wait for it, before an evaluation says what that is worth: nothing is deleted
@@ -232,8 +232,9 @@ class Saving:
         if self._world.is_first:
             self._prune()
 
-    def save_in_emergency(self) -> None:
-        """Save before the run dies. Raises OSError."""
+    def save_in_emergency(self, *, in_step: bool) -> None:
+        """Save before the run dies; ``in_step`` says that plugins have seen a part of a step.
+        Raises OSError."""
         if self._write is not None:
             write, self._write = self._write, None
             error = write.future.exception()
@@ -244,21 +245,23 @@ class Saving:
                 self._failed(write, str(error))
         if self._position() in (self.saved, self._refused):
             return
-        if bad := weights_not_finite(self._trainer):
+        if bad := self._trained.not_finite():
             log.error(
                 "no checkpoint of step %d: its weights are not finite (%s)",
-                self._trainer.step,
+                self._progress.step,
                 listed(bad),
             )
             return
         if self._group is not None and not self._world.all_at(self._here()):
             log.error(
                 "no checkpoint of step %d: the other processes have the rest of the model",
-                self._trainer.step,
+                self._progress.step,
             )
             return
         if self._world.is_first or self._group is not None:
-            snapshot = self._snapshot(emergency=True)
+            snapshot = self._snapshots.take(
+                self._evaluation_of(self._progress.step), emergency=True, in_step=in_step
+            )
             path = self._thread.submit(self._written, snapshot).result()
             log.info("checkpoint: %s", short_path(str(path)))
             self._prune()
@@ -277,113 +280,14 @@ class Saving:
         self._thread.shutdown(wait=True)
 
     def _position(self) -> Position:
-        return self._trainer.step, self._trainer.ended_epochs
-
-    def _kept_in_step(self) -> list[str]:
-        """Active plugins whose state is of the middle of a step: it is saved nevertheless, for the
-        weights are worth more than that a resume gives the same bits."""
-        manager = self._trainer.manager
-        kept = {call.plugin for call in manager.order("apt_state_dict")}
-        moved = {call.plugin for hook in REPLAYED for call in manager.order(hook)}
-        plugins = sorted(kept & moved)
-        if plugins:
-            log.warning(
-                "this checkpoint was written in the middle of a step, of which %s may have seen a "
-                "part: a resume from it is not bit-exact",
-                ", ".join(plugins),
-            )
-        return plugins
+        return self._progress.step, self._progress.ended_epochs
 
     def _written(self, snapshot: Snapshot) -> Path:
         return checkpoint.save(self._folder.checkpoints, snapshot, self._world, self._group)
-
-    def _snapshot(self, *, emergency: bool = False) -> Snapshot:
-        trainer, kernel = self._trainer, self._trainer.kernel
-        try:
-            states, plugin_tensors = plugin_states(trainer.manager, trainer)
-        except BaseException as error:  # the run is ending: no reason is left to let it pass
-            if not emergency:
-                raise
-            log.error("the checkpoint is without the state of plugins: %s", one_line(error))
-            states, plugin_tensors = {}, {}
-        tensors: dict[str, dict[str, Tensor]] = {}
-        if self._world.is_first or self._group is not None:
-            kept: dict[str, Mapping[str, Tensor]] = {
-                "model": model_tensors(trainer.model),
-                "optimizer": optimizer_tensors(trainer.model, trainer.optimizer),
-            }
-            if trainer.ema is not None:
-                kept["ema"] = trainer.ema.values
-            for index, average in enumerate(trainer.averages.values()):
-                kept[f"average-{index}"] = average.values
-            # Those of the checkpoint before are written: its memory is taken.
-            tensors = self._copies.of(kept)
-        return Snapshot(
-            step=trainer.step,
-            tensors=tensors,
-            plugins=plugin_tensors,
-            state=json.dumps(self._state(states, tensors), indent=1, ensure_ascii=False) + "\n",
-            profile=trainer.config.to_yaml(),
-            manifest={
-                **({"in_step": self._kept_in_step()} if emergency and trainer.in_step else {}),
-                "written": now(),
-                "versions": versions(),
-                "providers": [row.row() for row in kernel.registry.resolutions.values()],
-                "plugins": plugin_rows(kernel),
-                "sound": trainer.guard.in_a_row == 0,
-            },
-            evaluated=self._evaluation_of(trainer.step),
-        )
-
-    def _state(
-        self, plugins: dict[str, Any], tensors: dict[str, dict[str, Tensor]]
-    ) -> dict[str, Any]:
-        """Where the run is, as JSON values."""
-        trainer = self._trainer
-        return {
-            "step": trainer.step,
-            "epoch": trainer.epoch,
-            "ended_epochs": trainer.ended_epochs,
-            "tokens": trainer.tokens,
-            "windows_per_step": trainer.parts.plan.windows_per_step,
-            "nonfinite_steps": trainer.guard.state(),
-            "modes": trainer.modes.state_dict(trainer.model),
-            "start_scores": trainer.start_scores,
-            "scores": trainer.scores,
-            # A plugin may have put anything into it.
-            "metrics": {
-                name: value
-                for name, value in trainer.metrics.items()
-                if isinstance(name, str) and isinstance(value, bool | int | float | str)
-            },
-            "spent": trainer.step_log.spent,
-            "stopping": trainer.stopping.state_dict(trainer.evaluator.watched),
-            "timeline": trainer.timeline,
-            "precision": str(trainer.parts.dtype or torch.float32),
-            "data_sha256": trainer.parts.data["sha256"],
-            "tokens_sha256": trainer.parts.data["tokens_sha256"],
-            "plugins": plugins,
-            "plugin_records": trainer.manager.failures.state_dict(),
-            "tensors": {
-                name: checkpoint.inventory({k: (v.shape, v.dtype) for k, v in part.items()})
-                for name, part in tensors.items()
-            },
-            "optimizer_groups": optimizer_groups(trainer.model, trainer.optimizer),
-            "transforms": trainer.switching.switches,
-            "changes": trainer.changes,
-            "averages": [
-                {
-                    "plugin": plugin,
-                    "decay": average.decay,
-                    "asked": trainer.asked_decays.get(plugin),
-                }
-                for plugin, average in trainer.averages.items()
-            ],
-        }
 
     def _prune(self) -> None:
         best = None
         if self._best.step is not None:
             best = self._folder.checkpoints / checkpoint.folder_name(self._best.step)
-        keep_last = self._trainer.config.training.keep_last
+        keep_last = self._training.keep_last
         checkpoint.prune(self._folder.checkpoints, keep_last, keep=best)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from math import inf, isfinite
-from typing import Any
 
 from apt_core.config import Config
 from apt_core.error_text import shown
 from apt_core.monitor import duration
+from apt_core.runs.run_state import StoppingState
 from apt_core.training.signals import Interrupts
 
 
@@ -88,22 +87,22 @@ class Stopping:
         if self._patience is not None and self._since >= self._patience:
             self._stop_all(f"no better validation loss in {self._since} evaluations")
 
-    def state_dict(self, watched: str) -> dict[str, Any]:
-        """JSON values; no loss yet is no number. The losses were measured on ``watched``."""
-        return {
-            "watched": watched,
-            "reference": self._reference if isfinite(self._reference) else None,
-            "since": self._since,
-            "judged_step": self.judged_step,
-        }
+    def state(self, watched: str) -> StoppingState:
+        """What a checkpoint keeps, for :meth:`load`. The losses were measured on ``watched``."""
+        return StoppingState(
+            watched=watched,
+            reference=self._reference if isfinite(self._reference) else None,
+            since=self._since,
+            judged_step=self.judged_step,
+        )
 
-    def load_state_dict(self, state: Mapping[str, Any], watched: str) -> bool:
+    def load(self, state: StoppingState, watched: str) -> bool:
         """Go on judging, or begin anew where the losses were measured on something else than
         ``watched``, and return False."""
-        self.judged_step = state["judged_step"]
-        if state.get("watched") != watched:
+        self.judged_step = state.judged_step
+        if state.watched != watched:
             return False
-        self._reference = inf if state["reference"] is None else state["reference"]
-        self._since = state["since"]
+        self._reference = inf if state.reference is None else state.reference
+        self._since = state.since
         self._check_patience()
         return True

@@ -12,11 +12,12 @@ from apt_core.monitor import duration, rate
 from apt_core.plugin_records import PluginRecord
 from apt_core.printable import printable
 from apt_core.runs.checkpoint import list_checkpoints, step_of
+from apt_core.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from apt_core.training.trainer import RunResult, Trainer
+    from apt_core.training.run import RunResult
 
 
 def print_summary(console: Console, result: RunResult, kernel: Kernel) -> None:
@@ -95,15 +96,16 @@ def _plugin(record: PluginRecord) -> list[str]:
     return lines
 
 
-def resume_hint(trainer: Trainer, again: str, error: BaseException | None = None) -> str:
-    """How to go on with a run that did not end, or ended by ``error``; an empty string if nothing
-    was saved that would help."""
+def resume_hint(
+    folder: RunFolder | None, step: int, again: str, error: BaseException | None = None
+) -> str:
+    """How to go on with a run in ``folder`` that ended after ``step``, before its end or by
+    ``error``; an empty string if nothing was saved that would help."""
     if isinstance(error, DivergedError):
         return f"to go back: {again} {shlex.join(error.way_back)}" if error.way_back else ""
-    folder = getattr(trainer, "folder", None)
     if folder is None or not list_checkpoints(folder.checkpoints):
         return ""
     where = shlex.quote(str(folder))
     saved = step_of(list_checkpoints(folder.checkpoints)[-1])
-    kept = "" if saved == trainer.step else f", the newest checkpoint is of step {saved}"
-    return f"stopped at step {trainer.step}{kept}; to go on: {again} --output {where} --resume"
+    kept = "" if saved == step else f", the newest checkpoint is of step {saved}"
+    return f"stopped at step {step}{kept}; to go on: {again} --output {where} --resume"

@@ -55,7 +55,7 @@ def verify_resume(
     whole, killed = folder / "in_one_go", folder / "killed_and_resumed"
     _run([*command, "--output", str(whole), *until])
     # A short profile ends before.
-    steps = checkpoint.load(checkpoint.list_checkpoints(whole / "checkpoints")[-1]).state["step"]
+    steps = checkpoint.load(checkpoint.list_checkpoints(whole / "checkpoints")[-1]).state.step
     half = max(1, steps // 2)
     saving = ["--set", f"training.save_every_steps={half}"]
     at = killed / "checkpoints" / checkpoint.folder_name(half)
@@ -112,8 +112,8 @@ def _verdict(whole: Path, killed: Path, half: int, steps: int) -> Verdict:
     name = f"checkpoints/{checkpoint.folder_name(steps)}"
     expected, actual = (checkpoint.load(run / name, verify=False) for run in (whole, killed))
     notes = _failures({"in one go": expected, "resumed": actual})
-    records = expected.state["plugin_records"].items()
-    waiting = sorted(name for name, record in records if record["state"] == "dormant")
+    records = expected.state.plugin_records.items()
+    waiting = sorted(name for name, record in records if record.state == "dormant")
     notes += [f"a metric of a plugin differs: {each}" for each in told if each.foreign]
     if waiting:
         notes.append(
@@ -127,13 +127,13 @@ def _failures(found: Mapping[str, Checkpoint]) -> list[str]:
     """What failed of each plugin, and in which of the runs."""
     runs_of: dict[str, list[str]] = {}
     for run, saved in found.items():
-        for name, record in saved.state["plugin_records"].items():
+        for name, record in saved.state.plugin_records.items():
             # One failure stands for those after it, which a quarantine cuts short.
-            for failure in record["failures"][:1]:
-                place = f" at {failure['where']}" if failure["where"] else ""
+            for failure in record.failures[:1]:
+                place = f" at {failure.where}" if failure.where else ""
                 text = (
-                    f"plugin {name} is {record['state']}: it failed in {failure['hook']}{place}: "
-                    f"{failure['error']}"
+                    f"plugin {name} is {record.state}: it failed in {failure.hook}{place}: "
+                    f"{failure.error}"
                 )
                 runs_of.setdefault(text, []).append(run)
     return [

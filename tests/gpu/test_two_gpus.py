@@ -101,7 +101,7 @@ def test_a_process_that_is_killed_ends_the_run(train: Any, tmp_path: Path, shard
     assert "error: process 1 was killed by signal 9" in done.stderr
     assert "error: another process of the run has ended" in done.stderr
     checkpoint = newest_intact(tmp_path / "run" / "checkpoints")
-    step = checkpoint.state["step"]
+    step = checkpoint.state.step
     if sharding == "fsdp":
         assert step == 3  # the rest of the model went with its process
         return
@@ -110,5 +110,5 @@ def test_a_process_that_is_killed_ends_the_run(train: Any, tmp_path: Path, shard
     assert done.returncode == 0, done.stdout + done.stderr
     whole = newest_intact(tmp_path / "whole" / "checkpoints")
     for key in ("step", "tokens", "epoch", "nonfinite_steps"):
-        assert checkpoint.state[key] == whole.state[key], key
+        assert getattr(checkpoint.state, key) == getattr(whole.state, key), key
     torch.testing.assert_close(weights(checkpoint.path), weights(whole.path), rtol=1e-4, atol=1e-6)

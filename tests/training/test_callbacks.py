@@ -251,5 +251,5 @@ def test_a_dying_run_keeps_its_checkpoint_and_its_manifest(
     with pytest.raises(PluginError, match="on_step_end"):
         run_with(Stubborn(error), output=tmp_path / "run", strict=True)
     newest = checkpoint.newest_intact(tmp_path / "run" / "checkpoints")
-    assert (newest.state["step"], newest.state["plugins"]) == (3, {})
+    assert (newest.state.step, newest.state.plugins) == (3, {})
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "failed"

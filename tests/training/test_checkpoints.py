@@ -101,7 +101,7 @@ def test_fifty_kills_while_saving_and_every_restart_goes_on_from_an_intact_check
             assert newest == 0
             continue
         found = checkpoint.load(checkpoint.list_checkpoints(root)[-1])
-        assert found.state["step"] == visible[-1] >= newest
+        assert found.state.step == visible[-1] >= newest
         if newest:
             log = (folder / "log.txt").read_text(encoding="utf-8").splitlines()
             assert f"(step {newest})" in [line for line in log if "resumed from" in line][-1]
@@ -171,7 +171,7 @@ def the_previous_is_used(root: Path, caplog: pytest.LogCaptureFixture) -> str:
     """Says why the newest was not."""
     caplog.clear()
     with caplog.at_level(logging.WARNING, "apt.checkpoint"):
-        assert checkpoint.newest_intact(root).state["step"] == 2
+        assert checkpoint.newest_intact(root).state.step == 2
     (message,) = caplog.messages
     assert message.startswith("checkpoint skipped: ") and "step-00000004" in message
     return message
@@ -191,7 +191,7 @@ def test_a_newest_checkpoint_with_a_cut_file_is_not_used(root, caplog, how):
         if (path.name, how) != ("evaluation.json", "missing"):
             assert path.name in the_previous_is_used(root, caplog)
         path.write_bytes(data)
-    assert checkpoint.newest_intact(root).state["step"] == 4
+    assert checkpoint.newest_intact(root).state.step == 4
 
 
 def test_a_flipped_bit_in_any_file_is_noticed(root, caplog):
@@ -223,7 +223,7 @@ def test_what_the_manifest_does_not_list_is_not_read(root, caplog):
         stray.symlink_to("/dev/null")
         the_previous_is_used(root, caplog)
         stray.unlink()
-    assert checkpoint.newest_intact(root).state["step"] == 4
+    assert checkpoint.newest_intact(root).state.step == 4
 
 
 class Opened:
@@ -296,7 +296,7 @@ class Watcher:
     @hookimpl
     def on_checkpoint_saved(self, path: Path, trainer: Any) -> None:
         assert threading.current_thread() is threading.main_thread()
-        assert checkpoint.load(path).state["step"] == int(path.name.removeprefix("step-"))
+        assert checkpoint.load(path).state.step == int(path.name.removeprefix("step-"))
         self.happened.append(path.name)
 
 
@@ -520,7 +520,7 @@ def test_a_failed_write_prunes_nothing(tmp_path, monkeypatch):
         tiny_run(output=tmp_path / "run", steps=6, overrides=changes)
     root = tmp_path / "run" / "checkpoints"
     assert [path.name for path in root.iterdir()] == ["step-00000002"]
-    assert checkpoint.newest_intact(root).state["step"] == 2
+    assert checkpoint.newest_intact(root).state.step == 2
 
 
 class FullDisk:

@@ -144,7 +144,7 @@ class NotFinite(Base):
     def on_step_end(self, step, trainer):
         same = all(old.equal(new) for old, new in zip(self.before, self.parameters))
         self.told.setdefault("still", []).append(same)
-        self.told["skipped"] = trainer.guard.read()[0]
+        self.told["skipped"] = trainer.trained.guard.read()[0]
 
 class FailsAlone(Base):
     @hookimpl

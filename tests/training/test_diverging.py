@@ -85,7 +85,9 @@ def test_an_average_that_is_not_finite_is_not_saved(tmp_path, what):
     class Spoils:
         @hookimpl
         def on_step_end(self, step: int, trainer: Any) -> None:
-            average = trainer.ema if what == "ema" else trainer.average("spoils", 0.5)
+            average = (
+                trainer.trained.averages.ema if what == "ema" else trainer.average("spoils", 0.5)
+            )
             if step == 5:
                 next(iter(average.values.values()))[0] = NAN
 

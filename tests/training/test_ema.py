@@ -128,8 +128,8 @@ def test_the_evaluation_is_that_of_the_averaged_weights():
         def on_training_end(self, trainer: Any) -> None:
             with torch.no_grad():
                 for name, parameter in trainer.model.named_parameters():
-                    parameter.copy_(trainer.ema.values[name])
-            trainer.ema = None
+                    parameter.copy_(trainer.trained.averages.ema.values[name])
+            trainer.trained.averages.ema = None
             self.loss = trainer.evaluator.evaluate(everything=True).scores["val_loss"]
 
     scores = Scores()

@@ -162,6 +162,10 @@ def nothing(*arguments: Any) -> None:
     pass
 
 
+def no_states(*arguments: Any) -> list[Any]:
+    return []
+
+
 READ = "apt_core.runs.tensor_files.SavedTensors.read_into"
 BROKEN = {
     "model": (READ, lambda: skipping("model"), "model: "),
@@ -173,11 +177,11 @@ BROKEN = {
         "skipped_steps",
     ),
     "stopping": (
-        "apt_core.training.stopping.Stopping.load_state_dict",
+        "apt_core.training.stopping.Stopping.load",
         lambda: nothing,
         "the state: stopping",
     ),
-    "plugins": ("apt_core.training.restoring.restore_plugins", lambda: nothing, "plugins: "),
+    "plugins": ("apt_core.training.restoring.joined_states", lambda: no_states, "plugins: "),
     "dropout": ("apt_core.modeling.seeds.ModelSeeds.seed", lambda: nothing, "loss after"),
 }
 

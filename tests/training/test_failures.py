@@ -57,7 +57,10 @@ class Watcher:
             for index, state in enumerate(trainer.optimizer.state.values())
             for name, tensor in state.items()
         }
-        average = {f"average {n}": value.clone() for n, value in trainer.ema.values.items()}
+        average = {
+            f"average {n}": value.clone()
+            for n, value in trainer.trained.averages.ema.values.items()
+        }
         return {**model, **moments, **average}
 
 
@@ -261,7 +264,7 @@ def test_what_is_advised_without_memory_fits_and_the_run_goes_on(
     found = re.search(r"(--training.batch_size) (\d+) (--training.grad_accum_steps) (\d+)$", advice)
     assert found and int(found[2]) * int(found[4]) == 64
     (kept,) = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
-    assert checkpoint.load(kept).state["step"] == 2
+    assert checkpoint.load(kept).state.step == 2
 
     def goes_on() -> None:
         bytes_ = int(limit.read_text())
@@ -379,7 +382,7 @@ def test_a_signal_waits_for_the_checkpoint_that_is_being_written(
     )
     assert (run.result.status, run.result.exit_code) == ("interrupted", code)
     kept = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
-    assert [checkpoint.load(path).state["step"] for path in kept] == [4, 5]
+    assert [checkpoint.load(path).state.step for path in kept] == [4, 5]
 
 
 def test_a_second_signal_insists(tmp_path):
@@ -397,7 +400,7 @@ def test_a_second_signal_insists(tmp_path):
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["status"] == "interrupted"
     (kept,) = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
-    assert checkpoint.load(kept).state["step"] == 3
+    assert checkpoint.load(kept).state.step == 3
 
 
 INSISTS = """
@@ -490,7 +493,7 @@ def filling(tmp_path: Path, disk: Path, first: int, last: int) -> tuple[str, str
 def steps_in(folder: Path) -> list[int]:
     """The steps of the checkpoints, each of which is intact."""
     found = checkpoint.list_checkpoints(folder / "checkpoints")
-    return [checkpoint.load(path).state["step"] for path in found]
+    return [checkpoint.load(path).state.step for path in found]
 
 
 def test_a_disk_that_is_full_for_a_while_costs_the_checkpoints_of_that_time(

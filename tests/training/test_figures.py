@@ -86,7 +86,7 @@ def test_scores_that_hooks_see_say_their_step() -> None:
 def test_figures_of_a_resumed_run_are_of_the_whole_and_of_the_part(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     tiny_run(overrides=QUIET, output=folder, stop_at_step=5)
-    spent = checkpoint.newest_intact(folder / "checkpoints").state["spent"]
+    spent = checkpoint.newest_intact(folder / "checkpoints").state.spent
     run = tiny_run(overrides=QUIET, output=folder, resume=True, stop_at_step=8)
     figures = run.result.figures
     tokens = {row["step"]: row["tokens"] for row in run.metrics}

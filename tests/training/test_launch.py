@@ -221,7 +221,7 @@ def test_a_loss_term_that_fails_in_one_process_ends_the_run_which_resumes_bit_eq
     assert "error: another process of the run has ended" in done.stderr
     assert "step 4; to go on: apt-train" in done.stderr
     assert "--nproc 2" in done.stderr
-    assert load(tmp_path / "run" / "checkpoints" / "step-00000004").state["step"] == 4
+    assert load(tmp_path / "run" / "checkpoints" / "step-00000004").state.step == 4
     # Goes on in one process, as if nothing had been.
     for name, more in (("run", ["--resume"]), ("whole", [])):
         assert apt_train(*arguments(*more, name=name)[2:], name=name).code == 0
@@ -239,7 +239,7 @@ def test_a_process_that_is_killed_ends_the_run_with_a_checkpoint(
     assert done.returncode == 1
     assert "error: process 1 was killed by signal 9" in done.stderr
     assert "error: another process of the run has ended" in done.stderr
-    assert newest_intact(tmp_path / "run" / "checkpoints").state["step"] == 4
+    assert newest_intact(tmp_path / "run" / "checkpoints").state.step == 4
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["status"] == "failed"
     assert "another process of the run has ended" in manifest["error"]
@@ -260,13 +260,15 @@ def test_processes_that_notice_nothing_themselves_end_with_the_last_whole_step(
     assert "error: another process of the run has ended" in done.stderr
     checkpoint = newest_intact(tmp_path / "run" / "checkpoints")
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    assert checkpoint.state["step"] == manifest["step"] == 5
+    assert checkpoint.state.step == manifest["step"] == 5
     assert (
         apt_train(*arguments(seldom, "--stop-at-step=5", name="whole")[2:], name="whole").code == 0
     )
     whole = load(tmp_path / "whole" / "checkpoints" / "step-00000005")
     same = ("epoch", "tokens", "nonfinite_steps")
-    assert [checkpoint.state[key] for key in same] == [whole.state[key] for key in same]
+    assert [getattr(checkpoint.state, key) for key in same] == [
+        getattr(whole.state, key) for key in same
+    ]
     expected = weights(whole.path)
     assert all(tensor.equal(expected[name]) for name, tensor in weights(checkpoint.path).items())
 
@@ -320,7 +322,7 @@ def test_a_signal_ends_all_processes_with_a_checkpoint(
     assert (process.returncode, err) == (code, "")
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["status"] == "interrupted"
-    assert newest_intact(tmp_path / "run" / "checkpoints").state["step"] == manifest["step"]
+    assert newest_intact(tmp_path / "run" / "checkpoints").state.step == manifest["step"]
     assert f"interrupted: {manifest['step']} steps" in out
     assert out.count("to go on: apt-train") == 1
 

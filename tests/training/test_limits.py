@@ -310,7 +310,7 @@ def test_a_run_that_is_killed_in_its_last_evaluation_has_a_checkpoint(
     killed = in_children(lambda: train(KillsInEvaluation(step, **told), stop_at_step=stop))
     assert killed == [-signal.SIGKILL]
     found = checkpoint.newest_intact(tmp_path / "parts" / "checkpoints")
-    assert found.state["step"] == step
+    assert found.state.step == step
     tiny_run(overrides=changes, output=tmp_path / "whole")
     assert train(resume=True).result.status == "finished"
     assert differences(tmp_path / "whole", tmp_path / "parts") == []
@@ -343,7 +343,7 @@ def test_two_processes_save_before_they_evaluate(tmp_path, in_children, ranks):
 
     assert in_children(*ranks(train)) == [-signal.SIGKILL, -signal.SIGKILL]
     found = checkpoint.newest_intact(tmp_path / "run" / "checkpoints")
-    assert found.state["step"] == 6
+    assert found.state.step == 6
 
 
 # What a resume may change --------------------------------------------------------------------

@@ -54,7 +54,7 @@ def test_a_schedule_that_would_undo_the_weights_ends_the_run_before_it_does(
             overrides={"training.lr_schedule_name": "stepwise"},
         )
     newest = checkpoint.newest_intact(tmp_path / "run" / "checkpoints")
-    assert newest.state["step"] == 3
+    assert newest.state.step == 3
 
 
 class Averaging:

@@ -57,7 +57,7 @@ def test_scores_of_an_evaluation_are_numbers(run: Path, key: str, wrong: Any) ->
     record = {"watched": "w", "loss": wrong if key == "loss" else 1.0, "scores": scores}
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps({**record, "sha256": digest}))
-    assert checkpoint.newest_intact(run / "checkpoints").state["step"] == 1
+    assert checkpoint.newest_intact(run / "checkpoints").state.step == 1
 
 
 INNER = [
@@ -87,7 +87,7 @@ def test_the_one_before_is_used_where_an_inner_value_is_of_another_kind(
         inner[last] = new
         (newest / file).write_text(json.dumps(value))
         seal(newest)
-        assert checkpoint.newest_intact(run / "checkpoints").state["step"] == 1, (file, way, new)
+        assert checkpoint.newest_intact(run / "checkpoints").state.step == 1, (file, way, new)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from apt_core.log import get_logger
-from apt_core.runs.manifest import write_manifest
-
-if TYPE_CHECKING:
-    from apt_core.training.trainer import Trainer
+from apt_core.parallel.world import World
+from apt_core.runs.run_state import Event, Progress
+from apt_core.schedules import Schedule
+from apt_core.training.curriculum.switching import Switching
+from apt_core.training.hooks import TrainerHooks
+from apt_core.training.step.parameters import ScheduledParameters
+from apt_core.training.trained_model import TrainedModel
 
 log = get_logger("apt.training")
 
@@ -16,11 +19,26 @@ _WAITING, _DISABLED = "waits for its schedule", "disabled by its schedule"
 
 
 class Enabling:
-    """Keeps the states of plugins with a schedule what the position says they are."""
+    """Keeps the states of plugins with a schedule what the position says they are.
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.manager = trainer.manager
+    ``record`` is called once a plugin was enabled: it brings the manifest up to date.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        parameters: ScheduledParameters,
+        progress: Progress,
+        trained: TrainedModel,
+        switching: Switching,
+        world: World,
+        hooks: TrainerHooks,
+        record: Callable[[], None],
+    ) -> None:
+        self._schedule, self._parameters, self._progress = schedule, parameters, progress
+        self._trained, self._switching = trained, switching
+        self._world, self._hooks, self._record = world, hooks, record
+        self.manager = hooks.manager
         self.scheduled: list[str] = []
         self._told: set[str] = set()
 
@@ -29,52 +47,51 @@ class Enabling:
         tell of those that are enabled at the start."""
         # In the order of names and moments: plugins that change the model build on each other.
         active = sorted(r.name for r in self.manager.records.values() if r.state == "active")
-        with_schedule = dict.fromkeys(b.plugin for b in self.trainer.schedule.boundaries())
+        with_schedule = dict.fromkeys(b.plugin for b in self._schedule.boundaries())
         self.scheduled = [name for name in with_schedule if name in active]
         before = {name: self._last_event(name) for name in self.scheduled}
         enabled_before = [name for name, event in before.items() if event == "enabled"]
         for name, event in before.items():
             if event != "enabled":
                 self.manager.set_state(name, "dormant", _DISABLED if event else _WAITING)
-        self.manager.step = self.trainer.step
+        self.manager.step = self._progress.step
         for name in active:
             known = name in enabled_before
-            if known or (name not in with_schedule and self.trainer.switching.switch(name)):
-                self.manager.hook.on_plugin_enabled(plugin=name, trainer=self.trainer)
-        if self.trainer.step == 0:  # else what is due next is so for the step that comes
+            if known or (name not in with_schedule and self._switching.switch(name)):
+                self._hooks.call("on_plugin_enabled", plugin=name)
+        if self._progress.step == 0:  # else what is due next is so for the step that comes
             self.enable_due()
 
     def enable_due(self) -> bool:
         """Enable and disable what the schedule says for the step that comes next; returns whether
         anything was enabled."""
-        trainer = self.trainer
-        epoch, step = trainer.epoch, trainer.step + 1
+        progress = self._progress
+        epoch, step = progress.epoch, progress.step + 1
         enabled = False
         for name in self.scheduled:
             state = self.manager.records[name].state
-            due = trainer.schedule.should_enable_plugin(
-                name, epoch=epoch, step=step, tokens=trainer.tokens
+            due = self._schedule.should_enable_plugin(
+                name, epoch=epoch, step=step, tokens=progress.tokens
             )
-            if due and state == "dormant" and trainer.switching.switch(name):
+            if due and state == "dormant" and self._switching.switch(name):
                 self.manager.set_state(name, "active")
                 self._note(name, "enabled", epoch, step)
-                with trainer.modes.starting(trainer.model):
-                    self.manager.hook.on_plugin_enabled(plugin=name, trainer=trainer)
+                with self._trained.modes.starting(self._trained.model):
+                    self._hooks.call("on_plugin_enabled", plugin=name)
                 enabled = True
-                # A run that is killed later has been so too.
-                write_manifest(trainer, "running")
+                self._record()  # now: a run that is killed later was enabled too
             elif not due and state == "active":
                 self.manager.set_state(name, "dormant", _DISABLED)
-                trainer.averages.pop(name, None)  # it is not enabled again
+                self._trained.averages.by_plugin.pop(name, None)  # it is not enabled again
                 self._note(name, "disabled", epoch, step)
         return enabled
 
     def tell_parameters(self, start: str) -> None:
         """Log what the annealed parameters of enabled plugins are in the step that comes next, with
         which the ``start`` of something is told."""
-        trainer, schedule = self.trainer, self.trainer.schedule
+        schedule = self._schedule
         told = [
-            f"{name}={trainer.param(name):.4g}"
+            f"{name}={self._parameters.value(name):.4g}"
             for name in schedule.annealed
             if self.manager.records[schedule.params[name]].state == "active"
         ]
@@ -84,7 +101,7 @@ class Enabling:
     def share_quarantines(self) -> None:
         """Quarantine in every process what is quarantined in one of them: the same plugins run
         everywhere, or nowhere. The first process logs the failures that others had alone."""
-        world, records = self.trainer.world, self.manager.records
+        world, records = self._world, self.manager.records
         if world.size == 1:
             return
         failures = [
@@ -107,10 +124,8 @@ class Enabling:
 
     def _note(self, plugin: str, event: str, epoch: int, step: int) -> None:
         log.info("%s %s (epoch %d, step %d)", event, plugin, epoch, step)
-        self.trainer.timeline.append(
-            {"plugin": plugin, "event": event, "epoch": epoch, "step": step}
-        )
+        self._progress.timeline.append(Event(plugin=plugin, event=event, epoch=epoch, step=step))
 
     def _last_event(self, plugin: str) -> str:
-        events = [entry["event"] for entry in self.trainer.timeline if entry["plugin"] == plugin]
+        events = [entry.event for entry in self._progress.timeline if entry.plugin == plugin]
         return events[-1] if events else ""

@@ -4,14 +4,14 @@ frozen (``requires_grad`` is False) and which modules are in eval mode."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
 from apt_core.modeling.transforms import ModelTransform
 from apt_core.torch_state import set_modes
+from apt_core.runs.run_state import Modes
 
 log = logging.getLogger("apt.training")
 
@@ -85,11 +85,11 @@ class ModelModes:
             modes.clear()
             modes.update(carried)
 
-    def state_dict(self, model: nn.Module) -> dict[str, dict[str, bool]]:
-        """What a checkpoint keeps, for :meth:`load_state_dict`."""
+    def state(self, model: nn.Module) -> Modes:
+        """What a checkpoint keeps, for :meth:`load`."""
         now = modes_of(model) if self._saved is None else self._saved
-        return {"at_start": dict(self.at_start), "now": dict(now)}
+        return Modes(at_start=dict(self.at_start), now=dict(now))
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load(self, state: Modes) -> None:
         """Go on from it once the hooks that begin a run were called."""
-        self.at_start, self._saved = dict(state["at_start"]), dict(state["now"])
+        self.at_start, self._saved = dict(state.at_start), dict(state.now)

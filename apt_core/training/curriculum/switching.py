@@ -4,9 +4,7 @@ when a checkpoint is loaded."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -15,6 +13,7 @@ from torch.optim import Optimizer
 from apt_core.data.batches import Batch
 from apt_core.device import is_out_of_memory
 from apt_core.errors import CheckpointError, ConfigError, Problem
+from apt_core.kernel import Kernel
 from apt_core.log import get_logger
 from apt_core.modeling.calling import losses_in_fp32
 from apt_core.modeling.carry import (
@@ -26,53 +25,55 @@ from apt_core.modeling.carry import (
 from apt_core.modeling.seeds import fp32_products
 from apt_core.modeling.structure import HOOK, base_structure, transform_of
 from apt_core.modeling.transforms import ModelTransform
-from apt_core.optim.averages import WeightAverage
+from apt_core.optim.averages import Averages, WeightAverage
 from apt_core.optim.build import build_optimizer
+from apt_core.parallel.world import World
 from apt_core.plugin_records import PluginRecord
+from apt_core.runs.run_state import Progress, Switch
 from apt_core.training.gathering import gathered_dtype
-
-if TYPE_CHECKING:
-    from apt_core.training.trainer import Trainer
+from apt_core.training.prepare import Parts
+from apt_core.training.step.usage import Usage
+from apt_core.training.trained_model import TrainedModel
 
 log = get_logger("apt.training")
 
 
-@dataclass(frozen=True)
-class _Made:
-    """What takes the place of all that holds the parameters of the run's model."""
-
-    optimizer: Optimizer
-    average: WeightAverage | None
-    averages: dict[str, WeightAverage]
-
-
 class Switching:
-    """Applies the transforms of plugins to the run.
+    """Applies the transforms of plugins to the run, and notes them in ``progress``.
 
-    ``switches`` are those that were made, in order, as manifests and checkpoints have them:
-    ``plugin``, the first ``epoch`` and ``step`` of the new structure, ``loss_before`` and
-    ``loss_after`` on a fixed batch of held-out text (nats per token, in fp32), and the plugins that
-    were ``quarantined``, which had no say in the new optimizer. ``making`` is the plugin for
-    which a second model is made, until the run has taken it.
+    ``fixed_batch`` gives the held-out text by whose loss a switch is judged. ``making`` is the
+    plugin for which a second model is made, until the run has taken it.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
+    def __init__(
+        self,
+        kernel: Kernel,
+        parts: Parts,
+        world: World,
+        progress: Progress,
+        trained: TrainedModel,
+        usage: Usage,
+        fixed_batch: Callable[[], Batch],
+    ) -> None:
+        self._kernel, self._manager = kernel, kernel.manager
+        self._device, self._dtype, self._world = parts.device, parts.dtype, world
+        self._steps_per_epoch = parts.plan.steps_per_epoch
+        self._progress, self._trained, self._usage = progress, trained, usage
+        self._fixed_batch = fixed_batch
         self._structure: nn.Module | None = None
-        self.switches: list[dict[str, Any]] = []
         self.making = ""
 
     def switch(self, plugin: str) -> bool:
         """Let ``plugin``, which is due, change the model; False if it failed, in which case nothing
         is changed and it is quarantined in every process. The gradients of the last step go."""
         # The last digits of fp32 tell the old model from the new one.
-        with fp32_products(self._trainer.device, tf32=False):
+        with fp32_products(self._device, tf32=False):
             taken = self._switch(plugin)
         self.making = ""  # not after an exception, which ends the run and is to be explained
         return taken
 
     def _switch(self, plugin: str) -> bool:
-        trainer, manager = self._trainer, self._trainer.manager
+        manager, trained = self._manager, self._trained
         if not manager.implements(plugin, HOOK) or plugin in self.plugins:
             return True
         try:
@@ -87,9 +88,9 @@ class Switching:
             return True
         self.making = plugin
         # Those of the last step are of no use any more, and take room.
-        trainer.optimizer.zero_grad(set_to_none=True)
-        batch = trainer.evaluator.fixed_batch().to(trainer.device)
-        before = fixed_loss(trainer, trainer.model, batch)
+        trained.optimizer.zero_grad(set_to_none=True)
+        batch = self._fixed_batch().to(self._device)
+        before = fixed_loss(trained.model, batch, self._world)
         after = float("nan")
         others = self._others(plugin)
         try:
@@ -101,9 +102,9 @@ class Switching:
             self._restore(others)
             return False
         try:
-            after = fixed_loss(trainer, model, batch)
+            after = fixed_loss(model, batch, self._world)
             # Not "difference > tolerance", of which NaN knows nothing.
-            tolerance = max(transform.tolerance, abs(before) * rounding(trainer.model, model))
+            tolerance = max(transform.tolerance, abs(before) * rounding(trained.model, model))
             if not abs(after - before) <= tolerance:
                 raise ValueError(
                     f"the loss of a fixed batch went from {before:.7g} to {after:.7g}, by more "
@@ -116,27 +117,27 @@ class Switching:
             return False
         # Only now: the activations of the losses and the new state need not be there together.
         try:
-            made = self._make_rest(transform, model)
+            optimizer, averages = self._make_rest(transform, model)
             self._refuse_if_changed(others)
         except (Exception, SystemExit, GeneratorExit) as error:
             self._failed(plugin, others, error)
         if not self._agreed(plugin):
             self._restore(others)
             return False
-        grown = [sum(p.numel() for p in m.parameters()) for m in (trainer.model, model)]
+        grown = [sum(p.numel() for p in m.parameters()) for m in (trained.model, model)]
         # Before the rest: a run that dies in it saves the new model.
         self.making = ""
-        self.switches.append(
-            {
-                "plugin": plugin,
-                "epoch": 1 + trainer.step // trainer.parts.plan.steps_per_epoch,
-                "step": trainer.step + 1,
-                "loss_before": before,
-                "loss_after": after,
-                "quarantined": [r.name for r in self._quarantined()],
-            }
+        self._progress.transforms.append(
+            Switch(
+                plugin=plugin,
+                epoch=1 + self._progress.step // self._steps_per_epoch,
+                step=self._progress.step + 1,
+                loss_before=before,
+                loss_after=after,
+                quarantined=[r.name for r in self._quarantined()],
+            )
         )
-        self._adopt(structure, model, made, transform)
+        self._adopt(structure, model, optimizer, averages, transform)
         log.info(
             "%s changed the model: %s parameters, %s before; loss of a fixed batch %.6f, "
             "%.6f before (%+.1e)",
@@ -149,10 +150,9 @@ class Switching:
         )
         return True
 
-    def check_plugins(self, switches: Sequence[Mapping[str, Any]]) -> None:
+    def check_plugins(self, switches: Sequence[Switch]) -> None:
         """Raise ConfigError where a plugin that made one of ``switches`` is not active."""
-        manager = self._trainer.manager
-        absent = [s["plugin"] for s in switches if not manager.has_plugin(s["plugin"])]
+        absent = [s.plugin for s in switches if not self._manager.has_plugin(s.plugin)]
         if absent:
             raise ConfigError(
                 [
@@ -166,46 +166,45 @@ class Switching:
                 ]
             )
 
-    def replay(self, switches: Sequence[Mapping[str, Any]]) -> None:
+    def replay(self, switches: Sequence[Switch]) -> None:
         """Give the model the structure that it had after ``switches``, whose plugins are active,
         with weights that are to be loaded. Raises CheckpointError where one does not make it
         again."""
-        manager = self._trainer.manager
+        manager = self._manager
         for switch in switches:
-            for name in switch.get("quarantined", []):
+            for name in switch.quarantined:
                 if manager.has_plugin(name):
                     manager.set_state(name, "quarantined", "as in the checkpoint")
-            transform = self._transform(switch["plugin"])
+            transform = self._transform(switch.plugin)
             if transform is None:
-                reason = manager.records[switch["plugin"]].reason
+                reason = manager.records[switch.plugin].reason
                 raise CheckpointError(
-                    f"plugin {switch['plugin']} changed the structure of the checkpoint's model, "
+                    f"plugin {switch.plugin} changed the structure of the checkpoint's model, "
                     f"and does not do so now{f' ({reason})' if reason else ''}"
                 )
             structure, model = self._make_model(transform, carry=False)
-            made = self._make_rest(transform, model, carry=False)
-            self._adopt(structure, model, made, transform)
-            self.switches.append(dict(switch))
+            optimizer, averages = self._make_rest(transform, model, carry=False)
+            self._adopt(structure, model, optimizer, averages, transform)
+            self._progress.transforms.append(switch)
 
     @property
     def plugins(self) -> list[str]:
         """Those that have changed the model, in order."""
-        return [switch["plugin"] for switch in self.switches]
+        return [switch.plugin for switch in self._progress.transforms]
 
     def _transform(self, plugin: str) -> ModelTransform | None:
         """What the plugin makes of a copy of the present structure."""
-        kernel = self._trainer.kernel
         if self._structure is None:
-            self._structure = base_structure(kernel)
-        return transform_of(kernel, plugin, copy.deepcopy(self._structure))
+            self._structure = base_structure(self._kernel)
+        return transform_of(self._kernel, plugin, copy.deepcopy(self._structure))
 
     def _quarantined(self) -> list[PluginRecord]:
-        records = self._trainer.manager.records.values()
+        records = self._manager.records.values()
         return [record for record in records if record.state == "quarantined"]
 
     def _others(self, plugin: str) -> dict[str, tuple[str, str, int]]:
         """State, reason and number of failures of all plugins but this one."""
-        records = self._trainer.manager.records.values()
+        records = self._manager.records.values()
         return {r.name: (r.state, r.reason, len(r.failures)) for r in records if r.name != plugin}
 
     def _refuse_if_changed(self, others: Mapping[str, tuple[str, str, int]]) -> None:
@@ -217,7 +216,7 @@ class Switching:
 
     def _restore(self, others: Mapping[str, tuple[str, str, int]]) -> None:
         """Let plugins go on whose failure was about a model that the run does not get."""
-        manager = self._trainer.manager
+        manager = self._manager
         for name, (state, reason, failures) in others.items():
             record = manager.records[name]
             if record.state != state:
@@ -230,21 +229,21 @@ class Switching:
     ) -> None:
         """Count an error in making or trying the new model as a failure of ``plugin``; raise those
         that are to end the run."""
-        if is_out_of_memory(error) or self._trainer.manager.failures.lets_through(error):
+        if is_out_of_memory(error) or self._manager.failures.lets_through(error):
             raise error
         self._restore(others)
         # A ConfigError of the hook is bad input; here it comes too late to be that.
         told = RuntimeError(str(error)) if isinstance(error, ConfigError) else error
-        self._trainer.manager.failures.fail(plugin, HOOK, told)
+        self._manager.failures.fail(plugin, HOOK, told)
 
     def _agreed(self, plugin: str) -> bool:
         """Is the plugin well in all processes? Where it is not in one, it is quarantined in all."""
-        trainer, record = self._trainer, self._trainer.manager.records[plugin]
+        record = self._manager.records[plugin]
         quarantined = record.state == "quarantined"
-        reasons = trainer.world.gather(record.reason if quarantined else "")
+        reasons = self._world.gather(record.reason if quarantined else "")
         for rank, reason in enumerate(reasons):
             if reason and record.state != "quarantined":
-                trainer.manager.set_state(plugin, "quarantined", f"{reason}, in process {rank}")
+                self._manager.set_state(plugin, "quarantined", f"{reason}, in process {rank}")
         if any(reasons):
             log.warning("the model stays as it is, without what %s would have changed", plugin)
         return not any(reasons)
@@ -253,62 +252,62 @@ class Switching:
         self, transform: ModelTransform, *, carry: bool = True
     ) -> tuple[nn.Module, nn.Module]:
         """The new structure on the meta device, and the model."""
-        trainer, config = self._trainer, self._trainer.config
+        config, old = self._kernel.config, self._trained.model
         structure = copy.deepcopy(transform.model)
         faults: list[Exception] = []
         model = materialize(
             transform,
-            trainer.model,
+            old,
             carry=carry,
             faults=faults,
             seed=config.training.seed,
             num_layers=config.model.num_layers,
-            device=trainer.device,
-            world=trainer.world,
+            device=self._device,
+            world=self._world,
             gathered=lambda new: gathered_dtype(
-                trainer.kernel, new, trainer.device, trainer.parts.dtype, trainer.world
+                self._kernel, new, self._device, self._dtype, self._world
             ),
         )
         if faults:
             raise faults[0]
-        carry_frozen(transform, trainer.model, model)
+        carry_frozen(transform, old, model)
         return structure, model
 
     def _make_rest(
         self, transform: ModelTransform, model: nn.Module, *, carry: bool = True
-    ) -> _Made:
-        trainer, kernel = self._trainer, self._trainer.kernel
+    ) -> tuple[Optimizer, Averages]:
+        """What takes the place of all else that holds the parameters of the run's model."""
+        kernel, trained = self._kernel, self._trained
         faults: list[Exception] = []
         optimizer = build_optimizer(kernel, model)
         if carry:
             name = kernel.config.training.optimizer_name
-            moments = trainer.registry.get("optimizer", name).moments
+            moments = kernel.registry.get("optimizer", name).moments
             carry_optimizer_state(
-                transform, trainer.model, trainer.optimizer, model, optimizer, moments, faults
+                transform, trained.model, trained.optimizer, model, optimizer, moments, faults
             )
 
         def moved(average: WeightAverage) -> WeightAverage:
             values = carry_average(transform, average.values, model, faults) if carry else None
             return WeightAverage(model, average.decay, warmup=average.warmup, values=values)
 
-        made = _Made(
-            optimizer,
-            None if trainer.ema is None else moved(trainer.ema),
-            {plugin: moved(average) for plugin, average in trainer.averages.items()},
-        )
+        averages = trained.averages.moved(moved)
         if faults:
             raise faults[0]
-        return made
+        return optimizer, averages
 
     def _adopt(
-        self, structure: nn.Module, model: nn.Module, made: _Made, transform: ModelTransform
+        self,
+        structure: nn.Module,
+        model: nn.Module,
+        optimizer: Optimizer,
+        averages: Averages,
+        transform: ModelTransform,
     ) -> None:
-        trainer = self._trainer
         self._structure = structure
-        trainer.modes.carry(transform, trainer.model)
-        trainer.ema, trainer.averages = made.average, made.averages
-        trainer.switch_to(model, made.optimizer)
-        trainer.step_log.structure_changed(transform.added_flops)
+        self._trained.modes.carry(transform, self._trained.model)
+        self._trained.replace(model, optimizer, averages)
+        self._usage.add_flops(transform.added_flops)
 
 
 def rounding(*models: nn.Module) -> float:
@@ -318,12 +317,12 @@ def rounding(*models: nn.Module) -> float:
     return max(0.0 if dtype is None else torch.finfo(dtype).eps for dtype in dtypes)
 
 
-def fixed_loss(trainer: Trainer, model: nn.Module, batch: Batch) -> float:
+def fixed_loss(model: nn.Module, batch: Batch, world: World) -> float:
     """The mean cross-entropy of ``batch`` in nats per token, computed in eval mode and in fp32, or
     in the type in which FSDP2 gathers the layers."""
     try:
         losses = losses_in_fp32(model, batch)
     finally:
-        trainer.world.reshard(model)
+        world.reshard(model)
     # The last digits of a sum in fp32 are what is to be compared.
     return float(losses.cpu().double().sum() / batch.num_targets)

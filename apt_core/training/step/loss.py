@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from apt_core.data.batches import Batch
 from apt_core.metric_names import of_term
+from apt_core.training.hooks import TrainerHooks
 from apt_core.types import ModelOutput
-
-if TYPE_CHECKING:
-    from apt_core.training.trainer import Trainer
 
 
 def loss_terms(
-    trainer: Trainer, batch: Batch, output: ModelOutput | None
+    hooks: TrainerHooks, batch: Batch, output: ModelOutput | None
 ) -> Iterator[tuple[str, Tensor]]:
     """``(loss/<plugin>.<name>, 0-d tensor)`` of every term. ``output`` may be None where none of
     the plugins reads it."""
-    for plugin, terms in trainer.manager.call_each(
-        "apt_loss_terms", trainer=trainer, batch=batch, output=output
-    ):
+    for plugin, terms in hooks.call_each("apt_loss_terms", batch=batch, output=output):
         for name, term in terms.items():
             yield of_term(plugin, name), term
 

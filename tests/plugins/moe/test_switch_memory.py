@@ -39,7 +39,9 @@ def counted(monkeypatch):
     def counting(self, plugin):
         trainer = self._trainer
         states = [state.values() for state in trainer.optimizer.state.values()]
-        averages = trainer.ema.values.values() if trainer.ema else ()
+        averages = (
+            trainer.trained.averages.ema.values.values() if trainer.trained.averages.ema else ()
+        )
         kept = [*trainer.model.parameters(), *trainer.model.buffers(), *averages]
         kept += [value for values in states for value in values if isinstance(value, torch.Tensor)]
         found["kernel"], found["lasting"] = trainer.kernel, count_bytes(kept)

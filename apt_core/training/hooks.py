@@ -1,0 +1,28 @@
+"""Calls of the hooks that get the trainer, for its helpers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from apt_core.plugin_manager import PluginManager
+
+
+class TrainerHooks:
+    """Calls hooks of ``manager`` with ``trainer``, which helpers of the trainer only hand on."""
+
+    def __init__(self, manager: PluginManager, trainer: object) -> None:
+        self.manager = manager
+        self._trainer = trainer
+
+    def call(self, name: str, **arguments: Any) -> Any:
+        """Call the hook of all plugins; returns what the manager makes of their results."""
+        return getattr(self.manager.hook, name)(trainer=self._trainer, **arguments)
+
+    def call_each(self, name: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
+        """Call the hook of each plugin; yields its name with what it returned."""
+        yield from self.manager.call_each(name, trainer=self._trainer, **arguments)
+
+    def call_plugin(self, plugin: str, name: str, **arguments: Any) -> Any:
+        """Call the hook of one plugin."""
+        return self.manager.call_plugin(plugin, name, trainer=self._trainer, **arguments)

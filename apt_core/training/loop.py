@@ -1,0 +1,357 @@
+"""The training loop: epochs, steps, and what is due between them."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass, field
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from apt_core.config import Config
+from apt_core.device import autocast
+from apt_core.errors import TrainingError
+from apt_core.plain_values import MAX_FACTOR
+from apt_core.hookspecs import MICRO_BATCH_HOOKS, hooks_where
+from apt_core.kernel import Kernel
+from apt_core.log import get_logger
+from apt_core.metric_names import CROSS_ENTROPY
+from apt_core.modeling.blame import usable_factor
+from apt_core.modeling.compilation import readers_of_outputs
+from apt_core.modeling.modes import eval_mode
+from apt_core.modeling.seeds import ModelSeeds
+from apt_core.monitor import ProgressDisplay
+from apt_core.parallel.world import World
+from apt_core.torch_state import TorchWatch
+from apt_core.runs.folder import RunFolder
+from apt_core.runs.run_state import Progress
+from apt_core.training.curriculum.enabling import Enabling
+from apt_core.training.due import Due
+from apt_core.training.evaluating import Evaluator
+from apt_core.training.hooks import TrainerHooks
+from apt_core.training.prepare import Parts
+from apt_core.training.saving import Saving
+from apt_core.training.step.callbacks import Callbacks
+from apt_core.training.step.clock import StepClock
+from apt_core.training.step.gradients import name_bad_gradients
+from apt_core.training.step.log import StepLog
+from apt_core.training.step.loss import loss_terms, without_gradients
+from apt_core.training.step.parameters import ScheduledParameters
+from apt_core.training.step.usage import Usage
+from apt_core.training.stopping import Stopping
+from apt_core.training.trained_model import TrainedModel
+
+log = get_logger("apt.training")
+
+KEEP_MODES = hooks_where(lambda policy: policy.in_step and not policy.sets_modes)
+"""Hooks of every step that are to leave the modes of modules alone."""
+
+
+@dataclass
+class Loop:
+    """Trains from the position that ``progress`` has to the end of the run.
+
+    ``trainer`` is what hooks get, and is only handed on.
+    """
+
+    _: KW_ONLY
+    trainer: object
+    kernel: Kernel
+    parts: Parts
+    world: World
+    progress: Progress
+    trained: TrainedModel
+    total_steps: int
+    parameters: ScheduledParameters
+    enabling: Enabling
+    evaluator: Evaluator
+    saving: Saving
+    stopping: Stopping
+    due: Due
+    folder: RunFolder
+    callbacks: Callbacks
+    watch: TorchWatch | None
+    clock: StepClock
+    usage: Usage
+    step_log: StepLog
+    display: ProgressDisplay
+
+    in_step: bool = field(default=False, init=False)
+    """Have some of the hooks of a step been called, and not all?"""
+    updating: bool = field(default=False, init=False)
+    """Are the weights being changed? What is there then is of no step."""
+    step_void: bool | Tensor = field(default=False, init=False)
+    """Was the newest step not finite, and so changed nothing? 0-d where the device alone knows."""
+    terms: dict[str, Tensor] = field(default_factory=dict, init=False)
+    """The loss terms of the step at hand."""
+    row_due: tuple[Tensor, Tensor, float, dict[str, Tensor]] | None = field(
+        default=None, init=False
+    )
+    """What the row of metrics of the newest step is made of, where it is to have one."""
+
+    def __post_init__(self) -> None:
+        self.config: Config = self.kernel.config
+        self.manager = self.kernel.manager
+        self.hooks = TrainerHooks(self.manager, self.trainer)
+
+    def run(self) -> None:
+        """Take the steps that are left. Raises what ends a run."""
+        training, world, progress = self.config.training, self.world, self.progress
+        plan, hook, device, clock = (
+            self.parts.plan,
+            self.manager.hook,
+            self.parts.device,
+            self.clock,
+        )
+        watch, trained, trainer = self.watch, self.trained, self.trainer
+        dtype, due = self.parts.dtype, self.due
+        seeds = ModelSeeds(device, training.seed, world.rank)
+        first_epoch, first_index = divmod(progress.step, plan.steps_per_epoch)
+        self.usage.start_training()
+        if due.ends():
+            return
+        if due.evaluates_again():
+            if due.ends_epoch():
+                self.end_epoch(first_epoch)
+            else:
+                self.evaluate(everything=False)
+                if self._save_due():
+                    self._save()
+
+        zero = torch.zeros((), device=device)
+        scaled = 0  # the number of targets that ``scale`` is for
+        torch.set_grad_enabled(True)
+        if watch is not None:
+            watch.expect(trained.model)
+        for epoch in range(first_epoch + 1, training.max_epochs + 1):
+            if due.ends():
+                return
+            progress.epoch = epoch
+            self.parameters.begin(progress.step + 1)
+            self.in_step = True
+            self.enabling.enable_due()
+            self.enabling.tell_parameters(f"epoch {epoch}")
+            hook.on_epoch_start(epoch=epoch, trainer=trainer)
+
+            for index in range(first_index, plan.steps_per_epoch):
+                if due.ends():
+                    return
+                step = progress.step + 1
+                logged = step % training.log_every_steps == 0 or step == self.total_steps
+                self.manager.step = step
+                self.parameters.begin(step)
+                self.in_step = True
+                self.manager.plans.timing = logged or clock.every_step
+                if self.enabling.enable_due():
+                    self.enabling.tell_parameters(f"step {step}")
+                clock.start(sampling=logged)
+                batches = [batch.to(device) for batch in plan.step_batches(epoch, index)]
+                targets = plan.step_targets(epoch, index)
+                clock.lap("data")
+                if watch is not None:
+                    watch.begin_step()
+                    if not watch.modes_unchanged():
+                        self.manager.failures.left_behind(watch.put_back(), KEEP_MODES)
+                # To call what nobody implements takes ten times as long as to ask.
+                if hook.on_step_start.get_hookimpls():
+                    hook.on_step_start(step=step, batch=list(batches), trainer=trainer)
+                self.settle_process()
+                clock.lap("hooks")
+
+                self.callbacks.guard(trained.model, trained.optimizer)
+                together, gradients = trained.gradient_sum, trained.gradients
+                if together is not None:
+                    together.begin()
+                if targets != scaled:
+                    # Gradients are averaged over the processes, and are to be their sum.
+                    scale, scaled = torch.full((), world.size / targets, device=device), targets
+                total = entropy = zero
+                terms = self.terms = {}
+                adding = bool(hook.apt_loss_terms.get_hookimpls())
+                outputs = adding and bool(readers_of_outputs(hook))
+                gradients.clear()
+                for micro, batch in enumerate(batches):
+                    seeds.seed(step, micro)
+                    last = micro + 1 == len(batches)
+                    if together is not None:
+                        together.expect(last=last)
+                    with trained.casts.used(dtype), autocast(device, dtype):
+                        summed, output = trained.forward(batch, outputs=outputs, again=seeds.again)
+                    if last:
+                        trained.casts.forget()  # from here on the backward lets go of them
+                    if logged:
+                        entropy = entropy + summed.detach()
+                    for name, term in loss_terms(self.hooks, batch, output) if adding else ():
+                        if not batch.num_targets:  # padding, of which a mean may be no number
+                            summed = summed + without_gradients(term)
+                            continue
+                        term = batch.num_targets * term
+                        summed = summed + term
+                        terms[name] = terms.get(name, zero) + term.detach()
+                    if adding and watch is not None and not watch.settled():
+                        self.manager.failures.left_behind(watch.put_back(), MICRO_BATCH_HOOKS)
+                    if not summed.requires_grad:
+                        raise TrainingError(f"step {step}: every parameter of the model is frozen")
+                    summed.backward(scale)
+                    total = total + summed.detach() if micro else summed.detach()
+                    del output, summed  # before the next forward takes as much memory
+                loss = total * scale
+                self.terms = {}  # what fails from here on is not theirs
+                if together is not None:
+                    loss, stopping = together.finish(step, loss, self.stopping.wanted)
+                    if logged:
+                        together.require_all()
+                    if logged or device.type == "cpu":
+                        self.stopping.agreed = bool(stopping.item())
+                clock.lap("forward_backward")
+                if hook.on_backward_end.get_hookimpls():
+                    hook.on_backward_end(step=step, trainer=trainer)
+                clock.lap("hooks")
+
+                grad_norm = gradients.clip()
+                factor = self.parts.lr_schedule.factor(
+                    step, self.total_steps, training.warmup_steps, training.min_lr_ratio
+                )
+                if not (type(factor) is float and 0.0 <= factor <= MAX_FACTOR):
+                    factor = usable_factor(self.kernel, factor)
+                for group in trained.optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * factor
+                if self.config.debug.check_gradients:
+                    name_bad_gradients(trained.model, grad_norm, step)
+                self.updating = True
+                self.row_due = None
+                if logged:
+                    shares = {CROSS_ENTROPY: entropy * scale}
+                    shares |= {name: term * scale for name, term in terms.items()}
+                    self.row_due = loss, grad_norm, training.learning_rate * factor, shares
+                void = self.step_void = trained.guard.step(step, loss, grad_norm)
+                progress.step, progress.tokens = step, progress.tokens + targets
+                averages = trained.averages
+                if averages.ema is not None:
+                    averages.ema.update(step, void)
+                for plugin, average in averages.by_plugin.items():
+                    if self.manager.records[plugin].state == "active":
+                        average.update(step, void)
+                self.updating = False
+                clock.lap("optimizer")
+                self.usage.throughput.add(targets)
+                if hook.on_step_end.get_hookimpls():
+                    hook.on_step_end(step=step, loss=loss, trainer=trainer)
+                self.in_step = False
+                clock.lap("hooks")
+
+                self.stopping.check_limits(step)
+                if self.row_due is not None:
+                    row = self.step_log.write(*self.row_due)
+                    self.display.update(step, epoch, row)
+                    self.manager.failures.settle()
+                    self.enabling.share_quarantines()
+                    self.saving.poll()
+                if due.ends():
+                    return  # what is due at this step may take long, and comes after the checkpoint
+                ends_epoch = index + 1 == plan.steps_per_epoch
+                if due.evaluates() and not ends_epoch:
+                    self.evaluate(everything=False)
+                if not ends_epoch and self._save_due():
+                    self._save()
+
+            first_index = 0
+            self.end_epoch(epoch)
+
+    def settle_process(self, *, whole: bool = False) -> None:
+        """Put back what the hooks of a step have left changed and is looked for once a step, or
+        before something else is computed: then the ``whole`` of it."""
+        watch = self.watch
+        if watch is None or not watch.stepping or (not whole and watch.settled()):
+            return
+        if left := watch.put_back():
+            self.manager.failures.left_behind(left)
+
+    def end_epoch(self, epoch: int) -> None:
+        """Evaluate, tell, save. A stop before the evaluation is done leaves the epoch open, and a
+        resume ends it."""
+        scores = self.evaluate(everything=True)
+        if not scores:
+            return
+        training, metrics, step = self.config.training, self.progress.metrics, self.progress.step
+        log.info(
+            "Epoch %d/%d: loss=%.3f%s  held out: loss=%.3f ppl=%.2f bits/byte=%.3f",
+            epoch,
+            training.max_epochs,
+            metrics.get(CROSS_ENTROPY, float("nan")),
+            "" if metrics.get("step") == step else f" (step {metrics.get('step')})",
+            scores["val_loss"],
+            scores["val_ppl"],
+            scores["val_bpb"],
+        )
+        self.progress.ended_epochs = epoch
+        self.manager.hook.on_epoch_end(epoch=epoch, trainer=self.trainer)
+        if (training.save_freq and epoch % training.save_freq == 0) or self._save_due():
+            self._save()
+
+    def evaluate(self, *, everything: bool, final: bool = False) -> dict[str, float]:
+        """Score the held-out text, or a few batches of it, and tell of the result; ``final`` says
+        that only the end of the run asks for it. Empty when the run was told to stop meanwhile."""
+        self.settle_process(whole=True)
+        self.trained.require_all_processes()
+        self.usage.pause()
+        with eval_mode(self.trained.model):
+            scores = self._scores(everything=everything, final=final)
+        self.usage.throughput.resume()
+        return scores
+
+    def _scores(self, *, everything: bool, final: bool) -> dict[str, float]:
+        progress, hook = self.progress, self.manager.hook
+        hook.on_evaluation_start(trainer=self.trainer)
+        self.callbacks.guard(self.trained.model, self.trained.optimizer)
+        evaluation = self.evaluator.evaluate(everything=everything)
+        if evaluation is None:
+            return {}
+        scores, loss = evaluation.scores, evaluation.scores["val_loss"]
+        if not isfinite(loss):
+            log.warning("the loss on the held-out text is %s after step %d", loss, progress.step)
+        if everything:
+            progress.scores = {"step": progress.step, **scores}
+        if progress.step > 0:
+            self.stopping.judge(evaluation.watched_loss, progress.step, final=final)
+            self.saving.note_evaluation(evaluation.watched_loss, dict(scores) if everything else {})
+        position = {"step": progress.step, "epoch": progress.epoch, "tokens": progress.tokens}
+        row = {**position, **scores}
+        progress.metrics = {**progress.metrics, **scores, "val_step": progress.step}
+        self.folder.write_metrics(row)
+        try:
+            hook.on_evaluation_end(trainer=self.trainer, metrics=dict(scores))
+        finally:
+            if self.world.is_first:
+                hook.on_metrics(metrics=dict(row), step=progress.step)
+        return scores
+
+    def _save_due(self) -> bool:
+        return self.due.saves() or self.saving.finds_best()
+
+    def _save(self) -> None:
+        self.trained.require_known_parameters()
+        self.usage.pause()
+        self.saving.save()
+        self.usage.throughput.resume()
+
+    def take_back_lost_steps(self) -> None:
+        """Go back to the last step in which all processes took part: the host may be some steps
+        ahead of it, and what came after has changed neither weights nor averages.
+
+        Raises TrainingError where a plugin was enabled meanwhile, whose parts are there already.
+        """
+        together, progress, plan = self.trained.gradient_sum, self.progress, self.parts.plan
+        first = None if together is None else together.first_lost()
+        if first is None or first > progress.step:
+            return
+        lost = range(first, progress.step + 1)
+        self.trained.guard.forget(len(lost))
+        for step in lost:
+            epoch, index = divmod(step - 1, plan.steps_per_epoch)
+            progress.tokens -= plan.step_targets(epoch + 1, index)
+        progress.step = first - 1
+        progress.epoch = 1 + max(0, progress.step - 1) // plan.steps_per_epoch
+        self.in_step, self.row_due = True, None  # plugins have seen the steps
+        if any(event.step in lost for event in progress.timeline):
+            raise TrainingError("plugins were enabled in a step that not all processes have taken")

@@ -1,0 +1,248 @@
+"""The life of a run around its loop: how it starts, ends and fails."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from apt_core.device import is_out_of_memory
+from apt_core.errors import CheckpointError, PluginError, ProcessLostError, StopTraining
+from apt_core.error_text import one_line, text_of
+from apt_core.log import get_logger
+from apt_core.modeling.blame import attributed
+from apt_core.planning.memory import out_of_memory
+from apt_core.training.curriculum.switching import Switching
+from apt_core.training.diverging import diverged, void_steps
+from apt_core.training.loop import Loop
+from apt_core.training.manifest_writer import ManifestWriter
+from apt_core.training.opening import log_start
+
+log = get_logger("apt.training")
+
+
+@dataclass
+class RunResult:
+    """How a run ended. ``status`` is finished, stopped (by a plugin) or interrupted (by a signal);
+    ``figures`` holds the final losses, ``sample`` the continuation."""
+
+    status: str
+    step: int
+    epoch: int
+    tokens: int
+    figures: dict[str, float]
+    folder: Path
+    sample: str = ""
+    reason: str = ""
+    exit_code: int = 0
+
+
+class Run:
+    """One run, from its first hook to its last.
+
+    ``held`` are the bytes that the process holds beside the run, ``resumed`` says whether the run
+    goes on from a checkpoint.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        switching: Switching,
+        manifest: ManifestWriter,
+        *,
+        held: int,
+        resumed: bool,
+    ) -> None:
+        self._loop, self._switching, self._manifest = loop, switching, manifest
+        self._kernel, self._config, self._manager = loop.kernel, loop.config, loop.manager
+        self._world, self._progress, self._trained = loop.world, loop.progress, loop.trained
+        self.saving, self._stopping, self.folder = loop.saving, loop.stopping, loop.folder
+        self._held, self._first_step = held, loop.progress.step
+        self._resumed_step = self._first_step if resumed else None
+
+    def run(self) -> RunResult:
+        """Start, train, end. Raises what ends the run, once a checkpoint of the last whole step is
+        written."""
+        loop, trained = self._loop, self._trained
+        self.folder.write_profile(self._config.to_yaml())
+        self.folder.begin_manifest()
+        self._manifest.write("running")
+        if self._world.is_first:
+            log_start(self._kernel, loop.parts, self._world, trained, self.folder)
+        loop.usage.start()
+        try:
+            try:
+                loop.enabling.announce()
+                self._manager.hook.on_training_start(trainer=loop.trainer)
+                self._manager.failures.settle()
+                trained.modes.started(trained.model)
+                trained.require_known_parameters()
+                if self._progress.step == 0:
+                    self._progress.start_scores = loop.evaluate(everything=False)
+                loop.display.start(self._progress.step)
+                loop.run()
+            except StopTraining as stop:
+                self._stopping.request(stop.reason)
+            finally:
+                loop.display.stop()
+            return self._finish()
+        except BaseException as error:
+            known: BaseException
+            if is_out_of_memory(error) and not isinstance(error, PluginError):
+                trained.gradients.clear()
+                known = out_of_memory(
+                    error,
+                    f"in step {self._progress.step + 1}",
+                    self._kernel,
+                    self._world,
+                    loop.parts.device,
+                    self._held,
+                    switched_by=self._switching.plugins,
+                    switching=self._switching.making,
+                )
+            else:
+                begun = loop.updating and self._progress.step == self._resumed_step
+                known = attributed(self._kernel, error, () if begun else loop.terms)
+                if begun and known is error and isinstance(error, Exception):
+                    known = CheckpointError(
+                        f"the optimizer failed in its first step with what the checkpoint of step "
+                        f"{self._progress.step} holds of it: {one_line(error)}"
+                    )
+            self._die(known)
+            if known is error:
+                raise
+            raise known from error
+
+    def _finish(self) -> RunResult:
+        """Save and evaluate what was not yet, tell the plugins, show a sample, sum up.
+
+        Whoever has set the run a limit may kill it now: the checkpoint comes first.
+        """
+        loop, trained = self._loop, self._trained
+        loop.settle_process(whole=True)
+        if loop.watch is not None:
+            loop.watch.stepping = False
+        trained.require_all_processes()
+        loop.step_log.tell_skipped()
+        loop.usage.pause()
+        trained.require_known_parameters()
+        self.saving.save_unjudged()
+        # A plugin that asks to stop in what follows ends its own stage, not the others.
+        if not self._interrupted():
+            if loop.due.ends_epoch():
+                try:
+                    loop.end_epoch(self._progress.epoch)
+                except StopTraining as stop:
+                    self._stopping.request(stop.reason)
+            elif self._progress.scores.get("step") != self._progress.step:
+                with suppress(StopTraining):
+                    loop.evaluate(everything=True, final=True)
+        self.saving.save_last()
+        self._require_finite_end()
+        sample = ""
+        loop.callbacks.guard(trained.model, trained.optimizer)
+        if not self._interrupted():
+            with suppress(StopTraining):
+                sample = loop.evaluator.sample()
+        if self._progress.step == self._first_step:
+            sample = sample or self.folder.ended.get("sample", "")
+        reason = next(filter(None, self._world.gather(self._stopping.reason)), "")
+        exit_code = self._interrupted()
+        status = "interrupted" if exit_code else "stopped" if reason else "finished"
+        result = RunResult(
+            status=status,
+            step=self._progress.step,
+            epoch=self._progress.epoch,
+            tokens=self._progress.tokens,
+            figures=self._figures(),
+            folder=self.folder.path,
+            sample=sample,
+            reason=reason,
+            exit_code=exit_code,
+        )
+        self._manifest.write(status, figures=result.figures, sample=sample, reason=reason)
+        with suppress(StopTraining):
+            self._manager.hook.on_training_end(trainer=loop.trainer)
+        with suppress(StopTraining):
+            self._manager.failures.settle()
+        # What failed at the end in another process is told too, or ends this one.
+        loop.enabling.share_quarantines()
+        self._manifest.write(status)
+        return result
+
+    def _require_finite_end(self) -> None:
+        """Raise DivergedError for a run of which nobody should go on with the result."""
+        training, scores = self._config.training, self._progress.scores
+        loss = scores.get("val_loss", 0.0)
+        if scores.get("step") == self._progress.step > 0 and not isfinite(loss):
+            what = f"the loss on the held-out text is {loss} after step {self._progress.step}"
+            raise diverged(training, self.folder, what)
+        in_a_row = self._trained.guard.in_a_row
+        if in_a_row > 1 and self._progress.step >= self._loop.total_steps:
+            raise void_steps(
+                training,
+                self.folder,
+                f"the run ended in {in_a_row} steps in a row that had a loss or gradient that is "
+                f"not finite, the last one step {self._progress.step}",
+                self._progress.metrics,
+            )
+
+    def _interrupted(self) -> int:
+        """The exit code that a signal to any of the processes gives the run, or 0 without one."""
+        return max(self._world.gather(self._stopping.interrupts.exit_code))
+
+    def _die(self, error: BaseException) -> None:
+        """The run ends by ``error``: keep what can be kept and tell the plugins."""
+        loop, trained, progress = self._loop, self._trained, self._progress
+        if isinstance(error, KeyboardInterrupt):
+            log.warning("interrupted")
+        if isinstance(error, ProcessLostError):
+            self._world.liveness.give_up()
+        averaging = not all(average.is_apart for average in trained.averages.all)
+        whole = not (loop.updating or averaging or trained.unknown_parameters())
+        if whole and progress.step > 0:
+            try:
+                # No resume takes this step again. Of several processes the others are elsewhere.
+                if (
+                    loop.row_due
+                    and self._progress.metrics.get("step") != self._progress.step
+                    and self._world.size == 1
+                ):
+                    loop.step_log.write(*loop.row_due)
+            except BaseException as failure:
+                log.error("no row of step %d: %s", progress.step, one_line(failure))
+            try:
+                loop.take_back_lost_steps()
+                if progress.step:
+                    self.saving.save_in_emergency(in_step=loop.in_step)
+            except BaseException as failure:  # whatever it is, the manifest comes next
+                text = one_line(failure)
+                log.error(
+                    "no checkpoint of step %d could be written: %s", self._progress.step, text
+                )
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        self._manifest.write(status, figures=self._figures(), error=text_of(error))
+        try:
+            self._manager.failures.settle()
+            self._manager.hook.on_exception(error=error, trainer=loop.trainer)
+        except BaseException as failure:
+            log.error("%s", one_line(failure))
+        self._manifest.write(status)
+
+    def _figures(self) -> dict[str, float]:
+        """Losses come with the step that they are of, which may be before the last one."""
+        names, progress = {"step": "val_step"}, self._progress
+        final = {names.get(key, key): value for key, value in progress.scores.items()}
+        start = {f"{key}_start": value for key, value in progress.start_scores.items()}
+        train: dict[str, Any] = {}
+        if "loss" in progress.metrics:
+            train = {"loss": progress.metrics["loss"], "loss_step": progress.metrics["step"]}
+        counts = {
+            "skipped_steps": self._trained.guard.known,
+            "failed_checkpoints": len(self.saving.failures),
+        }
+        happened = {name: count for name, count in counts.items() if count}
+        usage = self._loop.usage.figures(self.folder.ended.get("figures", {}))
+        return {**usage, **happened, **train, **start, **final}

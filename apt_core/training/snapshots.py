@@ -1,0 +1,145 @@
+"""All that a checkpoint holds, as the run is at a position."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from apt_core.error_text import one_line
+from apt_core.hookspecs import hooks_where
+from apt_core.kernel import Kernel
+from apt_core.log import get_logger
+from apt_core.parallel.world import World
+from apt_core.runs.checkpoint import Evaluated, Snapshot, inventory
+from apt_core.runs.folder import now, versions
+from apt_core.runs.manifest import plugin_rows
+from apt_core.runs.run_state import Average, Progress, RunState
+from apt_core.runs.state_tensors import (
+    model_tensors,
+    optimizer_groups,
+    optimizer_tensors,
+    split_states,
+)
+from apt_core.training.hooks import TrainerHooks
+from apt_core.training.host_copies import HostCopies
+from apt_core.training.prepare import Parts
+from apt_core.training.step.usage import Usage
+from apt_core.training.stopping import Stopping
+from apt_core.training.trained_model import TrainedModel
+
+log = get_logger("apt.checkpoint")
+
+REPLAYED = hooks_where(lambda policy: policy.replayed)
+
+
+class Snapshots:
+    """Takes snapshots of the run: copies, which nothing changes as the run goes on."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        parts: Parts,
+        world: World,
+        progress: Progress,
+        trained: TrainedModel,
+        stopping: Stopping,
+        usage: Usage,
+        hooks: TrainerHooks,
+        watched: str,
+    ) -> None:
+        self._kernel, self._parts, self._world = kernel, parts, world
+        self._progress, self._trained = progress, trained
+        self._stopping, self._usage, self._hooks = stopping, usage, hooks
+        self._watched = watched
+        self._sharded = world.sharding == "fsdp"
+        mesh = init_device_mesh("cpu", (world.size,)) if self._sharded else None
+        # Of several processes that hold the same, one saves.
+        self._copies = HostCopies(mesh, world.on_this_machine if self._sharded else 1)
+
+    def take(
+        self, evaluated: Evaluated | None, *, emergency: bool = False, in_step: bool = False
+    ) -> Snapshot:
+        """The run as it is, with what an evaluation of it gave. In an ``emergency``, as the run
+        dies, it is taken without what cannot be had; ``in_step`` says that plugins may have seen a
+        part of a step by then."""
+        kernel = self._kernel
+        try:
+            states, plugin_tensors = split_states(self._hooks.call_each("apt_state_dict"))
+        except BaseException as error:  # the run is ending: no reason is left to let it pass
+            if not emergency:
+                raise
+            log.error("the checkpoint is without the state of plugins: %s", one_line(error))
+            states, plugin_tensors = {}, {}
+        tensors: dict[str, dict[str, Tensor]] = {}
+        if self._world.is_first or self._sharded:
+            model, optimizer = self._trained.model, self._trained.optimizer
+            kept: dict[str, Mapping[str, Tensor]] = {
+                "model": model_tensors(model),
+                "optimizer": optimizer_tensors(model, optimizer),
+                **self._trained.averages.named,
+            }
+            # Those of the checkpoint before are written: its memory is taken.
+            tensors = self._copies.of(kept)
+        state = json.dumps(self._state(states, tensors).to_json(), indent=1, ensure_ascii=False)
+        return Snapshot(
+            step=self._progress.step,
+            tensors=tensors,
+            plugins=plugin_tensors,
+            state=state + "\n",
+            profile=kernel.config.to_yaml(),
+            manifest={
+                **({"in_step": self._kept_in_step()} if in_step else {}),
+                "written": now(),
+                "versions": versions(),
+                "providers": [row.row() for row in kernel.registry.resolutions.values()],
+                "plugins": plugin_rows(kernel),
+                "sound": self._trained.guard.in_a_row == 0,
+            },
+            evaluated=evaluated,
+        )
+
+    def _state(self, plugins: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> RunState:
+        parts, trained = self._parts, self._trained
+        averages = trained.averages
+        return RunState.of(
+            self._progress,
+            windows_per_step=parts.plan.windows_per_step,
+            nonfinite_steps=trained.guard.state(),
+            modes=trained.modes.state(trained.model),
+            spent=self._usage.spent,
+            stopping=self._stopping.state(self._watched),
+            precision=str(parts.dtype or torch.float32),
+            data_sha256=parts.data["sha256"],
+            tokens_sha256=parts.data["tokens_sha256"],
+            plugins=plugins,
+            plugin_records=self._kernel.manager.failures.state_dict(),
+            optimizer_groups=optimizer_groups(trained.model, trained.optimizer),
+            averages=[
+                Average(plugin=plugin, decay=average.decay, asked=averages.asked.get(plugin))
+                for plugin, average in averages.by_plugin.items()
+            ],
+            tensors={
+                name: inventory({k: (v.shape, v.dtype) for k, v in part.items()})
+                for name, part in tensors.items()
+            },
+        )
+
+    def _kept_in_step(self) -> list[str]:
+        """Active plugins whose state is of the middle of a step: it is saved nevertheless, for the
+        weights are worth more than that a resume gives the same bits."""
+        manager = self._kernel.manager
+        kept = {call.plugin for call in manager.order("apt_state_dict")}
+        moved = {call.plugin for hook in REPLAYED for call in manager.order(hook)}
+        plugins = sorted(kept & moved)
+        if plugins:
+            log.warning(
+                "this checkpoint was written in the middle of a step, of which %s may have seen a "
+                "part: a resume from it is not bit-exact",
+                ", ".join(plugins),
+            )
+        return plugins

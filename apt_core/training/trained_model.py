@@ -1,0 +1,136 @@
+"""The model that a run trains, and all that holds its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from apt_core.errors import TrainingError
+from apt_core.kernel import Kernel
+from apt_core.modeling.casts import KeptCasts
+from apt_core.optim.averages import Averages, WeightAverage
+from apt_core.parallel.gradient_sum import GradientSum
+from apt_core.parallel.world import World, local_part
+from apt_core.torch_state import TorchWatch
+from apt_core.training.curriculum.model_modes import ModelModes
+from apt_core.training.diverging import listed, names_not_finite
+from apt_core.training.prepare import Built, loop_forward
+from apt_core.training.step.finite_guard import FiniteGuard
+from apt_core.training.step.gradients import Gradients
+
+
+class TrainedModel:
+    """``model`` and ``optimizer``, with what is made for them: a switch replaces all together.
+
+    ``forward`` computes the model, compiled or not; ``averages`` are those of its weights,
+    ``guard`` leaves out steps that are not finite, ``gradient_sum`` adds the gradients of several
+    processes (None in a run of one), ``modes`` are what plugins froze or put into eval mode.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        built: Built,
+        device: torch.device,
+        world: World,
+        watch: TorchWatch | None,
+    ) -> None:
+        self._kernel, self._world, self._watch = kernel, world, watch
+        self._device = device
+        self._training = kernel.config.training
+        self.modes = ModelModes()
+        self._take(built)
+        decay = self._training.ema_decay
+        self.averages = Averages(None if decay is None else WeightAverage(self.model, decay))
+
+    def _take(self, built: Built) -> None:
+        self.model, self.optimizer, self.forward = built.model, built.optimizer, built.forward
+        model = built.model
+        if self._watch is not None:
+            self._watch.model = model
+        self._known = dict(model.named_parameters())
+        self.casts = KeptCasts(model)
+        self.gradient_sum = GradientSum(model, self._world) if self._world.size > 1 else None
+        self.guard = FiniteGuard(
+            built.optimizer, self._device, window=self._training.log_every_steps
+        )
+        self.gradients = Gradients(built.optimizer, self._training.gradient_clip)
+
+    def replace(self, model: nn.Module, optimizer: Optimizer, averages: Averages) -> None:
+        """Go on with another model, which has the place of the one before in everything."""
+        skipped = self.guard.state()
+        del self.forward  # what holds the old model goes before the new one is compiled
+        self.averages = averages
+        forward = loop_forward(self._kernel, model, self._device, self._world)
+        self._take(Built(model, optimizer, forward))
+        self.guard.load(*skipped)
+        if self._watch is not None and self._watch.stepping:
+            self._watch.expect(model)
+
+    def average(self, plugin: str, decay: float) -> WeightAverage:
+        """The average of ``plugin``, computed as the loop computes the model."""
+        average = self.averages.of_plugin(plugin, decay, self.model)
+        average.compute = self.forward.with_weights
+        return average
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the parameters of the model have in all processes together."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def unknown_parameters(self) -> list[str]:
+        """The names of parameters that came into the model after its optimizer was made."""
+        # The parameters of a sharded model are other objects while it computes.
+        by_name = self._world.sharding == "fsdp"
+        return [
+            name
+            for name, parameter in self.model.named_parameters()
+            if name not in self._known or not (by_name or self._known[name] is parameter)
+        ]
+
+    def require_known_parameters(self) -> None:
+        """Raise TrainingError for parameters that would never learn, and that no resume could put
+        back."""
+        if unknown := self.unknown_parameters():
+            raise TrainingError(
+                f"the optimizer does not have {listed(unknown)}: a plugin has put other "
+                "parameters into the model in mid-run, which would never learn. Let a provider "
+                "build them (apt_register_providers), or a transform (apt_transform_model)"
+            )
+
+    def require_all_processes(self) -> None:
+        """Raise ProcessLostError where a step was taken in which not all processes took part; waits
+        for the device."""
+        if self.gradient_sum is not None:
+            self.gradient_sum.require_all()
+
+    def not_finite(self, *, everywhere: bool = False) -> list[str]:
+        """Names of parameters, and of averages of them, that are not finite: in this process, or in
+        any of them, if all call this. (What else a model keeps, such as a mask, may be infinite.)
+        """
+        kept: dict[str, Mapping[str, Tensor]] = {"": dict(self.model.named_parameters())}
+        if self.averages.ema is not None:
+            kept["average of "] = self.averages.ema.values
+        by_plugin = self.averages.by_plugin.items()
+        kept |= {f"{plugin}'s average of ": average.values for plugin, average in by_plugin}
+        named = {f"{what}{n}": tensor for what, own in kept.items() for n, tensor in own.items()}
+        bad = names_not_finite(named)
+        return [*dict.fromkeys(chain(*self._world.gather(bad)))] if everywhere else bad
+
+    def nbytes_by_part(self) -> dict[str, int]:
+        """The bytes that this process holds of weights, gradients, optimizer and averages."""
+        model, states = self.model, self.optimizer.state.values()
+        parts = {
+            "weights": [*model.parameters(), *model.buffers()],
+            "gradients": [parameter.grad for parameter in model.parameters()],
+            "optimizer": [value for state in states for value in state.values()],
+            "averages": [value for a in self.averages.all for value in a.values.values()],
+        }
+        return {
+            part: sum(local_part(t.detach()).nbytes for t in values if isinstance(t, torch.Tensor))
+            for part, values in parts.items()
+        }
