@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 
-from apt_core.plain_values import within
 from apt_core.log import get_logger
 from apt_core.modeling.modes import eval_mode
 from apt_core.parallel.world import local_part
+from apt_core.plain_values import within
 from apt_core.types import ModelOutput
 
 log = get_logger("apt.training")

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from apt_core.device import available_memory
-from apt_core.errors import TrainingError
 from apt_core.error_text import one_line
+from apt_core.errors import TrainingError
 from apt_core.kernel import Kernel
 from apt_core.modeling.structure import structure_after
 from apt_core.parallel.gradient_sum import BUCKET_BYTES

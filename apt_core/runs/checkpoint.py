@@ -30,10 +30,10 @@ from torch import Tensor
 
 from apt_core.errors import CheckpointError
 from apt_core.files import open_file, read_file, write_atomically
-from apt_core.plugin_state import TENSOR_KEY
 from apt_core.json_files import MAX_BYTES, read_json, without_nan
 from apt_core.log import get_logger
 from apt_core.parallel.world import ALONE, World
+from apt_core.plugin_state import TENSOR_KEY
 from apt_core.runs.folder import in_present_words
 from apt_core.runs.layout import IS_STEP, PREFIX
 from apt_core.runs.layout import folder_name as folder_name

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apt_core.code_source import short_path
 from apt_core.config.schema import TrainingSection
 from apt_core.errors import DivergedError, TrainingError
-from apt_core.code_source import short_path
 from apt_core.metric_names import CROSS_ENTROPY, LOSS
 from apt_core.parallel.world import local_part
 from apt_core.runs.checkpoint import newest_sound, step_of

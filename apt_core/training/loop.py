@@ -11,7 +11,6 @@ from torch import Tensor
 from apt_core.config import Config
 from apt_core.device import autocast
 from apt_core.errors import TrainingError
-from apt_core.plain_values import MAX_FACTOR
 from apt_core.hookspecs import MICRO_BATCH_HOOKS, hooks_where
 from apt_core.kernel import Kernel
 from apt_core.log import get_logger
@@ -22,9 +21,10 @@ from apt_core.modeling.modes import eval_mode
 from apt_core.modeling.seeds import ModelSeeds
 from apt_core.monitor import ProgressDisplay
 from apt_core.parallel.world import World
-from apt_core.torch_state import TorchWatch
+from apt_core.plain_values import MAX_FACTOR
 from apt_core.runs.folder import RunFolder
 from apt_core.runs.run_state import Progress
+from apt_core.torch_state import TorchWatch
 from apt_core.training.curriculum.enabling import Enabling
 from apt_core.training.due import Due
 from apt_core.training.evaluating import Evaluator

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from apt_core.code_source import short_path
 from apt_core.config.differences import differences
 from apt_core.errors import CheckpointError, ConfigError, Problem
-from apt_core.code_source import short_path
 from apt_core.kernel import Kernel
 from apt_core.log import get_logger
 from apt_core.modeling.carry import tell_buffers_loaded
@@ -123,8 +123,8 @@ class Restoring:
             )
         self._stopping.check_limits(state.step)
         self._manager.step = state.step
-        records = state.plugin_records.items()
-        self._manager.failures.load_state_dict({name: record.model_dump() for name, record in records})
+        records = {name: record.model_dump() for name, record in state.plugin_records.items()}
+        self._manager.failures.load_state_dict(records)
         for plugin, own in joined_states(self._manager, state.plugins, found.plugins):
             self._hooks.call_plugin(plugin, "apt_load_state_dict", state=own)
         kernel.notices.append(f"resumed from {short_path(str(found.path))} (step {state.step})")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from apt_core.device import is_out_of_memory
-from apt_core.errors import CheckpointError, PluginError, ProcessLostError, StopTraining
 from apt_core.error_text import one_line, text_of
+from apt_core.errors import CheckpointError, PluginError, ProcessLostError, StopTraining
 from apt_core.log import get_logger
 from apt_core.modeling.blame import attributed
 from apt_core.planning.memory import out_of_memory

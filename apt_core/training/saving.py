@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from apt_core.code_source import short_path
 from apt_core.config import Config
 from apt_core.errors import StopTraining, TrainingError
-from apt_core.code_source import short_path
 from apt_core.log import get_logger
 from apt_core.parallel.world import World
 from apt_core.runs import checkpoint

@@ -37,9 +37,9 @@ from apt_core.parallel.world import World
 from apt_core.planning.memory import out_of_memory, own_memory
 from apt_core.planning.run_length import horizon
 from apt_core.plugin_manager import PluginManager
-from apt_core.torch_state import TorchWatch
 from apt_core.runs.folder import RunFolder
 from apt_core.runs.run_state import Progress
+from apt_core.torch_state import TorchWatch
 from apt_core.training.curriculum.enabling import Enabling
 from apt_core.training.curriculum.switching import Switching
 from apt_core.training.due import Due
@@ -240,9 +240,7 @@ class Trainer:
         step is written first.
         """
         # Not before: plugins may be registered until now.
-        self.manager.watch = self._watch = (
-            TorchWatch() if self.manager.list_name_plugin() else None
-        )
+        self.manager.watch = self._watch = TorchWatch() if self.manager.list_name_plugin() else None
         if self._watch is None:
             return self._fit()
         before = self._watch.before()

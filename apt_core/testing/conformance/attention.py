@@ -2,98 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from apt_core.modeling.masks import document_mask, document_positions
-from apt_core.providers.attention import AttentionSupport
-from apt_core.testing.conformance import attention_cache, attention_masks, layers, lengths
+from apt_core.testing.conformance import attention_cache, attention_masks, layers
 from apt_core.testing.conformance.checks import (
     Check,
-    LeftOut,
     built_or_refused,
     here,
     refusing,
     require_equal,
 )
+from apt_core.testing.conformance.examined_attention import Attention
 from apt_core.testing.conformance.layers import Call, leaf, sample
-from apt_core.testing.conformance.places import MarkedPlaces
-
-DOCUMENTS = [[0, 0, 0, 1, 1, 1, 1, 1], [4, 5, 5, 5, 5, 7, 7, 7]]
-"""Two rows of eight tokens, each packed with documents."""
-
-
-@dataclass(frozen=True)
-class Attention:
-    """A provider of attention, and the layers of it that the checks look at: 4 heads of 16."""
-
-    provider: Any
-    d_model: int = 64
-    num_heads: int = 4
-    length: int = 8
-
-    @property
-    def supports(self) -> AttentionSupport:
-        return getattr(self.provider, "supports", AttentionSupport())
-
-    def claims(self, flag: str) -> None:
-        """LeftOut where the provider says that its layers cannot do this."""
-        if not getattr(self.supports, flag):
-            raise LeftOut(f"supports.{flag} is False")
-
-    def create(self, **options: Any) -> nn.Module:
-        options = {"max_seq_len": max(32, self.length), "position": MarkedPlaces(), **options}
-        return self.provider.create_layer(self.d_model, self.num_heads, **options)
-
-    def build(self, **options: Any) -> nn.Module:
-        return layers.built(partial(self.create, **options))
-
-    def input(self, batch: int = 2, length: int | None = None, seed: int = 0) -> torch.Tensor:
-        return sample(batch, self.length if length is None else length, self.d_model, seed=seed)
-
-    @cached_property
-    def integers(self) -> dict[str, int]:
-        """What a layer may count tokens by."""
-        other = replace(self, d_model=48, num_heads=2, length=40)
-        return lengths.integers(self.provider, self.create, other.create)
-
-    def places(self) -> list[int]:
-        """Those to look at: all of a short text, and of a longer one some, about each integer."""
-        if self.length <= 8:
-            return list(range(self.length))
-        near = {n + d for n in self.integers.values() for d in (-1, 0, 1)}
-        some = {0, 1, *sorted(n for n in near if 0 < n < self.length)[-9:]}
-        return sorted({*some, self.length // 2, self.length - 2, self.length - 1})
-
-    def calls_of(self, batch: int) -> list[Call]:
-        """Ways in which training calls the layer with so many rows."""
-        masks = [{"mask": here(torch.ones(batch, 1, 1, self.length, dtype=torch.bool))}]
-        return [{}, *(masks if self.supports.mask else [])]
-
-    def at_lengths(self, check: Callable[[Attention], None]) -> None:
-        """``check`` on a short text, and on one beyond any window that the settings may mean."""
-        check(self)
-        longer = replace(self, length=lengths.longer(self.integers))
-        try:
-            check(longer)
-        except (AssertionError, ValueError, RuntimeError, IndexError) as error:
-            raise AssertionError(f"a text of {longer.length} tokens: {error}") from error
-
-    def calls(self) -> list[Call]:
-        """Ways in which training calls the layer."""
-        if not self.supports.mask:
-            return [{}]
-        documents = here(torch.tensor(DOCUMENTS))
-        masked = {
-            "mask": document_mask(documents),
-            "positions": document_positions(documents),
-        }
-        return [{}, masked]
 
 
 def attention_checks(provider: Any) -> list[Check]:

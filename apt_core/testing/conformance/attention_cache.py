@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,8 @@ from apt_core.testing.conformance.checks import (
     here,
     require_equal,
 )
+from apt_core.testing.conformance.examined_attention import Attention
 from apt_core.testing.conformance.lengths import cuts
-
-if TYPE_CHECKING:
-    from apt_core.testing.conformance.attention import Attention
 
 
 def cache_checks(at: Attention) -> list[Check]:

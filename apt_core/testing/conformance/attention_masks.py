@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
@@ -14,10 +12,8 @@ from apt_core.modeling.masks import (
     padding_positions,
 )
 from apt_core.testing.conformance.checks import Check, here, refusing, require_equal, require_finite
+from apt_core.testing.conformance.examined_attention import Attention
 from apt_core.testing.conformance.layers import leaf, sample
-
-if TYPE_CHECKING:
-    from apt_core.testing.conformance.attention import Attention
 
 
 def mask_checks(at: Attention) -> list[Check]:

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from apt_core.modeling.transforms import ModelTransform
-from apt_core.torch_state import set_modes
 from apt_core.runs.run_state import Modes
+from apt_core.torch_state import set_modes
 
 log = logging.getLogger("apt.training")
 
