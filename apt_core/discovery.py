@@ -190,7 +190,7 @@ def _load_file(path: Path, name: str) -> Any:
                 hint=did_you_mean(path.name, neighbours) or _remedy(name),
             )
         )
-    module_name = f"apt_plugin_{name}"
+    module_name = file_module(name)
     loader = _SourceLoader(module_name, str(path.resolve()))
     spec = importlib.util.spec_from_file_location(module_name, path.resolve(), loader=loader)
     if spec is None or spec.loader is None:
@@ -205,6 +205,11 @@ def _load_file(path: Path, name: str) -> Any:
         sys.modules.pop(module_name, None)
         raise _import_failure(name, error, str(path.resolve())) from None
     return module
+
+
+def file_module(name: str) -> str:
+    """The name of the module that a plugin's file is loaded as."""
+    return f"apt_plugin_{name}"
 
 
 def _load_module(reference: str, name: str, installed: Mapping[str, Installed]) -> Any:

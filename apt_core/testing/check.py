@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apt_core.catalogue import usable
 from apt_core.config import Config, Override
 from apt_core.declarations import declared_by
 from apt_core.discovery import installed_plugins
@@ -20,8 +19,10 @@ from apt_core.kernel import boot
 from apt_core.kinds import KINDS
 from apt_core.plugin_checks import misplaced_hooks
 from apt_core.plugin_manager import PluginManager
+from apt_core.plugin_objects import CLASS
 from apt_core.registry import Registry
-from apt_core.testing.own_modules import own_modules
+from apt_core.testing.module_state import KeptInModules
+from apt_core.testing.own_modules import modules_of, own_modules
 from apt_core.testing.tiny import TINY_PROFILE, tiny_run
 from apt_core.testing.two_processes import differences
 from apt_core.types import CORE, ProviderSpec
@@ -36,17 +37,21 @@ WHOLE = {"model.tva.s": 1}
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was checked; ``detail`` says why it failed, or was ``left_out``."""
+    """One thing that was checked; ``detail`` says why it failed, was ``left_out``, or is a
+    ``warning``: it works, and may be wrong in some uses."""
 
     check: str
     ok: bool
     detail: str = ""
     left_out: bool = False
+    warning: bool = False
 
     @property
     def result(self) -> str:
         """In a word or two, as a table shows it."""
-        return "FAILED" if not self.ok else "left out" if self.left_out else "ok"
+        if not self.ok:
+            return "FAILED"
+        return "left out" if self.left_out else "warning" if self.warning else "ok"
 
 
 def check_plugin(
@@ -79,8 +84,8 @@ def check_plugin(
     given = _settings([reference], profile, overrides)
     registry = Registry(manager)
     registry.profile = given
-    findings += [Finding("providers", False, str(problem)) for problem in registry.known.problems]
-    for spec in registry.known.specs():
+    findings += [Finding("providers", False, str(problem)) for problem in registry.problems]
+    for spec in registry.specs():
         if spec.plugin == declared.record.name:
             findings += _check_provider(registry, spec, overrides, reference)
     sections = {s.path for s in declared.sections} | {s.section for s in declared.providers}
@@ -100,17 +105,31 @@ def check_plugin(
         detail = "" if same else "the weights differ from a run without the plugin"
         findings.append(Finding("leaves the weights alone", same, detail))
     # Weights that a plugin changes in secret would be told twice.
-    wrong = _resumed(reference, name, WHOLE | shared | own) if findings[-1].ok else ""
-    if wrong or manager.implements(name, "apt_state_dict"):
-        findings.append(Finding("resumes", not wrong, wrong))
+    if findings[-1].ok:
+        kept = KeptInModules(lambda: modules_of(reference))
+        wrong = _resumed(reference, name, WHOLE | shared | own, kept)
+        if wrong or manager.implements(name, "apt_state_dict"):
+            findings.append(Finding("resumes", not wrong, wrong))
+        if kept.names:
+            findings.append(Finding("state in modules", True, _kept(kept.names), warning=True))
     if processes > 1:
         findings += _in_two_processes(reference, declared.record.name, registry, manager, shared)
     return findings
 
 
-def _resumed(reference: str, name: str, overrides: Mapping[str, Any]) -> str:
-    """How a run with the plugin that is resumed differs from one that is not; the plugin has only
-    what it has handed over."""
+def _kept(names: Iterable[str]) -> str:
+    return (
+        f"a run changes {', '.join(names)}, which all runs of a process share: keep it on self, in "
+        f"a class that the module calls {CLASS}, or behind functools.cache if it depends on the "
+        "arguments alone"
+    )
+
+
+def _resumed(
+    reference: str, name: str, overrides: Mapping[str, Any], observer: KeptInModules
+) -> str:
+    """How a run with the plugin that is resumed differs from one that is not, which ``observer`` is
+    in; the plugin has only what it has handed over."""
     from apt_core.runs import checkpoint
 
     with tempfile.TemporaryDirectory(prefix="apt-check-") as temporary:
@@ -118,7 +137,7 @@ def _resumed(reference: str, name: str, overrides: Mapping[str, Any]) -> str:
         options: dict[str, Any] = {"steps": 6, "overrides": overrides}
         # Each as in a process of its own: earlier runs have left their state in modules.
         with own_modules([reference], anew=True):
-            whole = tiny_run(reference, output=folders[0], **options)
+            whole = tiny_run(reference, observer, output=folders[0], **options)
         with own_modules([reference], anew=True):
             tiny_run(reference, output=folders[1], stop_at_step=3, **options)
         try:
@@ -150,14 +169,14 @@ def _in_two_processes(
     overrides: Mapping[str, Any],
 ) -> Iterator[Finding]:
     """Of each provider that trains, or of the plugin where its hooks act, in two processes."""
-    specs = [s for s in registry.known.specs() if s.plugin == name and s.kind in TRAINED_WITH]
-    specs = [spec for spec in specs if usable(spec)[0] is not False]
+    specs = [s for s in registry.specs() if s.plugin == name and s.kind in TRAINED_WITH]
+    specs = [spec for spec in specs if registry.usable(spec)[0] is not False]
     tried: dict[str, dict[str, Any]] = {
         spec.key: {KINDS[spec.kind].keys[0]: spec.name} for spec in specs
     }
     if not tried and manager.implements_where(name, lambda policy: policy.trains):
         tried[""] = dict(WHOLE)
-    paths = {spec.section for spec in registry.known.specs() if spec.plugin == name} - {""}
+    paths = {spec.section for spec in registry.specs() if spec.plugin == name} - {""}
     for key, named in tried.items():
         settings = {**overrides, **_of_sections(registry.profile, paths), **named}
         for sharding, wrong in differences([reference], settings).items():
@@ -189,9 +208,9 @@ def _check_core(reference: str, given: Config | None) -> list[Finding]:
     """The core's providers, or the one that is called ``reference``."""
     registry = Registry()
     registry.profile = given
-    specs = [spec for spec in registry.known.specs() if reference in (CORE, spec.key)]
+    specs = [spec for spec in registry.specs() if reference in (CORE, spec.key)]
     if not specs:
-        keys = [spec.key for spec in registry.known.specs(reference.partition(":")[0])]
+        keys = [spec.key for spec in registry.specs(reference.partition(":")[0])]
         hint = did_you_mean(reference, keys) or f"there are {', '.join(keys) or 'none'}"
         detail = f"the core has no such provider ({hint}); of a plugin, give the plugin's name"
         return [Finding(reference, False, detail)]
@@ -201,8 +220,8 @@ def _check_core(reference: str, given: Config | None) -> list[Finding]:
 def _check_provider(
     registry: Registry, spec: ProviderSpec, overrides: Sequence[Override], *plugins: str
 ) -> Iterator[Finding]:
-    can_be_used, reason = usable(spec)
-    if can_be_used is False:
+    usable, reason = registry.usable(spec)
+    if usable is False:
         yield Finding(spec.key, True, reason, left_out=True)
         return
     try:

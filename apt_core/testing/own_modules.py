@@ -13,8 +13,8 @@ from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
-from apt_core.discovery import entry_for, installed_plugins
-from apt_core.plugin_names import is_file_reference
+from apt_core.discovery import entry_for, file_module, installed_plugins
+from apt_core.plugin_names import is_file_reference, name_of
 
 NO_STATE = (ModuleType, type, FunctionType, BuiltinFunctionType)
 
@@ -54,6 +54,18 @@ def own_modules(references: Iterable[str], *, anew: bool) -> Iterator[None]:
                 setattr(sys.modules[package], attribute, module)
 
 
+def modules_of(reference: str) -> list[ModuleType]:
+    """The modules that are there of the plugin behind a reference: its own, and the others of its
+    package, or those beside it where it is in none."""
+    own = _module_behind(reference) or file_module(name_of(reference))
+    home = _home(reference)
+    return [
+        module
+        for name, module in list(sys.modules.items())
+        if name == own or _belongs(name, module, [own], [home] if home else [])
+    ]
+
+
 def _module_behind(reference: str) -> str:
     """The module that a plugin is, or is in; nothing for a file, which is always loaded anew."""
     if is_file_reference(reference):
@@ -83,7 +95,7 @@ def _belongs(
     if any(f"{name}.".startswith(f"{package}.") for package in packages):
         return True
     file = getattr(module, "__file__", None)
-    tests = name.startswith(("apt_plugin_", "test_", "conftest", "__main__"))
+    tests = name.startswith((file_module(""), "test_", "conftest", "__main__"))
     return (
         not tests and bool(homes) and isinstance(file, str) and Path(file).resolve().parent in homes
     )

@@ -90,13 +90,13 @@ def test_what_the_section_contradicts_is_told_where_it_has_an_effect(tmp_path: P
 
 
 def test_plugins_are_asked_only_where_a_key_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    from apt_core.declarations import declared_by
-
     asked = []
     monkeypatch.setattr(
-        "apt_core.declarations.declared_by",
+        "apt_core.kernel.declared_by",
         lambda name, installed: asked.append(name) or declared_by(name, installed),
     )
+    from apt_core.declarations import declared_by
+
     boot({"model": {"d_model": 64}, "schedules": {}}, files=False)
     assert asked == []
     boot({"model": {"moe": {}}}, files=False)

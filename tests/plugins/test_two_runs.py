@@ -3,8 +3,11 @@ plugins on, each gives the bits, the rows and the lines that it gives alone."""
 
 from __future__ import annotations
 
+import importlib
 import logging
+import pkgutil
 import re
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -13,9 +16,12 @@ from typing import Any
 
 import pytest
 
+import apt_core
+import apt_plugins
 from apt_core import hookimpl
 from apt_core.discovery import installed_plugins
 from apt_core.testing import TinyRun, tiny_run
+from apt_core.testing.module_state import KeptInModules
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHIPPED = [
@@ -183,3 +189,48 @@ def test_a_run_within_a_run_is_what_it_is_alone(alone: list[TinyRun], tmp_path: 
 
     outer = run(0, tmp_path / "outer", Another())
     assert_as_alone([outer, *inner], alone)
+
+
+RUNNING = "what is there of the runs that are under way, by run"
+IN_MODULES = {
+    "apt_core.log._own": RUNNING,
+    "apt_core.log._RUN": RUNNING,
+    "apt_core.log._noting": RUNNING,
+    "apt_core.log._listening": RUNNING,
+    "apt_core.runs.folder_lock._HELD": "the locks of this process, for its children to let go of",
+}
+CACHES = {
+    "apt_core.data.sampler.epoch_order": "a function of its arguments, read-only",
+    "apt_core.data.sampler.place_of_last": "a function of its arguments",
+    "apt_core.hook_returns._cpu": "a constant of torch, which is imported late",
+    "apt_core.parallel.peak._peak": "a measurement of this machine",
+    "apt_core.plugin_state._can_be_saved": "a fact of safetensors",
+    "apt_plugins.moe.cpu_threads._pool": "threads, which keep nothing from job to job",
+    "apt_plugins.report.page._asset": "a file of the package",
+    "apt_plugins.report.page._environment": "templates of the package",
+}
+
+
+def test_modules_keep_nothing_of_a_run(alone: list[TinyRun], tmp_path: Path) -> None:
+    """Neither a shipped plugin, nor an example, nor the core."""
+    packages = ("apt_core", "apt_plugins", "apt_plugin_")
+    for package in (apt_core, apt_plugins):
+        for each in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not each.name.endswith("__main__"):
+                importlib.import_module(each.name)
+
+    def modules() -> list[Any]:
+        return [module for name, module in sys.modules.items() if name.startswith(packages)]
+
+    watching = KeptInModules(modules)
+    for number in range(2):
+        run(number, tmp_path / str(number), watching)
+        watching.look()
+    assert watching.names.keys() == IN_MODULES.keys()
+    cached = {
+        f"{value.__module__}.{value.__name__}"
+        for module in modules()
+        for value in vars(module).values()
+        if hasattr(value, "cache_info") and value.__module__.startswith(packages)
+    }
+    assert cached == CACHES.keys()

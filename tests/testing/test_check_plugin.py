@@ -323,33 +323,88 @@ def test_core_stands_for_all_of_its_providers(monkeypatch: pytest.MonkeyPatch) -
 
 # Resumes, and two processes
 
-STEPS = "steps = [0]\n\n@hookimpl\ndef on_step_end(step):\n    steps[0] += 1\n"
-HANDS_OVER = (
-    STEPS + "\n@hookimpl\ndef apt_state_dict():\n"
-    "    return {'steps': steps[0], 'n': torch.tensor(steps)}\n"
-    "\n@hookimpl\ndef apt_load_state_dict(state):\n    steps[0] = BACK\n"
-)
-FADES = STEPS + (
-    "\n@hookimpl\ndef apt_loss_terms(output):\n"
-    "    return {'z': 0.1 / (1 + steps[0]) * output.logits.square().mean()}\n"
-)
+STEPS = """\
+class Plugin:
+    def __init__(self):
+        self.steps = 0
+
+    @hookimpl
+    def on_step_end(self):
+        self.steps += 1
+"""
+HANDS_OVER = """
+    @hookimpl
+    def apt_state_dict(self):
+        return {"steps": self.steps, "n": torch.tensor(self.steps)}
+
+    @hookimpl
+    def apt_load_state_dict(self, state):
+        self.steps = BACK
+"""
+FADES = """
+    @hookimpl
+    def apt_loss_terms(self, output):
+        return {"z": 0.1 / (1 + self.steps) * output.logits.square().mean()}
+"""
+IN_A_MODULE = """\
+steps = [0]
+
+@hookimpl
+def on_step_end():
+    steps[0] += 1
+
+@hookimpl
+def on_training_end():
+    steps[0] = 0
+
+@hookimpl
+def apt_state_dict():
+    return {"steps": steps[0]}
+
+@hookimpl
+def apt_load_state_dict(state):
+    steps[0] = state["steps"]
+"""
 
 
 def test_what_a_resume_would_lose_is_found(
     write: WritePlugin, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good = write(HANDS_OVER.replace("BACK", "state['steps']"), "good")
+    source = STEPS + HANDS_OVER
+    good = write(source.replace("BACK", "state['steps']"), "good")
     findings = {finding.check: finding for finding in check_plugin(good)}
     assert findings["resumes"].ok and all(finding.ok for finding in findings.values())
-    found = failed(write(HANDS_OVER.replace("BACK", "0"), "forgets"))
+    found = failed(write(source.replace("BACK", "0"), "forgets"))
     assert found.keys() == {"resumes"}
     assert '"steps": 3' in found["resumes"] and '"steps": 6' in found["resumes"]
+    found = failed(write(STEPS + FADES, "fades"))
+    assert found == {"resumes": "a run that is resumed after step 3 has other weights after step 6"}
     # Of a module, which keeps what earlier runs have left in it.
     monkeypatch.syspath_prepend(folder)
-    write(HANDS_OVER.replace("BACK", "state['steps']"), "good_module")
-    assert failed("good_module") == {}
-    found = failed(write(FADES, "fades"))
-    assert found == {"resumes": "a run that is resumed after step 3 has other weights after step 6"}
+    write(IN_A_MODULE, "in_a_module")
+    assert failed("in_a_module") == {}
+
+
+def test_state_in_the_modules_of_a_plugin_is_found(
+    write: WritePlugin, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share = (
+        ", which all runs of a process share: keep it on self, in a class that the module calls "
+        "Plugin, or behind functools.cache if it depends on the arguments alone"
+    )
+    *_, found = check_plugin(write(IN_A_MODULE, "mine"))
+    assert (found.check, found.result) == ("state in modules", "warning")
+    assert found.detail == f"a run changes apt_plugin_mine.steps{share}"
+    (folder / "helper_of_mine.py").write_text("last = {}\n")
+    beside = (
+        "@hookimpl\ndef on_step_end(step, trainer):\n"
+        "    import helper_of_mine\n    helper_of_mine.last[trainer] = step\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    *_, found = check_plugin(write(beside, "with_helper"))
+    assert (found.result, found.ok) == ("warning", True)
+    assert found.detail == f"a run changes helper_of_mine.last{share}"
+    assert [f for f in check_plugin(write(STEPS, "good")) if f.result != "ok"] == []
 
 
 def test_what_two_processes_would_train_otherwise_is_found(write: WritePlugin) -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from apt_core import GenerationRequest, hook_returns, hookimpl
-from apt_core.inference import generator
-from apt_core.inference.generator import candidates, dtype_for, generate, sample, window_start
+from apt_core.inference.generator import candidates, generate, sample, window_start
+from apt_core.modeling.compose import ModelBuilder
 from apt_core.plugin_manager import PluginManager
 from apt_core.registry import Registry
-from apt_core.testing import Recorder, tiny_run, tiny_session
+from apt_core.testing import TINY_PROFILE, Recorder, tiny_run
 from apt_core.training import evaluating
 from apt_core.types import GenerationResult
 
@@ -22,10 +20,20 @@ REQUEST = GenerationRequest("The ", max_new_tokens=8, seed=3)
 
 
 def continuation(*plugins, request=REQUEST):
-    session = tiny_session(strict=False)
+    manager = PluginManager()
     for number, plugin in enumerate(plugins):
-        session.manager.register(plugin, f"plugin_{number}")
-    return generate(session, request), session.manager
+        manager.register(plugin, f"plugin_{number}")
+    registry = Registry(manager)
+    model = ModelBuilder({"model": TINY_PROFILE["model"]}, registry).build_model()
+    result = generate(
+        model,
+        registry.get("tokenizer", "byte"),
+        request,
+        manager,
+        max_seq_len=16,
+        device=torch.device("cpu"),
+    )
+    return result, manager
 
 
 def test_sampling_is_a_function_of_the_seed_alone():
@@ -140,19 +148,25 @@ def test_a_builder_that_returns_no_provider_is_named_and_passed_over():
     assert "int" in manager.records["builds"].failures[0].error
 
 
-def tokens_of(session, *, max_new_tokens=40, temperature=0.8):
-    request = GenerationRequest(
-        "The ", max_new_tokens=max_new_tokens, temperature=temperature, seed=3
+def tokens_of(model, *, max_new_tokens=40, temperature=0.8, manager=None, dtype=None):
+    result = generate(
+        model,
+        Registry().get("tokenizer", "byte"),
+        GenerationRequest("The ", max_new_tokens=max_new_tokens, temperature=temperature, seed=3),
+        manager or PluginManager(),
+        max_seq_len=16,
+        device=torch.device("cpu"),
+        dtype=dtype,
     )
-    return generate(session, request).tokens
+    return result.tokens
 
 
-def lively_session():
-    session = tiny_session()
+def lively_model():
+    model = ModelBuilder({"model": {**TINY_PROFILE["model"], "max_seq_len": 16}}).build_model()
     with torch.no_grad():
-        for index, parameter in enumerate(session.model.parameters()):
+        for index, parameter in enumerate(model.parameters()):
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=rng(index)))
-    return session
+    return model
 
 
 def rng(seed):
@@ -160,21 +174,21 @@ def rng(seed):
 
 
 def test_decoding_with_caches_gives_the_tokens_of_computing_everything_anew(caplog):
-    session = lively_session()
+    model = lively_model()
     caplog.set_level("INFO", "apt.inference")
-    cached = tokens_of(session)
+    cached = tokens_of(model)
     assert "no cache" not in caplog.text
-    session.model.create_caches = lambda length: None
-    assert tokens_of(session) == cached
+    model.create_caches = lambda length: None
+    assert tokens_of(model) == cached
     assert "the whole text anew for every token: no cache" in caplog.text
     assert len(set(cached)) > 3
 
 
 def test_with_caches_a_token_is_computed_once_for_each_place_of_the_window():
-    session = lively_session()
+    model = lively_model()
     lengths = []
-    session.model.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
-    tokens_of(session, max_new_tokens=22)
+    model.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    tokens_of(model, max_new_tokens=22)
     # 16 tokens fill the window; then it moves on by 8, twice: 9 tokens are read at once.
     assert lengths == [4] + [1] * 12 + [9] + [1] * 7 + [9]
 
@@ -188,12 +202,12 @@ def test_the_window_holds_at_least_half_of_what_the_model_can_see():
 
 
 def test_a_layer_that_ignores_its_cache_is_noticed(caplog):
-    session = lively_session()
-    expected = tokens_of(session)
-    attention = session.model.blocks[0].attention
+    model = lively_model()
+    expected = tokens_of(model)
+    attention = model.blocks[0].attention
     forward = attention.forward
     attention.forward = lambda x, cache=None, **options: forward(x, **options)
-    assert tokens_of(session) == expected
+    assert tokens_of(model) == expected
     assert "a cache does not hold what its layer read" in caplog.text
 
 
@@ -214,11 +228,11 @@ class Waits(TorchFunctionMode):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_token_waits_for_the_device_once(temperature):
-    session = lively_session()
+    model = lively_model()
     numbers = []
     for tokens in (10, 30):
         with Waits() as waits:
-            tokens_of(session, max_new_tokens=tokens, temperature=temperature)
+            tokens_of(model, max_new_tokens=tokens, temperature=temperature)
         numbers.append(waits.number)
     assert numbers[1] - numbers[0] == 20
 
@@ -259,9 +273,8 @@ class Seen(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_type_to_compute_in_is_of_the_model_alone_and_its_weights_are_cast_once(monkeypatch):
-    session, types, casts = lively_session(), [], []
-    monkeypatch.setattr(generator, "dtype_for", lambda session: torch.bfloat16)
+def test_a_type_to_compute_in_is_of_the_model_alone_and_its_weights_are_cast_once():
+    model, types, casts = lively_model(), [], []
 
     class Multiplies:
         @hookimpl
@@ -272,10 +285,11 @@ def test_a_type_to_compute_in_is_of_the_model_alone_and_its_weights_are_cast_onc
 
             return [multiplied]
 
-    session.manager.register(Multiplies(), "multiplies")
+    manager = PluginManager()
+    manager.register(Multiplies(), "multiplies")
     for tokens in (2, 9):
         with Seen() as seen:
-            tokens_of(session, max_new_tokens=tokens)
+            tokens_of(model, max_new_tokens=tokens, manager=manager, dtype=torch.bfloat16)
         assert torch.bfloat16 in seen.products
         casts.append(seen.casts)
     assert casts[0] == casts[1] > 0
@@ -291,12 +305,13 @@ def test_the_sample_of_a_run_is_computed_in_its_precision_on_a_gpu(kind, dtype, 
 
     keeps = Keeps()
     tiny_run(keeps, steps=1, overrides={"training.mixed_precision": True})
-    sessions = []
+    asked = {}
 
-    def instead(session, *arguments, **options):
-        sessions.append(replace(session, device=torch.device(kind, 0)))
+    def instead(*arguments, **options):
+        asked.update(options)
         return GenerationResult("", ())
 
     monkeypatch.setattr(evaluating, "generate", instead)
+    keeps.trainer.device = torch.device(kind, 0)
     keeps.trainer.evaluator.sample()
-    assert [dtype_for(session) for session in sessions] == [dtype]
+    assert asked["dtype"] == dtype

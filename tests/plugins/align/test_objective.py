@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from apt_core.plugin_manager import PluginManager
 from apt_core.registry import Registry
 from apt_plugins.align import plugin
 from apt_plugins.align.divergence import divergence_sum
@@ -207,6 +206,7 @@ def test_the_registry_builds_the_objective_in_a_plain_script(strict_registry):
 
 @pytest.fixture
 def strict_registry():
-    manager = PluginManager()
-    manager.register(plugin, "align")
-    return Registry(manager)
+    registry = Registry()
+    registry.manager.register(plugin, "align")
+    registry.refresh()
+    return registry

@@ -1,0 +1,186 @@
+"""What modules keep from one call to the next, which all runs of a process share."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import sys
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextvars import ContextVar
+from enum import Enum
+from functools import partial
+from logging import Logger
+from types import CellType, FunctionType, ModuleType
+from typing import Any
+from weakref import ReferenceType, WeakSet
+
+from apt_core.markers import Priority, hookimpl
+
+DEPTH = 8
+PARTS = 20_000
+"""Looked at of each name: a container may hold a whole run."""
+
+STDLIB = sys.stdlib_module_names
+
+PLAIN = (type(None), bool, int, float, complex, str, bytes, Enum, os.PathLike, re.Pattern)
+
+
+class ModuleState:
+    """What ``modules`` hold when this is made: values of names, what is in containers and objects,
+    attributes of classes, defaults and closures of functions.
+
+    What ``functools.cache`` keeps does not count, nor do loggers, and what is imported late. Of an
+    object whose class is of another package than the modules' and not Python's own, a tensor or a
+    torch module, the identity is all that is compared.
+    """
+
+    def __init__(self, modules: Iterable[ModuleType]) -> None:
+        self._modules = list(modules)
+        self._before = self._contents()
+
+    def changed(self) -> list[str]:
+        """The names, as ``module.name``, that hold something else than before."""
+        return [
+            name
+            for name, content in self._contents().items()
+            if name not in self._before or content.found != self._before[name].found
+        ]
+
+    def _contents(self) -> dict[str, _Content]:
+        packages = {module.__name__.partition(".")[0] for module in self._modules}
+        return {
+            f"{module.__name__}.{name}": _Content(value, packages)
+            for module in self._modules
+            for name, value in list(vars(module).items())
+            if not name.startswith("__") and not _is_imported(value, module)
+        }
+
+
+class KeptInModules:
+    """A plugin that finds what the modules which ``find`` gives hold otherwise in a run than before
+    it: ``names``, in the order in which they were found."""
+
+    def __init__(self, find: Callable[[], Iterable[ModuleType]]) -> None:
+        self._find = find
+        self._state = ModuleState(())
+        self.names: dict[str, None] = {}
+
+    @hookimpl(priority=Priority.FIRST)
+    def apt_configure(self) -> None:
+        self._state = ModuleState(self._find())
+
+    @hookimpl(priority=Priority.LAST)
+    def on_step_end(self) -> None:
+        self.look()
+
+    @hookimpl(priority=Priority.LAST)
+    def on_generation_end(self) -> None:
+        self.look()
+
+    @hookimpl(priority=Priority.LAST)
+    def on_training_end(self) -> None:
+        self.look()
+
+    def look(self) -> None:
+        self.names.update(dict.fromkeys(self._state.changed()))
+
+
+def _is_imported(value: Any, module: ModuleType) -> bool:
+    if isinstance(value, ModuleType):
+        return True
+    return isinstance(value, type | FunctionType) and value.__module__ != module.__name__
+
+
+class _Content:
+    """``found`` tells values apart. What it names by identity is kept alive, so that nothing else
+    gets that identity."""
+
+    def __init__(self, value: Any, packages: set[str]) -> None:
+        self._packages = packages
+        self._kept: list[Any] = []
+        self._entered: set[int] = set()
+        self.found = self._of(value, DEPTH)
+
+    def _of(self, value: Any, depth: int) -> Hashable:
+        if isinstance(value, PLAIN):
+            return type(value), repr(value)
+        if isinstance(value, tuple | frozenset):
+            return type(value), *(self._of(part, depth - 1) for part in value)
+        self._kept.append(value)
+        known = depth <= 0 or len(self._kept) > PARTS or id(value) in self._entered
+        self._entered.add(id(value))
+        parts = () if known else self._parts(value)
+        return id(value), *(self._of(part, depth - 1) for part in parts)
+
+    def _parts(self, value: Any) -> Iterable[Any]:
+        for kinds, parts in _PARTS.items():
+            if isinstance(value, kinds):
+                return parts(value)
+        kind = value if isinstance(value, type) else type(value)
+        package = kind.__module__.partition(".")[0]
+        if kind is value:
+            return _attributes(value) if package in self._packages else ()
+        if hasattr(value, "untyped_storage"):
+            return _of_tensor(value)
+        if hasattr(value, "bit_generator"):
+            return (repr(value.bit_generator.state),)
+        if package == "torch" and hasattr(value, "get_state"):
+            return (bytes(value.get_state()),)
+        if package == "numpy":
+            return (repr(value),)
+        if hasattr(value, "named_parameters") or package in self._packages | STDLIB:
+            return (*_attributes(value), *_slots(value)) or (repr(value),)
+        return ()
+
+
+def _attributes(value: Any) -> list[Any]:
+    """Names and values of what is in the ``__dict__`` of an object or a class, if it has one."""
+    own = vars(value).items() if hasattr(value, "__dict__") else ()
+    return [pair for pair in list(own) if not pair[0].startswith("__")]
+
+
+def _slots(value: Any) -> list[Any]:
+    names = [name for cls in type(value).__mro__ for name in vars(cls).get("__slots__", ())]
+    return [getattr(value, name, None) for name in names if not name.startswith("__")]
+
+
+def _of_tensor(tensor: Any) -> tuple[Any, ...]:
+    version = 0 if tensor.is_inference() else tensor._version
+    try:
+        return version, tensor.shape, tensor.data_ptr()
+    except RuntimeError:  # one without memory of its own
+        return version, tensor.shape
+
+
+def _of_function(function: FunctionType) -> tuple[Any, ...]:
+    return (
+        function.__defaults__,
+        function.__kwdefaults__,
+        function.__closure__,
+        tuple(vars(function).items()),
+    )
+
+
+def _in_cell(cell: CellType) -> tuple[Any, ...]:
+    try:
+        return (cell.cell_contents,)
+    except ValueError:  # empty
+        return ()
+
+
+_PARTS: dict[Any, Callable[[Any], Iterable[Any]]] = {
+    (ModuleType, Logger): lambda value: (),
+    FunctionType: _of_function,
+    CellType: _in_cell,
+    staticmethod | classmethod: lambda value: (value.__func__,),
+    property: lambda value: (value.fget, value.fset),
+    partial: lambda value: (value.func, value.args, value.keywords),
+    Mapping: lambda value: list(value.items()),
+    list | deque | set | WeakSet: lambda value: list(value),
+    bytearray: lambda value: (bytes(value),),
+    random.Random: lambda value: (value.getstate(),),
+    ReferenceType: lambda value: (id(value()),),
+    ContextVar: lambda value: (value.get(None),),
+}
