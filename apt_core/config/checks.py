@@ -10,11 +10,12 @@ import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
-from apt_core.config.schema import Config, DataSection
+from apt_core.config.schema import Config
 from apt_core.config.source import Source, parse_path
 from apt_core.config.switches import Switch, looks_like_switch, read_switch
 from apt_core.config.yaml_text import KeyPath
 from apt_core.errors import Problem, did_you_mean
+from apt_core.providers.dataset import DataSection
 from apt_core.sections import Ramp
 
 TVA_ATTENTIONS = ("tva_default", "flash_v2")
@@ -109,32 +110,32 @@ def _tva_rank(view: View) -> Iterator[Problem]:
     if not set(view.attention_names()) & set(TVA_ATTENTIONS):
         return
     width, heads = view["model.d_model"], view["model.num_heads"]
-    ratio, rank = view["model.tva.r"], view["model.tva.rank"]
+    ratio, asked = view["model.tva.r"], view["model.tva.rank"]
     if width % heads:
         return
     head, turned = width // heads, view["model.position_name"] == "rope"
+    rank = view["model.tva"].rank_in(head)
     head_words = f"the head dimension {head} (model.d_model / model.num_heads)"
     sizes = "model.tva.r model.num_heads model.d_model"
-    if rank is not None and rank > head:
+    if asked is not None and rank > head:
         yield view.problem(
             f"{rank} is more than {head_words}", "model.tva.rank", f"choose at most {head}"
         )
-    elif rank is not None and rank % 2 and turned:
+    elif asked is not None and rank % 2 and turned:
         yield view.problem(
             f"the rank {rank} is odd, and {ROTATES}",
             "model.tva.rank",
             "choose an even rank, or another model.position_name",
         )
-    elif rank is None and ratio > head:
+    elif asked is None and rank < 1:
         yield view.problem(
             f"a ratio of {ratio} leaves no rank of {head_words}",
             sizes,
             f"choose r from 1 to {head}, or set model.tva.rank",
         )
-    elif rank is None and head // ratio % 2 and turned:
+    elif asked is None and rank % 2 and turned:
         yield view.problem(
-            f"model.tva.r = {ratio} gives the odd rank {head // ratio} of {head_words}, and "
-            f"{ROTATES}",
+            f"model.tva.r = {ratio} gives the odd rank {rank} of {head_words}, and {ROTATES}",
             sizes,
             "choose another r, an even model.tva.rank, or another model.position_name",
         )
@@ -157,14 +158,15 @@ def _mha_width(view: View) -> Iterator[Problem]:
 def _vft_rank(view: View) -> Iterator[Problem]:
     if view["model.ffn_name"] != "vft":
         return
-    width, ratio, rank = view["model.d_model"], view["model.vft.r"], view["model.vft.rank"]
-    if rank is not None and rank > width:
+    width, ratio, asked = view["model.d_model"], view["model.vft.r"], view["model.vft.rank"]
+    rank = view["model.vft"].rank_in(width)
+    if asked is not None and rank > width:
         yield view.problem(
             f"{rank} is more than the {width} of model.d_model",
             "model.vft.rank",
             f"choose at most {width}",
         )
-    elif rank is None and ratio > width:
+    elif asked is None and rank < 1:
         yield view.problem(
             f"a ratio of {ratio} leaves no rank of the {width} of model.d_model",
             "model.vft.r model.d_model",

@@ -1,9 +1,9 @@
-"""pydantic's errors in words for the person who wrote the profile."""
+"""What is wrong with a key, in words for the person who wrote the profile."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -12,58 +12,17 @@ from pydantic_core import ErrorDetails
 
 from apt_core.config.source import Source
 from apt_core.config.yaml_text import KeyPath, dotted
-from apt_core.errors import Problem, did_you_mean
+from apt_core.errors import Problem
 from apt_core.secrets import MASK, is_secret_name, redact
+from apt_core.section_errors import in_words
 from apt_core.sections import Ramp
 from apt_core.synonyms import key_meant, plain_word, value_meant
 
-_KINDS = {
-    "int_type": "a whole number",
-    "int_parsing": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "string_type": "text",
-    "bool_type": "true or false",
-    "bool_parsing": "true or false",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "dict_type": "a section with keys",
-    "model_type": "a section with keys",
-    "model_attributes_type": "a section with keys",
-    "finite_number": "a finite number",
-}
-_BOUNDS = {
-    "greater_than": ("gt", "more than"),
-    "greater_than_equal": ("ge", "at least"),
-    "less_than": ("lt", "less than"),
-    "less_than_equal": ("le", "at most"),
-}
-_NUMERIC = {"int_type": int, "float_type": float, "int_parsing": int, "float_parsing": float}
 _MANY_KEYS = 14
 _NEEDS = "a plugin's needs the plugin"
 _MAX_GUESSES = 100
 """Unknown keys for which it is looked up what they were meant to be, since that is slow."""
 _ANY_RAMP = "schedules.*"
-
-
-def describe(value: Any) -> str:
-    """A value in a message: short, and safe for anything that can stand in a profile."""
-    if value is None:
-        return "nothing (null)"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, Mapping):
-        return "a mapping"
-    if isinstance(value, list | tuple):
-        return "a list"
-    if isinstance(value, int) and value.bit_length() > 128:
-        return "a number of more than 38 digits"
-    if isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, str):
-        return f"the text {value[:60]!r}{'…' if len(value) > 60 else ''}"
-    return f"a {type(value).__name__}"
 
 
 def problem_of(
@@ -74,51 +33,13 @@ def problem_of(
     value = error.get("input")
     if secret or any(isinstance(key, str) and is_secret_name(key) for key in path[1:]):
         shown = value if value is None or isinstance(value, bool | Mapping | list) else MASK
-        message, _ = _message({**error, "input": shown})
+        message, _ = in_words({**error, "input": shown})
         return Problem(redact(message), dotted(path), source.where(path))
-    message, hint = _message(error)
+    message, hint = in_words(error)
     message = redact(message)
     if isinstance(value, str) and (meant := value_meant(dotted(path), value[:60])):
         hint = f"did you mean {meant}?"
     return Problem(message, dotted(path), source.where(path), hint)
-
-
-def _message(error: ErrorDetails) -> tuple[str, str]:
-    kind, value, context = error["type"], error.get("input"), error.get("ctx", {})
-    shown = describe(value)
-    if kind in _KINDS:
-        hint = ""
-        if isinstance(value, str) and kind in _NUMERIC and _is_number(value, _NUMERIC[kind]):
-            hint = "write it without quotes"
-        return f"must be {_KINDS[kind]}, not {shown}", hint
-    if kind in _BOUNDS:
-        bound, words = _BOUNDS[kind]
-        return f"must be {words} {context[bound]}, not {shown}", ""
-    if kind == "literal_error":
-        expected = str(context["expected"])
-        choices = [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")]
-        return f"must be {expected}, not {shown}", did_you_mean(str(value)[:60], choices)
-    if kind == "missing":
-        return "is missing", ""
-    if kind == "string_pattern_mismatch":
-        return f"must match {context['pattern']}, not {shown}", ""
-    if kind == "too_long":
-        return f"holds more than the {context['max_length']:,} items that it may", ""
-    if kind in ("too_short", "string_too_short"):
-        return "must not be empty", ""
-    if kind.startswith("apt_"):
-        hint = did_you_mean(str(value)[:60], context.get("choices", ()))
-        return f"{error['msg']}, not {shown}", hint
-    text = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    return f"{text[:1].lower()}{text[1:]} (it is {shown})", ""
-
-
-def _is_number(text: str, kind: Callable[[str], float]) -> bool:
-    try:
-        kind(text)
-    except ValueError:
-        return False
-    return True
 
 
 class KnownKeys:

@@ -19,6 +19,13 @@ from pydantic import (
 from apt_core.config.secret_fields import dump
 from apt_core.config.yaml_text import ProfileDumper
 from apt_core.plugin_names import MAX_PLUGINS
+from apt_core.providers.attention import MHASettings, TVASettings
+from apt_core.providers.backbone import NgramSettings
+from apt_core.providers.dataset import DataSection
+from apt_core.providers.ffn import VFTSettings
+from apt_core.providers.lr_schedule import DECAY_RATIO
+from apt_core.providers.optimizer import ADAM_BETAS, ADAM_EPS, MuonSettings
+from apt_core.providers.position import RoPESettings
 from apt_core.secrets import without_secrets
 from apt_core.sections import (
     Count,
@@ -70,62 +77,6 @@ PluginEntry = Annotated[
 ]
 
 
-class TVAConfig(Section):
-    """``model.tva``: the default attention."""
-
-    r: Size = Field(default=2, description="Compression ratio: rank = head dimension // r.")
-    s: Annotated[int, Field(ge=0, le=2**16)] = Field(
-        default=0, description="Number of normal directions of the compensator; 0 leaves it out."
-    )
-    tau: Annotated[float, Field(ge=-1e3, le=1e3)] = Field(
-        default=0.18,
-        description="Shift of the compensator's threshold, in spreads of the residual.",
-    )
-    rank: Size | None = Field(default=None, description="The rank itself, in place of r.")
-    qk_norm: bool = Field(default=False, description="Normalise queries and keys, per head.")
-    factored: bool = Field(
-        default=False, description="Compute by the definition (slow; the reference for tests)."
-    )
-
-
-class MHAConfig(Section):
-    """``model.mha``: multi-head attention; ``num_kv_heads`` makes it grouped or multi-query."""
-
-    qk_norm: bool = Field(default=False, description="Normalise queries and keys, per head.")
-
-
-class VFTConfig(Section):
-    """``model.vft``: the feed-forward in a low-rank space."""
-
-    r: Size = Field(default=4, description="Compression ratio: rank = d_model // r.")
-    rank: Size | None = Field(default=None, description="The rank itself, in place of r.")
-
-
-class RoPEConfig(Section):
-    """``model.rope``: rotary position embedding."""
-
-    theta: Annotated[float, Field(gt=1, le=1e12)] = Field(
-        default=10_000.0, description="Base of the frequencies; larger for longer texts."
-    )
-
-
-class NgramConfig(Section):
-    """``model.ngram``: embeddings of the last few tokens together, by hash."""
-
-    orders: Annotated[
-        tuple[Annotated[int, Field(ge=2, le=64)], ...],
-        Strict(False),
-        Field(max_length=63),
-    ] = Field(default=(2, 3, 4), description="Lengths of the n-grams, in tokens.")
-    buckets: Annotated[tuple[Size, ...], Strict(False), Field(max_length=63)] = Field(
-        default=(4096, 16384, 16384),
-        description="Rows of each order's table; n-grams that share a row share what they learn.",
-    )
-    lr_scale: Annotated[float, Field(gt=0, le=1e6)] = Field(
-        default=6.0, description="Learning rate of the tables over that of the token embeddings."
-    )
-
-
 class ModelSection(Section):
     """``model``: sizes of the network and the providers of its parts."""
 
@@ -164,28 +115,12 @@ class ModelSection(Section):
     norm_name: Name = Field(default="rmsnorm", description="Provider of the norm.")
     position_name: Name = Field(default="rope", description="Provider of the positions, or none.")
     backbone_name: Name = Field(default="gpt", description="Provider of the backbone.")
-    tva: TVAConfig = Field(default_factory=TVAConfig, description="Settings of tva_default.")
-    mha: MHAConfig = Field(default_factory=MHAConfig, description="Settings of mha.")
-    vft: VFTConfig = Field(default_factory=VFTConfig, description="Settings of vft.")
-    rope: RoPEConfig = Field(default_factory=RoPEConfig, description="Settings of rope.")
-    ngram: NgramConfig | None = Field(
+    tva: TVASettings = Field(default_factory=TVASettings, description="Settings of tva_default.")
+    mha: MHASettings = Field(default_factory=MHASettings, description="Settings of mha.")
+    vft: VFTSettings = Field(default_factory=VFTSettings, description="Settings of vft.")
+    rope: RoPESettings = Field(default_factory=RoPESettings, description="Settings of rope.")
+    ngram: NgramSettings | None = Field(
         default=None, description="Add embeddings of hashed n-grams; without it there are none."
-    )
-
-
-class MuonConfig(Section):
-    """``training.muon``: the optimizer of hidden matrices; AdamW takes the other parameters."""
-
-    learning_rate: Annotated[float, Field(gt=0, le=1e3)] = Field(
-        default=0.02, description="Peak learning rate of hidden matrices."
-    )
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.95, description="Momentum.")
-    nesterov: bool = Field(default=True, description="Look ahead along the momentum.")
-    weight_decay: Annotated[float, Field(ge=0, le=1e3)] = Field(
-        default=0.0, description="Decoupled weight decay of hidden matrices."
-    )
-    ns_steps: Annotated[int, Field(ge=1, le=20)] = Field(
-        default=5, description="Newton-Schulz iterations."
     )
 
 
@@ -230,7 +165,7 @@ class TrainingSection(Section):
         default=50, description="Steps over which the learning rate rises."
     )
     decay_ratio: Fraction = Field(
-        default=0.2, description="Share of the steps, the last ones, over which wsd decays."
+        default=DECAY_RATIO, description="Share of the steps, the last ones, over which wsd decays."
     )
     weight_decay: Annotated[float, Field(ge=0, le=1e3)] = Field(
         default=0.01, description="Decoupled weight decay."
@@ -238,8 +173,10 @@ class TrainingSection(Section):
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
         Strict(False),
-    ] = Field(default=(0.9, 0.95), description="Decay of Adam's two moments.")
-    eps: Annotated[float, Field(gt=0, le=1)] = Field(default=1e-8, description="Adam's epsilon.")
+    ] = Field(default=ADAM_BETAS, description="Decay of Adam's two moments.")
+    eps: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=ADAM_EPS, description="Adam's epsilon."
+    )
     gradient_clip: Annotated[float, Field(ge=0, le=1e9)] = Field(
         default=1.0, description="Largest norm of the gradient; 0 does not clip."
     )
@@ -247,7 +184,7 @@ class TrainingSection(Section):
     lr_schedule_name: Name = Field(
         default="cosine", description="Provider of the learning-rate schedule."
     )
-    muon: MuonConfig = Field(default_factory=MuonConfig, description="Settings of muon.")
+    muon: MuonSettings = Field(default_factory=MuonSettings, description="Settings of muon.")
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None,
         description="Decay of an exponential moving average of the weights, with which the run "
@@ -303,47 +240,6 @@ class TrainingSection(Section):
         "with its stack; it is quarantined when it does, except from hooks that may last. 0 "
         "watches none.",
     )
-
-
-class DataSection(Section):
-    """``data``: where the text comes from and how it becomes tokens."""
-
-    source: Name | None = Field(
-        default=None,
-        description="Built-in text, such as pydoc. Without it the loader reads; where that is the "
-        "default one and has no train_path, the text is pydoc.",
-    )
-    train_path: Name | None = Field(default=None, description="File to train on.")
-    val_path: Name | None = Field(
-        default=None, description="File to evaluate on; without it the last tenth is held out."
-    )
-    loader: Name = Field(
-        default="text_default",
-        description="Provider that reads train_path; any but text_default is used without one too.",
-    )
-    tokenizer_name: Name = Field(default="byte", description="Provider of the tokenizer.")
-    max_length: Size | None = Field(
-        default=None, description="Tokens per training sequence; without it, model.max_seq_len."
-    )
-    truncation: bool | None = Field(default=None, description="Cut texts that are too long.")
-    padding: (
-        Annotated[
-            Literal[True, False, "max_length", "longest", "do_not_pad"],
-            one_of(True, False, "max_length", "longest", "do_not_pad"),
-        ]
-        | None
-    ) = Field(default=None, description="Fill texts that are too short.")
-
-    @property
-    def text_source(self) -> str | None:
-        """The built-in text to train on, or None where the loader reads instead."""
-        asked = self.train_path or self.loader != type(self).model_fields["loader"].default
-        return self.source or (None if asked else "pydoc")
-
-    @property
-    def dataset_name(self) -> str:
-        """The provider of the text."""
-        return self.text_source or self.loader
 
 
 class EvaluationSection(Section):

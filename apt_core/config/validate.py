@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from apt_core.config.checks import find_contradictions
 from apt_core.config.inactive import unheeded
-from apt_core.config.messages import KnownKeys, describe, ignored_keys, problem_of
+from apt_core.config.messages import KnownKeys, ignored_keys, problem_of
 from apt_core.config.schema import PLACEHOLDERS, Config
 from apt_core.config.secret_fields import secret_places
 from apt_core.config.source import InactiveKey, Source
@@ -20,6 +20,7 @@ from apt_core.error_text import one_line
 from apt_core.errors import ConfigError, Problem
 from apt_core.paths import resolve_paths
 from apt_core.secrets import SecretValues, hidden_in, named_secrets
+from apt_core.section_errors import describe
 from apt_core.types import SectionSpec
 
 _ABSENT = object()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 
-from apt_core.providers.lr_schedule import LRScheduleProvider
+from apt_core.providers.lr_schedule import DECAY_RATIO, LRScheduleProvider
 
 
 class WarmedUp(LRScheduleProvider):
@@ -54,7 +54,7 @@ class WSDProvider(WarmedUp):
     name = "wsd"
 
     def height(self, step: int, start: int, end: int) -> float:
-        ratio = self.setting("decay_ratio", 0.2)
+        ratio = self.setting("decay_ratio", DECAY_RATIO)
         begin = max(start, end * (1 - ratio))
         if step <= begin:
             return 1.0

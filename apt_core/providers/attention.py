@@ -4,14 +4,62 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, ClassVar, Protocol
+
+from pydantic import Field
 
 from apt_core.providers.base import Provider
+from apt_core.sections import Section, Size
 
 if TYPE_CHECKING:
     from torch import nn
 
     from apt_core.providers.position import PositionProvider
+
+
+class TVASettings(Section):
+    """``model.tva``: the default attention, in a space of rank R."""
+
+    r: Size = Field(default=2, description="Compression ratio: rank = head dimension // r.")
+    s: Annotated[int, Field(ge=0, le=2**16)] = Field(
+        default=0, description="Number of normal directions of the compensator; 0 leaves it out."
+    )
+    tau: Annotated[float, Field(ge=-1e3, le=1e3)] = Field(
+        default=0.18,
+        description="Shift of the compensator's threshold, in spreads of the residual.",
+    )
+    rank: Size | None = Field(default=None, description="The rank itself, in place of r.")
+    qk_norm: bool = Field(default=False, description="Normalise queries and keys, per head.")
+    factored: bool = Field(
+        default=False, description="Compute by the definition (slow; the reference for tests)."
+    )
+
+    def rank_in(self, head_dim: int) -> int:
+        """R for heads of width ``head_dim``: 0 where the ratio leaves none, and above ``head_dim``
+        where the rank is."""
+        return head_dim // self.r if self.rank is None else self.rank
+
+    def rank_of(self, head_dim: int) -> int:
+        """:meth:`rank_in`. Raises ValueError where R would be < 1 or > d_h."""
+        rank = self.rank_in(head_dim)
+        if rank < 1:
+            raise ValueError(
+                f"model.tva.r: a ratio of {self.r} leaves no rank of heads that are {head_dim} "
+                f"wide (model.d_model / model.num_heads): choose r <= {head_dim}, or set "
+                "model.tva.rank"
+            )
+        if rank > head_dim:
+            raise ValueError(
+                f"model.tva.rank: {rank} is more than the width {head_dim} of a head "
+                "(model.d_model / model.num_heads): choose a smaller rank"
+            )
+        return rank
+
+
+class MHASettings(Section):
+    """``model.mha``: multi-head attention; ``num_kv_heads`` makes it grouped or multi-query."""
+
+    qk_norm: bool = Field(default=False, description="Normalise queries and keys, per head.")
 
 
 class DecodingCache(Protocol):

@@ -4,12 +4,32 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field, Strict
 
 from apt_core.providers.base import Provider
+from apt_core.sections import Section, Size
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+class NgramSettings(Section):
+    """``model.ngram``: embeddings of the last few tokens together, by hash."""
+
+    orders: Annotated[
+        tuple[Annotated[int, Field(ge=2, le=64)], ...],
+        Strict(False),
+        Field(max_length=63),
+    ] = Field(default=(2, 3, 4), description="Lengths of the n-grams, in tokens.")
+    buckets: Annotated[tuple[Size, ...], Strict(False), Field(max_length=63)] = Field(
+        default=(4096, 16384, 16384),
+        description="Rows of each order's table; n-grams that share a row share what they learn.",
+    )
+    lr_scale: Annotated[float, Field(gt=0, le=1e6)] = Field(
+        default=6.0, description="Learning rate of the tables over that of the token embeddings."
+    )
 
 
 class BackboneProvider(Provider, ABC):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import ValidationError
 
 from apt_core.errors import did_you_mean
+from apt_core.section_errors import in_words
+from apt_core.sections import Section
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-    Settings = TypeVar("Settings", bound=DataclassInstance)
+Settings = TypeVar("Settings", bound=Section)
 
 
 class Provider:
@@ -75,16 +75,36 @@ def read_setting(config: Any, key: str, default: Any) -> Any:
     return value
 
 
-def read_settings(cls: type[Settings], config: Any, section: str) -> Settings:
-    """The dataclass ``cls`` from a mapping, an object with its attributes, or None (its defaults).
+def read_settings(model: type[Settings], config: Any, section: str) -> Settings:
+    """The settings ``model`` from itself, a mapping, an object with its attributes, or None (its
+    defaults).
 
-    Raises ValueError for an unknown key of a mapping, as ``section`` of the profile.
+    Raises ValueError, naming each key of the profile's ``section``, for a key of a mapping that is
+    unknown and for values that are refused.
     """
-    names = [field.name for field in fields(cls)]
-    if isinstance(config, Mapping):
-        for key in config:
-            if key not in names:
-                raise ValueError(
-                    f"{section}.{key}: unknown key {did_you_mean(key, names)}".rstrip()
-                )
-    return cls(**{f.name: read_setting(config, f.name, f.default) for f in fields(cls)})
+    if isinstance(config, model):
+        return config
+    names = list(model.model_fields)
+    given = (
+        config
+        if isinstance(config, Mapping)
+        else {
+            name: value for name in names if (value := read_setting(config, name, None)) is not None
+        }
+    )
+    unknown = [key for key in given if key not in names]
+    if unknown:
+        raise ValueError(
+            "; ".join(
+                f"{section}.{key}: unknown key {did_you_mean(key, names)}".rstrip()
+                for key in unknown
+            )
+        )
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        told = [
+            f"{'.'.join(map(str, (section, *details['loc'])))}: {in_words(details)[0]}"
+            for details in error.errors(include_url=False)
+        ]
+        raise ValueError("; ".join(told)) from None

@@ -6,12 +6,53 @@ import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from apt_core.providers.base import Provider
+from apt_core.sections import Name, Section, Size, one_of
 
-if TYPE_CHECKING:
-    from apt_core.config.schema import DataSection
+
+class DataSection(Section):
+    """``data``: where the text comes from and how it becomes tokens."""
+
+    source: Name | None = Field(
+        default=None,
+        description="Built-in text, such as pydoc. Without it the loader reads; where that is the "
+        "default one and has no train_path, the text is pydoc.",
+    )
+    train_path: Name | None = Field(default=None, description="File to train on.")
+    val_path: Name | None = Field(
+        default=None, description="File to evaluate on; without it the last tenth is held out."
+    )
+    loader: Name = Field(
+        default="text_default",
+        description="Provider that reads train_path; any but text_default is used without one too.",
+    )
+    tokenizer_name: Name = Field(default="byte", description="Provider of the tokenizer.")
+    max_length: Size | None = Field(
+        default=None, description="Tokens per training sequence; without it, model.max_seq_len."
+    )
+    truncation: bool | None = Field(default=None, description="Cut texts that are too long.")
+    padding: (
+        Annotated[
+            Literal[True, False, "max_length", "longest", "do_not_pad"],
+            one_of(True, False, "max_length", "longest", "do_not_pad"),
+        ]
+        | None
+    ) = Field(default=None, description="Fill texts that are too short.")
+
+    @property
+    def text_source(self) -> str | None:
+        """The built-in text to train on, or None where the loader reads instead."""
+        asked = self.train_path or self.loader != type(self).model_fields["loader"].default
+        return self.source or (None if asked else "pydoc")
+
+    @property
+    def dataset_name(self) -> str:
+        """The provider of the text."""
+        return self.text_source or self.loader
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@ from abc import ABC, abstractmethod
 
 from apt_core.providers.base import Provider
 
+DECAY_RATIO = 0.2
+"""Default of ``training.decay_ratio``."""
+
 
 class LRScheduleProvider(Provider, ABC):
     """A learning-rate schedule: a pure function of the position, with no state to save."""

@@ -4,12 +4,35 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
 
 from apt_core.providers.base import Provider
+from apt_core.sections import Section
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
+
+
+ADAM_BETAS, ADAM_EPS = (0.9, 0.95), 1e-8
+"""Defaults of ``training.betas`` and ``training.eps``."""
+
+
+class MuonSettings(Section):
+    """``training.muon``: the optimizer of hidden matrices; AdamW takes the other parameters."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1e3)] = Field(
+        default=0.02, description="Peak learning rate of hidden matrices."
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.95, description="Momentum.")
+    nesterov: bool = Field(default=True, description="Look ahead along the momentum.")
+    weight_decay: Annotated[float, Field(ge=0, le=1e3)] = Field(
+        default=0.0, description="Decoupled weight decay of hidden matrices."
+    )
+    ns_steps: Annotated[int, Field(ge=1, le=20)] = Field(
+        default=5, description="Newton-Schulz iterations."
+    )
 
 
 class OptimizerProvider(Provider, ABC):

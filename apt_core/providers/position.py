@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
 
 from apt_core.providers.base import Provider
+from apt_core.sections import Section
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+class RoPESettings(Section):
+    """``model.rope``: rotary position embedding."""
+
+    theta: Annotated[float, Field(gt=1, le=1e12)] = Field(
+        default=10_000.0, description="Base of the frequencies; larger for longer texts."
+    )
 
 
 class PositionProvider(Provider):

@@ -49,12 +49,11 @@ TEXT_KEYS = ("data.source", "data.train_path", "data.val_path", "data.loader")
 
 
 def _tva_rank(config: Config) -> int:
-    model = config.model
-    return model.tva.rank or model.d_model // model.num_heads // model.tva.r
+    return config.model.tva.rank_in(config.model.d_model // config.model.num_heads)
 
 
 def _vft_rank(config: Config) -> int:
-    return config.model.vft.rank or config.model.d_model // config.model.vft.r
+    return config.model.vft.rank_in(config.model.d_model)
 
 
 def _nothing(config: Config) -> None:

@@ -18,6 +18,6 @@ def apt_register_providers() -> list[ProviderSpec]:
             summary="fused TVA on the flash-attention kernel; same weights as tva_default",
             requires=("flash-attn>=2.4",),
             section="model.tva",
-            config="apt_core.config.schema:TVAConfig",
+            config="apt_core.providers.attention:TVASettings",
         )
     ]

@@ -12,7 +12,8 @@ from apt_core.modeling import (
     padding_mask,
     padding_positions,
 )
-from apt_core.modeling.layers import TVAProvider, TVASettings
+from apt_core.modeling.layers import TVAProvider
+from apt_core.providers.attention import TVASettings
 from apt_core.types import ProviderSpec
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}

@@ -72,7 +72,7 @@ def test_rope_makes_scores_depend_on_the_distance_alone():
 
 def test_rope_refuses_what_its_tables_do_not_hold():
     with pytest.raises(ValueError, match=r"5 tokens is longer than model\.max_seq_len 4"):
-        Rotary(4, 4)(torch.randn(1, 5, 1, 4))
+        Rotary(4, 4, 10_000.0)(torch.randn(1, 5, 1, 4))
 
 
 def test_rope_refuses_an_odd_width():
@@ -124,7 +124,7 @@ class Casts(TorchDispatchMode):
 
 
 def test_rope_casts_its_tables_once_and_again_where_they_change():
-    rotary, x = Rotary(4, 10), torch.randn(2, 3, 2, 4).to(torch.bfloat16)
+    rotary, x = Rotary(4, 10, 10_000.0), torch.randn(2, 3, 2, 4).to(torch.bfloat16)
     positions = torch.tensor([7, 3, 5])
 
     def turned(x, positions):

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import asdict
-
 import pytest
 from torch import nn
 
-from apt_core.defaults import core_providers
 from apt_core.modeling.layers import TVAProvider
 from apt_core.providers import AttentionProvider
 
@@ -28,23 +24,3 @@ def test_an_attention_costs_what_multi_head_attention_does(kv_heads: int | None)
         assert mine.kv_cache_bytes(64, 4, length, num_kv_heads=kv_heads) == plain.kv_cache_bytes(
             64, 4, length, num_kv_heads=kv_heads
         )
-
-
-CONFIGURED = {spec.key: spec for spec in core_providers("") if spec.config}
-
-
-@pytest.mark.parametrize("key", [key for key in CONFIGURED if key != "position:rope"])
-def test_the_defaults_of_a_provider_are_the_profiles(key: str) -> None:
-    spec = CONFIGURED[key]
-    provider, section = (
-        getattr(importlib.import_module(module), name)
-        for module, name in (str(path).split(":") for path in (spec.factory, spec.config))
-    )
-    assert asdict(provider().settings) == section().model_dump()
-
-
-def test_the_default_base_of_rope_is_the_profiles() -> None:
-    from apt_core.config.schema import RoPEConfig
-    from apt_core.modeling.layers import RoPEProvider
-
-    assert RoPEProvider().create_rotary(4, 2).theta == RoPEConfig().theta

@@ -17,7 +17,7 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from apt_core import hookimpl
 from apt_core.config import Config
-from apt_core.config.schema import HardwareSection, MuonConfig
+from apt_core.config.schema import HardwareSection
 from apt_core.modeling import ModelBuilder
 from apt_core.modeling.layers import GELU
 from apt_core.modeling.lr_scale import learning_rate_scales, undeclared_squares
@@ -26,6 +26,7 @@ from apt_core.optim.optimizers.muon import MuonProvider
 from apt_core.optim.optimizers.newton_schulz import orthogonalize
 from apt_core.optim.parameter_groups import hidden_matrices, parameter_groups
 from apt_core.plugin_manager import PluginManager
+from apt_core.providers.optimizer import MuonSettings
 from apt_core.runs.state_tensors import load_optimizer_groups, optimizer_groups, optimizer_tensors
 from apt_core.testing import tiny_run
 from apt_core.training.step import finite_guard
@@ -462,7 +463,7 @@ def test_muons_defaults_are_the_profiles():
     )
     assert optimizer_groups(model, plain) == optimizer_groups(model, profile)
     group = next(g for g in profile.param_groups if g["hidden_matrices"])
-    keys = {"lr" if key == "learning_rate" else key: v for key, v in MuonConfig()}
+    keys = {"lr" if key == "learning_rate" else key: v for key, v in MuonSettings()}
     assert {key: group[key] for key in keys} == keys
 
 

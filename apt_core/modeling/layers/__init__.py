@@ -7,7 +7,7 @@ from apt_core.modeling.layers.attention import (
     visible,
 )
 from apt_core.modeling.layers.attention_mha import MHAProvider, MultiHeadAttention
-from apt_core.modeling.layers.attention_tva import TVAAttention, TVAProvider, TVASettings
+from apt_core.modeling.layers.attention_tva import TVAAttention, TVAProvider
 from apt_core.modeling.layers.ffn import (
     GELU,
     FeedForward,
@@ -20,7 +20,7 @@ from apt_core.modeling.layers.ffn import (
 from apt_core.modeling.layers.learned import LearnedPosition, LearnedPositionProvider
 from apt_core.modeling.layers.norm import LayerNormProvider, RMSNormProvider
 from apt_core.modeling.layers.rope import RoPEProvider, Rotary
-from apt_core.modeling.layers.vft import VFT, VFTProvider, VFTSettings
+from apt_core.modeling.layers.vft import VFT, VFTProvider
 
 __all__ = [
     "GELU",
@@ -42,9 +42,7 @@ __all__ = [
     "SwiGLUProvider",
     "TVAAttention",
     "TVAProvider",
-    "TVASettings",
     "VFTProvider",
-    "VFTSettings",
     "check_heads",
     "check_mask",
     "visible",

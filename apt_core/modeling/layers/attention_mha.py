@@ -5,23 +5,15 @@ Shapes as in :mod:`apt_core.modeling.layers.attention`, with R = d_h = D/H.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from apt_core.modeling.init import reset_layer
 from apt_core.modeling.layers.attention import SelfAttention, check_heads
-from apt_core.providers.attention import AttentionProvider, AttentionSupport
+from apt_core.providers.attention import AttentionProvider, AttentionSupport, MHASettings
 from apt_core.providers.base import read_settings
 from apt_core.providers.position import PositionProvider
-
-
-@dataclass(frozen=True)
-class MHASettings:
-    """The profile's ``model.mha``."""
-
-    qk_norm: bool = False
 
 
 class MultiHeadAttention(SelfAttention):

@@ -6,7 +6,6 @@ its rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,53 +16,9 @@ from apt_core.modeling.init import orthonormal_, reset_layer
 from apt_core.modeling.kv_cache import KeyValueCache
 from apt_core.modeling.layers.attention import SelfAttention, check_heads, visible
 from apt_core.modeling.layers.compensator import NormalCompensator
-from apt_core.providers.attention import AttentionProvider, AttentionSupport
+from apt_core.providers.attention import AttentionProvider, AttentionSupport, TVASettings
 from apt_core.providers.base import read_settings
 from apt_core.providers.position import PositionProvider
-
-
-@dataclass(frozen=True)
-class TVASettings:
-    """The profile's ``model.tva``: the ratio ``r`` of compression (R = d_h // r) or the ``rank``
-    itself, ``s`` normal directions (0: no compensator) with their threshold ``tau``, ``qk_norm``,
-    and ``factored``, the reference path."""
-
-    r: int = 2
-    s: int = 0
-    tau: float = 0.18
-    rank: int | None = None
-    qk_norm: bool = False
-    factored: bool = False
-
-    @classmethod
-    def read(cls, config: Any) -> TVASettings:
-        """From a mapping, an object with these attributes, or None.
-
-        Raises ValueError for an unknown key of a mapping and for values out of range.
-        """
-        settings = read_settings(cls, config, "model.tva")
-        if settings.r < 1 or settings.s < 0 or (settings.rank is not None and settings.rank < 1):
-            raise ValueError(
-                "model.tva: r and rank must be at least 1 and s at least 0, not "
-                f"r={settings.r}, rank={settings.rank}, s={settings.s}"
-            )
-        return settings
-
-    def rank_of(self, head_dim: int) -> int:
-        """R for heads of width ``head_dim``. Raises ValueError where R would be < 1 or > d_h."""
-        rank = head_dim // self.r if self.rank is None else self.rank
-        if rank < 1:
-            raise ValueError(
-                f"model.tva.r: a ratio of {self.r} leaves no rank of heads that are {head_dim} "
-                f"wide (model.d_model / model.num_heads): choose r <= {head_dim}, or set "
-                "model.tva.rank"
-            )
-        if rank > head_dim:
-            raise ValueError(
-                f"model.tva.rank: {rank} is more than the width {head_dim} of a head "
-                "(model.d_model / model.num_heads): choose a smaller rank"
-            )
-        return rank
 
 
 class TVACache(KeyValueCache):
@@ -202,7 +157,7 @@ class TVAProvider(AttentionProvider):
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
-        self.settings = TVASettings.read(config)
+        self.settings = read_settings(TVASettings, config, "model.tva")
 
     def create_layer(
         self,

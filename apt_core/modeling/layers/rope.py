@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apt_core.providers.position import PositionProvider
+from apt_core.providers.base import read_settings
+from apt_core.providers.position import PositionProvider, RoPESettings
 
 
 class Rotary(nn.Module):
@@ -20,7 +21,7 @@ class Rotary(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, head_dim: int, max_seq_len: int, theta: float = 10_000.0) -> None:
+    def __init__(self, head_dim: int, max_seq_len: int, theta: float) -> None:
         super().__init__()
         if head_dim % 2:
             raise ValueError(
@@ -94,9 +95,13 @@ def _same(before: Sequence[Any], now: Sequence[Any]) -> bool:
 
 
 class RoPEProvider(PositionProvider):
-    """``position:rope``; setting ``theta``, the base of the frequencies (10000)."""
+    """``position:rope``; settings as :class:`RoPESettings`."""
 
     name = "rope"
 
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self.settings = read_settings(RoPESettings, config, "model.rope")
+
     def create_rotary(self, head_dim: int, max_seq_len: int) -> nn.Module:
-        return Rotary(head_dim, max_seq_len, float(self.setting("theta", 10_000.0)))
+        return Rotary(head_dim, max_seq_len, self.settings.theta)

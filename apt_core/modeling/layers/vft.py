@@ -5,7 +5,6 @@ Shapes: B batch, T tokens, D d_model, F d_ff, m the rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,45 +13,7 @@ from torch import Tensor, nn
 
 from apt_core.modeling.init import normal_, orthonormal_, reset_layer, write_std
 from apt_core.providers.base import read_settings
-from apt_core.providers.ffn import FeedForwardProvider
-
-
-@dataclass(frozen=True)
-class VFTSettings:
-    """The profile's ``model.vft``: the ratio ``r`` of compression (m = d_model // r) or the
-    ``rank`` m itself."""
-
-    r: int = 4
-    rank: int | None = None
-
-    @classmethod
-    def read(cls, config: Any) -> VFTSettings:
-        """From a mapping, an object with these attributes, or None.
-
-        Raises ValueError for an unknown key of a mapping and for values out of range.
-        """
-        settings = read_settings(cls, config, "model.vft")
-        if settings.r < 1 or (settings.rank is not None and settings.rank < 1):
-            raise ValueError(
-                "model.vft: r and rank must be at least 1, not "
-                f"r={settings.r}, rank={settings.rank}"
-            )
-        return settings
-
-    def rank_of(self, d_model: int) -> int:
-        """m for a stream of width ``d_model``. Raises ValueError where it would be < 1 or > D."""
-        rank = d_model // self.r if self.rank is None else self.rank
-        if rank < 1:
-            raise ValueError(
-                f"model.vft.r: a ratio of {self.r} leaves no rank of model.d_model {d_model}: "
-                f"choose r <= {d_model}, or set model.vft.rank"
-            )
-        if rank > d_model:
-            raise ValueError(
-                f"model.vft.rank: {rank} is more than model.d_model {d_model}: "
-                "choose a smaller rank"
-            )
-        return rank
+from apt_core.providers.ffn import FeedForwardProvider, VFTSettings
 
 
 class VFT(nn.Module):
@@ -122,7 +83,7 @@ class VFTProvider(FeedForwardProvider):
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
-        self.settings = VFTSettings.read(config)
+        self.settings = read_settings(VFTSettings, config, "model.vft")
 
     def create_layer(self, d_model: int, d_ff: int, dropout: float = 0.0) -> nn.Module:
         return VFT(d_model, d_ff, self.settings, dropout=dropout)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from apt_core.providers.optimizer import OptimizerProvider
+from apt_core.providers.optimizer import ADAM_BETAS, ADAM_EPS, OptimizerProvider
 
 ADAM_STATE = frozenset({"step", "exp_avg", "exp_avg_sq"})
 
@@ -25,8 +25,8 @@ class AdamWProvider(OptimizerProvider):
         return torch.optim.AdamW(
             list(param_groups),
             lr=learning_rate,
-            betas=tuple(self.setting("betas", (0.9, 0.95))),
-            eps=self.setting("eps", 1e-8),
+            betas=tuple(self.setting("betas", ADAM_BETAS)),
+            eps=self.setting("eps", ADAM_EPS),
             weight_decay=weight_decay,
             fused=True,
         )

@@ -12,7 +12,13 @@ from torch.optim import AdamW, Optimizer
 from apt_core.optim.optimizers.adamw import ADAM_STATE
 from apt_core.optim.optimizers.newton_schulz import orthogonalize
 from apt_core.parallel.world import local_part, shard_like, whole_tensor
-from apt_core.providers.optimizer import OptimizerProvider
+from apt_core.providers.base import read_settings
+from apt_core.providers.optimizer import (
+    ADAM_BETAS,
+    ADAM_EPS,
+    MuonSettings,
+    OptimizerProvider,
+)
 
 MATRICES = "hidden_matrices"
 """The key of a group that says which of the two optimizers takes it."""
@@ -168,6 +174,10 @@ class MuonProvider(OptimizerProvider):
     separates_matrices = True
     states = (ADAM_STATE, frozenset({"momentum_buffer"}))
 
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self.settings = read_settings(MuonSettings, self.setting("muon", None), "training.muon")
+
     def create(
         self, param_groups: Sequence[dict[str, Any]], *, learning_rate: float, weight_decay: float
     ) -> Optimizer:
@@ -181,17 +191,16 @@ class MuonProvider(OptimizerProvider):
         return Muon(
             groups,
             lr=learning_rate,
-            betas=tuple(self.setting("betas", (0.9, 0.95))),
-            eps=self.setting("eps", 1e-8),
+            betas=tuple(self.setting("betas", ADAM_BETAS)),
+            eps=self.setting("eps", ADAM_EPS),
             weight_decay=weight_decay,
-            momentum=self.setting("muon.momentum", 0.95),
-            nesterov=self.setting("muon.nesterov", True),
-            ns_steps=self.setting("muon.ns_steps", 5),
+            momentum=self.settings.momentum,
+            nesterov=self.settings.nesterov,
+            ns_steps=self.settings.ns_steps,
         )
 
     def _of_matrices(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """The group with Muon's rate and decay, unless it has its own."""
         group = dict(asked)
-        rate = self.setting("muon.learning_rate", 0.02) * group.pop("lr_scale", 1.0)
-        decay = self.setting("muon.weight_decay", 0.0)
-        return {"lr": rate, "weight_decay": decay, **group}
+        rate = self.settings.learning_rate * group.pop("lr_scale", 1.0)
+        return {"lr": rate, "weight_decay": self.settings.weight_decay, **group}
