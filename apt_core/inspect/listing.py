@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from apt_core.code_source import short_path, source_of
-from apt_core.declarations import declared_by
+from apt_core.declarations import Declared, declared_by
 from apt_core.discovery import installed_plugins
 from apt_core.errors import ConfigError, Problem
 from apt_core.hookspecs import POLICIES
@@ -81,16 +81,35 @@ def survey(profile: str = "", plugins: Sequence[str] = ()) -> Listing:
         listing.manager = everything
     listing.problems += listing.registry.refresh()
     if profile:
-        listing.problems += _profile_problems(profile, listing)
+        blocked = selection.blocked.values()
+        listing.problems += _profile_problems(
+            profile, listing, lambda: [declared_by(reference, installed) for reference in blocked]
+        )
     return listing
 
 
-def _profile_problems(profile: str, listing: Listing) -> list[Problem]:
+def _profile_problems(
+    profile: str, listing: Listing, blocked: Callable[[], list[Declared]]
+) -> list[Problem]:
+    """What is wrong with a profile. The ``blocked`` plugins are asked for their sections where it
+    has keys that no other plugin knows."""
     from apt_core.config import read_profile, validate
 
     active = {r.name for r in listing.records.values() if r.state in ("active", "dormant")}
     source = read_profile(profile)
-    return validate(source, listing.sections, active=active, idle=listing.idle).problems
+    found = validate(source, listing.sections, active=active, idle=listing.idle)
+    if found.unknown:
+        asked = blocked()
+        listing.idle += [section for declared in asked for section in declared.sections]
+        broken = any(record.state == "broken" for record in listing.records.values())
+        found = validate(
+            source,
+            listing.sections,
+            active=active,
+            idle=listing.idle,
+            lenient=broken or any(declared.problem for declared in asked),
+        )
+    return found.problems
 
 
 def _read(profile: str) -> tuple[Any, Path | None, set[str]]:

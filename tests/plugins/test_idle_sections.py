@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from apt_core.config import parse_override
+from apt_core.declarations import declared_by
 from apt_core.errors import ConfigError, Problem
 from apt_core.kernel import boot
 from apt_core.runs.resume_check import saved_config
@@ -92,10 +93,9 @@ def test_what_the_section_contradicts_is_told_where_it_has_an_effect(tmp_path: P
 def test_plugins_are_asked_only_where_a_key_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(
-        "apt_core.kernel.declared_by",
+        "apt_core.declarations.declared_by",
         lambda name, installed: asked.append(name) or declared_by(name, installed),
     )
-    from apt_core.declarations import declared_by
 
     boot({"model": {"d_model": 64}, "schedules": {}}, files=False)
     assert asked == []
