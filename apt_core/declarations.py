@@ -9,6 +9,7 @@ from apt_core.discovery import Installed, LoadError, entry_for, load, plugin_nam
 from apt_core.errors import ConfigError, PluginError, Problem
 from apt_core.plugin_manager import PluginManager
 from apt_core.plugin_records import PluginRecord
+from apt_core.process_watch import EarlyWatch
 from apt_core.types import PluginFailure, ProviderSpec, SectionSpec
 
 
@@ -44,6 +45,24 @@ def declared_by(
         return broken(record, error.problems[0])
     record.state = "available"
     return ask(manager, record)
+
+
+class IdlePlugins:
+    """What plugins declare that are ``installed`` and not active in the run of ``manager``; each is
+    imported and asked once, when it is needed."""
+
+    def __init__(self, manager: PluginManager, installed: Mapping[str, Installed]) -> None:
+        self.installed = installed
+        self._manager = manager
+        self._declared: dict[str, Declared] = {}
+
+    def declared_by(self, name: str, reference: str = "") -> Declared:
+        """Ask the plugin, which is loaded by ``reference``, by default its name; never raises."""
+        if name not in self._declared:
+            self._manager.watch = self._manager.watch or EarlyWatch()
+            with self._manager.watching(name, "its import"):
+                self._declared[name] = declared_by(reference or name, self.installed)
+        return self._declared[name]
 
 
 def ask(manager: PluginManager, record: PluginRecord) -> Declared:

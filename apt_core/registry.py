@@ -1,4 +1,4 @@
-"""The provider registry, derived from what ``apt_register_providers`` returned.
+"""The provider registry: builds what the catalogue knows, or the kind's default in its place.
 
 A profile selects a provider by kind and name, never by priority. A provider that is registered but
 cannot be used here falls back to its kind's default, with the reason; a name that nobody registers
@@ -7,16 +7,14 @@ is bad input.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from logging import WARNING
 from typing import Any
 
-from apt_core import __version__
-from apt_core.defaults import core_providers
+from apt_core.catalogue import Catalogue, resolve
 from apt_core.error_text import one_line
 from apt_core.errors import (
     AptError,
@@ -27,12 +25,10 @@ from apt_core.errors import (
     did_you_mean,
 )
 from apt_core.hook_returns import check_provider
-from apt_core.kinds import KINDS
 from apt_core.log import get_logger
 from apt_core.markers import hookimpl
 from apt_core.plugin_manager import PluginManager
 from apt_core.requirements import unmet
-from apt_core.synonyms import value_meant
 from apt_core.types import CORE, FallbackEvent, ProviderSpec
 
 log = get_logger("apt.registry")
@@ -56,64 +52,33 @@ class Resolution:
 
 
 class Registry:
-    """Providers by kind and name.
+    """Builds the providers that are ``known``, each once for the same settings.
 
     ``profile`` is the validated config: a provider's settings are its ``section`` there. ``probe``
     tries a provider before it is used; without one every provider that can be built is taken.
-    ``problems`` are the specs that could not be taken, such as a name that two plugins register.
+    ``known`` is by default what the plugins of ``manager`` declare. ``resolutions`` says of every
+    provider that was asked for which one is used.
     """
 
     def __init__(
         self,
         manager: PluginManager | None = None,
         *,
+        known: Catalogue | None = None,
         profile: Any = None,
         probe: Probe | None = None,
         strict: bool = False,
     ) -> None:
         self.manager = manager or PluginManager()
+        self.known = known or self._declared()
         self.profile = profile
         self.probe = probe
         self.strict = strict
         self.resolutions: dict[tuple[str, str], Resolution] = {}
-        self._specs: dict[tuple[str, str], ProviderSpec] = {}
-        self._blocked: dict[tuple[str, str], tuple[ProviderSpec, str]] = {}
         self._built: dict[tuple[str, str, Any], Any] = {}
-        self.problems: list[Problem] = []
-        self.refresh()
 
-    # Declaring -------------------------------------------------------------------------------
-
-    def refresh(self) -> list[Problem]:
-        """Derive the registry anew from the plugins; returns (and keeps) what is wrong."""
-        specs = {(spec.kind, spec.name): spec for spec in core_providers(__version__)}
-        problems = []
-        for plugin, declared in self.manager.call_each("apt_register_providers"):
-            for spec in declared:
-                problem = self._check_spec(plugin, spec, specs)
-                if problem:
-                    problems.append(problem)
-                else:
-                    section = spec.section or KINDS[spec.kind].section
-                    specs[spec.kind, spec.name] = replace(spec, plugin=plugin, section=section)
-        self._specs, self.problems = specs, problems
-        return problems
-
-    def _check_spec(
-        self, plugin: str, spec: ProviderSpec, specs: Mapping[tuple[str, str], ProviderSpec]
-    ) -> Problem | None:
-        key = f"plugin {plugin}"
-        if spec.kind not in KINDS:
-            hint = did_you_mean(spec.kind, KINDS) or f"kinds are {', '.join(KINDS)}"
-            return Problem(f"{spec.key} has an unknown kind", key=key, hint=hint)
-        other = specs.get((spec.kind, spec.name))
-        if other is not None:
-            return Problem(
-                f"provider {spec.key} is registered by both {other.plugin!r} and {plugin!r}",
-                key=key,
-                hint=f"rename one of them, or leave one plugin out: --plugin no:{plugin}",
-            )
-        return None
+    def _declared(self) -> Catalogue:
+        return Catalogue(self.manager.call_each("apt_register_providers"))
 
     def register(
         self,
@@ -130,8 +95,7 @@ class Registry:
         """
         if not callable(cls) and not isinstance(cls, str):
             raise TypeError(f"a provider is a class or 'module:attribute', not {cls!r}")
-        existing = self._specs.get((kind, name))
-        if existing is not None and existing.factory is cls:
+        if self.has(kind, name) and self.spec(kind, name).factory is cls:
             return
         spec = ProviderSpec(
             kind,
@@ -143,108 +107,32 @@ class Registry:
             default=default,
         )
         plugin_name = f"script:{kind}:{name}"
-        problem = self._check_spec(plugin_name, spec, self._specs)
+        problem = self.known.check_spec(plugin_name, spec)
         if problem:
             raise ConfigError(problem)
         self.manager.register(_OneSpec(spec), plugin_name)
-        self.refresh()
+        self.known = self._declared()
 
-    def note_blocked(self, spec: ProviderSpec, reason: str) -> None:
-        """Know a provider of a plugin that is not active: asking for it falls back."""
-        self._blocked[spec.kind, spec.name] = (replace(spec, config=None), reason)
-
-    # Looking ---------------------------------------------------------------------------------
-
-    def specs(self, kind: str | None = None) -> list[ProviderSpec]:
-        """Every spec, by kind in the order of KINDS, the default first."""
-        chosen = [spec for spec in self._specs.values() if kind in (None, spec.kind)]
-        order = list(KINDS)
-        return sorted(chosen, key=lambda s: (order.index(s.kind), not s.default, s.name))
-
-    def list_providers(self, kind: str | None = None) -> dict[str, list[str]]:
-        """Provider names by kind. Raises ConfigError for a kind that there is not."""
-        if kind is not None and kind not in KINDS:
-            raise ConfigError(Problem(f"there is no kind {kind!r}", hint=did_you_mean(kind, KINDS)))
-        listed: dict[str, list[str]] = {}
-        for spec in self.specs(kind):
-            listed.setdefault(spec.kind, []).append(spec.name)
-        return listed
+    # What is known, for scripts and plugins ----------------------------------------------------
 
     def has(self, kind: str, name: str) -> bool:
-        return (kind, name) in self._specs or (kind, name) in self._blocked
-
-    def knows(self, kind: str, name: str) -> bool:
-        """Is the provider that of an active plugin, or the core's?"""
-        return (kind, name) in self._specs
-
-    def default(self, kind: str) -> ProviderSpec | None:
-        """The kind's default: a plugin's if one declares it, else the core's."""
-        return next(iter(self._defaults(kind)), None)
-
-    def _defaults(self, kind: str) -> list[ProviderSpec]:
-        defaults = [spec for spec in self.specs(kind) if spec.default]
-        return sorted(defaults, key=lambda spec: spec.plugin == CORE)
+        return (kind, name) in self.known
 
     def spec(self, kind: str, name: str) -> ProviderSpec:
-        """The spec of a registered provider; ConfigError with a suggestion for any other."""
-        problem = self.check_name(kind, name)
-        if problem:
-            raise ConfigError(problem)
-        return self._specs.get((kind, name)) or self._blocked[kind, name][0]
+        """See :meth:`Catalogue.spec`."""
+        return self.known.spec(kind, name)
 
-    def check_name(self, kind: str, name: str, **place: str) -> Problem | None:
-        """What is wrong with asking for this provider, if anything."""
-        if self.has(kind, name):
-            return None
-        if kind not in KINDS:
-            return Problem(f"there is no kind {kind!r}", hint=did_you_mean(kind, KINDS), **place)
-        names = [spec.name for spec in self.specs(kind)] + ["none"] * KINDS[kind].optional
-        meant = value_meant(kind, name)
-        # Naming one of an installed plugin that is not active yet activates it.
-        hint = f"did you mean {meant!r}?" if meant else did_you_mean(name, names)
-        hint = hint or f"there are: {', '.join(names) or 'none'}"
-        return Problem(f"no plugin offers {kind} provider {name!r}", hint=hint, **place)
-
-    def usable(self, spec: ProviderSpec) -> tuple[bool | None, str]:
-        """Can the provider be used here, as far as can be told without torch (None: no telling)."""
-        missing = unmet(spec.requires)
-        if missing:
-            return False, "; ".join(missing)
-        return (True, "") if spec.plugin == CORE else (None, "")
+    def list_providers(self, kind: str | None = None) -> dict[str, list[str]]:
+        """See :meth:`Catalogue.list_providers`."""
+        return self.known.list_providers(kind)
 
     def get_info(self, kind: str, name: str) -> dict[str, Any]:
-        """Everything about one provider, as ``apt-hooks info --json`` prints it."""
-        spec = self.spec(kind, name)
-        model = _resolve(spec.config) if spec.config else None
-        return {
-            "kind": spec.kind,
-            "name": spec.name,
-            "version": spec.version,
-            "plugin": spec.plugin,
-            "dependencies": list(spec.requires),
-            "is_default": spec is self.default(kind),
-            "conflicts": list(spec.conflicts),
-            "summary": spec.summary,
-            "config": {
-                "section": spec.section,
-                "schema": model.model_json_schema() if model else {},
-            },
-        }
+        """See :meth:`Catalogue.get_info`."""
+        return self.known.get_info(kind, name)
 
     def check_conflicts(self, keys: Iterable[str]) -> list[Problem]:
-        """Conflicts among providers given as ``kind:name``, each pair once."""
-        chosen = [self._specs[pair] for pair in (tuple(k.split(":", 1)) for k in keys)
-                  if pair in self._specs]  # fmt: skip
-        pairs = {
-            tuple(sorted((spec.key, other.key)))
-            for spec in chosen
-            for other in chosen
-            if other is not spec and other.key in spec.conflicts
-        }
-        return [
-            Problem(f"providers {first} and {second} conflict", hint="choose one of them")
-            for first, second in sorted(pairs)
-        ]
+        """See :meth:`Catalogue.check_conflicts`."""
+        return self.known.check_conflicts(keys)
 
     # Getting ---------------------------------------------------------------------------------
 
@@ -277,7 +165,7 @@ class Registry:
 
     def _asked(self, kind: str, name: str | None) -> ProviderSpec:
         if name is None:
-            default = self.default(kind)
+            default = self.known.default(kind)
             if default is None:
                 raise ConfigError(Problem(f"kind {kind!r} has no default provider: name one"))
             return default
@@ -285,8 +173,8 @@ class Registry:
 
     def _fall_back(self, spec: ProviderSpec, settings: Any, reason: str, fallback: bool) -> Any:
         """The kind's default in the place of ``spec``; recorded, logged and told."""
-        default = next((d for d in self._defaults(spec.kind) if d.name != spec.name), None)
-        if default is None or not KINDS[spec.kind].fallback:
+        default = self.known.replacement(spec)
+        if default is None:
             raise ProviderError(f"{spec.key} (plugin {spec.plugin}) cannot be used: {reason}")
         message = f"{spec.kind}: {spec.name} not usable ({reason})"
         if self.strict or not fallback:
@@ -329,12 +217,9 @@ class Registry:
         """The provider's config, or the reason why the provider cannot be used."""
         if given is None and spec.section and self.profile is not None:
             given = self.profile.section(spec.section)
-        blocked = self._blocked.get((spec.kind, spec.name))
-        if blocked and (spec.kind, spec.name) not in self._specs:
-            return given, blocked[1]
-        missing = unmet(spec.requires)
-        if missing:
-            return given, "; ".join(missing)
+        reason = self.known.blocked_because(spec) or "; ".join(unmet(spec.requires))
+        if reason:
+            return given, reason
         try:
             return self._config_for(spec, given), ""
         except BaseException as error:
@@ -344,7 +229,7 @@ class Registry:
         """The provider's config: what was given, validated, else defaults."""
         if spec.config is None:
             return given
-        model = _resolve(spec.config)
+        model = resolve(spec.config)
         if isinstance(given, model):
             return given
         from pydantic import BaseModel, ValidationError
@@ -375,7 +260,7 @@ class Registry:
             if built is not None:
                 provider = built[1]
             else:
-                provider = _resolve(spec.factory)(config)
+                provider = resolve(spec.factory)(config)
                 check_provider(provider, spec.kind)
         except BaseException as error:
             return None, self._reason(spec, error)
@@ -411,14 +296,6 @@ class _OneSpec:
     @hookimpl
     def apt_register_providers(self) -> list[ProviderSpec]:
         return [self._spec]
-
-
-def _resolve(target: Any) -> Any:
-    """The object behind ``"module:attribute"``; anything else is returned as it is."""
-    if not isinstance(target, str):
-        return target
-    module, _, attribute = target.partition(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 class _Itself:

@@ -43,11 +43,10 @@ from apt_core.device import is_out_of_memory
 from apt_core.error_text import cause_of, one_line
 from apt_core.inference.generator import generate
 from apt_core.kernel import boot
-from apt_core.modeling import ModelBuilder
 from apt_core.modeling.layers import SwiGLU
 from apt_core.parallel.peak import measured_peak_flops
-from apt_core.plugin_manager import PluginManager
 from apt_core.registry import Registry
+from apt_core.testing import tiny_session
 from apt_core.types import GenerationRequest
 from apt_plugins.moe.experts import Experts
 from apt_plugins.moe.layer import MoELayer
@@ -217,20 +216,12 @@ def measure_experts(report: Report, bench: Bench, experts: int) -> None:
 
 def measure_decoding(report: Report, bench: Bench) -> None:
     shape = bench.sized(GPT2)
-    model = ModelBuilder({"model": shape.model()}).build_model().to(bench.device)
-    tokenizer, manager = Registry().get("tokenizer", "byte"), PluginManager()
+    profile = {"model": shape.model(), "hardware": {"device": str(bench.device)}}
+    session = replace(tiny_session(profile=profile), dtype=bench.dtype)
     request = GenerationRequest(prompt="The ", max_new_tokens=shape.length // 2, temperature=0.0)
 
     def decode() -> None:
-        generate(
-            model,
-            tokenizer,
-            request,
-            manager,
-            max_seq_len=shape.length,
-            device=bench.device,
-            dtype=bench.dtype,
-        )
+        generate(session, request)
         bench.synchronize()
 
     times = interleave({"decode": decode}, baseline="decode", rounds=3, calls=1, warmup=1)

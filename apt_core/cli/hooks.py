@@ -182,7 +182,7 @@ def info(
 
 def show_info(listing: Listing, kind: str, name: str, *, as_json: bool) -> Json | None:
     """Print the facts of one provider."""
-    facts = listing.registry.get_info(kind, name)
+    facts = listing.providers.get_info(kind, name)
     if as_json:
         return Json(facts)
     for key, value in facts.items():

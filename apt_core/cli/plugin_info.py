@@ -26,10 +26,10 @@ def plugin_list(
     listing = listed()
     if json or kind:
         return show_providers(listing, kind, as_json=json)
-    for kind_, names in listing.registry.list_providers().items():
+    for kind_, names in listing.providers.list_providers().items():
         say(f"{kind_}:")
         for name in names:
-            default = listing.registry.default(kind_)
+            default = listing.providers.default(kind_)
             say(f"  - {name}{' (default)' if default and default.name == name else ''}")
     return None
 

@@ -14,9 +14,8 @@ from apt_core.device import autocast
 from apt_core.hook_returns import logits
 from apt_core.log import get_logger
 from apt_core.modeling.casts import KeptCasts
-from apt_core.modeling.modes import eval_mode
 from apt_core.plugin_manager import PluginManager
-from apt_core.providers.tokenizer import TokenizerProvider
+from apt_core.runs.session import Session
 from apt_core.types import GenerationRequest, GenerationResult
 
 log = get_logger("apt.inference")
@@ -26,23 +25,21 @@ Processor = Callable[[Tensor, Tensor], Tensor]
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
-    tokenizer: TokenizerProvider,
+    session: Session,
     request: GenerationRequest,
-    manager: PluginManager,
     *,
-    max_seq_len: int,
-    device: torch.device,
-    dtype: torch.dtype | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> GenerationResult:
-    """Continue ``request.prompt`` by up to ``request.max_new_tokens`` tokens.
+    """Continue ``request.prompt`` by up to ``request.max_new_tokens`` tokens with the model, the
+    tokenizer and the plugins of ``session``.
 
-    The model sees the text from :func:`window_start` on, and computes in ``dtype``, by autocast, or
-    where that is None as it does. Sampling has a generator of its own, seeded by ``request.seed``;
-    temperature 0 takes the most likely token. A token waits for ``device`` once, to see whether the
-    logits are finite, beside what plugins wait for.
+    The model sees the text from :func:`window_start` on, and computes in :func:`dtype_for`.
+    Sampling has a generator of its own, seeded by ``request.seed``; temperature 0 takes the most
+    likely token. A token waits for the device once, to see whether the logits are finite, beside
+    what plugins wait for.
     """
+    manager, tokenizer, device = session.manager, session.tokenizer, session.device
+    max_seq_len, dtype = session.config.model.max_seq_len, dtype_for(session)
     request = manager.chain("apt_rewrite_prompt", request, "prompt")
     manager.hook.on_generation_start(request=request)
     processors = _processors(manager, request)
@@ -50,9 +47,9 @@ def generate(
     generator = torch.Generator(device=device).manual_seed(request.seed)
     ids = tokenizer.encode(request.prompt) or [0]
     start = len(ids)
-    with eval_mode(model), _casts_kept(device, dtype):
+    with session.computing(), _casts_kept(device, dtype):
         room = min(max_seq_len, start + request.max_new_tokens)
-        reader = _Reader(model, ids, max_seq_len, room, device, dtype)
+        reader = _Reader(session.model, ids, max_seq_len, room, device, dtype)
         for _ in range(request.max_new_tokens):
             if interrupted():
                 break
@@ -68,6 +65,12 @@ def generate(
     result = GenerationResult(tokenizer.decode(ids[start:]), tuple(ids[start:]))
     manager.hook.on_generation_end(request=request, result=result)
     return result
+
+
+def dtype_for(session: Session) -> torch.dtype | None:
+    """The type in which a generation computes, by autocast: the run's, but on a CPU fp32 (None),
+    whatever the run is."""
+    return None if session.device.type == "cpu" else session.dtype
 
 
 def window_start(length: int, max_seq_len: int) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from apt_core.catalogue import Catalogue, usable
 from apt_core.code_source import short_path, source_of
 from apt_core.declarations import Declared, declared_by
 from apt_core.discovery import installed_plugins
@@ -16,22 +17,21 @@ from apt_core.errors import ConfigError, Problem
 from apt_core.hookspecs import POLICIES
 from apt_core.plugin_manager import PluginManager
 from apt_core.plugin_records import PluginRecord
-from apt_core.registry import Registry
 from apt_core.selection import select
-from apt_core.types import SectionSpec
+from apt_core.types import ProviderSpec, SectionSpec
 
 
 @dataclass
 class Listing:
     """Plugins for a listing: those of a profile and the command line, or all that are installed.
 
-    ``manager`` holds the plugins that hooks are listed for, ``registry`` the providers of those
+    ``manager`` holds the plugins that hooks are listed for, ``providers`` those of these plugins
     and of every other installed plugin; ``records`` is every plugin that is known. ``sections`` are
     those of the plugins that are listed, ``idle`` those of the other installed ones.
     """
 
     manager: PluginManager
-    registry: Registry
+    providers: Catalogue
     records: dict[str, PluginRecord]
     sections: list[SectionSpec] = field(default_factory=list)
     idle: list[SectionSpec] = field(default_factory=list)
@@ -51,7 +51,8 @@ def survey(profile: str = "", plugins: Sequence[str] = ()) -> Listing:
     selection = select(listed, plugins, installed, folder=folder)
     chosen = PluginManager()
     everything = PluginManager(listing=True)
-    listing = Listing(chosen, Registry(everything), {}, problems=[*damaged, *selection.problems])
+    listing = Listing(chosen, Catalogue(), {}, problems=[*damaged, *selection.problems])
+    providers: dict[str, Sequence[ProviderSpec]] = {}
     for wanted in selection.wanted.values():
         declared = declared_by(wanted.reference, installed, chosen)
         record = declared.record
@@ -60,6 +61,7 @@ def survey(profile: str = "", plugins: Sequence[str] = ()) -> Listing:
             chosen.set_priority(wanted.name, wanted.priority)
             record.state = "dormant" if wanted.name in waiting else "active"
             listing.sections += declared.sections
+            providers[wanted.name] = declared.providers
             everything.register(chosen.get_plugin(wanted.name), wanted.name)
         listing.records[wanted.name] = record
     for name in selection.blocked:
@@ -77,9 +79,11 @@ def survey(profile: str = "", plugins: Sequence[str] = ()) -> Listing:
             listing.records[name] = declared.record
             others = listing.idle if selection.wanted or profile else listing.sections
             others += declared.sections
+            providers[name] = declared.providers
     if not selection.wanted and not profile:
         listing.manager = everything
-    listing.problems += listing.registry.refresh()
+    listing.providers = Catalogue(providers.items())
+    listing.problems += listing.providers.problems
     if profile:
         blocked = selection.blocked.values()
         listing.problems += _profile_problems(
@@ -190,17 +194,17 @@ def plugin_rows(listing: Listing) -> list[dict[str, Any]]:
 def provider_rows(listing: Listing, kind: str | None = None) -> list[dict[str, Any]]:
     """``{kind, name, plugin, version, default, requires, usable, reason}``."""
     rows = []
-    for spec in listing.registry.specs(kind):
-        usable, reason = listing.registry.usable(spec)
+    for spec in listing.providers.specs(kind):
+        can_be_used, reason = usable(spec)
         rows.append(
             {
                 "kind": spec.kind,
                 "name": spec.name,
                 "plugin": spec.plugin,
                 "version": spec.version,
-                "default": spec is listing.registry.default(spec.kind),
+                "default": spec is listing.providers.default(spec.kind),
                 "requires": list(spec.requires),
-                "usable": usable,
+                "usable": can_be_used,
                 "reason": reason,
             }
         )

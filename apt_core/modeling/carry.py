@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from apt_core.modeling.blocks import block_stack
 from apt_core.modeling.init import initialize_parameters
 from apt_core.modeling.transforms import ModelTransform, Rule, unchanged
 from apt_core.parallel.world import ALONE, World, is_sharded, shard_like, whole_tensor
@@ -61,7 +62,7 @@ def materialize(
     tell_buffers_loaded(new)
     with torch.enable_grad():
         dtype = gathered(new)
-    world.shard(new, device, dtype)
+    world.shard(new, block_stack(new)[1], device, dtype)
     _carry_modes(old, new)
     return new.to(device)
 

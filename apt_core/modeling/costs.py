@@ -24,6 +24,7 @@ from apt_core.device import autocast_dtype
 from apt_core.error_text import one_line
 from apt_core.kernel import Kernel
 from apt_core.kinds import KINDS
+from apt_core.modeling.blocks import block_stack
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.modeling.layers.ngram import NgramEmbedding
 from apt_core.types import ProviderSource, ProviderSpec
@@ -167,9 +168,8 @@ def layer_flops(kernel: Kernel, model: ModelSection, seq_len: int) -> list[float
 
 
 def layers_of(model: nn.Module) -> Sequence[nn.Module]:
-    """The layers of a backbone: its first list of modules, of which World.shard makes groups."""
-    lists = (child for child in model.children() if isinstance(child, nn.ModuleList))
-    return [*next(lists, ())]
+    """The blocks of a backbone, in order."""
+    return [*block_stack(model)[1]]
 
 
 def support_notices(kernel: Kernel, device: torch.device) -> list[str]:

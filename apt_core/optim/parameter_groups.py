@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from apt_core.modeling.blocks import block_stack
 from apt_core.modeling.lr_scale import declared
 from apt_core.plugin_manager import PluginManager
 
@@ -87,11 +88,7 @@ def hidden_matrices(model: nn.Module) -> dict[str, int]:
     elsewhere it is one.
     """
     found = {
-        id(parameter)
-        for stack in model.modules()
-        if isinstance(stack, nn.ModuleList)
-        for parameter in stack.parameters()
-        if parameter.ndim >= 2
+        id(parameter) for parameter in block_stack(model)[1].parameters() if parameter.ndim >= 2
     }
     counts: dict[int, int] = {}
     for path, module in model.named_modules():

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -136,21 +136,25 @@ class World:
     # The model -------------------------------------------------------------------------------
 
     def shard(
-        self, model: nn.Module, device: torch.device, dtype: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        layers: Iterable[nn.Module],
+        device: torch.device,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Shard the parameters of ``model`` in place where the run uses FSDP2.
 
-        Every layer of the first list of layers is a group of its own, the rest is another. Layers
-        are gathered in ``dtype``, the type that autocast computes in, or None for that of the
-        parameters; the model then computes under autocast wherever it is called. Shards, gradients
-        between the processes, the stream between the layers and what is outside them stay in fp32.
+        Each of its ``layers`` is a group of its own, the rest is another. Layers are gathered in
+        ``dtype``, the type that autocast computes in, or None for that of the parameters; the model
+        then computes under autocast wherever it is called. Shards, gradients between the processes,
+        the stream between the layers and what is outside them stay in fp32.
         """
         if self.sharding != "fsdp":
             return
         mesh = init_device_mesh(device.type, (self.size,))
         # Cast inputs would make the whole stream of that type.
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-        for layer in next((m for m in model.children() if isinstance(m, nn.ModuleList)), ()):
+        for layer in layers:
             fully_shard(layer, mesh=mesh, mp_policy=policy if dtype else MixedPrecisionPolicy())
         fully_shard(model, mesh=mesh)
         if dtype is not None:

@@ -32,6 +32,7 @@ from apt_core.data.batches import Batch
 from apt_core.device import autocast, autocast_dtype, planned_capability, resolve_device
 from apt_core.error_text import one_line
 from apt_core.kernel import Kernel
+from apt_core.modeling.blocks import block_stack
 from apt_core.modeling.calling import losses_in_fp32
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.modeling.costs import layers_of
@@ -307,13 +308,9 @@ def measured_layers(
 
 def with_layers(structure: nn.Module, layers: Sequence[int]) -> nn.Module:
     """A copy of ``structure`` with some of its layers."""
-    everything = layers_of(structure)
+    _, stack = block_stack(structure)
     copied: dict[int, Any] = {}
-    kept = nn.ModuleList([copy.deepcopy(everything[index], copied) for index in layers])
-    for child in structure.children():
-        if isinstance(child, nn.ModuleList):
-            copied[id(child)] = kept
-            break
+    copied[id(stack)] = nn.ModuleList([copy.deepcopy(stack[index], copied) for index in layers])
     return copy.deepcopy(structure, copied)
 
 

@@ -15,7 +15,7 @@ from apt_core.data.tokens import tokenize
 from apt_core.device import autocast_dtype
 from apt_core.error_text import one_line
 from apt_core.errors import AptError
-from apt_core.kernel import DATA_PATHS, Kernel, before_the_run, data_files
+from apt_core.kernel import Kernel, before_the_run
 from apt_core.modeling.blame import naming_authors
 from apt_core.modeling.compilation import compilation, computes
 from apt_core.modeling.costs import (
@@ -34,6 +34,7 @@ from apt_core.planning.plan_text import print_plan
 from apt_core.planning.run_length import horizon, tell_what_the_length_decides
 from apt_core.planning.stages import Stage, stages
 from apt_core.plugin_names import is_file_reference
+from apt_core.provider_keys import DATA_PATHS, data_files
 from apt_core.providers.tokenizer import TokenizerProvider
 from apt_core.runs.manifest import plugin_rows
 from apt_core.schedules import Horizon, Schedule
@@ -115,7 +116,7 @@ def missing_parts(kernel: Kernel, world_size: int | None) -> list[dict[str, str]
     all the processes where nobody else said how many there are to be."""
     config = kernel.config
     source = Source.from_dict(config.to_dict())
-    files = check_files(config, source, data_files(config, kernel.registry))
+    files = check_files(config, source, data_files(config, kernel.registry.known))
     found = [{"key": p.key, "message": p.message} for p in files]
     if world_size is None and processes(config) > 1:
         _, notice = processes_for(config)

@@ -16,7 +16,7 @@ from apt_core.log import get_logger
 from apt_core.optim.build import PLAN
 from apt_core.plugin_manager import PluginManager
 from apt_core.runs.checkpoint import join_tensors, split_tensors
-from apt_core.runs.run_state import Group
+from apt_core.runs.run_state import RATES, Group
 from apt_core.runs.tensor_files import SavedTensors
 
 log = get_logger("apt.checkpoint")
@@ -54,21 +54,21 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
     return tensors
 
 
-def optimizer_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
+def optimizer_groups(model: nn.Module, optimizer: Optimizer) -> list[Group]:
     """What an optimizer keeps of each group, as far as it is JSON: ``parameters``, their names,
     ``settings`` but for the rate, which is a function of the plan and the position, and the
     ``plan``."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [
-        {
-            "parameters": [names[id(parameter)] for parameter in group["params"]],
-            "settings": {
+        Group.model_construct(
+            parameters=[names[id(parameter)] for parameter in group["params"]],
+            settings={
                 key: value
                 for key, value in group.items()
-                if key not in ("lr", "initial_lr") and isinstance(value, bool | int | float | str)
+                if key not in RATES and isinstance(value, bool | int | float | str)
             },
-            PLAN: group.get(PLAN, {}),
-        }
+            plan=group.get(PLAN, {}),
+        )
         for group in optimizer.param_groups
     ]
 
@@ -85,18 +85,18 @@ def load_optimizer_groups(
     was told to change its rates: those of hidden matrices by the second, all others by the
     first."""
     own = optimizer_groups(model, optimizer)
-    if [group["parameters"] for group in own] != [group.parameters for group in saved]:
+    if [group.parameters for group in own] != [group.parameters for group in saved]:
         raise CheckpointError(
             "the checkpoint has other parameter groups: a plugin that chooses groups came, went or "
             "changed its mind"
         )
     changed = [
-        f"{key} of {_first(now['parameters'])} is {now[PLAN].get(key)!r} and was {was.get(key)!r}"
+        f"{key} of {_first(now.parameters)} is {now.plan.get(key)!r} and was {was.get(key)!r}"
         for now, before in zip(own, saved, strict=True)
         # A checkpoint of an earlier version does not say.
-        for was in [before.plan or now[PLAN]]
-        for key in {**was, **now[PLAN]}
-        if was.get(key) != now[PLAN].get(key) and not (key == "lr" and _as_told(was, now, factors))
+        for was in [before.plan or now.plan]
+        for key in {**was, **now.plan}
+        if was.get(key) != now.plan.get(key) and not (key == "lr" and _as_told(was, now, factors))
     ]
     if changed:
         raise CheckpointError(
@@ -107,10 +107,10 @@ def load_optimizer_groups(
         group.update(values.settings)
 
 
-def _as_told(was: Mapping[str, Any], now: Mapping[str, Any], factors: tuple[float, float]) -> bool:
+def _as_told(was: Mapping[str, Any], now: Group, factors: tuple[float, float]) -> bool:
     """Is the rate of a group what the run was told to make of it, and nothing beside?"""
     factor = factors[bool(was.get("hidden_matrices"))]
-    before, after = was.get("lr"), now[PLAN].get("lr")
+    before, after = was.get("lr"), now.plan.get("lr")
     if not (isinstance(before, int | float) and isinstance(after, int | float)):
         return False
     return isclose(after, before * factor, rel_tol=1e-9)

@@ -6,6 +6,14 @@ imported when something is run, not by importing this package.
 
 from apt_core.testing.check import Finding, check_plugin
 from apt_core.testing.recorder import Recorder
-from apt_core.testing.tiny import TINY_PROFILE, TinyRun, tiny_run
+from apt_core.testing.tiny import TINY_PROFILE, TinyRun, tiny_run, tiny_session
 
-__all__ = ["TINY_PROFILE", "Finding", "Recorder", "TinyRun", "check_plugin", "tiny_run"]
+__all__ = [
+    "TINY_PROFILE",
+    "Finding",
+    "Recorder",
+    "TinyRun",
+    "check_plugin",
+    "tiny_run",
+    "tiny_session",
+]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from apt_core.catalogue import usable
 from apt_core.config import Config, Override
 from apt_core.declarations import declared_by
 from apt_core.discovery import installed_plugins
@@ -84,8 +85,8 @@ def check_plugin(
     given = _settings([reference], profile, overrides)
     registry = Registry(manager)
     registry.profile = given
-    findings += [Finding("providers", False, str(problem)) for problem in registry.problems]
-    for spec in registry.specs():
+    findings += [Finding("providers", False, str(problem)) for problem in registry.known.problems]
+    for spec in registry.known.specs():
         if spec.plugin == declared.record.name:
             findings += _check_provider(registry, spec, overrides, reference)
     sections = {s.path for s in declared.sections} | {s.section for s in declared.providers}
@@ -169,14 +170,14 @@ def _in_two_processes(
     overrides: Mapping[str, Any],
 ) -> Iterator[Finding]:
     """Of each provider that trains, or of the plugin where its hooks act, in two processes."""
-    specs = [s for s in registry.specs() if s.plugin == name and s.kind in TRAINED_WITH]
-    specs = [spec for spec in specs if registry.usable(spec)[0] is not False]
+    specs = [s for s in registry.known.specs() if s.plugin == name and s.kind in TRAINED_WITH]
+    specs = [spec for spec in specs if usable(spec)[0] is not False]
     tried: dict[str, dict[str, Any]] = {
         spec.key: {KINDS[spec.kind].keys[0]: spec.name} for spec in specs
     }
     if not tried and manager.implements_where(name, lambda policy: policy.trains):
         tried[""] = dict(WHOLE)
-    paths = {spec.section for spec in registry.specs() if spec.plugin == name} - {""}
+    paths = {spec.section for spec in registry.known.specs() if spec.plugin == name} - {""}
     for key, named in tried.items():
         settings = {**overrides, **_of_sections(registry.profile, paths), **named}
         for sharding, wrong in differences([reference], settings).items():
@@ -208,9 +209,9 @@ def _check_core(reference: str, given: Config | None) -> list[Finding]:
     """The core's providers, or the one that is called ``reference``."""
     registry = Registry()
     registry.profile = given
-    specs = [spec for spec in registry.specs() if reference in (CORE, spec.key)]
+    specs = [spec for spec in registry.known.specs() if reference in (CORE, spec.key)]
     if not specs:
-        keys = [spec.key for spec in registry.specs(reference.partition(":")[0])]
+        keys = [spec.key for spec in registry.known.specs(reference.partition(":")[0])]
         hint = did_you_mean(reference, keys) or f"there are {', '.join(keys) or 'none'}"
         detail = f"the core has no such provider ({hint}); of a plugin, give the plugin's name"
         return [Finding(reference, False, detail)]
@@ -220,8 +221,8 @@ def _check_core(reference: str, given: Config | None) -> list[Finding]:
 def _check_provider(
     registry: Registry, spec: ProviderSpec, overrides: Sequence[Override], *plugins: str
 ) -> Iterator[Finding]:
-    usable, reason = registry.usable(spec)
-    if usable is False:
+    can_be_used, reason = usable(spec)
+    if can_be_used is False:
         yield Finding(spec.key, True, reason, left_out=True)
         return
     try:

@@ -1,4 +1,4 @@
-"""A whole training run in about a second, for tests of plugins."""
+"""A whole training run in about a second, and a model to generate with, for tests of plugins."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from apt_core.testing.own_modules import own_modules
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from apt_core.runs import Session
     from apt_core.training import RunResult
 
 TINY_PROFILE: dict[str, Any] = {
@@ -69,6 +70,55 @@ class TinyRun:
         )
 
 
+def _manager(plugins: Iterable[Any], *, strict: bool) -> tuple[PluginManager, list[str]]:
+    """A manager that has the ``plugins`` that are objects, and the references among them."""
+    manager = PluginManager(strict=strict)
+    references = [os.fspath(p) for p in plugins if isinstance(p, str | os.PathLike)]
+    for plugin in plugins:
+        if not isinstance(plugin, str | os.PathLike):
+            manager.register(plugin)
+    return manager, references
+
+
+def _overrides(keys: Mapping[str, Any] | None) -> list[Override]:
+    return [Override(tuple(k.split(".")), v, k) for k, v in (keys or {}).items()]
+
+
+def tiny_session(
+    *plugins: Any,
+    strict: bool = True,
+    profile: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Session:
+    """A session of a tiny model that was not trained, for tests of what takes part in a generation:
+    arguments as for :func:`tiny_run`."""
+    from apt_core.data.loading import build_tokenizer
+    from apt_core.kernel import boot
+    from apt_core.modeling.compose import ModelBuilder
+    from apt_core.modeling.placement import settle_device
+    from apt_core.runs import Position, Session
+
+    manager, references = _manager(plugins, strict=strict)
+    kernel = boot(
+        copy.deepcopy(dict(profile if profile is not None else TINY_PROFILE)),
+        plugins=references,
+        overrides=_overrides(overrides),
+        manager=manager,
+        files=False,
+    )
+    device = settle_device(kernel)
+    return Session(
+        config=kernel.config,
+        manager=manager,
+        registry=kernel.registry,
+        schedule=kernel.schedule,
+        position=Position(),
+        model=ModelBuilder(kernel.config, kernel.registry).build_model().to(device),
+        tokenizer=build_tokenizer(kernel),
+        device=device,
+    )
+
+
 def tiny_run(
     *plugins: Any,
     steps: int | None = None,
@@ -99,14 +149,10 @@ def tiny_run(
             text.parent.mkdir(parents=True, exist_ok=True)
             text.write_text(TEXT, encoding="utf-8")
             data["data"] = {"train_path": str(text)}
-        changes = [Override(tuple(k.split(".")), v, k) for k, v in (overrides or {}).items()]
+        changes = _overrides(overrides)
         if steps is not None:
             changes.append(Override(("training", "max_steps"), steps, "steps"))
-        manager = PluginManager(strict=strict)
-        references = [os.fspath(p) for p in plugins if isinstance(p, str | os.PathLike)]
-        for plugin in plugins:
-            if not isinstance(plugin, str | os.PathLike):
-                manager.register(plugin)
+        manager, references = _manager(plugins, strict=strict)
         resumes = bool(options.get("resume") or options.get("resume_from"))
         with own_modules(references, anew=resumes):
             kernel = boot(

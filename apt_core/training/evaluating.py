@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from apt_core.evaluation.quick_eval import BatchScore, score_batches, summarize
 from apt_core.inference.generator import generate
 from apt_core.kernel import Kernel
 from apt_core.parallel.world import World
+from apt_core.runs.session import Session
 from apt_core.training.prepare import Parts
 from apt_core.training.stopping import Stopping
 from apt_core.training.trained_model import TrainedModel
@@ -35,7 +36,8 @@ class Evaluator:
 
     The windows that it watches are a function of the held-out ids, ``evaluation.eval_batches`` and
     the windows of an optimizer step, which no resume may change: not of how a step is cut into
-    micro-batches or divided among processes. ``watched`` is a sha256 of them.
+    micro-batches or divided among processes. ``watched`` is a sha256 of them. ``session`` is asked
+    for the run as it is when a sample is wanted.
     """
 
     def __init__(
@@ -45,10 +47,11 @@ class Evaluator:
         world: World,
         trained: TrainedModel,
         stopping: Stopping,
+        session: Callable[[], Session],
     ) -> None:
         settings = kernel.config.evaluation
         self._kernel, self._parts, self._world = kernel, parts, world
-        self._trained, self._stopping = trained, stopping
+        self._trained, self._stopping, self._session = trained, stopping, session
         self._plan = EvaluationPlan(
             parts.val_tokens, seq_len=parts.plan.seq_len, batch_size=parts.plan.batch_size
         )
@@ -97,8 +100,7 @@ class Evaluator:
 
     def sample(self) -> str:
         """The continuation of the profile's prompt, or nothing where none is wanted."""
-        config, parts = self._kernel.config, self._parts
-        settings = config.evaluation
+        config, settings = self._kernel.config, self._kernel.config.evaluation
         if not settings.sample_tokens:
             return ""
         request = GenerationRequest(
@@ -109,15 +111,7 @@ class Evaluator:
         )
         with self._weights():
             result = generate(
-                self._trained.model,
-                parts.tokenizer,
-                request,
-                self._kernel.manager,
-                max_seq_len=config.model.max_seq_len,
-                device=parts.device,
-                # On a CPU a sample is computed in fp32, whatever the run is.
-                dtype=None if parts.device.type == "cpu" else parts.dtype,
-                interrupted=lambda: self._stopping.interrupted,
+                self._session(), request, interrupted=lambda: self._stopping.interrupted
             )
         return result.text
 

@@ -21,6 +21,7 @@ from apt_core.errors import ConfigError, Problem
 from apt_core.kernel import Kernel, before_the_run
 from apt_core.log import get_logger
 from apt_core.modeling.blame import naming_authors
+from apt_core.modeling.blocks import block_stack
 from apt_core.modeling.compilation import compilation
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.modeling.costs import support_notices
@@ -92,7 +93,8 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> tuple[Parts,
     with fp32_products(device, tf32=False):
         rehearse(kernel, schedule)
     model = ModelBuilder(config, registry).build_model()
-    world.shard(model, device, gathered_dtype(kernel, model, device, dtype, world))
+    gathered = gathered_dtype(kernel, model, device, dtype, world)
+    world.shard(model, block_stack(model)[1], device, gathered)
     model.to(device)
     kernel.notices += support_notices(kernel, device)
     optimizer = build_optimizer(kernel, model)

@@ -39,6 +39,7 @@ from apt_core.planning.run_length import horizon
 from apt_core.plugin_manager import PluginManager
 from apt_core.runs.folder import RunFolder
 from apt_core.runs.run_state import Progress
+from apt_core.runs.session import Position, Session
 from apt_core.torch_state import TorchWatch
 from apt_core.training.curriculum.enabling import Enabling
 from apt_core.training.curriculum.switching import Switching
@@ -305,6 +306,21 @@ class Trainer:
         self._held = held_memory(self.device) - own_memory(built.model)
         return built
 
+    def _session(self) -> Session:
+        """The run as it is now."""
+        progress = self.progress
+        return Session(
+            config=self.config,
+            manager=self.manager,
+            registry=self.registry,
+            schedule=self.schedule,
+            position=Position(progress.step, progress.epoch, progress.tokens),
+            model=self.model,
+            tokenizer=self.parts.tokenizer,
+            device=self.device,
+            dtype=self.parts.dtype,
+        )
+
     @contextmanager
     def _watching_providers(self) -> Iterator[None]:
         """Put back what providers change in the process inside."""
@@ -324,7 +340,7 @@ class Trainer:
         total_steps = ends.last("step") or 0
         cost = model_cost(kernel).flops_per_token
         usage = Usage(self.device, parts.dtype, world, progress, cost)
-        self.evaluator = Evaluator(kernel, parts, world, trained, stopping)
+        self.evaluator = Evaluator(kernel, parts, world, trained, stopping, self._session)
         watched = self.evaluator.watched
         self.switching = Switching(
             kernel, parts, world, progress, trained, usage, self.evaluator.fixed_batch

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from apt_core import ConfigError, Problem
 from apt_core.config import Config
 from apt_core.modeling import Carried, ModelTransform, generator_for
+from apt_core.modeling.blocks import block_stack
 from apt_core.modeling.layers import GELU, FeedForward, SquaredReLU, SwiGLU
 from apt_plugins.moe.experts import Activation, Experts
 from apt_plugins.moe.layer import MoELayer
@@ -82,11 +83,10 @@ def upcycled(
 
 def _dense_layers(model: nn.Module, ffn_name: str) -> Iterator[tuple[str, nn.Module, str]]:
     """(name, parent, its attribute) of the feed-forward of each block."""
-    stacks = (n for n, child in model.named_children() if isinstance(child, nn.ModuleList))
-    stack = next(stacks, None)
-    if stack is None:
+    stack, blocks = block_stack(model)
+    if not blocks:
         raise _not_clonable(ffn_name, f"{type(model).__name__} keeps no list of blocks")
-    for index, block in enumerate(model.get_submodule(stack)):
+    for index, block in enumerate(blocks):
         place = f"{stack}.{index}"
         leaves = [name for name, child in block.named_children() if type(child) in KINDS]
         if not leaves:

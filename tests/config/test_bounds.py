@@ -154,7 +154,7 @@ def test_no_more_arguments_and_plugins_than_a_person_gives(
     monkeypatch.chdir(tmp_path)
     Path("many.yaml").write_text("plugins:\n" + "".join(f"- p{i}\n" for i in range(2000)))
     monkeypatch.setattr("apt_core.config.parse_override", pytest.fail)
-    monkeypatch.setattr("apt_core.kernel.load", pytest.fail)
+    monkeypatch.setattr("apt_core.activation.load", pytest.fail)
     known = ["-p", "tiny_debug", "--dry-run"]
     for arguments, said in (
         ([*known, *["--set", "a.b=1"] * 3000], "more than 2,000 arguments"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +13,7 @@ import torch
 
 from apt_core import GenerationRequest
 from apt_core.inference import generate
-from apt_core.modeling import ModelBuilder
-from apt_core.plugin_manager import PluginManager
-from apt_core.registry import Registry
-from apt_core.testing import TINY_PROFILE
+from apt_core.testing import tiny_session
 from apt_core.training.host_copies import HostCopies
 
 pytestmark = pytest.mark.gpu
@@ -40,21 +38,13 @@ def waits() -> Iterator[list[Any]]:
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_generated_token_waits_once(temperature: float, dtype: torch.dtype | None) -> None:
-    model = ModelBuilder({"model": {**TINY_PROFILE["model"], "max_seq_len": 64}}).build_model()
-    model.to(GPU)
+    changes = {"model.max_seq_len": 64, "hardware.device": GPU}
+    session = replace(tiny_session(overrides=changes), dtype=dtype)
     numbers = []
     for tokens in (1, 10, 30):  # the first for what is only set up once
         request = GenerationRequest("The ", max_new_tokens=tokens, temperature=temperature)
         with waits() as found:
-            result = generate(
-                model,
-                Registry().get("tokenizer", "byte"),
-                request,
-                PluginManager(),
-                max_seq_len=64,
-                device=torch.device(GPU, 0),
-                dtype=dtype,
-            )
+            result = generate(session, request)
         assert len(result.tokens) == tokens
         numbers.append(len(found))
     assert numbers[2] - numbers[1] == 20

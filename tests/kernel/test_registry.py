@@ -13,6 +13,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from apt_core import ConfigError, FallbackEvent, ProviderSpec, StopTraining
+from apt_core.catalogue import Catalogue, usable
 from apt_core.config import Source, validate
 from apt_core.errors import PluginError, ProviderError
 from apt_core.plugin_manager import PluginManager
@@ -76,14 +77,14 @@ def a_default(**facts: Any) -> ProviderSpec:
 
 def test_a_name_that_two_plugins_register_names_both(offer: Callable[..., Registry]) -> None:
     registry = offer({"one": [spec("bm25")], "two": [spec("bm25"), spec("exact")]})
-    (problem,) = registry.problems
+    (problem,) = registry.known.problems
     assert problem.message == "provider retrieval:bm25 is registered by both 'one' and 'two'"
     assert registry.spec("retrieval", "bm25").plugin == "one"
     assert registry.has("retrieval", "exact")
 
 
 def test_a_name_of_the_core_cannot_be_taken(offer: Callable[..., Registry]) -> None:
-    (problem,) = offer({"mine": [spec("gpt", "backbone")]}).problems
+    (problem,) = offer({"mine": [spec("gpt", "backbone")]}).known.problems
     assert "by both 'core' and 'mine'" in problem.message
 
 
@@ -97,8 +98,8 @@ def test_a_name_of_the_core_cannot_be_taken(offer: Callable[..., Registry]) -> N
 def test_what_cannot_be_taken_is_a_problem(
     offer: Callable[..., Registry], declared: Any, message: str | None
 ) -> None:
-    registry = offer({"mine": declared})
-    assert [problem.message for problem in registry.problems] == ([message] if message else [])
+    problems = offer({"mine": declared}).known.problems
+    assert [problem.message for problem in problems] == ([message] if message else [])
 
 
 def test_listings_have_the_default_first_and_the_plugin_of_each(
@@ -107,8 +108,8 @@ def test_listings_have_the_default_first_and_the_plugin_of_each(
     registry = offer({"mine": [spec("another", "norm"), a_default(), spec("bm25")]})
     assert registry.list_providers("norm") == {"norm": ["rmsnorm", "another", "layernorm"]}
     assert registry.list_providers()["retrieval"] == ["safe", "bm25"]
-    assert [s.plugin for s in registry.specs("norm")] == ["core", "mine", "core"]
-    assert registry.default("router") is None
+    assert [s.plugin for s in registry.known.specs("norm")] == ["core", "mine", "core"]
+    assert registry.known.default("router") is None
 
 
 def test_the_facts_of_a_provider(offer: Callable[..., Registry]) -> None:
@@ -358,10 +359,10 @@ def test_a_default_of_a_plugin_that_cannot_be_used_falls_back_to_the_cores(
     offer: Callable[..., Registry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = offer({"mine": [spec("mine", "tokenizer", default=True, requires=("no-such",))]})
-    assert registry.default("tokenizer").plugin == "mine"  # type: ignore[union-attr]
+    assert registry.known.default("tokenizer").plugin == "mine"  # type: ignore[union-attr]
     registry = offer({"norms": [spec("mine", "norm", default=True, requires=("no-such",))]})
     core = registry.spec("norm", "rmsnorm")
-    monkeypatch.setitem(registry._specs, ("norm", "rmsnorm"), replace(core, factory=Other))
+    monkeypatch.setitem(registry.known._specs, ("norm", "rmsnorm"), replace(core, factory=Other))
     assert isinstance(registry.get("norm"), Other)
     assert registry.resolutions["norm", "mine"].used == "rmsnorm"
 
@@ -428,28 +429,29 @@ def test_a_default_that_cannot_be_used_either_is_an_error(
         offer({"mine": broken}).get("retrieval", "bm25")
 
 
-def test_a_provider_of_a_blocked_plugin_falls_back_and_says_so(
-    offer: Callable[..., Registry],
-) -> None:
-    registry = offer({"mine": [a_default()]})
-    declared = spec("bm25", plugin="gone", config="no_such_module:Settings")
-    registry.note_blocked(declared, "its plugin gone is blocked")
+def test_a_provider_of_a_blocked_plugin_falls_back_and_says_so() -> None:
+    gone = [
+        spec("bm25", plugin="gone", config="no_such_module:Settings"),
+        spec("t", "tokenizer", plugin="gone"),
+    ]
+    reason = "its plugin gone is blocked"
+    known = Catalogue([("mine", [a_default()])], [(each, reason) for each in gone])
+    registry = Registry(known=known)
     assert registry.spec("retrieval", "bm25").plugin == "gone"
     assert isinstance(registry.get("retrieval", "bm25"), Other)
     assert registry.resolutions["retrieval", "bm25"] == Resolution(
-        "retrieval", "bm25", "safe", "its plugin gone is blocked"
+        "retrieval", "bm25", "safe", reason
     )
-    registry.note_blocked(spec("t", "tokenizer", plugin="gone"), "its plugin gone is blocked")
     with pytest.raises(ProviderError, match=r"tokenizer:t \(plugin gone\)"):
         registry.get("tokenizer", "t")
 
 
 def test_what_can_be_told_without_torch(offer: Callable[..., Registry]) -> None:
     registry = offer({"mine": [spec("a"), spec("b", requires=("no-such",))]})
-    assert registry.usable(registry.spec("norm", "rmsnorm")) == (True, "")
-    assert registry.usable(registry.spec("retrieval", "a")) == (None, "")
-    usable, reason = registry.usable(registry.spec("retrieval", "b"))
-    assert (usable, reason.split(" (")[0]) == (False, "no-such is not installed")
+    assert usable(registry.spec("norm", "rmsnorm")) == (True, "")
+    assert usable(registry.spec("retrieval", "a")) == (None, "")
+    can_be_used, reason = usable(registry.spec("retrieval", "b"))
+    assert (can_be_used, reason.split(" (")[0]) == (False, "no-such is not installed")
 
 
 # Scripts -------------------------------------------------------------------------------------

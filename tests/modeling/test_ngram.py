@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,7 +9,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from apt_core.config import Config
-from apt_core.data.tokenizer import ByteTokenizer
 from apt_core.errors import ConfigError
 from apt_core.inference.generator import generate
 from apt_core.kernel import boot
@@ -23,6 +24,7 @@ from apt_core.modeling.layers.ngram import FACTOR, PRIME, NgramCache, NgramEmbed
 from apt_core.modeling.lr_scale import learning_rate_scales
 from apt_core.optim.parameter_groups import hidden_matrices, parameter_groups
 from apt_core.plugin_manager import PluginManager
+from apt_core.testing import tiny_session
 from apt_core.types import GenerationRequest
 
 NGRAM = {"orders": [2, 4], "buckets": [64, 128]}
@@ -158,17 +160,11 @@ def test_texts_that_are_filled_up_are_decoded_together(small):
 
 def test_a_window_that_moves_on_gives_the_same_text_with_and_without_caches(small, monkeypatch):
     model = small(max_seq_len=12).float()
+    session = replace(tiny_session(overrides={"model.max_seq_len": 12}), model=model)
     request = GenerationRequest(prompt="the text", max_new_tokens=30, temperature=0.0)
 
     def text():
-        return generate(
-            model,
-            ByteTokenizer(),
-            request,
-            PluginManager(),
-            max_seq_len=12,
-            device=torch.device("cpu"),
-        ).tokens
+        return generate(session, request).tokens
 
     cached = text()
     monkeypatch.setattr(type(model), "create_caches", None)

@@ -96,7 +96,6 @@ def test_plugins_are_asked_only_where_a_key_is_unknown(monkeypatch: pytest.Monke
         "apt_core.declarations.declared_by",
         lambda name, installed: asked.append(name) or declared_by(name, installed),
     )
-
     boot({"model": {"d_model": 64}, "schedules": {}}, files=False)
     assert asked == []
     boot({"model": {"moe": {}}}, files=False)

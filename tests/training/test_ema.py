@@ -14,7 +14,7 @@ from apt_core.inference.generator import generate
 from apt_core.optim import averages as ema
 from apt_core.optim.averages import WARMUP, WeightAverage
 from apt_core.planning.footprint import CountedAllocations
-from apt_core.runs import checkpoint
+from apt_core.runs import Session, checkpoint
 from apt_core.testing import tiny_run
 
 QUIET = {"training.log_every_steps": 1, "evaluation.sample_tokens": 0, "hardware.num_threads": 1}
@@ -140,9 +140,9 @@ def test_the_evaluation_is_that_of_the_averaged_weights():
 def test_the_sample_is_from_the_averaged_weights(tmp_path, monkeypatch):
     used: dict[str, torch.Tensor] = {}
 
-    def sampling(model: nn.Module, *arguments: Any, **options: Any) -> Any:
-        used.update({name: p.detach().clone() for name, p in model.named_parameters()})
-        return generate(model, *arguments, **options)
+    def sampling(session: Session, *arguments: Any, **options: Any) -> Any:
+        used.update({name: p.detach().clone() for name, p in session.model.named_parameters()})
+        return generate(session, *arguments, **options)
 
     monkeypatch.setattr("apt_core.training.evaluating.generate", sampling)
     changes = {**AVERAGED, "evaluation.sample_tokens": 2}

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from apt_core import GenerationRequest, hook_returns, hookimpl
-from apt_core.inference.generator import candidates, generate, sample, window_start
-from apt_core.modeling.compose import ModelBuilder
+from apt_core.inference import generator
+from apt_core.inference.generator import candidates, dtype_for, generate, sample, window_start
 from apt_core.plugin_manager import PluginManager
 from apt_core.registry import Registry
-from apt_core.testing import TINY_PROFILE, Recorder, tiny_run
+from apt_core.testing import Recorder, tiny_run, tiny_session
 from apt_core.training import evaluating
 from apt_core.types import GenerationResult
 
@@ -20,20 +22,10 @@ REQUEST = GenerationRequest("The ", max_new_tokens=8, seed=3)
 
 
 def continuation(*plugins, request=REQUEST):
-    manager = PluginManager()
+    session = tiny_session(strict=False)
     for number, plugin in enumerate(plugins):
-        manager.register(plugin, f"plugin_{number}")
-    registry = Registry(manager)
-    model = ModelBuilder({"model": TINY_PROFILE["model"]}, registry).build_model()
-    result = generate(
-        model,
-        registry.get("tokenizer", "byte"),
-        request,
-        manager,
-        max_seq_len=16,
-        device=torch.device("cpu"),
-    )
-    return result, manager
+        session.manager.register(plugin, f"plugin_{number}")
+    return generate(session, request), session.manager
 
 
 def test_sampling_is_a_function_of_the_seed_alone():
@@ -148,25 +140,19 @@ def test_a_builder_that_returns_no_provider_is_named_and_passed_over():
     assert "int" in manager.records["builds"].failures[0].error
 
 
-def tokens_of(model, *, max_new_tokens=40, temperature=0.8, manager=None, dtype=None):
-    result = generate(
-        model,
-        Registry().get("tokenizer", "byte"),
-        GenerationRequest("The ", max_new_tokens=max_new_tokens, temperature=temperature, seed=3),
-        manager or PluginManager(),
-        max_seq_len=16,
-        device=torch.device("cpu"),
-        dtype=dtype,
+def tokens_of(session, *, max_new_tokens=40, temperature=0.8):
+    request = GenerationRequest(
+        "The ", max_new_tokens=max_new_tokens, temperature=temperature, seed=3
     )
-    return result.tokens
+    return generate(session, request).tokens
 
 
-def lively_model():
-    model = ModelBuilder({"model": {**TINY_PROFILE["model"], "max_seq_len": 16}}).build_model()
+def lively_session():
+    session = tiny_session()
     with torch.no_grad():
-        for index, parameter in enumerate(model.parameters()):
+        for index, parameter in enumerate(session.model.parameters()):
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=rng(index)))
-    return model
+    return session
 
 
 def rng(seed):
@@ -174,21 +160,21 @@ def rng(seed):
 
 
 def test_decoding_with_caches_gives_the_tokens_of_computing_everything_anew(caplog):
-    model = lively_model()
+    session = lively_session()
     caplog.set_level("INFO", "apt.inference")
-    cached = tokens_of(model)
+    cached = tokens_of(session)
     assert "no cache" not in caplog.text
-    model.create_caches = lambda length: None
-    assert tokens_of(model) == cached
+    session.model.create_caches = lambda length: None
+    assert tokens_of(session) == cached
     assert "the whole text anew for every token: no cache" in caplog.text
     assert len(set(cached)) > 3
 
 
 def test_with_caches_a_token_is_computed_once_for_each_place_of_the_window():
-    model = lively_model()
+    session = lively_session()
     lengths = []
-    model.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
-    tokens_of(model, max_new_tokens=22)
+    session.model.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    tokens_of(session, max_new_tokens=22)
     # 16 tokens fill the window; then it moves on by 8, twice: 9 tokens are read at once.
     assert lengths == [4] + [1] * 12 + [9] + [1] * 7 + [9]
 
@@ -202,12 +188,12 @@ def test_the_window_holds_at_least_half_of_what_the_model_can_see():
 
 
 def test_a_layer_that_ignores_its_cache_is_noticed(caplog):
-    model = lively_model()
-    expected = tokens_of(model)
-    attention = model.blocks[0].attention
+    session = lively_session()
+    expected = tokens_of(session)
+    attention = session.model.blocks[0].attention
     forward = attention.forward
     attention.forward = lambda x, cache=None, **options: forward(x, **options)
-    assert tokens_of(model) == expected
+    assert tokens_of(session) == expected
     assert "a cache does not hold what its layer read" in caplog.text
 
 
@@ -228,11 +214,11 @@ class Waits(TorchFunctionMode):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_token_waits_for_the_device_once(temperature):
-    model = lively_model()
+    session = lively_session()
     numbers = []
     for tokens in (10, 30):
         with Waits() as waits:
-            tokens_of(model, max_new_tokens=tokens, temperature=temperature)
+            tokens_of(session, max_new_tokens=tokens, temperature=temperature)
         numbers.append(waits.number)
     assert numbers[1] - numbers[0] == 20
 
@@ -273,8 +259,9 @@ class Seen(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_type_to_compute_in_is_of_the_model_alone_and_its_weights_are_cast_once():
-    model, types, casts = lively_model(), [], []
+def test_a_type_to_compute_in_is_of_the_model_alone_and_its_weights_are_cast_once(monkeypatch):
+    session, types, casts = lively_session(), [], []
+    monkeypatch.setattr(generator, "dtype_for", lambda session: torch.bfloat16)
 
     class Multiplies:
         @hookimpl
@@ -285,11 +272,10 @@ def test_a_type_to_compute_in_is_of_the_model_alone_and_its_weights_are_cast_onc
 
             return [multiplied]
 
-    manager = PluginManager()
-    manager.register(Multiplies(), "multiplies")
+    session.manager.register(Multiplies(), "multiplies")
     for tokens in (2, 9):
         with Seen() as seen:
-            tokens_of(model, max_new_tokens=tokens, manager=manager, dtype=torch.bfloat16)
+            tokens_of(session, max_new_tokens=tokens)
         assert torch.bfloat16 in seen.products
         casts.append(seen.casts)
     assert casts[0] == casts[1] > 0
@@ -305,13 +291,12 @@ def test_the_sample_of_a_run_is_computed_in_its_precision_on_a_gpu(kind, dtype, 
 
     keeps = Keeps()
     tiny_run(keeps, steps=1, overrides={"training.mixed_precision": True})
-    asked = {}
+    sessions = []
 
-    def instead(*arguments, **options):
-        asked.update(options)
+    def instead(session, *arguments, **options):
+        sessions.append(replace(session, device=torch.device(kind, 0)))
         return GenerationResult("", ())
 
     monkeypatch.setattr(evaluating, "generate", instead)
-    keeps.trainer.device = torch.device(kind, 0)
     keeps.trainer.evaluator.sample()
-    assert asked["dtype"] == dtype
+    assert [dtype_for(session) for session in sessions] == [dtype]

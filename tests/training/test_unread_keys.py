@@ -22,7 +22,8 @@ from apt_core.testing.tiny import TEXT
 from apt_core.training import Trainer
 
 JUDGES = ("apt_core.config.inactive", "apt_core.config.checks", "apt_core.config.schedule_check",
-          "apt_core.config.validate", "apt_core.kernel")  # fmt: skip
+          "apt_core.config.validate", "apt_core.profile_check",
+          "apt_core.provider_keys")  # fmt: skip
 JUDGING = ("contradictions", "unused")
 """Reading a key to judge it is not heeding it: modules of the core, and functions of plugins."""
 

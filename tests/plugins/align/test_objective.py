@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from apt_core.plugin_manager import PluginManager
 from apt_core.registry import Registry
 from apt_plugins.align import plugin
 from apt_plugins.align.divergence import divergence_sum
@@ -206,7 +207,6 @@ def test_the_registry_builds_the_objective_in_a_plain_script(strict_registry):
 
 @pytest.fixture
 def strict_registry():
-    registry = Registry()
-    registry.manager.register(plugin, "align")
-    registry.refresh()
-    return registry
+    manager = PluginManager()
+    manager.register(plugin, "align")
+    return Registry(manager)

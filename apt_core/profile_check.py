@@ -1,0 +1,299 @@
+"""The whole profile against what its plugins declare: every problem, and every key without effect.
+
+What single keys and the core's sections must be is checked by :mod:`apt_core.config`; here the
+plugins, providers and schedules have their say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+
+from apt_core.activation import Activated
+from apt_core.config import (
+    Config,
+    InactiveKey,
+    PluginRequest,
+    Source,
+    Validated,
+    check_files,
+    unused_settings,
+    validate,
+    written_in_vain,
+)
+from apt_core.config.secret_fields import masks_in
+from apt_core.config.yaml_text import KeyPath, dotted
+from apt_core.declarations import IdlePlugins
+from apt_core.discovery import Installed
+from apt_core.error_text import one_line, shown
+from apt_core.errors import ConfigError, Problem, StopTraining, did_you_mean
+from apt_core.kinds import Named
+from apt_core.plugin_manager import PluginManager
+from apt_core.provider_keys import (
+    check_providers,
+    data_files,
+    unread_paths,
+    unused_of_providers,
+    used_providers,
+)
+from apt_core.schedules import check_schedules
+from apt_core.secrets import SecretValues
+from apt_core.types import SectionSpec, Unused
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What is of plugins that are not active: ``sections`` and schedule ``params`` of those that
+    were left out, each with the reason, and the ``idle`` sections of the other installed ones.
+    ``unknown``: not all that were left out could be asked what they have."""
+
+    sections: Mapping[str, str] = field(default_factory=dict)
+    params: Mapping[str, str] = field(default_factory=dict)
+    idle: Sequence[SectionSpec] = ()
+    unknown: bool = False
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A profile as it was checked; ``config`` is None where no value of it is sure. The other
+    fields are as the kernel has them."""
+
+    config: Config | None
+    providers: Named
+    idle: Sequence[SectionSpec]
+    inactive: list[InactiveKey]
+    unused: Sequence[Unused]
+    problems: list[Problem]
+    notices: list[str]
+    secrets: SecretValues
+
+
+def check_profile(
+    source: Source,
+    plugins: Activated,
+    manager: PluginManager,
+    idle: IdlePlugins,
+    *,
+    files: bool,
+) -> Checked:
+    """Check the profile and show it to every plugin; bad input never raises.
+
+    With ``files``, data files that the profile names must be there.
+    """
+    source = _without_masks(source)
+    names, sections = plugins.names, plugins.sections
+    validated = validate(source, sections, active=names)
+    left_out = _left_out(source, plugins, validated, idle)
+    if left_out != LeftOut():
+        validated = validate(
+            source,
+            sections,
+            left_out.sections,
+            active=names,
+            idle=left_out.idle,
+            lenient=left_out.unknown,
+        )
+    config = validated.config
+    wrong_schedules, idle_schedules = check_schedules(
+        config,
+        source,
+        plugins=names,
+        params=plugins.params,
+        blocked={**plugins.left_out, **left_out.params},
+        lenient=left_out.unknown,
+        permanent=[n for n in names if manager.implements_where(n, lambda p: p.permanent)],
+    )
+    inactive = [*validated.inactive, *idle_schedules]
+    problems = [*plugins.providers.problems, *validated.problems, *wrong_schedules]
+    named: Named = {}
+    unused: list[Unused] = []
+    if config is not None:
+        named = used_providers(config, sections)
+        unused += unused_settings(config, names, {section.path for section in sections})
+        unused += unused_of_providers(named, plugins.providers, sections)
+        for section in sections:
+            found, wrong = _unused_of_plugin(config, section)
+            unused += found
+            problems += wrong
+        # With --plugin no:NAME the list of plugins is the command line's.
+        chosen = ("plugins",) if plugins.blocked else ()
+        told = {item.key for item in inactive}
+        vain = written_in_vain(config, source, unused, chosen)
+        inactive += [item for item in vain if item.key not in told]
+        inactive += unread_paths(config, plugins.providers)
+        problems += check_providers(named, plugins.providers, source)
+        if files:
+            problems += check_files(config, source, data_files(config, plugins.providers))
+        # The list as it took effect, with what the command line added and left out.
+        requests = [PluginRequest.model_validate(wanted.as_profile()) for wanted in plugins.wanted]
+        config = config.model_copy(update={"plugins": tuple(requests)})
+        for section in sections:
+            problems += _problems_of_plugin(config, source, section)
+        problems += _configure(config, manager)
+    needless, needless_notices = _needless_blocks(plugins, inactive, manager, idle.installed)
+    problems += needless
+    if manager.strict:
+        problems += _strict_problems(source, plugins, left_out, inactive)
+    return Checked(
+        config=config,
+        providers=named,
+        idle=left_out.idle,
+        inactive=inactive,
+        unused=unused,
+        problems=problems,
+        notices=[*validated.notices, *needless_notices],
+        secrets=validated.secrets,
+    )
+
+
+def _without_masks(source: Source) -> Source:
+    """The source with a problem for each mask that stands for a secret: no plugin is to be shown
+    one as if it were the secret."""
+    masks = (_mask_problem(source, path) for path in masks_in(source.data))
+    return replace(source, problems=(*source.problems, *masks))
+
+
+def _mask_problem(source: Source, path: KeyPath) -> Problem:
+    option = dotted(tuple(takewhile(lambda key: isinstance(key, str), path)))
+    return Problem(
+        "is the mask of a secret, not the secret",
+        dotted(path),
+        source.where(path),
+        f"give the secret itself, in the profile or as --{option} VALUE",
+    )
+
+
+# Plugins that are left out ---------------------------------------------------------------------
+
+
+def _left_out(
+    source: Source, plugins: Activated, validated: Validated, idle: IdlePlugins
+) -> LeftOut:
+    """Ask plugins that are not active for their sections and schedule parameters.
+
+    One is imported only when the profile has keys that no active plugin claims.
+    """
+    sections: dict[str, str] = {}
+    params: dict[str, str] = {}
+    unknown = False
+    schedules = source.data.get("schedules")
+    unclaimed = validated.problems or (isinstance(schedules, Mapping) and schedules)
+    for name, reason in plugins.left_out.items() if unclaimed else ():
+        sections.update({name: reason, f"model.{name}": reason, f"monitoring.{name}": reason})
+        if name not in plugins.blocked:
+            unknown = True
+            continue
+        declared = idle.declared_by(name, plugins.blocked[name])
+        unknown = unknown or declared.problem is not None
+        for section in declared.sections:
+            if section.path:
+                sections[section.path] = reason
+            params.update(dict.fromkeys(section.schedule_params, reason))
+    others: Sequence[str] = ()
+    if not all(_is_within(dotted(path), sections) for path in validated.unknown):
+        others = [n for n in idle.installed if n not in plugins.names | plugins.left_out.keys()]
+    idle_sections = (section for name in others for section in idle.declared_by(name).sections)
+    return LeftOut(sections, params, tuple(idle_sections), unknown)
+
+
+def _is_within(path: str, sections: Collection[str]) -> bool:
+    return any(f"{path}.".startswith(f"{section}.") for section in sections)
+
+
+def _needless_blocks(
+    plugins: Activated,
+    inactive: Sequence[InactiveKey],
+    manager: PluginManager,
+    installed: Mapping[str, Installed],
+) -> tuple[list[Problem], list[str]]:
+    """Tell of every ``no:NAME`` that left nothing out. One that names no plugin at all is likely
+    misspelt, so that what it was to leave out runs."""
+    problems: list[Problem] = []
+    notices: list[str] = []
+    reasons = {item.reason for item in inactive}
+    for name in sorted(plugins.needless):
+        if plugins.left_out[name] in reasons:
+            continue
+        message = f"--plugin no:{plugins.blocked[name]} left nothing out"
+        if name in installed:
+            notices.append(f"{message}: the profile does not ask for this plugin")
+            continue
+        hint = did_you_mean(name, [wanted.name for wanted in plugins.wanted])
+        hint = hint or did_you_mean(name, installed)
+        message += ": no plugin of this name is installed or listed"
+        del manager.records[name]
+        if manager.strict:
+            problems.append(Problem(message, hint=hint))
+        else:
+            notices.append(message + (f" ({hint})" if hint else ""))
+    return problems, notices
+
+
+def _strict_problems(
+    source: Source, plugins: Activated, left_out: LeftOut, inactive: Sequence[InactiveKey]
+) -> Iterator[Problem]:
+    """An inactive key is an error, unless the person left its plugin out."""
+    reasons = set(plugins.left_out.values())
+    for item in inactive:
+        if item.reason not in reasons and not (left_out.unknown and item.unclaimed):
+            yield Problem(
+                f"it does nothing here: {item.reason}",
+                key=item.key,
+                where=source.where(item.key),
+                hint="--strict allows no inactive key",
+            )
+
+
+# What plugins say ------------------------------------------------------------------------------
+
+
+def _unused_of_plugin(
+    config: Config, section: SectionSpec
+) -> tuple[Sequence[Unused], Sequence[Problem]]:
+    """The settings of a section that its plugin calls unused, or why it cannot tell."""
+    if section.unused is None:
+        return (), ()
+    try:
+        unused = [
+            Unused(str(item.key), str(item.reason), tuple(map(str, item.because)))
+            for item in section.unused(config)
+        ]
+    except Exception as error:  # foreign code
+        message = f"its check of unused settings failed: {one_line(error)}"
+        return (), [Problem(message, section.path)]
+    return unused, ()
+
+
+def _problems_of_plugin(config: Config, source: Source, section: SectionSpec) -> Sequence[Problem]:
+    """What a plugin has against its section, with the place of each key."""
+    if section.check is None:
+        return ()
+    try:
+        return [
+            Problem(
+                f"plugin {section.plugin}: {problem.message}",
+                key := str(problem.key or section.path),
+                str(problem.where or source.where(key)),
+                str(problem.hint),
+            )
+            for problem in section.check(config)
+        ]
+    except Exception as error:  # foreign code
+        message = f"its check failed: {one_line(error)}"
+        return [Problem(message, section.path, source.where(section.path))]
+
+
+def _configure(config: Config, manager: PluginManager) -> list[Problem]:
+    """Show the profile to every plugin; what all of them have against it."""
+    problems: list[Problem] = []
+    names = [call.plugin for call in manager.order("apt_configure", dormant=True)]
+    for name in dict.fromkeys(names):
+        try:
+            manager.call_plugin(name, "apt_configure", config=config)
+        except ConfigError as error:
+            problems += error.problems
+        except StopTraining as stop:
+            reason = shown(stop.reason)
+            problems.append(Problem(f"it stopped the run: {reason}", f"plugin {name}"))
+    return problems
