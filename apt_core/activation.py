@@ -7,7 +7,7 @@ providers; then installed ones whose providers the profile names join them.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from apt_core.catalogue import Catalogue, Pair
 from apt_core.code_source import source_sha256
@@ -29,8 +29,8 @@ log = get_logger("apt")
 
 @dataclass(frozen=True)
 class Loaded:
-    """One plugin that was asked for, or why it is broken; ``reason`` is told where nobody asked
-    for it by name."""
+    """One plugin that was asked for, or why it is broken. ``reason`` says why it was loaded where
+    neither the profile nor the command line lists it."""
 
     wanted: Wanted
     declared: Declared
@@ -57,8 +57,8 @@ class Activated:
     blocked: Mapping[str, str]
     needless: Collection[str]
     providers: Catalogue
-    problems: Sequence[Problem] = field(default_factory=list)
-    notices: Sequence[str] = field(default_factory=list)
+    problems: Sequence[Problem]
+    notices: Sequence[str]
 
     @property
     def names(self) -> set[str]:
@@ -107,22 +107,12 @@ def activate(
             reason = f"plugin {name} activated: the profile names {spec.key}"
             loaded.append(replace(_load(wanted, manager, idle.installed), reason=reason))
     active = [each for each in loaded if each.declared.problem is None]
+    sections = _sections(active)
     return Activated(
         wanted=[each.wanted for each in active],
-        sections=_sections(active),
-        params={
-            name: each.wanted.name
-            for each in active
-            for section in each.declared.sections
-            for name in section.schedule_params
-        },
-        observed=[
-            section.path
-            for each in active
-            if manager.only_observes(each.wanted.name)
-            for section in each.declared.sections
-            if section.path
-        ],
+        sections=sections,
+        params={name: s.plugin for s in sections for name in s.schedule_params},
+        observed=[s.path for s in sections if s.path and manager.only_observes(s.plugin)],
         left_out={
             **{name: f"plugin {name} is blocked" for name in selection.blocked},
             **{
