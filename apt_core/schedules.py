@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from apt_core.config import Config, Ramp
+from apt_core.config import Config, Ramp, parse_config
 from apt_core.config.schedule_check import check_schedules
 from apt_core.config.switches import UNITS, Switch, Unit, read_switch
 
@@ -351,8 +351,8 @@ def _read(config: Config | Mapping[str, Any]) -> tuple[Mapping[str, Any], Horizo
     """The entries of the schedule, and what the profile says about the length of the run."""
     if not isinstance(config, Config):
         if not any(key in Config.model_fields for key in config):
-            return Config.from_dict({"schedules": config}).schedules, Horizon()
+            return parse_config({"schedules": config}).schedules, Horizon()
         relevant = {key: config[key] for key in ("schedules", "training") if key in config}
-        config = Config.from_dict(relevant)
+        config = parse_config(relevant)
     training = config.training
     return config.schedules, Horizon(training.max_epochs, training.max_steps)

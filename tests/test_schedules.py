@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apt_core.config import Config, InactiveKey, Source, parse_override, read_profile, validate
+from apt_core.config import (
+    InactiveKey,
+    Source,
+    parse_config,
+    parse_override,
+    read_profile,
+    validate,
+)
 from apt_core.data.batches import StepPlan
 from apt_core.errors import ConfigError, Problem
 from apt_core.schedules import Boundary, Horizon, Schedule, check_schedules
@@ -322,7 +329,7 @@ def test_a_plugins_parameters_count_from_its_moment() -> None:
 @quick
 @given(positions=st.lists(st.integers(1, 50), max_size=8), again=st.randoms(use_true_random=False))
 def test_the_value_depends_on_nothing_but_the_position(positions: list[int], again: Any) -> None:
-    config = Config.from_dict({"schedules": read_profile("gpt5_moe_reasoning").data["schedules"]})
+    config = parse_config({"schedules": read_profile("gpt5_moe_reasoning").data["schedules"]})
     schedule = Schedule(config, params={"route_temp": "moe"})
     first = {at: schedule.get_param("route_temp", epoch=at) for at in positions}
     again.shuffle(positions)
@@ -335,7 +342,7 @@ def test_the_value_depends_on_nothing_but_the_position(positions: list[int], aga
 def test_a_config_a_profile_and_bare_entries_agree() -> None:
     entries = {"enable_p_at_epoch": 2, "t": {"start": 1, "end": 3}}
     profile = {"schedules": entries, "training": {"max_epochs": 3}, "someones": {"own": 1}}
-    config = Config.from_dict({"schedules": entries, "training": {"max_epochs": 3}})
+    config = parse_config({"schedules": entries, "training": {"max_epochs": 3}})
     bare = Schedule(entries, horizon=Horizon(max_epochs=3))
     for schedule in (Schedule(config), Schedule(profile), bare):
         assert epochs(schedule, "t", 3) == [1, 2, 3]

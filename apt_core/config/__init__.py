@@ -14,7 +14,7 @@ from apt_core.config.overrides import Override, parse_override
 from apt_core.config.reference import profile_reference
 from apt_core.config.schema import Config, PluginRequest
 from apt_core.config.source import InactiveKey, Source
-from apt_core.config.validate import Validated, validate
+from apt_core.config.validate import Validated, parse_config, validate
 from apt_core.sections import Ramp, Section
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "json_schema",
     "key_like",
     "list_profiles",
+    "parse_config",
     "parse_override",
     "profile_reference",
     "read_profile",

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+from apt_core.config.schema import Config
 from apt_core.config.source import Source
 from apt_core.config.yaml_text import KeyPath, dotted
 from apt_core.errors import Problem
@@ -142,8 +143,6 @@ class KnownKeys:
 
 def key_like(word: str) -> str:
     """The dotted key of the core that is called ``word``, or that others call so, or ''."""
-    from apt_core.config.schema import Config
-
     known, path = KnownKeys(Config, {}), tuple(word.split("."))
     if len(path) > 1:
         section = ".".join(path[:-1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -38,9 +38,6 @@ from apt_core.sections import (
     Text,
     one_of,
 )
-
-if TYPE_CHECKING:
-    from apt_core.types import SectionSpec
 
 Names = Annotated[tuple[Name, ...], Strict(False), Field(max_length=10_000)]
 
@@ -369,21 +366,6 @@ class Config(Section):
     debug: DebugSection = Field(default_factory=DebugSection, description="Diagnosis.")
 
     _plugin_sections: dict[str, BaseModel] = PrivateAttr(default_factory=dict)
-
-    @classmethod
-    def from_dict(
-        cls, profile: Mapping[str, Any], *, sections: Sequence[SectionSpec] = ()
-    ) -> Config:
-        """Validate a plain mapping. Raises ConfigError with every problem.
-
-        >>> Config.from_dict({"model": {"d_model": 64}}).model.d_model
-        64
-        """
-        # validate() needs Config, and this shorthand needs validate().
-        from apt_core.config.source import Source
-        from apt_core.config.validate import validate
-
-        return validate(Source.from_dict(profile), sections).require()
 
     def with_plugin_sections(self, sections: Mapping[str, BaseModel]) -> Config:
         """A copy that holds these sections of plugins, by dotted path."""

@@ -121,6 +121,16 @@ def validate(
     return Validated(checked, problems, inactive, list(source.notices), secrets, known.unknown)
 
 
+def parse_config(profile: Mapping[str, Any], *, sections: Sequence[SectionSpec] = ()) -> Config:
+    """Validate a plain mapping, with the sections of plugins. Raises ConfigError with every
+    problem.
+
+    >>> parse_config({"model": {"d_model": 64}}).model.d_model
+    64
+    """
+    return validate(Source.from_dict(profile), sections).require()
+
+
 def _with_text(
     source: Source, owned: Mapping[str, type[BaseModel]]
 ) -> tuple[dict[str, Any], dict[KeyPath, Problem]]:

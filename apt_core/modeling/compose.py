@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from apt_core.config import Config
+from apt_core.config import Config, parse_config
 from apt_core.modeling.init import construction_rng, initialize_parameters
 from apt_core.modeling.layers.ngram import NgramEmbedding
 from apt_core.providers.attention import AttentionProvider
@@ -40,7 +40,7 @@ class ModelBuilder:
             from apt_core.registry import registry as default_registry
 
             registry = cast(ProviderSource, default_registry)
-        self.config = config if isinstance(config, Config) else Config.from_dict(config)
+        self.config = config if isinstance(config, Config) else parse_config(config)
         self.registry = registry
         self.model = self.config.model
         self.seed = self.config.training.seed if seed is None else seed

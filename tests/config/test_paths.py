@@ -11,7 +11,7 @@ import pytest
 
 from apt_core.cli.run_command import run_command
 from apt_core.cli.train import app
-from apt_core.config import Config, parse_override, read_profile, validate
+from apt_core.config import Config, parse_config, parse_override, read_profile, validate
 from apt_core.errors import ConfigError
 from apt_core.kernel import boot
 from apt_core.paths import FOUND_BESIDE, READ, WRITTEN
@@ -58,7 +58,7 @@ def test_a_path_is_beside_the_file_that_says_it_else_in_the_working_directory(wr
     for override in ("data.train_path=a.txt", "data={train_path: a.txt}"):
         assert data_of(child, override)[0] == str(here)
     assert data_of(child, "data.train_path=up/nowhere.txt")[0] == "up/nowhere.txt"
-    assert Config.from_dict({"data": {"train_path": "a.txt"}}).data.train_path == str(here)
+    assert parse_config({"data": {"train_path": "a.txt"}}).data.train_path == str(here)
 
 
 def test_a_link_is_known_by_its_own_name(write) -> None:
@@ -70,7 +70,7 @@ def test_a_link_is_known_by_its_own_name(write) -> None:
 
 def test_what_is_no_file_stays_as_it_is_written(write) -> None:
     for text in ("SELECT line FROM texts", "org/name", "x" * 400):
-        assert Config.from_dict({"data": {"train_path": text}}).data.train_path == text
+        assert parse_config({"data": {"train_path": text}}).data.train_path == text
 
 
 def test_a_home_directory_is_one_in_every_key(write, tmp_path) -> None:

@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from apt_core.config import Config, Section, Source, json_schema, read_profile, validate
+from apt_core.config import (
+    Config,
+    Section,
+    Source,
+    json_schema,
+    parse_config,
+    read_profile,
+    validate,
+)
 from apt_core.config.yaml_text import ProfileDumper, parse_yaml
 from apt_core.types import SectionSpec
 from apt_plugins.align import plugin as align
@@ -181,8 +189,8 @@ def test_profiles_without_plugins_have_no_inactive_key(name: str) -> None:
 def test_a_users_own_tiny_debug_with_data_paths_is_valid() -> None:
     path = "./apt_model/train.txt"
     profile = {**TINY_DEBUG, "data": {**TINY_DEBUG["data"], "train_path": path, "val_path": path}}
-    assert Config.from_dict(profile).data.text_source is None
-    assert Config.from_dict(TINY_DEBUG).data.text_source == "pydoc"
+    assert parse_config(profile).data.text_source is None
+    assert parse_config(TINY_DEBUG).data.text_source == "pydoc"
 
 
 # The resolved profile
@@ -198,17 +206,17 @@ def test_the_resolved_profile_reads_back_equal(name: str) -> None:
 @pytest.mark.filterwarnings("error")
 def test_sections_of_plugins_are_part_of_the_resolved_profile() -> None:
     profile = {"mine": {"deep": {"size": 7}}, "model": {"moe": {"name": "3e-5"}}}
-    config = Config.from_dict(profile, sections=SECTIONS)
+    config = parse_config(profile, sections=SECTIONS)
     assert config.to_dict()["mine"] == {"deep": {"size": 7, "name": "x"}}
     assert config.to_dict()["monitoring"]["wandb"] == {"enabled": "auto", "team": ""}
     assert reread(config, SECTIONS) == config
-    assert config != Config.from_dict({}, sections=SECTIONS)
+    assert config != parse_config({}, sections=SECTIONS)
 
 
 def test_a_section_within_another_plugins_section_is_kept() -> None:
     sections = [SectionSpec("mine", Mine), SectionSpec("mine.inner.part", Wandb)]
     profile = {"mine": {"size": 5, "inner": {"part": {"team": "us"}}}}
-    config = Config.from_dict(profile, sections=sections)
+    config = parse_config(profile, sections=sections)
     assert config.to_dict()["mine"] == {
         "size": 5,
         "name": "x",
@@ -219,7 +227,7 @@ def test_a_section_within_another_plugins_section_is_kept() -> None:
 
 def test_plugin_requests_keep_their_short_form() -> None:
     plugins = ["a", {"name": "b", "priority": 3}, {"name": "c", "on_failure": "required"}]
-    config = Config.from_dict({"plugins": plugins})
+    config = parse_config({"plugins": plugins})
     assert config.to_dict()["plugins"] == plugins
     assert reread(config, []) == config
 
@@ -252,7 +260,7 @@ def test_any_number_survives_writing_and_reading(number: float) -> None:
 
 
 def test_a_config_cannot_be_changed() -> None:
-    config = Config.from_dict({})
+    config = parse_config({})
     with pytest.raises(ValidationError):
         config.model.d_model = 3  # type: ignore[misc]
 

@@ -14,6 +14,7 @@ from apt_core.config import (
     Section,
     Source,
     check_files,
+    parse_config,
     parse_override,
     read_profile,
     validate,
@@ -358,12 +359,12 @@ def test_shortening_a_run_from_the_command_line_is_no_mistake() -> None:
 
 
 def test_numbers_are_taken_for_text_where_people_write_them() -> None:
-    config = Config.from_dict({"name": 7, "version": 1.0, "description": 3})
+    config = parse_config({"name": 7, "version": 1.0, "description": 3})
     assert (config.name, config.version, config.description) == ("7", "1.0", "3")
 
 
 def test_whole_numbers_are_fine_where_any_number_is() -> None:
-    assert Config.from_dict({"training": {"learning_rate": 1}}).training.learning_rate == 1.0
+    assert parse_config({"training": {"learning_rate": 1}}).training.learning_rate == 1.0
 
 
 def test_problems_of_reading_are_reported_with_the_others() -> None:
@@ -417,17 +418,17 @@ DEEP = SectionSpec("mine.deep.part", Router)
 def test_a_plugin_replaces_the_placeholder_of_its_section() -> None:
     profile = {"model": {"moe": {"experts": 8, "noise": 1}}, "monitoring": {"wandb": {"noise": 2}}}
     wandb = SectionSpec("monitoring.wandb", Router)
-    config = Config.from_dict(profile, sections=[MOE, wandb])
+    config = parse_config(profile, sections=[MOE, wandb])
     assert config.section("model.moe") == Router(experts=8, noise=1.0)
     assert config.section("monitoring.wandb") == config.monitoring.wandb == Router(noise=2.0)
 
 
 def test_a_plugins_section_has_its_defaults_where_nothing_is_written() -> None:
-    assert Config.from_dict({}, sections=[MINE]).section("mine") == Lenient()
+    assert parse_config({}, sections=[MINE]).section("mine") == Lenient()
 
 
 def test_sections_are_reached_by_path() -> None:
-    config = Config.from_dict({"model": {"tva": {"r": 2}}}, sections=[MINE, DEEP])
+    config = parse_config({"model": {"tva": {"r": 2}}}, sections=[MINE, DEEP])
     tva = config.section("model.tva")
     assert tva is config.model.tva
     assert config.section("mine.deep.part") == Router()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from apt_core import ConfigError, StopTraining, hook_deadline, hookimpl
-from apt_core.config import Config
+from apt_core.config import parse_config
 from apt_core.errors import PluginError
 from apt_core.kernel import boot
 from apt_core.plugin_manager import PluginManager
@@ -234,7 +234,7 @@ def test_an_import_that_hangs_is_told_of_before_the_run(reports: Reports, tmp_pa
 def test_the_setting_is_checked() -> None:
     for wrong in (-1, "never", float("inf")):
         with pytest.raises(ConfigError, match="hook_timeout"):
-            Config.from_dict({"training": {"hook_timeout": wrong}})
+            parse_config({"training": {"hook_timeout": wrong}})
 
 
 def test_it_can_be_turned_off_in_a_profile_that_extends_another(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import apt_core.providers as contracts
-from apt_core.config import Config
+from apt_core.config import parse_config
 from apt_core.defaults import core_providers
 from apt_core.kinds import KINDS, named_providers
 from apt_core.types import SectionSpec
@@ -18,7 +18,7 @@ CONTRACTS = {
 
 
 def test_every_kind_has_its_contract_keys_of_the_profile_and_a_default_of_the_core() -> None:
-    config = Config.from_dict({})
+    config = parse_config({})
     core = {(spec.kind, spec.name) for spec in core_providers("")}
     for kind in KINDS.values():
         contract = getattr(contracts, CONTRACTS[kind.name])

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from apt_core.config import Config
+from apt_core.config import parse_config
 from apt_core.errors import ConfigError
 from apt_core.inference.generator import generate
 from apt_core.kernel import boot
@@ -265,7 +265,7 @@ def test_normalised_embeddings_have_no_scale(small):
 )
 def test_settings_that_do_not_fit_together_are_named(ngram, key, words):
     with pytest.raises(ConfigError) as caught:
-        Config.from_dict({"model": {"ngram": ngram}})
+        parse_config({"model": {"ngram": ngram}})
     problem = caught.value.problems[0]
     assert problem.key == f"model.ngram.{key}" and words in problem.message
 

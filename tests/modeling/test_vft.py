@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from apt_core.config import Config
+from apt_core.config import parse_config
 from apt_core.modeling import ModelBuilder
 from apt_core.modeling.layers.ffn import SwiGLU
 from apt_core.modeling.layers.vft import VFTProvider
@@ -62,7 +62,7 @@ def test_r_is_the_ratio_and_rank_overrides_it():
 
 
 def test_the_profile_sets_its_rank():
-    config = Config.from_dict(
+    config = parse_config(
         {"model": {"d_model": 32, "num_heads": 4, "ffn_name": "vft", "vft": {"rank": 6}}}
     )
     assert {block.ffn.rank for block in ModelBuilder(config).build_model().blocks} == {6}

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from apt_core import hookimpl
-from apt_core.config import Config
+from apt_core.config import parse_config
 from apt_core.config.schema import HardwareSection
 from apt_core.modeling import ModelBuilder
 from apt_core.modeling.layers import GELU
@@ -459,7 +459,7 @@ def test_muons_defaults_are_the_profiles():
     model = build()
     plain, profile = (
         optimizer_of(model, MuonProvider(config))
-        for config in (None, Config.from_dict({}).section("training"))
+        for config in (None, parse_config({}).section("training"))
     )
     assert optimizer_groups(model, plain) == optimizer_groups(model, profile)
     group = next(g for g in profile.param_groups if g["hidden_matrices"])
