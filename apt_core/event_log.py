@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -42,13 +43,17 @@ class EventLog:
         elif len(self._waiting) < MAX_WAITING:
             self._waiting.append(row)
 
-    def keep_with(self, keep: Callable[[Row], None] | None) -> None:
-        """Hand to ``keep`` what has been recorded, and what will be; None ends that."""
+    @contextmanager
+    def kept_with(self, keep: Callable[[Row], None]) -> Iterator[None]:
+        """Hand to ``keep`` what has been recorded, and what will be while the context lasts."""
         waiting, self._waiting = self._waiting, []
         self._keep = keep
-        if keep is not None:
+        try:
             for row in waiting:
                 keep(row)
+            yield
+        finally:
+            self._keep = None
 
 
 def _now() -> str:

@@ -369,17 +369,19 @@ def newest_sound(root: Path) -> Path | None:
     return next((path for path in reversed(list_checkpoints(root)) if is_sound(path)), None)
 
 
-def prune(root: Path, keep_last: int, keep: Path | None = None) -> None:
+def prune(root: Path, keep_last: int, keep: Path | None = None) -> list[Path]:
     """Delete all but the newest, the newest ``keep_last`` that are sound (0: none is deleted), and
-    ``keep``: steps that are not finite, however many, rotate nothing out."""
-    if not keep_last:
-        return
+    ``keep``: steps that are not finite, however many, rotate nothing out. Returns what it has
+    deleted."""
+    deleted: list[Path] = []
     kept = 0
-    for number, path in enumerate(reversed(list_checkpoints(root))):
+    for number, path in enumerate(reversed(list_checkpoints(root)) if keep_last else ()):
         if kept < keep_last and is_sound(path):
             kept += 1
         elif number > 0 and path != keep:
             shutil.rmtree(path, ignore_errors=True)
+            deleted.append(path)
+    return deleted
 
 
 MAX_TENSOR_NAME = 200

@@ -19,30 +19,30 @@ from apt_core.secrets import redact, without_secrets
 EVENTS = "events.jsonl"
 
 KINDS = {
-    "started": "the run began: `parameters`, `device`, `processes`, `plugins`",
-    "resumed": "the run went on from `checkpoint`, in a process of its own: as of `started`",
-    "rewound": "steps after `step`, up to `from_step`, are no part of the run any more: "
-    "they are taken again",
+    "started": "the run began, with `parameters` on `device` in `processes` and with `plugins`",
+    "resumed": "the run went on from `checkpoint`; the rest as of `started`",
+    "rewound": "the steps after this one, up to `from_step`, are taken again",
     "changed": "a resume was told to change `key` from `before` to `after`",
     "fell_back": "of kind `provider`, `used` runs in the place of `asked`: `reason`",
-    "enabled": "the schedule enabled `plugin`, from `step` of `epoch` on",
-    "disabled": "the schedule disabled `plugin`, from `step` of `epoch` on",
-    "switched": "`plugin` changed the model, from `step` of `epoch` on: `parameters` and "
-    "`parameters_before`, `loss_after` and `loss_before` on a fixed batch",
-    "failed": "`plugin` failed in `hook`, at the line `where`, in `process`: `error`",
+    "enabled": "`plugin` was enabled by its schedule, for this step of `epoch` and on",
+    "disabled": "`plugin` was disabled by its schedule, for this step of `epoch` and on",
+    "switched": "`plugin` changed the model, for this step of `epoch` and on: `parameters` and "
+    "`parameters_before`; `loss_after` and `loss_before` on a fixed batch, nats per token",
+    "failed": "`plugin` failed in `hook`, at the line `where`, or left something changed: `error`; "
+    "in `process`, if not the first",
     "quarantined": "`plugin` is not called any more: `reason`",
-    "skipped": "`count` steps, the first of them `steps`, were not finite and changed nothing; "
-    "`total` so far",
+    "skipped": "`count` steps since the last row, the first of them `steps`, were not finite and "
+    "changed nothing; `total` so far",
     "epoch_ended": "`epoch` ended",
     "saved": "`checkpoint` is complete",
     "deleted": "`checkpoint` was deleted for newer ones",
     "set_aside": "`checkpoint`, of a step after the one that a resume went on from, is now `name`",
-    "not_saved": "no checkpoint of `step`: `error`",
-    "stopping": "the run ends before its last step: `reason`",
-    "ended": "`status` is finished, stopped, interrupted or failed; `reason` or `error` of it",
+    "not_saved": "no checkpoint of this step: `error`",
+    "stopping": "the run is to end before its last step: `reason`",
+    "ended": "`status` is finished, stopped, interrupted or failed, for this `reason` or by this "
+    "`error`",
 }
-"""Each kind of event with what it says. Every event has ``time``, ``step``, ``kind``, ``message``
-too; ``plugin``, ``epoch`` and ``checkpoint`` are what they are in each kind."""
+"""Each kind of event, with what it tells beside ``time``, ``step``, ``kind`` and ``message``."""
 
 GOES_BACK = ("started", "resumed", "rewound")
 """Kinds after which earlier events of later steps are no part of the run; one that starts has no

@@ -24,7 +24,7 @@ from apt_core.runs.events import EVENTS, as_row
 from apt_core.runs.folder_lock import FolderLock, process_row
 from apt_core.runs.layout import CHECKPOINTS, checkpoints_folder, named_folder
 from apt_core.runs.metrics import METRICS
-from apt_core.runs.rows import RowFile
+from apt_core.runs.rows import RowFile, is_step
 from apt_core.secrets import without_secrets
 
 log = get_logger("apt.training")
@@ -261,19 +261,24 @@ class RunFolder:
     def log_file(self) -> Path:
         return self.path / "log.txt"
 
-    def drop_metrics_after(self, step: int, *, evaluation: bool = False) -> None:
+    def drop_metrics_after(self, step: int, *, evaluation: bool = False) -> int:
         """Forget rows of steps that a resumed run will take again, and that of an ``evaluation`` of
-        ``step`` which it will make again. A disk that does not take that is tried again before the
-        next row."""
+        ``step`` which it will make again; returns the last step that any row was of. A disk that
+        does not take that is tried again before the next row."""
+        last = 0
 
         def drop() -> None:
+            nonlocal last
             kept, lost = [], 0
             try:
                 for line, row in json_rows(self.path / METRICS):
                     at = None if row is None else row.get("step", 0)
                     if row is None or isinstance(at, bool) or not isinstance(at, int | float):
                         lost += 1  # the last one may have been cut
-                    elif at <= step and not (evaluation and at == step and "val_loss" in row):
+                        continue
+                    if is_step(at):
+                        last = max(last, int(at))
+                    if at <= step and not (evaluation and at == step and "val_loss" in row):
                         kept.append(line.rstrip(b"\r\n").decode("utf-8") + "\n")
             except FileNotFoundError:
                 return
@@ -286,6 +291,7 @@ class RunFolder:
             self._metrics.settle()
         except OSError as error:
             log.error("%s: rows of steps to come are still in it: %s", METRICS, error)
+        return last
 
     def write_metrics(self, row: Mapping[str, Any]) -> None:
         """Append one row of metrics."""

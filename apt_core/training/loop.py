@@ -274,7 +274,8 @@ class Loop:
         if not scores:
             return
         training, metrics, step = self.config.training, self.progress.metrics, self.progress.step
-        log.info(
+        self.manager.events.record(
+            "epoch_ended",
             "Epoch %d/%d: loss=%.3f%s  held out: loss=%.3f ppl=%.2f bits/byte=%.3f",
             epoch,
             training.max_epochs,
@@ -283,6 +284,9 @@ class Loop:
             scores["val_loss"],
             scores["val_ppl"],
             scores["val_bpb"],
+            step=step,
+            log=log,
+            epoch=epoch,
         )
         self.progress.ended_epochs = epoch
         self.manager.hook.on_epoch_end(epoch=epoch, trainer=self.trainer)
@@ -350,6 +354,15 @@ class Loop:
         for step in lost:
             epoch, index = divmod(step - 1, plan.steps_per_epoch)
             progress.tokens -= plan.step_targets(epoch + 1, index)
+        self.manager.events.record(
+            "rewound",
+            "steps %d to %d, in which not all processes took part, are taken back",
+            first,
+            progress.step,
+            step=first - 1,
+            log=log,
+            from_step=progress.step,
+        )
         progress.step = first - 1
         progress.epoch = 1 + max(0, progress.step - 1) // plan.steps_per_epoch
         self.in_step, self.row_due = True, None  # plugins have seen the steps

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from apt_core.code_source import short_path
 from apt_core.config import Config
 from apt_core.device import gpu_name
 from apt_core.errors import ConfigError, Problem
+from apt_core.event_log import EventLog
 from apt_core.kernel import Kernel
 from apt_core.log import get_logger
 from apt_core.modeling.compilation import computes, computes_in_words
@@ -49,7 +52,9 @@ class Opening:
         """Does the run go on in a folder that was there?"""
         return world.from_first(lambda: self._folder is not None)
 
-    def folder(self, world: World, config: Config, step: int, *, evaluation: bool) -> RunFolder:
+    def folder(
+        self, world: World, config: Config, step: int, events: EventLog, *, evaluation: bool
+    ) -> RunFolder:
         """The run's folder, in which what comes after ``step``, the run's, is out of the way, and
         that of an ``evaluation`` of it which is to be made again. Raises ConfigError."""
 
@@ -59,8 +64,20 @@ class Opening:
                     self._output, config.name, config.training.checkpoint_dir
                 )
             else:
-                self._folder.drop_metrics_after(step if self._found else -1, evaluation=evaluation)
-                _set_aside_later_checkpoints(self._folder, step)
+                last = self._folder.drop_metrics_after(
+                    step if self._found else -1, evaluation=evaluation
+                )
+                last = max([last, *_set_aside_later_checkpoints(self._folder, step, events)])
+                if last > step:
+                    events.record(
+                        "rewound",
+                        "steps %d to %d are taken again",
+                        step + 1,
+                        last,
+                        step=step,
+                        log=log,
+                        from_step=last,
+                    )
             return self._folder.path, self._folder.checkpoints
 
         places = world.from_first(make)
@@ -104,22 +121,58 @@ class Opening:
         return None if self._found is None else self._found.path
 
 
-def _set_aside_later_checkpoints(folder: RunFolder, step: int) -> None:
+def _set_aside_later_checkpoints(folder: RunFolder, step: int, events: EventLog) -> list[int]:
     """Checkpoints after the one that the run goes on from are of another future: keep them, but
-    out of the way of the next resume."""
+    out of the way of the next resume. Returns their steps."""
+    later = []
     for path in checkpoint.list_checkpoints(folder.checkpoints):
         if path.name > checkpoint.folder_name(step):
             aside = path.with_name(f"superseded-{now().replace(':', '')}-{path.name}")
             path.rename(aside)
-            log.info("%s is set aside as %s", path.name, aside.name)
+            later.append(checkpoint.step_of(path))
+            events.record(
+                "set_aside",
+                "%s is set aside as %s",
+                path.name,
+                aside.name,
+                step=step,
+                log=log,
+                checkpoint=path.name,
+                name=aside.name,
+            )
+    return later
 
 
 def log_start(
-    kernel: Kernel, parts: Parts, world: World, trained: TrainedModel, folder: RunFolder
+    kernel: Kernel,
+    parts: Parts,
+    world: World,
+    trained: TrainedModel,
+    folder: RunFolder,
+    found: Checkpoint | None,
 ) -> None:
-    """Log what the run starts with."""
+    """Log what the run starts with, at the checkpoint that was ``found``."""
+    events = kernel.manager.events
     active = [r.name for r in kernel.manager.records.values() if r.state == "active"]
     log.info("run folder: %s", folder)
+    start: dict[str, Any] = {
+        "parameters": trained.num_parameters,
+        "device": str(parts.device),
+        "processes": world.size,
+        "plugins": active,
+    }
+    if found is not None:
+        path, step = short_path(str(found.path)), found.state.step
+        events.record(
+            "resumed",
+            "resumed from %s (step %d)",
+            path,
+            step,
+            step=step,
+            log=log,
+            checkpoint=path,
+            **start,
+        )
     for notice in kernel.notices:
         log.info("%s", notice)
     for key in kernel.inactive:
@@ -127,14 +180,18 @@ def log_start(
     for row in kernel.registry.resolutions.values():
         log.info("%s: %s", row.kind, row.used)
     gpu = gpu_name(parts.device)
-    log.info(
-        "model built: %s parameters on %s%s%s, %s",
+    built = "model built: %s parameters on %s%s%s, %s"
+    values = (
         f"{trained.num_parameters:,}",
         parts.device,
         f" ({gpu})" if gpu else "",
         f" in {world.size} processes ({world.sharding})" if world.size > 1 else "",
         f"plugins: {', '.join(active)}" if active else "no plugins",
     )
+    if found is None:
+        events.record("started", built, *values, step=0, log=log, **start)
+    else:
+        log.info(built, *values)
     compilation = trained.forward.compilation
     if compilation.mode is not None or parts.device.type != "cpu":
         how = computes(kernel.config, parts.device, parts.dtype, compilation)

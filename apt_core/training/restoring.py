@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from apt_core.code_source import short_path
 from apt_core.config.differences import differences
 from apt_core.errors import CheckpointError, ConfigError, Problem
 from apt_core.kernel import Kernel
@@ -127,7 +126,6 @@ class Restoring:
         self._manager.failures.load_state_dict(records)
         for plugin, own in joined_states(self._manager, state.plugins, found.plugins):
             self._hooks.call_plugin(plugin, "apt_load_state_dict", state=own)
-        kernel.notices.append(f"resumed from {short_path(str(found.path))} (step {state.step})")
         kernel.notices += _changed_plugins(kernel, found.manifest)
         if plugins := found.manifest.get("in_step"):
             kernel.notices.append(
@@ -316,8 +314,18 @@ class Restoring:
                 step = self._progress.step
                 change = Change(key=key, step=step, before=before, after=after)
                 self._progress.changes.append(change)
-                self._kernel.notices.append(
-                    f"{key}: {before} up to step {step}, {after} from there on"
+                self._manager.events.record(
+                    "changed",
+                    "%s: %s up to step %d, %s from there on",
+                    key,
+                    before,
+                    step,
+                    after,
+                    step=step,
+                    log=log,
+                    key=key,
+                    before=before,
+                    after=after,
                 )
             else:
                 self._kernel.notices.append(f"--allow-change {key}: it is what it was")

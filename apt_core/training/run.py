@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
+from logging import DEBUG
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from apt_core.errors import CheckpointError, PluginError, ProcessLostError, Stop
 from apt_core.log import get_logger
 from apt_core.modeling.blame import attributed
 from apt_core.planning.memory import out_of_memory
+from apt_core.runs.checkpoint import Checkpoint
 from apt_core.training.curriculum.switching import Switching
 from apt_core.training.diverging import diverged, void_steps
 from apt_core.training.loop import Loop
@@ -42,8 +44,8 @@ class RunResult:
 class Run:
     """One run, from its first hook to its last.
 
-    ``held`` are the bytes that the process holds beside the run, ``resumed`` says whether the run
-    goes on from a checkpoint.
+    ``held`` are the bytes that the process holds beside the run, ``found`` is the checkpoint that
+    it goes on from.
     """
 
     def __init__(
@@ -53,14 +55,15 @@ class Run:
         manifest: ManifestWriter,
         *,
         held: int,
-        resumed: bool,
+        found: Checkpoint | None,
     ) -> None:
         self._loop, self._switching, self._manifest = loop, switching, manifest
         self._kernel, self._config, self._manager = loop.kernel, loop.config, loop.manager
         self._world, self._progress, self._trained = loop.world, loop.progress, loop.trained
         self.saving, self._stopping, self.folder = loop.saving, loop.stopping, loop.folder
         self._held, self._first_step = held, loop.progress.step
-        self._resumed_step = self._first_step if resumed else None
+        self._resumed_step = self._first_step if found is not None else None
+        self._found, self._events = found, loop.manager.events
 
     def run(self) -> RunResult:
         """Start, train, end. Raises what ends the run, once a checkpoint of the last whole step is
@@ -70,7 +73,7 @@ class Run:
         self.folder.begin_manifest()
         self._manifest.write("running")
         if self._world.is_first:
-            log_start(self._kernel, loop.parts, self._world, trained, self.folder)
+            log_start(self._kernel, loop.parts, self._world, trained, self.folder, self._found)
         loop.usage.start()
         try:
             try:
@@ -163,6 +166,7 @@ class Run:
             exit_code=exit_code,
         )
         self._manifest.write(status, figures=result.figures, sample=sample, reason=reason)
+        self._tell_end(status, reason, reason=reason, exit_code=exit_code)
         with suppress(StopTraining):
             self._manager.hook.on_training_end(trainer=loop.trainer)
         with suppress(StopTraining):
@@ -218,18 +222,29 @@ class Run:
                 if progress.step:
                     self.saving.save_in_emergency(in_step=loop.in_step)
             except BaseException as failure:  # whatever it is, the manifest comes next
-                text = one_line(failure)
-                log.error(
-                    "no checkpoint of step %d could be written: %s", self._progress.step, text
-                )
+                self.saving.tell_not_saved(f"it could not be written ({one_line(failure)})")
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         self._manifest.write(status, figures=self._figures(), error=text_of(error))
+        self._tell_end(status, text_of(error), error=text_of(error))
         try:
             self._manager.failures.settle()
             self._manager.hook.on_exception(error=error, trainer=loop.trainer)
         except BaseException as failure:
             log.error("%s", one_line(failure))
         self._manifest.write(status)
+
+    def _tell_end(self, status: str, why: str, **data: Any) -> None:
+        """Record how the run ended; the console is told by who has started it."""
+        self._events.record(
+            "ended",
+            "the run ended: %s",
+            f"{status} ({why})" if why else status,
+            step=self._progress.step,
+            log=log,
+            level=DEBUG,
+            status=status,
+            **data,
+        )
 
     def _figures(self) -> dict[str, float]:
         """Losses come with the step that they are of, which may be before the last one."""

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from logging import DEBUG, ERROR
 from math import inf
 from pathlib import Path
 
@@ -82,7 +83,7 @@ class Saving:
         self._training, self._keeps_best = config.training, config.evaluation.save_best
         self._folder, self._world, self._progress = folder, world, progress
         self._trained, self._snapshots, self._hooks = trained, snapshots, hooks
-        self._watched = watched
+        self._watched, self._events = watched, hooks.manager.events
         self.saved = self._position() if resumed else None
         self._evaluated: tuple[int, Evaluated] | None = None
         self._refused: Position | None = None
@@ -210,7 +211,7 @@ class Saving:
         self.saved = write.position
         self._record(write.position[0], write.evaluated)
         if self._world.is_first:
-            log.info("checkpoint: %s", short_path(str(path)))
+            self._tell_saved(path)
             if self._prunes:
                 self._prune()
             self._hooks.call("on_checkpoint_saved", path=path)
@@ -246,30 +247,54 @@ class Saving:
         if self._position() in (self.saved, self._refused):
             return
         if bad := self._trained.not_finite():
-            log.error(
-                "no checkpoint of step %d: its weights are not finite (%s)",
-                self._progress.step,
-                listed(bad),
-            )
+            self.tell_not_saved(f"its weights are not finite ({listed(bad)})")
             return
         if self._group is not None and not self._world.all_at(self._here()):
-            log.error(
-                "no checkpoint of step %d: the other processes have the rest of the model",
-                self._progress.step,
-            )
+            self.tell_not_saved("the other processes have the rest of the model")
             return
         if self._world.is_first or self._group is not None:
             snapshot = self._snapshots.take(
                 self._evaluation_of(self._progress.step), emergency=True, in_step=in_step
             )
             path = self._thread.submit(self._written, snapshot).result()
-            log.info("checkpoint: %s", short_path(str(path)))
+            self._tell_saved(path)
             self._prune()
 
     def _failed(self, write: _Write, error: str) -> None:
         message = f"the checkpoint of step {write.position[0]} was not written: {error}"
         self.failures.append(message)
-        log.error("%s; earlier checkpoints are intact and the run goes on", message)
+        self._events.record(
+            "not_saved",
+            "%s; earlier checkpoints are intact and the run goes on",
+            message,
+            step=write.position[0],
+            log=log,
+            level=ERROR,
+            error=error,
+        )
+
+    def tell_not_saved(self, why: str) -> None:
+        """Tell that there is no checkpoint of the current position as the run dies."""
+        self._events.record(
+            "not_saved",
+            "no checkpoint of step %d: %s",
+            self._progress.step,
+            why,
+            step=self._progress.step,
+            log=log,
+            level=ERROR,
+            error=why,
+        )
+
+    def _tell_saved(self, path: Path) -> None:
+        self._events.record(
+            "saved",
+            "checkpoint: %s",
+            short_path(str(path)),
+            step=checkpoint.step_of(path),
+            log=log,
+            checkpoint=path.name,
+        )
 
     def _here(self) -> str:
         """A name for where this process has come to, in this run."""
@@ -290,4 +315,13 @@ class Saving:
         if self._best.step is not None:
             best = self._folder.checkpoints / checkpoint.folder_name(self._best.step)
         keep_last = self._training.keep_last
-        checkpoint.prune(self._folder.checkpoints, keep_last, keep=best)
+        for path in checkpoint.prune(self._folder.checkpoints, keep_last, keep=best):
+            self._events.record(
+                "deleted",
+                "deleted checkpoint %s",
+                path.name,
+                step=self._progress.step,
+                log=log,
+                level=DEBUG,
+                checkpoint=path.name,
+            )

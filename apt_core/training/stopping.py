@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from math import inf, isfinite
 
 from apt_core.config import Config
@@ -16,13 +17,21 @@ class Stopping:
     """Why the run should stop, or nothing: a request, a limit, a signal.
 
     ``agreed`` is what all the processes of the run have found out together; a process that alone
-    wants to stop goes on until the others know.
+    wants to stop goes on until the others know. ``tell`` is called with the reason, once.
     """
 
-    def __init__(self, config: Config, stop_at_step: int | None, *, alone: bool) -> None:
+    def __init__(
+        self,
+        config: Config,
+        stop_at_step: int | None,
+        *,
+        alone: bool,
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
         training = config.training
         self.interrupts = Interrupts(alone=alone)
         self.reason = ""
+        self._tell = tell
         self.agreed = False
         self._alone = alone
         self._max_seconds = training.max_seconds
@@ -35,7 +44,11 @@ class Stopping:
 
     def request(self, reason: str) -> None:
         """Stop after this step; the first reason is kept, of whatever a plugin gave one line."""
-        self.reason = self.reason or shown(reason)
+        if self.reason:
+            return
+        self.reason = shown(reason)
+        if self._tell is not None:
+            self._tell(self.reason)
 
     @property
     def wanted(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
+from logging import DEBUG
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +134,9 @@ class Trainer:
         self.world = World.from_environment(self.config, self.kernel.place)
         self.rank, self.world_size = self.world.rank, self.world.size
         self.progress = Progress()
-        self.stopping = Stopping(self.config, stop_at_step, alone=self.world_size == 1)
+        self.stopping = Stopping(
+            self.config, stop_at_step, alone=self.world_size == 1, tell=self._tell_stop
+        )
         self._console = console
         self._allow_change = tuple(dict.fromkeys(allow_change))
         self._hooks = TrainerHooks(self.manager, self)
@@ -231,6 +234,17 @@ class Trainer:
         """End the run after this step, with a final evaluation and a checkpoint."""
         self.stopping.request(reason)
 
+    def _tell_stop(self, reason: str) -> None:
+        self.manager.events.record(
+            "stopping",
+            "the run is to end: %s",
+            reason,
+            step=self.progress.step,
+            log=log,
+            level=DEBUG,
+            reason=reason,
+        )
+
     # The run ---------------------------------------------------------------------------------
 
     def fit(self) -> RunResult:
@@ -287,6 +301,7 @@ class Trainer:
                     with (
                         closing(run.saving),
                         logging_to(file=file, level=level, backlog=backlog),
+                        self.manager.events.kept_with(run.folder.write_event),
                     ):
                         return run.run()
 
@@ -357,7 +372,7 @@ class Trainer:
         due = Due(config, parts.plan, progress, stopping, total_steps)
         resumed = self._opening.goes_on(world) and found is not None
         folder = self.folder = self._opening.folder(
-            world, config, progress.step, evaluation=due.evaluates_again()
+            world, config, progress.step, self.manager.events, evaluation=due.evaluates_again()
         )
         self.saving = Saving(
             config, folder, world, self.device, progress, trained,
@@ -402,4 +417,4 @@ class Trainer:
                 config.training.max_seconds,
             ),
         )  # fmt: skip
-        return Run(loop, self.switching, manifest, held=self._held, resumed=found is not None)
+        return Run(loop, self.switching, manifest, held=self._held, found=found)

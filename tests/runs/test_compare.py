@@ -17,6 +17,18 @@ from apt_core.testing import tiny_run
 NAN = float("nan")
 
 
+class State:
+    """The state of a checkpoint, as far as the comparison asks for it."""
+
+    step, averages = 7, ()
+
+    def __init__(self, values):
+        self.values = {"step": 7, "spent": {"seconds": 1}, **values}
+
+    def to_json(self):
+        return self.values
+
+
 @pytest.fixture
 def saved(tmp_path):
     """A checkpoint with these tensors of the model; ``state`` and ``plugins`` beside them."""
@@ -26,8 +38,7 @@ def saved(tmp_path):
         path = tmp_path / f"checkpoint-{next(made)}"
         path.mkdir()
         save_file(model, path / "model.safetensors")
-        whole = {"step": 7, "averages": [], "spent": {"seconds": 1}, **(state or {})}
-        return Checkpoint(path, whole, plugins or {}, "", {})
+        return Checkpoint(path, State(state or {}), plugins or {}, "", {})
 
     return make
 
@@ -62,13 +73,14 @@ def test_all_of_the_state_counts_but_what_is_of_the_machine(saved):
     weights = {"a": torch.zeros(1)}
     one = saved(
         weights,
-        {"scores": {"x": NAN}, "plugins": {"p": {"n": 1}}, "metrics": {"mfu": 1, "p/m": 1}},
+        {"scores": {"x": NAN}, "plugins": {"p": {"n": 1}}, "metrics": {"mfu": 1, "p/m": 1},
+         "modes": {"a": True}},
         {"p.seen#0": torch.zeros(1)},
-    )
+    )  # fmt: skip
     other = saved(
         weights,
         {"scores": {"x": NAN}, "plugins": {"p": {"n": 2}, "q": {}}, "metrics": {"p/m": 2},
-         "spent": {"seconds": 2}, "more": 0},
+         "spent": {"seconds": 2}, "modes": {"a": False}},
         {"p.seen#0": torch.ones(1)},
     )  # fmt: skip
     found = compare_checkpoints(one, other).differences
@@ -77,7 +89,7 @@ def test_all_of_the_state_counts_but_what_is_of_the_machine(saved):
         ("the state of plugin p", False),
         ("the state of plugin q", False),
         ("the state: metrics: p/m", True),
-        ("the state: more", False),
+        ("the state: modes", False),
     ]
     assert {each.step for each in found} == {7}
 

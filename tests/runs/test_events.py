@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
+from pathlib import Path
 
 import pytest
 
 from apt_core.event_log import MAX_WAITING, EventLog
-from apt_core.runs.events import MAX_ITEMS, MAX_TEXT, as_row, read_events
+from apt_core.runs.events import KINDS, MAX_ITEMS, MAX_TEXT, as_row, read_events
 from apt_core.secrets import SecretValues
 
+ROOT = Path(__file__).parents[2]
+SCHEDULED = ("enabled", "disabled")
 log = logging.getLogger("apt.training")
 
 
@@ -32,8 +36,8 @@ def test_one_call_makes_the_line_and_the_row(caplog):
     events, kept = EventLog(), []
     with caplog.at_level("INFO"):
         events.record("saved", "checkpoint: %s", "c", step=3, log=log, checkpoint="c")
-        events.keep_with(kept.append)
-        events.record("deleted", "deleted %s", "b", step=4, log=log, level=logging.DEBUG)
+        with events.kept_with(kept.append):
+            events.record("deleted", "deleted %s", "b", step=4, log=log, level=logging.DEBUG)
     assert caplog.messages == ["checkpoint: c"]
     assert [{**row, "time": row["time"][-1]} for row in kept] == [
         {"time": "Z", "step": 3, "kind": "saved", "message": "checkpoint: c", "checkpoint": "c"},
@@ -45,7 +49,8 @@ def test_a_run_without_a_folder_keeps_no_more_than_some_events():
     events, kept = EventLog(), []
     for step in range(MAX_WAITING + 5):
         events.record("saved", "checkpoint", step=step, log=log, level=logging.DEBUG)
-    events.keep_with(kept.append)
+    with events.kept_with(kept.append):
+        pass
     assert len(kept) == MAX_WAITING
 
 
@@ -110,3 +115,20 @@ def test_fields_of_other_types_are_data_of_no_meaning(tmp_path):
     (event,) = read_events(tmp_path).events
     assert (event.kind, event.plugin, event.message, event.time) == ("", "", "", "")
     assert event.data == {"epoch": "1"}
+
+
+def test_the_docs_list_each_kind_as_the_table_has_it():
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    section = text.partition("| kind | what happened |\n|---|---|\n")[2].partition("\n\n")[0]
+    assert section.splitlines() == [f"| `{kind}` | {says} |" for kind, says in KINDS.items()]
+
+
+def test_only_listed_kinds_are_recorded_and_all_of_them_are():
+    recorded = set()
+    for path in ROOT.glob("apt_core/**/*.py"):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("events.record"):
+                kind = call.args[0]
+                # The schedule's two are a variable.
+                recorded |= {kind.value} if isinstance(kind, ast.Constant) else set(SCHEDULED)
+    assert recorded == set(KINDS)

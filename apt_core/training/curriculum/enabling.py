@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from logging import WARNING
 
 from apt_core.log import get_logger
 from apt_core.parallel.world import World
@@ -104,26 +105,59 @@ class Enabling:
         world, records = self._world, self.manager.records
         if world.size == 1:
             return
-        failures = [
-            f"plugin {f.plugin} failed in {f.hook} at step {f.step} ({f.where}): {f.error}"
+        failures = {
+            f"plugin {f.plugin} failed in {f.hook} at step {f.step} ({f.where}): {f.error}": {
+                name: getattr(f, name) for name in ("plugin", "hook", "step", "where", "error")
+            }
             for record in records.values()
             for f in (*record.failures, *record.leftovers)
-        ]
+        }
         own = {name: r.reason for name, r in records.items() if r.state == "quarantined"}
-        everyone = world.gather((own, [text for text in failures if text not in self._told]))
+        new = {text: row for text, row in failures.items() if text not in self._told}
+        everyone = world.gather((own, new))
         self._told.update(failures)
         for rank, (others, told) in enumerate(everyone):
-            for failure in told:
+            for failure, row in told.items():
                 if world.is_first and failure not in failures:
-                    log.warning("process %d: %s", rank, failure)
+                    self.manager.events.record(
+                        "failed",
+                        "process %d: %s",
+                        rank,
+                        failure,
+                        log=log,
+                        level=WARNING,
+                        process=rank,
+                        **row,
+                    )
             for name, reason in others.items():
                 if name not in own:
                     own[name] = reason
-                    self.manager.set_state(name, "quarantined", f"{reason}, in process {rank}")
-                    log.warning("plugin %s is quarantined in all processes", name)
+                    there = f"{reason}, in process {rank}"
+                    self.manager.set_state(name, "quarantined", there)
+                    self.manager.events.record(
+                        "quarantined",
+                        "plugin %s is quarantined in all processes",
+                        name,
+                        step=self._progress.step,
+                        log=log,
+                        level=WARNING,
+                        plugin=name,
+                        reason=there,
+                    )
 
     def _note(self, plugin: str, event: str, epoch: int, step: int) -> None:
-        log.info("%s %s (epoch %d, step %d)", event, plugin, epoch, step)
+        self.manager.events.record(
+            event,
+            "%s %s (epoch %d, step %d)",
+            event,
+            plugin,
+            epoch,
+            step,
+            step=step,
+            log=log,
+            plugin=plugin,
+            epoch=epoch,
+        )
         self._progress.timeline.append(Event(plugin=plugin, event=event, epoch=epoch, step=step))
 
     def _last_event(self, plugin: str) -> str:

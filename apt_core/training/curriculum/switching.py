@@ -138,7 +138,9 @@ class Switching:
             )
         )
         self._adopt(structure, model, optimizer, averages, transform)
-        log.info(
+        switch = self._progress.transforms[-1]
+        self._manager.events.record(
+            "switched",
             "%s changed the model: %s parameters, %s before; loss of a fixed batch %.6f, "
             "%.6f before (%+.1e)",
             plugin,
@@ -147,6 +149,14 @@ class Switching:
             after,
             before,
             after - before,
+            step=switch.step,
+            log=log,
+            plugin=plugin,
+            epoch=switch.epoch,
+            parameters=grown[1],
+            parameters_before=grown[0],
+            loss_before=before,
+            loss_after=after,
         )
         return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from logging import WARNING
 from math import isfinite
 from typing import Any
 
@@ -108,12 +109,19 @@ class StepLog:
         skipped, in_a_row, steps = self._trained.guard.read()
         if steps:
             shown = ", ".join(map(str, steps[:MAX_DUMPS]))
-            log.warning(
+            self._hooks.manager.events.record(
+                "skipped",
                 "not finite, and changed nothing: step %s%s (%d in all)%s; see nonfinite/",
                 shown,
                 f" and {len(steps) - MAX_DUMPS} more" if len(steps) > MAX_DUMPS else "",
                 skipped,
                 f": {', '.join(bad)} is not finite" if bad else "",
+                step=steps[-1],
+                log=log,
+                level=WARNING,
+                steps=steps[:MAX_DUMPS],
+                count=len(steps),
+                total=skipped,
             )
         if self._folder.writes:
             for step in steps[:MAX_DUMPS]:
