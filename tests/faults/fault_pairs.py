@@ -36,7 +36,7 @@ from apt_core.errors import CheckpointError
 from apt_core.parallel import launch
 from apt_core.parallel import world as distributed
 from apt_core.runs import checkpoint
-from apt_core.training import Trainer
+from apt_core.training.run import Run
 
 STEPS = 6
 SAVES_EVERY = 2
@@ -256,7 +256,7 @@ def _work(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     faulthandler.dump_traceback_later(SECONDS - 10, file=traces)
     committed = os.open(f"seen-{rank}.json", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     fault_kinds.plan(_planned if rank == _rank else fault_kinds.Plan())
-    Trainer._run = _noting_the_start(Trainer._run)  # type: ignore[method-assign]
+    Run.run = _noting_the_start(Run.run)  # type: ignore[method-assign]
     code = run_command(app, "apt-train", list(arguments))
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):

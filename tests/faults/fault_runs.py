@@ -49,7 +49,7 @@ from apt_core.cli.train import app
 from apt_core.errors import CheckpointError
 from apt_core.plugin_records import FAILURES_IN_ALL
 from apt_core.runs import checkpoint
-from apt_core.training import Trainer
+from apt_core.training.run import Run
 
 STEPS = 8
 SAVES_AT = 6
@@ -227,7 +227,7 @@ def _train(folder: Path, plan: fault_kinds.Plan, arguments: Sequence[str]) -> in
     faulthandler.dump_traceback_later(SECONDS - 10, file=traces)
     report = os.open(folder / "seen.json", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     fault_kinds.plan(plan)
-    Trainer._run = _noting_the_start(Trainer._run)  # type: ignore[method-assign]
+    Run.run = _noting_the_start(Run.run)  # type: ignore[method-assign]
     code = run_command(app, "apt-train", list(arguments))
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
@@ -243,12 +243,12 @@ def _train(folder: Path, plan: fault_kinds.Plan, arguments: Sequence[str]) -> in
     return code
 
 
-def _noting_the_start(run: Callable[[Trainer], Any]) -> Callable[[Trainer], Any]:
-    """``run``, before which it is noted that there is a trainer, which has its folder."""
+def _noting_the_start(start: Callable[[Run], Any]) -> Callable[[Run], Any]:
+    """``start``, before which it is noted that there is a trainer, which has its folder."""
 
-    def noting(trainer: Trainer) -> Any:
-        fault_kinds.seen.trainer = trainer
-        return run(trainer)
+    def noting(run: Run) -> Any:
+        fault_kinds.seen.trainer = run._loop.trainer
+        return start(run)
 
     return noting
 

@@ -385,7 +385,7 @@ def test_an_interrupt_while_waiting_for_the_writer_leaves_it_alone(tmp_path, mon
             return self.future.exception()
 
     def interrupted(self: Saving) -> None:
-        if self._write is not None and self._trainer.step == 4:
+        if self._write is not None and self._progress.step == 4:
             self._write = replace(self._write, future=Interrupted(self._write.future))
         finish(self)
 
@@ -580,7 +580,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, losses: dict[int, float]) -> None:
         found = evaluate(self, everything=everything)
         if found is None:
             return None  # told to stop meanwhile
-        return Evaluation(found.scores, losses.get(self._trainer.step, 9.0))
+        return Evaluation(found.scores, losses.get(self._kernel.manager.step, 9.0))
 
     monkeypatch.setattr(Evaluator, "evaluate", scripted)
 

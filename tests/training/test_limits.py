@@ -126,7 +126,7 @@ def watched(monkeypatch):
             found = evaluate(self, everything=everything)
             if found is None:
                 return None  # told to stop meanwhile
-            return Evaluation(found.scores, losses.get(self._trainer.step, 9.0))
+            return Evaluation(found.scores, losses.get(self._kernel.manager.step, 9.0))
 
         monkeypatch.setattr(Evaluator, "evaluate", scripted)
 

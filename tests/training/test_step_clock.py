@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from apt_core import monitor
-from apt_core.monitor import Throughput
+from apt_core.parallel.world import World
+from apt_core.runs.run_state import Progress
 from apt_core.training.step import clock as step_clock
-from apt_core.training.step import log as step_log
+from apt_core.training.step import usage
 from apt_core.training.step.clock import PARTS, StepClock
-from apt_core.training.step.log import StepLog
+from apt_core.training.step.usage import Usage
 
 
 class Time:
@@ -36,21 +37,21 @@ def test_what_a_gpu_has_still_to_do_when_something_else_comes_is_training(
 ) -> None:
     now = Time()
     monkeypatch.setattr(monitor, "time", SimpleNamespace(perf_counter=now))
-    device, log = torch.device("cuda:1"), StepLog.__new__(StepLog)
-    log._trainer, log.throughput = SimpleNamespace(device=device), Throughput()  # type: ignore[assignment]
+    device = torch.device("cuda:1")
+    used = Usage(device, None, World(), Progress(), None)
 
     def synchronize(of: torch.device) -> None:
         assert of == device
         now.now += 6
 
-    monkeypatch.setattr(step_log, "synchronize", synchronize)
-    log.throughput.add(100)
+    monkeypatch.setattr(usage, "synchronize", synchronize)
+    used.throughput.add(100)
     now.now += 2  # a step is given to the device; what it takes comes behind
-    log.pause()
+    used.pause()
     now.now += 1000  # an evaluation
-    log.throughput.resume()
+    used.throughput.resume()
     now.now += 2
-    assert log.throughput.read() == 100 / (2 + 6 + 2)
+    assert used.throughput.read() == 100 / (2 + 6 + 2)
 
 
 def step(clock: StepClock, time: Time, scale: float = 1.0, *, sampling: bool = False) -> None:
