@@ -525,8 +525,8 @@ class Laboratory:
                 continue
             known = checkpoint.load(others[step]).state
             for key in ("step", "epoch", "tokens", "modes", "precision"):
-                if state.get(key) != known.get(key):
-                    yield f"{key} of step {step} is {state.get(key)}, not {known.get(key)}"
+                if getattr(state, key) != getattr(known, key):
+                    yield f"{key} of step {step} is {getattr(state, key)}, not {getattr(known, key)}"
 
     def _beside(self, case: Case, left: Left, number: int) -> Iterator[str]:
         """Was the innocent plugin called as often, and shown the same?"""
