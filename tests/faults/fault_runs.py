@@ -525,8 +525,9 @@ class Laboratory:
                 continue
             known = checkpoint.load(others[step]).state
             for key in ("step", "epoch", "tokens", "modes", "precision"):
-                if getattr(state, key) != getattr(known, key):
-                    yield f"{key} of step {step} is {getattr(state, key)}, not {getattr(known, key)}"
+                is_, was = getattr(state, key), getattr(known, key)
+                if is_ != was:
+                    yield f"{key} of step {step} is {is_}, not {was}"
 
     def _beside(self, case: Case, left: Left, number: int) -> Iterator[str]:
         """Was the innocent plugin called as often, and shown the same?"""
