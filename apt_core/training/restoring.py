@@ -351,5 +351,5 @@ def _check_providers(kernel: Kernel, manifest: Mapping[str, Any]) -> None:
             key = kernel.providers.get(asked)
             raise CheckpointError(
                 f"{row['kind']}: the checkpoint was trained with {row['used']!r}, here "
-                f"{used!r} would run" + (f"; ask for it: --{key} {row['used']}" if key else "")
+                f"{used!r} would run" + (f"; name {row['used']!r} in {key}" if key else "")
             )

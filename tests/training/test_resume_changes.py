@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from apt_core import ProviderSpec, SectionSpec, hookimpl
-from apt_core.errors import ConfigError, ProviderError
+from apt_core.errors import CheckpointError, ConfigError, ProviderError
 from apt_core.providers.lr_schedule import LRScheduleProvider
 from apt_core.providers.optimizer import OptimizerProvider
 from apt_core.testing import TINY_PROFILE, tiny_run
@@ -254,3 +254,28 @@ def test_an_average_goes_on_with_the_decay_that_is_asked_for_after_a_resume(tmp_
     tiny_run(other, profile=PROFILE, output=output, resume=True)
     assert other.decays == pytest.approx([0.5, 0.51, 0.52, 0.53, 0.54])
     assert "average of plugin grouping goes on with decay 0.5, asked was 0.9" in caplog.text
+
+
+class Norms:
+    """A norm that cannot be used where something is ``missing``."""
+
+    def __init__(self, missing: tuple[str, ...]) -> None:
+        self.missing = missing
+
+    @hookimpl
+    def apt_register_providers(self) -> list[ProviderSpec]:
+        factory = "apt_core.modeling.layers.norm:LayerNormProvider"
+        return [ProviderSpec("norm", "mine", factory, requires=self.missing)]
+
+
+def test_a_resume_with_another_provider_than_before_says_which_key_names_it(
+    tmp_path: Path,
+) -> None:
+    options: dict[str, Any] = {"overrides": {"model.norm_name": "mine"}, "output": tmp_path / "run"}
+    tiny_run(Norms(("no-such-package",)), **options, stop_at_step=1, strict=False)
+    with pytest.raises(CheckpointError) as caught:
+        tiny_run(Norms(()), **options, resume=True)
+    assert str(caught.value).endswith(
+        "norm: the checkpoint was trained with 'rmsnorm', here 'mine' would run; "
+        "name 'rmsnorm' in model.norm_name"
+    )
