@@ -15,7 +15,7 @@ from apt_core.config.source import Source, parse_path
 from apt_core.config.switches import Switch, looks_like_switch, read_switch
 from apt_core.config.yaml_text import KeyPath
 from apt_core.errors import Problem, did_you_mean
-from apt_core.providers.dataset import DataSection
+from apt_core.kinds import KINDS
 from apt_core.sections import Ramp
 
 TVA_ATTENTIONS = ("tva_default", "flash_v2")
@@ -240,7 +240,7 @@ def _sources(view: View) -> Iterator[Problem]:
             "leave one of them out",
         )
     loader = view["data.loader"]
-    if source is not None and loader not in (source, DataSection().loader):
+    if source is not None and loader not in (source, KINDS["dataset"].default):
         yield view.problem(
             f"data.source is {source!r} and data.loader is {loader!r}: only one provides the text",
             "data.source",

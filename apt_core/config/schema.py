@@ -18,6 +18,7 @@ from pydantic import (
 
 from apt_core.config.secret_fields import dump
 from apt_core.config.yaml_text import ProfileDumper
+from apt_core.kinds import KINDS
 from apt_core.plugin_names import MAX_PLUGINS
 from apt_core.providers.attention import MHASettings, TVASettings
 from apt_core.providers.backbone import NgramSettings
@@ -103,15 +104,17 @@ class ModelSection(Section):
         default=None,
         description="Bound of the logits, c * tanh(logits / c); without it they are not bounded.",
     )
-    attention_name: Name = Field(default="tva_default", description="Provider of attention.")
+    attention_name: Name = Field(KINDS["attention"].default, description="Provider of attention.")
     attention_pattern: Names | None = Field(
         default=None,
         description="Attention providers repeated over the layers, in place of attention_name.",
     )
-    ffn_name: Name = Field(default="default", description="Provider of the feed-forward.")
-    norm_name: Name = Field(default="rmsnorm", description="Provider of the norm.")
-    position_name: Name = Field(default="rope", description="Provider of the positions, or none.")
-    backbone_name: Name = Field(default="gpt", description="Provider of the backbone.")
+    ffn_name: Name = Field(KINDS["ffn"].default, description="Provider of the feed-forward.")
+    norm_name: Name = Field(KINDS["norm"].default, description="Provider of the norm.")
+    position_name: Name = Field(
+        KINDS["position"].default, description="Provider of the positions, or none."
+    )
+    backbone_name: Name = Field(KINDS["backbone"].default, description="Provider of the backbone.")
     tva: TVASettings = Field(default_factory=TVASettings, description="Settings of tva_default.")
     mha: MHASettings = Field(default_factory=MHASettings, description="Settings of mha.")
     vft: VFTSettings = Field(default_factory=VFTSettings, description="Settings of vft.")
@@ -119,6 +122,11 @@ class ModelSection(Section):
     ngram: NgramSettings | None = Field(
         default=None, description="Add embeddings of hashed n-grams; without it there are none."
     )
+
+    @property
+    def attention_names(self) -> tuple[str, ...]:
+        """The attention providers of the first layers; the others repeat them."""
+        return self.attention_pattern or (self.attention_name,)
 
 
 class TrainingSection(Section):
@@ -177,9 +185,11 @@ class TrainingSection(Section):
     gradient_clip: Annotated[float, Field(ge=0, le=1e9)] = Field(
         default=1.0, description="Largest norm of the gradient; 0 does not clip."
     )
-    optimizer_name: Name = Field(default="adamw", description="Provider of the optimizer.")
+    optimizer_name: Name = Field(
+        KINDS["optimizer"].default, description="Provider of the optimizer."
+    )
     lr_schedule_name: Name = Field(
-        default="cosine", description="Provider of the learning-rate schedule."
+        KINDS["lr_schedule"].default, description="Provider of the learning-rate schedule."
     )
     muon: MuonSettings = Field(default_factory=MuonSettings, description="Settings of muon.")
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(

@@ -126,7 +126,7 @@ class ModelBuilder:
         )
 
     def _attention_name(self, layer: int) -> str:
-        pattern = self.model.attention_pattern or [self.model.attention_name]
+        pattern = self.model.attention_names
         return pattern[layer % len(pattern)]
 
     def _attention(self, d_model: int, num_heads: int, layer: int) -> nn.Module:

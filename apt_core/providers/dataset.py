@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from apt_core.kinds import KINDS
 from apt_core.providers.base import Provider
 from apt_core.sections import Name, Section, Size, one_of
 
@@ -27,10 +28,12 @@ class DataSection(Section):
         default=None, description="File to evaluate on; without it the last tenth is held out."
     )
     loader: Name = Field(
-        default="text_default",
+        KINDS["dataset"].default,
         description="Provider that reads train_path; any but text_default is used without one too.",
     )
-    tokenizer_name: Name = Field(default="byte", description="Provider of the tokenizer.")
+    tokenizer_name: Name = Field(
+        KINDS["tokenizer"].default, description="Provider of the tokenizer."
+    )
     max_length: Size | None = Field(
         default=None, description="Tokens per training sequence; without it, model.max_seq_len."
     )
@@ -46,7 +49,7 @@ class DataSection(Section):
     @property
     def text_source(self) -> str | None:
         """The built-in text to train on, or None where the loader reads instead."""
-        asked = self.train_path or self.loader != type(self).model_fields["loader"].default
+        asked = self.train_path or self.loader != KINDS["dataset"].default
         return self.source or (None if asked else "pydoc")
 
     @property

@@ -81,10 +81,9 @@ def contradictions(config: Config) -> Iterator[Problem]:
             hint="raise one of them, or leave the plugin out: --plugin no:align",
         )
     if settings.beta > 0 and settings.align == DEFAULT:
-        attentions = model.attention_pattern or (model.attention_name,)
         with_vein = " and ".join(VEIN_ATTENTIONS)
         what = "the contrastive term looks at the vein, the main directions of the compensator"
-        if not set(attentions) & set(VEIN_ATTENTIONS):
+        if not set(model.attention_names) & set(VEIN_ATTENTIONS):
             yield Problem(
                 f"{what}, which no attention of this model has, only {with_vein}",
                 f"{SECTION}.beta",
