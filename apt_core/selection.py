@@ -10,8 +10,8 @@ from typing import Any
 
 from apt_core.discovery import Installed, entry_for, plugin_name
 from apt_core.errors import Problem
-from apt_core.paths import found_path
 from apt_core.plugin_names import MAX_PLUGINS, NO, is_file_reference
+from apt_core.profile_paths import found_path
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import typer
 from apt_core.cli.output import Json, complain, make_console
 from apt_core.cli.run_command import place_among_processes, run_command
 from apt_core.errors import ConfigError, Problem, TrainingError, did_you_mean
-from apt_core.paths import unrecordable, user_path
+from apt_core.profile_paths import unrecordable, user_path
 from apt_core.secrets import mask_arguments
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from apt_core.config.overrides import MAX_OVERRIDES, Override
 from apt_core.config.text_keys import TextKeys
 from apt_core.config.yaml_text import MAX_DEPTH, MAX_NODES, Document, KeyPath, dotted, is_encodable
 from apt_core.errors import ConfigError, Problem
-from apt_core.paths import FOUND_BESIDE
 from apt_core.plugin_names import name_of
+from apt_core.profile_paths import FOUND_BESIDE
 from apt_core.secrets import MASK, is_secret
 
 # What a file says about itself, which no other file inherits.

@@ -18,7 +18,7 @@ from apt_core.config.text_keys import TextKeys
 from apt_core.config.yaml_text import KeyPath, dotted
 from apt_core.error_text import one_line
 from apt_core.errors import ConfigError, Problem
-from apt_core.paths import resolve_paths
+from apt_core.profile_paths import resolve_paths
 from apt_core.secrets import SecretValues, hidden_in, named_secrets
 from apt_core.section_errors import describe
 from apt_core.types import SectionSpec

@@ -14,7 +14,7 @@ from apt_core.kernel import Kernel
 from apt_core.log import get_logger
 from apt_core.modeling.compilation import computes, computes_in_words
 from apt_core.parallel.world import World
-from apt_core.paths import user_path
+from apt_core.profile_paths import user_path
 from apt_core.runs import checkpoint
 from apt_core.runs.checkpoint import Checkpoint
 from apt_core.runs.folder import RunFolder, newest_folder, now

@@ -30,8 +30,8 @@ from apt_core.modeling.seeds import fp32_products
 from apt_core.optim.build import build_optimizer
 from apt_core.parallel.peak import measured_peak_flops
 from apt_core.parallel.world import ALONE, World
-from apt_core.paths import READ
 from apt_core.planning.run_length import horizon, tell_what_the_length_decides
+from apt_core.profile_paths import READ
 from apt_core.providers.lr_schedule import LRScheduleProvider
 from apt_core.providers.optimizer import OptimizerProvider
 from apt_core.providers.tokenizer import TokenizerProvider

@@ -13,7 +13,7 @@ from apt_core import ConfigError
 from apt_core.cli.output import say
 from apt_core.cli.run_command import run_command
 from apt_core.errors import Problem
-from apt_core.paths import user_path
+from apt_core.profile_paths import user_path
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -14,7 +14,7 @@ from apt_core.cli.train import app
 from apt_core.config import Config, parse_config, parse_override, read_profile, validate
 from apt_core.errors import ConfigError
 from apt_core.kernel import boot
-from apt_core.paths import FOUND_BESIDE, READ, WRITTEN
+from apt_core.profile_paths import FOUND_BESIDE, READ, WRITTEN
 
 OBSERVER = "from apt_core import hookimpl\n\n@hookimpl\ndef on_step_end(): pass\n"
 
