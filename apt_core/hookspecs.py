@@ -651,14 +651,17 @@ def on_exception(error: BaseException, trainer: Any) -> None:
 
 
 # Generation ----------------------------------------------------------------------------------
+#
+# ``session`` is the :class:`~apt_core.runs.Session` that generates: the run's profile, its model,
+# tokenizer and schedules, in a run that is going on and of one that was opened.
 
 
 @hookspec(stage=Stage.ENDING, returns=returns.prompt, chained=True)
-def apt_rewrite_prompt(request: GenerationRequest) -> str | None:
+def apt_rewrite_prompt(request: GenerationRequest, session: Any) -> str | None:
     """Rewrite the prompt, for instance with retrieved passages.
 
-    When: a generation starts. Returns: the new prompt, or None to leave it; each implementation
-    sees what the one before made of it.
+    When: a generation starts, by the model of ``session``. Returns: the new prompt, or None to
+    leave it; each implementation sees what the one before made of it.
     Ranks: the sample at the end of a run is generated on every rank, which must get the same.
 
     Example::
@@ -672,22 +675,22 @@ def apt_rewrite_prompt(request: GenerationRequest) -> str | None:
 
 
 @hookspec(stage=Stage.ENDING)
-def on_generation_start(request: GenerationRequest) -> None:
-    """A generation starts; ``request.prompt`` is final.
+def on_generation_start(request: GenerationRequest, session: Any) -> None:
+    """A generation starts, by the model of ``session``; ``request.prompt`` is final.
 
     Example::
 
         from apt_core import hookimpl
 
         @hookimpl
-        def on_generation_start(request):
-            print(f"continuing {request.prompt!r}")
+        def on_generation_start(request, session):
+            print(f"continuing {request.prompt!r} after step {session.position.step}")
     """
 
 
 @hookspec(stage=Stage.ENDING, returns=returns.functions)
 def apt_logits_processors(
-    request: GenerationRequest,
+    request: GenerationRequest, session: Any
 ) -> Sequence[Callable[[Tensor, Tensor], Tensor]]:
     """Change the next-token logits.
 
@@ -700,18 +703,20 @@ def apt_logits_processors(
 
         from apt_core import hookimpl
 
-        def forbid_zero(input_ids, logits):
-            logits[0] = float("-inf")
-            return logits
-
         @hookimpl
-        def apt_logits_processors(request):
-            return [forbid_zero]
+        def apt_logits_processors(session):
+            newlines = session.tokenizer.encode("\\n")
+
+            def in_one_line(input_ids, logits):
+                logits[newlines] = float("-inf")
+                return logits
+
+            return [in_one_line]
     """
 
 
 @hookspec(stage=Stage.ENDING, returns=returns.decoder, firstresult=True)
-def apt_decoder(request: GenerationRequest) -> Any:
+def apt_decoder(request: GenerationRequest, session: Any) -> Any:
     """Choose the next token in place of sampling.
 
     When: once per generation request. Returns: an object with
@@ -729,12 +734,12 @@ def apt_decoder(request: GenerationRequest) -> Any:
 
         @hookimpl
         def apt_decoder(request):
-            return Greedy()
+            return Greedy() if request.top_k == 1 else None
     """
 
 
 @hookspec(stage=Stage.ENDING)
-def on_generation_end(request: GenerationRequest, result: GenerationResult) -> None:
+def on_generation_end(request: GenerationRequest, result: GenerationResult, session: Any) -> None:
     """A generation is done; ``result.text`` is the continuation.
 
     Example::
@@ -773,5 +778,5 @@ STEP_HOOKS = hooks_where(lambda policy: policy.in_step)
 MICRO_BATCH_HOOKS = hooks_where(lambda policy: policy.stage is Stage.MICRO_BATCH)
 """Those of them that are called between the forward and the backward of each micro-batch."""
 
-REACHES_WEIGHTS = frozenset({"trainer", "model", "batch", "output", "request"})
+REACHES_WEIGHTS = frozenset({"trainer", "model", "batch", "output", "request", "session"})
 """Parameters of hooks that lead to the weights, or to what is trained on."""

@@ -296,24 +296,24 @@ class PluginManager(pluggy.PluginManager):
                     return result
         return None
 
-    def chain(self, hook_name: str, request: Any, attribute: str) -> Any:
+    def chain(self, hook_name: str, request: Any, attribute: str, **others: Any) -> Any:
         """Pass ``request`` along the implementations: each result becomes its ``attribute``.
 
-        Returns the last request. ``request`` is a dataclass and is not changed in place.
+        Returns the last request. ``request`` is a dataclass and is not changed in place. ``others``
+        are the hook's further arguments.
         """
         plan = self._plan_of(hook_name)
 
         def inner() -> list[Owned]:
             owner, current = "", request
             for call in plan.calls:
-                value = self._guarded(call, {"request": current}, plan)
+                value = self._guarded(call, {"request": current, **others}, plan)
                 if value is not None:
                     owner, current = call.plugin, replace(current, **{attribute: value})
             return [(owner, getattr(current, attribute))]
 
-        ((_, value),) = run_wrapped(
-            plan, {"request": request}, True, inner, self.failures.raised, self._watching
-        )
+        given = {"request": request, **others}
+        ((_, value),) = run_wrapped(plan, given, True, inner, self.failures.raised, self._watching)
         return replace(request, **{attribute: value})
 
     def attempt(

@@ -40,10 +40,10 @@ def generate(
     """
     manager, tokenizer, device = session.manager, session.tokenizer, session.device
     max_seq_len, dtype = session.config.model.max_seq_len, dtype_for(session)
-    request = manager.chain("apt_rewrite_prompt", request, "prompt")
-    manager.hook.on_generation_start(request=request)
-    processors = _processors(manager, request)
-    decoder = _Decoder(manager, request)
+    request = manager.chain("apt_rewrite_prompt", request, "prompt", session=session)
+    manager.hook.on_generation_start(request=request, session=session)
+    processors = _processors(session, request)
+    decoder = _Decoder(session, request)
     generator = torch.Generator(device=device).manual_seed(request.seed)
     ids = tokenizer.encode(request.prompt) or [0]
     start = len(ids)
@@ -63,7 +63,7 @@ def generate(
             reader.append(decoder.choose(input_ids, logits, generator))
     ids = reader.ids()
     result = GenerationResult(tokenizer.decode(ids[start:]), tuple(ids[start:]))
-    manager.hook.on_generation_end(request=request, result=result)
+    manager.hook.on_generation_end(request=request, result=result, session=session)
     return result
 
 
@@ -174,10 +174,11 @@ def candidates(logits: Tensor, request: GenerationRequest) -> tuple[Tensor, Tens
     return values.softmax(-1), ids
 
 
-def _processors(manager: PluginManager, request: GenerationRequest) -> list[Processor]:
+def _processors(session: Session, request: GenerationRequest) -> list[Processor]:
+    given = {"request": request, "session": session}
     return [
-        _guarded(manager, plugin, function)
-        for plugin, functions in manager.call_each("apt_logits_processors", request=request)
+        _guarded(session.manager, plugin, function)
+        for plugin, functions in session.manager.call_each("apt_logits_processors", **given)
         for function in functions
     ]
 
@@ -204,9 +205,9 @@ def _guarded(manager: PluginManager, plugin: str, function: Any) -> Processor:
 class _Decoder:
     """A plugin's decoder while it works and chooses, plain sampling otherwise."""
 
-    def __init__(self, manager: PluginManager, request: GenerationRequest) -> None:
-        self._manager, self._request = manager, request
-        self._chosen = manager.call_first("apt_decoder", request=request)
+    def __init__(self, session: Session, request: GenerationRequest) -> None:
+        self._manager, self._request = session.manager, request
+        self._chosen = self._manager.call_first("apt_decoder", request=request, session=session)
 
     def choose(self, input_ids: Tensor, logits: Tensor, generator: torch.Generator) -> Tensor | int:
         token = self._ask(input_ids, logits)

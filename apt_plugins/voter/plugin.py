@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING, Any
-from weakref import ref
 
 from apt_core import PluginInfo, SectionSpec, hookimpl
 from apt_plugins.voter.settings import VotingSettings, contradictions, settings_of, unused
 
 if TYPE_CHECKING:
     from apt_core import GenerationRequest
-    from apt_core.config import Config
     from apt_plugins.voter.decoder import VotingDecoder
 
 PLUGIN = PluginInfo(summary="a vote on the next token where its entropy is high", version="1.0.0")
@@ -20,11 +18,9 @@ log = logging.getLogger("apt.voter")
 
 
 class Plugin:
-    """What the hooks of a generation are not given."""
+    """``_decoder`` is that of the generation that is under way."""
 
     def __init__(self) -> None:
-        self._settings = VotingSettings()
-        self._trainer: ref[Any] | None = None
         self._decoder: VotingDecoder | None = None
 
     @hookimpl
@@ -40,36 +36,19 @@ class Plugin:
         ]
 
     @hookimpl
-    def apt_configure(self, config: Config) -> None:
-        self._settings = settings_of(config)
-
-    @hookimpl
-    def on_plugin_enabled(self, trainer: Any) -> None:
-        self._trainer = ref(trainer)
-
-    @hookimpl
-    def on_training_end(self) -> None:
-        self._trainer = None
-
-    @hookimpl
-    def on_exception(self) -> None:
-        self._trainer = None
-
-    @hookimpl
-    def apt_decoder(self, request: GenerationRequest) -> VotingDecoder | None:
-        trainer = self._trainer() if self._trainer is not None else None
-        settings = self._settings if trainer is None else settings_of(trainer.config)
+    def apt_decoder(self, request: GenerationRequest, session: Any) -> VotingDecoder | None:
+        settings = settings_of(session.config)
         self._decoder = None
         # One voter, and voters that all take the most likely token, are plain sampling.
         if settings.k == 1 or request.temperature <= 0:
             return None
         from apt_plugins.voter.decoder import VotingDecoder
 
-        threshold = settings.threshold
-        if trainer is not None:
-            threshold = trainer.param("vote_threshold", threshold)
         self._decoder = VotingDecoder(
-            request, threshold=threshold, k=settings.k, normalized=settings.normalized
+            request,
+            threshold=session.param("vote_threshold", settings.threshold),
+            k=settings.k,
+            normalized=settings.normalized,
         )
         return self._decoder
 

@@ -66,7 +66,7 @@ def metrics(manager: PluginManager) -> Any:
 
 
 def decoder(manager: PluginManager) -> Any:
-    return manager.hook.apt_decoder(request=None)
+    return manager.hook.apt_decoder(request=None, session=None)
 
 
 def failures(manager: PluginManager, plugin: str = "bad") -> list[PluginFailure]:
@@ -128,7 +128,7 @@ def test_a_first_result_hook_falls_through_a_failure(
     manager.register(plugin_of(apt_decoder=lambda: Answer("c answers")), "c")
     manager.register(plugin_of(apt_decoder=lambda: pytest.fail("asked after an answer")), "d")
     assert decoder(manager) == "c answers"
-    assert manager.call_first("apt_decoder", request=None) == ("c", "c answers")
+    assert manager.call_first("apt_decoder", request=None, session=None) == ("c", "c answers")
     assert len(failures(manager, "a")) == 2
 
 
@@ -137,7 +137,7 @@ def test_a_hook_that_nobody_answers(manager: PluginManager, plugin_of: type) -> 
     manager.register(plugin_of(apt_metrics=fail, apt_decoder=fail), "bad")
     assert (metrics(manager), decoder(manager)) == ([], None)
     assert manager.call_each("apt_metrics", trainer=None) == []
-    assert manager.call_first("apt_decoder", request=None) is None
+    assert manager.call_first("apt_decoder", request=None, session=None) is None
 
 
 def test_an_implementation_takes_only_the_parameters_that_it_wants(
@@ -175,8 +175,8 @@ def test_generator_results_are_read_inside_the_guard(
     manager.register(plugin_of(apt_logits_processors=good), "a")
     manager.register(plugin_of(apt_logits_processors=bad), "bad")
     both = [first, second]
-    assert manager.hook.apt_logits_processors(request=None) == [both]
-    assert manager.call_plugin("a", "apt_logits_processors", request=None) == both
+    assert manager.hook.apt_logits_processors(request=None, session=None) == [both]
+    assert manager.call_plugin("a", "apt_logits_processors", request=None, session=None) == both
     assert failures(manager)[0].error == "ValueError: half way"
 
 
@@ -193,7 +193,7 @@ def test_what_ends_the_run_passes_and_is_no_failure(
     function = setup if through == "setup" else raising(error)
     manager.register(plugin_of(apt_metrics=function, apt_logits_processors=generator), "ends")
     calls = {
-        "generator": lambda: manager.hook.apt_logits_processors(request=None),
+        "generator": lambda: manager.hook.apt_logits_processors(request=None, session=None),
         "call_each": lambda: manager.call_each("apt_metrics", trainer=None),
         "call_plugin": lambda: manager.call_plugin("ends", "apt_metrics", trainer=None),
     }
@@ -408,10 +408,10 @@ def test_a_first_result_belongs_to_the_last_one_who_changed_it(
 
     manager.register(plugin_of(apt_decoder=lambda: Answer("answer")), "inner")
     manager.register(plugin_of(apt_decoder=passes_on), "outer")
-    assert manager.call_first("apt_decoder", request=None) == ("inner", "answer")
+    assert manager.call_first("apt_decoder", request=None, session=None) == ("inner", "answer")
     replacing = plugin_of(apt_decoder=wrapper(generator_that(returns=Answer("better"))))
     manager.register(replacing, "replacing")
-    assert manager.call_first("apt_decoder", request=None) == ("replacing", "better")
+    assert manager.call_first("apt_decoder", request=None, session=None) == ("replacing", "better")
 
 
 def test_one_plugin_alone_can_be_called(manager: PluginManager, plugin_of: type) -> None:
@@ -795,7 +795,9 @@ def test_what_a_plugin_handed_over_fails_as_its_hook_does(
         "@hookimpl\ndef apt_logits_processors():\n    return [broken]\n"
     )
     manager.register(load_source("mine", source), "mine")
-    (((plugin, (function,)),)) = manager.call_each("apt_logits_processors", request=None)
+    (((plugin, (function,)),)) = manager.call_each(
+        "apt_logits_processors", request=None, session=None
+    )
     for _ in range(3):
         try:
             function()

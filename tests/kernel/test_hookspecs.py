@@ -28,14 +28,16 @@ DORMANT = """
     apt_load_state_dict(trainer, state)
 """
 ENABLED = """
-    apt_loss_terms(trainer, batch, output) apt_metrics(trainer) apt_rewrite_prompt(request)
-    apt_logits_processors(request) apt_decoder(request) on_plugin_enabled(plugin, trainer)
+    apt_loss_terms(trainer, batch, output) apt_metrics(trainer) apt_rewrite_prompt(request, session)
+    apt_logits_processors(request, session) apt_decoder(request, session)
+    on_plugin_enabled(plugin, trainer)
     on_training_start(trainer) on_training_end(trainer) on_epoch_start(epoch, trainer)
     on_epoch_end(epoch, trainer) on_step_start(step, batch, trainer) on_backward_end(step, trainer)
     on_step_end(step, loss, trainer) on_evaluation_start(trainer)
     on_evaluation_end(trainer, metrics) on_metrics(metrics, step)
     on_checkpoint_saved(path, trainer) on_provider_fallback(event) on_plugin_failure(failure)
-    on_exception(error, trainer) on_generation_start(request) on_generation_end(request, result)
+    on_exception(error, trainer) on_generation_start(request, session)
+    on_generation_end(request, result, session)
 """
 STAGES = {
     Stage.LOADING: "apt_register_providers apt_register_config",

@@ -15,7 +15,10 @@ from apt_core import Priority, hookimpl
 from apt_core.inspect.listing import implementation_rows
 from apt_core.plugin_manager import PluginManager
 
-HOOKS = {"on_epoch_start": {"epoch": 1, "trainer": None}, "apt_decoder": {"request": None}}
+HOOKS = {
+    "on_epoch_start": {"epoch": 1, "trainer": None},
+    "apt_decoder": {"request": None, "session": None},
+}
 """A hook that collects, and one that stops at the first result."""
 
 PRIORITIES = st.integers(0, 100) | st.sampled_from([0, 25, 50, 75, 100])

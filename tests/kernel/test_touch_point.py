@@ -50,7 +50,7 @@ def watching(plugin_of: type) -> Watching:
 
 def test_a_call_passes_name_methods_arguments_and_firstresult(watching: Watching) -> None:
     watching.hook.apt_metrics(trainer="the trainer")
-    watching.hook.apt_decoder(request="the request")
+    watching.hook.apt_decoder(request="the request", session=None)
     (metrics, decoder) = watching.calls
     assert (metrics[0], dict(metrics[2]), metrics[3]) == (
         "apt_metrics",
@@ -59,7 +59,7 @@ def test_a_call_passes_name_methods_arguments_and_firstresult(watching: Watching
     )
     assert (decoder[0], dict(decoder[2]), decoder[3]) == (
         "apt_decoder",
-        {"request": "the request"},
+        {"request": "the request", "session": None},
         True,
     )
 

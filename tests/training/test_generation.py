@@ -57,6 +57,45 @@ def test_prompts_are_rewritten_in_a_chain():
     assert started["request"].prompt == "The 一二"
 
 
+def test_every_hook_of_a_generation_gets_the_session():
+    class Sees:
+        def __init__(self):
+            self.seen = []
+
+        @hookimpl
+        def apt_rewrite_prompt(self, session):
+            self.seen.append(session)
+
+        @hookimpl
+        def on_generation_start(self, session):
+            self.seen.append(session)
+
+        @hookimpl
+        def apt_logits_processors(self, request, session):
+            self.seen.append(session)
+
+        @hookimpl
+        def apt_decoder(self, session):
+            self.seen.append(session)
+
+        @hookimpl
+        def on_generation_end(self, result, session):
+            self.seen.append(session)
+
+    sees = Sees()
+    session = tiny_session(sees)
+    generate(session, REQUEST)
+    assert len(sees.seen) == 5
+    assert all(each is session for each in sees.seen)
+    # In a run it is the one of its weights, at its position.
+    run = tiny_run(sees := Sees(), steps=3)
+    (session,) = {id(each): each for each in sees.seen}.values()
+    assert (session.position.step, len(sees.seen)) == (3, 5)
+    weights = session.model.state_dict()
+    assert all(weights[name].equal(value) for name, value in run.weights.items())
+    assert session.manager is run.manager
+
+
 def test_logits_processors_run_for_every_token():
     class OnlyX:
         @hookimpl

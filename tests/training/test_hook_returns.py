@@ -50,9 +50,9 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "apt_loss_terms": {"trainer": None, "batch": BATCH, "output": None},
     "apt_metrics": {"trainer": None},
     "apt_state_dict": {"trainer": None},
-    "apt_rewrite_prompt": {"request": GenerationRequest("x")},
-    "apt_logits_processors": {"request": GenerationRequest("x")},
-    "apt_decoder": {"request": GenerationRequest("x")},
+    "apt_rewrite_prompt": {"request": GenerationRequest("x"), "session": None},
+    "apt_logits_processors": {"request": GenerationRequest("x"), "session": None},
+    "apt_decoder": {"request": GenerationRequest("x"), "session": None},
 }
 """Hooks whose result is looked at where they are called, and a call of each."""
 

@@ -12,13 +12,13 @@ from apt_core.testing import tiny_session
 
 @pytest.fixture
 def continuation():
-    """``continuation(*plugins, **request)``: the tokens and the manager, by a model whose next
-    token is sometimes certain and sometimes not."""
+    """``continuation(*plugins, voting=None, **request)``: the tokens and the manager, by a model
+    whose next token is sometimes certain and sometimes not; with the voter if it has settings."""
 
-    def continued(*plugins, **request):
-        session = tiny_session(strict=False)
-        for number, each in enumerate(plugins):
-            session.manager.register(each, f"plugin_{number}")
+    def continued(*plugins, voting=None, **request):
+        voter = () if voting is None else ("voter",)
+        settings = {f"model.voting.{key}": value for key, value in (voting or {}).items()}
+        session = tiny_session(*voter, *plugins, strict=False, overrides=settings)
         with torch.no_grad():
             for index, parameter in enumerate(session.model.parameters()):
                 noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))

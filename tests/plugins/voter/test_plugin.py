@@ -10,21 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from apt_core import AptError, ConfigError, GenerationRequest, hookimpl
+from apt_core import ConfigError, GenerationRequest, hookimpl
+from apt_core.inference import generate
 from apt_core.kernel import boot
-from apt_core.testing import TINY_PROFILE, tiny_run
+from apt_core.testing import TINY_PROFILE, tiny_run, tiny_session
 from apt_plugins.voter.plugin import Plugin
-from apt_plugins.voter.settings import VotingSettings
 
 VOTER = "apt_plugins.voter.plugin"
 ROOT = Path(__file__).parents[3]
-
-
-def voter(**settings):
-    """The plugin of a generation outside of a run."""
-    made = Plugin()
-    made._settings = VotingSettings(**settings)
-    return made
 
 
 def booted(voting=None, schedules=None):
@@ -35,19 +28,19 @@ def booted(voting=None, schedules=None):
 
 def test_a_vote_that_is_never_triggered_is_plain_decoding_token_for_token(continuation, caplog):
     caplog.set_level("INFO", "apt.voter")
-    plugin = voter(threshold=100.0)
-    assert continuation(plugin)[0] == continuation()[0]
+    voting = {"threshold": 100.0}
+    assert continuation(voting=voting)[0] == continuation()[0]
     assert "0 of 24 tokens were put to the vote" in caplog.text
 
 
 def test_uncertain_tokens_are_voted_on_and_counted(continuation, caplog):
     caplog.set_level("INFO", "apt.voter")
-    plugin = voter(threshold=0.0)
-    tokens, manager = continuation(plugin)
+    voting = {"threshold": 0.0}
+    tokens, manager = continuation(voting=voting)
     assert tokens != continuation()[0]
-    assert continuation(plugin)[0] == tokens
+    assert continuation(voting=voting)[0] == tokens
     assert "24 of 24 tokens were put to the vote" in caplog.text
-    assert manager.records["plugin_0"].failures == []
+    assert manager.records["voter"].failures == []
 
 
 def test_tokens_before_the_first_vote_are_those_of_plain_decoding(continuation, caplog):
@@ -69,8 +62,8 @@ def test_tokens_before_the_first_vote_are_those_of_plain_decoding(continuation, 
     threshold = max(seen)
     first = seen.index(threshold)
     assert first > 2
-    plugin = voter(threshold=threshold - 1e-6)
-    voted = continuation(plugin, max_new_tokens=40)[0]
+    voting = {"threshold": threshold - 1e-6}
+    voted = continuation(voting=voting, max_new_tokens=40)[0]
     assert voted[:first] == plain[:first]
     assert "0 of 40" not in caplog.text
 
@@ -82,8 +75,8 @@ def test_one_voter_and_temperature_zero_are_plain_decoding(
     continuation, caplog, settings, request_
 ):
     caplog.set_level("INFO", "apt.voter")
-    plugin = voter(**{"threshold": 0.0, **settings})
-    assert continuation(plugin, **request_)[0] == continuation(**request_)[0]
+    voting = {"threshold": 0.0, **settings}
+    assert continuation(voting=voting, **request_)[0] == continuation(**request_)[0]
     assert "put to the vote" not in caplog.text
 
 
@@ -93,11 +86,11 @@ def test_a_voter_that_fails_leaves_plain_sampling(continuation, monkeypatch):
     def fails(self, input_ids, logits):
         raise RuntimeError("no quorum")
 
-    plugin = voter(threshold=0.0)
+    voting = {"threshold": 0.0}
     monkeypatch.setattr(VotingDecoder, "choose", fails)
-    tokens, manager = continuation(plugin)
+    tokens, manager = continuation(voting=voting)
     assert tokens == continuation()[0]
-    (failure,) = manager.records["plugin_0"].failures
+    (failure,) = manager.records["voter"].failures
     assert (failure.hook, "no quorum" in failure.error) == ("apt_decoder", True)
 
 
@@ -110,15 +103,15 @@ def test_a_decoder_may_leave_single_tokens_to_plain_sampling(continuation):
             self.calls += 1
             return None if self.calls % 3 else ord("y")
 
-    class Plugin:
+    class Leaves:
         @hookimpl
         def apt_decoder(self):
             return EveryThird()
 
-    tokens, manager = continuation(Plugin())
+    tokens, manager = continuation(Leaves())
     assert tokens[2::3] == [ord("y")] * 8
     assert tokens[:2] == continuation()[0][:2]
-    assert manager.records["plugin_0"].failures == []
+    assert manager.records["leaves"].failures == []
 
 
 class Thresholds:
@@ -127,13 +120,9 @@ class Thresholds:
     def __init__(self):
         self.seen = []
 
-    @hookimpl
-    def on_training_start(self, trainer):
-        self.voter = trainer.manager.get_plugin("voter")
-
     @hookimpl(priority=0)
-    def on_generation_start(self, request):
-        chosen = self.voter.apt_decoder(request)
+    def on_generation_start(self, request, session):
+        chosen = Plugin().apt_decoder(request, session)
         self.seen.append(None if chosen is None else chosen._threshold)
 
 
@@ -173,32 +162,25 @@ def test_a_voter_that_waits_for_its_schedule_does_not_vote(caplog):
     assert "put to the vote" not in caplog.text
 
 
-def test_after_a_run_the_static_threshold_counts():
-    class Keeps:
-        @hookimpl
-        def on_training_start(self, trainer):
-            self.trainer = trainer
+def test_each_generation_votes_by_the_settings_of_its_own_session(caplog):
+    caplog.set_level("INFO", "apt.voter")
+    request = GenerationRequest("The ", max_new_tokens=3)
 
-    schedules = {"schedules.vote_threshold": 1.0, "model.voting.threshold": 4.5}
-    tiny_run(VOTER, kept := Keeps(), steps=2, overrides=schedules)
-    assert kept.trainer.param("vote_threshold") == 1.0
-    plugin = kept.trainer.manager.get_plugin("voter")
-    assert plugin.apt_decoder(GenerationRequest(""))._threshold == 4.5
-
-
-def test_a_run_that_died_is_forgotten():
-    class Dies:
-        @hookimpl
-        def on_training_start(self, trainer):
-            self.voter = trainer.manager.get_plugin("voter")
+    class Within:
+        """Generates, in the middle of a generation, by another session."""
 
         @hookimpl
-        def on_step_end(self, step):
-            raise RuntimeError("broken on purpose")
+        def on_generation_start(self):
+            generate(tiny_session(VOTER, overrides={"model.voting.threshold": 100.0}), request)
 
-    with pytest.raises(AptError):
-        tiny_run(VOTER, dies := Dies(), overrides={"schedules.vote_threshold": 1.0})
-    assert dies.voter._trainer is None
+    thresholds = Thresholds()
+    scheduled = {"model.voting.threshold": 4.5, "schedules.vote_threshold": 1.0}
+    generate(tiny_session(VOTER, Within(), thresholds, overrides=scheduled), request)
+    assert thresholds.seen == [1.0]
+    assert [record.getMessage() for record in caplog.records if record.name == "apt.voter"] == [
+        "0 of 3 tokens were put to the vote",
+        "3 of 3 tokens were put to the vote",
+    ]
 
 
 def test_another_profile_read_meanwhile_changes_nothing_of_a_run():
