@@ -13,9 +13,11 @@ import torch
 
 from apt_core import hookimpl
 from apt_core.errors import ConfigError
+from apt_core.parallel.world import World
 from apt_core.runs import checkpoint
 from apt_core.testing import tiny_run
 from apt_core.training.evaluating import Evaluation, Evaluator
+from apt_core.training.restoring import Restoring
 
 QUIET = {
     "training.log_every_steps": 1,
@@ -443,11 +445,9 @@ def test_a_step_of_another_size_is_refused_with_what_would_fit(resumed, batch_si
 
 def test_the_hint_counts_processes(resumed, monkeypatch):
     """Two processes with half the batch each make the step what it was."""
-    from apt_core.training import restoring
-
     parts = SimpleNamespace(plan=SimpleNamespace(windows_per_step=4))
     config = SimpleNamespace(training=SimpleNamespace(batch_size=2))
-    trainer: Any = SimpleNamespace(parts=parts, config=config, world_size=2)
-    restoring._check_global_batch(trainer, 4)
+    run: Any = SimpleNamespace(_parts=parts, _config=config, _world=World(size=2))
+    Restoring._check_global_batch(run, 4)
     with pytest.raises(ConfigError, match="grad_accum_steps 4 makes it 16"):
-        restoring._check_global_batch(trainer, 16)
+        Restoring._check_global_batch(run, 16)
