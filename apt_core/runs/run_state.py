@@ -32,7 +32,7 @@ class StoppingState(_Part):
     judged_step: Count
 
 
-class Event(_Part):
+class TimelineEntry(_Part):
     plugin: Text
     event: Text
     epoch: Count
@@ -125,7 +125,7 @@ class Progress(_Part):
     start_scores: dict[str, Number] = {}
     scores: dict[str, Number] = {}
     metrics: dict[str, Scalar] = {}
-    timeline: list[Event] = []
+    timeline: list[TimelineEntry] = []
     transforms: list[Switch] = []
     changes: list[Change] = []
 

@@ -7,7 +7,7 @@ from logging import WARNING
 
 from apt_core.log import get_logger
 from apt_core.parallel.world import World
-from apt_core.runs.run_state import Event, Progress
+from apt_core.runs.run_state import Progress, TimelineEntry
 from apt_core.schedules import Schedule
 from apt_core.training.curriculum.switching import Switching
 from apt_core.training.hooks import TrainerHooks
@@ -158,7 +158,9 @@ class Enabling:
             plugin=plugin,
             epoch=epoch,
         )
-        self._progress.timeline.append(Event(plugin=plugin, event=event, epoch=epoch, step=step))
+        self._progress.timeline.append(
+            TimelineEntry(plugin=plugin, event=event, epoch=epoch, step=step)
+        )
 
     def _last_event(self, plugin: str) -> str:
         events = [entry.event for entry in self._progress.timeline if entry.plugin == plugin]
