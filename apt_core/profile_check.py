@@ -43,7 +43,7 @@ from apt_core.types import SectionSpec, Unused
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class NotActive:
     """What is of plugins that are not active: ``sections`` and schedule ``params`` of those that
     were left out, each with the reason, and the ``idle`` sections of the other installed ones.
     ``unknown``: not all that were left out could be asked what they have."""
@@ -84,15 +84,15 @@ def check_profile(
     source = _without_masks(source)
     names, sections = plugins.names, plugins.sections
     validated = validate(source, sections, active=names)
-    left_out = _left_out(source, plugins, validated, idle)
-    if left_out != LeftOut():
+    others = _not_active(source, plugins, validated, idle)
+    if others != NotActive():
         validated = validate(
             source,
             sections,
-            left_out.sections,
+            others.sections,
             active=names,
-            idle=left_out.idle,
-            lenient=left_out.unknown,
+            idle=others.idle,
+            lenient=others.unknown,
         )
     config = validated.config
     wrong_schedules, idle_schedules = check_schedules(
@@ -100,8 +100,8 @@ def check_profile(
         source,
         plugins=names,
         params=plugins.params,
-        blocked={**plugins.left_out, **left_out.params},
-        lenient=left_out.unknown,
+        blocked={**plugins.left_out, **others.params},
+        lenient=others.unknown,
         permanent=[n for n in names if manager.implements_where(n, lambda p: p.permanent)],
     )
     inactive = [*validated.inactive, *idle_schedules]
@@ -110,19 +110,14 @@ def check_profile(
     unused: list[Unused] = []
     if config is not None:
         named = used_providers(config, sections)
-        unused += unused_settings(config, names, {section.path for section in sections})
-        unused += unused_of_providers(named, plugins.providers, sections)
-        for section in sections:
-            found, wrong = _unused_of_plugin(config, section)
-            unused += found
-            problems += wrong
+        unused, wrong = _unused(config, plugins, named)
         # With --plugin no:NAME the list of plugins is the command line's.
         chosen = ("plugins",) if plugins.blocked else ()
         told = {item.key for item in inactive}
         vain = written_in_vain(config, source, unused, chosen)
         inactive += [item for item in vain if item.key not in told]
         inactive += unread_paths(config, plugins.providers)
-        problems += check_providers(named, plugins.providers, source)
+        problems += [*wrong, *check_providers(named, plugins.providers, source)]
         if files:
             problems += check_files(config, source, data_files(config, plugins.providers))
         # The list as it took effect, with what the command line added and left out.
@@ -134,11 +129,11 @@ def check_profile(
     needless, needless_notices = _needless_blocks(plugins, inactive, manager, idle.installed)
     problems += needless
     if manager.strict:
-        problems += _strict_problems(source, plugins, left_out, inactive)
+        problems += _strict_problems(source, plugins, others, inactive)
     return Checked(
         config=config,
         providers=named,
-        idle=left_out.idle,
+        idle=others.idle,
         inactive=inactive,
         unused=unused,
         problems=problems,
@@ -167,9 +162,9 @@ def _mask_problem(source: Source, path: KeyPath) -> Problem:
 # Plugins that are left out ---------------------------------------------------------------------
 
 
-def _left_out(
+def _not_active(
     source: Source, plugins: Activated, validated: Validated, idle: IdlePlugins
-) -> LeftOut:
+) -> NotActive:
     """Ask plugins that are not active for their sections and schedule parameters.
 
     One is imported only when the profile has keys that no active plugin claims.
@@ -190,11 +185,11 @@ def _left_out(
             if section.path:
                 sections[section.path] = reason
             params.update(dict.fromkeys(section.schedule_params, reason))
-    others: Sequence[str] = ()
+    names: Sequence[str] = ()
     if not all(_is_within(dotted(path), sections) for path in validated.unknown):
-        others = [n for n in idle.installed if n not in plugins.names | plugins.left_out.keys()]
-    idle_sections = (section for name in others for section in idle.declared_by(name).sections)
-    return LeftOut(sections, params, tuple(idle_sections), unknown)
+        names = [n for n in idle.installed if n not in plugins.names | plugins.left_out.keys()]
+    idle_sections = (section for name in names for section in idle.declared_by(name).sections)
+    return NotActive(sections, params, tuple(idle_sections), unknown)
 
 
 def _is_within(path: str, sections: Collection[str]) -> bool:
@@ -231,12 +226,12 @@ def _needless_blocks(
 
 
 def _strict_problems(
-    source: Source, plugins: Activated, left_out: LeftOut, inactive: Sequence[InactiveKey]
+    source: Source, plugins: Activated, others: NotActive, inactive: Sequence[InactiveKey]
 ) -> Iterator[Problem]:
     """An inactive key is an error, unless the person left its plugin out."""
     reasons = set(plugins.left_out.values())
     for item in inactive:
-        if item.reason not in reasons and not (left_out.unknown and item.unclaimed):
+        if item.reason not in reasons and not (others.unknown and item.unclaimed):
             yield Problem(
                 f"it does nothing here: {item.reason}",
                 key=item.key,
@@ -248,21 +243,25 @@ def _strict_problems(
 # What plugins say ------------------------------------------------------------------------------
 
 
-def _unused_of_plugin(
-    config: Config, section: SectionSpec
-) -> tuple[Sequence[Unused], Sequence[Problem]]:
-    """The settings of a section that its plugin calls unused, or why it cannot tell."""
-    if section.unused is None:
-        return (), ()
-    try:
-        unused = [
-            Unused(str(item.key), str(item.reason), tuple(map(str, item.because)))
-            for item in section.unused(config)
-        ]
-    except Exception as error:  # foreign code
-        message = f"its check of unused settings failed: {one_line(error)}"
-        return (), [Problem(message, section.path)]
-    return unused, ()
+def _unused(config: Config, plugins: Activated, named: Named) -> tuple[list[Unused], list[Problem]]:
+    """Every setting that has no effect in this run, as the core, the providers and the plugins
+    tell it, and which plugins cannot tell."""
+    sections = plugins.sections
+    unused = [
+        *unused_settings(config, plugins.names, {section.path for section in sections}),
+        *unused_of_providers(named, plugins.providers, sections),
+    ]
+    problems = []
+    for section in sections:
+        try:
+            unused += [
+                Unused(str(item.key), str(item.reason), tuple(map(str, item.because)))
+                for item in (section.unused(config) if section.unused else ())
+            ]
+        except Exception as error:  # foreign code
+            message = f"its check of unused settings failed: {one_line(error)}"
+            problems.append(Problem(message, section.path))
+    return unused, problems
 
 
 def _problems_of_plugin(config: Config, source: Source, section: SectionSpec) -> Sequence[Problem]:
