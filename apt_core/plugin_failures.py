@@ -65,7 +65,7 @@ class PluginFailures:
 
     # What is raised --------------------------------------------------------------------------
 
-    def raised(self, call: Call, error: BaseException) -> None:
+    def raise_or_count(self, call: Call, error: BaseException) -> None:
         """What an implementation raised: raise what the guard lets through, unless it has to wait
         for the other processes, and count the rest."""
         if isinstance(error, StopTraining) and self._plugins.stop_together is not None:
@@ -130,8 +130,8 @@ class PluginFailures:
                 hook=failure.hook,
                 where=failure.where,
             )
-            self._own(fatal)
-        self._tell(failure, fatal, error)
+            self._mark_own(fatal)
+        self._announce(failure, fatal, error)
 
     def _quarantine(self, failure: PluginFailure) -> None:
         reason = f"{failure.error} ({failure.where})"
@@ -168,7 +168,7 @@ class PluginFailures:
             return "every process of it must do its part of a collective hook"
         return ""
 
-    def _tell(
+    def _announce(
         self, failure: PluginFailure, fatal: PluginError | None, error: BaseException | None
     ) -> None:
         """Fire on_plugin_failure, unless this is a failure inside it, then raise what is fatal."""
@@ -209,14 +209,16 @@ class PluginFailures:
     def callback_failed(self, plugin: str, function: Any, error: BaseException) -> None:
         """Count a failure of something that the plugin gave to others to call. Raises as a call of
         a hook does."""
-        self.raised(Call(function, (), plugin, self.callback_name(function), 0, False), error)
+        self.raise_or_count(
+            Call(function, (), plugin, self.callback_name(function), 0, False), error
+        )
 
     @staticmethod
     def callback_name(function: Any) -> str:
         """What stands for the hook where a function that was given to others fails."""
         return f"{getattr(function, '__name__', type(function).__name__)} (a callback)"
 
-    def settle(self) -> None:
+    def count_log_errors(self) -> None:
         """Count what handlers and filters of logging have raised since the last call, and raise
         what the policy makes of it. (A log call itself never raises it.)"""
         # What is told here goes through the same handlers: that is left to the next call.
@@ -225,40 +227,42 @@ class PluginFailures:
             found = self.culprit(error)
             if found is None:
                 text = one_line(error)
-                self._tell_once(text, f"a handler or filter of logging failed: {text}")
+                self._warn_once(text, f"a handler or filter of logging failed: {text}")
             elif not self._plugins.is_quarantined(found[0]):
                 plugin, function = found
                 code: Any = self._plugins.get_plugin(plugin)
                 self._failed(Call(code, (), plugin, f"{function} (logging)", 0, False), error)
 
-    def note_log_error(self, error: BaseException) -> None:
-        """Keep, for :meth:`settle`, what a foreign handler or filter of logging has raised."""
+    def keep_log_error(self, error: BaseException) -> None:
+        """Keep what a foreign handler or filter of logging has raised: it is counted later."""
         if len(self._log_errors) < MAX_LOG_ERRORS:
             self._log_errors.append(error)
 
     # What is left changed in the process ---------------------------------------------------
 
-    def left_behind(self, changes: Sequence[str], hooks: Sequence[str] = STEP_HOOKS) -> None:
+    def report_leftovers(self, changes: Sequence[str], hooks: Sequence[str] = STEP_HOOKS) -> None:
         """Tell of what was put back after calls of ``hooks``, or of what plugins have handed
         over. Raises PluginError as a call of a hook does."""
-        self.left_by([call for name in hooks for call in self._plugins.order(name)], changes)
+        self.report_left_by_one_of(
+            [call for name in hooks for call in self._plugins.order(name)], changes
+        )
 
-    def left_by(self, calls: Sequence[Call], changes: Sequence[str]) -> None:
+    def report_left_by_one_of(self, calls: Sequence[Call], changes: Sequence[str]) -> None:
         """Tell of what one of the ``calls``, of any plugin if there are none, has left changed."""
         called = {call.plugin: call for call in calls}
         if len(called) == 1:
             (call,) = called.values()
-            self.left_by_call(call, changes)
+            self.report_left_by(call, changes)
             return
         names = ", ".join(called) or ", ".join(name for name, _ in self._plugins.list_name_plugin())
         text = f"one of the plugins {names} left changed: {'; '.join(changes)}; it is put back"
         if self._plugins.strict:
             where = ", ".join(dict.fromkeys(call.hook for call in calls))
             stop = f"{text}; the run stops because --strict"
-            raise self._own(PluginError(stop, plugin=names, hook=where))
-        self._tell_once((tuple(called), _what(changes)), text)
+            raise self._mark_own(PluginError(stop, plugin=names, hook=where))
+        self._warn_once((tuple(called), _names_of(changes)), text)
 
-    def left_by_call(self, call: Call, changes: Sequence[str]) -> None:
+    def report_left_by(self, call: Call, changes: Sequence[str]) -> None:
         """Tell of what this ``call`` has left changed."""
         where = where_raised(Exception(), *source_of(call.function))
         at = f"plugin {call.plugin} left changed in {call.hook} at step {self._plugins.step}"
@@ -272,11 +276,11 @@ class PluginFailures:
                 hook=call.hook,
                 where=where,
             )
-            raise self._own(stop)
-        what = call.plugin, call.hook, _what(changes)
+            raise self._mark_own(stop)
+        what = call.plugin, call.hook, _names_of(changes)
         error = f"left changed: {'; '.join(changes)}"
         told = {"plugin": call.plugin, "hook": call.hook, "where": where, "error": error}
-        if self._tell_once(what, f"{text}; it is put back", **told):
+        if self._warn_once(what, f"{text}; it is put back", **told):
             left = PluginFailure(
                 plugin=call.plugin,
                 hook=call.hook,
@@ -288,9 +292,9 @@ class PluginFailures:
                 traceback="",
             )
             record.leftovers.append(left)
-            self._tell(left, None, None)
+            self._announce(left, None, None)
 
-    def _tell_once(self, what: Hashable, text: str, **data: str) -> bool:
+    def _warn_once(self, what: Hashable, text: str, **data: str) -> bool:
         if what in self._told:
             return False
         self._told.add(what)
@@ -305,7 +309,7 @@ class PluginFailures:
         )
         return True
 
-    def _own(self, error: PluginError) -> PluginError:
+    def _mark_own(self, error: PluginError) -> PluginError:
         self._raised_here.add(error)
         return error
 
@@ -356,6 +360,6 @@ class PluginFailures:
         return None
 
 
-def _what(changes: Sequence[str]) -> tuple[str, ...]:
+def _names_of(changes: Sequence[str]) -> tuple[str, ...]:
     """The names of what has changed, without the values."""
     return tuple(change.partition(" from ")[0] for change in changes)

@@ -228,7 +228,9 @@ class PluginManager(pluggy.PluginManager):
                         suspects = calls[: place + 1] if each is None else (call,)
                         self._put_back(watch, suspects, before, sets_modes)
                     # A name for what is to be raised would hold on to the frames and their tensors.
-                    self.failures.raised(call, error if running is None else running.failed(error))
+                    self.failures.raise_or_count(
+                        call, error if running is None else running.failed(error)
+                    )
                     result, end = None, monotonic()
                 else:
                     if each is not None and (unchanged is None or not unchanged()):
@@ -268,7 +270,7 @@ class PluginManager(pluggy.PluginManager):
             kwargs,
             firstresult,
             lambda: self._all(plan, kwargs, firstresult),
-            self.failures.raised,
+            self.failures.raise_or_count,
             lambda call: self._watching(call, in_step=plan.in_step, sets_modes=plan.sets_modes),
         )
 
@@ -312,8 +314,8 @@ class PluginManager(pluggy.PluginManager):
                     owner, current = call.plugin, replace(current, **{attribute: value})
             return [(owner, getattr(current, attribute))]
 
-        given = {"request": request, **others}
-        ((_, value),) = run_wrapped(plan, given, True, inner, self.failures.raised, self._watching)
+        given, failed = {"request": request, **others}, self.failures.raise_or_count
+        ((_, value),) = run_wrapped(plan, given, True, inner, failed, self._watching)
         return replace(request, **{attribute: value})
 
     def attempt(
@@ -329,7 +331,7 @@ class PluginManager(pluggy.PluginManager):
             with self._watching(call):
                 return function()
         except BaseException as error:
-            self.failures.raised(call, error)
+            self.failures.raise_or_count(call, error)
             return None
 
     # What calls leave behind -----------------------------------------------------------------
@@ -351,7 +353,7 @@ class PluginManager(pluggy.PluginManager):
             changes = watch.put_back(before) if watch else ()
             if changes:
                 code = self.get_plugin(plugin) if code is None else code
-                self.failures.left_by_call(Call(code, (), plugin, what, 0, False), changes)
+                self.failures.report_left_by(Call(code, (), plugin, what, 0, False), changes)
 
     @contextmanager
     def hook_deadline(self, seconds: float, process: str = "") -> Iterator[None]:
@@ -390,7 +392,7 @@ class PluginManager(pluggy.PluginManager):
 
     def _put_back(self, watch: Watch, calls: Sequence[Call], before: Any, sets_modes: bool) -> None:
         if changes := watch.put_back(before, sets_modes=sets_modes):
-            self.failures.left_by(calls, changes)
+            self.failures.report_left_by_one_of(calls, changes)
 
     # What plugins implement -------------------------------------------------------------------
 

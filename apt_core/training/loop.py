@@ -151,7 +151,7 @@ class Loop:
                 if watch is not None:
                     watch.begin_step()
                     if not watch.modes_unchanged():
-                        self.manager.failures.left_behind(watch.put_back(), KEEP_MODES)
+                        self.manager.failures.report_leftovers(watch.put_back(), KEEP_MODES)
                 # To call what nobody implements takes ten times as long as to ask.
                 if hook.on_step_start.get_hookimpls():
                     hook.on_step_start(step=step, batch=list(batches), trainer=trainer)
@@ -189,7 +189,7 @@ class Loop:
                         summed = summed + term
                         terms[name] = terms.get(name, zero) + term.detach()
                     if adding and watch is not None and not watch.settled():
-                        self.manager.failures.left_behind(watch.put_back(), MICRO_BATCH_HOOKS)
+                        self.manager.failures.report_leftovers(watch.put_back(), MICRO_BATCH_HOOKS)
                     if not summed.requires_grad:
                         raise TrainingError(f"step {step}: every parameter of the model is frozen")
                     summed.backward(scale)
@@ -244,7 +244,7 @@ class Loop:
                 if self.row_due is not None:
                     row = self.step_log.write(*self.row_due)
                     self.display.update(step, epoch, row)
-                    self.manager.failures.settle()
+                    self.manager.failures.count_log_errors()
                     self.enabling.share_quarantines()
                     self.saving.poll()
                 if due.ends():
@@ -265,7 +265,7 @@ class Loop:
         if watch is None or not watch.stepping or (not whole and watch.settled()):
             return
         if left := watch.put_back():
-            self.manager.failures.left_behind(left)
+            self.manager.failures.report_leftovers(left)
 
     def end_epoch(self, epoch: int) -> None:
         """Evaluate, tell, save. A stop before the evaluation is done leaves the epoch open, and a

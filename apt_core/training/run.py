@@ -79,7 +79,7 @@ class Run:
             try:
                 loop.enabling.announce()
                 self._manager.hook.on_training_start(trainer=loop.trainer)
-                self._manager.failures.settle()
+                self._manager.failures.count_log_errors()
                 trained.modes.started(trained.model)
                 trained.require_known_parameters()
                 if self._progress.step == 0:
@@ -170,7 +170,7 @@ class Run:
         with suppress(StopTraining):
             self._manager.hook.on_training_end(trainer=loop.trainer)
         with suppress(StopTraining):
-            self._manager.failures.settle()
+            self._manager.failures.count_log_errors()
         # What failed at the end in another process is told too, or ends this one.
         loop.enabling.share_quarantines()
         self._manifest.write(status)
@@ -227,7 +227,7 @@ class Run:
         self._manifest.write(status, figures=self._figures(), error=text_of(error))
         self._tell_end(status, text_of(error), error=text_of(error))
         try:
-            self._manager.failures.settle()
+            self._manager.failures.count_log_errors()
             self._manager.hook.on_exception(error=error, trainer=loop.trainer)
         except BaseException as failure:
             log.error("%s", one_line(failure))

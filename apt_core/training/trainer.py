@@ -272,7 +272,7 @@ class Trainer:
         timeout, plugins = training.hook_timeout, self.manager.list_name_plugin()
         process = f" in process {self.rank}, for which the others wait" if self.rank else ""
         with (
-            of_one_run(self.manager.failures.note_log_error),
+            of_one_run(self.manager.failures.keep_log_error),
             self.manager.hook_deadline(timeout if plugins else 0.0, process),
             self.stopping.interrupts.listening(),
             threads,
@@ -343,7 +343,7 @@ class Trainer:
         before = None if watch is None else watch.before()
         yield
         if watch is not None and (changes := watch.put_back(before)):
-            self.manager.failures.left_behind(changes, ())
+            self.manager.failures.report_leftovers(changes, ())
 
     def _open(self) -> Run:
         """Make all that the run needs, in its folder; after a resume, as it was there."""
