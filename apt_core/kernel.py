@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from apt_core.activation import activate
-from apt_core.config import Config, InactiveKey, Override, Source, core_text, read_profile
+from apt_core.config import Config, InactiveKey, Override, Source, core_text, read_profile, refusal
 from apt_core.config.schema import DEFAULT_HOOK_TIMEOUT
 from apt_core.declarations import IdlePlugins
 from apt_core.discovery import installed_plugins
@@ -63,6 +63,15 @@ class Kernel:
     notices: list[str] = field(default_factory=list)
     place: Mapping[str, str] = field(default_factory=dict)
     secrets: SecretValues = field(default_factory=SecretValues, repr=False)
+
+    def add_inactive(self, found: Iterable[InactiveKey]) -> None:
+        """Keep further keys that do nothing, as only the run could tell. Raises ConfigError where
+        the run is strict."""
+        known = {item.key for item in self.inactive}
+        new = [item for item in found if item.key not in known]
+        if new and self.manager.strict:
+            raise ConfigError(map(refusal, new))
+        self.inactive += new
 
 
 def boot(

@@ -18,6 +18,7 @@ from apt_core.config import (
     Source,
     Validated,
     check_files,
+    refusal,
     unused_settings,
     validate,
     written_in_vain,
@@ -232,12 +233,7 @@ def _strict_problems(
     reasons = set(plugins.left_out.values())
     for item in inactive:
         if item.reason not in reasons and not (others.unknown and item.unclaimed):
-            yield Problem(
-                f"it does nothing here: {item.reason}",
-                key=item.key,
-                where=source.where(item.key),
-                hint="--strict allows no inactive key",
-            )
+            yield refusal(item, source.where(item.key))
 
 
 # What plugins say ------------------------------------------------------------------------------

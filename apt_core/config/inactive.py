@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from apt_core.config.schema import Config
 from apt_core.config.source import InactiveKey, Source
 from apt_core.config.yaml_text import KeyPath, dotted
-from apt_core.errors import did_you_mean
+from apt_core.errors import Problem, did_you_mean
 from apt_core.types import Unused
 
 METRICS = ("perplexity", "accuracy", "loss", "bits_per_byte")
@@ -43,7 +43,6 @@ def _wanted(value: Any) -> bool:
     return value not in (None, False)
 
 
-_ONE_PROCESS = "the run has one process: start it with --nproc N, or with torchrun"
 _FULL_WINDOWS = "text is packed into full windows, so nothing is cut or filled"
 _UNNAMED = "no active plugin is named"
 
@@ -53,11 +52,6 @@ RULES = (
     Rule("data.padding", lambda value: value not in (None, False, "do_not_pad"), _FULL_WINDOWS),
     Rule("monitoring.wandb.enabled", _wanted, f"{_UNNAMED} wandb", "wandb"),
     Rule("monitoring.tensorboard.enabled", _wanted, f"{_UNNAMED} tensorboard", "tensorboard"),
-)
-
-ALONE = (
-    Rule("hardware.distributed", _wanted, _ONE_PROCESS),
-    Rule("hardware.backend", _given, _ONE_PROCESS),
 )
 
 
@@ -78,9 +72,10 @@ def unheeded(
             yield InactiveKey("evaluation.metrics", f"there is no metric {metric!r} ({hint})")
 
 
-def inactive_alone(config: Config) -> list[InactiveKey]:
-    """What does nothing because the run has one process, which the profile cannot know."""
-    return [InactiveKey(r.key, r.reason) for r in ALONE if r.asks(_value(config, r.key))]
+def refusal(item: InactiveKey, where: str = "") -> Problem:
+    """What ``--strict`` makes of an inactive key, which the profile has at the place ``where``."""
+    message = f"it does nothing here: {item.reason}"
+    return Problem(message, item.key, where, "--strict allows no inactive key")
 
 
 def unused_settings(
@@ -95,12 +90,8 @@ def unused_settings(
     if model.attention_pattern is not None:
         pattern = "model.attention_pattern"
         yield Unused("model.attention_name", f"{pattern} names every layer's", (pattern,))
-    for key, ranked in (("model.tva", model.tva), ("model.vft", model.vft)):
-        if ranked.rank is not None:
-            yield Unused(f"{key}.r", f"{key}.rank takes its place", (f"{key}.rank",))
-    if model.tva.s == 0:
-        because = "model.tva.s is 0: there is no compensator"
-        yield Unused("model.tva.tau", because, ("model.tva.s",))
+    yield from model.tva.unused()
+    yield from model.vft.unused()
     if training.early_stopping_patience is None:
         patience = "training.early_stopping_patience"
         yield Unused("training.early_stopping_min_delta", f"{patience} is not set", (patience,))

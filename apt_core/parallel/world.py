@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from apt_core.config import Config
+from apt_core.config import Config, InactiveKey
 from apt_core.config.differences import differences
 from apt_core.error_text import text_of
 from apt_core.errors import AptError, ConfigError, Problem, TrainingError
@@ -268,6 +268,15 @@ def sharding_of(config: Config, world_size: int) -> Sharding:
     if world_size == 1:
         return "none"
     return "fsdp" if config.hardware.distributed == "fsdp" else "ddp"
+
+
+def inactive_alone(config: Config) -> Iterator[InactiveKey]:
+    """The keys that do nothing in a run of one process."""
+    reason = "the run has one process: start it with --nproc N, or with torchrun"
+    if config.hardware.distributed:
+        yield InactiveKey("hardware.distributed", reason)
+    if config.hardware.backend is not None:
+        yield InactiveKey("hardware.backend", reason)
 
 
 def shared_store() -> dist.Store:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from apt_core.config import Config, InactiveKey, Ramp
-from apt_core.errors import ConfigError, Problem
 from apt_core.kernel import Kernel
 from apt_core.optim.lr_schedules import WSDProvider
 from apt_core.providers.lr_schedule import LRScheduleProvider
@@ -36,19 +35,12 @@ def tell_what_the_length_decides(
     last = schedule.horizon.last("step")
     if last is None:
         return
-    known = {item.key for item in kernel.inactive}
-    inactive = [
-        item
-        for item in (
+    kernel.add_inactive(
+        [
             *_late_switches(kernel, schedule, last),
             *_rate_in_vain(kernel.config, last, lr_schedule),
-        )
-        if item.key not in known
-    ]
-    if kernel.manager.strict and inactive:
-        problems = [Problem(i.reason, i.key, hint="--strict allows none") for i in inactive]
-        raise ConfigError(problems)
-    kernel.inactive += inactive
+        ]
+    )
     kernel.notices += _short_warmup(kernel.config, last, lr_schedule)
     kernel.notices += _cut_ramps(kernel, schedule)
     kernel.notices += _overlap(kernel.config, last, lr_schedule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Protocol
 
@@ -10,6 +11,7 @@ from pydantic import Field
 
 from apt_core.providers.base import Provider
 from apt_core.sections import Section, Size
+from apt_core.types import Unused
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,6 +35,14 @@ class TVASettings(Section):
     factored: bool = Field(
         default=False, description="Compute by the definition (slow; the reference for tests)."
     )
+
+    def unused(self) -> Iterator[Unused]:
+        """Settings that have no effect beside others."""
+        if self.rank is not None:
+            yield Unused("model.tva.r", "model.tva.rank takes its place", ("model.tva.rank",))
+        if self.s == 0:
+            because = "model.tva.s is 0: there is no compensator"
+            yield Unused("model.tva.tau", because, ("model.tva.s",))
 
     def rank_in(self, head_dim: int) -> int:
         """R for heads of width ``head_dim``: 0 where the ratio leaves none, and above ``head_dim``

@@ -12,12 +12,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from apt_core.config import inactive_alone
 from apt_core.data.batches import BatchPlan
 from apt_core.data.loading import build_tokenizer, load_text
 from apt_core.data.tokens import ids_sha256, tokenize
 from apt_core.device import autocast_dtype, forget_peak_memory
-from apt_core.errors import ConfigError, Problem
 from apt_core.kernel import Kernel, before_the_run
 from apt_core.log import get_logger
 from apt_core.modeling.blame import naming_authors
@@ -29,7 +27,7 @@ from apt_core.modeling.lr_scale import undeclared_squares
 from apt_core.modeling.seeds import fp32_products
 from apt_core.optim.build import build_optimizer
 from apt_core.parallel.peak import measured_peak_flops
-from apt_core.parallel.world import ALONE, World
+from apt_core.parallel.world import ALONE, World, inactive_alone
 from apt_core.planning.run_length import horizon, tell_what_the_length_decides
 from apt_core.profile_paths import READ
 from apt_core.providers.lr_schedule import LRScheduleProvider
@@ -81,7 +79,7 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> tuple[Parts,
     config, registry = kernel.config, kernel.registry
     training = config.training
     if world.size == 1:
-        _note_what_needs_others(kernel)
+        kernel.add_inactive(inactive_alone(kernel.config))
     dtype = autocast_dtype(training.mixed_precision, device, config.model.d_model)
     # Before the model takes its memory.
     measured_peak_flops(device, dtype or torch.float32)
@@ -162,14 +160,6 @@ def _what_decides(
         "tf32": kernel.config.hardware.tf32,
         "versions": versions(),
     }
-
-
-def _note_what_needs_others(kernel: Kernel) -> None:
-    """Keys of distribution do nothing in a run of one process. Raises ConfigError if ``strict``."""
-    inactive = inactive_alone(kernel.config)
-    if inactive and kernel.manager.strict:
-        raise ConfigError([Problem(i.reason, i.key, hint="--strict allows none") for i in inactive])
-    kernel.inactive += inactive
 
 
 def _data(

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apt_core import ModelOutput
+from apt_core.data import IGNORED
 from apt_core.providers import AlignProvider
 from apt_plugins.align.divergence import divergence_sum
 from apt_plugins.align.settings import BistateSettings
 
-IGNORED = -100
 MAX_TOKENS = 1024
 """Of more tokens in a micro-batch, the contrast takes so many: its matrix is of their square."""
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 from apt_core import hookimpl
+from apt_core.data import IGNORED
 from apt_core.modeling import ModelTransform, cross_entropy
 from apt_core.testing import TinyRun, tiny_run
 
@@ -148,7 +149,7 @@ def test_the_loss_in_parts_is_the_loss_and_waits_for_nothing(
     monkeypatch.setattr(cross_entropy, "PART_BYTES", 2**20)
     logits = torch.randn(1000, 3000, device=GPU).bfloat16().requires_grad_()
     targets = torch.randint(3000, (1000,), device=GPU)
-    targets[::7] = -100
+    targets[::7] = IGNORED
     F.cross_entropy(logits.float(), targets, reduction="sum").backward()
     assert logits.grad is not None
     expected, logits.grad = logits.grad.float(), None

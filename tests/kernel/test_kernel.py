@@ -12,7 +12,7 @@ import yaml
 
 import profiles
 from apt_core import ConfigError, SectionSpec
-from apt_core.config import Override
+from apt_core.config import InactiveKey, Override
 from apt_core.errors import PluginError, Problem
 from apt_core.kernel import Kernel, boot
 from apt_core.plugin_manager import PluginManager
@@ -444,3 +444,24 @@ def test_an_isolated_broken_plugin_leaves_its_keys_inert(install: Install) -> No
         "model.moe",
         *(f"schedules.{key}" for key in CURRICULUM["schedules"]),
     }
+
+
+def test_what_only_a_run_finds_inactive_is_kept_once_and_refused_when_strict() -> None:
+    profile = {"data": {"padding": "longest"}}
+    kernel = start(profile)
+    (known,) = kernel.inactive
+    found = [InactiveKey(known.key, "another reason"), InactiveKey("hardware.backend", "alone")]
+    kernel.add_inactive(found)
+    kernel.add_inactive(found)
+    assert kernel.inactive == [known, found[1]]
+    strict = start(strict=True)
+    with pytest.raises(ConfigError) as caught:
+        strict.add_inactive(found)
+    # In the words of boot().
+    refused = [str(problem).removeprefix("profile: ") for problem in caught.value.problems]
+    (told,) = problems(profile, strict=True).values()
+    assert (
+        refused[1]
+        == "hardware.backend: it does nothing here: alone (--strict allows no inactive key)"
+    )
+    assert refused[0].replace("another reason", known.reason) == str(told).removeprefix("profile: ")

@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from apt_core import ProviderSpec, hookimpl
+from apt_core.data import IGNORED
 from apt_core.errors import ConfigError
 from apt_core.evaluation.quick_eval import sums_of
 from apt_core.kernel import boot
@@ -473,7 +474,7 @@ def test_the_loss_in_parts_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = torch.Generator().manual_seed(0)
     logits = 4 * torch.randn(rows, classes, generator=draw)
     targets = torch.randint(classes, (rows,), generator=draw)
-    targets[::7] = -100
+    targets[::7] = IGNORED
 
     def computed(
         function: Callable[[torch.Tensor], torch.Tensor], given: torch.Tensor

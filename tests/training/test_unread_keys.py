@@ -13,10 +13,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from apt_core.cli.train import _processes_wanted
-from apt_core.config import Section, inactive_alone
+from apt_core.config import Section
 from apt_core.config.messages import models_in
 from apt_core.errors import ConfigError
 from apt_core.kernel import Kernel, boot
+from apt_core.parallel.world import inactive_alone
 from apt_core.testing import TINY_PROFILE
 from apt_core.testing.tiny import TEXT
 from apt_core.training import Trainer
@@ -24,8 +25,8 @@ from apt_core.training import Trainer
 JUDGES = ("apt_core.config.inactive", "apt_core.config.checks", "apt_core.config.schedule_check",
           "apt_core.config.validate", "apt_core.profile_check",
           "apt_core.provider_keys")  # fmt: skip
-JUDGING = ("contradictions", "unused")
-"""Reading a key to judge it is not heeding it: modules of the core, and functions of plugins."""
+JUDGING = ("contradictions", "unused", "inactive_alone")
+"""Reading a key to judge it is not heeding it: modules of the core, and functions elsewhere."""
 
 EXPERTS = ["moe", "routing", "align", "voter"]
 CONTEXTS: dict[str, dict[str, Any]] = {
@@ -186,11 +187,19 @@ def read_in_a_run(
     seen: set[tuple[str, str]] = set()
     plain = Section.__getattribute__
 
+    def judges(frame: Any) -> bool:
+        return frame.f_globals.get("__name__") in JUDGES or frame.f_code.co_name in JUDGING
+
     def recording(section: Section, name: str) -> Any:
         if not name.startswith("_") and name in type(section).model_fields:
             frame = sys._getframe(1)
-            judged = frame.f_globals.get("__name__") in JUDGES or frame.f_code.co_name in JUDGING
-            if not judged:
+            # A judge may ask a method of the section.
+            callers = (
+                (frame, frame.f_back)
+                if isinstance(frame.f_locals.get("self"), Section)
+                else (frame,)
+            )
+            if not any(map(judges, callers)):
                 seen.add((type(section).__name__, name))
         return plain(section, name)
 

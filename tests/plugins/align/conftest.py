@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from apt_core import ModelOutput
+from apt_core.data import IGNORED
 from apt_core.testing import TINY_PROFILE, TinyRun, tiny_run
-
-IGNORED = -100
 
 
 @pytest.fixture(autouse=True)

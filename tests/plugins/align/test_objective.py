@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from apt_core.data import IGNORED
 from apt_core.plugin_manager import PluginManager
 from apt_core.registry import Registry
 from apt_plugins.align import plugin
@@ -51,7 +52,7 @@ def test_kl_of_equal_states_is_0_and_the_contrast_is_finite(two_states):
 
 def test_terms_are_what_the_formula_says(two_states):
     live, stable, targets, vein = two_states()
-    counts = (targets != -100).flatten()
+    counts = (targets != IGNORED).flatten()
     settings = {"alpha": 0.7, "beta": 0.3, "tau_align": 0.5}
     terms = BistateProvider(settings).terms(live, stable, targets, vein=vein)
     divergence = F.kl_div(
@@ -93,7 +94,7 @@ def test_mutual_terms_do_not_tell_the_states_apart(two_states):
 def test_divergence_in_chunks_is_the_divergence_in_value_and_gradients(two_states, rows):
     live, stable, targets, _ = two_states()
     live, stable = (output.logits.flatten(0, 1) for output in (live, stable))
-    counts = (targets != -100).flatten()
+    counts = (targets != IGNORED).flatten()
     chunked = divergence_sum(live, stable, counts, chunk_elements=rows * live.shape[-1])
     expected = naive_divergence(live, stable, counts)
     torch.testing.assert_close(chunked, expected, rtol=1e-13, atol=0)
@@ -149,7 +150,7 @@ def test_probabilities_do_not_all_exist_at_once():
 
 def test_what_does_not_count_changes_nothing(two_states):
     live, stable, targets, vein = two_states()
-    ignored = (targets == -100).unsqueeze(-1)
+    ignored = (targets == IGNORED).unsqueeze(-1)
     other = type(live)(
         live.logits.masked_fill(ignored, 9.0), live.hidden.masked_fill(ignored, -5.0)
     )
@@ -162,7 +163,7 @@ def test_what_does_not_count_changes_nothing(two_states):
 
 def test_a_micro_batch_without_targets_gives_zeros_and_no_nan(two_states):
     live, stable, targets, vein = two_states()
-    terms = BistateProvider().terms(live, stable, torch.full_like(targets, -100), vein=vein)
+    terms = BistateProvider().terms(live, stable, torch.full_like(targets, IGNORED), vein=vein)
     assert [term.item() for term in terms.values()] == [0, 0]
     sum(terms.values()).backward()
     assert live.logits.grad.abs().max() == live.hidden.grad.abs().max() == 0
@@ -170,7 +171,7 @@ def test_a_micro_batch_without_targets_gives_zeros_and_no_nan(two_states):
 
 def test_the_contrast_takes_a_bounded_number_of_tokens_evenly(two_states):
     live, stable, targets, vein = two_states(batch=3, length=8)
-    counts = (targets != -100).flatten()
+    counts = (targets != IGNORED).flatten()
     few = info_nce(live.hidden, stable.hidden, counts, vein, 0.2, max_tokens=6)
     taken = torch.arange(0, 24, 4)
     picked = [hidden.flatten(0, 1)[taken].unsqueeze(0) for hidden in (live.hidden, stable.hidden)]

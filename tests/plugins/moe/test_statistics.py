@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from apt_core.data import IGNORED
 from apt_plugins.moe import statistics
 from apt_plugins.moe.settings import MoeSettings
 
-IGNORED = -100
 LAYERS, GROUPS, EXPERTS, TOP_K = 3, 2, 5, 2
 SHAPE = (4, 6)
 TOKENS = SHAPE[0] * SHAPE[1]
