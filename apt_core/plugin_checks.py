@@ -20,6 +20,7 @@ from apt_core.plugin_objects import (
     declared_info,
     function_in,
     has_hooks,
+    implementation_options,
     options_of,
     plugin_info,
 )
@@ -94,6 +95,21 @@ def _problems_of(plugin: Any, name: str, specs: Mapping[str, Any]) -> list[Probl
     return problems
 
 
+def hooks_beside_class(plugin: Any, name: str) -> list[Problem]:
+    """A problem for every hook of a module that names a class: nobody would call it."""
+    hooks = [] if inspect.isclass(plugin) else dir(plugin)
+    return [
+        Problem(
+            f"its module has hooks beside its class {CLASS}",
+            key=f"plugin {name}, {hook}",
+            where=_where(getattr(plugin, hook)),
+            hint="put them all into the class, or all into the module",
+        )
+        for hook in hooks
+        if implementation_options(plugin, hook)
+    ]
+
+
 def misplaced_hooks(plugin: Any) -> str:
     """Where the hooks of a module that has none may be instead: in a class of it."""
     for name, value in vars(plugin).items() if isinstance(plugin, ModuleType) else ():
@@ -116,10 +132,8 @@ def _check_implementation(
     options: Mapping[str, Any],
     specs: Mapping[str, Any],
 ) -> list[Problem]:
-    file, line = source_of(function)
     hook = options.get("specname") or attribute
-    key = f"plugin {name}, {hook}"
-    where = f"{short_path(file)}:{line}" if file else ""
+    key, where = f"plugin {name}, {hook}", _where(function)
 
     def problem(message: str, hint: str) -> Problem:
         return Problem(message, key=key, where=where, hint=hint)
@@ -149,6 +163,11 @@ def _check_implementation(
         problem(message, hint)
         for message, hint in _check_parameters(plugin, attribute, function, specs[hook].argnames)
     ]
+
+
+def _where(function: Callable[..., Any]) -> str:
+    file, line = source_of(function)
+    return f"{short_path(file)}:{line}" if file else ""
 
 
 def _check_parameters(

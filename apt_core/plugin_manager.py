@@ -24,13 +24,12 @@ from apt_core.hook_plans import Call, HookPlans, Plan
 from apt_core.hook_wrappers import Owned, run_wrapped, values_of
 from apt_core.hookspecs import REACHES_WEIGHTS, hooks_where, policy_of
 from apt_core.markers import PROJECT, HookPolicy
-from apt_core.plugin_checks import check_plugin_object
+from apt_core.plugin_checks import check_plugin_object, hooks_beside_class
 from apt_core.plugin_failures import PluginFailures
 from apt_core.plugin_names import normalized_name
 from apt_core.plugin_objects import (
     canonical_name,
     implementation_options,
-    loose_hooks,
     make,
     plugin_class,
     plugin_info,
@@ -93,20 +92,12 @@ class PluginManager(pluggy.PluginManager):
         name = normalized_name(name or canonical_name(plugin))
         info, cls = plugin_info(plugin), plugin_class(plugin)
         unusable = self._unusable(name, info)
-        problems = []
         if cls is not None:
-            problems += [
-                Problem(
-                    f"its module has hooks beside its class {cls.__name__}",
-                    key=f"plugin {name}, {hook}",
-                    hint="put them all into the class, or all into the module",
-                )
-                for hook in loose_hooks(plugin)
-            ]
-            if unusable or problems:  # what it needs to be made may be missing
-                raise ConfigError(unusable + problems)
+            problems = unusable + hooks_beside_class(plugin, name)
+            if problems:  # what it needs to be made may be missing
+                raise ConfigError(problems)
             plugin = make(cls, name)
-        problems += check_plugin_object(plugin, name, self._specs())
+        problems = check_plugin_object(plugin, name, self._specs())
         if name == CORE:
             problems.append(Problem("the name is the core's own", key=f"plugin {name}"))
         if name in self._name2plugin:

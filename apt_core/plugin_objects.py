@@ -73,23 +73,20 @@ def _module_of_class(plugin: Any) -> ModuleType | None:
 
 def plugin_class(plugin: Any) -> type[Any] | None:
     """The class of which each run is given an object of its own: ``plugin`` as one, or what a
-    module calls ``Plugin`` if that has hooks. None for a module of functions and for an object."""
+    module calls ``Plugin``. None for an object and for a module of functions, whose ``Plugin``, if
+    there is one, is something else: a class without hooks."""
     if inspect.isclass(plugin):
         return plugin
     cls = vars(plugin).get(CLASS) if isinstance(plugin, ModuleType) else None
-    return cls if inspect.isclass(cls) and has_hooks(cls) else None
+    if not inspect.isclass(cls):
+        return None
+    own = cls.__module__ == plugin.__name__ and not has_hooks(plugin)
+    return cls if own or has_hooks(cls) else None
 
 
 def has_hooks(plugin: Any) -> bool:
     """Is any attribute marked with ``@hookimpl``?"""
     return any(implementation_options(plugin, attribute) for attribute in dir(plugin))
-
-
-def loose_hooks(plugin: Any) -> list[str]:
-    """The hooks of a module beside its class, which nobody would call."""
-    if inspect.isclass(plugin) or plugin_class(plugin) is None:
-        return []
-    return [attribute for attribute in dir(plugin) if implementation_options(plugin, attribute)]
 
 
 def canonical_name(plugin: Any) -> str:
@@ -113,6 +110,8 @@ def make(cls: type[Any], name: str) -> Any:
                 f"its class {cls.__name__} cannot be made: {one_line(error)}",
                 key=f"plugin {name}",
                 where=where_raised(error, *source_of(cls)),
-                hint="a plugin's class is called without arguments: apt_configure gets the profile",
+                hint="it is called without arguments: apt_configure gets the profile"
+                if isinstance(error, TypeError)
+                else "",
             )
         ) from error

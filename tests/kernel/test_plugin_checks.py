@@ -249,6 +249,15 @@ def test_what_is_wrong_with_a_class(
     assert message in problem.message
 
 
+def test_a_class_without_hooks_is_the_plugin_where_there_are_no_others(
+    manager: PluginManager, load_source: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    module = load_source("mine", CLASS.replace("    @hookimpl\n", ""))
+    manager.register(module, "mine")
+    assert type(manager.get_plugin("mine")) is module.Plugin
+    assert "on_step_end at mine.py:16 has the name of a hook but is not marked" in caplog.text
+
+
 def test_a_class_without_hooks_is_none_of_the_plugin(
     manager: PluginManager, load_source: Callable[..., Any]
 ) -> None:
