@@ -75,7 +75,7 @@ class Kernel:
 
 
 def boot(
-    profile: str | Path | Mapping[str, Any] | Config,
+    profile: str | Path | Mapping[str, Any] | Config | Source,
     *,
     plugins: Sequence[str] = (),
     overrides: Sequence[Override] = (),
@@ -133,10 +133,12 @@ def boot(
 
 
 def _read(
-    profile: str | Path | Mapping[str, Any] | Config, overrides: Sequence[Override]
+    profile: str | Path | Mapping[str, Any] | Config | Source, overrides: Sequence[Override]
 ) -> Source:
     if isinstance(profile, str | Path):
         return read_profile(profile, overrides)
+    if isinstance(profile, Source):
+        return core_text(profile.with_overrides(overrides))
     data = profile.to_dict(secrets=True) if isinstance(profile, Config) else profile
     return core_text(Source.from_dict(data).with_overrides(overrides))
 

@@ -46,6 +46,18 @@ class Horizon:
     max_steps: int | None = None
     steps: Steps | None = None
 
+    @classmethod
+    def of(cls, config: Config, steps: Steps) -> Horizon:
+        """That of a run, with what limits it; ``training.max_tokens`` in steps."""
+        training = config.training
+        limits = [] if training.max_steps is None else [training.max_steps]
+        if training.max_tokens is not None:
+            # The step that reaches them is the last.
+            after = cls(steps=steps).first_step_from(training.max_tokens, "token")
+            assert after is not None
+            limits.append(after - 1)
+        return cls(training.max_epochs, min(limits, default=None), steps)
+
     def convert(self, value: int, given: Unit, wanted: Unit) -> int | None:
         """The position in another unit, or None where the steps are not known.
 

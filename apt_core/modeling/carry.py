@@ -43,7 +43,7 @@ def materialize(
     _give_memory(new, CPU if world.sharding == "fsdp" else device)
     names = [name for name, _ in new.named_parameters()]
     origins = {name: transform.origin(name, values) if carry else None for name in names}
-    anew = {name for name, origin in origins.items() if origin is None}
+    anew = {name for name, origin in origins.items() if origin is None and carry}
     initialize_parameters(new, seed, num_layers=num_layers, only=anew)
     for name, parameter in new.named_parameters():
         origin = origins[name]

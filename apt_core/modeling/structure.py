@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from apt_core.config import Config
+from apt_core.errors import CheckpointError, ConfigError, Problem
 from apt_core.kernel import Kernel
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.modeling.transforms import ModelTransform
@@ -64,6 +67,56 @@ def structure_after(
         if transform is not None:
             structure = transform.model
     return structure
+
+
+class MadeSwitch(Protocol):
+    """A change of the model that a run has made: by which plugin, and which others were
+    ``quarantined`` then."""
+
+    plugin: str
+    quarantined: list[str]
+
+
+AnySwitch = TypeVar("AnySwitch", bound=MadeSwitch)
+
+
+def require_plugins(kernel: Kernel, plugins: Iterable[str]) -> None:
+    """Raise ConfigError where one of ``plugins``, which have changed a checkpoint's model, is not
+    active."""
+    absent = [name for name in plugins if not kernel.manager.has_plugin(name)]
+    if absent:
+        raise ConfigError(
+            [
+                Problem(
+                    f"plugin {name} has changed the structure of the checkpoint's model, and "
+                    "is not active here",
+                    key="plugins",
+                    hint=f"--plugin {name}, with the settings that it had",
+                )
+                for name in absent
+            ]
+        )
+
+
+def replayed(
+    kernel: Kernel, switches: Iterable[AnySwitch]
+) -> Iterator[tuple[AnySwitch, ModelTransform]]:
+    """The ``switches`` of a run once more, each with what its plugin, which is active, makes of a
+    copy of the structure before. Raises CheckpointError where one makes nothing of it now."""
+    manager, structure = kernel.manager, base_structure(kernel)
+    for switch in switches:
+        for name in switch.quarantined:
+            if manager.has_plugin(name):
+                manager.set_state(name, "quarantined", "as in the checkpoint")
+        transform = transform_of(kernel, switch.plugin, structure)
+        if transform is None:
+            reason = manager.records[switch.plugin].reason
+            raise CheckpointError(
+                f"plugin {switch.plugin} changed the structure of the checkpoint's model, "
+                f"and does not do so now{f' ({reason})' if reason else ''}"
+            )
+        structure = copy.deepcopy(transform.model)
+        yield switch, transform
 
 
 def transforming_plugins(kernel: Kernel, schedule: Schedule) -> list[str]:

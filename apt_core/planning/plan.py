@@ -31,7 +31,7 @@ from apt_core.planning.calibration import Calibration, Speed
 from apt_core.planning.footprint import Footprint
 from apt_core.planning.memory import MemoryEstimate, estimate, switch_memory
 from apt_core.planning.plan_text import print_plan
-from apt_core.planning.run_length import horizon, tell_what_the_length_decides
+from apt_core.planning.run_length import tell_what_the_length_decides
 from apt_core.planning.stages import Stage, stages
 from apt_core.plugin_names import is_file_reference
 from apt_core.provider_keys import DATA_PATHS, data_files
@@ -190,7 +190,7 @@ def _batch(
 def _planned_horizon(config: Config, steps: StepPlan | None) -> Horizon:
     """How long the run is, as far as that can be told without its data."""
     if steps is not None:
-        return horizon(config, steps)
+        return Horizon.of(config, steps)
     return Horizon(config.training.max_epochs, config.training.max_steps)
 
 

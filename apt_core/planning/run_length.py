@@ -8,19 +8,7 @@ from apt_core.config import Config, InactiveKey, Ramp
 from apt_core.kernel import Kernel
 from apt_core.optim.lr_schedules import WSDProvider
 from apt_core.providers.lr_schedule import LRScheduleProvider
-from apt_core.schedules import Horizon, Schedule, Steps
-
-
-def horizon(config: Config, steps: Steps) -> Horizon:
-    """How long the run is, with what limits it; ``training.max_tokens`` in steps."""
-    training = config.training
-    limits = [] if training.max_steps is None else [training.max_steps]
-    if training.max_tokens is not None:
-        # The step that reaches them is the last.
-        after = Horizon(steps=steps).first_step_from(training.max_tokens, "token")
-        assert after is not None
-        limits.append(after - 1)
-    return Horizon(training.max_epochs, min(limits, default=None), steps)
+from apt_core.schedules import Horizon, Schedule
 
 
 def tell_what_the_length_decides(

@@ -8,14 +8,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from apt_core.runs.opened import open_run
     from apt_core.runs.session import Position, Session
 
-__all__ = ["Position", "Session"]
+__all__ = ["Position", "Session", "open_run"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from apt_core.runs import session
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from apt_core.runs import opened, session
 
-        return getattr(session, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(opened if name == "open_run" else session, name)

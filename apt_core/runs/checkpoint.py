@@ -191,12 +191,15 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def best_by_evaluation(root: Path, watched: str) -> tuple[Path, float] | None:
-    """The checkpoint below ``root`` of the lowest loss on the windows that ``watched`` names, the
-    first of equals, with that loss; None where none was evaluated on them."""
+def best_by_evaluation(root: Path, watched: str = "") -> tuple[Path, float] | None:
+    """The checkpoint below ``root`` of the lowest loss on the windows that ``watched`` names, by
+    default those of the newest evaluation; the first of equals, with that loss. None where none was
+    evaluated on them."""
+    there = evaluations(root)
+    watched = watched or (there[-1][1].watched if there else "")
     found = [
         (path, evaluated.loss)
-        for path, evaluated in evaluations(root)
+        for path, evaluated in there
         if evaluated.watched == watched and isfinite(evaluated.loss)
     ]
     return min(found, key=lambda pair: pair[1], default=None)
@@ -222,6 +225,11 @@ class Checkpoint:
     plugins: dict[str, Tensor]
     profile: str
     manifest: dict[str, Any]
+
+    @property
+    def names(self) -> set[str]:
+        """What :meth:`tensors` may be asked for."""
+        return {name.partition("/")[0].removesuffix(SUFFIX) for name in self.manifest["sha256"]}
 
     def tensors(self, name: str) -> SavedTensors:
         """Those of ``model``, ``optimizer``, ``ema`` or ``average-N``. Raises CheckpointError."""

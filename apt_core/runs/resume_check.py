@@ -10,6 +10,7 @@ from apt_core.config.differences import differences
 from apt_core.config.source import plugin_items
 from apt_core.config.yaml_text import parse_yaml
 from apt_core.errors import CheckpointError, ConfigError, Problem
+from apt_core.kernel import Kernel
 from apt_core.secrets import is_secret, without_secrets
 from apt_core.types import SectionSpec, Unused
 
@@ -166,6 +167,22 @@ def check_resume(
     if refused:
         raise ConfigError(refused)
     return changed
+
+
+def check_providers(kernel: Kernel, manifest: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where another implementation runs than when the checkpoint was made,
+    which would be another model. ``manifest`` is the checkpoint's."""
+    resolutions = kernel.registry.resolutions.values()
+    here = {(row.kind, row.asked): row.used for row in resolutions}
+    for row in manifest.get("providers", []):
+        asked = row["kind"], row["asked"]
+        used = here.get(asked)
+        if used is not None and used != row["used"]:
+            key = kernel.providers.get(asked)
+            raise CheckpointError(
+                f"{row['kind']}: the checkpoint was trained with {row['used']!r}, here "
+                f"{used!r} would run" + (f"; name {row['used']!r} in {key}" if key else "")
+            )
 
 
 TRAINS = "it changes how the weights train"

@@ -107,6 +107,9 @@ class Change(_Part):
     after: Any
 
 
+WAITING, DISABLED = "waits for its schedule", "disabled by its schedule"
+
+
 class Progress(_Part):
     """How far a run has come, and what happened on the way.
 
@@ -128,6 +131,13 @@ class Progress(_Part):
     timeline: list[TimelineEntry] = []
     transforms: list[Switch] = []
     changes: list[Change] = []
+
+    def why_dormant(self, plugin: str) -> str:
+        """Why ``plugin``, which has a schedule, is not enabled; "" where it is."""
+        events = [entry.event for entry in self.timeline if entry.plugin == plugin]
+        if not events:
+            return WAITING
+        return "" if events[-1] == "enabled" else DISABLED
 
 
 class RunState(Progress):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from math import isclose
+from math import inf, isclose
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from apt_core.error_text import one_line
 from apt_core.errors import CheckpointError
 from apt_core.log import get_logger
 from apt_core.optim.build import PLAN
+from apt_core.parallel.world import local_part
 from apt_core.plugin_manager import PluginManager
 from apt_core.runs.checkpoint import join_tensors, split_tensors
 from apt_core.runs.run_state import RATES, Group
@@ -222,3 +223,26 @@ def joined_states(
             log.warning("plugin %s saved state but does not implement apt_load_state_dict", plugin)
         else:
             yield plugin, join_tensors(state, tensors)
+
+
+MOST_NAMED = 4
+"""How many names of tensors are told."""
+
+
+@torch.no_grad()
+def names_not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of those that hold a NaN or an infinity, as far as this process has them; waits for
+    the device once."""
+    parts = {name: local_part(tensor.detach()) for name, tensor in tensors.items()}
+    parts = {n: part for n, part in parts.items() if part.is_floating_point() and part.numel()}
+    if not parts:
+        return []
+    largest = [norm.float() for norm in torch._foreach_norm([*parts.values()], ord=inf)]
+    finite = torch.isfinite(torch.stack(largest)).tolist()
+    return [name for name, good in zip(parts, finite, strict=True) if not good]
+
+
+def listed(names: list[str]) -> str:
+    """Some of the names, and how many there are besides."""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more

@@ -4,41 +4,15 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from math import inf, isfinite
+from math import isfinite
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from apt_core.code_source import short_path
 from apt_core.config.schema import TrainingSection
 from apt_core.errors import DivergedError, TrainingError
 from apt_core.metric_names import CROSS_ENTROPY, LOSS
-from apt_core.parallel.world import local_part
 from apt_core.runs.checkpoint import newest_sound, step_of
 from apt_core.runs.folder import RunFolder
-
-SHOWN = 4
-"""How many names of tensors are told."""
-
-
-@torch.no_grad()
-def names_not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of those that hold a NaN or an infinity, as far as this process has them; waits for
-    the device once."""
-    parts = {name: local_part(tensor.detach()) for name, tensor in tensors.items()}
-    parts = {n: part for n, part in parts.items() if part.is_floating_point() and part.numel()}
-    if not parts:
-        return []
-    largest = [norm.float() for norm in torch._foreach_norm([*parts.values()], ord=inf)]
-    finite = torch.isfinite(torch.stack(largest)).tolist()
-    return [name for name, good in zip(parts, finite, strict=True) if not good]
-
-
-def listed(names: list[str]) -> str:
-    """Some of the names, and how many there are besides."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def void_steps(

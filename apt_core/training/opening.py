@@ -17,9 +17,9 @@ from apt_core.parallel.world import World
 from apt_core.profile_paths import user_path
 from apt_core.runs import checkpoint
 from apt_core.runs.checkpoint import Checkpoint
+from apt_core.runs.finding import find_checkpoint
 from apt_core.runs.folder import RunFolder, newest_folder, now
 from apt_core.training.prepare import Parts
-from apt_core.training.restoring import named_checkpoint
 from apt_core.training.trained_model import TrainedModel
 
 log = get_logger("apt.checkpoint")
@@ -108,7 +108,7 @@ class Opening:
         ):
             self._folder = RunFolder.existing(output, checkpoint_dir)
         if self._resume_from is not None:
-            self._found = named_checkpoint(self._resume_from)
+            self._found = find_checkpoint(self._resume_from, "--resume-from")
         elif self._folder is not None:
             checkpoint.sweep(self._folder.checkpoints)
             if checkpoint.list_checkpoints(self._folder.checkpoints):

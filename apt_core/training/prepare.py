@@ -28,12 +28,13 @@ from apt_core.modeling.seeds import fp32_products
 from apt_core.optim.build import build_optimizer
 from apt_core.parallel.peak import measured_peak_flops
 from apt_core.parallel.world import ALONE, World, inactive_alone
-from apt_core.planning.run_length import horizon, tell_what_the_length_decides
+from apt_core.planning.run_length import tell_what_the_length_decides
 from apt_core.profile_paths import READ
 from apt_core.providers.lr_schedule import LRScheduleProvider
 from apt_core.providers.optimizer import OptimizerProvider
 from apt_core.providers.tokenizer import TokenizerProvider
 from apt_core.runs.folder import versions
+from apt_core.schedules import Horizon
 from apt_core.training.curriculum.rehearsal import rehearse
 from apt_core.training.gathering import gathered_dtype
 from apt_core.training.step.forward import Forward
@@ -85,7 +86,7 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> tuple[Parts,
     measured_peak_flops(device, dtype or torch.float32)
     forget_peak_memory(device)  # that of the measurement, and of runs before this one
     tokenizer, plan, val_tokens, bytes_per_token, data = _data(kernel, world)
-    schedule = kernel.schedule.with_horizon(horizon(config, plan))
+    schedule = kernel.schedule.with_horizon(Horizon.of(config, plan))
     lr_schedule = registry.get("lr_schedule", training.lr_schedule_name)
     tell_what_the_length_decides(kernel, schedule, lr_schedule)
     with fp32_products(device, tf32=False):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,22 +12,23 @@ from apt_core.errors import CheckpointError, ConfigError, Problem
 from apt_core.kernel import Kernel
 from apt_core.log import get_logger
 from apt_core.modeling.carry import tell_buffers_loaded
+from apt_core.modeling.structure import require_plugins
 from apt_core.parallel.world import World
-from apt_core.planning.run_length import horizon, what_another_length_changes
+from apt_core.planning.run_length import what_another_length_changes
 from apt_core.runs import checkpoint
 from apt_core.runs.checkpoint import Checkpoint
-from apt_core.runs.resume_check import check_resume, saved_config, saved_profile
+from apt_core.runs.resume_check import check_providers, check_resume, saved_config, saved_profile
 from apt_core.runs.run_state import Change, Progress
 from apt_core.runs.state_tensors import (
     joined_states,
+    listed,
     load_optimizer,
     load_optimizer_groups,
     model_tensors,
 )
-from apt_core.schedules import Schedule
+from apt_core.schedules import Horizon, Schedule
 from apt_core.secrets import with_secrets
 from apt_core.training.curriculum.switching import Switching
-from apt_core.training.diverging import listed
 from apt_core.training.hooks import TrainerHooks
 from apt_core.training.prepare import Parts
 from apt_core.training.step.usage import Usage
@@ -38,25 +38,6 @@ from apt_core.training.trained_model import TrainedModel
 log = get_logger("apt.checkpoint")
 
 TEXTS = {"train": "training text", "val": "held-out text"}
-
-
-def named_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at ``path``, or the newest intact one of the run there.
-
-    Raises ConfigError if there is nothing, CheckpointError if nothing there is intact.
-    """
-    if not path.exists():
-        raise ConfigError(
-            Problem("there is no such checkpoint or run folder", "--resume-from", str(path))
-        )
-    if not path.is_dir():
-        raise ConfigError(
-            Problem("is a file: a checkpoint is a folder", "--resume-from", str(path))
-        )
-    if (path / "state.json").exists():
-        return checkpoint.load(path)
-    inside = path / "checkpoints"
-    return checkpoint.newest_intact(inside if inside.is_dir() else path)
 
 
 GROUPS_HOOK = "apt_param_groups"
@@ -91,11 +72,11 @@ class Restoring:
         """Raises CheckpointError, ConfigError where the checkpoint does not fit this run."""
         kernel, state, trained = self._kernel, found.state, self._trained
         # First: without its plugin, every setting of an absent one differs too.
-        self._switching.check_plugins(state.transforms)
+        require_plugins(kernel, (switch.plugin for switch in state.transforms))
         self._check_global_batch(state.windows_per_step)
         self._check_precision(state.precision)
         changed = self._check_profile(found)
-        _check_providers(kernel, found.manifest)
+        check_providers(kernel, found.manifest)
         self._check_tokens(found)
         self._switching.replay(state.transforms)
         found.tensors("model").read_into(model_tensors(trained.model), "model")
@@ -277,7 +258,7 @@ class Restoring:
                 return "the learning rate and annealed parameters depend on the length of the run"
             return what_another_length_changes(
                 kernel,
-                horizon(before, self._parts.plan),
+                Horizon.of(before, self._parts.plan),
                 self._schedule.horizon,
                 self._parts.lr_schedule,
                 state.step,
@@ -338,18 +319,3 @@ def _changed_plugins(kernel: Kernel, manifest: Mapping[str, Any]) -> Iterator[st
         before, record = row.get("source_sha256"), records.get(row.get("name"))
         if record is not None and before and record.source_sha256 not in ("", before):
             yield f"the code of plugin {record.name} differs from that of the checkpoint"
-
-
-def _check_providers(kernel: Kernel, manifest: Mapping[str, Any]) -> None:
-    """The same implementations must run: another one would be another model."""
-    resolutions = kernel.registry.resolutions.values()
-    here = {(row.kind, row.asked): row.used for row in resolutions}
-    for row in manifest.get("providers", []):
-        asked = row["kind"], row["asked"]
-        used = here.get(asked)
-        if used is not None and used != row["used"]:
-            key = kernel.providers.get(asked)
-            raise CheckpointError(
-                f"{row['kind']}: the checkpoint was trained with {row['used']!r}, here "
-                f"{used!r} would run" + (f"; name {row['used']!r} in {key}" if key else "")
-            )

@@ -22,7 +22,8 @@ from apt_core.runs import checkpoint
 from apt_core.runs.checkpoint import Evaluated, Snapshot
 from apt_core.runs.folder import RunFolder
 from apt_core.runs.run_state import Progress
-from apt_core.training.diverging import diverged, listed
+from apt_core.runs.state_tensors import listed
+from apt_core.training.diverging import diverged
 from apt_core.training.hooks import TrainerHooks
 from apt_core.training.snapshots import Snapshots
 from apt_core.training.trained_model import TrainedModel
@@ -177,8 +178,7 @@ class Saving:
         best = checkpoint.best_by_evaluation(root, watched)
         if best is not None:
             return _Best(checkpoint.step_of(best[0]), best[1]), ""
-        others = checkpoint.evaluations(root)
-        best = checkpoint.best_by_evaluation(root, others[-1][1].watched) if others else None
+        best = checkpoint.best_by_evaluation(root)
         if best is None:
             return _Best(), ""
         return _Best(checkpoint.step_of(best[0])), (

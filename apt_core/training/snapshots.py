@@ -96,6 +96,7 @@ class Snapshots:
                 **({"in_step": self._kept_in_step()} if in_step else {}),
                 "written": now(),
                 "versions": versions(),
+                "data": self._parts.data,
                 "providers": [row.row() for row in kernel.registry.resolutions.values()],
                 "plugins": plugin_rows(kernel),
                 "sound": self._trained.guard.in_a_row == 0,

@@ -36,11 +36,11 @@ from apt_core.monitor import ProgressDisplay
 from apt_core.optim.averages import WeightAverage
 from apt_core.parallel.world import World
 from apt_core.planning.memory import out_of_memory, own_memory
-from apt_core.planning.run_length import horizon
 from apt_core.plugin_manager import PluginManager
 from apt_core.runs.folder import RunFolder
 from apt_core.runs.run_state import Progress
 from apt_core.runs.session import Position, Session
+from apt_core.schedules import Horizon
 from apt_core.torch_state import TorchWatch
 from apt_core.training.curriculum.enabling import Enabling
 from apt_core.training.curriculum.switching import Switching
@@ -350,7 +350,7 @@ class Trainer:
         kernel, config, parts, world = self.kernel, self.config, self.parts, self.world
         progress, trained = self.progress, self.trained
         hooks, stopping = self._hooks, self.stopping
-        ends = horizon(config, parts.plan)
+        ends = Horizon.of(config, parts.plan)
         self.schedule = kernel.schedule.with_horizon(ends)
         total_steps = ends.last("step") or 0
         cost = model_cost(kernel).flops_per_token

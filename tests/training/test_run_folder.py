@@ -18,8 +18,8 @@ from apt_core.errors import ConfigError
 from apt_core.log import get_logger, logging_to
 from apt_core.runs import folder as run_folder
 from apt_core.runs import folder_lock
+from apt_core.runs.finding import find_checkpoint
 from apt_core.runs.folder import RunFolder, newest_folder
-from apt_core.training.restoring import named_checkpoint
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_a_folder_in_use_is_refused_under_its_lock(tmp_path):
     with pytest.raises(ConfigError, match="is a file, not a folder"):
         RunFolder.create(tmp_path / "file", "mine", None)
     with pytest.raises(ConfigError, match="is a file: a checkpoint is a folder"):
-        named_checkpoint(tmp_path / "file")
+        find_checkpoint(tmp_path / "file", "path")
 
 
 def test_a_child_that_outlives_its_run_does_not_keep_it_locked(tmp_path, in_children):

@@ -11,8 +11,9 @@ from apt_core.data.batches import StepPlan
 from apt_core.errors import ConfigError
 from apt_core.kernel import Kernel, boot
 from apt_core.planning.plan import make_plan
-from apt_core.planning.run_length import horizon, tell_what_the_length_decides
+from apt_core.planning.run_length import tell_what_the_length_decides
 from apt_core.plugin_manager import PluginManager
+from apt_core.schedules import Horizon
 from apt_core.testing import TINY_PROFILE, tiny_run
 from apt_core.testing.tiny import TEXT
 
@@ -57,7 +58,7 @@ def told(
     """Notices, and inactive keys with their reasons, of a run over ``STEPS``."""
     kernel = kernel_of(schedules, strict=strict, **training)
     lr_schedule = kernel.registry.get("lr_schedule", kernel.config.training.lr_schedule_name)
-    schedule = kernel.schedule.with_horizon(horizon(kernel.config, STEPS))
+    schedule = kernel.schedule.with_horizon(Horizon.of(kernel.config, STEPS))
     tell_what_the_length_decides(kernel, schedule, lr_schedule)
     return kernel.notices, {item.key: item.reason for item in kernel.inactive}
 
@@ -66,7 +67,7 @@ def test_max_tokens_is_the_step_that_reaches_them():
     before = [STEPS.targets_before(1, index) for index in range(10)]
     before += [102 + STEPS.targets_before(2, index) for index in range(1, 10)]
     for tokens in range(1, 205):
-        last = horizon(kernel_of(max_tokens=tokens).config, STEPS).last("step")
+        last = Horizon.of(kernel_of(max_tokens=tokens).config, STEPS).last("step")
         assert before[last - 1] < tokens <= before[last]
 
 

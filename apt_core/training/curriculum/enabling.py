@@ -7,7 +7,7 @@ from logging import WARNING
 
 from apt_core.log import get_logger
 from apt_core.parallel.world import World
-from apt_core.runs.run_state import Progress, TimelineEntry
+from apt_core.runs.run_state import DISABLED, Progress, TimelineEntry
 from apt_core.schedules import Schedule
 from apt_core.training.curriculum.switching import Switching
 from apt_core.training.hooks import TrainerHooks
@@ -15,8 +15,6 @@ from apt_core.training.step.parameters import ScheduledParameters
 from apt_core.training.trained_model import TrainedModel
 
 log = get_logger("apt.training")
-
-_WAITING, _DISABLED = "waits for its schedule", "disabled by its schedule"
 
 
 class Enabling:
@@ -50,11 +48,11 @@ class Enabling:
         active = sorted(r.name for r in self.manager.records.values() if r.state == "active")
         with_schedule = dict.fromkeys(b.plugin for b in self._schedule.boundaries())
         self.scheduled = [name for name in with_schedule if name in active]
-        before = {name: self._last_event(name) for name in self.scheduled}
-        enabled_before = [name for name, event in before.items() if event == "enabled"]
-        for name, event in before.items():
-            if event != "enabled":
-                self.manager.set_state(name, "dormant", _DISABLED if event else _WAITING)
+        asleep = {name: self._progress.why_dormant(name) for name in self.scheduled}
+        enabled_before = [name for name, reason in asleep.items() if not reason]
+        for name, reason in asleep.items():
+            if reason:
+                self.manager.set_state(name, "dormant", reason)
         self.manager.step = self._progress.step
         for name in active:
             known = name in enabled_before
@@ -82,7 +80,7 @@ class Enabling:
                 enabled = True
                 self._record()  # now: a run that is killed later was enabled too
             elif not due and state == "active":
-                self.manager.set_state(name, "dormant", _DISABLED)
+                self.manager.set_state(name, "dormant", DISABLED)
                 self._trained.averages.by_plugin.pop(name, None)  # it is not enabled again
                 self._note(name, "disabled", epoch, step)
         return enabled
@@ -161,7 +159,3 @@ class Enabling:
         self._progress.timeline.append(
             TimelineEntry(plugin=plugin, event=event, epoch=epoch, step=step)
         )
-
-    def _last_event(self, plugin: str) -> str:
-        events = [entry.event for entry in self._progress.timeline if entry.plugin == plugin]
-        return events[-1] if events else ""

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from apt_core.data.batches import Batch
 from apt_core.device import is_out_of_memory
-from apt_core.errors import CheckpointError, ConfigError, Problem
+from apt_core.errors import ConfigError
 from apt_core.kernel import Kernel
 from apt_core.log import get_logger
 from apt_core.modeling.calling import losses_in_fp32
@@ -23,7 +23,7 @@ from apt_core.modeling.carry import (
     materialize,
 )
 from apt_core.modeling.seeds import fp32_products
-from apt_core.modeling.structure import HOOK, base_structure, transform_of
+from apt_core.modeling.structure import HOOK, base_structure, replayed, transform_of
 from apt_core.modeling.transforms import ModelTransform
 from apt_core.optim.averages import Averages, WeightAverage
 from apt_core.optim.build import build_optimizer
@@ -160,38 +160,11 @@ class Switching:
         )
         return True
 
-    def check_plugins(self, switches: Sequence[Switch]) -> None:
-        """Raise ConfigError where a plugin that made one of ``switches`` is not active."""
-        absent = [s.plugin for s in switches if not self._manager.has_plugin(s.plugin)]
-        if absent:
-            raise ConfigError(
-                [
-                    Problem(
-                        f"plugin {name} has changed the structure of the checkpoint's model, and "
-                        "is not active here",
-                        key="plugins",
-                        hint=f"--plugin {name}, with the settings that it had",
-                    )
-                    for name in absent
-                ]
-            )
-
     def replay(self, switches: Sequence[Switch]) -> None:
         """Give the model the structure that it had after ``switches``, whose plugins are active,
         with weights that are to be loaded. Raises CheckpointError where one does not make it
         again."""
-        manager = self._manager
-        for switch in switches:
-            for name in switch.quarantined:
-                if manager.has_plugin(name):
-                    manager.set_state(name, "quarantined", "as in the checkpoint")
-            transform = self._transform(switch.plugin)
-            if transform is None:
-                reason = manager.records[switch.plugin].reason
-                raise CheckpointError(
-                    f"plugin {switch.plugin} changed the structure of the checkpoint's model, "
-                    f"and does not do so now{f' ({reason})' if reason else ''}"
-                )
+        for switch, transform in replayed(self._kernel, switches):
             structure, model = self._make_model(transform, carry=False)
             optimizer, averages = self._make_rest(transform, model, carry=False)
             self._adopt(structure, model, optimizer, averages, transform)

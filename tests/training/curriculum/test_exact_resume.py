@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from apt_core.training import opening, restoring
+from apt_core.training import restoring
+from apt_core.training.restoring import Restoring
 
 if TYPE_CHECKING:
     from tests.training.curriculum.conftest import Curriculum
@@ -94,19 +95,19 @@ def biases(curriculum: Curriculum) -> list[torch.Tensor]:
 
 
 def without_bias(monkeypatch: pytest.MonkeyPatch) -> None:
-    restore = restoring.restore
+    restore = Restoring.restore
 
-    def restored(trainer: Any, found: Any) -> None:
-        restore(trainer, found)
-        for name, buffer in trainer.model.named_buffers():
+    def restored(self: Any, found: Any) -> None:
+        restore(self, found)
+        for name, buffer in self._trained.model.named_buffers():
             if name.endswith("router.bias"):
                 buffer.zero_()
 
-    monkeypatch.setattr(opening, "restore", restored)
+    monkeypatch.setattr(Restoring, "restore", restored)
 
 
 def without_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(restoring, "_restore_averages", lambda trainer, found: None)
+    monkeypatch.setattr(Restoring, "_restore_averages", lambda self, found: None)
 
 
 def without_routing_values(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,115 @@
+"""Which checkpoint is meant: by a path, a step, or by what an evaluation gave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from apt_core.errors import CheckpointError, ConfigError, Problem
+from apt_core.json_files import read_json
+from apt_core.runs import checkpoint
+from apt_core.runs.checkpoint import Checkpoint
+from apt_core.runs.layout import CHECKPOINTS, IS_STEP, checkpoints_folder, named_folder
+from apt_core.runs.resume_check import saved_profile
+
+TRIES = 3
+"""A run that goes on may have deleted the checkpoints that were listed, but not again and again."""
+
+
+def find_checkpoint(
+    path: Path, key: str, *, step: int | None = None, best: bool = False
+) -> Checkpoint:
+    """The checkpoint at ``path``, or of the run there (its folder, or that of its checkpoints) that
+    of ``step``, the ``best`` by evaluation, or the newest intact one; ``key`` is what the path was
+    given as.
+
+    Raises ConfigError if there is nothing of the kind, CheckpointError for one that is not intact.
+    """
+    if not path.exists():
+        raise ConfigError(Problem("there is no such checkpoint or run folder", key, str(path)))
+    if not path.is_dir():
+        raise ConfigError(Problem("is a file: a checkpoint is a folder", key, str(path)))
+    if IS_STEP.fullmatch(path.name) or (path / "state.json").exists():
+        if best:
+            hint = "give the folder of the run"
+            raise ConfigError(Problem("is one checkpoint: it has no best", key, str(path), hint))
+        found = checkpoint.load(path)
+        if step is not None and found.state.step != step:
+            raise ConfigError(
+                Problem(
+                    f"is the checkpoint of step {found.state.step}, not of {step}", key, str(path)
+                )
+            )
+        return found
+    root = _folder_of_checkpoints(path, key)
+    if step is not None:
+        return checkpoint.load(_of_step(root, step))
+    return checkpoint.load(_best(root)) if best else _newest(root)
+
+
+def run_of(path: Path) -> Path:
+    """The folder of the run, as far as it can be told, whose checkpoint is at ``path``."""
+    return path.parent.parent if path.parent.name == CHECKPOINTS else path.parent
+
+
+def _folder_of_checkpoints(path: Path, key: str) -> Path:
+    """Where the checkpoints of the run at ``path`` are, or ``path`` itself where that is no run's
+    folder. Raises ConfigError for a manifest that names another place than its profile does."""
+    inside = path / CHECKPOINTS
+    if inside.is_dir() or not (path / "manifest.json").is_file():
+        return inside if inside.is_dir() else path
+    try:
+        manifest = read_json(path / "manifest.json")
+        profile = saved_profile((path / "profile.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, CheckpointError):
+        return path
+    manifest = manifest if isinstance(manifest, dict) else {}
+    training = profile.get("training")
+    named = training.get("checkpoint_dir") if isinstance(training, dict) else None
+    named = named if isinstance(named, str) and "\0" not in named else None
+    root = checkpoints_folder(path, manifest, named)
+    if root is None:
+        raise ConfigError(
+            Problem(
+                f"its manifest says that the checkpoints are in {named_folder(path, manifest)}, "
+                "which is not below the run nor below its profile's training.checkpoint_dir",
+                key,
+                str(path),
+                "if they are: give that folder",
+            )
+        )
+    return root
+
+
+def _newest(root: Path) -> Checkpoint:
+    for _ in range(TRIES - 1):
+        there = checkpoint.list_checkpoints(root)
+        try:
+            return checkpoint.newest_intact(root)
+        except CheckpointError:
+            if checkpoint.list_checkpoints(root) == there:
+                raise
+    return checkpoint.newest_intact(root)
+
+
+def _of_step(root: Path, step: int) -> Path:
+    there = checkpoint.list_checkpoints(root)
+    for path in there:
+        if checkpoint.step_of(path) == step:
+            return path
+    steps = ", ".join(str(checkpoint.step_of(path)) for path in there)
+    hint = f"there are those of steps {steps}" if steps else "there is none at all"
+    raise ConfigError(Problem(f"there is no checkpoint of step {step}", "step", str(root), hint))
+
+
+def _best(root: Path) -> Path:
+    best = checkpoint.best_by_evaluation(root)
+    if best is None:
+        raise ConfigError(
+            Problem(
+                "no checkpoint there was evaluated",
+                "weights",
+                str(root),
+                "evaluation.eval_freq and training.save_every_steps decide which are; or take last",
+            )
+        )
+    return best[0]
