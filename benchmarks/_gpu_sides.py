@@ -23,6 +23,7 @@ from _turns import Loop, take_turns
 from apt_core.parallel.peak import measured_peak_flops
 from apt_core.plugin_manager import PluginManager
 from apt_core.training import Trainer
+from apt_core.training.run import Run
 
 Profile = Mapping[str, Any]
 Maker = Callable[["Bench", "Shape"], Loop[nn.Module]]
@@ -243,8 +244,8 @@ def steps_alone() -> Iterator[None]:
     evaluation, a sample) would be most of the time that a row takes."""
     with (
         handing_over(),
-        patch.object(Trainer, "_finish", lambda trainer: None),
-        patch.object(Trainer, "_die", lambda trainer, error: None),
+        patch.object(Run, "_finish", lambda run: None),
+        patch.object(Run, "_save_after_failure", lambda run, error: None),
     ):
         yield
 

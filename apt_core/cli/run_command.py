@@ -152,8 +152,8 @@ def _report(error: Exception, args: Sequence[str], code: int, place: tuple[bool,
 
 
 def _is_said(error: Exception, rank: int) -> bool:
-    from apt_core.parallel.launch import is_said
+    from apt_core.parallel.launch import already_reported
 
     # Whoever started the processes ends them all when the first has ended.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return is_said(f"{type(error).__name__}: {error}", rank)
+    return already_reported(f"{type(error).__name__}: {error}", rank)

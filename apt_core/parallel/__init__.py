@@ -1,1 +1,1 @@
-"""Several processes that train one model: who they are, how they start and agree."""
+"""Runs one training in several processes: launch, ranks, agreement and liveness."""

@@ -1,4 +1,4 @@
-"""Starting ``apt-train`` in another process that imports what this one does."""
+"""Makes the command of a process that runs ``apt-train`` with this process's import path."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def apt_train_command(arguments: Sequence[str]) -> list[str]:
     """The command of a process that runs ``apt-train ARGUMENTS``.
 
     It has this interpreter's options and import path. ``python -m`` would put the working directory
-    first on that path, so that a file there, called as a library is, were imported in its place.
+    first on that path, where a file with a library's name would be imported instead of the library.
     """
     path = [entry for entry in sys.path if isinstance(entry, str)]
     start = (

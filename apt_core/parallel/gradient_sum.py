@@ -1,8 +1,8 @@
-"""The gradients of the processes of a run, made one gradient once a step.
+"""Sums the gradients of a run's processes once a step.
 
-Which parameters get a gradient may differ between the processes: a loss term has nothing to say of
-one micro-batch, a layer is used by a part of the text. What a process has no gradient of counts as
-zero there, and a parameter that no process has one of keeps none, as in a run of one process.
+A parameter may get a gradient in some processes only, if a loss term or a layer does not use it for
+every micro-batch. A missing gradient counts as zero; a parameter without a gradient in any process
+keeps none, as in a run of one process.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from apt_core.parallel.liveness import lost_error
 from apt_core.parallel.world import World, is_sharded
 
 BUCKET_BYTES = 2**26
-"""How much of the gradients is brought together at once, in memory of its own: more takes memory,
-and less takes more messages."""
+"""The number of bytes of gradients in one message. A larger bucket takes more memory, a smaller one
+more messages."""
 
 
 class GradientSum:
-    """Brings the gradients of ``model`` together: :meth:`begin` before the first forward of a step,
-    :meth:`expect` before that of each micro-batch, :meth:`finish` after the last backward.
+    """Averages the gradients of ``model`` over the processes. Call :meth:`begin` before the first
+    forward of a step, :meth:`expect` before the forward of each micro-batch, and :meth:`finish`
+    after the last backward.
 
-    The gradient of a parameter is then the mean over the processes. Of a sharded model FSDP2
-    computes it in the backward; here it is told apart which of its zeros are no gradients.
+    The gradients of a sharded model are averaged by FSDP2 in the backward; this class then sets
+    those to None that no process has computed.
     """
 
     def __init__(self, model: nn.Module, world: World) -> None:
@@ -44,16 +45,15 @@ class GradientSum:
         self._taken_part: list[tuple[int, Tensor]] = []
 
     def begin(self) -> None:
-        """Take in which parameters are frozen. Raises TrainingError naming one that is so in some
-        of the processes only: nobody could say what its gradient is. Raises ProcessLostError where
-        another process is known to be gone."""
+        """Compare which parameters are frozen. Raises TrainingError for one that is frozen in some
+        processes only, and ProcessLostError if another process is lost."""
         learning = [parameter.requires_grad for parameter in self._parameters]
         own = torch.tensor([hash(tuple(learning))])
         everyone = torch.empty(self._world.size, dtype=own.dtype)
-        # Here a process waits for one that is slower, or gone with the whole of its machine.
+        # A process waits here for slower ones, and notices a machine that is gone.
         self._world.wait(dist.all_gather_single(everyone, own, async_op=True))
         if (everyone != own).any():
-            self._tell_apart(learning)
+            self._require_same_frozen(learning)
         if learning != self._learning:
             self._learning = learning
             self._chosen = [index for index, learns in enumerate(learning) if learns]
@@ -64,30 +64,30 @@ class GradientSum:
                 self._buckets = list(self._divided())
 
     def expect(self, *, last: bool) -> None:
-        """Say before a forward whether its backward is the ``last`` one of the step: only then are
-        gradients communicated."""
+        """Announce a forward; gradients are communicated in the ``last`` backward of a step
+        only."""
         if isinstance(self._model, FSDPModule):
             self._model.set_requires_gradient_sync(last)
             if last and self._model.gathered_dtype is not None:
-                self._begin_where_others_have_gradients()
+                self._fill_missing_gradients()
 
     def finish(self, step: int, loss: Tensor, stop: bool) -> tuple[Tensor, Tensor]:
-        """Bring the gradients of ``step`` together; returns the mean of ``loss`` and the number of
+        """Average the gradients of ``step``. Returns the mean of ``loss`` and the number of
         processes that want to ``stop``, both 0-d on the device.
 
-        Collectives of NCCL that are ended because a process is gone return as if they were done.
-        The message after those of the gradients counts who takes part, and the loss of a step in
-        which that is not everyone is not finite: such a step changes nothing.
+        NCCL collectives that are aborted because a process is gone return as if complete. So the
+        last message counts the participating processes, and if one is missing, the loss of the step
+        is made non-finite, so that the step changes nothing.
 
-        Waits for the device only in a process that has no gradient of a parameter that learns.
-        Raises TrainingError naming a parameter whose gradient cannot be summed.
+        Waits for the device only if this process lacks the gradient of a parameter that learns.
+        Raises TrainingError for a gradient that cannot be summed.
         """
         if self._sharded:
             present = [self._seen.get(index, True) for index in self._chosen]
             self._seen = dict.fromkeys(self._seen, False)
         else:
             present = [self._parameters[index].grad is not None for index in self._chosen]
-            self._refuse_what_cannot_be_summed()
+            self._require_dense_gradients()
         if self._flags is None or self._flags[0] != present:
             flags = torch.tensor(present, dtype=loss.dtype)
             self._flags = present, flags.to(loss.device, non_blocking=True)
@@ -105,8 +105,8 @@ class GradientSum:
         return message[0] / (there == self._world.size), message[1]
 
     def first_lost(self) -> int | None:
-        """The first step since the last :meth:`require_all` in which not every process took part,
-        after which none counts; None without one. Waits for the device."""
+        """The first step since the last :meth:`require_all` in which a process was missing, or
+        None. No step from there on has changed anything. Waits for the device."""
         if not self._taken_part:
             return None
         steps, there = zip(*self._taken_part, strict=True)
@@ -114,8 +114,8 @@ class GradientSum:
         return next((step for step, count in counts if count != self._world.size), None)
 
     def require_all(self) -> None:
-        """Raise ProcessLostError where a step was taken in which not every process took part; waits
-        for the device, on which all that was taken is then whole."""
+        """Raise ProcessLostError if a process was missing in a step; waits for the device.
+        Otherwise all steps taken so far are complete."""
         step = self.first_lost()
         if step is not None:
             self._world.liveness.require_others()
@@ -123,7 +123,7 @@ class GradientSum:
         self._taken_part.clear()
 
     def _sum(self, bucket: list[int]) -> None:
-        """One message: the gradients of these parameters, which become views into it."""
+        """Average the gradients of these parameters in one message, of which they become views."""
         parameters = [self._parameters[index] for index in bucket]
         flat = torch.cat(
             [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
@@ -134,7 +134,7 @@ class GradientSum:
             parameter.grad = piece.view(parameter.shape)
 
     def _divided(self) -> Iterator[list[int]]:
-        """Parameters that learn, in lists of one type and not much more than a bucket."""
+        """Parameters that learn, in lists of one dtype of about BUCKET_BYTES each."""
         kinds = dict.fromkeys(self._parameters[index].dtype for index in self._chosen)
         for kind in kinds:
             bucket, size = [], 0
@@ -151,8 +151,8 @@ class GradientSum:
                 yield bucket
 
     def _watch(self) -> None:
-        """Have autograd say which parameters get a gradient: of a sharded model the gradient itself
-        does not tell. All processes do this together."""
+        """Register hooks that record which parameters get a gradient: a sharded model has zeros for
+        missing ones. All processes call this together."""
         numbers = {name: index for index, name in enumerate(self._names)}
         for prefix, module in self._model.named_modules():
             if not isinstance(module, FSDPModule):
@@ -160,18 +160,20 @@ class GradientSum:
             module.unshard()
             for name, parameter in module.named_parameters(prefix):
                 index = numbers.get(name)
-                # Those of a layer that is sharded on its own are its own.
+                # Parameters of a layer that is sharded separately belong to its own group.
                 if index in self._seen or index is None or is_sharded(parameter):
                     continue
                 if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(partial(self._saw, index))
+                    parameter.register_post_accumulate_grad_hook(
+                        partial(self._record_gradient, index)
+                    )
                     self._seen[index] = False
             module.reshard()
 
-    def _begin_where_others_have_gradients(self) -> None:
-        """Give parameters a gradient of zeros where others of their group have one of the
-        micro-batches before. Those are in fp32, and what the last backward adds to nothing is not:
-        FSDP2 sends one type."""
+    def _fill_missing_gradients(self) -> None:
+        """Give a parameter without an accumulated gradient an fp32 gradient of zeros, if another
+        parameter of its group has one. Otherwise its gradient in the last backward would have
+        another dtype than the group's, and FSDP2 sends one dtype."""
         for module in self._model.modules():
             groups = (
                 module._get_fsdp_state()._fsdp_param_groups
@@ -186,10 +188,10 @@ class GradientSum:
                         part._unsharded_param, dtype=part.reduce_dtype
                     )
 
-    def _saw(self, index: int, _: Tensor) -> None:
+    def _record_gradient(self, index: int, _: Tensor) -> None:
         self._seen[index] = True
 
-    def _tell_apart(self, learning: list[bool]) -> None:
+    def _require_same_frozen(self, learning: list[bool]) -> None:
         everyone = self._world.gather(learning)
         for name, *states in zip(self._names, *everyone, strict=True):
             if len(set(states)) > 1:
@@ -199,7 +201,7 @@ class GradientSum:
                     "others: all the processes of a run have to freeze the same"
                 )
 
-    def _refuse_what_cannot_be_summed(self) -> None:
+    def _require_dense_gradients(self) -> None:
         for index in self._chosen:
             gradient = self._parameters[index].grad
             if gradient is not None and gradient.layout != torch.strided:

@@ -1,8 +1,8 @@
-"""Starting a run in several processes on this machine.
+"""Starts a run in several processes on this machine.
 
 The processes find each other through a file in a folder that only their user may enter, and
-communicate over the loopback interface: nothing listens to other machines, and nobody else can put
-a value before them.
+communicate over the loopback interface: no port is open to other machines, and no other user can
+write to their store.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from apt_core.parallel.world import (
 )
 
 SHUTDOWN_SECONDS = 600.0
-"""How long processes that were told to stop may take to save."""
+"""Seconds that stopping processes may take to save before they are killed."""
 
 FIRST_SECONDS = 1.0
-"""How long a process waits for the first one to have the same to say."""
+"""Seconds that another process waits for the first one to report the same error."""
 
 FAILED, BAD_INPUT = 1, 2
-"""Exit codes of a process that has said what was wrong."""
+"""Exit codes of a process that has printed its error."""
 
 STOPPED = tuple(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM))
-"""Exit codes of a process that has stopped on a signal; the others do the same by agreement."""
+"""Exit codes of a process that has stopped on a signal; the others then stop too, by agreement."""
 
-SPEAKING = (0, FAILED, BAD_INPUT, *STOPPED)
+REPORTING = (0, FAILED, BAD_INPUT, *STOPPED)
 """Exit codes of apt-train itself."""
 
 
 def processes_for(config: Config) -> tuple[int, str]:
-    """How many processes a distributed profile gets on this machine: one a GPU; and why they are
-    fewer than ``hardware.num_gpus``, if they are."""
+    """The number of processes of a distributed profile on this machine, one per GPU, and the reason
+    if it is lower than ``hardware.num_gpus``."""
     hardware = config.hardware
     there = torch.cuda.device_count() if hardware.device != "cpu" else 0
     if there >= hardware.num_gpus:
@@ -63,32 +63,32 @@ def processes_for(config: Config) -> tuple[int, str]:
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:
-    """Run ``apt-train ARGUMENTS`` in so many processes; returns the exit code of the one that
-    failed first, or 0. One that ended as apt-train never does failed, and is named.
+    """Run ``apt-train ARGUMENTS`` in ``processes`` processes. Returns the exit code of the one that
+    failed first, or 0. A process that ended with a code that apt-train never returns is named.
 
-    A signal to this process goes on to all of them. When one fails, the others are told to stop.
+    Signals to this process are passed on to all. When one process fails, the others are stopped.
     """
     command = apt_train_command(arguments)
     with tempfile.TemporaryDirectory(prefix="apt-run-") as folder:  # of mode 0700
         workers = _Workers()
-        with workers.told_of_signals():
+        with workers.passing_signals():
             for rank in range(processes):
                 workers.start(command, _environment(rank, processes, Path(folder)))
             failed = workers.wait()
     if failed is None:
         return 0
     rank, code = failed
-    if code in SPEAKING:
+    if code in REPORTING:
         return code
-    if workers.told:
-        return 128 + workers.told
+    if workers.passed:
+        return 128 + workers.passed
     how = f"ended with exit code {code}" if code > 0 else f"was killed by signal {-code}"
     print(f"error: process {rank} {how}", file=sys.stderr)
     return FAILED
 
 
 def _environment(rank: int, processes: int, folder: Path) -> dict[str, str]:
-    """Of a process: its place among the others, and how it finds them."""
+    """The environment variables of one process: its rank, and how it connects to the others."""
     threads = max(1, (os.cpu_count() or 1) // processes)
     loopback = _loopback()
     return {
@@ -99,7 +99,7 @@ def _environment(rank: int, processes: int, folder: Path) -> dict[str, str]:
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         STORE_VARIABLE: str(folder / "store"),
-        # The network is for runs that torchrun has started.
+        # Runs over the network are started by torchrun.
         "GLOO_SOCKET_IFNAME": loopback,
         "NCCL_SOCKET_IFNAME": f"={loopback}",
     }
@@ -112,35 +112,36 @@ def _loopback() -> str:
 
 
 class _Workers:
-    """The processes of a run. ``told`` is the first signal that was passed on to them, or 0."""
+    """The processes of a run. ``passed`` is the first signal that was passed on to them, or 0."""
 
     def __init__(self) -> None:
-        self.told = 0
+        self.passed = 0
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._deadline = float("inf")
 
     def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Start the next one. Ctrl-C at a terminal reaches it through this process alone."""
+        """Start the next process, in its own session: Ctrl-C at a terminal reaches it through this
+        process only."""
         rank = len(self._running)
         self._running[rank] = subprocess.Popen(command, env=environment, start_new_session=True)
-        if self.told:  # while the processes were being started
-            self._running[rank].send_signal(self.told)
+        if self.passed:  # a signal arrived while processes were being started
+            self._running[rank].send_signal(self.passed)
 
     def wait(self) -> tuple[int, int] | None:
-        """Wait until all have ended; returns rank and exit code, negative for a signal, of the one
-        that failed first, if one did."""
+        """Wait until all have ended. Returns the rank and exit code (negative for a signal) of the
+        process that failed first, or None."""
         failed: tuple[int, int] | None = None
         while self._running:
             codes = {rank: process.poll() for rank, process in self._running.items()}
-            # Those that ended without a word are the cause of what others say.
+            # A process that ended without a message is the cause of the errors of the others.
             ended = sorted(
-                (code in SPEAKING, code, rank) for rank, code in codes.items() if code is not None
+                (code in REPORTING, code, rank) for rank, code in codes.items() if code is not None
             )
             for _, code, rank in ended:
                 del self._running[rank]
                 if code and failed is None:
                     failed = rank, code
-                    self._stop(None if self.told or code in STOPPED else signal.SIGTERM)
+                    self._stop(None if self.passed or code in STOPPED else signal.SIGTERM)
             if time.monotonic() > self._deadline:
                 self._stop(signal.SIGKILL)
             if self._running and not ended:
@@ -148,18 +149,18 @@ class _Workers:
         return failed
 
     def _stop(self, number: int | None) -> None:
-        """Send all a signal, if it takes one, and wait for a limited time from now on."""
+        """Send the signal ``number``, if any, to all, and limit the wait from now on."""
         self._deadline = min(self._deadline, time.monotonic() + SHUTDOWN_SECONDS)
         for process in list(self._running.values()) if number else ():
             process.send_signal(number or 0)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self.told = self.told or number
+        self.passed = self.passed or number
         self._stop(number)
 
     @contextmanager
-    def told_of_signals(self) -> Iterator[None]:
-        """Pass signals on to the processes while the context lasts; what is ignored stays so."""
+    def passing_signals(self) -> Iterator[None]:
+        """Pass signals on to the processes while the context lasts; ignored ones stay ignored."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -173,10 +174,9 @@ class _Workers:
                 signal.signal(number, handler)
 
 
-def is_said(text: str, rank: int) -> bool:
-    """Has another process of the run said ``text`` already, or the first one within a moment?
-
-    They share what whoever started them keeps, which outlives them; without that, all speak.
+def already_reported(text: str, rank: int) -> bool:
+    """Whether another process of the run has reported the error ``text``, or the first one does so
+    within FIRST_SECONDS. Always False without a store that outlives the processes.
     """
     if not has_lasting_store():
         return False
@@ -187,5 +187,8 @@ def is_said(text: str, rank: int) -> bool:
         while time.monotonic() < until and not store.check([key]):
             time.sleep(POLL_SECONDS)
         return bool(store.add(key, 1) > 1)
-    except (RuntimeError, ValueError):  # torch's DistError is one; what stands there is no number
+    except (
+        RuntimeError,
+        ValueError,
+    ):  # torch's DistError is a RuntimeError; ValueError: no number stored
         return False

@@ -1,9 +1,8 @@
-"""Whether the other processes of a run are alive, watched beside what they compute.
+"""Watches on a thread whether the other processes of a run are alive.
 
-A collective of NCCL waits for a process that has died as for one that is slow, and only ending the
-communication gives the host and the GPU back to those that wait. So a thread of each process looks
-for the others: at those on its machine, and in the store through which they have found each other,
-where every process leaves signs of life, and one that has lost another says so.
+An NCCL collective waits for a dead process as for a slow one; only aborting the communication
+releases the host and the GPU. So a thread of each process watches the processes on its machine, and
+reads the shared store, where each process writes heartbeats, and reports when it has lost another.
 """
 
 from __future__ import annotations
@@ -30,21 +29,21 @@ from apt_core.log import get_logger
 log = get_logger("apt.training")
 
 LOOK_SECONDS = 1.0
-"""How often a process looks for one on its machine that has ended, and for what others say."""
+"""Seconds between checks for ended processes on this machine and for reports of others."""
 
 BEAT_SECONDS = 10.0
-"""How often a process leaves a sign of life. The store of --nproc is a file, to which each adds."""
+"""Seconds between heartbeats. They are rare because the store of --nproc is a file that grows."""
 
 SILENT_SECONDS = 120.0
-"""After how long without a sign of life a process does not answer. One on this machine that
-computes is alive, though no thread of it can say so."""
+"""Seconds without a heartbeat after which a process counts as lost. A process on this machine also
+counts as alive while it uses CPU time, since a busy one may not get to its heartbeat."""
 
 SLACK_SECONDS = 5.0
-"""By how much a thread may wake late in a process that has not stood still. Also how long the end
-of a process may be that of the run, where nothing can be asked."""
+"""Seconds by which a thread may wake late in a process that was not suspended. Also how long an
+ended process is not reported while the store does not answer: the run may be ending."""
 
 STOPPING_SECONDS = 15.0
-"""How long the end of a run waits for the thread, which may be waiting for the store."""
+"""Seconds that the end of a run waits for the thread, which may be waiting for the store."""
 
 Value = TypeVar("Value")
 
@@ -52,8 +51,8 @@ Value = TypeVar("Value")
 class Liveness:
     """Watches the other processes of a run while :meth:`watching` lasts.
 
-    ``lost`` says which of them is gone, or is empty. It raises nothing by itself: a process that
-    needs no other any more may end well.
+    ``lost`` says which process is gone, or is empty. It raises no error: a process that does not
+    need the others any more may still end successfully.
     """
 
     def __init__(self) -> None:
@@ -67,8 +66,8 @@ class Liveness:
     ) -> Iterator[None]:
         """Watch in process ``rank`` of ``run``, a name that no other run in the store has.
 
-        ``pids`` are the processes by rank, None for those on other machines. ``connect`` opens the
-        store, over a connection that nothing else waits for.
+        ``pids`` are the process ids by rank, None for those on other machines. ``connect`` opens
+        the store over a connection of its own.
         """
         self.lost, self._given_up = "", False
         watch = _Watch(self, connect, run, rank, pids)
@@ -78,13 +77,13 @@ class Liveness:
             watch.stop(failed=False)
         except BaseException:
             watch.stop(failed=True)
-            # Whoever waits for the collectives of this process to end would wait for the others.
+            # Waiting for this process's collectives would mean waiting for a lost process.
             self.give_up()
             raise
 
     def give_up(self) -> None:
-        """End what the GPU waits for in vain; what it should have computed is lost. Raises
-        nothing, and returns when the GPU goes on."""
+        """Abort the collectives that wait for a lost process; their results are lost. Never raises;
+        returns when the GPU goes on."""
         with self._lock:
             if self._given_up:
                 return
@@ -95,12 +94,12 @@ class Liveness:
                 log.error("the communication of this process cannot be ended: %s", one_line(error))
 
     def lose(self, how: str) -> None:
-        """Another process is gone."""
+        """Record that another process is gone, and abort collectives."""
         self.lost = how
         self.give_up()
 
     def require_others(self) -> None:
-        """Raise ProcessLostError where one of the other processes is gone."""
+        """Raise ProcessLostError if another process is gone."""
         if self.lost:
             raise lost_error(self.lost)
 
@@ -110,14 +109,14 @@ def lost_error(how: str) -> ProcessLostError:
 
 
 def end_collectives() -> None:
-    """End what NCCL has under way in this process and whatever begins later: kernels return and
-    leave their tensors as they are. Gloo knows nothing like it."""
+    """Abort the present and later NCCL collectives of this process: kernels return and leave their
+    tensors unchanged. Gloo cannot do this."""
     known = distributed_c10d._world.pg_names
     groups = [g for g in known if any(d.type == "cuda" for d in g._device_types)]
     if not groups:
         return
     backend = groups[0]._get_backend(torch.device("cuda"))
-    # One by one, the end of a communicator may wait for another, as torch says where it does this.
+    # Aborted as a group: one by one, the abort of a communicator may wait for another.
     together = getattr(backend, "_group_start", None)
     if together is not None:
         together()
@@ -128,7 +127,7 @@ def end_collectives() -> None:
 
 
 class _Watch:
-    """The thread. It watches every process on this machine, and the signs of life of the next."""
+    """The thread: watches every process on this machine, and the heartbeats of the next rank."""
 
     def __init__(
         self,
@@ -156,42 +155,42 @@ class _Watch:
     def start(self) -> None:
         for rank, pid in enumerate(self._pids):
             if pid is not None and rank != self._rank:
-                # Without such a handle (an old kernel, a sandbox) there are the signs of life.
+                # Without a pidfd (an old kernel, a sandbox) the heartbeats remain.
                 with suppress(OSError, AttributeError):
                     self._handles[rank] = os.pidfd_open(pid)
         self._thread.start()
 
     def stop(self, *, failed: bool) -> None:
-        """The run of this process is over: tell the others how, and end the thread."""
+        """Report to the others how this process's run has ended, and end the thread."""
         self._failed = failed
         self._stopped.set()
         self._thread.join(STOPPING_SECONDS)
 
     def _watch(self) -> None:
         while not self._stopped.wait(LOOK_SECONDS):
-            if how := self._look():
-                self._say("lost", how)
+            if how := self._check():
+                self._write("lost", how)
                 self._liveness.lose(how)
                 self._stopped.wait()
         if self._failed:
-            self._say("lost", f"process {self._rank} has failed")
-        self._say(f"{self._rank} ended", "")
+            self._write("lost", f"process {self._rank} has failed")
+        self._write(f"{self._rank} ended", "")
         for handle in self._handles.values():
             os.close(handle)
 
-    def _look(self) -> str:
-        """Look once; says which process is gone, and how, or nothing."""
+    def _check(self) -> str:
+        """Check once. Returns which process is gone, and how, or an empty text."""
         now = time.monotonic()
         if now - self._looked > LOOK_SECONDS + SLACK_SECONDS:
-            self._heard = now  # this process has stood still, and so may have the others
+            self._heard = now  # this process was suspended, and so perhaps the others
         self._looked = now
         if now >= self._beat_due:
             self._beat_due, self._beats = now + BEAT_SECONDS, self._beats + 1
-            self._say(f"{self._rank} beats", str(self._beats))
-        return self._ask("lost") or self._ended_here(now) or self._silent(now)
+            self._write(f"{self._rank} beats", str(self._beats))
+        return self._read("lost") or self._ended_here(now) or self._silent(now)
 
     def _ended_here(self, now: float) -> str:
-        """Which process on this machine has ended without having said so."""
+        """Which process on this machine has ended without a report, or an empty text."""
         poll = select.poll()
         for handle in self._handles.values():
             poll.register(handle, select.POLLIN)
@@ -199,21 +198,21 @@ class _Watch:
         for rank, handle in [*self._handles.items()]:
             if handle not in ended:
                 continue
-            if self._ask(f"{rank} ended") is not None:
+            if self._read(f"{rank} ended") is not None:
                 os.close(self._handles.pop(rank))
                 continue
-            # Nothing can be asked: the store may have gone with its keeper, at the end of the run.
+            # Without the store: the launcher may have closed it at the end of the run.
             since = self._ended_at.setdefault(rank, now)
             if self._store is not None or now - since > SLACK_SECONDS:
                 return f"process {rank} has ended"
         return ""
 
     def _silent(self, now: float) -> str:
-        """The next process, if it does not answer. On this machine it is killed: Gloo waits for
-        one that is stopped, and notices that one is dead."""
+        """Whether the process of the next rank is silent, as a text or empty. On this machine it is
+        killed: Gloo would wait for a stopped process, but notices a dead one."""
         rank = self._next
-        signs = self._ask(f"{rank} beats"), self._computed(rank)
-        if self._store is None or signs != self._signs or self._ask(f"{rank} ended") is not None:
+        signs = self._read(f"{rank} beats"), self._cpu_time(rank)
+        if self._store is None or signs != self._signs or self._read(f"{rank} ended") is not None:
             self._signs, self._heard = signs, now
         silent = now - self._heard
         if silent < SILENT_SECONDS:
@@ -225,9 +224,9 @@ class _Watch:
                 signal.pidfd_send_signal(self._handles[rank], signal.SIGKILL)
         return how
 
-    def _computed(self, rank: int) -> str:
-        """For how long a process on this machine has computed. It is alive, too, where Python lets
-        no other thread run, as in a search through gigabytes."""
+    def _cpu_time(self, rank: int) -> str:
+        """The CPU time of a process on this machine. It grows also while Python lets no other
+        thread run, as in a search through gigabytes."""
         if rank not in self._handles:
             return ""
         with suppress(OSError):
@@ -237,20 +236,22 @@ class _Watch:
 
     # The store -------------------------------------------------------------------------------
 
-    def _say(self, what: str, text: str) -> None:
-        self._reach(lambda store: store.set(f"{self._run}/{what}", text))
+    def _write(self, what: str, text: str) -> None:
+        self._use_store(lambda store: store.set(f"{self._run}/{what}", text))
 
-    def _ask(self, what: str) -> str | None:
-        """What another process has said, or None: nothing, or nothing can be asked."""
+    def _read(self, what: str) -> str | None:
+        """What a process has written, or None if it wrote nothing or the store does not answer."""
         key = f"{self._run}/{what}"
-        return self._reach(lambda store: store.get(key).decode() if store.check([key]) else None)
+        return self._use_store(
+            lambda store: store.get(key).decode() if store.check([key]) else None
+        )
 
-    def _reach(self, use: Callable[[dist.Store], Value]) -> Value | None:
-        """Use the store. Where whoever keeps it does not answer the next use tries again; what was
-        not heard meanwhile says nothing of other processes."""
+    def _use_store(self, use: Callable[[dist.Store], Value]) -> Value | None:
+        """Call ``use`` with the store, or return None if it does not answer; the next call then
+        connects anew."""
         try:
             self._store = self._store or self._connect()
             return use(self._store)
-        except (RuntimeError, OSError):  # torch's DistError is one
+        except (RuntimeError, OSError):  # torch's DistError is a RuntimeError
             self._store = None
             return None

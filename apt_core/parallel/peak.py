@@ -1,4 +1,4 @@
-"""How much arithmetic this device does in a second, measured: what MFU is a share of."""
+"""Measures the peak FLOP/s of a device, the denominator of MFU."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from apt_core.device import synchronize
 SMALLEST, LARGEST = 256, 8192
 TRIES = 3
 ENOUGH = 0.015
-"""Seconds after which a size has been tried often enough: where other programs use the device too,
-few products run undisturbed."""
+"""Seconds for which products of one size are repeated: if other programs use the device, few of
+them run undisturbed."""
 
 LONGEST = 0.05
-"""Seconds that TRIES products of a size may take together."""
+"""The most seconds that TRIES products of one size may take."""
 
 
 def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a product of two square matrices of ``dtype`` on ``device``.
 
-    The fastest of several, with the threads that torch has now and its present settings (TF32),
-    measured once a process for each combination of them. It takes less than 100 ms on a CPU. A GPU
-    gives up to 400 MiB of its memory for that long: best called before the model is there. No
-    random number is drawn.
+    Returns the fastest of several products, with torch's present number of threads and settings
+    (TF32); each combination is measured once a process. It takes less than 100 ms on a CPU, and up
+    to 400 MiB of a GPU's memory meanwhile, so call it before the model is built. Draws no random
+    numbers.
     """
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -42,7 +42,7 @@ def _peak(
     while True:
         seconds = _shortest_product(size, device, dtype)
         best = max(best, 2 * size**3 / seconds)
-        # A product of twice the size is eight times the work; one more is the warm-up.
+        # Doubling the size takes eight times the work; the extra product is the warm-up.
         if size == LARGEST or 8 * seconds * (TRIES + 1) > LONGEST:
             return best
         size *= 2
@@ -51,7 +51,7 @@ def _peak(
 @torch.no_grad()
 def _shortest_product(size: int, device: torch.device, dtype: torch.dtype) -> float:
     """The seconds of the fastest product of matrices [size, size]."""
-    # Of many values: a GPU that multiplies equal ones switches fewer bits, and clocks higher.
+    # Different values: with equal ones a GPU switches fewer bits and clocks higher.
     a = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)
     out = torch.empty_like(a)
     times: list[float] = []

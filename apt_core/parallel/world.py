@@ -1,9 +1,8 @@
 """One run in several processes: data parallel, or sharded by FSDP2, started by --nproc or torchrun.
 
-Every process takes the same path through the run and computes on micro-batches of its own; what
-the processes must agree on (the run's folder, which plugins are quarantined) goes through
-:class:`World`, and what they bring together once a step through
-:class:`~apt_core.parallel.gradient_sum.GradientSum`. In a run of one process nothing here
+Every process runs the same code on its own micro-batches. The processes agree through
+:class:`World` (on the run's folder, or on quarantined plugins) and sum their gradients once a step
+through :class:`~apt_core.parallel.gradient_sum.GradientSum`. In a run of one process nothing here
 communicates.
 """
 
@@ -37,33 +36,33 @@ Value = TypeVar("Value")
 Sharding = Literal["none", "ddp", "fsdp"]
 
 PATIENCE = timedelta(minutes=30)
-"""How long a process waits for the others that are alive: one of them may tokenise, or write a
-large file. One that has died is noticed by :class:`~apt_core.parallel.liveness.Liveness`."""
+"""How long a process waits for others that are alive: they may be tokenizing or writing a large
+file. :class:`~apt_core.parallel.liveness.Liveness` notices dead ones earlier."""
 
 ERROR_HANDLING, CLEAN_UP_ONLY = "TORCH_NCCL_ASYNC_ERROR_HANDLING", "2"
-"""By default torch kills a process whose NCCL has an error, before that can write a checkpoint. Its
-own communication is ended by either."""
+"""By default torch kills a process on an NCCL error, before it can write a checkpoint. With this
+setting torch only aborts the communication of the process."""
 
 WAIT = timedelta(seconds=1)
-"""How long a process waits before it asks whether the others are alive."""
+"""How long a process waits between checks whether the others are alive."""
 
 MOMENT = 5.0
-"""Seconds in which a process that dies expects the others to do so too, if it is of the same."""
+"""Seconds within which processes that fail for the same reason reach the same place."""
 
 POLL_SECONDS = 0.05
 
 NCCL_SIGNS = ("remote process exited", "communicator was aborted")
-"""In what NCCL and torch raise once a process has gone, or its communication was ended for that."""
+"""Texts in the errors of NCCL and torch after a process has ended or communication was aborted."""
 
 STORE_VARIABLE = "APT_STORE"
-"""In the environment of processes that --nproc has started: the file through which they find each
-other. torchrun's find each other at MASTER_ADDR."""
+"""Environment variable with the path of the file store of processes that --nproc has started.
+Processes of torchrun use the store at MASTER_ADDR instead."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run. ``local_rank`` counts those ``on_this_machine``, whose ranks follow
-    each other."""
+    """The processes of a run. ``local_rank`` is the rank among the ``on_this_machine`` processes of
+    this machine, whose ranks are consecutive."""
 
     rank: int = 0
     size: int = 1
@@ -74,8 +73,8 @@ class World:
 
     @classmethod
     def from_environment(cls, config: Config, environment: Mapping[str, str]) -> World:
-        """As --nproc and torchrun describe it in the ``environment``. Raises ConfigError for what
-        is no number."""
+        """Read the ranks that --nproc or torchrun set in ``environment``. Raises ConfigError for
+        values that are no numbers."""
         try:
             rank, size, local_rank, here = (
                 int(environment.get(name, default))
@@ -96,17 +95,17 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Does this process write and speak for all?"""
+        """Whether this is the process that writes files and logs for all."""
         return self.rank == 0
 
     @contextmanager
     def joined(self, device: torch.device, backend: str | None = None) -> Iterator[None]:
-        """Communication between the processes while the context lasts."""
+        """Connect the processes while the context lasts."""
         if self.size == 1 or dist.is_initialized():
             yield
             return
         chosen = backend or ("nccl" if device.type == "cuda" else "gloo")
-        # What a checkpoint holds lies on the CPU, whatever the device is.
+        # Checkpoints are gathered on the CPU, so Gloo is needed beside NCCL.
         both = chosen if chosen != "nccl" else "cpu:gloo,cuda:nccl"
         os.environ.setdefault(ERROR_HANDLING, CLEAN_UP_ONLY)
         if STORE_VARIABLE in os.environ:
@@ -118,7 +117,7 @@ class World:
         else:
             dist.init_process_group(both, timeout=PATIENCE)
         try:
-            # The same store may have served another run.
+            # Names the run, since the store may have served an earlier one.
             everyone = self.gather((uuid4().hex, os.getpid()))
             first = self.rank - self.local_rank
             here = range(first, first + self.on_this_machine)
@@ -142,17 +141,17 @@ class World:
         device: torch.device,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Shard the parameters of ``model`` in place where the run uses FSDP2.
+        """Shard the parameters of ``model`` in place if the run uses FSDP2.
 
-        Each of its ``layers`` is a group of its own, the rest is another. Layers are gathered in
-        ``dtype``, the type that autocast computes in, or None for that of the parameters; the model
-        then computes under autocast wherever it is called. Shards, gradients between the processes,
-        the stream between the layers and what is outside them stay in fp32.
+        Each of its ``layers`` is one FSDP group, the rest of the model another. Layers are gathered
+        in ``dtype``, the dtype of autocast, or with None in that of the parameters; with ``dtype``
+        the model always computes under autocast. Shards, the reduction of gradients, the residual
+        stream between layers and everything outside the layers stay in fp32.
         """
         if self.sharding != "fsdp":
             return
         mesh = init_device_mesh(device.type, (self.size,))
-        # Cast inputs would make the whole stream of that type.
+        # Casting inputs would turn the whole residual stream into ``dtype``.
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         for layer in layers:
             fully_shard(layer, mesh=mesh, mp_policy=policy if dtype else MixedPrecisionPolicy())
@@ -160,27 +159,27 @@ class World:
         if dtype is not None:
             model.forward = torch.autocast(device.type, dtype)(model.forward)
         model.gathered_dtype = dtype
-        # A process may have no gradient of what another has one of.
+        # A parameter may have a gradient in some processes only.
         cast(FSDPModule, model).set_reduce_scatter_unused_params(True)
 
     @torch.no_grad()
     def replicate(self, model: nn.Module) -> None:
-        """Give every process the first one's parameters and buffers, where the run keeps the whole
-        model in each."""
+        """Copy the first process's parameters and buffers to the others, if each holds the whole
+        model."""
         if self.sharding == "ddp":
             for tensor in model.state_dict().values():
                 dist.broadcast(tensor, src=0)
 
     def reshard(self, model: nn.Module) -> None:
-        """Let go of what a forward without a backward has gathered of a sharded model: until then
-        its parameters are not those that the optimizer knows."""
+        """Free the parameters that a forward without a backward has gathered: until then the
+        parameters of a sharded model are not the optimizer's."""
         if isinstance(model, FSDPModule):
             model.reshard()
 
     # Agreement -------------------------------------------------------------------------------
 
     def gather(self, value: Value) -> list[Value]:
-        """``value`` of every process, in the order of the ranks."""
+        """The ``value`` of every process, ordered by rank."""
         if self.size == 1:
             return [value]
         self.liveness.require_others()
@@ -189,8 +188,8 @@ class World:
         return values
 
     def wait(self, work: dist.Work) -> None:
-        """Wait for a collective of the CPU. Raises ProcessLostError once another process is known
-        to be gone, of which Gloo may not know."""
+        """Wait for a collective on the CPU. Raises ProcessLostError once another process is lost,
+        which Gloo may not notice."""
         while True:
             self.liveness.require_others()
             try:
@@ -198,16 +197,16 @@ class World:
                 return
             except RuntimeError:
                 if work.is_completed():
-                    work.wait()  # it may have ended well meanwhile, or says why not
+                    work.wait()  # returns if it has completed meanwhile, or raises its error
                     return
 
     def any(self, flag: bool) -> bool:
-        """Is it so in any of the processes?"""
+        """Whether any process passed true."""
         return any(self.gather(flag))
 
     def all_at(self, place: str) -> bool:
-        """Do all the processes come to ``place`` within a moment? Unlike a barrier this ends when
-        one of them is gone, and is the same for those who come later."""
+        """Whether all processes call this with the same ``place`` within some seconds. Unlike a
+        barrier it returns when a process is gone, with the same result for late callers."""
         store, key = shared_store(), f"apt/at/{place}"
         until = time.monotonic() + MOMENT
         count = store.add(key, 1)
@@ -219,8 +218,8 @@ class World:
         return bool(count == self.size)
 
     def require_alike(self, facts: Mapping[str, Any]) -> None:
-        """Raise ConfigError in every process, where ``facts`` (a nested mapping) differ between
-        them: their gradients would be of different models or texts."""
+        """Raise ConfigError in every process if ``facts`` (a nested mapping) differ between them:
+        their gradients would belong to different models or texts."""
         everyone = self.gather(dict(facts))
         problems = [
             Problem(
@@ -237,10 +236,10 @@ class World:
     def from_first(
         self, function: Callable[[], Value], group: dist.ProcessGroup | None = None
     ) -> Value:
-        """What ``function`` returns in the first process, which alone calls it.
+        """Call ``function`` in the first process and return its result in all.
 
-        Raises in every process what it raised there: an AptError or OSError as it is, another one
-        as a TrainingError.
+        Its error is raised in every process: an AptError or OSError unchanged, another one as a
+        TrainingError.
         """
         if self.size == 1:
             return function()
@@ -264,7 +263,7 @@ ALONE = World()
 
 
 def sharding_of(config: Config, world_size: int) -> Sharding:
-    """How a run of so many processes divides the model."""
+    """How a run of ``world_size`` processes divides the model."""
     if world_size == 1:
         return "none"
     return "fsdp" if config.hardware.distributed == "fsdp" else "ddp"
@@ -280,28 +279,30 @@ def inactive_alone(config: Config) -> Iterator[InactiveKey]:
 
 
 def shared_store() -> dist.Store:
-    """Where the processes have found each other, and keep small values for each other.
+    """The key-value store through which the processes have found each other.
 
-    It outlives them where :func:`has_lasting_store` says so. Raises RuntimeError once it is gone.
+    It outlives them if :func:`has_lasting_store`. Raises RuntimeError once it is gone.
     """
     file = os.environ.get(STORE_VARIABLE)
     if file:
-        return dist.FileStore(file, -1)  # of an unknown number: none of them removes it
+        return dist.FileStore(
+            file, -1
+        )  # with an unknown number of users, so that none deletes the file
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=10))
 
 
 def has_lasting_store() -> bool:
-    """Does whoever started the processes keep their store, as --nproc and torchrun do?"""
+    """Whether the launcher, such as --nproc or torchrun, keeps the store after a process ends."""
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return agent or STORE_VARIABLE in os.environ
 
 
 def explained(error: BaseException) -> BaseException:
-    """``error``, or a ProcessLostError for what a collective raises once a process has gone."""
+    """``error``, or a ProcessLostError in place of a collective's error about a lost process."""
     text = text_of(error)
     if "/gloo/" in text:
-        # "[a source file] what happened. Some advice."
+        # torch's form: "[source file] what happened. Some advice."
         text = text.partition("] ")[2].partition(". ")[0]
     elif not any(sign in text for sign in NCCL_SIGNS):
         return error
@@ -309,12 +310,12 @@ def explained(error: BaseException) -> BaseException:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Does this process hold a part of ``tensor`` only?"""
+    """Whether this process holds only a part of ``tensor``."""
     return isinstance(tensor, DTensor)
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """``tensor``, gathered where it is sharded."""
+    """``tensor``, gathered if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

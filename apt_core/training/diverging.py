@@ -1,4 +1,4 @@
-"""Weights, steps and losses that are not finite: how they are found, and the way back."""
+"""Finds weights, steps and losses that are not finite, and says how to go on before them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from apt_core.runs.folder import RunFolder
 def void_steps(
     training: TrainingSection, folder: RunFolder, what: str, row: Mapping[str, Any]
 ) -> TrainingError:
-    """``what``, a streak of void steps, has happened, and what to do. ``row`` is the newest one of
-    metrics: where the cross-entropy is finite in it, loss terms that are not are the cause."""
+    """The error for ``what``, several steps in a row that were not finite. ``row`` is the newest
+    row of metrics: if the cross-entropy is finite in it, loss terms that are not finite are named
+    as the cause."""
     terms = [name for name, value in row.items() if name.startswith(f"{LOSS}/")
              and isinstance(value, float) and not isfinite(value)]  # fmt: skip
     if not terms or CROSS_ENTROPY in terms:
@@ -31,7 +32,7 @@ def void_steps(
 
 
 def diverged(training: TrainingSection, folder: RunFolder, what: str) -> DivergedError:
-    """``what`` has happened, and how to go on from before it."""
+    """The error for ``what``, with the command that goes on from the newest sound checkpoint."""
     back = newest_sound(folder.checkpoints)
     rates = {"training.learning_rate": training.learning_rate}
     if training.optimizer_name == "muon":

@@ -1,4 +1,4 @@
-"""What a run has to do at the position to which it has come."""
+"""Decides what is due at the run's present position: its end, an evaluation, a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from apt_core.training.stopping import Stopping
 
 
 class Due:
-    """Says whether the run ends, evaluates or saves at ``progress``."""
+    """Decides whether the run ends, evaluates or saves at ``progress``."""
 
     def __init__(
         self,
@@ -25,26 +25,26 @@ class Due:
         self._save_every_steps = config.training.save_every_steps
 
     def ends(self) -> bool:
-        """Is the run over?"""
+        """Whether the run ends at this step."""
         return self._stopping.due or self._progress.step >= self._total_steps
 
     def evaluates(self) -> bool:
-        """Does the profile ask for an evaluation after this step?"""
+        """Whether the profile asks for an evaluation after this step."""
         return self._eval_freq > 0 and self._progress.step % self._eval_freq == 0
 
     def saves(self) -> bool:
-        """Does the profile ask for a checkpoint after this step?"""
+        """Whether the profile asks for a checkpoint after this step."""
         every = self._save_every_steps
         return every is not None and self._progress.step % every == 0
 
     def ends_epoch(self) -> bool:
-        """Is this the end of an epoch whose evaluation is still to come?"""
+        """Whether an epoch ends at this step whose evaluation was not made yet."""
         epochs, index = divmod(self._progress.step, self._steps_per_epoch)
         return index == 0 and self._progress.ended_epochs < epochs
 
     def evaluates_again(self) -> bool:
-        """Is an evaluation of this step, before which the run was stopped, still to be made? One
-        that only the stop had asked for does not count."""
+        """Whether the run was stopped before the evaluation that the profile asks for at this
+        step, so that a resume makes it. The evaluation made for the stop itself does not count."""
         if self.ends():
             return self.ends_epoch()
         within = self._progress.step % self._steps_per_epoch != 0

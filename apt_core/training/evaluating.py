@@ -1,4 +1,4 @@
-"""Evaluations of a run, and the text that it samples at its end."""
+"""Evaluates a run's model, and samples text at the run's end."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from apt_core.types import GenerationRequest
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``scores`` by name; ``val_tokens`` of them is how many targets were looked at, which tells an
-    evaluation of everything from one of the watched windows. ``watched_loss`` is the loss on these
-    alone in every evaluation of the run, so that those two kinds compare."""
+    """``scores`` by name, with ``val_tokens``, the number of scored targets, which shows whether
+    all windows or only the watched ones were scored. ``watched_loss`` is the loss on the watched
+    windows alone, so that the two kinds of evaluations can be compared."""
 
     scores: dict[str, float]
     watched_loss: float
@@ -34,10 +34,10 @@ class Evaluation:
 class Evaluator:
     """Scores the held-out text with the run's model, or with the average of its weights.
 
-    The windows that it watches are a function of the held-out ids, ``evaluation.eval_batches`` and
-    the windows of an optimizer step, which no resume may change: not of how a step is cut into
-    micro-batches or divided among processes. ``watched`` is a sha256 of them. ``session`` is asked
-    for the run as it is when a sample is wanted.
+    The watched windows are a function of the held-out ids, ``evaluation.eval_batches`` and the
+    windows of an optimizer step, none of which a resume may change. They do not depend on how a
+    step is cut into micro-batches or divided among processes. ``watched`` is their sha256.
+    ``session`` returns the present session of the run, for a sample.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class Evaluator:
         self._accuracy = "accuracy" in settings.metrics
 
     def evaluate(self, *, everything: bool) -> Evaluation | None:
-        """Look at the watched windows, or at all; None when the run was told to stop meanwhile.
+        """Score the watched windows, or ``everything``; None if the run was stopped meanwhile.
 
-        Every process scores a share of the batches, and all of them get the whole.
+        Every process scores a share of the batches and gets the scores of all.
         """
         parts, world = self._parts, self._world
         indices = list(range(self._plan.num_batches)) if everything else self._watched
         turns = -(-len(indices) // world.size)
-        # A sharded model computes in all the processes or in none: the last turn is filled up.
+        # A sharded model computes in all processes or in none, so the last turn is filled up.
         own = [
             indices[min(turn * world.size + world.rank, len(indices) - 1)] for turn in range(turns)
         ]
@@ -95,11 +95,11 @@ class Evaluator:
         return Evaluation(scores, watched["val_loss"])
 
     def fixed_batch(self) -> Batch:
-        """A batch of held-out text, the same in every process and all through the run."""
+        """A batch of held-out text, the same in every process and throughout the run."""
         return self._plan.batch(self._watched[0])
 
     def sample(self) -> str:
-        """The continuation of the profile's prompt, or nothing where none is wanted."""
+        """A continuation of the profile's prompt; empty if the profile asks for none."""
         config, settings = self._kernel.config, self._kernel.config.evaluation
         if not settings.sample_tokens:
             return ""
@@ -117,7 +117,7 @@ class Evaluator:
 
     @contextmanager
     def _weights(self) -> Iterator[None]:
-        """The weights to evaluate with, while the context lasts."""
+        """Use the average of the weights, if the run keeps one, while the context lasts."""
         ema = self._trained.averages.ema
         with nullcontext() if ema is None else ema.in_place():
             try:
@@ -127,7 +127,7 @@ class Evaluator:
 
 
 def _identity(plan: EvaluationPlan, stretches: Sequence[range]) -> str:
-    """The sha256 of the ids in these windows, and of how they are cut."""
+    """The sha256 of the ids in these windows and of their boundaries."""
     digest, length = hashlib.sha256(f"{plan.seq_len}".encode()), plan.seq_len
     for windows in stretches:
         ids = plan.tokens[windows.start * length : windows.stop * length + 1]

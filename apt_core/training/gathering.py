@@ -1,8 +1,8 @@
-"""The type in which FSDP2 gathers the layers of a model.
+"""Chooses the dtype in which FSDP2 gathers the layers of a model.
 
-Autocast casts a weight in every layer that multiplies by it, and the backward keeps all the casts:
-of a sharded model a whole copy. Gathered in that type already, weights need no cast, and half the
-communication. But a layer then finds its parameters in that type.
+Autocast casts the weights in every layer, and the backward keeps the casts, which add up to a whole
+copy of a sharded model. Weights that are gathered in the dtype of autocast need no cast, and half
+the communication; but each layer then sees its parameters in that dtype.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ TOKENS = 16
 def gathered_dtype(
     kernel: Kernel, model: nn.Module, device: torch.device, dtype: torch.dtype | None, world: World
 ) -> torch.dtype | None:
-    """``dtype``, in which autocast computes, where the layers of ``model`` take their parameters in
-    it, else None: that of the parameters. All processes call this together; says which layer is to
-    blame.
+    """``dtype``, in which autocast computes, if the layers of ``model`` run with parameters of that
+    dtype; otherwise None, for the dtype of the parameters. All processes call this together; a
+    warning says why the layers fail.
 
-    ``model`` is whole, and stays as it is; its layers are tried on ``device``, some of each kind.
+    ``model`` is not sharded yet and is not changed; some layers of each kind are tried on
+    ``device``.
     """
     if dtype is None or world.sharding != "fsdp":
         return None
@@ -56,7 +57,7 @@ def gathered_dtype(
 
 
 def _failure(model: nn.Module, seq_len: int, device: torch.device, dtype: torch.dtype) -> str:
-    """With what a micro-batch fails in ``model``, or nothing."""
+    """The error with which a micro-batch fails in ``model``; empty if it does not fail."""
     devices = [device] if device.type == "cuda" else []
     try:
         model.to(device)

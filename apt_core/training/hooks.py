@@ -1,4 +1,4 @@
-"""Calls of the hooks that get the trainer, for its helpers."""
+"""Lets the trainer's helpers call hooks that receive the trainer."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from apt_core.plugin_manager import PluginManager
 
 
 class TrainerHooks:
-    """Calls hooks of ``manager`` with ``trainer``, which helpers of the trainer only hand on."""
+    """Calls hooks of ``manager`` with ``trainer`` as an argument."""
 
     def __init__(self, manager: PluginManager, trainer: object) -> None:
         self.manager = manager
         self._trainer = trainer
 
     def call(self, name: str, **arguments: Any) -> Any:
-        """Call the hook of all plugins; returns what the manager makes of their results."""
+        """Call the hook of all plugins; returns the manager's combined result."""
         return getattr(self.manager.hook, name)(trainer=self._trainer, **arguments)
 
     def call_each(self, name: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
-        """Call the hook of each plugin; yields its name with what it returned."""
+        """Call the hook of each plugin in turn; yields (plugin, result)."""
         yield from self.manager.call_each(name, trainer=self._trainer, **arguments)
 
     def call_plugin(self, plugin: str, name: str, **arguments: Any) -> Any:

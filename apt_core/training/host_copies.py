@@ -1,4 +1,4 @@
-"""Copies of a run's tensors in the memory of the host, from which a checkpoint is written."""
+"""Copies a run's tensors into host memory, from which a checkpoint is written."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from apt_core.parallel.world import local_part
 log = get_logger("apt.checkpoint")
 
 BLOCK_BYTES = 2**28
-"""Pinned memory is asked for in blocks of about so much, or of one tensor that is larger."""
+"""Size of the blocks in which pinned memory is allocated; a larger tensor gets a larger block."""
 
 PINNED_SHARE = 4
-"""At most one part in so many of the memory that the host has left is pinned: it can be lent to
-nobody else."""
+"""At most 1/PINNED_SHARE of the host's available memory is pinned, since pinned memory cannot be
+paged out for others."""
 
 ALIGNMENT = 64
 
@@ -45,9 +45,10 @@ class _Block:
 class HostCopies:
     """Copies on the CPU that share nothing with the tensors.
 
-    From a GPU all of them are sent into pinned memory, and waited for together. That memory is kept
-    for the next time, and shared among the ``processes`` on this machine: copies last until then. A
-    sharded tensor stays sharded as it is, over ``mesh``, whose processes compute with CPUs.
+    Tensors of a GPU are copied into pinned memory asynchronously, with one wait for all of them.
+    The memory is reused by the next call of :meth:`of`, so the copies last until then; the limit on
+    it is divided among the ``processes`` on this machine. The copy of a sharded tensor is sharded
+    alike, over ``mesh``, a mesh of CPUs.
     """
 
     def __init__(self, mesh: DeviceMesh | None = None, processes: int = 1) -> None:
@@ -57,7 +58,7 @@ class HostCopies:
         self._left = 0
 
     def of(self, groups: Mapping[str, Tensors]) -> dict[str, dict[str, Tensor]]:
-        """The copies, contiguous, of all groups, by the same names."""
+        """Contiguous copies of all groups, under the same names."""
         parts = [local_part(t.detach()) for group in groups.values() for t in group.values()]
         sent = [part for part in parts if is_sent(part)]
         for block in self._blocks:
@@ -89,7 +90,7 @@ class HostCopies:
         )
 
     def _room(self, like: Tensor) -> Tensor:
-        """Memory for ``like``: ordinary memory where no more may be pinned."""
+        """Memory for a copy of ``like``: pinned, or ordinary where the limit is reached."""
         size = _aligned(like.nbytes)
         fitting = (block for block in self._blocks if block.used + size <= len(block.memory))
         block = next(fitting, None) or self._pin(size)
@@ -99,10 +100,10 @@ class HostCopies:
         return block.take(like.nbytes).view(like.dtype).view(like.shape)
 
     def _pin(self, size: int) -> _Block | None:
-        """A new block with room for ``size`` bytes, and more of those that are to come."""
+        """A new block with room for ``size`` bytes and for tensors that are still to be copied."""
         if self._limit is None:
             self._limit = available_memory(CPU) // PINNED_SHARE // self._processes
-        # torch takes a power of two in any case.
+        # torch rounds pinned allocations up to a power of two.
         wanted = 1 << (max(size, min(self._left, BLOCK_BYTES)) - 1).bit_length()
         if sum(len(block.memory) for block in self._blocks) + wanted > self._limit:
             return None
@@ -120,15 +121,15 @@ def _aligned(size: int) -> int:
 
 
 def is_sent(part: Tensor) -> bool:
-    """Does a copy of ``part`` to the host run beside it?"""
+    """Whether ``part`` is copied to the host asynchronously."""
     return part.is_cuda
 
 
 def pinned(size: int) -> Tensor:
-    """``size`` bytes that a GPU writes to without the host. Raises RuntimeError."""
+    """Allocate ``size`` bytes of pinned memory. Raises RuntimeError."""
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 def wait_for(device: torch.device) -> None:
-    """Until everything that ``device`` was sent is done."""
+    """Wait until ``device`` has done all its work."""
     torch.cuda.current_stream(device).synchronize()

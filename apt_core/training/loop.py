@@ -1,4 +1,4 @@
-"""The training loop: epochs, steps, and what is due between them."""
+"""The training loop: epochs, steps, and the evaluations and checkpoints between them."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ from apt_core.training.trained_model import TrainedModel
 log = get_logger("apt.training")
 
 KEEP_MODES = hooks_where(lambda policy: policy.in_step and not policy.sets_modes)
-"""Hooks of every step that are to leave the modes of modules alone."""
+"""Hooks called in every step that must not change whether modules are in training mode."""
 
 
 @dataclass
 class Loop:
-    """Trains from the position that ``progress`` has to the end of the run.
+    """Trains from the position in ``progress`` to the end of the run.
 
-    ``trainer`` is what hooks get, and is only handed on.
+    ``trainer`` is only passed to hooks.
     """
 
     _: KW_ONLY
@@ -77,17 +77,18 @@ class Loop:
     display: ProgressDisplay
 
     in_step: bool = field(default=False, init=False)
-    """Have some of the hooks of a step been called, and not all?"""
+    """Whether some of the hooks of the present step were called, but not all."""
     updating: bool = field(default=False, init=False)
-    """Are the weights being changed? What is there then is of no step."""
+    """Whether the optimizer is changing the weights, which then belong to no step."""
     step_void: bool | Tensor = field(default=False, init=False)
-    """Was the newest step not finite, and so changed nothing? 0-d where the device alone knows."""
+    """Whether the newest step was not finite and so changed nothing; 0-d where it is known on the
+    device only."""
     terms: dict[str, Tensor] = field(default_factory=dict, init=False)
-    """The loss terms of the step at hand."""
+    """The loss terms of the present step."""
     row_due: tuple[Tensor, Tensor, float, dict[str, Tensor]] | None = field(
         default=None, init=False
     )
-    """What the row of metrics of the newest step is made of, where it is to have one."""
+    """The values for the newest step's row of metrics, if a row is due."""
 
     def __post_init__(self) -> None:
         self.config: Config = self.kernel.config
@@ -95,7 +96,7 @@ class Loop:
         self.hooks = TrainerHooks(self.manager, self.trainer)
 
     def run(self) -> None:
-        """Take the steps that are left. Raises what ends a run."""
+        """Take the remaining steps. Raises any error that ends the run."""
         training, world, progress = self.config.training, self.world, self.progress
         plan, hook, device, clock = (
             self.parts.plan,
@@ -130,7 +131,7 @@ class Loop:
             self.parameters.begin(progress.step + 1)
             self.in_step = True
             self.enabling.enable_due()
-            self.enabling.tell_parameters(f"epoch {epoch}")
+            self.enabling.log_parameters(f"epoch {epoch}")
             hook.on_epoch_start(epoch=epoch, trainer=trainer)
 
             for index in range(first_index, plan.steps_per_epoch):
@@ -143,7 +144,7 @@ class Loop:
                 self.in_step = True
                 self.manager.plans.timing = logged or clock.every_step
                 if self.enabling.enable_due():
-                    self.enabling.tell_parameters(f"step {step}")
+                    self.enabling.log_parameters(f"step {step}")
                 clock.start(sampling=logged)
                 batches = [batch.to(device) for batch in plan.step_batches(epoch, index)]
                 targets = plan.step_targets(epoch, index)
@@ -152,7 +153,7 @@ class Loop:
                     watch.begin_step()
                     if not watch.modes_unchanged():
                         self.manager.failures.report_leftovers(watch.put_back(), KEEP_MODES)
-                # To call what nobody implements takes ten times as long as to ask.
+                # Calling a hook without implementations takes ten times as long as this check.
                 if hook.on_step_start.get_hookimpls():
                     hook.on_step_start(step=step, batch=list(batches), trainer=trainer)
                 self.settle_process()
@@ -163,7 +164,7 @@ class Loop:
                 if together is not None:
                     together.begin()
                 if targets != scaled:
-                    # Gradients are averaged over the processes, and are to be their sum.
+                    # DDP and FSDP average the gradients over the processes; we need their sum.
                     scale, scaled = torch.full((), world.size / targets, device=device), targets
                 total = entropy = zero
                 terms = self.terms = {}
@@ -178,11 +179,11 @@ class Loop:
                     with trained.casts.used(dtype), autocast(device, dtype):
                         summed, output = trained.forward(batch, outputs=outputs, again=seeds.again)
                     if last:
-                        trained.casts.forget()  # from here on the backward lets go of them
+                        trained.casts.forget()  # the backward frees the cast weights from here on
                     if logged:
                         entropy = entropy + summed.detach()
                     for name, term in loss_terms(self.hooks, batch, output) if adding else ():
-                        if not batch.num_targets:  # padding, of which a mean may be no number
+                        if not batch.num_targets:  # all padding: a term that is a mean would be NaN
                             summed = summed + without_gradients(term)
                             continue
                         term = batch.num_targets * term
@@ -194,9 +195,9 @@ class Loop:
                         raise TrainingError(f"step {step}: every parameter of the model is frozen")
                     summed.backward(scale)
                     total = total + summed.detach() if micro else summed.detach()
-                    del output, summed  # before the next forward takes as much memory
+                    del output, summed  # frees the logits before the next forward allocates its own
                 loss = total * scale
-                self.terms = {}  # what fails from here on is not theirs
+                self.terms = {}  # later failures are not caused by loss terms
                 if together is not None:
                     loss, stopping = together.finish(step, loss, self.stopping.wanted)
                     if logged:
@@ -248,7 +249,7 @@ class Loop:
                     self.enabling.share_quarantines()
                     self.saving.poll()
                 if due.ends():
-                    return  # what is due at this step may take long, and comes after the checkpoint
+                    return  # what else is due may take long: save first
                 ends_epoch = index + 1 == plan.steps_per_epoch
                 if due.evaluates() and not ends_epoch:
                     self.evaluate(everything=False)
@@ -259,8 +260,8 @@ class Loop:
             self.end_epoch(epoch)
 
     def settle_process(self, *, whole: bool = False) -> None:
-        """Put back what the hooks of a step have left changed and is looked for once a step, or
-        before something else is computed: then the ``whole`` of it."""
+        """Put back process state that hooks left changed: what is checked once a step, or, before
+        an evaluation or a sample, the ``whole`` of it."""
         watch = self.watch
         if watch is None or not watch.stepping or (not whole and watch.settled()):
             return
@@ -268,8 +269,8 @@ class Loop:
             self.manager.failures.report_leftovers(left)
 
     def end_epoch(self, epoch: int) -> None:
-        """Evaluate, tell, save. A stop before the evaluation is done leaves the epoch open, and a
-        resume ends it."""
+        """Evaluate, call on_epoch_end, save. If the run is stopped during the evaluation, the epoch
+        stays open and a resume ends it."""
         scores = self.evaluate(everything=True)
         if not scores:
             return
@@ -294,8 +295,9 @@ class Loop:
             self._save()
 
     def evaluate(self, *, everything: bool, final: bool = False) -> dict[str, float]:
-        """Score the held-out text, or a few batches of it, and tell of the result; ``final`` says
-        that only the end of the run asks for it. Empty when the run was told to stop meanwhile."""
+        """Score the held-out text, or a few batches of it, and call the hooks with the scores.
+        ``final`` says that the evaluation is made only because the run ends. Empty when the run
+        was stopped meanwhile."""
         self.settle_process(whole=True)
         self.trained.require_all_processes()
         self.usage.pause()
@@ -331,7 +333,7 @@ class Loop:
         return scores
 
     def _save_due(self) -> bool:
-        return self.due.saves() or self.saving.finds_best()
+        return self.due.saves() or self.saving.is_best()
 
     def _save(self) -> None:
         self.trained.require_known_parameters()
@@ -339,11 +341,11 @@ class Loop:
         self.saving.save()
         self.usage.throughput.resume()
 
-    def take_back_lost_steps(self) -> None:
-        """Go back to the last step in which all processes took part: the host may be some steps
-        ahead of it, and what came after has changed neither weights nor averages.
+    def undo_lost_steps(self) -> None:
+        """Set the position back to the last step in which all processes took part. The host may be
+        some steps ahead of it; those steps changed neither weights nor averages.
 
-        Raises TrainingError where a plugin was enabled meanwhile, whose parts are there already.
+        Raises TrainingError if a plugin was enabled in one of these steps.
         """
         together, progress, plan = self.trained.gradient_sum, self.progress, self.parts.plan
         first = None if together is None else together.first_lost()

@@ -1,4 +1,4 @@
-"""The manifest of a run, kept up to date as the run goes on."""
+"""Keeps the manifest of a run up to date."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from apt_core.training.trained_model import TrainedModel
 
 
 class ManifestWriter:
-    """Writes what the run is at the moment."""
+    """Writes the present state of the run into its manifest."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class ManifestWriter:
         self._folder, self._saving = folder, saving
 
     def write(self, status: str, **entries: Any) -> None:
-        """Bring it up to date, with these further ``entries``."""
+        """Rewrite the manifest with ``status`` and further ``entries``."""
         device, dtype = self._parts.device, self._parts.dtype
         compilation = self._trained.forward.compilation
         manifest = run_manifest(

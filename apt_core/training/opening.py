@@ -1,4 +1,4 @@
-"""The folder of a run, made or taken up again."""
+"""Makes the folder of a run, or opens that of an earlier run to continue it."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ log = get_logger("apt.checkpoint")
 
 
 class Opening:
-    """What was said of the run's folder: ``output``, ``resume`` and ``resume_from``.
+    """Opens the run's folder by ``output``, ``resume`` and ``resume_from``.
 
-    Of several processes the first one opens the folder, and the others are told where it is.
+    The first process opens the folder and sends its path to the others.
     """
 
     def __init__(
@@ -41,22 +41,25 @@ class Opening:
         self._found: Checkpoint | None = None
 
     def checkpoint(self, world: World, config: Config) -> Checkpoint | None:
-        """Open the folder of an earlier run, if this one goes on in it; returns the checkpoint that
-        the run goes on from. Raises ConfigError, CheckpointError."""
-        path = world.from_first(lambda: self._look(config.name, config.training.checkpoint_dir))
+        """Open the folder of an earlier run, if this one continues in it. Returns the checkpoint to
+        continue from. Raises ConfigError, CheckpointError."""
+        path = world.from_first(
+            lambda: self._find_checkpoint(config.name, config.training.checkpoint_dir)
+        )
         if path is None or self._found is not None:
             return self._found
-        return checkpoint.load(path, verify=False)  # the first process has looked at every byte
+        return checkpoint.load(path, verify=False)  # the first process has verified it
 
-    def goes_on(self, world: World) -> bool:
-        """Does the run go on in a folder that was there?"""
+    def resumes(self, world: World) -> bool:
+        """Whether the run continues in the folder of an earlier one."""
         return world.from_first(lambda: self._folder is not None)
 
     def folder(
         self, world: World, config: Config, step: int, events: EventLog, *, evaluation: bool
     ) -> RunFolder:
-        """The run's folder, in which what comes after ``step``, the run's, is out of the way, and
-        that of an ``evaluation`` of it which is to be made again. Raises ConfigError."""
+        """Make the run's folder, or remove what an earlier part of the run wrote after ``step``:
+        metrics are dropped, with ``evaluation`` also the scores at ``step``, which is evaluated
+        again; checkpoints are set aside. Raises ConfigError."""
 
         def make() -> tuple[Path, Path]:
             if self._folder is None:
@@ -84,13 +87,13 @@ class Opening:
         return self._folder or RunFolder(*places, writes=False)
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Release the lock of the folder."""
         if self._folder is not None:
             self._folder.close()
 
-    def _look(self, profile_name: str, checkpoint_dir: str | None) -> Path | None:
-        """Open the folder of an earlier run, if this one goes on in it, and find the checkpoint
-        that it goes on from."""
+    def _find_checkpoint(self, profile_name: str, checkpoint_dir: str | None) -> Path | None:
+        """Open the folder of an earlier run, if this one continues in it, and find the checkpoint
+        to continue from."""
         if self._resume and self._output is None:
             self._output = newest_folder(profile_name)
             if self._output is None:
@@ -122,8 +125,8 @@ class Opening:
 
 
 def _set_aside_later_checkpoints(folder: RunFolder, step: int, events: EventLog) -> list[int]:
-    """Checkpoints after the one that the run goes on from are of another future: keep them, but
-    out of the way of the next resume. Returns their steps."""
+    """Rename checkpoints after ``step``: the run will write its own there, and the next resume must
+    not find the old ones. Returns their steps."""
     later = []
     for path in checkpoint.list_checkpoints(folder.checkpoints):
         if path.name > checkpoint.folder_name(step):
@@ -151,7 +154,8 @@ def log_start(
     folder: RunFolder,
     found: Checkpoint | None,
 ) -> None:
-    """Log what the run starts with, at the checkpoint that was ``found``."""
+    """Log the folder, notices, providers, model and plugins that the run starts with; ``found`` is
+    the checkpoint that it continues from."""
     events = kernel.manager.events
     active = [r.name for r in kernel.manager.records.values() if r.state == "active"]
     log.info("run folder: %s", folder)

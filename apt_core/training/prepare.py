@@ -1,4 +1,4 @@
-"""Everything a run needs before its first step: text, model, optimizer, learning-rate schedule."""
+"""Builds what a run needs before its first step: text, model, optimizer, learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ log = get_logger("apt.training")
 
 @dataclass(frozen=True)
 class Built:
-    """A model and what trains it; ``forward`` computes the model, compiled or not."""
+    """A model with its optimizer; ``forward`` computes the model, compiled or not."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -53,8 +53,8 @@ class Built:
 
 @dataclass(frozen=True)
 class Parts:
-    """What stays as it is all through a run: the text and how it is cut, the tokenizer, the course
-    of the learning rate, and where and in which precision the run computes."""
+    """The parts of a run that never change: token ids and their division into batches, tokenizer,
+    learning-rate schedule, device and precision."""
 
     device: torch.device
     dtype: torch.dtype | None
@@ -69,8 +69,8 @@ class Parts:
 def prepare(kernel: Kernel, device: torch.device, world: World = ALONE) -> tuple[Parts, Built]:
     """Build the parts of a run and its model.
 
-    Raises ConfigError for input that does not fit together, and what a plugin's part raises as an
-    error that names the plugin.
+    Raises ConfigError for inconsistent input; an error of a plugin's provider is raised as one that
+    names the plugin.
     """
     with before_the_run(), naming_authors(kernel):
         return _prepare(kernel, device, world)
@@ -82,9 +82,9 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> tuple[Parts,
     if world.size == 1:
         kernel.add_inactive(inactive_alone(kernel.config))
     dtype = autocast_dtype(training.mixed_precision, device, config.model.d_model)
-    # Before the model takes its memory.
+    # Measured before the model takes memory.
     measured_peak_flops(device, dtype or torch.float32)
-    forget_peak_memory(device)  # that of the measurement, and of runs before this one
+    forget_peak_memory(device)  # of the measurement and of earlier runs
     tokenizer, plan, val_tokens, bytes_per_token, data = _data(kernel, world)
     schedule = kernel.schedule.with_horizon(Horizon.of(config, plan))
     lr_schedule = registry.get("lr_schedule", training.lr_schedule_name)
@@ -97,8 +97,8 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> tuple[Parts,
     model.to(device)
     kernel.notices += support_notices(kernel, device)
     optimizer = build_optimizer(kernel, model)
-    _note_roles_that_are_not_told(kernel, model)
-    world.require_alike(_what_decides(kernel, dtype, data))
+    _note_unknown_roles(kernel, model)
+    world.require_alike(_shared_inputs(kernel, dtype, data))
     parts = Parts(
         device=device,
         dtype=dtype,
@@ -112,9 +112,9 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> tuple[Parts,
     return parts, Built(model, optimizer, loop_forward(kernel, model, device, world))
 
 
-def _note_roles_that_are_not_told(kernel: Kernel, model: nn.Module) -> None:
-    """The rate of a matrix depends on whether it reads the residual stream, which its sizes do not
-    tell where it is square."""
+def _note_unknown_roles(kernel: Kernel, model: nn.Module) -> None:
+    """Add a notice about square matrices whose layer does not say whether they read the residual
+    stream: their learning rate depends on it, and a square shape does not show it."""
     training, registry = kernel.config.training, kernel.registry
     provider: OptimizerProvider = registry.get("optimizer", training.optimizer_name)
     by_width = training.scale_lr_by_width and not getattr(provider, "separates_matrices", False)
@@ -128,23 +128,24 @@ def _note_roles_that_are_not_told(kernel: Kernel, model: nn.Module) -> None:
 
 
 def loop_forward(kernel: Kernel, model: nn.Module, device: torch.device, world: World) -> Forward:
-    """What the loop calls: ``model``, the same in every process, compiled or not."""
+    """The forward of ``model`` for the loop, compiled or not; first copies the weights of the first
+    process to all others."""
     world.replicate(model)
     chosen = compilation(kernel, device, world.sharding, world.size)
     return Forward(model, chosen, strict=kernel.manager.strict)
 
 
 OWN_SECTIONS = ("name", "version", "description", "monitoring", "hardware", "debug")
-"""What may differ between the processes of a run, but for what of it decides."""
+"""Sections of the profile that may differ between the processes of a run."""
 
 
-def _what_decides(
+def _shared_inputs(
     kernel: Kernel, dtype: torch.dtype | None, data: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What has to be the same in all the processes of a run."""
+    """All inputs of a run that must be equal in its processes."""
     registry, records = kernel.registry, kernel.manager.records
     profile = {k: part for k, part in kernel.config.to_dict().items() if k not in OWN_SECTIONS}
-    # What is at the paths counts, and is compared: machines may keep it elsewhere.
+    # Machines may keep the data at different paths; its content is compared below.
     for section, key in (*READ, ("training", "checkpoint_dir")):
         del profile[section][key]
     return {

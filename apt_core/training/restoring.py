@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which one, whether it fits, and putting the run there."""
+"""Finds a named checkpoint, checks that it fits the run, and restores the run from it."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ GROUPS_HOOK = "apt_param_groups"
 
 
 class Restoring:
-    """Puts a run where a checkpoint was taken. ``allowed`` are the settings that it was told to
-    change there."""
+    """Restores a run from a checkpoint. ``allowed`` names settings that may differ from the
+    checkpoint's."""
 
     def __init__(
         self,
@@ -69,7 +69,8 @@ class Restoring:
         self._watched, self._allowed = watched, allowed
 
     def restore(self, found: Checkpoint) -> None:
-        """Raises CheckpointError, ConfigError where the checkpoint does not fit this run."""
+        """Restore the run. Raises CheckpointError or ConfigError if the checkpoint does not fit
+        it."""
         kernel, state, trained = self._kernel, found.state, self._trained
         # First: without its plugin, every setting of an absent one differs too.
         require_plugins(kernel, (switch.plugin for switch in state.transforms))
@@ -93,7 +94,7 @@ class Restoring:
             found.tensors("ema").read_into(trained.averages.ema.values, "average of the weights")
         self._restore_averages(found)
         self._check_weights(found)
-        self._go_on_from(found)
+        self._restore_progress(found)
         trained.guard.load(*state.nonfinite_steps)
         trained.modes.load(state.modes)
         if not self._stopping.load(state.stopping, self._watched):
@@ -121,20 +122,20 @@ class Restoring:
             if r.state == "quarantined"
         ]
 
-    def _go_on_from(self, found: Checkpoint) -> None:
-        """Take over its progress, with the scores of an evaluation that came after it."""
+    def _restore_progress(self, found: Checkpoint) -> None:
+        """Restore the progress, with the scores of an evaluation made after the checkpoint."""
         made = self._progress.transforms
         for name, value in found.state.progress:
             setattr(self._progress, name, value)
-        self._progress.transforms = made  # by the replay, which is what the run has
+        self._progress.transforms = made  # recorded by the replay
         evaluated = checkpoint.read_evaluation(found.path)
         if evaluated is not None and evaluated.scores:
             self._progress.scores = {"step": found.state.step, **evaluated.scores}
-        self._usage.go_on(found.state.spent)
+        self._usage.resume(found.state.spent)
 
     def _restore_groups(self, found: Checkpoint) -> None:
-        """Put back the optimizer's groups. Raises ConfigError where other ones are planned, naming
-        the plugins that have a say in them."""
+        """Restore the optimizer's parameter groups. Raises ConfigError if this run's groups differ,
+        and names the plugins that choose them."""
         kernel = self._kernel
         try:
             load_optimizer_groups(
@@ -160,7 +161,8 @@ class Restoring:
             ) from None
 
     def _factors_of_rates(self, found: Checkpoint) -> tuple[float, float]:
-        """By how much the run was told to change the rate, and that of hidden matrices."""
+        """Factors by which allowed changes multiply the learning rate, and that of hidden
+        matrices."""
         before, now = saved_profile(found.profile), self._config.training
         rates = {
             "training.learning_rate": now.learning_rate,
@@ -174,7 +176,7 @@ class Restoring:
         return general, matrices
 
     def _restore_averages(self, found: Checkpoint) -> None:
-        """Put back the averages that plugins keep, of those that are active."""
+        """Restore the averages of the plugins that are active."""
         averages, model = self._trained.averages, self._trained.model
         for index, saved in enumerate(found.state.averages):
             plugin = saved.plugin
@@ -187,9 +189,8 @@ class Restoring:
                 )
 
     def _check_global_batch(self, before: int) -> None:
-        """A step must take as many sequences as it did: only then is the position the same.
-
-        Raises ConfigError.
+        """Raise ConfigError if a step takes another number of sequences than ``before``: the
+        position in the text would differ.
         """
         now = self._parts.plan.windows_per_step
         if now == before:
@@ -208,7 +209,7 @@ class Restoring:
         )
 
     def _check_precision(self, before: str) -> None:
-        """``auto`` may have chosen another type on another machine. Raises ConfigError."""
+        """Raise ConfigError if the precision differs; ``auto`` depends on the machine."""
         now = str(self._parts.dtype or torch.float32)
         if now != before:
             value = "false" if before == "torch.float32" else "true"
@@ -222,8 +223,8 @@ class Restoring:
             )
 
     def _check_tokens(self, found: Checkpoint) -> None:
-        """The ids must be those that the weights were trained and judged on. Raises
-        CheckpointError."""
+        """Raise CheckpointError if the token ids differ from those that the weights were trained
+        and evaluated on."""
         data, state = self._parts.data, found.state
         now, before = data["tokens_sha256"], state.tokens_sha256
         if before == now:
@@ -247,9 +248,9 @@ class Restoring:
         )
 
     def _check_profile(self, found: Checkpoint) -> list[str]:
-        """Keys of the profile that differ from the checkpoint's and may. Raises ConfigError."""
+        """Keys that differ from the checkpoint's profile and may. Raises ConfigError for others."""
         kernel, state, data = self._kernel, found.state, self._parts.data
-        # What it says of secrets is not known, and need not be the same.
+        # Saved profiles hide secrets, so this run's are filled in: they may differ.
         profile = with_secrets(saved_profile(found.profile), self._config.to_dict(secrets=True))
         before = saved_config(profile, kernel.sections, kernel.idle)
 
@@ -277,7 +278,7 @@ class Restoring:
         )
 
     def _check_weights(self, found: Checkpoint) -> None:
-        """Raises CheckpointError for weights that no step could change any more."""
+        """Raise CheckpointError for weights that are not finite."""
         if bad := self._trained.not_finite(everywhere=True):
             raise CheckpointError(
                 f"{found.path}: its weights are not finite ({listed(bad)}); name an earlier "
@@ -285,8 +286,8 @@ class Restoring:
             )
 
     def _note_changes(self, found: Checkpoint) -> None:
-        """Record which rates the run has been told to change, and where: it is no longer a function
-        of its profile alone."""
+        """Record the allowed changes of rates and their step: the run is no longer a function of
+        its profile alone."""
         saved, now = saved_profile(found.profile), self._config.to_dict()
         differing = {key: (old, new) for key, old, new in differences(saved, now)}
         for key in self._allowed:
@@ -313,7 +314,7 @@ class Restoring:
 
 
 def _changed_plugins(kernel: Kernel, manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Plugins of the same name whose code is another one: that may be meant, and is told."""
+    """Notices about plugins whose code differs from that of the checkpoint, which is allowed."""
     records = kernel.manager.records
     for row in manifest.get("plugins", []):
         before, record = row.get("source_sha256"), records.get(row.get("name"))

@@ -1,4 +1,4 @@
-"""The life of a run around its loop: how it starts, ends and fails."""
+"""Starts a run, runs its loop, and ends it or handles its failure."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class RunResult:
 class Run:
     """One run, from its first hook to its last.
 
-    ``held`` are the bytes that the process holds beside the run, ``found`` is the checkpoint that
-    it goes on from.
+    ``held`` is the number of bytes that the process holds beside the run; ``found`` is the
+    checkpoint that the run continues from.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class Run:
         self._found, self._events = found, loop.manager.events
 
     def run(self) -> RunResult:
-        """Start, train, end. Raises what ends the run, once a checkpoint of the last whole step is
-        written."""
+        """Start, train, end. An error that ends the run is raised after a checkpoint of the last
+        complete step was written."""
         loop, trained = self._loop, self._trained
         self.folder.write_profile(self._config.to_yaml())
         self.folder.begin_manifest()
@@ -77,7 +77,7 @@ class Run:
         loop.usage.start()
         try:
             try:
-                loop.enabling.announce()
+                loop.enabling.start()
                 self._manager.hook.on_training_start(trainer=loop.trainer)
                 self._manager.failures.count_log_errors()
                 trained.modes.started(trained.model)
@@ -113,26 +113,26 @@ class Run:
                         f"the optimizer failed in its first step with what the checkpoint of step "
                         f"{self._progress.step} holds of it: {one_line(error)}"
                     )
-            self._die(known)
+            self._save_after_failure(known)
             if known is error:
                 raise
             raise known from error
 
     def _finish(self) -> RunResult:
-        """Save and evaluate what was not yet, tell the plugins, show a sample, sum up.
+        """Save, evaluate and sample what is missing, call the last hooks, and make the result.
 
-        Whoever has set the run a limit may kill it now: the checkpoint comes first.
+        The checkpoint comes first: a scheduler that set a time limit may kill the run meanwhile.
         """
         loop, trained = self._loop, self._trained
         loop.settle_process(whole=True)
         if loop.watch is not None:
             loop.watch.stepping = False
         trained.require_all_processes()
-        loop.step_log.tell_skipped()
+        loop.step_log.log_skipped_steps()
         loop.usage.pause()
         trained.require_known_parameters()
-        self.saving.save_unjudged()
-        # A plugin that asks to stop in what follows ends its own stage, not the others.
+        self.saving.save_without_pruning()
+        # A StopTraining raised in one of these stages ends that stage, not the others.
         if not self._interrupted():
             if loop.due.ends_epoch():
                 try:
@@ -166,18 +166,18 @@ class Run:
             exit_code=exit_code,
         )
         self._manifest.write(status, figures=result.figures, sample=sample, reason=reason)
-        self._tell_end(status, reason, reason=reason, exit_code=exit_code)
+        self._record_end(status, reason, reason=reason, exit_code=exit_code)
         with suppress(StopTraining):
             self._manager.hook.on_training_end(trainer=loop.trainer)
         with suppress(StopTraining):
             self._manager.failures.count_log_errors()
-        # What failed at the end in another process is told too, or ends this one.
+        # Reports failures of on_training_end in other processes; under --strict they end this one.
         loop.enabling.share_quarantines()
         self._manifest.write(status)
         return result
 
     def _require_finite_end(self) -> None:
-        """Raise DivergedError for a run of which nobody should go on with the result."""
+        """Raise DivergedError if the final loss or the last steps are not finite."""
         training, scores = self._config.training, self._progress.scores
         loss = scores.get("val_loss", 0.0)
         if scores.get("step") == self._progress.step > 0 and not isfinite(loss):
@@ -197,8 +197,8 @@ class Run:
         """The exit code that a signal to any of the processes gives the run, or 0 without one."""
         return max(self._world.gather(self._stopping.interrupts.exit_code))
 
-    def _die(self, error: BaseException) -> None:
-        """The run ends by ``error``: keep what can be kept and tell the plugins."""
+    def _save_after_failure(self, error: BaseException) -> None:
+        """Save what can be saved after ``error`` and call the hooks of a failed run."""
         loop, trained, progress = self._loop, self._trained, self._progress
         if isinstance(error, KeyboardInterrupt):
             log.warning("interrupted")
@@ -208,7 +208,8 @@ class Run:
         whole = not (loop.updating or averaging or trained.unknown_parameters())
         if whole and progress.step > 0:
             try:
-                # No resume takes this step again. Of several processes the others are elsewhere.
+                # No resume repeats this step, so its row is written now; not among several
+                # processes, since the others may be in another step.
                 if (
                     loop.row_due
                     and self._progress.metrics.get("step") != self._progress.step
@@ -218,14 +219,14 @@ class Run:
             except BaseException as failure:
                 log.error("no row of step %d: %s", progress.step, one_line(failure))
             try:
-                loop.take_back_lost_steps()
+                loop.undo_lost_steps()
                 if progress.step:
                     self.saving.save_in_emergency(in_step=loop.in_step)
             except BaseException as failure:  # whatever it is, the manifest comes next
-                self.saving.tell_not_saved(f"it could not be written ({one_line(failure)})")
+                self.saving.record_unsaved(f"it could not be written ({one_line(failure)})")
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         self._manifest.write(status, figures=self._figures(), error=text_of(error))
-        self._tell_end(status, text_of(error), error=text_of(error))
+        self._record_end(status, text_of(error), error=text_of(error))
         try:
             self._manager.failures.count_log_errors()
             self._manager.hook.on_exception(error=error, trainer=loop.trainer)
@@ -233,8 +234,8 @@ class Run:
             log.error("%s", one_line(failure))
         self._manifest.write(status)
 
-    def _tell_end(self, status: str, why: str, **data: Any) -> None:
-        """Record how the run ended; the console is told by who has started it."""
+    def _record_end(self, status: str, why: str, **data: Any) -> None:
+        """Record how the run ended. The caller of ``fit`` prints it, so it is not logged again."""
         self._events.record(
             "ended",
             "the run ended: %s",
@@ -247,7 +248,8 @@ class Run:
         )
 
     def _figures(self) -> dict[str, float]:
-        """Losses come with the step that they are of, which may be before the last one."""
+        """The final figures. ``val_step`` is the step that the losses were measured at, which may
+        be earlier than the last one."""
         names, progress = {"step": "val_step"}, self._progress
         final = {names.get(key, key): value for key, value in progress.scores.items()}
         start = {f"{key}_start": value for key, value in progress.start_scores.items()}

@@ -1,4 +1,4 @@
-"""Writing a run's checkpoints, while the run goes on."""
+"""Writes a run's checkpoints on a thread while the run goes on."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ Position = tuple[int, int]
 
 @dataclass(frozen=True)
 class _Write:
-    """A checkpoint that is being written, with an evaluation of it if there was one before;
-    ``future`` gives its folder."""
+    """A checkpoint that is being written, with its evaluation if it was made before; ``future``
+    returns the checkpoint's folder."""
 
     position: Position
     evaluated: Evaluated | None
@@ -45,26 +45,25 @@ class _Write:
 
 
 def writer_thread(device: torch.device) -> ThreadPoolExecutor:
-    """One thread, for which CUDA's current device is that of the run, and not the first GPU."""
+    """A pool of one thread whose current CUDA device is ``device``."""
     start = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
     return ThreadPoolExecutor(1, thread_name_prefix="apt-checkpoint", initializer=start)
 
 
 @dataclass(frozen=True)
 class _Best:
-    """The checkpoint on the disk that is kept as the best; a lower loss than ``loss`` is better."""
+    """The checkpoint on the disk that is kept as the best, with its watched loss."""
 
     step: int | None = None
     loss: float = inf
 
 
 class Saving:
-    """Writes snapshots of the run, one at a time, on a thread. ``watched`` names the held-out
-    windows by whose loss checkpoints compare.
+    """Writes snapshots of the run, one at a time, on a thread. ``watched`` identifies the held-out
+    windows by whose loss checkpoints are compared.
 
-    In a run of several processes the first one writes; of a sharded model each writes its shards.
-    Of the checkpoints that were evaluated, the best that is on the disk is kept where the profile
-    wants that: one whose write failed is none, and bars no other.
+    The first process writes; with a sharded model every process writes its shards. If the profile
+    asks for it, the best evaluated checkpoint is kept; one whose write failed does not count.
     """
 
     def __init__(
@@ -92,7 +91,7 @@ class Saving:
         self.failures: list[str] = [*folder.manifest.get("failed_checkpoints", [])]
         self._write: _Write | None = None
         self._thread = writer_thread(device)
-        # A group of its own: a checkpoint is written while the run communicates.
+        # Has its own group, since a checkpoint is written while the run communicates.
         sharded = self._world.sharding == "fsdp"
         self._group = dist.new_group(backend="gloo") if sharded else None
         self._best = _Best()
@@ -101,12 +100,11 @@ class Saving:
             self._best, self.notice = self._world.from_first(self._best_before)
 
     def save(self) -> None:
-        """Take a snapshot of the current position, unless there is a checkpoint of it, and have it
-        written. Waits only while the checkpoint before is not written yet. Raises DivergedError
-        for weights that are not finite.
+        """Start writing a checkpoint of the present position, unless there is one. Waits only for
+        the previous checkpoint. Raises DivergedError for weights that are not finite.
 
-        A full disk costs this checkpoint and nothing else: the run goes on, but it does not end
-        well.
+        If the disk is full, this checkpoint is lost and the run goes on, but ends with an error if
+        its last checkpoint is lost.
         """
         self.finish()
         position = self._position()
@@ -130,9 +128,9 @@ class Saving:
         self._write = _Write(position, snapshot.evaluated, future)
 
     def note_evaluation(self, loss: float, scores: dict[str, float]) -> None:
-        """The watched loss of the current position, and the scores on the whole held-out text where
-        there are such. The checkpoint of the position has them with it, be it written before or
-        after."""
+        """Record the watched loss of the present position and, if there are any, its scores on the
+        whole held-out text. They are added to the checkpoint of the position, whether it is
+        written already or later."""
         step, before = self._progress.step, self._evaluation_of(self._progress.step)
         if before is not None:
             scores = scores or before.scores
@@ -140,9 +138,9 @@ class Saving:
         if self._write is None and self.saved is not None and self.saved[0] == step:
             self._record(step)
 
-    def finds_best(self) -> bool:
-        """Is the current position, by its evaluation, better than the best checkpoint on the disk?
-        Waits for the one that is being written where that decides."""
+    def is_best(self) -> bool:
+        """Whether the evaluation of the present position is better than that of the best
+        checkpoint on the disk. Waits for a pending write if that may decide it."""
         found = self._evaluation_of(self._progress.step)
         wanted = self._keeps_best
         if not wanted or found is None or not found.loss < self._best.loss:
@@ -156,8 +154,8 @@ class Saving:
         return self._evaluated[1]
 
     def _record(self, step: int, known: Evaluated | None = None) -> None:
-        """The checkpoint of ``step`` is on the disk with the evaluation ``known``: add a later one,
-        and see whether it is the best."""
+        """Note that the checkpoint of ``step`` was written with the evaluation ``known``; add an
+        evaluation made since, and update the best checkpoint."""
         found = self._evaluation_of(step) or known
         if found is None:
             return
@@ -171,9 +169,9 @@ class Saving:
             self._best = _Best(step, found.loss)
 
     def _best_before(self) -> tuple[_Best, str]:
-        """The best of the checkpoints that the run goes on after. Where all were judged on other
-        windows, the best of those stays until there is another, however high its loss, and a text
-        says so."""
+        """The best checkpoint in the folder, and a notice. If all of them were evaluated on other
+        windows, the best of these is kept until the first one on the new windows replaces it; the
+        notice says so."""
         root, watched = self._folder.checkpoints, self._watched
         best = checkpoint.best_by_evaluation(root, watched)
         if best is not None:
@@ -187,13 +185,13 @@ class Saving:
         )
 
     def poll(self) -> None:
-        """Tell of the checkpoint that was being written, if it is complete now."""
+        """Finish the pending write if all processes have completed it; does not wait."""
         write = self._write
         if write is not None and not self._world.any(not write.future.done()):
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written, and tell of it."""
+        """Wait for the pending write; log it and call on_checkpoint_saved."""
         write = self._write
         if write is None:
             return
@@ -203,7 +201,7 @@ class Saving:
         except OSError as problem:
             error = str(problem)
         self._write = None
-        # All of them have to know: what is saved, and what is the best, decides when they save.
+        # All processes must know of a failure, since it decides when they save next.
         error = next(filter(None, self._world.gather(error)), None)
         if error is not None:
             self._failed(write, error)
@@ -211,14 +209,14 @@ class Saving:
         self.saved = write.position
         self._record(write.position[0], write.evaluated)
         if self._world.is_first:
-            self._tell_saved(path)
+            self._record_saved(path)
             if self._prunes:
                 self._prune()
             self._hooks.call("on_checkpoint_saved", path=path)
 
-    def save_unjudged(self) -> None:
-        """Save, and wait for it, before an evaluation says what that is worth: nothing is deleted
-        for it. A plugin that is told and asks to stop does not keep it from being done."""
+    def save_without_pruning(self) -> None:
+        """Save and wait. No checkpoint is deleted, since this one may not be evaluated yet. A
+        StopTraining raised by a hook is ignored."""
         self._prunes = False
         for part in (self.finish, self.save, self.finish):
             with suppress(StopTraining):
@@ -226,15 +224,15 @@ class Saving:
         self._prunes = True
 
     def save_last(self) -> None:
-        """Save, and wait for it. Raises TrainingError when it cannot be written."""
-        self.save_unjudged()
+        """Save, wait and prune. Raises TrainingError if the checkpoint cannot be written."""
+        self.save_without_pruning()
         if self.saved != self._position():
             raise TrainingError(self.failures[-1])
         if self._world.is_first:
             self._prune()
 
     def save_in_emergency(self, *, in_step: bool) -> None:
-        """Save before the run dies; ``in_step`` says that plugins have seen a part of a step.
+        """Save when the run has failed; ``in_step`` says that plugins have seen a part of a step.
         Raises OSError."""
         if self._write is not None:
             write, self._write = self._write, None
@@ -247,17 +245,17 @@ class Saving:
         if self._position() in (self.saved, self._refused):
             return
         if bad := self._trained.not_finite():
-            self.tell_not_saved(f"its weights are not finite ({listed(bad)})")
+            self.record_unsaved(f"its weights are not finite ({listed(bad)})")
             return
-        if self._group is not None and not self._world.all_at(self._here()):
-            self.tell_not_saved("the other processes have the rest of the model")
+        if self._group is not None and not self._world.all_at(self._place()):
+            self.record_unsaved("the other processes have the rest of the model")
             return
         if self._world.is_first or self._group is not None:
             snapshot = self._snapshots.take(
                 self._evaluation_of(self._progress.step), emergency=True, in_step=in_step
             )
             path = self._thread.submit(self._written, snapshot).result()
-            self._tell_saved(path)
+            self._record_saved(path)
             self._prune()
 
     def _failed(self, write: _Write, error: str) -> None:
@@ -273,8 +271,8 @@ class Saving:
             error=error,
         )
 
-    def tell_not_saved(self, why: str) -> None:
-        """Tell that there is no checkpoint of the current position as the run dies."""
+    def record_unsaved(self, why: str) -> None:
+        """Record that a failed run has no checkpoint of its last position, and why."""
         self._events.record(
             "not_saved",
             "no checkpoint of step %d: %s",
@@ -286,7 +284,7 @@ class Saving:
             error=why,
         )
 
-    def _tell_saved(self, path: Path) -> None:
+    def _record_saved(self, path: Path) -> None:
         self._events.record(
             "saved",
             "checkpoint: %s",
@@ -296,12 +294,12 @@ class Saving:
             checkpoint=path.name,
         )
 
-    def _here(self) -> str:
-        """A name for where this process has come to, in this run."""
+    def _place(self) -> str:
+        """The run and position of this process as a text, to be compared with the others'."""
         return f"{self._folder} {self._position()}"
 
     def close(self) -> None:
-        """Wait for what is being written."""
+        """Wait for the pending write and end the thread."""
         self._thread.shutdown(wait=True)
 
     def _position(self) -> Position:

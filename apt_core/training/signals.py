@@ -1,4 +1,4 @@
-"""Stopping on a signal: the first one asks, at the next safe point; the second one insists."""
+"""Stops a run on a signal: the first one at the next safe point, the second one at once."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from types import FrameType
 from apt_core.errors import InterruptedAgain
 
 SAME_SECONDS = 2.0
-"""Of several processes each may be told by the launcher and by whoever told that: signals so close
-to each other are one."""
+"""A process of several may get a signal from its launcher and from the launcher's sender: signals
+this close together count as one."""
 
 
 class Interrupts:
-    """``received`` is the signal that asked the run to stop, or None. ``alone`` says that the run
-    has one process."""
+    """Records the first signal that asks the run to stop as ``received``; None before it. ``alone``
+    says that the run has one process."""
 
     def __init__(self, *, alone: bool = True) -> None:
         self.received: signal.Signals | None = None
@@ -44,7 +44,7 @@ class Interrupts:
     def listening(self) -> Iterator[None]:
         """Catch SIGINT, SIGTERM and, where there is one, SIGHUP while the context lasts.
 
-        Only in the main thread: elsewhere Python has no signals.
+        Does nothing outside the main thread, where Python cannot handle signals.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -52,7 +52,7 @@ class Interrupts:
         caught = [signal.SIGINT, signal.SIGTERM]
         if hasattr(signal, "SIGHUP"):
             caught.append(signal.SIGHUP)
-        # What is ignored stays so: that is what nohup is for.
+        # A signal that is ignored stays ignored, as nohup wants.
         caught = [number for number in caught if signal.getsignal(number) is not signal.SIG_IGN]
         before = {number: signal.signal(number, self._handle) for number in caught}
         try:

@@ -1,4 +1,4 @@
-"""All that a checkpoint holds, as the run is at a position."""
+"""Collects the contents of a checkpoint from the running parts of a run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ REPLAYED = hooks_where(lambda policy: policy.replayed)
 
 
 class Snapshots:
-    """Takes snapshots of the run: copies, which nothing changes as the run goes on."""
+    """Takes snapshots of the run: copies that later steps do not change."""
 
     def __init__(
         self,
@@ -58,19 +58,20 @@ class Snapshots:
         self._watched = watched
         self._sharded = world.sharding == "fsdp"
         mesh = init_device_mesh("cpu", (world.size,)) if self._sharded else None
-        # Of several processes that hold the same, one saves.
+        # Replicas hold the same tensors, so the first process alone saves.
         self._copies = HostCopies(mesh, world.on_this_machine if self._sharded else 1)
 
     def take(
         self, evaluated: Evaluated | None, *, emergency: bool = False, in_step: bool = False
     ) -> Snapshot:
-        """The run as it is, with what an evaluation of it gave. In an ``emergency``, as the run
-        dies, it is taken without what cannot be had; ``in_step`` says that plugins may have seen a
-        part of a step by then."""
+        """Copy the present state of the run, with the scores ``evaluated`` if it has any.
+
+        In an ``emergency``, when the run fails, the state of plugins is left out if it cannot be
+        read. ``in_step`` says that plugins may have seen a part of a step."""
         kernel = self._kernel
         try:
             states, plugin_tensors = split_states(self._hooks.call_each("apt_state_dict"))
-        except BaseException as error:  # the run is ending: no reason is left to let it pass
+        except BaseException as error:  # the run is failing already: save without this
             if not emergency:
                 raise
             log.error("the checkpoint is without the state of plugins: %s", one_line(error))
@@ -83,7 +84,7 @@ class Snapshots:
                 "optimizer": optimizer_tensors(model, optimizer),
                 **self._trained.averages.named,
             }
-            # Those of the checkpoint before are written: its memory is taken.
+            # The previous checkpoint is written by now, so its host memory is reused.
             tensors = self._copies.of(kept)
         state = json.dumps(self._state(states, tensors).to_json(), indent=1, ensure_ascii=False)
         return Snapshot(
@@ -131,8 +132,8 @@ class Snapshots:
         )
 
     def _kept_in_step(self) -> list[str]:
-        """Active plugins whose state is of the middle of a step: it is saved nevertheless, for the
-        weights are worth more than that a resume gives the same bits."""
+        """Active plugins whose state is of the middle of a step. It is saved nevertheless: losing
+        the weights would be worse than a resume that is not bit-exact."""
         manager = self._kernel.manager
         kept = {call.plugin for call in manager.order("apt_state_dict")}
         moved = {call.plugin for hook in REPLAYED for call in manager.order(hook)}

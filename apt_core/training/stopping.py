@@ -1,4 +1,4 @@
-"""When a run ends before its last step."""
+"""Decides whether a run ends before its last step."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from apt_core.training.signals import Interrupts
 
 
 class Stopping:
-    """Why the run should stop, or nothing: a request, a limit, a signal.
+    """Collects the reasons to stop: a request, a limit, a signal.
 
-    ``agreed`` is what all the processes of the run have found out together; a process that alone
-    wants to stop goes on until the others know. ``tell`` is called with the reason, once.
+    ``agreed`` is true once all processes of the run know of the stop; a process that wants to stop
+    goes on until then. ``report`` is called once with the reason.
     """
 
     def __init__(
@@ -26,12 +26,12 @@ class Stopping:
         stop_at_step: int | None,
         *,
         alone: bool,
-        tell: Callable[[str], None] | None = None,
+        report: Callable[[str], None] | None = None,
     ) -> None:
         training = config.training
         self.interrupts = Interrupts(alone=alone)
         self.reason = ""
-        self._tell = tell
+        self._report = report
         self.agreed = False
         self._alone = alone
         self._max_seconds = training.max_seconds
@@ -43,49 +43,51 @@ class Stopping:
         self.judged_step = 0
 
     def request(self, reason: str) -> None:
-        """Stop after this step; the first reason is kept, of whatever a plugin gave one line."""
+        """Stop after this step. The first reason is kept, cut to one line."""
         if self.reason:
             return
         self.reason = shown(reason)
-        if self._tell is not None:
-            self._tell(self.reason)
+        if self._report is not None:
+            self._report(self.reason)
 
     @property
     def wanted(self) -> bool:
-        """Does this process want to stop?"""
+        """Whether this process wants to stop."""
         return bool(self.reason or self.interrupts)
 
     @property
     def due(self) -> bool:
-        """Do all of them stop now?"""
+        """Whether the run stops now, in all processes."""
         return self.wanted if self._alone else self.agreed
 
     @property
     def interrupted(self) -> bool:
-        """Did a signal ask to stop, as far as one process may act on it by itself?"""
+        """Whether a signal asked to stop and this process may act on it without the others."""
         return bool(self.interrupts) and self._alone
 
     def last_step(self, total_steps: int) -> int:
-        """The step that the run ends with, as far as steps tell; of the profile it is
-        ``total_steps``."""
+        """The last step of this part of the run, apart from limits of time and patience;
+        ``total_steps`` is the last one of the profile."""
         return min(total_steps, self._stop_at_step or total_steps)
 
     def check_limits(self, step: int) -> None:
-        """Request a stop where a limit is reached."""
+        """Request a stop if a limit is reached."""
         if self._stop_at_step is not None and step >= self._stop_at_step:
             self._stop_all(f"step {step} reached, where it was told to stop")
         if self._max_seconds is not None and time.monotonic() - self._started >= self._max_seconds:
             self.request(f"training.max_seconds reached ({duration(self._max_seconds)})")
 
     def _stop_all(self, reason: str) -> None:
-        """Request a stop for a reason that every process finds at the same step."""
+        """Stop for a reason that every process finds at the same step."""
         self.request(reason)
         self.agreed = True
 
     def judge(self, loss: float, step: int, *, final: bool = False) -> None:
-        """Take in the loss of an evaluation after ``step``. NaN is never better.
+        """Compare the loss of an evaluation after ``step`` with the best before. NaN is never
+        better.
 
-        Patience does not count a ``final`` one: the run may go on, and would not have had it.
+        A ``final`` evaluation is ignored: it is made only because the run ends, so a resume that
+        continues must not count it.
         """
         if final or step == self.judged_step:
             return
@@ -110,8 +112,8 @@ class Stopping:
         )
 
     def load(self, state: StoppingState, watched: str) -> bool:
-        """Go on judging, or begin anew where the losses were measured on something else than
-        ``watched``, and return False."""
+        """Restore ``state``. Returns False, and begins anew, if its losses were measured on other
+        windows than ``watched``."""
         self.judged_step = state.judged_step
         if state.watched != watched:
             return False

@@ -1,4 +1,4 @@
-"""What a person reads when a run is over."""
+"""Formats the summary that is printed when a run is over."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 def print_summary(console: Console, result: RunResult, kernel: Kernel) -> None:
-    """Final figures, which providers ran, which plugins failed, and a sample."""
+    """Print final figures, used providers, states of plugins, and a sample."""
     for line in summary_lines(result, kernel):
         console.print(line, markup=False)
 
 
 def summary_lines(result: RunResult, kernel: Kernel) -> list[str]:
-    """The summary, a line each."""
+    """The lines of the summary."""
     figures = result.figures
     why = f" ({result.reason})" if result.reason else ""
     part = ""
@@ -78,7 +78,7 @@ def summary_lines(result: RunResult, kernel: Kernel) -> list[str]:
 
 
 def _plugin(record: PluginRecord) -> list[str]:
-    """One line for the state, and one for each hook that failed and how often."""
+    """One line for the plugin's state, or one for each failed hook with the number of failures."""
     lines = [
         f"{record.name}: {record.state}; in {left.hook} at {left.where} it {left.error} (put back)"
         for left in record.leftovers
@@ -99,8 +99,8 @@ def _plugin(record: PluginRecord) -> list[str]:
 def resume_hint(
     folder: RunFolder | None, step: int, again: str, error: BaseException | None = None
 ) -> str:
-    """How to go on with a run in ``folder`` that ended after ``step``, before its end or by
-    ``error``; an empty string if nothing was saved that would help."""
+    """The command that continues a run in ``folder`` that stopped at ``step`` or failed with
+    ``error``; empty if no checkpoint was saved."""
     if isinstance(error, DivergedError):
         return f"to go back: {again} {shlex.join(error.way_back)}" if error.way_back else ""
     if folder is None or not list_checkpoints(folder.checkpoints):

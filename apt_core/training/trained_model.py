@@ -1,4 +1,4 @@
-"""The model that a run trains, and all that holds its parameters."""
+"""The model that a run trains, and every object that refers to its parameters."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ from apt_core.training.step.gradients import Gradients
 
 
 class TrainedModel:
-    """``model`` and ``optimizer``, with what is made for them: a switch replaces all together.
+    """The model, its optimizer, and the objects made for them, which a switch replaces together.
 
-    ``forward`` computes the model, compiled or not; ``averages`` are those of its weights,
-    ``guard`` leaves out steps that are not finite, ``gradient_sum`` adds the gradients of several
-    processes (None in a run of one), ``modes`` are what plugins froze or put into eval mode.
+    ``forward`` computes the model, compiled or not; ``averages`` are moving averages of its
+    weights; ``guard`` skips steps that are not finite; ``gradient_sum`` adds up the gradients of
+    several processes (None in a run of one); ``modes`` records the parameters that plugins froze
+    and the modules that they put into eval mode.
     """
 
     def __init__(
@@ -61,9 +62,9 @@ class TrainedModel:
         self.gradients = Gradients(built.optimizer, self._training.gradient_clip)
 
     def replace(self, model: nn.Module, optimizer: Optimizer, averages: Averages) -> None:
-        """Go on with another model, which has the place of the one before in everything."""
+        """Replace the model, its optimizer and its averages."""
         skipped = self.guard.state()
-        del self.forward  # what holds the old model goes before the new one is compiled
+        del self.forward  # free the old model before the new one is compiled
         self.averages = averages
         forward = loop_forward(self._kernel, model, self._device, self._world)
         self._take(Built(model, optimizer, forward))
@@ -72,19 +73,19 @@ class TrainedModel:
             self._watch.expect(model)
 
     def average(self, plugin: str, decay: float) -> WeightAverage:
-        """The average of ``plugin``, computed as the loop computes the model."""
+        """The moving average of the weights that belongs to ``plugin``; made at the first call."""
         average = self.averages.of_plugin(plugin, decay, self.model)
         average.compute = self.forward.with_weights
         return average
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the parameters of the model have in all processes together."""
+        """The number of the model's parameters, counted over the shards of all processes."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def unknown_parameters(self) -> list[str]:
-        """The names of parameters that came into the model after its optimizer was made."""
-        # The parameters of a sharded model are other objects while it computes.
+        """Names of parameters that were added to the model after its optimizer was made."""
+        # FSDP2 swaps the parameter objects while it computes, so names are compared.
         by_name = self._world.sharding == "fsdp"
         return [
             name
@@ -93,8 +94,8 @@ class TrainedModel:
         ]
 
     def require_known_parameters(self) -> None:
-        """Raise TrainingError for parameters that would never learn, and that no resume could put
-        back."""
+        """Raise TrainingError for parameters that the optimizer does not have: they would never
+        learn, and a resume could not restore them."""
         if unknown := self.unknown_parameters():
             raise TrainingError(
                 f"the optimizer does not have {listed(unknown)}: a plugin has put other "
@@ -103,14 +104,14 @@ class TrainedModel:
             )
 
     def require_all_processes(self) -> None:
-        """Raise ProcessLostError where a step was taken in which not all processes took part; waits
-        for the device."""
+        """Raise ProcessLostError if not all processes took part in a step; waits for the device."""
         if self.gradient_sum is not None:
             self.gradient_sum.require_all()
 
     def not_finite(self, *, everywhere: bool = False) -> list[str]:
-        """Names of parameters, and of averages of them, that are not finite: in this process, or in
-        any of them, if all call this. (What else a model keeps, such as a mask, may be infinite.)
+        """Names of parameters and of their averages that are not finite in this process, or with
+        ``everywhere``, which all processes must call together, in any process. Buffers are not
+        looked at: a mask may be infinite.
         """
         kept: dict[str, Mapping[str, Tensor]] = {"": dict(self.model.named_parameters())}
         if self.averages.ema is not None:
@@ -122,7 +123,7 @@ class TrainedModel:
         return [*dict.fromkeys(chain(*self._world.gather(bad)))] if everywhere else bad
 
     def nbytes_by_part(self) -> dict[str, int]:
-        """The bytes that this process holds of weights, gradients, optimizer and averages."""
+        """Bytes that this process holds for weights, gradients, optimizer state and averages."""
         model, states = self.model, self.optimizer.state.values()
         parts = {
             "weights": [*model.parameters(), *model.buffers()],

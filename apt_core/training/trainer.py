@@ -1,4 +1,4 @@
-"""The training loop and the life of a run around it."""
+"""The Trainer: assembles a run from its parts, and is what training hooks receive."""
 
 from __future__ import annotations
 
@@ -75,39 +75,39 @@ SURFACE = {
     "registry": "the providers",
     "schedule": "when plugins are enabled, and the course of parameters",
     "device": "where the run computes",
-    "rank": "which of the run's processes this is, from 0",
-    "world_size": "how many there are",
+    "rank": "the rank of this process, from 0",
+    "world_size": "the number of the run's processes",
     "output_dir": "the run's folder",
     "step": "optimizer steps taken",
-    "epoch": "the epoch at hand, from 1",
+    "epoch": "the present epoch, from 1",
     "tokens": "target tokens seen",
     "metrics": "the newest row of a step, with the scores of an evaluation since (of `val_step`)",
-    "step_void": "was the newest step not finite, so that it changed nothing? A bool, or 0-d, 1.0 "
-    "or 0.0, where the device alone knows",
+    "step_void": "whether the newest step was not finite and so changed nothing: a bool, or a 0-d "
+    "tensor of 1.0 or 0.0 where it is known on the device only",
     "model": "the model; a switch replaces it, so do not keep it",
-    "optimizer": "what trains it; do not keep it either",
+    "optimizer": "the optimizer; a switch replaces it too",
     "averages": "the averages that plugins keep, by plugin",
-    "param": "`param(name, default=None)`: the scheduled value of a parameter in the step at hand",
+    "param": "`param(name, default=None)`: the scheduled value of a parameter in the present step",
     "rng": "`rng(plugin)`: a generator of the plugin's own, a function of seed, plugin and step",
-    "autocast": "`autocast()`: the precision of the run's forward, for another one",
-    "forward": "`forward(batch)`: what the model gives, as the loop computes it",
+    "autocast": "`autocast()`: a context in which a forward is computed in the run's precision",
+    "forward": "`forward(batch)`: the model's output in training, as the loop computes it",
     "average": "`average(plugin, decay)`: a moving average of the weights",
     "request_stop": "`request_stop(reason)`: end the run after this step",
 }
-"""What hooks may use of the trainer."""
+"""The attributes of the trainer that hooks may use."""
 
 
 class Trainer:
     """One training run.
 
     ``config`` is a booted :class:`~apt_core.kernel.Kernel`, a validated profile, or a plain dict
-    with a profile's keys; ``manager`` may hold plugins that are registered already.
-    ``output`` is the run's folder (``runs/<profile>/<UTC time>`` without it); ``resume`` goes on
-    with the newest checkpoint in it, ``resume_from`` with a named one. ``stop_at_step`` ends this
-    part of the run there and leaves the schedules as they are. ``allow_change`` names rates (such
+    with a profile's keys; ``manager`` may already hold registered plugins.
+    ``output`` is the run's folder (by default ``runs/<profile>/<UTC time>``); ``resume`` continues
+    from the newest checkpoint in it, ``resume_from`` from a named one. ``stop_at_step`` ends this
+    part of the run at that step without changing the schedules. ``allow_change`` names rates (such
     as ``training.learning_rate``) in which a resume may differ from its checkpoint.
 
-    What hooks may use is listed in :data:`SURFACE`; all else may change.
+    Hooks may use what :data:`SURFACE` lists; everything else may change.
     """
 
     def __init__(
@@ -135,14 +135,14 @@ class Trainer:
         self.rank, self.world_size = self.world.rank, self.world.size
         self.progress = Progress()
         self.stopping = Stopping(
-            self.config, stop_at_step, alone=self.world_size == 1, tell=self._tell_stop
+            self.config, stop_at_step, alone=self.world_size == 1, report=self._record_stop
         )
         self._console = console
         self._allow_change = tuple(dict.fromkeys(allow_change))
         self._hooks = TrainerHooks(self.manager, self)
         self._callbacks = Callbacks(self.manager)
         self._watch: TorchWatch | None = None
-        # Until fit() has made them.
+        # Set by fit().
         self.folder: RunFolder | None = None
         self._loop: Loop | None = None
         if self.world_size > 1:
@@ -158,7 +158,7 @@ class Trainer:
 
     @property
     def epoch(self) -> int:
-        """The epoch at hand, from 1."""
+        """The present epoch, from 1."""
         return self.progress.epoch
 
     @property
@@ -173,8 +173,8 @@ class Trainer:
 
     @property
     def step_void(self) -> bool | Tensor:
-        """Was the newest step not finite, and so changed nothing? A bool, or where the device alone
-        knows 0-d, 1.0 or 0.0."""
+        """Whether the newest step was not finite and so changed nothing: a bool, or a 0-d tensor of
+        1.0 or 0.0 where it is known on the device only."""
         return self._loop is not None and self._loop.step_void
 
     @property
@@ -184,12 +184,12 @@ class Trainer:
 
     @property
     def optimizer(self) -> Optimizer:
-        """What trains the model. A switch replaces it: do not keep it."""
+        """The optimizer. A switch replaces it: do not keep it."""
         return self.trained.optimizer
 
     @property
     def averages(self) -> Mapping[str, WeightAverage]:
-        """The averages that plugins keep, by plugin."""
+        """The moving averages of the weights that plugins keep, by plugin."""
         return self.trained.averages.by_plugin
 
     @property
@@ -199,33 +199,32 @@ class Trainer:
         return self.folder.path
 
     def param(self, name: str, default: Any = None) -> Any:
-        """The scheduled value of a parameter in the step at hand; ``default`` if the profile gives
-        it none."""
+        """The scheduled value of a parameter in the present step; ``default`` if the profile does
+        not schedule it."""
         return self._parameters.value(name, default)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The precision in which the loop computes its forward, for another one."""
+        """A context in which a forward is computed in the precision of the loop's."""
         return autocast(self.device, self.parts.dtype)
 
     def forward(self, batch: Batch) -> ModelOutput:
-        """What the model gives for ``batch`` in training, as the loop computes it."""
+        """The model's output for ``batch`` in training, as the loop computes it."""
         return self.trained.forward.output(batch)
 
     def average(self, plugin: str, decay: float) -> WeightAverage:
-        """A moving average of the weights that belongs to the plugin: made of the present weights
-        by the first call, and the same one after.
+        """A moving average of the weights that belongs to the plugin. The first call makes it from
+        the present weights; later calls return the same one.
 
-        As long as the plugin is enabled it takes the weights in after every step, with its
-        ``decay``, which may be set before any of them; it is carried along when the structure of
-        the model changes, and is part of checkpoints. After a resume the first call may ask for
-        another decay than the first one ever did, which then is taken.
+        While the plugin is enabled, the average is updated after every step with its ``decay``,
+        which may be set before any step. A switch carries it to the new model, and checkpoints
+        hold it. After a resume the first call's ``decay`` replaces the saved one.
         """
         if plugin not in self.manager.records:
             raise ValueError(f"there is no plugin {plugin!r} that an average could belong to")
         return self.trained.average(plugin, decay)
 
     def rng(self, plugin: str) -> torch.Generator:
-        """A CPU generator that is the plugin's own: a function of (seed, plugin, step)."""
+        """A CPU generator for this plugin, seeded by (seed, plugin, step, rank)."""
         return torch.Generator().manual_seed(
             seed_of(self.config.training.seed, f"plugin/{plugin}/{self.step}/{self.rank}")
         )
@@ -234,7 +233,7 @@ class Trainer:
         """End the run after this step, with a final evaluation and a checkpoint."""
         self.stopping.request(reason)
 
-    def _tell_stop(self, reason: str) -> None:
+    def _record_stop(self, reason: str) -> None:
         self.manager.events.record(
             "stopping",
             "the run is to end: %s",
@@ -250,11 +249,11 @@ class Trainer:
     def fit(self) -> RunResult:
         """Train to the end of the profile.
 
-        Raises ConfigError for input that does not fit together, CheckpointError for a resume that
-        is not possible, and another AptError when the run fails; a checkpoint of the last whole
-        step is written first.
+        Raises ConfigError for inconsistent input, CheckpointError for an impossible resume, and
+        another AptError when the run fails; a checkpoint of the last complete step is written
+        first.
         """
-        # Not before: plugins may be registered until now.
+        # Plugins may be registered up to here, so the watch is chosen now.
         self.manager.watch = self._watch = TorchWatch() if self.manager.list_name_plugin() else None
         if self._watch is None:
             return self._fit()
@@ -306,7 +305,7 @@ class Trainer:
                         return run.run()
 
     def _prepare(self) -> Built:
-        """The parts of the run and its model."""
+        """Build the parts of the run and its model."""
         held = held_memory(self.device)
         try:
             with self._watching_providers():
@@ -317,12 +316,12 @@ class Trainer:
             raise out_of_memory(
                 error, "before the first step", self.kernel, self.world, self.device, held
             ) from error
-        # What the process holds beside the run: the text counts too, the model does not.
+        # The memory that the process holds beside the run includes the text, not the model.
         self._held = held_memory(self.device) - own_memory(built.model)
         return built
 
     def _session(self) -> Session:
-        """The run as it is now."""
+        """A session of the run at its present position."""
         progress = self.progress
         return Session(
             config=self.config,
@@ -338,7 +337,7 @@ class Trainer:
 
     @contextmanager
     def _watching_providers(self) -> Iterator[None]:
-        """Put back what providers change in the process inside."""
+        """Put back what providers change in the process while the context lasts."""
         watch = self._watch
         before = None if watch is None else watch.before()
         yield
@@ -346,7 +345,7 @@ class Trainer:
             self.manager.failures.report_leftovers(changes, ())
 
     def _open(self) -> Run:
-        """Make all that the run needs, in its folder; after a resume, as it was there."""
+        """Make every part of the run and its folder, restored from a checkpoint after a resume."""
         kernel, config, parts, world = self.kernel, self.config, self.parts, self.world
         progress, trained = self.progress, self.trained
         hooks, stopping = self._hooks, self.stopping
@@ -370,7 +369,7 @@ class Trainer:
                 ).restore(found)  # fmt: skip
         self._parameters.begin(progress.step)
         due = Due(config, parts.plan, progress, stopping, total_steps)
-        resumed = self._opening.goes_on(world) and found is not None
+        resumed = self._opening.resumes(world) and found is not None
         folder = self.folder = self._opening.folder(
             world, config, progress.step, self.manager.events, evaluation=due.evaluates_again()
         )

@@ -1,4 +1,4 @@
-"""Does a run that is killed and resumed give the same bits as one that is not?"""
+"""Checks that a run that is killed and resumed gives the same bits as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ from apt_core.runs.checkpoint import Checkpoint
 from apt_core.runs.compare import compare_runs
 
 RECORDS = "the state: plugin_records"
-"""What failed, with tracebacks: it is told in words."""
+"""Differs by the texts of tracebacks; failures are reported in the notes instead."""
 
 POLL_SECONDS = 0.01
 TAIL = 20
-"""Lines of a failed run's output that are shown."""
+"""The number of lines of a failed run's output that an error shows."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was compared, and every difference. ``notes`` tell of plugins that failed, of what was
-    not compared, and of differences of plugins' own metrics, which need not be functions of the
-    training."""
+    """What was compared, and every difference. ``notes`` report plugins that failed, what was not
+    compared, and differing metrics of plugins, which need not be functions of the training."""
 
     compared: list[str]
     differences: list[str]
@@ -40,11 +39,11 @@ class Verdict:
 def verify_resume(
     arguments: Sequence[str], folder: Path, steps: int, *, deterministic: bool
 ) -> Verdict:
-    """Train ``steps`` steps in one go; train again, be killed by SIGKILL after half of them, resume
-    and go on; compare.
+    """Train ``steps`` steps in one go; train again, kill that run by SIGKILL after half of the
+    steps and resume it; compare both.
 
-    ``arguments`` are those of apt-train; ``folder`` is empty. ``deterministic`` asks for such
-    kernels, where others give other bits each time. Raises TrainingError for a run that fails.
+    ``arguments`` are those of apt-train; ``folder`` is empty. ``deterministic`` asks for
+    deterministic kernels. Raises TrainingError for a run that fails.
     """
     every = ["training.log_every_steps=1", "training.keep_last=0", "evaluation.sample_tokens=0"]
     if deterministic:
@@ -54,7 +53,7 @@ def verify_resume(
     until = ["--stop-at-step", str(steps)]
     whole, killed = folder / "in_one_go", folder / "killed_and_resumed"
     _run([*command, "--output", str(whole), *until])
-    # A short profile ends before.
+    # A short profile ends before ``steps``.
     steps = checkpoint.load(checkpoint.list_checkpoints(whole / "checkpoints")[-1]).state.step
     half = max(1, steps // 2)
     saving = ["--set", f"training.save_every_steps={half}"]
@@ -71,7 +70,7 @@ def _run(command: Sequence[str]) -> None:
 
 
 def _run_until(command: Sequence[str], appears: Path) -> None:
-    """Run until ``appears`` is there, and then kill every process of it."""
+    """Run ``command`` until the path ``appears`` exists, then kill all its processes."""
     with (
         tempfile.TemporaryFile("w+", errors="replace") as output,
         subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process,
@@ -89,8 +88,8 @@ def _run_until(command: Sequence[str], appears: Path) -> None:
 
 
 def _descendants(pid: int) -> Iterator[int]:
-    """The processes that ``pid`` has started, and those that these have: those of --nproc are in
-    sessions of their own. The innermost first."""
+    """All descendants of the process ``pid``, children before their parents. They are found one by
+    one, since the processes of --nproc have sessions of their own."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             # The command's name, in parentheses, may hold anything.
@@ -124,11 +123,11 @@ def _verdict(whole: Path, killed: Path, half: int, steps: int) -> Verdict:
 
 
 def _failures(found: Mapping[str, Checkpoint]) -> list[str]:
-    """What failed of each plugin, and in which of the runs."""
+    """The first failure of each plugin, and the runs in which it happened."""
     runs_of: dict[str, list[str]] = {}
     for run, saved in found.items():
         for name, record in saved.state.plugin_records.items():
-            # One failure stands for those after it, which a quarantine cuts short.
+            # The first failure suffices: a quarantine prevents most later ones.
             for failure in record.failures[:1]:
                 place = f" at {failure.where}" if failure.where else ""
                 text = (

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from apt_core.parallel.launch import is_said, launch
+from apt_core.parallel.launch import already_reported, launch
 from apt_core.parallel.world import STORE_VARIABLE, shared_store
 from apt_core.runs.checkpoint import load, newest_intact
 from apt_core.runs.tensor_files import SavedTensors
@@ -400,7 +400,7 @@ def test_a_foreign_value_in_the_store_of_nproc_runs_no_code(tmp_path, monkeypatc
     store = shared_store()
     said = hashlib.sha256(b"an error").hexdigest()
     store.set(f"apt/said/{said}", value)
-    assert not is_said("an error", 0)  # everyone says it
+    assert not already_reported("an error", 0)  # everyone says it
     assert store.get(f"apt/said/{said}") == value and not ran.exists()
 
 

@@ -72,7 +72,7 @@ def watch(now, tmp_path, monkeypatch):
 def looks(watch: _Watch, now: SimpleNamespace, seconds: float = 0.0) -> str:
     """What the watch sees while ``seconds`` pass."""
     until = now.value + seconds
-    while not (how := watch._look()) and now.value < until:
+    while not (how := watch._check()) and now.value < until:
         now.value += LOOK_SECONDS
     return how
 
@@ -88,7 +88,7 @@ def test_a_process_that_was_killed_is_seen_at_once_and_one_that_has_ended_well_i
     well, killed = start(WAITS), start(WAITS)
     one, other = watch(well.pid), watch(killed.pid)
     assert not looks(one, now) and not looks(other, now)
-    one._say("1 ended", "")
+    one._write("1 ended", "")
     ends(well)
     assert not looks(one, now, 2 * SILENT_SECONDS)
     other._run = "apt/alive/another run"  # in which nobody has said anything
@@ -103,8 +103,8 @@ def test_a_process_that_is_stopped_is_killed_and_one_that_computes_is_alive(watc
     alive, silent = watch(computing.pid), watch(stopped.pid)
 
     def has_computed() -> None:
-        before = alive._computed(1)
-        while alive._computed(1) == before:
+        before = alive._cpu_time(1)
+        while alive._cpu_time(1) == before:
             pass
 
     for _ in range(4):
@@ -118,13 +118,13 @@ def test_a_process_that_is_stopped_is_killed_and_one_that_computes_is_alive(watc
 def test_of_a_process_on_another_machine_there_are_signs_of_life(watch, now):
     first, second = watch(None), watch(None, rank=1)
     for _ in range(int(2 * SILENT_SECONDS)):
-        assert not second._look() and not first._look()
+        assert not second._check() and not first._check()
         now.value += LOOK_SECONDS
     # What one finds out the others hear of.
     how = looks(first, now, SILENT_SECONDS + LOOK_SECONDS)
     assert how == f"process 1 has not answered for {SILENT_SECONDS:.0f} s"
-    first._say("lost", how)
-    assert second._look() == how
+    first._write("lost", how)
+    assert second._check() == how
 
 
 def test_time_in_which_this_process_stood_still_or_the_store_was_gone_says_nothing(watch, now):

@@ -11,7 +11,7 @@ import torch
 from apt_core.data.tokens import tokenize
 from apt_core.kernel import boot
 from apt_core.runs import checkpoint
-from apt_core.training.prepare import _what_decides, prepare
+from apt_core.training.prepare import _shared_inputs, prepare
 
 PLUGIN = """
 import os
@@ -140,7 +140,7 @@ def test_processes_compare_the_ids_that_they_train_on(write_plugin, profile, mon
             update={"data": kernel.config.data.model_copy(update={"tokenizer_name": "shifted"})}
         )
         parts, _ = prepare(kernel, torch.device("cpu"))
-        facts.append(_what_decides(kernel, None, parts.data))
+        facts.append(_shared_inputs(kernel, None, parts.data))
     assert facts[0].pop("tokens") != facts[1].pop("tokens")
     assert facts[0] == facts[1]
 

@@ -1,1 +1,1 @@
-"""Plugins that are enabled in mid-run, and the changes of the model that they make."""
+"""Enables plugins in mid-run and applies the changes that they make to the model."""

@@ -1,4 +1,4 @@
-"""Plugins that become enabled and disabled as the run goes, by its schedule."""
+"""Enables and disables plugins by the run's schedule."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ log = get_logger("apt.training")
 
 
 class Enabling:
-    """Keeps the states of plugins with a schedule what the position says they are.
+    """Sets the states of scheduled plugins according to the run's position.
 
-    ``record`` is called once a plugin was enabled: it brings the manifest up to date.
+    ``record`` is called after a plugin was enabled, to update the manifest.
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class Enabling:
         self.scheduled: list[str] = []
         self._told: set[str] = set()
 
-    def announce(self) -> None:
-        """Put plugins with a schedule to sleep, but for those that a resumed run had enabled, and
-        tell of those that are enabled at the start."""
-        # In the order of names and moments: plugins that change the model build on each other.
+    def start(self) -> None:
+        """Make scheduled plugins dormant, except those that a resumed run had enabled, and call
+        on_plugin_enabled for those enabled at the start."""
+        # Sorted, since plugins that change the model build on each other.
         active = sorted(r.name for r in self.manager.records.values() if r.state == "active")
         with_schedule = dict.fromkeys(b.plugin for b in self._schedule.boundaries())
         self.scheduled = [name for name in with_schedule if name in active]
@@ -58,12 +58,12 @@ class Enabling:
             known = name in enabled_before
             if known or (name not in with_schedule and self._switching.switch(name)):
                 self._hooks.call("on_plugin_enabled", plugin=name)
-        if self._progress.step == 0:  # else what is due next is so for the step that comes
+        if self._progress.step == 0:  # a resumed run enables what is due in its first step
             self.enable_due()
 
     def enable_due(self) -> bool:
-        """Enable and disable what the schedule says for the step that comes next; returns whether
-        anything was enabled."""
+        """Enable and disable plugins as scheduled for the next step. Returns whether one was
+        enabled."""
         progress = self._progress
         epoch, step = progress.epoch, progress.step + 1
         enabled = False
@@ -78,16 +78,16 @@ class Enabling:
                 with self._trained.modes.starting(self._trained.model):
                     self._hooks.call("on_plugin_enabled", plugin=name)
                 enabled = True
-                self._record()  # now: a run that is killed later was enabled too
+                self._record()  # now, so that a run killed later shows it
             elif not due and state == "active":
                 self.manager.set_state(name, "dormant", DISABLED)
                 self._trained.averages.by_plugin.pop(name, None)  # it is not enabled again
                 self._note(name, "disabled", epoch, step)
         return enabled
 
-    def tell_parameters(self, start: str) -> None:
-        """Log what the annealed parameters of enabled plugins are in the step that comes next, with
-        which the ``start`` of something is told."""
+    def log_parameters(self, start: str) -> None:
+        """Log the values of enabled plugins' annealed parameters in the next step. ``start`` names
+        the epoch or step that begins."""
         schedule = self._schedule
         told = [
             f"{name}={self._parameters.value(name):.4g}"
@@ -98,8 +98,8 @@ class Enabling:
             log.info("%s starts with %s", start, ", ".join(told))
 
     def share_quarantines(self) -> None:
-        """Quarantine in every process what is quarantined in one of them: the same plugins run
-        everywhere, or nowhere. The first process logs the failures that others had alone."""
+        """Quarantine a plugin in every process if one process has quarantined it. The first process
+        logs failures that happened in others only."""
         world, records = self._world, self.manager.records
         if world.size == 1:
             return

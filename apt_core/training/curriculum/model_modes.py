@@ -1,5 +1,5 @@
-"""What plugins set in a model beside its weights, over a resume and a switch: which parameters are
-frozen (``requires_grad`` is False) and which modules are in eval mode."""
+"""Keeps the modes of a model over a resume and a switch: which parameters are frozen
+(``requires_grad`` is False) and which modules are in eval mode."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from apt_core.torch_state import set_modes
 log = logging.getLogger("apt.training")
 
 PARAMETER, MODULE = "parameter ", "module "
-"""Before a name, what it is of."""
+"""Prefixes of the names of parameters and modules."""
 
 
 def modes_of(model: nn.Module) -> dict[str, bool]:
-    """Whether each parameter learns, and whether each module is in training mode."""
+    """Whether each parameter has ``requires_grad``, and whether each module is in training mode."""
     return {
         **{f"{PARAMETER}{name}": p.requires_grad for name, p in model.named_parameters()},
         **{f"{MODULE}{name}": module.training for name, module in model.named_modules()},
@@ -28,12 +28,12 @@ def modes_of(model: nn.Module) -> dict[str, bool]:
 
 
 class ModelModes:
-    """Lets a resumed run go on with the modes of its checkpoint.
+    """Restores the modes of a checkpoint in a resumed run.
 
-    The hooks that begin a run are called in a resumed one too, and do once more what they did then.
-    So what they make of a parameter or module counts where it differs from what they made of it
-    ``at_start``, and the checkpoint's mode elsewhere: a plugin that has thawed a parameter
-    meanwhile need not know of the resume, and one that came with the resume may freeze it.
+    A resumed run calls the hooks that begin a run again, and they set the modes of the start again.
+    A mode that they set as they did ``at_start`` is therefore replaced by the checkpoint's; one
+    that they set differently is kept. So a plugin that has thawed a parameter in mid-run need not
+    know of the resume, and a plugin added at the resume can freeze one.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class ModelModes:
         self._saved: dict[str, bool] | None = None
 
     def started(self, model: nn.Module) -> None:
-        """The hooks that begin the run were called."""
+        """Set the modes, after the hooks that begin the run were called."""
         modes = modes_of(model)
         saved, self._saved = self._saved, None
         if saved is None:
@@ -64,7 +64,8 @@ class ModelModes:
 
     @contextmanager
     def starting(self, model: nn.Module) -> Iterator[None]:
-        """What is set inside, a resumed run sets again before :meth:`started`."""
+        """Count modes set while the context lasts as set ``at_start``: a resumed run sets them
+        again before :meth:`started`."""
         before = modes_of(model)
         try:
             yield
@@ -73,7 +74,8 @@ class ModelModes:
             self.at_start |= {key: mode for key, mode in after if mode != before[key]}
 
     def carry(self, transform: ModelTransform, old: nn.Module) -> None:
-        """The names are those of the new model from now on; what it has anew was in no mode."""
+        """Rename the modes for the model after ``transform``; new parameters and modules have
+        none."""
         values = dict(old.named_parameters())
         sources = {f"{MODULE}{name}": f"{MODULE}{name}" for name, _ in old.named_modules()}
         for name, _ in transform.model.named_parameters():
@@ -86,10 +88,10 @@ class ModelModes:
             modes.update(carried)
 
     def state(self, model: nn.Module) -> Modes:
-        """What a checkpoint keeps, for :meth:`load`."""
+        """The state for :meth:`load`."""
         now = modes_of(model) if self._saved is None else self._saved
         return Modes(at_start=dict(self.at_start), now=dict(now))
 
     def load(self, state: Modes) -> None:
-        """Go on from it once the hooks that begin a run were called."""
+        """Restore ``state``; it takes effect at :meth:`started`."""
         self.at_start, self._saved = dict(state.at_start), dict(state.now)

@@ -1,4 +1,4 @@
-"""The transforms of a whole run, tried before its first step: what fails in epoch 2 fails now."""
+"""Tries the transforms of a whole run before its first step, so that they do not fail later."""
 
 from __future__ import annotations
 
@@ -30,24 +30,25 @@ from apt_core.schedules import Schedule
 log = get_logger("apt.training")
 
 MOST = 2**23
-"""Parameters of a model whose loss is compared here: it takes a moment on a CPU."""
+"""The most parameters of a model whose loss is compared, so that it takes a moment on a CPU."""
 
 GROWTH = 8
-"""Times so many may a transform make of them."""
+"""The largest factor by which a transform may grow the model that is tried."""
 
 ROWS, LENGTH = 2, 32
 
 NOISE = 0.1
-"""Of its size is added to each parameter: what starts at zero hides what is wrong behind it."""
+"""The size of the noise added to each parameter: one that starts at zero would hide errors behind
+it."""
 
 
 def rehearse(kernel: Kernel, schedule: Schedule) -> None:
-    """Go through the transforms of the whole run, and compare the loss before and after each.
+    """Apply the transforms of the whole run, and compare the loss before and after each.
 
-    The model is that of the profile where it is small, else a copy with two layers and few ids
-    where that is; of larger ones structures are checked alone. It is computed on the CPU in fp32,
-    with weights that are not trained: what depends on these, on the optimizer's state or on other
-    plugins is seen at the switch. What a rule raises is told here, and a failure there.
+    The trial uses the profile's model if it is small, otherwise a copy with two layers and few ids
+    if that is small; for larger models the structure alone is checked. It runs on the CPU in fp32
+    with untrained weights: errors that depend on trained weights, the optimizer's state or other
+    plugins appear at the switch only. An error of a rule is logged here, and fails the switch.
     Raises as :func:`transform_of` does.
     """
     plugins = transforming_plugins(kernel, schedule)
@@ -66,7 +67,7 @@ def rehearse(kernel: Kernel, schedule: Schedule) -> None:
 
 
 class _Trial:
-    """A model with weights, which is transformed as the run's will be."""
+    """A model with weights that is transformed as the run's model will be."""
 
     def __init__(self, kernel: Kernel, config: Config) -> None:
         self._kernel, self._config = kernel, config
@@ -86,8 +87,8 @@ class _Trial:
 
     @classmethod
     def of(cls, kernel: Kernel) -> _Trial | None:
-        """With the profile's shapes, or with some cut; None where both are too large, or cannot be
-        computed here."""
+        """A trial with the profile's shapes or with reduced ones; None if both are too large or
+        cannot be computed."""
         for config in (kernel.config, _cut(kernel.config)):
             try:
                 if _parameters(base_structure(kernel, config)) <= MOST:
@@ -100,16 +101,16 @@ class _Trial:
         return None
 
     def compare(self, plugin: str, transform: ModelTransform) -> None:
-        """Count it as a failure of ``plugin`` if ``transform``, which it made of the profile's own
-        structure, changes the loss; from a model that cannot be made nothing follows, and nothing
-        more is compared."""
+        """Count a failure of ``plugin`` if ``transform``, made from the profile's structure,
+        changes the loss. If the new model cannot be made, nothing is concluded and later transforms
+        are not compared."""
         manager = self._kernel.manager
         if self._model is None:
             return
         old, self._model = self._model, None
         try:
             with construction_rng(0, "rehearsal"):
-                own = transform if self._whole else self._asked(plugin)
+                own = transform if self._whole else self._transform_of_copy(plugin)
                 if own is None or _parameters(own.model) > GROWTH * MOST:
                     return
                 own = replace(own, model=copy.deepcopy(own.model))
@@ -130,7 +131,7 @@ class _Trial:
                 one_line(error),
             )
             return
-        # Not "difference > tolerance", of which NaN knows nothing.
+        # Negated, so that NaN counts as beyond the tolerance.
         if not abs(after - before) <= own.tolerance:
             of = "the model" if self._whole else "a copy of the model with fewer layers and ids"
             changed = ValueError(
@@ -146,9 +147,9 @@ class _Trial:
         manager = self._kernel.manager
         return manager.strict or manager.records[plugin].on_failure == "required"
 
-    def _asked(self, plugin: str) -> ModelTransform | None:
-        """What the plugin makes of the copy. It is asked outside of the guard: a shape that is not
-        the profile's is none of its business."""
+    def _transform_of_copy(self, plugin: str) -> ModelTransform | None:
+        """The plugin's transform of the reduced copy. A failure of the hook does not count: the
+        plugin need not support other shapes than the profile's."""
         manager = self._kernel.manager
         before = {name: p.shape for name, p in self._structure.named_parameters()}
         given = {
@@ -167,7 +168,7 @@ class _Trial:
 
 
 def _cut(config: Config) -> Config:
-    """The profile with two layers, and with few ids and positions."""
+    """The profile reduced to two layers and few ids and positions."""
     model = config.model
     cut = {
         "num_layers": min(2, model.num_layers),

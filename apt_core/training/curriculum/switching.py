@@ -1,5 +1,5 @@
-"""Switches of the model's structure in mid-run, by plugins that become enabled, and their replay
-when a checkpoint is loaded."""
+"""Switches the model's structure in mid-run when a plugin is enabled, and replays the switches of a
+checkpoint."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ log = get_logger("apt.training")
 
 
 class Switching:
-    """Applies the transforms of plugins to the run, and notes them in ``progress``.
+    """Applies the transforms of plugins to the run, and records them in ``progress``.
 
-    ``fixed_batch`` gives the held-out text by whose loss a switch is judged. ``making`` is the
-    plugin for which a second model is made, until the run has taken it.
+    ``fixed_batch`` returns the held-out batch whose loss is compared before and after a switch.
+    ``making`` names the plugin while a second model exists for its switch.
     """
 
     def __init__(
@@ -64,12 +64,12 @@ class Switching:
         self.making = ""
 
     def switch(self, plugin: str) -> bool:
-        """Let ``plugin``, which is due, change the model; False if it failed, in which case nothing
-        is changed and it is quarantined in every process. The gradients of the last step go."""
-        # The last digits of fp32 tell the old model from the new one.
+        """Apply the transform of ``plugin``, which is due. Returns False if it failed: the model is
+        unchanged and the plugin is quarantined in every process. Clears the gradients."""
+        # The comparison of the losses needs full fp32.
         with fp32_products(self._device, tf32=False):
             taken = self._switch(plugin)
-        self.making = ""  # not after an exception, which ends the run and is to be explained
+        self.making = ""  # kept after an exception, whose message names the plugin
         return taken
 
     def _switch(self, plugin: str) -> bool:
@@ -79,7 +79,7 @@ class Switching:
         try:
             transform = self._transform(plugin)
         except ConfigError as error:
-            # Bad input at the start of a run, and a failure in the middle of it.
+            # A ConfigError is bad input at the start of a run, but a plugin's failure in mid-run.
             manager.failures.fail(plugin, HOOK, RuntimeError(str(error)))
             transform = None
         if not self._agreed(plugin):
@@ -87,7 +87,7 @@ class Switching:
         if transform is None:
             return True
         self.making = plugin
-        # Those of the last step are of no use any more, and take room.
+        # The last step's gradients are not needed any more: free their memory.
         trained.optimizer.zero_grad(set_to_none=True)
         batch = self._fixed_batch().to(self._device)
         before = fixed_loss(trained.model, batch, self._world)
@@ -103,7 +103,7 @@ class Switching:
             return False
         try:
             after = fixed_loss(model, batch, self._world)
-            # Not "difference > tolerance", of which NaN knows nothing.
+            # Negated, so that NaN counts as beyond the tolerance.
             tolerance = max(transform.tolerance, abs(before) * rounding(trained.model, model))
             if not abs(after - before) <= tolerance:
                 raise ValueError(
@@ -115,7 +115,7 @@ class Switching:
         if not self._agreed(plugin):
             self._restore(others)
             return False
-        # Only now: the activations of the losses and the new state need not be there together.
+        # Made after the losses, so that their activations and the new state never coexist.
         try:
             optimizer, averages = self._make_rest(transform, model)
             self._refuse_if_changed(others)
@@ -125,7 +125,7 @@ class Switching:
             self._restore(others)
             return False
         grown = [sum(p.numel() for p in m.parameters()) for m in (trained.model, model)]
-        # Before the rest: a run that dies in it saves the new model.
+        # Recorded before the model is replaced: a run that fails in between saves the new model.
         self.making = ""
         self._progress.transforms.append(
             Switch(
@@ -172,11 +172,11 @@ class Switching:
 
     @property
     def plugins(self) -> list[str]:
-        """Those that have changed the model, in order."""
+        """The plugins that have changed the model, in order."""
         return [switch.plugin for switch in self._progress.transforms]
 
     def _transform(self, plugin: str) -> ModelTransform | None:
-        """What the plugin makes of a copy of the present structure."""
+        """The plugin's transform of a copy of the present structure."""
         if self._structure is None:
             self._structure = base_structure(self._kernel)
         return transform_of(self._kernel, plugin, copy.deepcopy(self._structure))
@@ -198,7 +198,7 @@ class Switching:
             raise ValueError(f"the new model is one that other plugins fail on: {'; '.join(new)}")
 
     def _restore(self, others: Mapping[str, tuple[str, str, int]]) -> None:
-        """Let plugins go on whose failure was about a model that the run does not get."""
+        """Restore the states of plugins that failed on a model that is not used."""
         manager = self._manager
         for name, (state, reason, failures) in others.items():
             record = manager.records[name]
@@ -210,17 +210,17 @@ class Switching:
     def _failed(
         self, plugin: str, others: Mapping[str, tuple[str, str, int]], error: BaseException
     ) -> None:
-        """Count an error in making or trying the new model as a failure of ``plugin``; raise those
-        that are to end the run."""
+        """Count an error in making or trying the new model as a failure of ``plugin``; raise it if
+        it must end the run."""
         if is_out_of_memory(error) or self._manager.failures.lets_through(error):
             raise error
         self._restore(others)
-        # A ConfigError of the hook is bad input; here it comes too late to be that.
+        # fail() would take a ConfigError for bad input, which it is not in mid-run.
         told = RuntimeError(str(error)) if isinstance(error, ConfigError) else error
         self._manager.failures.fail(plugin, HOOK, told)
 
     def _agreed(self, plugin: str) -> bool:
-        """Is the plugin well in all processes? Where it is not in one, it is quarantined in all."""
+        """Whether the plugin is quarantined in no process; otherwise quarantine it in all."""
         record = self._manager.records[plugin]
         quarantined = record.state == "quarantined"
         reasons = self._world.gather(record.reason if quarantined else "")
@@ -234,7 +234,7 @@ class Switching:
     def _make_model(
         self, transform: ModelTransform, *, carry: bool = True
     ) -> tuple[nn.Module, nn.Module]:
-        """The new structure on the meta device, and the model."""
+        """The new structure on the meta device, and the new model with its weights."""
         config, old = self._kernel.config, self._trained.model
         structure = copy.deepcopy(transform.model)
         faults: list[Exception] = []
@@ -259,7 +259,7 @@ class Switching:
     def _make_rest(
         self, transform: ModelTransform, model: nn.Module, *, carry: bool = True
     ) -> tuple[Optimizer, Averages]:
-        """What takes the place of all else that holds the parameters of the run's model."""
+        """The optimizer and the averages of the new ``model``."""
         kernel, trained = self._kernel, self._trained
         faults: list[Exception] = []
         optimizer = build_optimizer(kernel, model)
@@ -294,18 +294,18 @@ class Switching:
 
 
 def rounding(*models: nn.Module) -> float:
-    """The share by which rounding may change the loss of ``models``: none in fp32. Layers that
-    FSDP2 gathers in another type cannot compute in it; the rehearsal before the run has."""
+    """The relative change of the loss that rounding may cause in ``models``: none in fp32. Layers
+    that FSDP2 gathers in another dtype cannot compute in fp32."""
     dtypes = [getattr(model, "gathered_dtype", None) for model in models]
     return max(0.0 if dtype is None else torch.finfo(dtype).eps for dtype in dtypes)
 
 
 def fixed_loss(model: nn.Module, batch: Batch, world: World) -> float:
     """The mean cross-entropy of ``batch`` in nats per token, computed in eval mode and in fp32, or
-    in the type in which FSDP2 gathers the layers."""
+    in the dtype in which FSDP2 gathers the layers."""
     try:
         losses = losses_in_fp32(model, batch)
     finally:
         world.reshard(model)
-    # The last digits of a sum in fp32 are what is to be compared.
+    # Summed in fp64: the comparison needs the last digits of fp32.
     return float(losses.cpu().double().sum() / batch.num_targets)

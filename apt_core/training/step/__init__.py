@@ -1,1 +1,1 @@
-"""What a training step is made of beside the loop itself."""
+"""The parts of a training step that the loop calls."""

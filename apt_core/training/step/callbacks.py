@@ -1,4 +1,4 @@
-"""Functions that plugins hang into the model and the optimizer, called inside the guard."""
+"""Guards the torch hooks that plugins register on the model and the optimizer."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ GLOBAL_HOOKS = (
     "_global_forward_pre_hooks", "_global_forward_hooks",
     "_global_backward_pre_hooks", "_global_backward_hooks",
 )  # fmt: skip
-"""Where torch keeps them: mappings, or None."""
+"""Attributes in which torch keeps hooks: mappings, or None."""
 
 
 class Callbacks:
-    """Puts the hooks that plugins register with torch behind the guard.
+    """Wraps the hooks that plugins register with torch.
 
-    A failure of one counts as its plugin's, and the forward goes on as without it. Where a hook has
-    changed something by what it returned, it is part of the model: its failure is raised.
+    A failure of a hook counts as a failure of its plugin, and the forward goes on without the hook.
+    A hook that has returned a value is part of the model: its failure is raised.
     """
 
     def __init__(self, manager: PluginManager) -> None:
         self._manager = manager
         self._seen = -1
         self.apart = False
-        """Does the model run compiled? Then its hooks are called between its graphs: in one, each
-        number that a hook keeps would make another of it."""
+        """Whether the model is compiled. Its hooks are then called between graphs: inside one,
+        every number that a hook keeps would cause a recompilation."""
 
     def guard(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Guard what was registered since the last call. Where nothing was, in this process as a
-        whole, that is one comparison."""
+        """Wrap the hooks registered since the last call. If this process registered none, the call
+        is one comparison."""
         if self._seen == RemovableHandle.next_id:
             return
         self._seen = RemovableHandle.next_id
@@ -68,7 +68,7 @@ def _registered(model: nn.Module, optimizer: Optimizer) -> Iterator[MutableMappi
 
 
 class _Guarded:
-    """A hook of a plugin; silent once the plugin is quarantined."""
+    """A torch hook of a plugin; does nothing once the plugin is quarantined."""
 
     def __init__(
         self,

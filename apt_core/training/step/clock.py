@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""Measures the parts of a step's time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ PARTS = ("data", "forward_backward", "optimizer", "hooks")
 class StepClock:
     """Adds up the seconds of each of the PARTS, until they are read.
 
-    ``lap`` ends a stretch and says what it was. On a CPU every step counts. A GPU works behind the
-    host's back, so there the step for which ``sampling`` is set counts alone, by events on the
-    device, and nothing waits for them before :meth:`read`. ``steps`` is how many count by now.
+    ``lap`` ends a stretch of time and names its part. On a CPU every step counts. A GPU works
+    asynchronously, so there only a step with ``sampling`` counts, by events on the device that
+    nothing waits for before :meth:`read`. ``steps`` is the number of counted steps.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,7 +27,7 @@ class StepClock:
         self._events: list[tuple[str, Any]] = []
 
     def start(self, *, sampling: bool) -> None:
-        """A step begins."""
+        """Begin a step."""
         self.sampling = sampling
         if not self.every_step:
             if sampling:
@@ -37,7 +37,7 @@ class StepClock:
         self._last = perf_counter()
 
     def lap(self, part: str) -> None:
-        """What has passed since the last lap was ``part``."""
+        """Count the time since the last lap as ``part``."""
         if not self.every_step:
             if self.sampling:
                 self._events.append((part, self._event()))
@@ -47,7 +47,7 @@ class StepClock:
         self._last = now
 
     def read(self) -> dict[str, float]:
-        """Milliseconds of a step by part, since the last reading; waits for the device."""
+        """Milliseconds per step by part since the last call; waits for the device."""
         if not self.every_step:
             return self._read_events()
         steps, self.steps = max(1, self.steps), 0

@@ -1,6 +1,7 @@
-"""The forward and the loss of a micro-batch as the loop computes them, compiled or not.
+"""Computes the forward and the loss of a micro-batch, compiled or not.
 
-Both are compiled as one: the logits and their gradients in fp32 are then never in memory.
+Forward and loss are compiled as one function, so that the fp32 logits and their gradients are never
+in memory.
 """
 
 from __future__ import annotations
@@ -29,24 +30,25 @@ from apt_core.types import ModelOutput
 log = get_logger("apt.training")
 
 MOST_GRAPHS = 16
-"""How many graphs are made of the same function: what trains comes in a few shapes, with and
-without what plugins read, freeze or limit. A number that changes in every step would need one for
-each value."""
+"""The number of graphs that may be compiled of one function. A run has few batch shapes, each with
+and without what plugins read, freeze or limit; a number that changes in every step would need a
+graph for each value."""
 
 RECURSION_LIMIT = 2000
-"""Inductor's."""
+"""The limit that Inductor sets."""
 
 COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "triton")
-"""Whose errors are of compiling, and not of what is compiled."""
+"""Packages whose errors are errors of the compiler, not of the model."""
 
 
 @contextmanager
 def compiler_settings(config: Config, chosen: Compilation) -> Iterator[None]:
-    """How torch compiles inside, if it does: a backward together with its forward, so that a
-    failure leaves no gradients; an error, and not silence, where it gives up for too many different
-    calls; with ``training.deterministic`` without choosing kernels by their time. The recursion
-    limit is the one that Inductor sets, before plugins are watched: to them it is nobody's
-    change."""
+    """Set torch's compiler while the context lasts, if ``chosen`` compiles.
+
+    A backward is compiled together with its forward, so that a failure leaves no gradients. Too
+    many recompilations are an error under ``training.compile: auto``, so that the run notices them.
+    ``training.deterministic`` forbids choosing kernels by timing. Inductor's recursion limit is set
+    here, before plugins are watched, so that the change is not attributed to one of them."""
     if chosen.mode is None:
         yield
         return
@@ -68,10 +70,10 @@ def compiler_settings(config: Config, chosen: Compilation) -> Iterator[None]:
 
 
 class Forward:
-    """Computes micro-batches with ``model``; ``compilation`` is how, and changes where ``auto``
-    finds that the compiler fails: the forward goes on without, unless ``strict``.
+    """Computes micro-batches with ``model``, as ``compilation`` says. If the compiler fails under
+    ``auto``, ``compilation`` changes and the forward goes on uncompiled, unless ``strict``.
 
-    Batches of a run come in few shapes, each of which is compiled for itself.
+    A run has few batch shapes; each is compiled separately.
     """
 
     def __init__(self, model: nn.Module, compilation: Compilation, *, strict: bool = False) -> None:
@@ -100,16 +102,16 @@ class Forward:
 
             mode = None if compilation.mode == "default" else compilation.mode
             self._step = torch.compile(step, mode=mode, **options)
-            # Without graphs: an evaluation keeps the sums of all its batches.
+            # Without CUDA graphs: they would overwrite sums that an evaluation keeps.
             self._sums = torch.compile(sums, **options)
             self._with_weights = torch.compile(with_weights, **options)
 
     def __call__(
         self, batch: Batch, *, outputs: bool = True, again: Callable[[], object] = lambda: None
     ) -> tuple[Tensor, ModelOutput | None]:
-        """The summed cross-entropy of ``batch`` in training, in nats and fp32, and what the model
-        gives: None where that is compiled and nobody wants the ``outputs``. ``again`` is called
-        before a second try."""
+        """The summed cross-entropy of ``batch`` in training, in nats and fp32, and the model's
+        output, which is None in a compiled model unless ``outputs``. ``again`` is called before the
+        forward is retried without the compiler."""
         step = self._step
         if step is not None:
             try:
@@ -123,7 +125,7 @@ class Forward:
         return cross_entropy_sum(output, batch.targets), output
 
     def output(self, batch: Batch) -> ModelOutput:
-        """What the model gives for ``batch`` in training."""
+        """The model's output for ``batch`` in training."""
         if self._step is not None:
             output = self(batch)[1]
             assert output is not None
@@ -131,7 +133,7 @@ class Forward:
         return forward_batch(self._model, self._model, batch)
 
     def sums(self, batch: Batch, *, accuracy: bool) -> Tensor:
-        """What :func:`~apt_core.evaluation.quick_eval.sums_of` says of ``batch``."""
+        """The result of :func:`~apt_core.evaluation.quick_eval.sums_of` for ``batch``."""
         if self._sums is not None:
             try:
                 return self._sums(batch.input_ids, batch.targets, accuracy)
@@ -140,8 +142,7 @@ class Forward:
         return sums_of(self._model(batch.input_ids), batch.targets, accuracy=accuracy)
 
     def with_weights(self, weights: Mapping[str, Tensor], input_ids: Tensor) -> ModelOutput:
-        """What the model gives for ``input_ids`` [B, T] with these ``weights`` in the place of its
-        own."""
+        """The model's output for ``input_ids`` [B, T] with ``weights`` in place of its own."""
         if self._with_weights is not None:
             try:
                 return self._with_weights(weights, input_ids)
@@ -151,9 +152,9 @@ class Forward:
         return output
 
     def _give_up(self, error: Exception) -> None:
-        """Go on without the compiler; raise ``error`` where it is not the compiler's, or the
-        profile wants it."""
-        if self.compilation.asked or self._strict or not of_compiling(error):
+        """Go on without the compiler. Raises ``error`` if the compiler did not cause it, or if the
+        profile asks for compiling."""
+        if self.compilation.asked or self._strict or not is_compiler_error(error):
             raise error
         reason = f"torch.compile failed: {one_line(getattr(error, 'inner_exception', error))}"
         if type(error).__name__ == "FailOnRecompileLimitHit":
@@ -163,8 +164,8 @@ class Forward:
         self._step = self._sums = self._with_weights = None
 
 
-def of_compiling(error: BaseException) -> bool:
-    """Did the compiler raise ``error``, and not for want of memory?"""
+def is_compiler_error(error: BaseException) -> bool:
+    """Whether the compiler raised ``error``, for another reason than lack of memory."""
     if is_out_of_memory(error):
         return False
     cause: BaseException | None = error

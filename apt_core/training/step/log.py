@@ -1,4 +1,4 @@
-"""The rows of metrics that a run writes as it goes; here the host waits for the device."""
+"""Writes rows of metrics; the only place where the host waits for the device at a log interval."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from apt_core.training.trained_model import TrainedModel
 log = get_logger("apt.training")
 
 MAX_DUMPS = 20
-"""Of how many non-finite steps the batch is written down."""
+"""The number of non-finite steps whose batch is written to nonfinite/."""
 
 
 class StepLog:
-    """Turns what the loop has at hand at a log interval into a row, and tells everyone."""
+    """Makes a row of metrics from the loop's values and passes it to hooks, file and log."""
 
     def __init__(
         self,
@@ -58,17 +58,17 @@ class StepLog:
     ) -> dict[str, Any]:
         """Write the row of the step that was just taken, and return it.
 
-        ``loss`` is that of all processes, ``shares`` the parts that it has in this one: the
-        cross-entropy, and the terms of plugins. Raises TrainingError after too many steps in a row
-        that were not finite.
+        ``loss`` is the loss over all processes; ``shares`` are its parts in this process: the
+        cross-entropy and the terms of plugins. Raises TrainingError after too many non-finite
+        steps in a row.
         """
         progress = self._progress
         own = {name: share.item() for name, share in shares.items()}
         parts = _summed(self._world.gather(own), loss.item())
-        # Terms of an output that is not finite are not either.
+        # If the output is not finite, every term is not finite: name the cross-entropy alone.
         bad = [name for name, value in parts.items() if not isfinite(value)]
         bad = [] if CROSS_ENTROPY in bad else bad
-        skipped, in_a_row = self.tell_skipped(bad)
+        skipped, in_a_row = self.log_skipped_steps(bad)
         row: dict[str, Any] = {
             "step": progress.step,
             "epoch": progress.epoch,
@@ -100,11 +100,11 @@ class StepLog:
             raise void_steps(self._training, self._folder, what, row)
         return row
 
-    def tell_skipped(self, bad: Sequence[str] = ()) -> tuple[int, int]:
-        """Log and dump the steps that were not finite, those since the last call; waits for the
-        device. ``bad`` are loss terms that are known not to be.
+    def log_skipped_steps(self, bad: Sequence[str] = ()) -> tuple[int, int]:
+        """Log and dump the non-finite steps since the last call; waits for the device. ``bad`` are
+        loss terms that are known not to be finite.
 
-        Returns how many there were in all, and how many in a row up to now.
+        Returns the number of such steps in the whole run, and of those in a row up to now.
         """
         skipped, in_a_row, steps = self._trained.guard.read()
         if steps:
@@ -129,8 +129,8 @@ class StepLog:
         return skipped, in_a_row
 
     def _memory(self) -> dict[str, float]:
-        """What this process holds of each part of a run, in MiB, where the profile wants that: the
-        rest of ``memory_mb`` are activations, the text, and the libraries."""
+        """MiB that this process holds for each part of the run, if the profile asks for it. The
+        rest of ``memory_mb`` is activations, the text and libraries."""
         if not self._debug.profile_memory:
             return {}
         parts = self._trained.nbytes_by_part().items()
@@ -146,7 +146,7 @@ class StepLog:
             share = shares["loss_terms" if hook in MICRO_BATCH_HOOKS else "hooks"]
             share[plugin] = share.get(plugin, 0.0) + 1e3 * seconds / steps
         for kind, part in (("hooks", "hooks"), ("loss_terms", "forward_backward")):
-            # A plugin that waits for a GPU waits for more than is the part's own.
+            # A plugin that waits for the GPU also waits for work that is not the hooks' own.
             total = sum(shares[kind].values())
             factor = min(1.0, whole[part] / total) if total else 0.0
             row |= {
@@ -156,10 +156,10 @@ class StepLog:
         return row
 
     def _dump(self, step: int) -> None:
-        """Write down which batch a non-finite step had, in all processes together: its windows of
-        the text, and the token ids of each."""
+        """Write the batch of a non-finite step, over all processes, to nonfinite/: its windows of
+        the text and the token ids of each."""
         folder, plan = self._folder, self._plan
-        # Those of the run before it was resumed count too.
+        # Dumps from before a resume count too.
         if sum(1 for _ in folder.path.glob("nonfinite/step-*.json")) >= MAX_DUMPS:
             return
         epoch, index = divmod(step - 1, plan.steps_per_epoch)
@@ -177,8 +177,8 @@ class StepLog:
 
 
 def _summed(shares: Sequence[Mapping[str, float]], loss: float) -> dict[str, float]:
-    """The parts of the loss by name, from those of each process; the cross-entropy first, which
-    without any term is the loss to the bit."""
+    """The parts of the loss by name, summed over the processes, the cross-entropy first. Without
+    terms it is exactly ``loss``."""
     names = dict.fromkeys(name for share in shares for name in share)
     parts = {n: sum(share.get(n, 0.0) for share in shares) / len(shares) for n in names}
     return parts if len(parts) > 1 else {CROSS_ENTROPY: loss}

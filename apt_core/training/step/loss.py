@@ -1,4 +1,4 @@
-"""The loss of a micro-batch: the cross-entropy and the terms that plugins add."""
+"""Computes the loss terms that plugins add to the cross-entropy of a micro-batch."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from apt_core.types import ModelOutput
 def loss_terms(
     hooks: TrainerHooks, batch: Batch, output: ModelOutput | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """``(loss/<plugin>.<name>, 0-d tensor)`` of every term. ``output`` may be None where none of
-    the plugins reads it."""
+    """Yield ``(loss/<plugin>.<name>, 0-d tensor)`` for every term. ``output`` may be None if no
+    plugin reads it."""
     for plugin, terms in hooks.call_each("apt_loss_terms", batch=batch, output=output):
         for name, term in terms.items():
             yield of_term(plugin, name), term
 
 
 def without_gradients(term: Tensor) -> Tensor:
-    """Zero, whatever ``term`` (0-d) is. Its backward passes through all that the term was computed
-    by, as in the other processes, whose parameters it gathers, and gives no gradient to any."""
+    """Zero in place of ``term`` (0-d), without gradients. The backward still passes through the
+    graph of the term, since FSDP2 gathers parameters there in all processes together."""
     zero: Tensor = _WithoutGradients.apply(term)
     return zero
 
 
 class _WithoutGradients(torch.autograd.Function):
-    """None is passed on, where zero could become NaN: of a mean over nothing for instance."""
+    """Passes None back as the gradient: a gradient of zero could become NaN, as in a mean over
+    nothing."""
 
     @staticmethod
     def forward(ctx: Any, term: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a run takes: seconds, memory, and the share of the device's peak."""
+"""Measures what a run uses: seconds, memory, and the share of the device's peak FLOPs."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from apt_core.parallel.world import World
 from apt_core.runs.run_state import Progress
 
 MEMORY_SECONDS = 1.0
-"""Asking the system takes it up to half a millisecond."""
+"""The interval between measurements of memory, each of which takes up to half a millisecond."""
 
 TIMES = ("seconds", "training_seconds", "training_tokens")
 
 
 class Usage:
-    """Measures the run since its start, and adds what its parts before a resume took.
+    """Measures the run since its start, and adds what its parts before a resume used.
 
-    ``flops_per_token`` are those of a forward and backward of the model, None where they are not
-    known.
+    ``flops_per_token`` counts a forward and backward of the model; None if it is not known.
     """
 
     def __init__(
@@ -46,32 +45,32 @@ class Usage:
         self._peak_flops = 0.0
 
     def add_flops(self, flops: int) -> None:
-        """From now on the forward of a token computes so much more."""
+        """Add ``flops`` to the FLOPs of a token's forward, after the model grew."""
         if self._flops_per_token is not None:
             self._flops_per_token += BACKWARD_AND_FORWARD * flops
 
-    def go_on(self, spent: Mapping[str, float]) -> None:
-        """Go on after a part of the run that had :attr:`spent` so much when it was saved."""
+    def resume(self, spent: Mapping[str, float]) -> None:
+        """Add :attr:`spent` as it was saved by an earlier part of the run."""
         self._before = {**spent, "steps": self._progress.step, "tokens": self._progress.tokens}
 
     def start(self) -> None:
-        """The run begins, or goes on."""
+        """Start measuring, at the start of this part of the run."""
         self._started = time.perf_counter()
 
     def start_training(self) -> None:
-        """The first step is about to be taken: what came before it is no training time."""
+        """Start counting training time, just before the first step."""
         self.throughput = Throughput()
 
     def pause(self) -> None:
-        """What follows is no training time, until ``throughput`` is resumed; what the device has
-        still to do of the steps before is."""
+        """Stop counting training time until ``throughput`` is resumed. Waits for the device first,
+        so that its pending work counts."""
         synchronize(self._device)
         self.throughput.pause()
 
     @property
     def spent(self) -> dict[str, float]:
-        """Seconds and memory that the run has taken so far, all its parts together; of the seconds
-        those of training, and the tokens trained on in them."""
+        """Seconds, seconds of training, tokens trained on in these, and peak memory of the whole
+        run so far, all its parts together."""
         tokens, training = self.throughput.overall()
         own = {
             "seconds": time.perf_counter() - self._started,
@@ -83,9 +82,8 @@ class Usage:
         return whole
 
     def figures(self, ended: Mapping[str, Any]) -> dict[str, float]:
-        """Of the run as a whole: its length in steps, tokens and seconds, speed and memory. After a
-        resume ``part_…`` are of what came since. ``ended`` are the figures that the end of the run
-        had recorded before it."""
+        """Steps, tokens, seconds, speed and memory of the whole run; ``part_…`` are those since the
+        last resume. ``ended`` are the figures recorded when the run ended before that resume."""
         spent = self.spent
         length = {"steps": self._progress.step, "tokens": self._progress.tokens}
         figures = {**length, **_pace(spent), "memory_mb": spent["memory_mb"]}
@@ -94,13 +92,13 @@ class Usage:
             part = {name: value - self._before[name] for name, value in length.items()}
             figures |= {f"part_{name}": value for name, value in {**part, **_pace(own)}.items()}
             if not part["steps"] and ended.get("steps") == length["steps"]:
-                # Nothing was trained: what the end of the run has recorded stands.
+                # No step was taken since: keep the figures recorded then.
                 timed = ("seconds", "tokens_per_s", "memory_mb")
                 figures |= {name: ended[name] for name in timed if name in ended}
         return figures
 
     def speed(self) -> dict[str, float]:
-        """Throughput since the last call, model FLOPs utilisation, and memory, as metrics."""
+        """Metrics of throughput since the last call, model FLOPs utilisation, and memory."""
         tokens_per_s = self.throughput.read()
         row = {"tokens_per_s": round(tokens_per_s, 1)}
         if self._flops_per_token is not None:
@@ -111,7 +109,7 @@ class Usage:
         return row
 
     def _memory_mb(self) -> float:
-        """The peak so far, at most MEMORY_SECONDS old."""
+        """The peak of memory so far, measured at most MEMORY_SECONDS ago."""
         now = time.monotonic()
         if now >= self._memory_due:
             self._memory_due = now + MEMORY_SECONDS
