@@ -13,16 +13,16 @@ class TrainerHooks:
 
     def __init__(self, manager: PluginManager, trainer: object) -> None:
         self.manager = manager
-        self._trainer = trainer
+        self.trainer = trainer
 
     def call(self, name: str, **arguments: Any) -> Any:
         """Call the hook of all plugins; returns the manager's combined result."""
-        return getattr(self.manager.hook, name)(trainer=self._trainer, **arguments)
+        return getattr(self.manager.hook, name)(trainer=self.trainer, **arguments)
 
     def call_each(self, name: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
         """Call the hook of each plugin in turn; yields (plugin, result)."""
-        yield from self.manager.call_each(name, trainer=self._trainer, **arguments)
+        yield from self.manager.call_each(name, trainer=self.trainer, **arguments)
 
     def call_plugin(self, plugin: str, name: str, **arguments: Any) -> Any:
         """Call the hook of one plugin."""
-        return self.manager.call_plugin(plugin, name, trainer=self._trainer, **arguments)
+        return self.manager.call_plugin(plugin, name, trainer=self.trainer, **arguments)

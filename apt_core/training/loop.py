@@ -49,13 +49,10 @@ KEEP_MODES = hooks_where(lambda policy: policy.in_step and not policy.sets_modes
 
 @dataclass
 class Loop:
-    """Trains from the position in ``progress`` to the end of the run.
-
-    ``trainer`` is only passed to hooks.
-    """
+    """Trains from the position in ``progress`` to the end of the run."""
 
     _: KW_ONLY
-    trainer: object
+    hooks: TrainerHooks
     kernel: Kernel
     parts: Parts
     world: World
@@ -93,7 +90,7 @@ class Loop:
     def __post_init__(self) -> None:
         self.config: Config = self.kernel.config
         self.manager = self.kernel.manager
-        self.hooks = TrainerHooks(self.manager, self.trainer)
+        self.trainer = self.hooks.trainer
 
     def run(self) -> None:
         """Take the remaining steps. Raises any error that ends the run."""

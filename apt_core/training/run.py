@@ -57,7 +57,7 @@ class Run:
         held: int,
         found: Checkpoint | None,
     ) -> None:
-        self._loop, self._switching, self._manifest = loop, switching, manifest
+        self.loop, self._switching, self._manifest = loop, switching, manifest
         self._kernel, self._config, self._manager = loop.kernel, loop.config, loop.manager
         self._world, self._progress, self._trained = loop.world, loop.progress, loop.trained
         self.saving, self._stopping, self.folder = loop.saving, loop.stopping, loop.folder
@@ -68,7 +68,7 @@ class Run:
     def run(self) -> RunResult:
         """Start, train, end. An error that ends the run is raised after a checkpoint of the last
         complete step was written."""
-        loop, trained = self._loop, self._trained
+        loop, trained = self.loop, self._trained
         self.folder.write_profile(self._config.to_yaml())
         self.folder.begin_manifest()
         self._manifest.write("running")
@@ -123,7 +123,7 @@ class Run:
 
         The checkpoint comes first: a scheduler that set a time limit may kill the run meanwhile.
         """
-        loop, trained = self._loop, self._trained
+        loop, trained = self.loop, self._trained
         loop.settle_process(whole=True)
         if loop.watch is not None:
             loop.watch.stepping = False
@@ -184,7 +184,7 @@ class Run:
             what = f"the loss on the held-out text is {loss} after step {self._progress.step}"
             raise diverged(training, self.folder, what)
         in_a_row = self._trained.guard.in_a_row
-        if in_a_row > 1 and self._progress.step >= self._loop.total_steps:
+        if in_a_row > 1 and self._progress.step >= self.loop.total_steps:
             raise void_steps(
                 training,
                 self.folder,
@@ -199,7 +199,7 @@ class Run:
 
     def _save_after_failure(self, error: BaseException) -> None:
         """Save what can be saved after ``error`` and call the hooks of a failed run."""
-        loop, trained, progress = self._loop, self._trained, self._progress
+        loop, trained, progress = self.loop, self._trained, self._progress
         if isinstance(error, KeyboardInterrupt):
             log.warning("interrupted")
         if isinstance(error, ProcessLostError):
@@ -261,5 +261,5 @@ class Run:
             "failed_checkpoints": len(self.saving.failures),
         }
         happened = {name: count for name, count in counts.items() if count}
-        usage = self._loop.usage.figures(self.folder.ended.get("figures", {}))
+        usage = self.loop.usage.figures(self.folder.ended.get("figures", {}))
         return {**usage, **happened, **train, **start, **final}

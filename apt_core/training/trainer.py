@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
-from functools import partial
 from logging import DEBUG
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,40 +26,24 @@ from apt_core.errors import (
 )
 from apt_core.kernel import Kernel, before_the_run, boot
 from apt_core.log import get_logger, keeping_backlog, logging_to, of_one_run
-from apt_core.modeling.blame import naming_authors
-from apt_core.modeling.costs import model_cost
 from apt_core.modeling.init import seed_of
 from apt_core.modeling.placement import num_threads, settle_device
 from apt_core.modeling.seeds import deterministic_kernels, fp32_products
-from apt_core.monitor import ProgressDisplay
 from apt_core.optim.averages import WeightAverage
 from apt_core.parallel.world import World
 from apt_core.planning.memory import out_of_memory, own_memory
 from apt_core.plugin_manager import PluginManager
 from apt_core.runs.folder import RunFolder
 from apt_core.runs.run_state import Progress
-from apt_core.runs.session import Position, Session
-from apt_core.schedules import Horizon
+from apt_core.schedules import Schedule
 from apt_core.torch_state import TorchWatch
-from apt_core.training.curriculum.enabling import Enabling
-from apt_core.training.curriculum.switching import Switching
-from apt_core.training.due import Due
-from apt_core.training.evaluating import Evaluator
+from apt_core.training.assembly import Assembly
 from apt_core.training.hooks import TrainerHooks
-from apt_core.training.loop import Loop
-from apt_core.training.manifest_writer import ManifestWriter
 from apt_core.training.opening import Opening
-from apt_core.training.prepare import Built, prepare
-from apt_core.training.restoring import Restoring
+from apt_core.training.prepare import Built, Parts, prepare
 from apt_core.training.run import Run, RunResult
-from apt_core.training.saving import Saving
-from apt_core.training.snapshots import Snapshots
 from apt_core.training.step.callbacks import Callbacks
-from apt_core.training.step.clock import StepClock
 from apt_core.training.step.forward import compiler_settings
-from apt_core.training.step.log import StepLog
-from apt_core.training.step.parameters import ScheduledParameters
-from apt_core.training.step.usage import Usage
 from apt_core.training.stopping import Stopping
 from apt_core.training.trained_model import TrainedModel
 from apt_core.types import ModelOutput
@@ -139,12 +122,10 @@ class Trainer:
         )
         self._console = console
         self._allow_change = tuple(dict.fromkeys(allow_change))
-        self._hooks = TrainerHooks(self.manager, self)
-        self._callbacks = Callbacks(self.manager)
-        self._watch: TorchWatch | None = None
         # Set by fit().
-        self.folder: RunFolder | None = None
-        self._loop: Loop | None = None
+        self._watch: TorchWatch | None = None
+        self._assembly: Assembly | None = None
+        self._run: Run | None = None
         if self.world_size > 1:
             self.manager.stop_together = self.request_stop
         self._opening = Opening(output, resume, resume_from)
@@ -175,7 +156,17 @@ class Trainer:
     def step_void(self) -> bool | Tensor:
         """Whether the newest step was not finite and so changed nothing: a bool, or a 0-d tensor of
         1.0 or 0.0 where it is known on the device only."""
-        return self._loop is not None and self._loop.step_void
+        return self._run is not None and self._run.loop.step_void
+
+    @property
+    def device(self) -> torch.device:
+        """Where the run computes."""
+        return self._made.parts.device
+
+    @property
+    def schedule(self) -> Schedule:
+        """When plugins are enabled, and the course of parameters."""
+        return self._made.schedule
 
     @property
     def model(self) -> nn.Module:
@@ -195,13 +186,14 @@ class Trainer:
     @property
     def output_dir(self) -> Path:
         """The run's folder."""
-        assert self.folder is not None, "the run has no folder before fit()"
-        return self.folder.path
+        if self._run is None:
+            raise RuntimeError("a run has no folder before fit()")
+        return self._run.folder.path
 
     def param(self, name: str, default: Any = None) -> Any:
         """The scheduled value of a parameter in the present step; ``default`` if the profile does
         not schedule it."""
-        return self._parameters.value(name, default)
+        return self._made.parameters.value(name, default)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """A context in which a forward is computed in the precision of the loop's."""
@@ -244,6 +236,29 @@ class Trainer:
             reason=reason,
         )
 
+    # What fit() has made ---------------------------------------------------------------------
+
+    @property
+    def _made(self) -> Assembly:
+        if self._assembly is None:
+            raise RuntimeError("a run has no model before fit()")
+        return self._assembly
+
+    @property
+    def parts(self) -> Parts:
+        """The text and how it is cut, the tokenizer, and what else stays all through the run."""
+        return self._made.parts
+
+    @property
+    def trained(self) -> TrainedModel:
+        """The model, and all that holds its parameters."""
+        return self._made.trained
+
+    @property
+    def folder(self) -> RunFolder | None:
+        """The run's folder; None before it is open."""
+        return None if self._run is None else self._run.folder
+
     # The run ---------------------------------------------------------------------------------
 
     def fit(self) -> RunResult:
@@ -279,20 +294,28 @@ class Trainer:
             keeping_backlog() as backlog,
         ):
             with before_the_run():
-                self.device = settle_device(self.kernel, self.world)
+                device = settle_device(self.kernel, self.world)
             with (
-                as_current_device(self.device),
-                fp32_products(self.device, tf32=self.config.hardware.tf32),
-                self.world.joined(self.device, self.config.hardware.backend),
+                as_current_device(device),
+                fp32_products(device, tf32=self.config.hardware.tf32),
+                self.world.joined(device, self.config.hardware.backend),
             ):
-                built = self._prepare()
-                self.trained = TrainedModel(
-                    self.kernel, built, self.device, self.world, self._watch
-                )
+                parts, built, held = self._prepare(device)
                 compilation = built.forward.compilation
-                self._callbacks.apart = compilation.mode is not None
+                self._assembly = Assembly(
+                    self.kernel,
+                    self.world,
+                    parts,
+                    TrainedModel(self.kernel, built, device, self.world, self._watch),
+                    self.progress,
+                    self.stopping,
+                    TrainerHooks(self.manager, self),
+                    Callbacks(self.manager, apart=compilation.mode is not None),
+                    self._watch,
+                    self._console,
+                )
                 with compiler_settings(self.config, compilation), closing(self._opening):
-                    run = self._open()
+                    run = self._run = self._assembly.run(self._opening, self._allow_change, held)
                     if not self.world.is_first:
                         backlog.drop()
                     file = run.folder.log_file if self.world.is_first else None
@@ -304,36 +327,21 @@ class Trainer:
                     ):
                         return run.run()
 
-    def _prepare(self) -> Built:
-        """Build the parts of the run and its model."""
-        held = held_memory(self.device)
+    def _prepare(self, device: torch.device) -> tuple[Parts, Built, int]:
+        """Build the parts of the run and its model; returns also the bytes that the process holds
+        beside the run."""
+        held = held_memory(device)
         try:
             with self._watching_providers():
-                self.parts, built = prepare(self.kernel, self.device, self.world)
+                parts, built = prepare(self.kernel, device, self.world)
         except Exception as error:
             if not is_out_of_memory(error) or isinstance(error, PluginError):
                 raise
             raise out_of_memory(
-                error, "before the first step", self.kernel, self.world, self.device, held
+                error, "before the first step", self.kernel, self.world, device, held
             ) from error
         # The memory that the process holds beside the run includes the text, not the model.
-        self._held = held_memory(self.device) - own_memory(built.model)
-        return built
-
-    def _session(self) -> Session:
-        """A session of the run at its present position."""
-        progress = self.progress
-        return Session(
-            config=self.config,
-            manager=self.manager,
-            registry=self.registry,
-            schedule=self.schedule,
-            position=Position(progress.step, progress.epoch, progress.tokens),
-            model=self.model,
-            tokenizer=self.parts.tokenizer,
-            device=self.device,
-            dtype=self.parts.dtype,
-        )
+        return parts, built, held_memory(device) - own_memory(built.model)
 
     @contextmanager
     def _watching_providers(self) -> Iterator[None]:
@@ -343,77 +351,3 @@ class Trainer:
         yield
         if watch is not None and (changes := watch.put_back(before)):
             self.manager.failures.report_leftovers(changes, ())
-
-    def _open(self) -> Run:
-        """Make every part of the run and its folder, restored from a checkpoint after a resume."""
-        kernel, config, parts, world = self.kernel, self.config, self.parts, self.world
-        progress, trained = self.progress, self.trained
-        hooks, stopping = self._hooks, self.stopping
-        ends = Horizon.of(config, parts.plan)
-        self.schedule = kernel.schedule.with_horizon(ends)
-        total_steps = ends.last("step") or 0
-        cost = model_cost(kernel).flops_per_token
-        usage = Usage(self.device, parts.dtype, world, progress, cost)
-        self.evaluator = Evaluator(kernel, parts, world, trained, stopping, self._session)
-        watched = self.evaluator.watched
-        self.switching = Switching(
-            kernel, parts, world, progress, trained, usage, self.evaluator.fixed_batch
-        )
-        self._parameters = ScheduledParameters(self.schedule, progress)
-        found = self._opening.checkpoint(world, config)
-        if found is not None:
-            with before_the_run(), naming_authors(kernel):
-                Restoring(
-                    kernel, parts, world, self.schedule, progress, trained, self.switching,
-                    stopping, usage, hooks, watched, self._allow_change,
-                ).restore(found)  # fmt: skip
-        self._parameters.begin(progress.step)
-        due = Due(config, parts.plan, progress, stopping, total_steps)
-        resumed = self._opening.resumes(world) and found is not None
-        folder = self.folder = self._opening.folder(
-            world, config, progress.step, self.manager.events, evaluation=due.evaluates_again()
-        )
-        self.saving = Saving(
-            config, folder, world, self.device, progress, trained,
-            Snapshots(
-                kernel, parts, world, progress, trained, stopping, usage, hooks, watched
-            ),
-            hooks, watched, resumed=resumed,
-        )  # fmt: skip
-        kernel.notices += filter(None, [self.saving.notice])
-        manifest = ManifestWriter(kernel, parts, world, progress, trained, folder, self.saving)
-        clock = StepClock(self.device)
-        loop = self._loop = Loop(
-            trainer=self,
-            kernel=kernel,
-            parts=parts,
-            world=world,
-            progress=progress,
-            trained=trained,
-            total_steps=total_steps,
-            parameters=self._parameters,
-            enabling=Enabling(
-                self.schedule, self._parameters, progress, trained, self.switching, world, hooks,
-                partial(manifest.write, "running"),
-            ),
-            evaluator=self.evaluator,
-            saving=self.saving,
-            stopping=stopping,
-            due=due,
-            folder=folder,
-            callbacks=self._callbacks,
-            watch=self._watch,
-            clock=clock,
-            usage=usage,
-            step_log=StepLog(
-                config, parts.plan, folder, world, progress, trained, self._parameters,
-                self.schedule.annealed, usage, clock, hooks,
-            ),
-            display=ProgressDisplay(
-                self._console,
-                stopping.last_step(total_steps),
-                config.training.max_epochs,
-                config.training.max_seconds,
-            ),
-        )  # fmt: skip
-        return Run(loop, self.switching, manifest, held=self._held, found=found)

@@ -53,5 +53,5 @@ def test_the_guide_lists_what_hooks_may_use_of_the_trainer() -> None:
     guide = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `trainer\.(\w+)` \| (.*) \|$", guide, flags=re.M)
     assert dict(rows) == SURFACE
-    made_by_fit = {"config", "registry", "schedule", "device", "rank", "world_size"}
-    assert {name for name in SURFACE if not hasattr(Trainer, name)} == made_by_fit
+    attributes = {"config", "registry", "rank", "world_size"}
+    assert {name for name in SURFACE if not hasattr(Trainer, name)} == attributes

@@ -247,7 +247,7 @@ def _noting_the_start(start: Callable[[Run], Any]) -> Callable[[Run], Any]:
     """``start``, before which it is noted that there is a trainer, which has its folder."""
 
     def noting(run: Run) -> Any:
-        fault_kinds.seen.trainer = run._loop.trainer
+        fault_kinds.seen.trainer = run.loop.trainer
         return start(run)
 
     return noting

@@ -130,7 +130,7 @@ def test_the_evaluation_is_that_of_the_averaged_weights():
                 for name, parameter in trainer.model.named_parameters():
                     parameter.copy_(trainer.trained.averages.ema.values[name])
             trainer.trained.averages.ema = None
-            self.loss = trainer.evaluator.evaluate(everything=True).scores["val_loss"]
+            self.loss = trainer._run.loop.evaluator.evaluate(everything=True).scores["val_loss"]
 
     scores = Scores()
     run = tiny_run(scores, steps=9, overrides=AVERAGED)

@@ -462,7 +462,7 @@ BALLAST = {ballast!r}
 
 @hookimpl
 def on_step_start(step, trainer):
-    trainer.saving.finish()  # which step meets the full disk is no matter of luck
+    trainer._run.saving.finish()  # which step meets the full disk is no matter of luck
     if step == {first}:
         with open(BALLAST, "wb", buffering=0) as file:
             try:

@@ -337,5 +337,5 @@ def test_the_sample_of_a_run_is_computed_in_its_precision_on_a_gpu(kind, dtype, 
         return GenerationResult("", ())
 
     monkeypatch.setattr(evaluating, "generate", instead)
-    keeps.trainer.evaluator.sample()
+    keeps.trainer._run.loop.evaluator.sample()
     assert [dtype_for(session) for session in sessions] == [dtype]

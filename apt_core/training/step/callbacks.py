@@ -30,15 +30,14 @@ class Callbacks:
     """Wraps the hooks that plugins register with torch.
 
     A failure of a hook counts as a failure of its plugin, and the forward goes on without the hook.
-    A hook that has returned a value is part of the model: its failure is raised.
+    A hook that has returned a value is part of the model: its failure is raised. Hooks of a
+    compiled model are called ``apart``, between its graphs: inside one, every number that a hook
+    keeps would cause a recompilation.
     """
 
-    def __init__(self, manager: PluginManager) -> None:
-        self._manager = manager
+    def __init__(self, manager: PluginManager, *, apart: bool = False) -> None:
+        self._manager, self._apart = manager, apart
         self._seen = -1
-        self.apart = False
-        """Whether the model is compiled. Its hooks are then called between graphs: inside one,
-        every number that a hook keeps would cause a recompilation."""
 
     def guard(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Wrap the hooks registered since the last call. If this process registered none, the call
@@ -50,7 +49,7 @@ class Callbacks:
             for key, function in list(hooks.items()):
                 plugin = self._manager.failures.author_of(function)
                 if plugin is not None and not isinstance(function, _Guarded):
-                    hooks[key] = _Guarded(self._manager, plugin, function, apart=self.apart)
+                    hooks[key] = _Guarded(self._manager, plugin, function, apart=self._apart)
 
 
 def _registered(model: nn.Module, optimizer: Optimizer) -> Iterator[MutableMapping[Any, Any]]:
