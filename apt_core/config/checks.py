@@ -16,9 +16,9 @@ from apt_core.config.switches import Switch, looks_like_switch, read_switch
 from apt_core.config.yaml_text import KeyPath
 from apt_core.errors import Problem, did_you_mean
 from apt_core.kinds import KINDS
+from apt_core.providers.attention import TVASettings
 from apt_core.sections import Ramp
 
-TVA_ATTENTIONS = ("tva_default", "flash_v2")
 ROTATES = "rope turns pairs of dimensions"
 
 
@@ -107,7 +107,7 @@ def _kv_heads(view: View) -> Iterator[Problem]:
 
 
 def _tva_rank(view: View) -> Iterator[Problem]:
-    if not set(view.attention_names()) & set(TVA_ATTENTIONS):
+    if not set(view.attention_names()) & set(TVASettings.ATTENTIONS):
         return
     width, heads = view["model.d_model"], view["model.num_heads"]
     ratio, asked = view["model.tva.r"], view["model.tva.rank"]

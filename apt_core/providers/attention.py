@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 class TVASettings(Section):
     """``model.tva``: the default attention, in a space of rank R."""
 
+    ATTENTIONS: ClassVar[tuple[str, ...]] = ("tva_default", "flash_v2")
+    """The attentions that have these settings."""
+
     r: Size = Field(default=2, description="Compression ratio: rank = head dimension // r.")
     s: Annotated[int, Field(ge=0, le=2**16)] = Field(
         default=0, description="Number of normal directions of the compensator; 0 leaves it out."

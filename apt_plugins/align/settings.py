@@ -18,8 +18,6 @@ WEIGHT = "align_weight"
 """The schedule parameter that stands in for ``weight``."""
 
 DEFAULT = "bistate_default"
-VEIN_ATTENTIONS = ("tva_default", "flash_v2")
-"""Those whose compensator has the directions that the contrastive term looks at."""
 
 
 class BistateSettings(Section):
@@ -81,9 +79,10 @@ def contradictions(config: Config) -> Iterator[Problem]:
             hint="raise one of them, or leave the plugin out: --plugin no:align",
         )
     if settings.beta > 0 and settings.align == DEFAULT:
-        with_vein = " and ".join(VEIN_ATTENTIONS)
+        # Their compensator has the directions that the contrastive term looks at.
+        with_vein = " and ".join(model.tva.ATTENTIONS)
         what = "the contrastive term looks at the vein, the main directions of the compensator"
-        if not set(model.attention_names) & set(VEIN_ATTENTIONS):
+        if not set(model.attention_names) & set(model.tva.ATTENTIONS):
             yield Problem(
                 f"{what}, which no attention of this model has, only {with_vein}",
                 f"{SECTION}.beta",

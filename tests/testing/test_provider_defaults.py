@@ -5,8 +5,16 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
+from apt_core.defaults import core_providers
 from apt_core.modeling.layers import TVAProvider
 from apt_core.providers import AttentionProvider
+from apt_core.providers.attention import TVASettings
+from apt_plugins.flash_attn import plugin as flash_attn
+
+
+def test_the_attentions_with_the_settings_of_tva_are_known_to_who_checks_their_ranks() -> None:
+    declared = [*core_providers(""), *flash_attn.apt_register_providers()]
+    assert {s.name for s in declared if s.section == "model.tva"} == {*TVASettings.ATTENTIONS}
 
 
 class Mine(AttentionProvider):
