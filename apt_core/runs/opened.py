@@ -29,10 +29,10 @@ from apt_core.modeling.structure import replayed, require_plugins
 from apt_core.plugin_manager import PluginManager
 from apt_core.profile_paths import user_path
 from apt_core.runs.checkpoint import Checkpoint
+from apt_core.runs.checkpoint_parts import joined_states, listed, model_tensors, names_not_finite
 from apt_core.runs.finding import find_checkpoint, run_of
 from apt_core.runs.resume_check import check_providers, saved_profile
 from apt_core.runs.session import Position, Session
-from apt_core.runs.state_tensors import joined_states, listed, model_tensors, names_not_finite
 from apt_core.schedules import Horizon, Schedule
 
 log = get_logger("apt.runs")

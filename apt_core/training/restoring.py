@@ -17,15 +17,15 @@ from apt_core.parallel.world import World
 from apt_core.planning.run_length import what_another_length_changes
 from apt_core.runs import checkpoint
 from apt_core.runs.checkpoint import Checkpoint
-from apt_core.runs.resume_check import check_providers, check_resume, saved_config, saved_profile
-from apt_core.runs.run_state import Change, Progress
-from apt_core.runs.state_tensors import (
+from apt_core.runs.checkpoint_parts import (
     joined_states,
     listed,
     load_optimizer,
     load_optimizer_groups,
     model_tensors,
 )
+from apt_core.runs.resume_check import check_providers, check_resume, saved_config, saved_profile
+from apt_core.runs.run_state import Change, Progress
 from apt_core.schedules import Horizon, Schedule
 from apt_core.secrets import with_secrets
 from apt_core.training.curriculum.switching import Switching

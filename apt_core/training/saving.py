@@ -20,9 +20,9 @@ from apt_core.log import get_logger
 from apt_core.parallel.world import World
 from apt_core.runs import checkpoint
 from apt_core.runs.checkpoint import Evaluated, Snapshot
+from apt_core.runs.checkpoint_parts import listed
 from apt_core.runs.folder import RunFolder
 from apt_core.runs.run_state import Progress
-from apt_core.runs.state_tensors import listed
 from apt_core.training.diverging import diverged
 from apt_core.training.hooks import TrainerHooks
 from apt_core.training.snapshots import Snapshots

@@ -16,15 +16,15 @@ from apt_core.kernel import Kernel
 from apt_core.log import get_logger
 from apt_core.parallel.world import World
 from apt_core.runs.checkpoint import Evaluated, Snapshot, inventory
-from apt_core.runs.folder import now, versions
-from apt_core.runs.manifest import plugin_rows
-from apt_core.runs.run_state import Average, Progress, RunState
-from apt_core.runs.state_tensors import (
+from apt_core.runs.checkpoint_parts import (
     model_tensors,
     optimizer_groups,
     optimizer_tensors,
     split_states,
 )
+from apt_core.runs.folder import now, versions
+from apt_core.runs.manifest import plugin_rows
+from apt_core.runs.run_state import Average, Progress, RunState
 from apt_core.training.hooks import TrainerHooks
 from apt_core.training.host_copies import HostCopies
 from apt_core.training.prepare import Parts

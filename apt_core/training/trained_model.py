@@ -15,7 +15,7 @@ from apt_core.modeling.casts import KeptCasts
 from apt_core.optim.averages import Averages, WeightAverage
 from apt_core.parallel.gradient_sum import GradientSum
 from apt_core.parallel.world import World, local_part
-from apt_core.runs.state_tensors import listed, names_not_finite
+from apt_core.runs.checkpoint_parts import listed, names_not_finite
 from apt_core.torch_state import TorchWatch
 from apt_core.training.curriculum.model_modes import ModelModes
 from apt_core.training.prepare import Built, loop_forward

@@ -27,7 +27,11 @@ from apt_core.optim.optimizers.newton_schulz import orthogonalize
 from apt_core.optim.parameter_groups import hidden_matrices, parameter_groups
 from apt_core.plugin_manager import PluginManager
 from apt_core.providers.optimizer import MuonSettings
-from apt_core.runs.state_tensors import load_optimizer_groups, optimizer_groups, optimizer_tensors
+from apt_core.runs.checkpoint_parts import (
+    load_optimizer_groups,
+    optimizer_groups,
+    optimizer_tensors,
+)
 from apt_core.testing import tiny_run
 from apt_core.training.step import finite_guard
 from apt_core.training.step.finite_guard import FiniteGuard

@@ -15,7 +15,7 @@ from torch import nn
 
 from apt_core.errors import CheckpointError
 from apt_core.runs import checkpoint
-from apt_core.runs.state_tensors import load_optimizer, optimizer_tensors
+from apt_core.runs.checkpoint_parts import load_optimizer, optimizer_tensors
 from apt_core.runs.tensor_files import SavedTensors, write_whole
 from apt_core.testing import tiny_run
 
