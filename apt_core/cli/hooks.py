@@ -12,10 +12,10 @@ import typer
 from apt_core.cli.output import Json, complain, output_apart, print_table, say
 from apt_core.cli.run_command import run_command
 from apt_core.errors import ConfigError, Problem, did_you_mean
+from apt_core.hookspecs import POLICIES
 from apt_core.inspect.listing import (
     Listing,
     hook_facts,
-    hook_names,
     implementation_rows,
     plugin_rows,
     provider_rows,
@@ -62,7 +62,7 @@ def list_(
     implemented = {row["hook"] for row in rows}
     shown = [_implementation(row) for row in rows]
     if all_:
-        missing = [name for name in hook_names(listing.manager) if name not in implemented]
+        missing = [name for name in POLICIES if name not in implemented]
         shown += [(name, "-", "-", "-", "-") for name in missing]
     columns = ("hook", "position", "plugin", "priority", "location")
     print_table(columns, shown)
@@ -81,11 +81,10 @@ def show(
 ) -> Json | None:
     """The contract of one hook, and who implements it."""
     listing = listed(profile, plugin or ())
-    names = hook_names(listing.manager)
-    if hook not in names:
-        hint = did_you_mean(hook, names) or "'apt-hooks list --all' shows every hook"
+    if hook not in POLICIES:
+        hint = did_you_mean(hook, POLICIES) or "'apt-hooks list --all' shows every hook"
         raise ConfigError(Problem(f"there is no hook {hook!r}", hint=hint))
-    facts = hook_facts(listing.manager, hook)
+    facts = hook_facts(hook)
     rows = implementation_rows(listing, hook)
     if json:
         return Json({**facts, "implementations": rows})

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from apt_core import hookspecs
 from apt_core.catalogue import Catalogue, usable
 from apt_core.code_source import short_path, source_of
 from apt_core.declarations import Declared, declared_by
@@ -137,7 +138,7 @@ def _read(profile: str) -> tuple[Any, Path | None, set[str]]:
 def implementation_rows(listing: Listing, hook: str | None = None) -> list[dict[str, Any]]:
     """``{hook, plugin, priority, position, wrapper, file, line}`` in effective order."""
     rows = []
-    for name in [hook] if hook else hook_names(listing.manager):
+    for name in [hook] if hook else POLICIES:
         for position, call in enumerate(listing.manager.order(name, dormant=True), start=1):
             file, line = source_of(call.function)
             rows.append(
@@ -154,23 +155,16 @@ def implementation_rows(listing: Listing, hook: str | None = None) -> list[dict[
     return rows
 
 
-def hook_names(manager: PluginManager) -> list[str]:
-    """Every hook, in the order of the specification file."""
-    callers = [caller for caller in vars(manager.hook).values() if caller.spec]
-    callers.sort(key=lambda caller: caller.spec.function.__code__.co_firstlineno)
-    return [caller.name for caller in callers]
-
-
-def hook_facts(manager: PluginManager, name: str) -> dict[str, Any]:
+def hook_facts(name: str) -> dict[str, Any]:
     """Signature, behaviour, policy and contract of one hook."""
-    spec, policy = getattr(manager.hook, name).spec, POLICIES[name]
+    specification, policy = getattr(hookspecs, name), POLICIES[name]
     return {
         "hook": name,
-        "signature": f"{name}({', '.join(spec.argnames)})",
+        "signature": f"{name}({', '.join(inspect.signature(specification).parameters)})",
         **{part.name: getattr(policy, part.name) for part in fields(policy)},
         "stage": policy.stage.name.lower(),
         "returns": (inspect.getdoc(policy.returns) or "").partition("\n")[0],
-        "doc": inspect.getdoc(spec.function) or "",
+        "doc": inspect.getdoc(specification) or "",
     }
 
 
