@@ -7,7 +7,7 @@ tokens iT+1..iT+T, so every token but the very first is predicted exactly once a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,25 +28,58 @@ Tokens = npt.NDArray[Any]
 class Batch:
     """One micro-batch: ``input_ids`` and ``targets``, int64 [B, T], and how many targets count.
 
-    A target of -100 is ignored. ``num_targets`` is known without asking the device.
+    A target of -100 is ignored. ``positions`` [B, T] are the places of the tokens in their
+    sequences, by default 0..T-1; ``document_ids`` [B, T] tell apart the documents that a row packs,
+    each of which is to be seen by itself, -1 marks padding. Without document ids a row is one text,
+    and what has no target is padding. ``num_targets``, and with document ids ``num_tokens``, the
+    positions that are no padding, are known without asking the device.
+
+    Call a model on it by :func:`apt_core.modeling.forward_batch`. Raises ValueError for parts that
+    do not fit together.
     """
 
     input_ids: Tensor
     targets: Tensor
     num_targets: int
+    positions: Tensor | None = None
+    document_ids: Tensor | None = None
+    num_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("positions", "document_ids"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.shape != self.input_ids.shape:
+                raise ValueError(
+                    f"{name} of shape {list(tensor.shape)} for ids of {list(self.input_ids.shape)}"
+                )
+        if (self.document_ids is None) != (self.num_tokens is None):
+            raise ValueError("document_ids and num_tokens are given together, or neither is")
+
+    @classmethod
+    def of_ids(cls, input_ids: Tensor) -> Batch:
+        """Whole rows of ``input_ids`` [B, T] for computing alone: each is its own target."""
+        return cls(input_ids, input_ids, input_ids.numel())
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
         device = torch.device(device)
         if self.input_ids.device == device:
             return self
-        ids, targets = self.input_ids, self.targets
-        if device.type == "cuda" and ids.is_cpu:  # from other memory a copy waits for the device
-            ids, targets = ids.pin_memory(), targets.pin_memory()
+
+        def moved(tensor: Tensor) -> Tensor:
+            if (
+                device.type == "cuda" and tensor.is_cpu
+            ):  # a copy of other memory waits for the device
+                tensor = tensor.pin_memory()
+            return tensor.to(device, non_blocking=True)
+
         return Batch(
-            ids.to(device, non_blocking=True),
-            targets.to(device, non_blocking=True),
+            moved(self.input_ids),
+            moved(self.targets),
             self.num_targets,
+            None if self.positions is None else moved(self.positions),
+            None if self.document_ids is None else moved(self.document_ids),
+            self.num_tokens,
         )
 
 
@@ -195,7 +228,7 @@ class BatchPlan(StepPlan):
     def _padding(self) -> Batch:
         """One window without a target."""
         batch = cut_windows(self.tokens, [0], self.seq_len)
-        return Batch(batch.input_ids, torch.full_like(batch.targets, IGNORED), 0)
+        return replace(batch, targets=torch.full_like(batch.targets, IGNORED), num_targets=0)
 
 
 class EvaluationPlan:

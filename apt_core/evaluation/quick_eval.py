@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,23 +39,18 @@ def sums_of(output: ModelOutput, targets: Tensor, *, accuracy: bool) -> Tensor:
 def score_batches(
     model: nn.Module,
     batches: Iterable[Batch],
+    sums: Callable[..., Tensor],
     *,
     device: torch.device,
     dtype: torch.dtype | None = None,
     accuracy: bool = False,
     interrupted: Callable[[], bool] = lambda: False,
-    sums: Callable[..., Tensor] | None = None,
 ) -> list[BatchScore] | None:
     """Score ``model`` on each of ``batches``, in eval mode; modules have their own back.
 
-    None when ``interrupted()`` became true before the end. ``sums(batch, accuracy=...)`` computes
-    what :func:`sums_of` does, by default with the model itself.
+    None when ``interrupted()`` became true before the end. ``sums(batch, accuracy=…)`` computes
+    with the model, compiled or not, what :func:`sums_of` says of its output.
     """
-    if sums is None:
-
-        def sums(batch: Batch, *, accuracy: bool) -> Tensor:
-            return sums_of(model(batch.input_ids), batch.targets, accuracy=accuracy)
-
     found, targets, casts = [], [], KeptCasts(model)
     with eval_mode(model):
         for batch in batches:
@@ -87,20 +82,3 @@ def summarize(scores: Sequence[BatchScore], bytes_per_token: float) -> dict[str,
     if correct:
         figures["val_accuracy"] = sum(correct) / targets
     return figures
-
-
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    *,
-    device: torch.device,
-    bytes_per_token: float,
-    metrics: Collection[str] = (),
-    dtype: torch.dtype | None = None,
-) -> dict[str, float]:
-    """Score ``model`` on ``batches`` and sum up, as :func:`summarize` does; ``val_accuracy`` if
-    ``metrics`` has ``accuracy``."""
-    accuracy = "accuracy" in metrics
-    scores = score_batches(model, batches, device=device, dtype=dtype, accuracy=accuracy)
-    assert scores is not None
-    return summarize(scores, bytes_per_token)

@@ -1,5 +1,6 @@
 """Layers, backbones, and what builds a model of them."""
 
+from apt_core.modeling.calling import forward_batch
 from apt_core.modeling.casts import KeptCasts, cast_weight
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.modeling.init import (
@@ -31,6 +32,7 @@ __all__ = [
     "construction_rng",
     "document_mask",
     "document_positions",
+    "forward_batch",
     "generator_for",
     "initialize_parameters",
     "padding_marked",

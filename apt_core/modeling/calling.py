@@ -1,29 +1,79 @@
-"""One way to call a model on a batch."""
+"""The one way to call a model on a batch: what the batch knows of its rows reaches the layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from apt_core.data.batches import IGNORED, Batch
-from apt_core.modeling.masks import Tokens, padding_marked
+from apt_core.errors import ProviderError
+from apt_core.modeling.masks import Tokens, document_mask, document_positions, padding_marked
 from apt_core.modeling.modes import eval_mode
+from apt_core.types import ModelOutput
 
 Result = TypeVar("Result")
 
 
-def forward_batch(forward: Callable[[Tensor], Result], model: nn.Module, batch: Batch) -> Result:
-    """What ``forward``, the ``model`` itself or what calls it, gives for ``batch`` in training; its
-    layers know which positions are padding."""
-    if batch.num_targets == batch.targets.numel():
-        return forward(batch.input_ids)
-    tokens = Tokens(batch.targets != IGNORED, batch.num_targets)
+def forward_batch(forward: Callable[..., Result], model: nn.Module, batch: Batch) -> Result:
+    """The result of ``forward``, which is the ``model`` itself or calls it, for ``batch``.
+
+    It is called as ``forward(input_ids, **rows)``: ``rows`` are the mask and the positions of
+    packed documents, and empty for plain windows. Layers that ask know which positions are padding
+    (:func:`~apt_core.modeling.masks.padding_marked`).
+
+    Raises ProviderError for a model that does not take what the batch needs.
+    """
+    rows: dict[str, Tensor] = {}
+    if batch.document_ids is not None or batch.positions is not None:
+        rows = _rows(model, batch)
+    tokens = _tokens(batch)
+    if tokens is None:
+        return forward(batch.input_ids, **rows)
     with padding_marked(model, tokens):
-        return forward(batch.input_ids)
+        return forward(batch.input_ids, **rows)
+
+
+def _tokens(batch: Batch) -> Tokens | None:
+    """Which positions are no padding; None where none is padding."""
+    documents, number = batch.document_ids, batch.num_tokens
+    if documents is None or number is None:
+        if batch.num_targets == batch.targets.numel():
+            return None
+        return Tokens(batch.targets != IGNORED, batch.num_targets)
+    return None if number == documents.numel() else Tokens(documents >= 0, number)
+
+
+def _rows(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    rows: dict[str, Tensor] = {}
+    if batch.document_ids is not None:
+        rows["mask"] = document_mask(batch.document_ids)
+        rows["positions"] = document_positions(batch.document_ids)
+    if batch.positions is not None:
+        rows["positions"] = batch.positions
+    # By name: what takes anything may look at nothing.
+    taken = inspect.signature(model.forward).parameters
+    if missing := [name for name in rows if name not in taken]:
+        raise ProviderError(
+            f"{type(model).__name__}.forward takes no {' and no '.join(missing)}, which a batch of "
+            "packed documents needs: add the arguments (apt_core.providers.BackboneProvider), or "
+            "choose another model.backbone"
+        )
+    return rows
+
+
+def forward_with(weights: Mapping[str, Tensor], model: nn.Module, batch: Batch) -> ModelOutput:
+    """The output of ``model`` for ``batch`` with ``weights`` in place of its own."""
+
+    def forward(ids: Tensor, **rows: Tensor) -> ModelOutput:
+        return functional_call(model, dict(weights), (ids,), rows)
+
+    return forward_batch(forward, model, batch)
 
 
 @torch.no_grad()
@@ -31,7 +81,7 @@ def losses_in_fp32(model: nn.Module, batch: Batch) -> Tensor:
     """The cross-entropy of each token of ``batch`` [B*T], in nats, computed in fp32 in eval mode; 0
     where there is no target."""
     with eval_mode(model):
-        logits = model(batch.input_ids).logits
+        logits = forward_batch(model, model, batch).logits
     # A sequence at a time, for it takes as much again as its logits.
     return torch.cat(
         [

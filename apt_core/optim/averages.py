@@ -8,9 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.func import functional_call
 
+from apt_core.data.batches import Batch
 from apt_core.log import get_logger
+from apt_core.modeling.calling import forward_batch, forward_with
 from apt_core.modeling.modes import eval_mode
 from apt_core.parallel.world import local_part
 from apt_core.plain_values import within
@@ -57,9 +58,9 @@ class WeightAverage:
         self._averages = [local_part(self.values[name]) for name in parameters]
         self._pieces = [*_pieces(self._live, self._averages)]
         self._exchanged, self._exchanging = 0, False
-        self.compute: Callable[[Mapping[str, Tensor], Tensor], ModelOutput] | None = None
-        """What :meth:`output` computes with, given weights by name and ids: by default the model
-        as it is, which the loop may have compiled."""
+        self.compute: Callable[[Mapping[str, Tensor], Batch], ModelOutput] | None = None
+        """What :meth:`output` computes with, given weights by name and a batch: by default the
+        model as it is, which the loop may have compiled."""
 
     @property
     def decay(self) -> float:
@@ -88,20 +89,26 @@ class WeightAverage:
             torch._foreach_lerp_(self._averages, self._live, share)
 
     @torch.no_grad()
-    def output(self, input_ids: Tensor) -> ModelOutput:
-        """What the model gives for ``input_ids`` [B, T] with the averaged weights, in eval mode;
-        the weights themselves and what a backward of theirs needs are left alone."""
+    def output(self, batch: Batch) -> ModelOutput:
+        """What the model gives for ``batch`` with the averaged weights, in eval mode; the weights
+        themselves and what a backward of theirs needs are left alone. Raises TypeError for the ids
+        alone, which do not say what of them is padding."""
+        if not isinstance(batch, Batch):
+            raise TypeError(
+                f"output() takes the batch, not a {type(batch).__name__}: pass the batch itself in "
+                "place of batch.input_ids, and Batch.of_ids(ids) for ids of your own"
+            )
         model = self._model
         with eval_mode(model):
             if not isinstance(model, FSDPModule):
                 if self.compute is not None:
-                    return self.compute(self.values, input_ids)
-                return functional_call(model, dict(self.values), (input_ids,))
+                    return self.compute(self.values, batch)
+                return forward_with(self.values, model, batch)
             # Its forward gathers what lies in the shards.
             model.reshard()
             with self.in_place():
                 try:
-                    return model(input_ids)
+                    return forward_batch(model, model, batch)
                 finally:
                     model.reshard()
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from apt_core.config.schema import ModelSection
+from apt_core.data.batches import Batch
 from apt_core.device import (
     autocast,
     autocast_dtype,
@@ -30,6 +31,7 @@ from apt_core.device import (
 )
 from apt_core.error_text import one_line
 from apt_core.kernel import Kernel
+from apt_core.modeling.calling import forward_batch
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.modeling.costs import ModelCost, layer_flops, layers_of
 from apt_core.modeling.cross_entropy import cross_entropy_sum
@@ -275,7 +277,8 @@ def measured_size(
 
 
 def _train_model(model: nn.Module, ids: Tensor) -> Tensor:
-    return cross_entropy_sum(model(ids), ids) / ids.numel()
+    batch = Batch.of_ids(ids)
+    return cross_entropy_sum(forward_batch(model, model, batch), ids) / ids.numel()
 
 
 def _training_layers(d_model: int) -> Callable[[nn.Module, Tensor], Tensor]:

@@ -33,7 +33,7 @@ from apt_core.device import autocast, autocast_dtype, planned_capability, resolv
 from apt_core.error_text import one_line
 from apt_core.kernel import Kernel
 from apt_core.modeling.blocks import block_stack
-from apt_core.modeling.calling import losses_in_fp32
+from apt_core.modeling.calling import forward_batch, losses_in_fp32
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.modeling.costs import layers_of
 from apt_core.modeling.cross_entropy import cross_entropy_sum
@@ -177,24 +177,25 @@ class Footprint:
         for layer in layers_of(model) if gathered else ():
             cast_parameters(layer, dtype)
         with self._operators(), CountedAllocations() as counted:
-            ids = torch.zeros(batch_size, config.seq_len, dtype=torch.int64)
+            batch = Batch.of_ids(torch.zeros(batch_size, config.seq_len, dtype=torch.int64))
             with autocast(CPU, dtype):
                 # What the forwards give is there until the backward is done.
-                outputs = [model(ids)]
-                loss = cross_entropy_sum(outputs[0], ids)
+                outputs = [forward_batch(model, model, batch)]
+                loss = cross_entropy_sum(outputs[0], batch.targets)
                 with torch.no_grad(), eval_mode(model):
-                    outputs += [model(ids) for _ in range(self.costs.forwards)]
+                    for _ in range(self.costs.forwards):
+                        outputs.append(forward_batch(model, model, batch))
                 for _ in range(self.costs.passes):
-                    outputs.append(model(ids))
-                    loss = loss + cross_entropy_sum(outputs[-1], ids)
-                loss = loss / ids.numel()
+                    outputs.append(forward_batch(model, model, batch))
+                    loss = loss + cross_entropy_sum(outputs[-1], batch.targets)
+                loss = loss / batch.num_targets
             loss.backward()
         return (counted.peak,)
 
     def _try(self, model: nn.Module, batch_size: int) -> tuple[int]:
         with self._operators(), CountedAllocations() as counted:
             ids = torch.zeros(batch_size, self.config.seq_len, dtype=torch.int64)
-            losses_in_fp32(model, Batch(ids, ids, ids.numel()))
+            losses_in_fp32(model, Batch.of_ids(ids))
         return (counted.peak,)
 
     def _operators(self) -> AbstractContextManager[object]:

@@ -76,11 +76,11 @@ class Evaluator:
             scored = score_batches(
                 self._trained.model,
                 (self._plan.batch(index) for index in own),
+                self._trained.forward.sums,
                 device=parts.device,
                 dtype=parts.dtype,
                 accuracy=self._accuracy,
                 interrupted=lambda: self._stopping.interrupted,
-                sums=self._trained.forward.sums,
             )
         if scored is None:
             return None

@@ -10,10 +10,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from apt_core.data.batches import Batch
 from apt_core.device import autocast, is_out_of_memory
 from apt_core.error_text import one_line
 from apt_core.kernel import Kernel
 from apt_core.log import get_logger
+from apt_core.modeling.calling import forward_batch
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.modeling.costs import layers_of
 from apt_core.parallel.world import World
@@ -66,7 +68,7 @@ def _failure(model: nn.Module, seq_len: int, device: torch.device, dtype: torch.
         ids = torch.zeros(1, min(TOKENS, seq_len), dtype=torch.int64, device=device)
         with torch.random.fork_rng(devices), torch.enable_grad():
             with autocast(device, dtype):
-                logits = model(ids).logits
+                logits = forward_batch(model, model, Batch.of_ids(ids)).logits
             if logits.requires_grad:
                 logits.float().mean().backward()
     except Exception as error:

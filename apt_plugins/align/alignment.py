@@ -55,7 +55,7 @@ class Alignment:
             return {}
         with trainer.autocast():
             if self.has_teacher:
-                stable = trainer.average(NAME, self.momentum).output(batch.input_ids)
+                stable = trainer.average(NAME, self.momentum).output(batch)
             else:
                 stable = trainer.forward(batch)
         terms = self.objective.terms(

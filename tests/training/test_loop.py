@@ -65,7 +65,7 @@ class Still:
         if step == 3:
             trainer.model.blocks[0].attention.train()
             trainer.model.blocks[1].ffn.eval()
-        trainer.average("still", 0.9).output(batch[0].input_ids)
+        trainer.average("still", 0.9).output(batch[0])
         self.look(trainer)
 
     @hookimpl

@@ -105,7 +105,7 @@ def on_step_start(step, trainer):
 
 @hookimpl
 def apt_loss_terms(trainer, batch, output):
-    stable = trainer.average("teacher", 0.9).output(batch.input_ids)
+    stable = trainer.average("teacher", 0.9).output(batch)
     assert not stable.logits.requires_grad
     return {"distance": 0.1 * (output.logits - stable.logits).square().mean()}
 """

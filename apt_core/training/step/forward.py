@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from apt_core.device import is_out_of_memory
 from apt_core.error_text import cause_of, one_line
 from apt_core.evaluation.quick_eval import sums_of
 from apt_core.log import get_logger
-from apt_core.modeling.calling import forward_batch
+from apt_core.modeling.calling import forward_batch, forward_with
 from apt_core.modeling.compilation import Compilation
 from apt_core.modeling.cross_entropy import cross_entropy_sum
 from apt_core.types import ModelOutput
@@ -89,16 +90,18 @@ class Forward:
                 "recompile_limit": MOST_GRAPHS,
             }
 
-            def step(ids: Tensor, targets: Tensor, outputs: bool) -> Any:
-                output = model(ids)
+            def step(ids: Tensor, targets: Tensor, outputs: bool, **rows: Tensor) -> Any:
+                output = model(ids, **rows)
                 summed = cross_entropy_sum(output, targets)
                 return summed, output if outputs else None
 
-            def sums(ids: Tensor, targets: Tensor, accuracy: bool) -> Tensor:
-                return sums_of(model(ids), targets, accuracy=accuracy)
+            def sums(ids: Tensor, targets: Tensor, accuracy: bool, **rows: Tensor) -> Tensor:
+                return sums_of(model(ids, **rows), targets, accuracy=accuracy)
 
-            def with_weights(weights: Mapping[str, Tensor], ids: Tensor) -> ModelOutput:
-                return functional_call(model, weights, (ids,))
+            def with_weights(
+                ids: Tensor, weights: Mapping[str, Tensor], **rows: Tensor
+            ) -> ModelOutput:
+                return functional_call(model, weights, (ids,), rows)
 
             mode = None if compilation.mode == "default" else compilation.mode
             self._step = torch.compile(step, mode=mode, **options)
@@ -116,7 +119,7 @@ class Forward:
         if step is not None:
             try:
                 return forward_batch(
-                    lambda ids: step(ids, batch.targets, outputs), self._model, batch
+                    partial(step, targets=batch.targets, outputs=outputs), self._model, batch
                 )
             except Exception as error:
                 self._give_up(error)
@@ -136,20 +139,22 @@ class Forward:
         """The result of :func:`~apt_core.evaluation.quick_eval.sums_of` for ``batch``."""
         if self._sums is not None:
             try:
-                return self._sums(batch.input_ids, batch.targets, accuracy)
+                call = partial(self._sums, targets=batch.targets, accuracy=accuracy)
+                return forward_batch(call, self._model, batch)
             except Exception as error:
                 self._give_up(error)
-        return sums_of(self._model(batch.input_ids), batch.targets, accuracy=accuracy)
+        output = forward_batch(self._model, self._model, batch)
+        return sums_of(output, batch.targets, accuracy=accuracy)
 
-    def with_weights(self, weights: Mapping[str, Tensor], input_ids: Tensor) -> ModelOutput:
-        """The model's output for ``input_ids`` [B, T] with ``weights`` in place of its own."""
+    def with_weights(self, weights: Mapping[str, Tensor], batch: Batch) -> ModelOutput:
+        """The model's output for ``batch`` with ``weights`` in place of its own."""
         if self._with_weights is not None:
             try:
-                return self._with_weights(weights, input_ids)
+                call = partial(self._with_weights, weights=weights)
+                return forward_batch(call, self._model, batch)
             except Exception as error:
                 self._give_up(error)
-        output: ModelOutput = functional_call(self._model, dict(weights), (input_ids,))
-        return output
+        return forward_with(weights, self._model, batch)
 
     def _give_up(self, error: Exception) -> None:
         """Go on without the compiler. Raises ``error`` if the compiler did not cause it, or if the
