@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -131,7 +130,7 @@ def _resumed(
 ) -> str:
     """How a run with the plugin that is resumed differs from one that is not, which ``observer`` is
     in; the plugin has only what it has handed over."""
-    from apt_core.runs import checkpoint
+    from apt_core.runs.compare import compare_runs
 
     with tempfile.TemporaryDirectory(prefix="apt-check-") as temporary:
         folders = [Path(temporary) / part for part in ("whole", "part")]
@@ -147,19 +146,10 @@ def _resumed(
             return _reason(error)
         if not resumed.same_weights(whole):
             return "a run that is resumed after step 3 has other weights after step 6"
-        saved = [
-            checkpoint.load(checkpoint.list_checkpoints(folder / "checkpoints")[-1])
-            for folder in folders
-        ]
-    states = [json.dumps(each.state.plugins.get(name), sort_keys=True) for each in saved]
-    one, other = (each.plugins for each in saved)
-    same = one.keys() == other.keys() and all(t.equal(other[key]) for key, t in one.items())
-    if states[0] != states[1] or not same:
-        return (
-            "a run that is resumed after step 3 hands over another state after step 6: "
-            f"{states[1]:.200}, and {states[0]:.200} in one go"
-        )
-    return ""
+        found = compare_runs(*folders, names=("in one go", "resumed")).differences
+    told = [str(d) for d in found if d.what.startswith(("plugins: ", "the state of plugin "))]
+    text = "a run that is resumed after step 3 hands over another state after step 6"
+    return f"{text}: {'; '.join(told[:3])}" if told else ""
 
 
 def _in_two_processes(
