@@ -133,7 +133,7 @@ def place_among_processes() -> tuple[bool, int]:
 
 def _report(error: Exception, args: Sequence[str], code: int, place: tuple[bool, int]) -> int:
     several, rank = place
-    if several and _is_said(error, rank):
+    if several and _already_reported(error, rank):
         return code
     # What failed in one of many processes can seldom be had again.
     foreign = not isinstance(error, AptError) or isinstance(error, PluginError | ProviderError)
@@ -151,7 +151,7 @@ def _report(error: Exception, args: Sequence[str], code: int, place: tuple[bool,
     return error.exit_code if isinstance(error, AptError) else code
 
 
-def _is_said(error: Exception, rank: int) -> bool:
+def _already_reported(error: Exception, rank: int) -> bool:
     from apt_core.parallel.launch import already_reported
 
     # Whoever started the processes ends them all when the first has ended.

@@ -72,7 +72,7 @@ class Restoring:
         """Restore the run. Raises CheckpointError or ConfigError if the checkpoint does not fit
         it."""
         kernel, state, trained = self._kernel, found.state, self._trained
-        # First: without its plugin, every setting of an absent one differs too.
+        # Checked first: the settings of an absent plugin would all be reported as differences.
         require_plugins(kernel, (switch.plugin for switch in state.transforms))
         self._check_global_batch(state.windows_per_step)
         self._check_precision(state.precision)

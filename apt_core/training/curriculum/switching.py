@@ -161,9 +161,8 @@ class Switching:
         return True
 
     def replay(self, switches: Sequence[Switch]) -> None:
-        """Give the model the structure that it had after ``switches``, whose plugins are active,
-        with weights that are to be loaded. Raises CheckpointError where one does not make it
-        again."""
+        """Apply ``switches``, whose plugins are active, to the model's structure; the weights are
+        loaded later. Raises CheckpointError if a plugin returns no transform now."""
         for switch, transform in replayed(self._kernel, switches):
             structure, model = self._make_model(transform, carry=False)
             optimizer, averages = self._make_rest(transform, model, carry=False)
