@@ -1,1 +1,1 @@
-"""The plan of a run, made without training: its stages, memory, time and what would fit."""
+"""Plans a run without training: its stages, memory, time, and the settings that would fit."""

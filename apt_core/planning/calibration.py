@@ -1,10 +1,10 @@
-"""How fast a model trains here: a short measurement, and what it says of a whole step.
+"""Measures how fast a model trains on this machine, and estimates the time of a step from it.
 
-What fits into a bounded amount of memory is trained for a moment on made-up input: the whole model,
-or one layer of each kind, or, where a layer is too large for that, one of the same shape and less
-width. Its FLOP/s, by the count of :mod:`apt_core.modeling.costs`, stand for the whole model, and so
-does the time of its optimizer's step for each parameter. Not in it: communication between
-processes, loading of data, evaluation, checkpoints, hooks, and what torch.compile brings.
+The largest subject that fits into a bounded amount of memory is trained briefly on synthetic input:
+the whole model, one layer of each kind, or a narrower layer. The estimate takes its FLOP/s, counted
+by :mod:`apt_core.modeling.costs`, and its optimizer's time per parameter for the whole model. It
+leaves out communication between processes, loading of data, evaluation, checkpoints, hooks, and the
+effect of torch.compile.
 """
 
 from __future__ import annotations
@@ -43,37 +43,37 @@ from apt_core.planning.stages import Structure
 from apt_core.plugin_manager import PluginManager
 
 CPU_BYTES = 2**28
-"""What a calibration may take of a CPU's memory for weights, gradients and optimizer state; of an
-accelerator's a quarter of what is free."""
+"""The most bytes of weights, gradients and optimizer state in a calibration on a CPU. On an
+accelerator the limit is a quarter of the free memory."""
 
 BYTES_PER_PARAMETER = 16
 FIRST_TOKENS = 32
 SECONDS = 0.15
-"""How long a measurement lasts about, after one of a few tokens that tells how much work that is,
-and one to warm up."""
+"""The approximate length of a measurement in seconds. It follows one with few tokens, which finds
+the size, and a warm-up."""
 
 TRIES, MOST_TRIES = 3, 100
 
 
 @dataclass(frozen=True)
 class Speed:
-    """``flops_per_s`` of the forward and backward, the ``optimizer_s`` of a step for each
-    parameter, and what was measured, in words."""
+    """``flops_per_s`` of the forward and backward, ``optimizer_s``, the seconds of an optimizer
+    step per parameter, and a description of what was measured."""
 
     flops_per_s: float
     optimizer_s: float
     measured: str
 
     def step_seconds(self, flops: float, params: int) -> float:
-        """How long a step takes that computes so much and updates so many parameters."""
+        """Estimated seconds of a step with ``flops`` and ``params`` updated parameters."""
         return flops / self.flops_per_s + params * self.optimizer_s
 
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is timed: ``model`` is on the meta device, ``train`` computes the forward of a batch in
-    it and what is to be differentiated, ``flops`` are those of training, per token of a sequence of
-    so many."""
+    """What is timed: ``model`` on the meta device, ``train``, which computes a scalar to
+    differentiate from a batch, and ``flops``, the training FLOPs per token as a function of the
+    sequence length."""
 
     model: nn.Module
     train: Callable[[nn.Module, Tensor], Tensor]
@@ -82,7 +82,7 @@ class _Subject:
 
 
 class Calibration:
-    """Measures structures of the model on ``device``; ``notes`` say what could not be, and why."""
+    """Measures structures of the model on ``device``; ``notes`` explain failed measurements."""
 
     def __init__(self, kernel: Kernel, device: torch.device, cost: ModelCost) -> None:
         self.kernel, self.device, self.cost = kernel, device, cost
@@ -95,7 +95,7 @@ class Calibration:
         self._most_params = free // BYTES_PER_PARAMETER
 
     def speed(self, structure: Structure) -> Speed | None:
-        """How fast ``structure`` trains; None where that cannot be measured."""
+        """The speed of training ``structure``; None if it cannot be measured."""
         if self.cost.flops_per_token is None:
             return None
         try:
@@ -111,14 +111,14 @@ class Calibration:
             return None
 
     def row(self) -> dict[str, Any]:
-        """As the plan shows it."""
+        """The row of the plan."""
         asked = self.kernel.config.hardware.device
         alike = asked in ("auto", str(self.device), self.device.type)
         return {"device": str(self.device), "threads": self.threads, "is_the_runs_device": alike}
 
     def slowdown(self, processes: int) -> float:
-        """How much longer each of several processes takes than one alone: on a CPU they share its
-        cores, of accelerators each has its own."""
+        """The factor by which each of ``processes`` is slower than one alone: they share the cores
+        of a CPU, while each has its own accelerator."""
         if self.device.type != "cpu":
             return 1.0
         return max(1.0, processes * self.threads / len(os.sched_getaffinity(0)))
@@ -163,8 +163,8 @@ class Calibration:
         return flops
 
     def _narrow_layer(self) -> _Subject:
-        """The last layer of the model with which the run starts, as wide as fits. Wide matrices are
-        multiplied at about the same rate."""
+        """The last layer of the model at the start, made narrower until it fits. The FLOP/s of wide
+        matrices hardly depend on their width."""
         config, divisor = self.kernel.config, 1
         last = config.model.num_layers - 1
         while True:
@@ -220,7 +220,7 @@ class Calibration:
         again = self.device.type != "cpu"
         sequences, length, taken = measured_size(seconds, subject.flops, most, again=again)
         if again:
-            micro_batch(sequences, length)  # one without memory has left no gradients
+            micro_batch(sequences, length)  # one that ran out of memory has left no gradients
         optimizer.step()
         stepping = min(self._seconds(optimizer.step, TRIES))
         params = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -228,7 +228,7 @@ class Calibration:
         return Speed(flops_per_s, stepping / params, subject.words)
 
     def _seconds(self, work: Callable[[], object], tries: int) -> list[float]:
-        """How long ``work`` takes, at least ``tries`` times, and for SECONDS where it is short.
+        """Time ``work`` at least ``tries`` times, and for SECONDS if it is short.
         The least of them is what other programs have disturbed the least."""
         times: list[float] = []
         while len(times) < tries or (len(times) < MOST_TRIES and sum(times) < SECONDS):
@@ -247,12 +247,13 @@ def measured_size(
     *,
     again: bool,
 ) -> tuple[int, int, float]:
-    """Sequences and their length of a micro-batch that takes about SECONDS, and how long it takes.
+    """The number and length of sequences in a micro-batch that takes about SECONDS, and its
+    seconds.
 
-    ``seconds`` measures a micro-batch of so many sequences of a length, so many times; ``flops``
-    are those of a token in a sequence of a length; ``most`` are the sequences and the length of
-    the run's own micro-batch. ``again`` is for devices on which a few tokens take as long as many:
-    the size is told anew by each measurement until it grows no more, or there is no more memory.
+    ``seconds`` measures a micro-batch (sequences, length, tries); ``flops`` are those per token by
+    sequence length; ``most`` is the size of the run's own micro-batch. ``again`` is for devices on
+    which a few tokens take as long as many: the size is estimated anew from each measurement until
+    it stops growing or memory runs out.
     """
     most_sequences, seq_len = most
     sequences, length = 1, min(FIRST_TOKENS, seq_len)
@@ -293,7 +294,7 @@ def _training_layers(d_model: int) -> Callable[[nn.Module, Tensor], Tensor]:
 
 
 def _narrower(model: ModelSection, divisor: int) -> ModelSection:
-    """The sizes of ``model`` with heads as wide, but fewer, and the rest in proportion."""
+    """The sizes of ``model`` divided by ``divisor``, with fewer heads of the same width."""
     heads = max(1, model.num_heads // divisor)
     kv_heads = model.num_kv_heads and max(1, model.num_kv_heads // divisor)
     sizes = {
@@ -307,7 +308,7 @@ def _narrower(model: ModelSection, divisor: int) -> ModelSection:
 
 @torch.no_grad()
 def _with_memory(model: nn.Module, device: torch.device) -> nn.Module:
-    """``model``, which is on the meta device, on ``device`` with values as good as any."""
+    """Move ``model`` from the meta device to ``device`` with arbitrary values."""
     model.to_empty(device=device)
     for buffer in model.buffers():
         buffer.zero_()

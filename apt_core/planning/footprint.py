@@ -1,15 +1,15 @@
-"""What training a model takes of memory, measured without allocating any.
+"""Measures the memory of training a model without allocating it.
 
-The model is built without values, and one micro-batch goes forward and backward through it on fake
-tensors, which know their size and nothing else, while every allocation is counted. Of a deep model
-a few of its layers are measured, with one more of each kind in turn: its memory is affine in the
-number of each. That gives what the whole model takes in real memory, to the byte.
+One micro-batch goes forward and backward through a model of fake tensors, which have sizes but no
+values, while every allocation is counted. Of a deep model only some layers are measured, and again
+with one more layer of each kind: memory is affine in the number of layers of a kind, so the result
+for the whole model is exact to the byte.
 
-For a GPU the operators are those that it has (:mod:`apt_core.planning.gpu_operators`), here or not.
+For a GPU its operators are emulated (:mod:`apt_core.planning.gpu_operators`).
 
-Not counted: what the allocator loses between blocks, the workspace of single kernels, the libraries
-themselves (some hundred MiB), what plugins keep beyond what ``apt_costs`` says, what their terms of
-the loss compute, and what torch.compile saves by fusing.
+Not counted: fragmentation of the allocator, workspaces of kernels, libraries (some hundred MiB),
+memory of plugins beyond what ``apt_costs`` says, the computation of their loss terms, and what
+torch.compile saves by fusing.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ NO_COSTS = PluginCosts()
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of a model whatever the batch: of all parameters, of those that are trained, of its
-    buffers, and of the parameters in its largest layer and outside the layers."""
+    """Bytes of a model that do not depend on the batch: of all parameters, of the trained ones, of
+    buffers, and of the parameters in the largest layer and outside the layers."""
 
     parameters: int
     trainable: int
@@ -75,11 +75,11 @@ class Weights:
 
 
 class Footprint:
-    """What training a model takes on ``device`` (by default the one that the profile names), each
-    figure measured when it is first needed.
+    """The memory of training a model on ``device`` (by default the profile's); each figure is
+    measured when it is first needed.
 
-    ``structure`` is the model on the meta device, by default that with which the run starts, and
-    ``costs`` what plugins take beside it. ``notes`` say what could not be measured, and why.
+    ``structure`` is the model on the meta device, by default the one at the start of the run;
+    ``costs`` are those of plugins. ``notes`` explain failed measurements.
     """
 
     def __init__(
@@ -110,13 +110,13 @@ class Footprint:
 
     @cached_property
     def weights(self) -> Weights:
-        """The bytes of the model itself."""
+        """The bytes of parameters and buffers."""
         return Weights.of(self.structure)
 
     @cached_property
     def optimizer(self) -> tuple[int, int]:
-        """The bytes of the optimizer's state, and the most that a step takes beside it (an upper
-        bound: some take the matrices of so many layers at once)."""
+        """The bytes of the optimizer's state, and an upper bound of the temporary memory of its
+        step (some optimizers process the matrices of several layers at once)."""
         try:
             state, workspace = self._extrapolated(self._step_optimizer)
             return state, workspace
@@ -128,9 +128,9 @@ class Footprint:
             return 2 * self.weights.trainable, 0
 
     def activations(self, batch_size: int, *, gathered: bool = False) -> int | None:
-        """The most that a forward and backward of ``batch_size`` sequences hold beside parameters
-        and gradients, in bytes; None where the model does not run on fake tensors. With layers that
-        are ``gathered`` in the type of autocast there are no casts of their weights."""
+        """Peak bytes of a forward and backward of ``batch_size`` sequences, beside parameters and
+        gradients; None if the model does not run on fake tensors. Layers ``gathered`` in the dtype
+        of autocast have no casts of their weights."""
         key = batch_size, gathered and self.dtype is not None
         if key not in self._activations:
             try:
@@ -142,8 +142,8 @@ class Footprint:
         return self._activations[key]
 
     def trial(self, batch_size: int) -> int:
-        """The most that the loss of ``batch_size`` sequences in fp32, by which a switch is judged,
-        holds beside parameters, in bytes; 0, with a note, where that cannot be measured."""
+        """Peak bytes, beside parameters, of the fp32 loss of ``batch_size`` sequences that a switch
+        compares; 0, with a note, if it cannot be measured."""
         try:
             (peak,) = self._extrapolated(lambda model: self._try(model, batch_size))
             return peak
@@ -154,7 +154,7 @@ class Footprint:
             return 0
 
     def _extrapolated(self, measure: Callable[[nn.Module], tuple[int, ...]]) -> list[int]:
-        """What ``measure`` finds in the whole model."""
+        """The result of ``measure`` for the whole model, extrapolated from some layers."""
         first, more = measured_layers(layer_kinds(self.structure, self._attention_names))
         found = self._measured(measure, first)
         total = [*found]
@@ -179,7 +179,7 @@ class Footprint:
         with self._operators(), CountedAllocations() as counted:
             batch = Batch.of_ids(torch.zeros(batch_size, config.seq_len, dtype=torch.int64))
             with autocast(CPU, dtype):
-                # What the forwards give is there until the backward is done.
+                # Outputs are alive until the backward is done.
                 outputs = [forward_batch(model, model, batch)]
                 loss = cross_entropy_sum(outputs[0], batch.targets)
                 with torch.no_grad(), eval_mode(model):
@@ -199,14 +199,14 @@ class Footprint:
         return (counted.peak,)
 
     def _operators(self) -> AbstractContextManager[object]:
-        """A context in which layers take the operators that they have for the device."""
+        """A context in which layers use the device's operators."""
         return nullcontext() if self._capability is None else GPUOperators(self._capability)
 
     def _step_optimizer(self, model: nn.Module) -> tuple[int, int]:
         training = self.config.training
         rate, decay = training.learning_rate, training.weight_decay
         provider: OptimizerProvider = self._registry.get("optimizer", training.optimizer_name)
-        # Without plugins' groups, which set rates and not what is kept.
+        # Without plugins' groups: they set rates, which take no memory.
         groups = parameter_groups(
             model,
             PluginManager(),
@@ -225,7 +225,8 @@ class Footprint:
 
 
 class CountedAllocations(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside it: ``live`` now, ``peak`` at most."""
+    """Counts the bytes of tensors made while it is active: ``live`` at present, ``peak`` at
+    most."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -266,7 +267,7 @@ def _fake_like(tensor: Tensor) -> Tensor:
 
 
 def cast_parameters(layer: nn.Module, dtype: torch.dtype) -> None:
-    """Make the parameters of ``layer`` what it finds when they are gathered in ``dtype``."""
+    """Cast the parameters of ``layer`` to ``dtype``, as FSDP2 does when it gathers them."""
     for module in layer.modules():
         for name, parameter in module.named_parameters(recurse=False):
             cast = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
@@ -275,7 +276,8 @@ def cast_parameters(layer: nn.Module, dtype: torch.dtype) -> None:
 
 
 def layer_kinds(model: nn.Module, attention_names: Sequence[str]) -> list[Hashable]:
-    """What tells the layers of ``model`` apart; the names are those of the profile, by layer."""
+    """A key for each layer of ``model``, equal for layers of the same kind. ``attention_names`` are
+    the profile's, by layer."""
     layers = layers_of(model)
     named = len(attention_names) == len(layers)
     return [
@@ -291,8 +293,8 @@ def layer_kinds(model: nn.Module, attention_names: Sequence[str]) -> list[Hashab
 def measured_layers(
     kinds: Sequence[Hashable],
 ) -> tuple[list[int], list[tuple[list[int], int]]]:
-    """Which layers to measure of a model whose layers are of ``kinds``: the last two of each kind,
-    and these with one more, which stands for so many.
+    """The layers to measure of a model with layers of ``kinds``: the last two of each kind, and a
+    list of these plus one more layer of a kind, with the number of layers that it stands for.
 
     >>> measured_layers("aaaaa")
     ([3, 4], [([2, 3, 4], 3)])
@@ -316,9 +318,9 @@ def with_layers(structure: nn.Module, layers: Sequence[int]) -> nn.Module:
 
 
 def _faked(model: nn.Module) -> nn.Module:
-    """``model`` in fake memory, inside a FakeTensorMode, with gradients that are there already, as
-    in every micro-batch but the first."""
-    # On the CPU: a backward of fake tensors of a GPU needs its driver.
+    """``model`` with fake tensors, inside a FakeTensorMode, with allocated gradients, as in every
+    micro-batch but the first."""
+    # On the CPU: the backward of fake GPU tensors needs a driver.
     made: dict[int, Tensor] = {}
     for module in model.modules():
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
@@ -328,5 +330,5 @@ def _faked(model: nn.Module) -> nn.Module:
 
 
 def count_bytes(tensors: Iterable[Tensor]) -> int:
-    """The bytes of ``tensors``, a repeated one once."""
+    """The bytes of ``tensors``; repeated tensors count once."""
     return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())

@@ -1,7 +1,7 @@
-"""The operators of a GPU for tensors without numbers that are on the CPU, to count their memory.
+"""Emulates a GPU's operators for fake tensors on the CPU, to count the memory of a run on a GPU.
 
-Autograd needs a driver for tensors that are on a GPU, also for fake ones: without it the process is
-aborted. So the tensors stay on the CPU, and what computes otherwise on a GPU is replaced.
+Autograd needs a driver even for fake tensors on a GPU; without one it aborts the process. So the
+tensors stay on the CPU, and operators that differ on a GPU are replaced.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
 FLASH_CAPABILITY = (8, 0)
 FLASH_WIDTH = 256
-"""The widest heads that the flash kernel takes; it pads them to a multiple of 8."""
+"""The largest head width of the flash kernel, which pads it to a multiple of 8."""
 EFFICIENT_MASK = 16
 """The efficient kernel reads rows of a mask whose length is a multiple of this."""
 
@@ -30,18 +30,18 @@ IN_FP32 = {
     *("l1_loss", "smooth_l1_loss", "huber_loss", "mse_loss", "cosine_embedding_loss"),
     "binary_cross_entropy_with_logits",
 }
-"""What autocast computes in fp32 on a GPU, and not on a CPU, by the names of the functions."""
+"""Names of functions that autocast computes in fp32 on a GPU, but not on a CPU."""
 
 TO_FP32 = {"prod", "softmax", "log_softmax", "cumprod", "cumsum", "sum"}
-"""As :data:`IN_FP32`, of what widens inside the kernel."""
+"""As :data:`IN_FP32`, for functions that convert to fp32 inside the kernel."""
 
 
 class GPUOperators(TorchFunctionMode):
-    """Inside, tensors that are on the CPU say by ``is_cuda`` that they are on a GPU of compute
-    ``capability``, and attention, dropout, RMS norms and autocast hold what they hold there. Values
-    are not computed: it is for fake tensors.
+    """While it is active, CPU tensors report ``is_cuda``, and attention, dropout, RMS norms and
+    autocast save what they save on a GPU of compute ``capability``. For fake tensors only: values
+    are not computed.
 
-    A layer that tells the devices apart by ``device.type`` is taken for one on the CPU.
+    A layer that asks for ``device.type`` still sees a CPU.
     """
 
     def __init__(self, capability: tuple[int, int]) -> None:
@@ -81,7 +81,7 @@ class GPUOperators(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """The kernel that torch chooses for these on a GPU."""
+        """Call the attention kernel that torch would choose on a GPU."""
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             query, key, value = (part.to(dtype) for part in (query, key, value))
@@ -125,7 +125,7 @@ def _widened(value: Any) -> Any:
 
 
 def _bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """``mask``, boolean or not, as the efficient kernel reads it: added, [B, H, T, S]."""
+    """``mask``, boolean or additive, as the additive mask [B, H, T, S] of the efficient kernel."""
     length = key.shape[-2]
     added = mask if mask.is_floating_point() else torch.zeros_like(mask, dtype=query.dtype)
     if length % EFFICIENT_MASK and added.shape[-1] == length:
@@ -134,7 +134,7 @@ def _bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """It keeps a boolean for each number."""
+    """Dropout that saves one boolean per element."""
     if inplace or not training or not 0 < p < 1:
         return F.dropout(input, p, training, inplace)
     return torch.native_dropout(input, p, True)[0]
@@ -147,7 +147,7 @@ def _rms_norm(
 
 
 class _RMSNorm(torch.autograd.Function):
-    """It keeps its input and one number in fp32 for each row."""
+    """RMS norm that saves its input and one fp32 number per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dims: int, weight: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""How much memory each process of a run needs, and which batch fits into what there is."""
+"""Estimates the memory of each process of a run, and the largest batch that fits."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ MOST_PROCESSES = 1024
 class MemoryEstimate:
     """Bytes that each of ``world_size`` processes needs, by what they are for.
 
-    ``ema`` are the averages of the weights that the run and its plugins keep.
-    ``activations`` are the most that the forward and backward of one micro-batch, or else the
-    optimizer's step, hold beside the rest; None where that could not be measured, and then not in
-    the total. ``buffers`` are what distribution holds twice or whole, ``snapshot`` the copy from
-    which a checkpoint is written in the background, where the run itself is on a CPU (that of a run
-    on a GPU is in the host's memory, :mod:`apt_core.training.host_copies`).
+    ``ema`` are averages of the weights that the run and its plugins keep. ``activations`` are the
+    peak of a micro-batch's forward and backward, or of the optimizer's step if that is higher; if
+    None, they could not be measured and are not in the total. ``buffers`` are tensors that
+    distribution duplicates or gathers. ``snapshot`` is the copy from which a checkpoint is written,
+    for a run on a CPU; a run on a GPU keeps it in the host's memory
+    (:mod:`apt_core.training.host_copies`).
     """
 
     world_size: int
@@ -53,14 +53,14 @@ class MemoryEstimate:
         return kept + (self.activations or 0) + self.buffers + self.snapshot
 
     def row(self) -> dict[str, Any]:
-        """As the plan shows it."""
+        """The row of the plan."""
         return {**asdict(self), "total": self.total}
 
 
 def memory_per_rank(
     kernel: Kernel, world_size: int = 1, sharding: Sharding = "none"
 ) -> MemoryEstimate:
-    """What each of ``world_size`` processes of the profile's run needs."""
+    """The memory of each of ``world_size`` processes of the profile's run."""
     return estimate(Footprint(kernel), world_size, sharding)
 
 
@@ -74,8 +74,8 @@ def estimate(
 ) -> MemoryEstimate:
     """The memory of one process, by default with the profile's batch.
 
-    An upper bound, by up to the gradients: with one micro-batch a step they grow while activations
-    go.
+    An upper bound, too high by at most the gradients: with one micro-batch per step gradients grow
+    while activations are freed.
     """
     training, weights = footprint.config.training, footprint.weights
     size = training.batch_size if batch_size is None else batch_size
@@ -87,8 +87,8 @@ def estimate(
     def share(count: int) -> int:
         return -(-count // parts)
 
-    # Between the micro-batches of a step nothing is communicated: each process then has its own
-    # gradients whole.
+    # Gradients are not communicated between the micro-batches of a step, so every process holds
+    # its own gradients unsharded.
     whole = micro_batches > 1 and world_size > 1
     parameters, gradients = share(weights.parameters), share(weights.trainable)
     buffers = together = 0
@@ -96,7 +96,7 @@ def estimate(
         gradients = weights.trainable if whole else gradients
         buffers = _gathered(weights, footprint.dtype) if parts > 1 else 0
     elif sharding == "ddp":
-        # A message, once the activations are gone.
+        # One bucket of gradients, after the activations are freed.
         together = min(
             weights.trainable, BUCKET_BYTES + max(weights.outside, weights.largest_layer)
         )
@@ -122,9 +122,9 @@ def switch_memory(
     """Bytes that each process needs at most while the structure of ``new`` takes the place of that
     of ``old``; ``before`` and ``after`` are their estimates.
 
-    What lasts of the old one, without gradients, is there throughout. Both are tried, each with the
-    activations of a loss; then the new optimizer's state is made, and the averages, but for state
-    that stays as it is. What a rule makes of a parameter is there twice for a moment.
+    The old weights and optimizer state, without gradients, stay throughout. Both models compute a
+    loss with its activations; then the new optimizer state and averages are made, except for state
+    that is carried unchanged. A parameter made by a rule exists twice for a moment.
     """
     lasting = before.parameters + before.optimizer + before.ema + before.snapshot
     lasting += max(before.buffers, after.buffers)
@@ -141,8 +141,8 @@ def switch_memory(
 
 
 def needed(footprint: Footprint, now: MemoryEstimate, after: Footprint | None) -> int:
-    """The bytes of ``now``, which is of ``footprint``, or, with ``after``, of it and of the switch
-    to that structure and the training of it, whichever are more."""
+    """The bytes of ``now``, the estimate of ``footprint``; with ``after`` the largest of these, the
+    bytes of the switch to that structure, and those of training it."""
     if after is None:
         return now.total
     then = estimate(
@@ -156,9 +156,9 @@ def needed(footprint: Footprint, now: MemoryEstimate, after: Footprint | None) -
 
 
 def _gathered(weights: Weights, dtype: torch.dtype | None) -> int:
-    """What FSDP2 holds whole at most: the parameters outside the layers, from the forward to the
-    backward, and of two layers, the one at work and the one that is fetched meanwhile, both in the
-    type of autocast."""
+    """The most bytes of parameters that FSDP2 holds gathered: those outside the layers, from the
+    forward to the backward, and those of two layers, the present and the prefetched one, in the
+    dtype of autocast."""
     layer = weights.largest_layer
     if dtype is not None:
         layer = layer * dtype.itemsize // torch.float32.itemsize
@@ -174,9 +174,9 @@ def fitting_batch(
     below: int | None = None,
     after: Footprint | None = None,
 ) -> MemoryEstimate | None:
-    """The largest micro-batch that fits into ``available`` bytes, with so many more of them that
-    the batch of a step stays what it is; one of less than ``below`` sequences, where that is given.
-    With ``after`` the switch to that structure fits too, and what is trained then.
+    """The largest micro-batch that fits into ``available`` bytes, and the number of them with the
+    same global batch; of fewer than ``below`` sequences, if given.
+    With ``after`` the switch to that structure and its training fit too.
 
     None if not even a single sequence fits.
     """
@@ -213,9 +213,8 @@ def out_of_memory_advice(
 ) -> str:
     """What to change so that the run fits into ``available`` bytes a process, in one line.
 
-    ``device`` is the run's, where that is not the one which the profile names; ``switched_by`` are
-    the plugins that have changed the model so far, and ``switching`` is the one that was changing
-    it.
+    ``device`` is the run's device if it differs from the profile's; ``switched_by`` are the plugins
+    that have changed the model so far, and ``switching`` is the one that was changing it.
     """
     active = [r.name for r in kernel.manager.records.values() if r.state == "active"]
 
@@ -253,7 +252,7 @@ def _beyond_the_batch(
     available: int,
     after: Footprint | None,
 ) -> str:
-    """What helps where a smaller micro-batch does not."""
+    """Advice for a run that does not fit with any micro-batch."""
 
     def total(count: int, sharding: Sharding) -> int:
         return needed(footprint, estimate(footprint, count, sharding, batch_size=1), after)
@@ -276,7 +275,7 @@ def _beyond_the_batch(
 
 
 def own_memory(model: nn.Module) -> int:
-    """Bytes of the parameters and buffers that this process holds of ``model``."""
+    """Bytes of the parameters and buffers of ``model`` in this process."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum(local_part(tensor.detach()).nbytes for tensor in tensors)
 
@@ -300,10 +299,10 @@ def out_of_memory(
     switched_by: Sequence[str] = (),
     switching: str = "",
 ) -> TrainingError:
-    """What to raise for ``error``, after letting go of what it kept: that memory ran out, and what
-    would fit beside the ``held`` bytes of others. The plugins ``switched_by`` have changed the
-    model, ``switching`` was about to."""
-    traceback.clear_frames(error.__traceback__)  # the activations are there
+    """The TrainingError for ``error``, an out-of-memory error, with advice on what would fit beside
+    the ``held`` bytes of others. Frees what the traceback refers to. The plugins ``switched_by``
+    have changed the model, ``switching`` was about to."""
+    traceback.clear_frames(error.__traceback__)  # its frames hold the activations
     here = 1 if device.type == "cuda" else world.on_this_machine
     available = max(0, available_memory(device) - held) // here
     try:

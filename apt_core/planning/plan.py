@@ -1,4 +1,4 @@
-"""The plan of a run, without training: providers, costs, memory and the timeline of stages."""
+"""Makes the plan of a run: providers, costs, memory and the timeline of stages."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from apt_core.planning.calibration import Calibration, Speed
 from apt_core.planning.footprint import Footprint
 from apt_core.planning.memory import MemoryEstimate, estimate, switch_memory
 from apt_core.planning.plan_text import print_plan
-from apt_core.planning.run_length import tell_what_the_length_decides
+from apt_core.planning.run_length import check_run_length
 from apt_core.planning.stages import Stage, stages
 from apt_core.plugin_names import is_file_reference
 from apt_core.provider_keys import DATA_PATHS, data_files
@@ -43,7 +43,7 @@ from apt_core.types import PluginCosts
 __all__ = ["make_plan", "print_plan", "processes"]
 
 READ_UP_TO = 64 * 2**20
-"""Bytes of a text that a plan reads, to tell the steps of an epoch."""
+"""The most bytes of text that a plan tokenizes to find the steps of an epoch."""
 
 
 def make_plan(kernel: Kernel, world_size: int | None = None) -> dict[str, Any]:
@@ -51,24 +51,24 @@ def make_plan(kernel: Kernel, world_size: int | None = None) -> dict[str, Any]:
     inactive_keys, notices, missing, model, batch, calibration and stages.
 
     ``computes`` has the ``precision`` of the forward, whether a GPU multiplies fp32 in ``tf32``,
-    and what ``compile`` comes to: its ``mode``, null where nothing is compiled, and the ``reason``.
-    ``missing`` has what the run needs and this machine lacks: ``key`` of the profile and
-    ``message``. ``model`` has the parts of the model at the start with their costs, as
-    :mod:`apt_core.modeling.costs` counts them; what a provider cannot tell is null there, with a
-    notice. ``batch`` says what a step takes and how many make an epoch, null where the text is not
-    at hand or is large.
+    and the outcome of ``compile``: its ``mode``, null if nothing is compiled, and the ``reason``.
+    ``missing`` lists what the run needs and this machine lacks, each with the ``key`` of the
+    profile and a ``message``. ``model`` lists the parts of the model at the start with their costs,
+    as :mod:`apt_core.modeling.costs` counts them; a cost that a provider cannot tell is null, with
+    a notice. ``batch`` has the size of a step and the steps of an epoch, null if the text is
+    missing or large.
 
-    A stage begins where a plugin becomes enabled or disabled. It has the parameters (those that a
-    token passes through are ``params_active``) and the FLOPs per token of training, in
-    ``plugin_flops_per_token`` those of what plugins compute beside it; ``memory`` of one process in
-    bytes, as :mod:`apt_core.planning.memory` counts it, for ``world_size`` processes (by default
-    those that ``hardware`` asks for) on the device that the profile names; ``switch_memory``, what
-    it takes to change the structure of the model there, null where nothing changes it; and the
-    seconds that an epoch, or a million tokens, are expected to take on ``calibration.device``,
-    which :mod:`apt_core.planning.calibration` has timed, null where that is not known.
+    A stage begins where a plugin is enabled or disabled. It has the number of parameters, of those
+    that one token uses (``params_active``), and the FLOPs per token of training;
+    ``plugin_flops_per_token`` are computed by plugins beside it. ``memory`` is that of one process
+    in bytes, as :mod:`apt_core.planning.memory` counts it, for ``world_size`` processes (by default
+    those that ``hardware`` asks for) on the profile's device. ``switch_memory`` is the peak while
+    the structure of the model changes, null if it does not. The seconds of an epoch, or of a
+    million tokens, are estimated for ``calibration.device`` by
+    :mod:`apt_core.planning.calibration`, null if unknown.
 
-    No value of the whole model is computed, so that a large profile is planned in seconds;
-    providers are probed as at the start of a run. Raises ConfigError as a run would.
+    The whole model is never computed, so that a large profile is planned in seconds; providers are
+    probed as at the start of a run. Raises ConfigError as a run would.
     """
     missing = missing_parts(kernel, world_size)
     if world_size is None:
@@ -86,7 +86,7 @@ def make_plan(kernel: Kernel, world_size: int | None = None) -> dict[str, Any]:
         batch, steps = _batch(kernel, tokenizer, world_size)
         schedule = kernel.schedule.with_horizon(_planned_horizon(kernel.config, steps))
         lr_schedule = kernel.registry.get("lr_schedule", kernel.config.training.lr_schedule_name)
-        tell_what_the_length_decides(kernel, schedule, lr_schedule)
+        check_run_length(kernel, schedule, lr_schedule)
         planning = _Planning(kernel, cost, batch, schedule, Calibration(kernel, device, cost))
         rows = planning.rows()
     return {
@@ -94,7 +94,7 @@ def make_plan(kernel: Kernel, world_size: int | None = None) -> dict[str, Any]:
         "device": str(device),
         "computes": _computes(kernel, device, world_size),
         "providers": [row.row() for row in kernel.registry.resolutions.values()],
-        "plugins": [_at_the_start(kernel, row) for row in plugin_rows(kernel)],
+        "plugins": [_initial_state(kernel, row) for row in plugin_rows(kernel)],
         "inactive_keys": [{"key": k.key, "reason": k.reason} for k in kernel.inactive],
         "paths": _paths(kernel.config),
         "notices": [
@@ -112,8 +112,8 @@ def make_plan(kernel: Kernel, world_size: int | None = None) -> dict[str, Any]:
 
 
 def missing_parts(kernel: Kernel, world_size: int | None) -> list[dict[str, str]]:
-    """What the profile names and this machine lacks, but for the device: data files, and GPUs for
-    all the processes where nobody else said how many there are to be."""
+    """Data files that are missing, and GPUs that are missing for the processes that the profile
+    asks for, unless ``world_size`` says otherwise."""
     config = kernel.config
     source = Source.from_dict(config.to_dict())
     files = check_files(config, source, data_files(config, kernel.registry.known))
@@ -132,7 +132,7 @@ def _computes(kernel: Kernel, device: torch.device, world_size: int) -> dict[str
 
 
 def _paths(config: Config) -> list[dict[str, str]]:
-    """The paths of the profile as they were found, by key."""
+    """The profile's paths as resolved, by key."""
     named = {
         **{f"data.{key}": getattr(config.data, key) for key in DATA_PATHS},
         "training.checkpoint_dir": config.training.checkpoint_dir,
@@ -147,8 +147,8 @@ def _entry(notice: str) -> dict[str, str]:
     return {"key": key, "message": message}
 
 
-def _at_the_start(kernel: Kernel, row: dict[str, Any]) -> dict[str, Any]:
-    """A plugin's row with the state in which the run begins."""
+def _initial_state(kernel: Kernel, row: dict[str, Any]) -> dict[str, Any]:
+    """A plugin's row with its state at the start of the run."""
     enabled = kernel.schedule.should_enable_plugin(row["name"], epoch=1, step=1, tokens=0)
     if row["state"] == "active" and not enabled:
         return {**row, "state": "dormant", "reason": "waits for its schedule"}
@@ -156,7 +156,7 @@ def _at_the_start(kernel: Kernel, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def processes(config: Config) -> int:
-    """How many processes the profile asks for."""
+    """The number of processes that the profile asks for."""
     return max(1, config.hardware.num_gpus) if config.hardware.distributed else 1
 
 
@@ -188,25 +188,25 @@ def _batch(
 
 
 def _planned_horizon(config: Config, steps: StepPlan | None) -> Horizon:
-    """How long the run is, as far as that can be told without its data."""
+    """The length of the run, as far as it is known without the data."""
     if steps is not None:
         return Horizon.of(config, steps)
     return Horizon(config.training.max_epochs, config.training.max_steps)
 
 
 def _evaluated(config: Config, steps: int, windows: int) -> int:
-    """The sequences that are evaluated in an epoch: a few batches now and then, and all held-out
-    text at its end."""
+    """The number of sequences evaluated in an epoch: some batches every ``eval_freq`` steps, and
+    all held-out text at its end."""
     evaluation = config.evaluation
     few = min(windows, evaluation.eval_batches * config.training.batch_size)
-    # What would be due at the end of the epoch is done with the rest.
+    # At the end of the epoch the evaluation of everything replaces one of some batches.
     times = (steps - 1) // evaluation.eval_freq if evaluation.eval_freq else 0
     return times * few + windows
 
 
 def _token_counts(kernel: Kernel, tokenizer: TokenizerProvider) -> tuple[int, int] | None:
-    """The tokens of the training text and the held-out one; None where it would take long to tell,
-    or fails."""
+    """The number of tokens of the training text and of the held-out text; None if the text is large
+    or cannot be tokenized."""
     data = kernel.config.data
     paths = [Path(path) for path in (data.train_path, data.val_path) if path]
     if not all(path.is_file() and path.stat().st_size <= READ_UP_TO for path in paths):
@@ -220,7 +220,7 @@ def _token_counts(kernel: Kernel, tokenizer: TokenizerProvider) -> tuple[int, in
 
 
 class _Planning:
-    """The stages of the run as rows; ``notes`` say what could not be told, and why."""
+    """Makes the rows of the run's stages; ``notes`` explain unknown figures."""
 
     def __init__(
         self,
@@ -245,7 +245,7 @@ class _Planning:
     def rows(self) -> list[dict[str, Any]]:
         rows = []
         before: tuple[Footprint, MemoryEstimate] | None = None
-        # All of them first: what a plugin cannot do is said before anything takes time.
+        # All stages are made first, so that errors of plugins come before slow measurements.
         for stage in [*stages(self.kernel, self.schedule)]:
             footprint = self._footprint(stage)
             size = self.batch["processes"]
@@ -286,7 +286,8 @@ class _Planning:
     def _time(
         self, stage: Stage, memory: MemoryEstimate, flops: int | None, extra: int | None
     ) -> dict[str, Any]:
-        """How long the run takes in this stage, evaluations included where an epoch is known."""
+        """The estimated time of the run in this stage, with evaluations if the epoch's steps are
+        known."""
         structure, batch = stage.structure, self.batch
         if id(structure) not in self._speeds:
             self._speeds[id(structure)] = self.calibration.speed(structure)
@@ -313,11 +314,11 @@ class _Planning:
 
 
 def _plugin_flops(flops: int, costs: PluginCosts) -> int:
-    """What plugins compute beside the training, per token."""
+    """FLOPs per token that plugins compute beside the training."""
     forward = flops // BACKWARD_AND_FORWARD
     return forward * (costs.forwards + BACKWARD_AND_FORWARD * costs.passes)
 
 
 def _rounded(value: float) -> float:
-    """An estimate's three figures."""
+    """``value`` rounded to the three figures of an estimate."""
     return float(f"{value:.3g}")

@@ -1,4 +1,4 @@
-"""The plan of a run as people read it."""
+"""Formats the plan of a run for people."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def print_plan(console: Console, plan: dict[str, Any]) -> None:
-    """The plan for people."""
+    """Print the plan."""
     from rich.table import Table
 
     def say(text: str = "") -> None:
@@ -47,7 +47,7 @@ def print_plan(console: Console, plan: dict[str, Any]) -> None:
 
 
 def _print_stages(console: Console, plan: dict[str, Any]) -> None:
-    """The timeline: what changes when, and what the model then takes."""
+    """Print the timeline: the plugins, FLOPs, memory and time of each stage."""
     from rich.table import Table
 
     per_epoch = plan["batch"]["steps_per_epoch"] is not None
@@ -74,7 +74,7 @@ def _print_stages(console: Console, plan: dict[str, Any]) -> None:
 
 
 def _print_model(console: Console, model: dict[str, Any], total: dict[str, Any]) -> None:
-    """The parts of the model in a table, and what its figures mean."""
+    """Print a table of the model's parts, and explain its figures."""
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
@@ -123,7 +123,7 @@ def _print_model(console: Console, model: dict[str, Any], total: dict[str, Any])
 
 
 def _memory(stages: list[dict[str, Any]]) -> Iterator[str]:
-    """What the memory of one process is made of, where it changes."""
+    """Lines on the parts of one process's memory, for each stage in which they change."""
     words = {"ema": "average", "buffers": "communication", "snapshot": "copy for checkpoints"}
     before = None
     for stage in stages:
@@ -151,7 +151,7 @@ def _memory(stages: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _time(plan: dict[str, Any]) -> Iterator[str]:
-    """How the time was come by."""
+    """A line on how the time was estimated."""
     calibration = plan["calibration"]
     measured = [stage["measured"] for stage in plan["stages"] if stage["measured"]]
     if not measured:
@@ -213,7 +213,7 @@ def _cache(value: int | None, without: bool) -> str:
 
 
 def _claims(supports: dict[str, bool]) -> str:
-    """What is claimed, in few words: most attention supports everything.
+    """A short text of the supported features, most often "all".
 
     >>> _claims({"cache": True, "mask": True}), _claims({"cache": False, "mask": True})
     ('all', 'all but cache')

@@ -1,4 +1,4 @@
-"""How long the run is, and what that decides: the course of the learning rate and of ramps."""
+"""Checks schedules and the learning rate against the length of the run."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from apt_core.providers.lr_schedule import LRScheduleProvider
 from apt_core.schedules import Horizon, Schedule
 
 
-def tell_what_the_length_decides(
-    kernel: Kernel, schedule: Schedule, lr_schedule: LRScheduleProvider
-) -> None:
-    """Tell of what a run of this length makes of the schedules and the learning rate: a key without
-    effect is inactive, and a notice says what does not take its course.
+def check_run_length(kernel: Kernel, schedule: Schedule, lr_schedule: LRScheduleProvider) -> None:
+    """Report keys that are inactive in a run of this length, and add notices about ramps and rates
+    that do not reach their end.
 
-    ``schedule`` is the kernel's with its horizon. Raises ConfigError if ``strict``, for inactive
-    keys.
+    ``schedule`` is the kernel's with its horizon. Raises ConfigError for inactive keys under
+    ``strict``.
     """
     last = schedule.horizon.last("step")
     if last is None:
@@ -26,7 +24,7 @@ def tell_what_the_length_decides(
     kernel.add_inactive(
         [
             *_late_switches(kernel, schedule, last),
-            *_rate_in_vain(kernel.config, last, lr_schedule),
+            *_unreached_min_rate(kernel.config, last, lr_schedule),
         ]
     )
     kernel.notices += _short_warmup(kernel.config, last, lr_schedule)
@@ -34,11 +32,11 @@ def tell_what_the_length_decides(
     kernel.notices += _overlap(kernel.config, last, lr_schedule)
 
 
-def what_another_length_changes(
+def changes_of_length(
     kernel: Kernel, before: Horizon, now: Horizon, lr_schedule: LRScheduleProvider, steps: int
 ) -> str:
-    """What a run of the length ``now`` would have had otherwise in its first ``steps`` steps than
-    one of the length ``before``, or "" where the two have those steps in common."""
+    """What differs in the first ``steps`` steps between a run of the length ``before`` and one of
+    the length ``now``, as a text; empty if these steps are the same."""
     training, totals = kernel.config.training, (before.last("step"), now.last("step"))
     if totals[0] == totals[1]:
         return ""
@@ -55,7 +53,7 @@ def what_another_length_changes(
     schedules = [kernel.schedule.with_horizon(horizon) for horizon in (before, now)]
     for name in kernel.schedule.annealed:
         plugin = kernel.schedule.params[name]
-        # A ramp is a function of its span.
+        # A ramp depends on the length only through its span.
         if not kernel.manager.has_plugin(plugin) or len({s.span(name) for s in schedules}) == 1:
             continue
         for step in range(schedules[0].first_step_of(plugin), steps + 1):
@@ -69,8 +67,8 @@ def what_another_length_changes(
 
 
 def _late_switches(kernel: Kernel, schedule: Schedule, last: int) -> Iterator[InactiveKey]:
-    """A plugin that is to be enabled after the last step, or after it is disabled, never is. (Where
-    the profile alone tells, that is an error already.)"""
+    """Report plugins that are scheduled to be enabled after the last step, or after they are
+    disabled. (If the profile alone shows it, validation has refused it.)"""
     for boundary in schedule.boundaries():
         plugin, unit = boundary.plugin, boundary.unit
         step = schedule.horizon.first_step_from(boundary.at, unit)
@@ -86,7 +84,8 @@ def _late_switches(kernel: Kernel, schedule: Schedule, last: int) -> Iterator[In
 
 
 def _cut_ramps(kernel: Kernel, schedule: Schedule) -> Iterator[str]:
-    """Ramps that do not go from their start to their end while the run has their plugin enabled."""
+    """Notices about ramps that do not reach their end, or have passed it, while their plugin is
+    enabled."""
     for name in schedule.annealed:
         plugin, ramp = schedule.params[name], schedule.values[name]
         if not kernel.manager.has_plugin(plugin) or not isinstance(ramp, Ramp):
@@ -96,7 +95,7 @@ def _cut_ramps(kernel: Kernel, schedule: Schedule) -> Iterator[str]:
             if last is None or first > last or ramp.start == ramp.end:
                 continue
             before, after = (schedule.get_param(name, step=step) for step in (first, last))
-        except ValueError:  # a plan without the data cannot tell
+        except ValueError:  # units cannot be converted without the data
             continue
         if before == ramp.end:
             finer = "; by: step, it would move" if ramp.by == "epoch" and first < last else ""
@@ -112,8 +111,8 @@ def _cut_ramps(kernel: Kernel, schedule: Schedule) -> Iterator[str]:
 
 
 def _short_warmup(config: Config, last: int, schedule: LRScheduleProvider) -> Iterator[str]:
-    """A warm-up that outlasts the run: the rate never gets to its peak, or has no time after it.
-    (Where the profile alone tells, that is an error already.)"""
+    """A notice about a warm-up that is longer than the run. (If the profile alone shows it,
+    validation has refused it.)"""
     warmup, least = config.training.warmup_steps, config.training.min_lr_ratio
     if warmup < last or schedule.factor(1, last, warmup, least) >= 1.0:
         return
@@ -125,8 +124,10 @@ def _short_warmup(config: Config, last: int, schedule: LRScheduleProvider) -> It
     )
 
 
-def _rate_in_vain(config: Config, last: int, schedule: LRScheduleProvider) -> Iterator[InactiveKey]:
-    """A final rate that this learning-rate schedule does not come to."""
+def _unreached_min_rate(
+    config: Config, last: int, schedule: LRScheduleProvider
+) -> Iterator[InactiveKey]:
+    """Report ``min_lr_ratio`` if the learning-rate schedule does not use it."""
     warmup, least = config.training.warmup_steps, config.training.min_lr_ratio
     if not least:
         return
@@ -140,7 +141,7 @@ def _rate_in_vain(config: Config, last: int, schedule: LRScheduleProvider) -> It
 
 
 def _overlap(config: Config, last: int, schedule: LRScheduleProvider) -> list[str]:
-    """A decay (of wsd) that would begin within the warm-up."""
+    """A notice about a wsd decay that would begin within the warm-up."""
     training = config.training
     begin = last * (1 - training.decay_ratio)
     if not isinstance(schedule, WSDProvider) or not begin < training.warmup_steps < last:

@@ -1,4 +1,4 @@
-"""The stages of a run: which plugins are enabled in each, and what the model then is."""
+"""Computes the stages of a run: the enabled plugins and the model's structure in each."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from apt_core.types import PluginCosts
 
 @dataclass(frozen=True)
 class Structure:
-    """A model on the meta device. ``shares`` [parameter name] is the share of a parameter that a
-    token passes through, where that is not all of it; ``added`` what the forward of a token
-    computes in each layer beyond the model with which the run starts, and ``added_outside`` what it
-    does outside of them."""
+    """A model on the meta device. ``shares`` maps the name of a parameter to the share of it that
+    one token uses, if that is not all of it. ``added`` are the FLOPs that plugins add to a token's
+    forward in each layer, compared with the model at the start; ``added_outside`` those outside of
+    the layers."""
 
     model: nn.Module
     added: Sequence[float]
@@ -35,17 +35,17 @@ class Structure:
 
     @classmethod
     def first(cls, kernel: Kernel) -> Structure:
-        """The model with which the run starts, before any plugin changes it."""
+        """The model at the start of the run, before any plugin changes it."""
         model = base_structure(kernel)
         return cls(model, [0.0] * len(layers_of(model)))
 
     def after(self, transform: ModelTransform) -> Structure:
-        """What ``transform`` makes of it. The arithmetic that it adds is taken to be in the layers
-        whose parameters it changes, in equal parts."""
+        """The structure after ``transform``. Its added FLOPs are divided equally among the layers
+        whose parameters it changes."""
         old, new = ([_shapes(la) for la in layers_of(m)] for m in (self.model, transform.model))
         shares = {**self.shares, **transform.active_share}
         if len(old) != len(new):
-            # Where it added layers or took some away, what each computes is not known.
+            # If the number of layers changes, the FLOPs of each layer are not known.
             outside = self.added_outside + sum(self.added) + transform.added_flops
             return Structure(transform.model, [0.0] * len(new), outside, shares)
         changed = [before != after for before, after in zip(old, new, strict=True)]
@@ -63,17 +63,17 @@ class Structure:
 
     @property
     def active_params(self) -> int:
-        """Those that one token passes through."""
+        """The number of parameters that one token uses."""
         parameters = self.model.named_parameters()
         return round(sum(p.numel() * self.shares.get(name, 1.0) for name, p in parameters))
 
     def flops_per_token(self, cost: ModelCost) -> int | None:
-        """Of training; ``cost`` is that of the model with which the run starts."""
+        """FLOPs of training per token; ``cost`` is that of the model at the start."""
         added = BACKWARD_AND_FORWARD * (sum(self.added) + self.added_outside)
         return None if cost.flops_per_token is None else cost.flops_per_token + round(added)
 
     def layer_flops(self, kernel: Kernel, seq_len: int) -> list[float] | None:
-        """Of training, per token of a sequence of ``seq_len``, by layer; None where unknown."""
+        """FLOPs of training per token of a sequence of ``seq_len``, by layer; None if unknown."""
         base = layer_flops(kernel, kernel.config.model, seq_len)
         if base is None or len(base) != len(self.added):
             return None
@@ -82,8 +82,8 @@ class Structure:
 
 @dataclass(frozen=True)
 class Stage:
-    """From one position of the run, ``at`` in ``unit``, to the next. ``costs`` are those of the
-    plugins that are enabled; ``switches`` says that one of them has just changed the structure."""
+    """A stage that begins at position ``at``, counted in ``unit``. ``costs`` are those of the
+    enabled plugins; ``switches`` says that the structure of the model changes at its start."""
 
     name: str
     unit: str
@@ -94,11 +94,11 @@ class Stage:
 
 
 def stages(kernel: Kernel, schedule: Schedule) -> Iterator[Stage]:
-    """The start, and each moment at which a plugin becomes enabled or disabled, by ``schedule``,
-    the kernel's with its horizon.
+    """Yield a stage for the start and for each position at which ``schedule``, the kernel's with
+    its horizon, enables or disables a plugin.
 
-    The plugins that change the model do so here, one after the other, as the run will have it.
-    Raises ConfigError and PluginError where one of them does.
+    Plugins that change the model are asked for their transforms, in the order of the run. Their
+    ConfigError and PluginError are raised.
     """
     boundaries = [
         boundary
@@ -134,10 +134,10 @@ def stages(kernel: Kernel, schedule: Schedule) -> Iterator[Stage]:
 
 
 def _reached(boundary: Boundary, horizon: Horizon) -> bool:
-    """Does the run come to it, as far as ``horizon`` tells?"""
+    """Whether the run reaches ``boundary``, as far as ``horizon`` knows."""
     unit = boundary.unit
     here, last = horizon.first_step_from(boundary.at, unit), horizon.last("step")
-    if here is None:  # without the data, each unit by itself
+    if here is None:  # without the data units cannot be converted
         here, last = boundary.at, horizon.last(unit)
     return last is None or here <= last
 
@@ -148,7 +148,7 @@ def _after(kernel: Kernel, structure: Structure, plugin: str) -> Structure | Non
 
 
 def plugin_costs(kernel: Kernel, plugins: Iterable[str]) -> PluginCosts:
-    """What the plugins that are enabled say that they take, together."""
+    """The sum of the costs that ``plugins`` report."""
     asked = (kernel.manager.call_plugin(p, "apt_costs", config=kernel.config) for p in plugins)
     return sum(filter(None, asked), PluginCosts())
 

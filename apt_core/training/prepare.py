@@ -28,7 +28,7 @@ from apt_core.modeling.seeds import fp32_products
 from apt_core.optim.build import build_optimizer
 from apt_core.parallel.peak import measured_peak_flops
 from apt_core.parallel.world import ALONE, World, inactive_alone
-from apt_core.planning.run_length import tell_what_the_length_decides
+from apt_core.planning.run_length import check_run_length
 from apt_core.profile_paths import READ
 from apt_core.providers.lr_schedule import LRScheduleProvider
 from apt_core.providers.optimizer import OptimizerProvider
@@ -88,7 +88,7 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> tuple[Parts,
     tokenizer, plan, val_tokens, bytes_per_token, data = _data(kernel, world)
     schedule = kernel.schedule.with_horizon(Horizon.of(config, plan))
     lr_schedule = registry.get("lr_schedule", training.lr_schedule_name)
-    tell_what_the_length_decides(kernel, schedule, lr_schedule)
+    check_run_length(kernel, schedule, lr_schedule)
     with fp32_products(device, tf32=False):
         rehearse(kernel, schedule)
     model = ModelBuilder(config, registry).build_model()

@@ -14,7 +14,7 @@ from apt_core.log import get_logger
 from apt_core.modeling.carry import tell_buffers_loaded
 from apt_core.modeling.structure import require_plugins
 from apt_core.parallel.world import World
-from apt_core.planning.run_length import what_another_length_changes
+from apt_core.planning.run_length import changes_of_length
 from apt_core.runs import checkpoint
 from apt_core.runs.checkpoint import Checkpoint
 from apt_core.runs.checkpoint_parts import (
@@ -257,7 +257,7 @@ class Restoring:
         def another_past() -> str:
             if before is None:
                 return "the learning rate and annealed parameters depend on the length of the run"
-            return what_another_length_changes(
+            return changes_of_length(
                 kernel,
                 Horizon.of(before, self._parts.plan),
                 self._schedule.horizon,

@@ -11,7 +11,7 @@ from apt_core.data.batches import StepPlan
 from apt_core.errors import ConfigError
 from apt_core.kernel import Kernel, boot
 from apt_core.planning.plan import make_plan
-from apt_core.planning.run_length import tell_what_the_length_decides
+from apt_core.planning.run_length import check_run_length
 from apt_core.plugin_manager import PluginManager
 from apt_core.schedules import Horizon
 from apt_core.testing import TINY_PROFILE, tiny_run
@@ -59,7 +59,7 @@ def told(
     kernel = kernel_of(schedules, strict=strict, **training)
     lr_schedule = kernel.registry.get("lr_schedule", kernel.config.training.lr_schedule_name)
     schedule = kernel.schedule.with_horizon(Horizon.of(kernel.config, STEPS))
-    tell_what_the_length_decides(kernel, schedule, lr_schedule)
+    check_run_length(kernel, schedule, lr_schedule)
     return kernel.notices, {item.key: item.reason for item in kernel.inactive}
 
 
