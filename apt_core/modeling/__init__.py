@@ -1,4 +1,4 @@
-"""Layers, backbones, and what builds a model of them."""
+"""Layers, backbones, and the builder that composes a model from them."""
 
 from apt_core.modeling.calling import forward_batch
 from apt_core.modeling.casts import KeptCasts, cast_weight

@@ -1,4 +1,4 @@
-"""Whose code failed when a forward or backward pass did."""
+"""Attributes an error in a forward or backward pass to the plugin whose code raised it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from apt_core.types import CORE, ProviderSpec
 
 
 def attributed(kernel: Kernel, error: BaseException, terms: Collection[str] = ()) -> BaseException:
-    """``error`` itself, or for one that passed through a plugin's provider a ProviderError that
-    names the provider and the line; for one that passed through other code of a plugin, such as a
-    function that it gave to torch, a PluginError, which is counted. A ValueError before the first
-    step is bad input. ``terms`` are the loss terms of the step: without another culprit they are
-    named.
+    """The error to raise for ``error``: a ProviderError that names provider and line if it passed
+    through a plugin's provider; a PluginError, counted as a failure, if it passed through other
+    code of a plugin, such as a torch hook; otherwise ``error`` itself. A ValueError before the
+    first step is bad input. If no plugin's code is found, the message names the step's loss
+    ``terms``.
 
-    Once weights train, such a failure is fatal: another layer would be another model.
+    Such a failure ends the run: with another layer it would train another model.
     """
     error = explained(error)
     manager = kernel.manager
@@ -74,7 +74,7 @@ def attributed(kernel: Kernel, error: BaseException, terms: Collection[str] = ()
 
 @contextmanager
 def naming_authors(kernel: Kernel) -> Iterator[None]:
-    """Raise what is raised inside as :func:`attributed` makes it."""
+    """Replace errors raised in the context by those of :func:`attributed`."""
     try:
         yield
     except BaseException as error:
@@ -85,10 +85,10 @@ def naming_authors(kernel: Kernel) -> Iterator[None]:
 
 
 def usable_factor(kernel: Kernel, factor: Any) -> float:
-    """What the learning-rate schedule gave for a step, as a float.
+    """The learning-rate schedule's factor for a step as a float.
 
-    Raises ProviderError, which names the schedule, for what would undo the weights: no number, NaN,
-    one below 0 or beyond all measure.
+    Raises ProviderError, which names the schedule, for a value that would destroy the weights: no
+    number, NaN, a negative or a huge one.
     """
     try:
         return within(factor, "the factor of the learning rate", MAX_FACTOR)

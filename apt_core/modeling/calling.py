@@ -1,4 +1,4 @@
-"""The one way to call a model on a batch: what the batch knows of its rows reaches the layers."""
+"""The one way to call a model on a batch, so that masks, positions and padding reach the layers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def forward_batch(forward: Callable[..., Result], model: nn.Module, batch: Batch
 
 
 def _tokens(batch: Batch) -> Tokens | None:
-    """Which positions are no padding; None where none is padding."""
+    """The positions that are not padding; None if the batch has no padding."""
     documents, number = batch.document_ids, batch.num_tokens
     if documents is None or number is None:
         if batch.num_targets == batch.targets.numel():
@@ -82,7 +82,7 @@ def losses_in_fp32(model: nn.Module, batch: Batch) -> Tensor:
     where there is no target."""
     with eval_mode(model):
         logits = forward_batch(model, model, batch).logits
-    # A sequence at a time, for it takes as much again as its logits.
+    # One sequence at a time, since the loss needs as much memory as the logits.
     return torch.cat(
         [
             F.cross_entropy(row.float(), targets, ignore_index=IGNORED, reduction="none")

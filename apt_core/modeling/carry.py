@@ -1,4 +1,4 @@
-"""From one structure of the model to the next: weights, averages of them, optimizer state."""
+"""Carries weights, their averages and optimizer state from one structure of a model to the next."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def materialize(
     world: World = ALONE,
     gathered: Callable[[nn.Module], torch.dtype | None] = lambda _: None,
 ) -> nn.Module:
-    """The new model, in memory on ``device`` and sharded as the run's is, with what ``old`` has to
-    give; parameters that start anew are initialised by (``seed``, name). ``gathered`` says in which
-    type its layers are gathered.
+    """The new model on ``device``, sharded like the run's, with weights made from those of ``old``;
+    other parameters are initialised by (``seed``, name). ``gathered`` returns the dtype in which
+    its layers are gathered.
 
-    ``old`` is not changed. What a rule raises is added to ``faults``, if given: all processes take
-    part in all of this, whatever happens in one. Without ``carry`` no rule is asked, for weights
-    that are to be loaded. Raises ValueError for a new buffer that nothing computes.
+    ``old`` is not changed. Errors of rules are added to ``faults``, if given, so that a process
+    with an error still takes part in the collectives. Without ``carry`` rules are not called, for
+    weights that are loaded later. Raises ValueError for a new buffer that no module computes.
     """
     new = transform.model
     values = dict(old.named_parameters())
-    # As at the start of a run, a model to be sharded is put together on the CPU.
+    # A model to be sharded is assembled on the CPU, as at the start of a run.
     _give_memory(new, CPU if world.sharding == "fsdp" else device)
     names = [name for name, _ in new.named_parameters()]
     origins = {name: transform.origin(name, values) if carry else None for name in names}
@@ -59,7 +59,7 @@ def materialize(
                 f"the new model has the buffer {name}, which the old one has not: its module needs "
                 "a reset_buffers() that computes it"
             )
-    tell_buffers_loaded(new)
+    call_buffers_loaded(new)
     with torch.enable_grad():
         dtype = gathered(new)
     world.shard(new, block_stack(new)[1], device, dtype)
@@ -68,8 +68,8 @@ def materialize(
 
 
 def _carry_modes(old: nn.Module, new: nn.Module) -> None:
-    """Give modules of ``new`` the training mode that those of their name have in ``old``; one that
-    is there anew has that of the module around it, unless it was made in eval mode."""
+    """Give modules of ``new`` the training mode of the modules with their name in ``old``; a new
+    module gets that of its parent, unless it was made in eval mode."""
     modes = {name: module.training for name, module in old.named_modules()}
     for name, module in new.named_modules():
         if name not in modes:
@@ -77,9 +77,9 @@ def _carry_modes(old: nn.Module, new: nn.Module) -> None:
         module.training = modes[name]
 
 
-def tell_buffers_loaded(model: nn.Module) -> None:
-    """Let modules that keep what their buffers say elsewhere too, as numbers, read them: those that
-    have a ``buffers_loaded()``."""
+def call_buffers_loaded(model: nn.Module) -> None:
+    """Call ``buffers_loaded()`` of every module that has it, so that it can update Python values
+    that it derives from buffers."""
     for module in model.modules():
         if hasattr(module, "buffers_loaded"):
             module.buffers_loaded()
@@ -92,8 +92,8 @@ def carry_average(
     new: nn.Module,
     faults: list[Exception] | None = None,
 ) -> dict[str, Tensor]:
-    """``averages`` [name] of the old weights as averages of the weights of ``new``; where there is
-    none, the weight itself. ``faults`` as in :func:`materialize`."""
+    """The averages of the weights of ``new``, made from the ``averages`` of the old weights by
+    name; a parameter without one gets its weight. ``faults`` as in :func:`materialize`."""
     carried = {}
     for name, parameter in new.named_parameters():
         origin = transform.origin(name, averages)
@@ -116,11 +116,11 @@ def carry_optimizer_state(
     moments: Mapping[str, int],
     faults: list[Exception] | None = None,
 ) -> None:
-    """Give ``new_optimizer``, which has taken no step, what ``old_optimizer`` keeps. What stays as
-    it is they share: only one of them may take another step.
+    """Give ``new_optimizer``, which has taken no step, the state of ``old_optimizer``. They share
+    state that is carried unchanged, so only one of them may take another step.
 
-    ``moments`` are those of the optimizer's provider, ``faults`` as in :func:`materialize`. Raises
-    ValueError for state of the size of its parameter that is not among them.
+    ``moments`` are those of the optimizer's provider; ``faults`` as in :func:`materialize`. Raises
+    ValueError for state of its parameter's size that is not among the moments.
     """
     before, after = dict(old.named_parameters()), dict(new.named_parameters())
     names = {id(parameter): name for name, parameter in after.items()}
@@ -153,7 +153,7 @@ def carry_optimizer_state(
 
 
 def carry_frozen(transform: ModelTransform, old: nn.Module, new: nn.Module) -> None:
-    """Freeze in ``new`` what comes from parameters of ``old`` that are frozen."""
+    """Freeze parameters of ``new`` that are made from frozen ones of ``old``."""
     before = dict(old.named_parameters())
     for name, parameter in new.named_parameters():
         origin = transform.origin(name, before)
@@ -164,7 +164,7 @@ def carry_frozen(transform: ModelTransform, old: nn.Module, new: nn.Module) -> N
 def _by(
     rule: Rule, whole: Tensor, target: Tensor, name: str, faults: list[Exception] | None
 ) -> Tensor:
-    """What ``rule`` makes of ``whole``; after one of the ``faults`` numbers without a meaning."""
+    """The result of ``rule`` for ``whole``; arbitrary values after one of the ``faults``."""
     if rule is unchanged and whole.shape == target.shape:
         return whole
     try:
@@ -183,8 +183,8 @@ def _by(
 
 
 def _give_memory(model: nn.Module, device: torch.device) -> None:
-    """Put a model that is on the meta device into memory, whose values are not set; what is shared
-    stays shared."""
+    """Move a model from the meta device to ``device`` with undefined values; shared tensors stay
+    shared."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -201,7 +201,7 @@ def _empty_like(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _computes_buffers(model: nn.Module, name: str) -> bool:
-    """Has a module around the buffer a way to compute it?"""
+    """Whether a module around the buffer has ``reset_buffers()``."""
     path = name.rpartition(".")[0]
     while path:
         if hasattr(model.get_submodule(path), "reset_buffers"):

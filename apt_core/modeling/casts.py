@@ -1,8 +1,8 @@
-"""Weights cast to the type that a forward computes in, kept while they stay what they are.
+"""Caches weights cast to the compute dtype until the weights change.
 
-torch's own cache of casts lasts as long as a forward, and knows nothing of layers that cast their
-weights themselves. Micro-batches of a step, batches of an evaluation and tokens of a text share
-their weights.
+torch's own cache of casts lasts for one forward and does not cover layers that cast their weights
+themselves. This one is shared by the micro-batches of a step, the batches of an evaluation and the
+tokens of a generation.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """``weight`` as ``dtype``: the cast that is kept of it inside :meth:`KeptCasts.used`, and one
-    made here elsewhere. Gradients flow to ``weight`` either way."""
+    """``weight`` as ``dtype``: the cached cast inside :meth:`KeptCasts.used`, otherwise a new one.
+    Gradients flow to ``weight`` either way."""
     kept: Tensor | None = getattr(weight, "kept_cast", None)
     return weight.to(dtype) if kept is None or kept.dtype != dtype else kept
 
@@ -29,9 +29,9 @@ class KeptCasts:
     """Casts of the parameters that the modules of ``model`` name in ``cast_once`` and read by
     :func:`cast_weight`.
 
-    Each is made once, and again where its parameter was written to, replaced, frozen or released
-    since. A write through ``.data`` is not seen: :meth:`forget` before the weights are to change.
-    Sharded parameters are left out, for a copy of them would be whole.
+    A cast is made once, and again after its parameter was written to, replaced, frozen or thawed. A
+    write through ``.data`` is not noticed: call :meth:`forget` before it. Sharded parameters are
+    not cached, since their casts would be unsharded.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -40,7 +40,7 @@ class KeptCasts:
         self._kept: dict[int, tuple[Tensor, tuple[Any, ...], Tensor]] = {}
 
     def used(self, dtype: torch.dtype | None) -> AbstractContextManager[None]:
-        """A context in which forwards, which compute in ``dtype``, find the casts; None is no cast.
+        """A context in which forwards that compute in ``dtype`` use the casts; None for no casts.
 
         The attribute is of the parameter itself: a forward with other tensors in its place
         (``torch.func.functional_call``) does not see it.
@@ -59,7 +59,7 @@ class KeptCasts:
                 weight.__dict__.pop("kept_cast", None)
 
     def _cast(self, index: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        if weight.is_inference():  # which counts no writes
+        if weight.is_inference():  # an inference tensor counts no writes
             return weight.to(dtype)
         state = weight._version, weight.data_ptr(), weight.requires_grad, dtype
         kept = self._kept.get(index)
@@ -68,5 +68,5 @@ class KeptCasts:
         return kept[2]
 
     def forget(self) -> None:
-        """Let go of the casts and their memory."""
+        """Free the casts."""
         self._kept.clear()

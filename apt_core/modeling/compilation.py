@@ -1,4 +1,4 @@
-"""What ``training.compile`` and ``training.compile_mode`` come to on a device."""
+"""Decides whether and how torch.compile is used on a device."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from apt_core.modeling.costs import supported
 from apt_core.parallel.world import Sharding
 
 GRAPHS_BELOW = 2**31
-"""Tokens of a micro-batch times d_model², below which CUDA graphs are used. A compiled layer starts
-some 40 kernels in its forward and backward, which takes the host about 0.4 ms, and computes
-72 d_model² FLOPs a token, which at 400 TFLOP/s takes as long where the product is 2**31."""
+"""CUDA graphs are used if the tokens of a micro-batch times d_model² are below this. A compiled
+layer launches some 40 kernels in its forward and backward, which takes the host about 0.4 ms, and
+computes 72 d_model² FLOPs per token; at 400 TFLOP/s both take equally long at 2**31."""
 
 GRAPHS = "reduce-overhead"
 
 
 @dataclass(frozen=True)
 class Compilation:
-    """``mode`` is that of torch.compile, None where nothing is compiled, ``reason`` says why that
-    is so or why there are no graphs, and ``asked`` whether the profile wants no other."""
+    """``mode`` is that of torch.compile, None if nothing is compiled; ``reason`` says why nothing
+    is compiled or why there are no CUDA graphs; ``asked`` whether the profile demands this mode."""
 
     mode: str | None
     reason: str
@@ -35,7 +35,7 @@ class Compilation:
 def compilation(
     kernel: Kernel, device: torch.device, sharding: Sharding, world_size: int
 ) -> Compilation:
-    """What ``training.compile`` and ``training.compile_mode`` come to on ``device``."""
+    """Decide ``training.compile`` and ``training.compile_mode`` for ``device``."""
     training = kernel.config.training
     wanted = training.compile_mode
     if training.compile is False:
@@ -54,7 +54,7 @@ def compilation(
 def computes(
     config: Config, device: torch.device, dtype: torch.dtype | None, chosen: Compilation
 ) -> dict[str, Any]:
-    """How a forward with autocast to ``dtype`` is computed, as plans and manifests show it."""
+    """Precision, TF32 and compilation of a forward, as plans and manifests show them."""
     return {
         "precision": str(dtype or torch.float32).removeprefix("torch."),
         "tf32": device.type == "cuda" and config.hardware.tf32,
@@ -63,7 +63,7 @@ def computes(
 
 
 def computes_in_words(how: Mapping[str, Any]) -> str:
-    """What :func:`computes` says, for people.
+    """The result of :func:`computes` as a text.
 
     >>> chosen = {"mode": "default", "reason": "the model is large"}
     >>> computes_in_words({"precision": "bfloat16", "tf32": True, "compile": chosen})
@@ -78,7 +78,7 @@ def computes_in_words(how: Mapping[str, Any]) -> str:
 
 
 def _objection(kernel: Kernel, device: torch.device, sharding: Sharding) -> str:
-    """Why ``auto`` compiles nothing; empty where it does."""
+    """Why ``auto`` does not compile; empty if it does."""
     if device.type != "cuda":
         return "auto compiles on a GPU alone"
     if not _has_triton(device):
@@ -95,7 +95,7 @@ def _objection(kernel: Kernel, device: torch.device, sharding: Sharding) -> str:
 def _has_triton(device: torch.device) -> bool:
     from torch.utils._triton import has_triton, has_triton_package
 
-    if not has_triton_package():  # a machine that is only planned for may have no such device
+    if not has_triton_package():  # a plan may be for a device that is not on this machine
         return False
     with torch.cuda.device(device):
         return bool(has_triton())
@@ -117,8 +117,8 @@ def _too_large_for_graphs(config: Config) -> str:
 
 
 def _reading_plugins(kernel: Kernel) -> str:
-    """Those that may hold on to what a forward gives, or build layers that do: graphs write what
-    the next forward gives to the same memory."""
+    """The reason why plugins forbid CUDA graphs, or empty: they may keep a forward's outputs, or
+    build layers that do, and a graph overwrites the outputs in the next forward."""
     hook = kernel.manager.hook
     methods = [*readers_of_outputs(hook), *hook.apt_transform_model.get_hookimpls()]
     names = sorted({method.plugin_name for method in methods})
@@ -126,6 +126,6 @@ def _reading_plugins(kernel: Kernel) -> str:
 
 
 def readers_of_outputs(hook: Any) -> list[Any]:
-    """The implementations of loss terms, of all the plugins of ``hook``, that read what the model
-    gives."""
+    """The implementations of apt_loss_terms that read the model's output, of all plugins of
+    ``hook``."""
     return [m for m in hook.apt_loss_terms.get_hookimpls() if "output" in m.argnames]

@@ -1,4 +1,4 @@
-"""``ModelBuilder``: from a profile to a model, every part through the registry."""
+"""``ModelBuilder`` builds a model from a profile with the providers of the registry."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""What a model costs, part by part: parameters, arithmetic and the cache of decoding.
+"""Counts the costs of a model by part: parameters, FLOPs and the KV cache.
 
-The convention, in one place: FLOPs are those of training (the forward and twice as many for the
-backward), a multiply-add counts as two, and of the scores the full T x T matrix is counted. They
-are per token of a sequence of T tokens, where T is what a run trains on. The layers' figures are
-those of their providers; the output projection adds 2 * d_model * vocab_size in the forward, and
-norms, embeddings and element-wise work count as nothing. The cache is counted in bf16, as the mean
-over a sequence of ``model.max_seq_len`` tokens; one in fp32 takes twice as much.
+FLOPs are those of training: the forward, and twice as many for the backward. A multiply-add counts
+as two, and attention scores as a full T x T matrix. They are given per token of a sequence of T
+tokens, the length that a run trains on. Providers give the figures of their layers; the output
+projection adds 2 * d_model * vocab_size to the forward; norms, embeddings and element-wise
+operations count as nothing. The cache is counted in bf16, as the mean over a sequence of
+``model.max_seq_len`` tokens; in fp32 it is twice as large.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ NGRAMS: Part = ("ngrams", "")
 
 @dataclass(frozen=True)
 class PartCost:
-    """One part of the model, all its layers together; JSON values.
+    """The costs of one part of the model over all its layers; JSON values.
 
-    What cannot be told is None: a third-party provider need not know its figures, and attention
-    that decodes without a cache has none. ``supports`` is what an attention claims, by name.
+    Unknown figures are None: a third-party provider need not give them, and attention that decodes
+    without a cache has no cache size. ``supports`` are the features that an attention claims.
     """
 
     kind: str
@@ -86,7 +86,7 @@ class ModelCost:
         return _sum([part.kv_cache_bytes_per_sequence for part in self._attention()])
 
     def row(self) -> dict[str, Any]:
-        """As the plan shows it."""
+        """The row of the plan."""
         return {
             "seq_len": self.seq_len,
             "max_seq_len": self.max_seq_len,
@@ -99,8 +99,8 @@ class ModelCost:
 
 
 def model_cost(kernel: Kernel) -> ModelCost:
-    """The costs of the profile's model. Nothing is allocated; the providers are those that the
-    registry resolved, and what one of them cannot tell is a note that names it."""
+    """The costs of the profile's model, computed without allocating it. The registry's resolved
+    providers are asked; a note names each one that cannot give a figure."""
     config, model = kernel.config, kernel.config.model
     registry = kernel.registry
     seq_len = config.seq_len
@@ -145,8 +145,8 @@ def model_cost(kernel: Kernel) -> ModelCost:
 
 
 def layer_flops(kernel: Kernel, model: ModelSection, seq_len: int) -> list[float] | None:
-    """What training computes in each layer, per token of a sequence of ``seq_len``; ``model`` has
-    the sizes. None where a provider cannot tell."""
+    """Training FLOPs of each layer per token of a sequence of ``seq_len``, for the sizes of
+    ``model``; None if a provider cannot give them."""
     unsaid: list[str] = []
     names = ModelBuilder(kernel.config, kernel.registry).attention_names()
     asking = _Asking(kernel, "ffn", model.ffn_name, unsaid)
@@ -173,7 +173,7 @@ def layers_of(model: nn.Module) -> Sequence[nn.Module]:
 
 
 def support_notices(kernel: Kernel, device: torch.device) -> list[str]:
-    """What the profile asks of an attention that does not claim it, one line each."""
+    """A line for each feature that the profile needs and an attention does not claim to support."""
     training = kernel.config.training
     asked = {
         "compile": ("training.compile", training.compile is True, "it breaks the graph"),
@@ -197,7 +197,8 @@ def support_notices(kernel: Kernel, device: torch.device) -> list[str]:
 
 
 def supported(provider: Any) -> dict[str, bool] | None:
-    """What an attention provider claims to support, by name; None where it does not say."""
+    """The features that an attention provider claims to support, by name; None if it does not
+    say."""
     supports = getattr(provider, "supports", None)
     if not is_dataclass(supports) or isinstance(supports, type):
         return None
@@ -205,8 +206,8 @@ def supported(provider: Any) -> dict[str, bool] | None:
 
 
 def count_parameters(config: Config, registry: ProviderSource) -> Counter[Part]:
-    """Parameters by part; those of no layer (embeddings, output projection, what else a backbone
-    has) count as the embeddings'."""
+    """Parameters by part; those outside of layers (embeddings, output projection and others) count
+    as embeddings."""
     noting = _NotingRegistry(registry)
     with torch.device("meta"):
         built = ModelBuilder(config, noting).build_model()
@@ -223,7 +224,7 @@ def count_parameters(config: Config, registry: ProviderSource) -> Counter[Part]:
 
 
 class _NotingRegistry:
-    """The registry, as a builder sees it, that notes every layer and whose it is."""
+    """A registry that records every created layer with the part it belongs to."""
 
     def __init__(self, registry: ProviderSource) -> None:
         self._registry = registry
@@ -248,8 +249,8 @@ class _NotingProvider:
 
 
 class _Asking:
-    """Asks the provider that stands for ``kind`` and ``name`` for figures; what it cannot tell
-    becomes a note."""
+    """Asks the provider of ``kind`` and ``name`` for figures, and adds a note for each unknown
+    one."""
 
     def __init__(self, kernel: Kernel, kind: str, name: str, notes: list[str]) -> None:
         self.provider: Any = kernel.registry.get(kind, name)
@@ -257,7 +258,7 @@ class _Asking:
         self._notes = notes
 
     def number(self, method: str, *args: Any, **options: Any) -> int | None:
-        """What ``method`` gives, or None with a note."""
+        """The result of ``method``, or None with a note."""
         if not callable(getattr(self.provider, method, None)):
             self._notes.append(f"{self._words} has no {method}(): the figure is unknown")
             return None

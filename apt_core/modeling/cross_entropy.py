@@ -1,4 +1,4 @@
-"""The summed cross-entropy, of training and of evaluations."""
+"""The summed cross-entropy of training and evaluation."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from apt_core.types import ModelOutput
 
 
 def cross_entropy_sum(output: ModelOutput, targets: Tensor) -> Tensor:
-    """The cross-entropy of ``targets`` [B, T], summed over those that count, in nats, in fp32."""
+    """The cross-entropy of ``targets`` [B, T] in nats and fp32, summed over all but ignored
+    ones."""
     logits, expected = output.logits.flatten(0, 1), targets.flatten()
-    if logits.is_cuda and not torch.compiler.is_compiling():  # the compiler fuses what it needs
+    if logits.is_cuda and not torch.compiler.is_compiling():  # the compiler fuses it anyway
         summed: Tensor = _InParts.apply(logits, expected)
         return summed
     return F.cross_entropy(logits.float(), expected, ignore_index=IGNORED, reduction="sum")
 
 
 PART_BYTES = 2**26
-"""Of the logits of so many rows in fp32: little beside all of them in bf16, and enough for a GPU to
-be busy."""
+"""Bytes of a part's fp32 logits: few compared with all logits in bf16, and enough to keep a GPU
+busy."""
 
 
 class _InParts(torch.autograd.Function):
-    """The summed cross-entropy, which has logits, probabilities and gradients in fp32 of a part of
-    the rows at a time, and keeps the ``logits`` [N, V] alone, in the type that they have."""
+    """The summed cross-entropy, computed part by part: fp32 logits, probabilities and gradients
+    exist for a part of the rows only, and ``logits`` [N, V] alone are saved, in their own dtype."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:

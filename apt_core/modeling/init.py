@@ -43,14 +43,14 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 @contextmanager
 def construction_rng(seed: int, name: str) -> Iterator[None]:
-    """Seed the global generators of the CPU and of CUDA inside, and restore them all after.
+    """Seed the global generators of the CPU and of CUDA while the context lasts, then restore them.
 
-    For code that we call and do not own: a constructor that draws gives the same result whatever
-    was drawn before it, and leaves no trace. CUDA that nobody has used yet stays unused, unless the
-    code inside uses it: then it goes on from the seed that torch's generators were last given.
+    For foreign code that draws from them, such as constructors: its result does not depend on
+    earlier draws, and later draws do not depend on it. CUDA is not initialised by this; if the code
+    inside initialises it, CUDA's generators keep the seed given here.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    # Reading its states would initialise CUDA, which a child that is forked later could not use.
+    # Reading the states would initialise CUDA, and a child forked later could not use it.
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     torch_state, given = torch.get_rng_state(), torch.initial_seed()
     value = seed_of(seed, name)
@@ -151,7 +151,7 @@ def write_std(fan_in: int, num_layers: int) -> float:
 
 
 def embedding_std(d_model: int) -> float:
-    """The standard deviation of token embeddings: so small that they learn as fast as the rest."""
+    """The standard deviation of token embeddings: small, so that they learn as fast as the rest."""
     return 0.04 * d_model**-0.5
 
 

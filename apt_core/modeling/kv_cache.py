@@ -1,4 +1,4 @@
-"""The keys and values that decoding keeps, so that a token is computed once."""
+"""The cache of keys and values for decoding, so that each token is computed once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 class KeyValueCache:
     """Keys and values of one layer, for up to ``max_length`` positions, filled from left to right.
 
-    The first ``append`` allocates room for all of them, so that none is ever copied again. It
-    writes in place: for decoding, not for gradients.
+    The first ``append`` allocates room for all of them, so that none is copied later. Since it
+    writes in place, gradients do not flow through it.
     """
 
     def __init__(self, max_length: int) -> None:
@@ -20,8 +20,8 @@ class KeyValueCache:
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add ``key`` and ``value`` [B, K, T, R]; return all that is held [B, K, S, R], as views.
 
-        The first call settles batch, heads, widths and types. Raises ValueError where there is no
-        room, and for another batch or number of heads than the first.
+        The first call fixes batch, heads, widths and dtypes. Raises ValueError if there is no room,
+        or if batch or number of heads differ from the first call's.
         """
         start, end = self.length, self.length + key.shape[2]
         if end > self.max_length:
@@ -44,7 +44,7 @@ class KeyValueCache:
 
     @property
     def nbytes(self) -> int:
-        """What the cache takes: nothing before the first ``append``, then room for all."""
+        """Bytes of the cache: 0 before the first ``append``, then room for ``max_length``."""
         held = [part for part in (self._keys, self._values) if part is not None]
         return sum(part.numel() * part.element_size() for part in held)
 

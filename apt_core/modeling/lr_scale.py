@@ -1,9 +1,9 @@
-"""How much faster than the rest some parameters learn.
+"""Computes factors on the learning rate of parameters.
 
-A module gives factors to parameters of its own in ``lr_scales``, by name. Matrices that read the
-residual stream have one by width besides: Adam moves every weight by about the learning rate,
-whatever its gradient. The sum over d_model inputs that such a matrix forms therefore moves by about
-d_model times the rate, so one rate does not suit every width. As in muP (Yang et al.,
+A module gives factors for its own parameters in ``lr_scales``, by name. Matrices that read the
+residual stream also have a factor by width: Adam moves every weight by about the learning rate,
+whatever its gradient, so that the output of such a matrix, a sum over d_model inputs, moves by
+about d_model times the rate, and one rate does not suit every width. As in muP (Yang et al.,
 arXiv:2203.03466) the rate of these matrices is proportional to 1/d_model:
 ``training.learning_rate`` is meant for a model of BASE_WIDTH, and the same value suits narrower and
 wider ones.
@@ -19,14 +19,14 @@ BASE_WIDTH = 1536
 
 
 def learning_rate_scales(model: nn.Module, d_model: int | None) -> dict[str, float]:
-    """The factor on the learning rate by parameter name; what is not named has 1.
+    """The factor on the learning rate by parameter name; parameters that are missing have 1.
 
-    Without ``d_model`` nothing is scaled by width. A layer names the matrices of its own that read
-    the residual stream in ``reads_stream``, and speaks so for everything inside it that does not
-    speak for itself. Elsewhere it is the weight of an ``nn.Linear`` from d_model to another width:
-    a square one may read or write (:func:`undeclared_squares`).
+    Without ``d_model`` nothing is scaled by width. A layer names its matrices that read the
+    residual stream in ``reads_stream``, which also covers modules inside it that have no such list.
+    In modules without a list, the weight of an ``nn.Linear`` from d_model to another width counts
+    as reading; a square one may read or write (:func:`undeclared_squares`).
 
-    Raises ValueError for a module that names what is no parameter of it.
+    Raises ValueError for a module that names something that is not its parameter.
     """
     scales: dict[str, float] = {}
     if d_model is not None:
@@ -43,8 +43,8 @@ def learning_rate_scales(model: nn.Module, d_model: int | None) -> dict[str, flo
 
 
 def undeclared_squares(model: nn.Module, d_model: int) -> list[str]:
-    """Matrices from d_model to d_model of which no layer says whether they read the residual
-    stream, or write to it: their rate is not scaled, which is right for those that write."""
+    """Matrices from d_model to d_model whose layer does not say whether they read the residual
+    stream. Their rate is not scaled, which is right if they write to it."""
     return [
         name
         for name, linear in _undeclared(model)
@@ -53,8 +53,8 @@ def undeclared_squares(model: nn.Module, d_model: int) -> list[str]:
 
 
 def declared(path: str, module: nn.Module, attribute: str) -> dict[str, str]:
-    """The parameters that ``module`` names in ``attribute``, and their names in the model, in which
-    the module stands at ``path``. Raises ValueError for one that is no parameter of it."""
+    """Maps the parameters that ``module`` names in ``attribute`` to their names in the model, which
+    has the module at ``path``. Raises ValueError for a name that is not a parameter of it."""
     names: Iterable[str] = getattr(module, attribute, ())
     if not names:
         return {}
@@ -69,7 +69,7 @@ def declared(path: str, module: nn.Module, attribute: str) -> dict[str, str]:
 
 
 def _undeclared(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Linear modules that no module around them speaks for, by the names of their weights."""
+    """Linear modules that no surrounding module declares, by the names of their weights."""
     spoken_for: list[str] = []
     for path, module in model.named_modules():
         if path.startswith(tuple(spoken_for)):

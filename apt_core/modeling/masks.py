@@ -1,8 +1,7 @@
-"""Masks and positions for batches in which a row is not one whole text.
+"""Masks and positions for rows that pack several documents or contain padding.
 
-Legend: B rows, T tokens a row. Masks are boolean, True where attention is allowed; every attention
-narrows its causal rule by them. A position that is left with nothing to see gets nothing from the
-attention.
+B is the number of rows, T of tokens per row. Masks are boolean, True where attention is allowed, in
+addition to the causal mask. The attention's output is zero at a position that may see nothing.
 """
 
 from __future__ import annotations
@@ -16,17 +15,18 @@ from torch import Tensor, nn
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
-    """Rows that pack several documents: tokens see their own document alone.
+    """The mask [B, 1, T, T] for rows that pack several documents: tokens see their own document
+    only.
 
-    ``document_ids`` [B, T] is any number that tells the documents of a row apart; the mask is
-    [B, 1, T, T]. With :func:`document_positions`, what a document gives is what it gives alone.
+    ``document_ids`` [B, T] differ between the documents of a row. With :func:`document_positions`
+    the outputs of a document are the same as if it were alone.
     """
     return (document_ids[:, :, None] == document_ids[:, None, :])[:, None]
 
 
 def document_positions(document_ids: Tensor) -> Tensor:
-    """Each token's place in its own document, int64 [B, T], from ``document_ids`` [B, T], whose
-    documents are contiguous."""
+    """The position of each token in its document, int64 [B, T]. Documents must be contiguous in
+    ``document_ids`` [B, T]."""
     places = torch.arange(document_ids.shape[1], device=document_ids.device)
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
@@ -34,22 +34,21 @@ def document_positions(document_ids: Tensor) -> Tensor:
 
 
 def padding_mask(is_token: Tensor) -> Tensor:
-    """Rows that are filled up: no token sees the filling.
+    """The mask [B, 1, 1, T] for padded rows: no token sees padding.
 
-    ``is_token`` [B, T] is true (or 1) at tokens and false at the filling, on either side; the mask
-    is [B, 1, 1, T].
+    ``is_token`` [B, T] is true (or 1) at tokens and false at padding, on either side.
     """
     return is_token.bool()[:, None, None, :]
 
 
 def padding_positions(is_token: Tensor) -> Tensor:
-    """Each token's place among the tokens of its row, int64 [B, T]; 0 at filling before them."""
+    """The position of each token among the tokens of its row, int64 [B, T]; 0 at left padding."""
     return (is_token.long().cumsum(dim=1) - 1).clamp_min(0)
 
 
 class Tokens(NamedTuple):
-    """The positions of a batch that are no padding: ``is_token``, bool [B, T], and their
-    ``number``, which is known without asking the device."""
+    """Where a batch has tokens and not padding: ``is_token``, bool [B, T], and their ``number``,
+    known on the host."""
 
     is_token: Tensor
     number: int
@@ -57,12 +56,12 @@ class Tokens(NamedTuple):
 
 @contextmanager
 def padding_marked(model: nn.Module, tokens: Tokens | None) -> Iterator[None]:
-    """Let the layers of ``model`` know inside which positions of the batch are padding; None says
-    that there is none.
+    """Tell the layers of ``model`` which positions are padding while the context lasts; None means
+    no padding.
 
-    A layer in which positions stand in each other's way, as those that share the places of an
-    expert do, has an attribute ``marked_tokens``. It is ``tokens`` inside, and None elsewhere.
-    Other layers need not know: no token sees padding that comes after it.
+    A layer in which positions compete, such as those routed to the same expert, has an attribute
+    ``marked_tokens``, which is set to ``tokens`` in the context and to None outside. Other layers
+    need not know: causal attention does not see later padding.
     """
     asking = [] if tokens is None else [m for m in model.modules() if hasattr(m, "marked_tokens")]
     for module in asking:

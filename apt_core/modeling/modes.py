@@ -1,4 +1,4 @@
-"""The training mode of modules: each has its own, and a model need not have one for all."""
+"""Sets and restores the training mode of every module of a model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from apt_core.torch_state import set_modes
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """``model`` and all that it consists of are in eval mode inside; after that each module has the
-    mode that it had, also one that was in eval mode alone."""
+    """Put ``model`` and all its modules into eval mode while the context lasts, then restore the
+    mode of each module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

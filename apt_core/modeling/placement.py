@@ -1,4 +1,4 @@
-"""Where a run computes: its device, its CPU threads, and which layers work there."""
+"""Chooses the device and CPU threads of a run, and probes which layers work there."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from apt_core.modeling.probe import probe_layer
 from apt_core.parallel.world import ALONE, World
 
 ONE_THREAD_BELOW = 2**23
-"""Multiply-adds of one feed-forward matrix in a micro-batch, below which a second thread brings a
-quarter on an idle machine and costs a multiple on a busy one."""
+"""Multiply-adds of one feed-forward matrix in a micro-batch, below which one thread is used: a
+second one would gain a quarter on an idle machine and cost a multiple on a busy one."""
 
 
 def num_threads(config: Config) -> int | None:
-    """How many CPU threads the run takes, or None for torch's choice: a function of the profile,
-    since results depend on it in their last bits."""
+    """The number of CPU threads, or None for torch's choice. It depends on the profile only, since
+    the last bits of results depend on it."""
     if config.hardware.num_threads is not None:
         return config.hardware.num_threads
     model, length = config.model, config.seq_len
@@ -30,11 +30,10 @@ def num_threads(config: Config) -> int | None:
 
 
 def settle_device(kernel: Kernel, world: World = ALONE) -> torch.device:
-    """The run's device, on which the registry probes layers from now on.
+    """Choose the run's device, and let the registry probe layers on it.
 
-    Each process on a machine with GPUs has one of its own; a ConfigError says where there are too
-    few. A device that is not there is replaced by the CPU, with a notice; under ``strict`` that is
-    a ConfigError too.
+    Each process on a machine with GPUs has its own GPU; too few of them are a ConfigError. A
+    missing device is replaced by the CPU with a notice, or is a ConfigError under ``strict``.
     """
     asked = kernel.config.hardware.device
     device, reason = resolve_device(asked)
@@ -52,9 +51,9 @@ def settle_device(kernel: Kernel, world: World = ALONE) -> torch.device:
 
 
 def _own_gpu(asked: str, world: World) -> torch.device:
-    """This process's. Of processes that torchrun or --nproc has started, all on the machine raise
-    the same ConfigError, or none does."""
-    # Whoever starts processes without torchrun may count them by LOCAL_RANK alone.
+    """The GPU of this process. With torchrun or --nproc all processes on the machine raise the same
+    ConfigError, or none."""
+    # Other launchers may set LOCAL_RANK only.
     processes = max(world.on_this_machine, world.local_rank + 1)
     there = torch.cuda.device_count()
     if ":" in asked and processes > 1:
@@ -84,7 +83,7 @@ def layer_probe(kernel: Kernel, device: torch.device) -> Any:
         position = None
         if spec.kind == "attention" and model.position_name != "none":
             position = kernel.registry.get("position", model.position_name)
-        # A plan is made on the meta device; the probe computes something.
+        # A plan is made under the meta device; the probe needs values.
         with torch.device("cpu"):
             return probe_layer(
                 provider,

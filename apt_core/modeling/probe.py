@@ -1,4 +1,4 @@
-"""Does a layer work here? One tiny forward and backward, before anything is trained."""
+"""Probes whether a layer works on a device by one tiny forward and backward."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def probe_layer(
     head_dim: int = 32,
     position: Any = None,
 ) -> str | None:
-    """None if the layers of ``provider`` run on ``device``, else the reason in one line.
+    """None if the layers of ``provider`` run on ``device``, otherwise the reason in one line.
 
     ``kind`` is attention, ffn or norm. The layer has two heads of ``head_dim`` (give the profile's
-    own, for a ratio or a kernel may not suit every width) and sees fp32 input [2, 8, D]. Every
-    global generator is left as it was. A ValueError of ``create_layer`` is no reason: the sizes are
-    those of the probe, and the profile's are judged where the model is built.
+    own, since a ratio or a kernel may not suit every width) and gets fp32 input [2, 8, D]. Global
+    generators are not changed. A ValueError of ``create_layer`` is ignored: it is about the sizes
+    of the probe, and the profile's sizes are checked when the model is built.
     """
     if kind not in ("attention", "ffn", "norm"):
         raise ValueError(f"a provider of kind {kind!r} cannot be probed")

@@ -1,5 +1,4 @@
-"""Seeds as pure functions of the position, kernels that give the same result every time, and how
-exact products are."""
+"""Sets what makes computation reproducible: seeds by position, deterministic kernels and TF32."""
 
 from __future__ import annotations
 
@@ -16,8 +15,8 @@ _64_BITS = 2**64 - 1
 
 
 class ModelSeeds:
-    """Seeds the generator that the model's dropout draws from, and no other, for a micro-batch: a
-    function of (seed, step, micro-batch, rank)."""
+    """Seeds the generator of the model's dropout, and no other, for each micro-batch by (seed,
+    step, micro-batch, rank)."""
 
     def __init__(self, device: torch.device, seed: int, rank: int) -> None:
         self._start = seed_of(seed, f"model/{rank}")
@@ -31,28 +30,29 @@ class ModelSeeds:
         self._newest = 0
 
     def seed(self, step: int, micro: int) -> None:
-        # Multiplied and folded by odd constants, for a generator may look at the low half alone.
+        # Mixed by odd constants, since a generator may use the low half of the seed only.
         mixed = self._start + step * 0x9E3779B97F4A7C15 + micro * 0xC2B2AE3D27D4EB4F & _64_BITS
         mixed = (mixed ^ mixed >> 32) * 0xD6E8FEB86659FD93 & _64_BITS
         self._newest = (mixed ^ mixed >> 32) >> 1
         self._manual_seed(self._newest)
 
     def again(self) -> None:
-        """Seed it for the same micro-batch once more."""
+        """Seed it for the same micro-batch again."""
         self._manual_seed(self._newest)
 
 
 @contextmanager
 def deterministic_kernels(wanted: bool) -> Iterator[None]:
-    """Let torch use deterministic kernels only inside, if ``wanted``; it raises where it has none.
+    """If ``wanted``, use only deterministic kernels while the context lasts; torch raises an error
+    for an operator without one.
 
-    The CPU kernels of the core's layers are deterministic as they are.
+    The CPU kernels of the core's layers are always deterministic.
     """
     if not wanted:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    # What cuBLAS asks for; read when its first handle is made.
+    # cuBLAS requires it, and reads it when its first handle is created.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
@@ -65,7 +65,8 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def fp32_products(device: torch.device, *, tf32: bool) -> Iterator[None]:
-    """Let a GPU multiply matrices of fp32 in TF32 inside, or exactly where ``tf32`` is False.
+    """While the context lasts, multiply fp32 matrices on a GPU in TF32, or in fp32 without
+    ``tf32``.
 
     TF32 has 10 bits of mantissa of fp32's 23. A device that is no GPU multiplies as before.
     """
@@ -73,7 +74,7 @@ def fp32_products(device: torch.device, *, tf32: bool) -> Iterator[None]:
         yield
         return
     before = fp32_precision()
-    # By the old name: torch raises where it is asked for that after a setting by the new ones.
+    # Set by the old name: torch raises an error if code reads it after a setting by the new names.
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:
         yield

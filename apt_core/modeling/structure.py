@@ -1,4 +1,4 @@
-"""The structures that a run's model goes through, on the meta device: nothing is allocated."""
+"""Builds the structures of a run's model before and after transforms, on the meta device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HOOK = "apt_transform_model"
 
 
 def base_structure(kernel: Kernel, config: Config | None = None) -> nn.Module:
-    """The model with which the run starts; ``config`` stands in for the profile."""
+    """The structure of the model at the start of the run; ``config`` replaces the profile."""
     with torch.device("meta"):
         return ModelBuilder(config or kernel.config, kernel.registry).build_model()
 
@@ -28,12 +28,12 @@ def base_structure(kernel: Kernel, config: Config | None = None) -> nn.Module:
 def transform_of(
     kernel: Kernel, plugin: str, structure: nn.Module, config: Config | None = None
 ) -> ModelTransform | None:
-    """What ``plugin`` makes of ``structure``, which is given away with this call; None where it
-    leaves the model as it is.
+    """The transform that ``plugin`` makes of ``structure``, which it may change; None if it leaves
+    the model unchanged.
 
-    A plugin that fails, or whose transform does not fit, is quarantined, and the answer is None.
-    Raises ConfigError where the plugin finds that the profile is wrong, and PluginError where its
-    failure is to end the run.
+    A plugin that fails, or whose transform does not fit, is quarantined, and None is returned.
+    Raises ConfigError if the plugin refuses the profile, and PluginError if its failure must end
+    the run.
     """
     before = {name: parameter.shape for name, parameter in structure.named_parameters()}
     manager = kernel.manager
@@ -81,7 +81,7 @@ AnySwitch = TypeVar("AnySwitch", bound=MadeSwitch)
 
 
 def require_plugins(kernel: Kernel, plugins: Iterable[str]) -> None:
-    """Raise ConfigError where one of ``plugins``, which have changed a checkpoint's model, is not
+    """Raise ConfigError unless all ``plugins``, which have changed a checkpoint's model, are
     active."""
     absent = [name for name in plugins if not kernel.manager.has_plugin(name)]
     if absent:
@@ -101,8 +101,8 @@ def require_plugins(kernel: Kernel, plugins: Iterable[str]) -> None:
 def replayed(
     kernel: Kernel, switches: Iterable[AnySwitch]
 ) -> Iterator[tuple[AnySwitch, ModelTransform]]:
-    """The ``switches`` of a run once more, each with what its plugin, which is active, makes of a
-    copy of the structure before. Raises CheckpointError where one makes nothing of it now."""
+    """Yield each of a run's ``switches`` with the transform that its plugin, which is active, makes
+    of the structure before it. Raises CheckpointError if a plugin returns no transform now."""
     manager, structure = kernel.manager, base_structure(kernel)
     for switch in switches:
         for name in switch.quarantined:

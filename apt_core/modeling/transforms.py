@@ -1,4 +1,4 @@
-"""What a plugin returns that changes the structure of a model in mid-run.
+"""The value that a plugin returns to change the structure of a model in mid-run.
 
 The kernel builds the new structure, carries weights, optimizer state and averages into it by the
 rules that are declared here, compares the loss of a fixed batch before and after, and only then
@@ -16,10 +16,10 @@ from torch import Size, Tensor, nn
 from apt_core.plain_values import number, within
 
 SHOWN = 5
-"""Of so many problems a message tells."""
+"""The number of problems that a message lists."""
 
 Rule = Callable[[Tensor], Tensor]
-"""From the whole tensor that belongs to an old parameter to that of a new one."""
+"""Makes the unsharded value of a new parameter from that of an old one."""
 
 
 def unchanged(tensor: Tensor) -> Tensor:
@@ -28,13 +28,12 @@ def unchanged(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Carried:
-    """Where a parameter of the new structure comes from.
+    """The rules that make a parameter of the new structure from one of the old.
 
-    ``source`` is the name of a parameter of the old structure. ``value`` makes the new value of its
-    value, and a new average of its average. ``first_moment`` and ``second_moment`` do so for what
-    the optimizer keeps of the parameter's gradient (``exp_avg``, ``momentum_buffer``) and of the
-    gradient's square (``exp_avg_sq``): where the new gradient is c times the old one, they multiply
-    by c and by c². No rule may change the tensor that it is given.
+    ``source`` names the old parameter. ``value`` maps its value, and its moving averages, to the
+    new ones. ``first_moment`` and ``second_moment`` map the optimizer's state of the gradient
+    (``exp_avg``, ``momentum_buffer``) and of its square (``exp_avg_sq``): if the new gradient is c
+    times the old one, they multiply by c and by c². No rule may change its argument.
     """
 
     source: str
@@ -45,17 +44,17 @@ class Carried:
 
 @dataclass(frozen=True)
 class ModelTransform:
-    """A new structure for a model and how its parameters come from those of the old one.
+    """A new structure of a model, and the rules that make its parameters from the old ones.
 
-    ``model`` is on the meta device. ``origins`` has the rules by the name of a new parameter: names
-    that both structures have are carried over by themselves, and a new one without a rule is
-    initialised as in a new model, with a fresh state of the optimizer. ``dropped`` names the old
-    parameters that nothing is made of. The switch is taken back if the loss of a fixed batch
-    changes by more than ``tolerance`` (nats per token, in fp32).
+    ``model`` is on the meta device. ``origins`` maps names of new parameters to rules; a name that
+    both structures have is carried over unchanged, and a new name without a rule is initialised as
+    in a new model, with fresh optimizer state. ``dropped`` names old parameters that are not used.
+    The switch is undone if the loss of a fixed batch changes by more than ``tolerance`` (nats per
+    token, in fp32).
 
-    For the plan of a run: ``active_share`` is the share of a new parameter, by name, that one token
-    passes through (1 where it is not named), ``added_flops`` what the forward of one token computes
-    beyond that of the old structure (a multiply-add as two).
+    For plans: ``active_share`` maps names of new parameters to the share that one token uses (by
+    default 1); ``added_flops`` are those that the forward of one token has more than with the old
+    structure (a multiply-add counts as two).
     """
 
     model: nn.Module
@@ -66,13 +65,13 @@ class ModelTransform:
     added_flops: int = 0
 
     def origin(self, name: str, old: Collection[str]) -> Carried | None:
-        """Where the new parameter ``name`` comes from, given the names of the old ones; None for
-        one that starts anew."""
+        """The rule for the new parameter ``name``, given the ``old`` names; None if it is
+        initialised anew."""
         return self.origins.get(name) or (Carried(name) if name in old else None)
 
     def check(self, before: Mapping[str, Size]) -> None:
-        """Raise ValueError, with every problem, where this does not fit a structure whose
-        parameters have the shapes ``before``; TypeError where a field is not what it says."""
+        """Check this transform against the old shapes ``before``. Raises ValueError with all
+        problems, and TypeError for a field of the wrong type."""
         self._check_types()
         after = {name: parameter.shape for name, parameter in self.model.named_parameters()}
         problems = [f"{name} is not on the meta device" for name in _real_tensors(self.model)]

@@ -20,20 +20,20 @@ from apt_core.types import ModelOutput
 log = get_logger("apt.training")
 
 WARMUP = 10
-"""An average with a warm-up begins short, as long as there is little to average: its decay is at
-most (1 + step) / (WARMUP + step)."""
+"""The decay of an average with a warm-up is at most (1 + step) / (WARMUP + step), so that it is
+short while there are few steps to average."""
 
 
 PIECE_BYTES = 2**26
-"""Of so many weights the distance to their averages is there at once, where the device alone knows
-whether a step counts."""
+"""Bytes of weights whose distance to their averages is held in memory at once, where only the
+device knows whether a step counts."""
 
 
 class WeightAverage:
-    """``values`` [name] follow the parameters of ``model`` with ``decay`` a step.
+    """An exponential moving average of the parameters of ``model``, by name in ``values``.
 
-    It starts with a copy of the weights, or with ``values``, which then are its own. Parameters
-    that are sharded are averaged where they lie. ``decay`` may be set before any step.
+    It starts with a copy of the weights, or takes over ``values``. Sharded parameters are averaged
+    shard by shard. ``decay`` may be set before any step.
     """
 
     @torch.no_grad()
@@ -64,8 +64,8 @@ class WeightAverage:
 
     @property
     def decay(self) -> float:
-        """What a step keeps of the average, from 0 to 1. Setting another raises TypeError and
-        ValueError."""
+        """The share of the average that a step keeps, from 0 to 1. Setting an invalid value raises
+        TypeError or ValueError."""
         return self._decay
 
     @decay.setter
@@ -74,8 +74,8 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int, void: bool | Tensor = False) -> None:
-        """Take the weights after ``step`` in, unless the step was ``void``, of which the device may
-        know alone (0-d, 1.0 or 0.0)."""
+        """Add the weights after ``step`` to the average, unless the step was ``void``: a bool, or a
+        0-d tensor of 1.0 or 0.0 where it is known on the device only."""
         decay = min(self.decay, (1 + step) / (WARMUP + step)) if self.warmup else self.decay
         share = 1 - decay
         if isinstance(void, Tensor):
@@ -84,7 +84,7 @@ class WeightAverage:
                 ahead = torch._foreach_sub(live, averages)
                 torch._foreach_mul_(ahead, taken)
                 torch._foreach_add_(averages, ahead)
-                del ahead  # before the next takes as much
+                del ahead  # free it before the next piece
         elif not void:
             torch._foreach_lerp_(self._averages, self._live, share)
 
@@ -114,7 +114,7 @@ class WeightAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let the model have the averaged weights inside, and its own again after."""
+        """Exchange the model's weights for the averages while the context lasts."""
         try:
             while self._exchanged < len(self._live):
                 self._exchange(self._exchanged)
@@ -127,14 +127,14 @@ class WeightAverage:
 
     @property
     def is_apart(self) -> bool:
-        """Are the weights and their averages where they belong? Not inside :meth:`in_place`, nor
-        after an exchange that was interrupted."""
+        """Whether the model holds its own weights: False inside :meth:`in_place` and after an
+        interrupted exchange."""
         return not self._exchanged and not self._exchanging
 
     @torch.no_grad()
     def _exchange(self, index: int) -> None:
         live, average = self._live[index], self._averages[index]
-        kept = live.clone()  # may run out of memory, and has changed nothing then
+        kept = live.clone()  # first, since it may run out of memory
         self._exchanging = True
         live.copy_(average)
         average.copy_(kept)
@@ -142,8 +142,8 @@ class WeightAverage:
 
 
 class Averages:
-    """The averages of a run's weights: ``ema``, the profile's, and one of each plugin that asked
-    for one, ``by_plugin``."""
+    """The averages of a run's weights: ``ema``, asked for by the profile, and those that plugins
+    have asked for, ``by_plugin``."""
 
     def __init__(self, ema: WeightAverage | None = None) -> None:
         self.ema = ema
@@ -153,20 +153,20 @@ class Averages:
 
     @property
     def all(self) -> list[WeightAverage]:
-        """The profile's and the plugins'."""
+        """All averages, the profile's first."""
         own = [] if self.ema is None else [self.ema]
         return [*own, *self.by_plugin.values()]
 
     @property
     def named(self) -> dict[str, Mapping[str, Tensor]]:
-        """The values of each, by the name that its file in a checkpoint has."""
+        """The values of each average, by the name of its file in a checkpoint."""
         own = {} if self.ema is None else {"ema": self.ema.values}
         kept = enumerate(self.by_plugin.values())
         return own | {f"average-{index}": average.values for index, average in kept}
 
     def of_plugin(self, plugin: str, decay: float, model: nn.Module) -> WeightAverage:
-        """The average of ``plugin``: made of the weights of ``model`` by the first call, and the
-        same one after. A call with another ``decay`` than the first one had changes it."""
+        """The average of ``plugin``. The first call makes it from the weights of ``model``; later
+        calls return the same one. A ``decay`` that differs from the previous call's replaces it."""
         asked = self._restored.pop(plugin, decay)
         if plugin not in self.by_plugin:
             self.by_plugin[plugin] = WeightAverage(model, decay, warmup=False)
@@ -204,7 +204,7 @@ class Averages:
 def _pieces(
     live: Sequence[Tensor], averages: Sequence[Tensor]
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Both, cut at the same places into lists of about PIECE_BYTES."""
+    """Both lists of tensors, cut at the same places into pieces of about PIECE_BYTES."""
     first = size = 0
     for index, tensor in enumerate(live, start=1):
         size += tensor.nbytes

@@ -1,4 +1,4 @@
-"""The optimizer of a run."""
+"""Builds the optimizer of a run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from apt_core.optim.parameter_groups import parameter_groups
 from apt_core.providers.optimizer import OptimizerProvider
 
 PLAN = "plan"
-"""The key of a group under which it keeps what it was made with."""
+"""The key under which a group keeps its initial settings."""
 
 
 def keep_plan(optimizer: Optimizer) -> None:
-    """Let every group of a new optimizer keep its settings, of which steps and plugins may make
-    others, under ``PLAN``, and its peak rate as ``initial_lr``."""
+    """Store in every group of a new optimizer its settings, which steps and plugins may change,
+    under ``PLAN``, and its peak rate as ``initial_lr``."""
     for group in optimizer.param_groups:
         group[PLAN] = {
             key: [*value] if isinstance(value, tuple) else value
@@ -49,7 +49,7 @@ def build_optimizer(kernel: Kernel, model: nn.Module) -> Optimizer:
 
 
 def decides_on_device(optimizer: Optimizer, device: torch.device) -> bool:
-    """Whether ``optimizer`` can be told on ``device`` that a step is void. On a CPU there is
-    nothing to wait for, and reading costs less than passing it on."""
+    """Whether ``optimizer`` can skip a void step on ``device`` without the host. On a CPU the host
+    decides, since reading the value costs no wait."""
     marks = ("_step_supports_amp_scaling", "takes_found_inf")  # of torch's fused ones, and our own
     return device.type != "cpu" and any(getattr(optimizer, mark, False) for mark in marks)

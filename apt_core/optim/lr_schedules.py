@@ -1,4 +1,4 @@
-"""The core's learning-rate schedules: a linear rise over the warm-up, and what follows it."""
+"""The core's learning-rate schedules, all with a linear warm-up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from apt_core.providers.lr_schedule import DECAY_RATIO, LRScheduleProvider
 
 
 class WarmedUp(LRScheduleProvider):
-    """A linear rise over the warm-up, then down to ``min_ratio`` as a subclass says."""
+    """A linear warm-up, then a decay to ``min_ratio`` whose shape a subclass defines."""
 
     def factor(
         self, step: int, total_steps: int, warmup_steps: int = 0, min_ratio: float = 0.0
@@ -21,8 +21,8 @@ class WarmedUp(LRScheduleProvider):
 
     @abstractmethod
     def height(self, step: int, start: int, end: int) -> float:
-        """From 1 at ``start``, the last step of the warm-up, to 0 at ``end``; ``step`` lies
-        between."""
+        """The shape of the decay at ``step``: 1 at ``start``, the last step of the warm-up, and 0
+        at ``end``."""
 
 
 class CosineProvider(WarmedUp):

@@ -1,4 +1,4 @@
-"""Which parameters learn at which rate and decay."""
+"""Divides the parameters of a model into groups by learning rate and weight decay."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from apt_core.plugin_manager import PluginManager
 
 
 class _Key(NamedTuple):
-    """What the parameters of a group have in common. ``stacked`` is of hidden matrices only, whose
-    ``lr`` is a factor, and ``decay`` None where nobody asked for one."""
+    """The settings that the parameters of a group share. ``stacked`` is set for hidden matrices
+    only; their ``lr`` is a factor, and their ``decay`` None unless a plugin asks for one."""
 
     lr: float
     decay: float | None
@@ -30,19 +30,18 @@ def parameter_groups(
     scales: Mapping[str, float] | None = None,
     separate_matrices: bool = False,
 ) -> list[dict[str, Any]]:
-    """The optimizer's groups: those that plugins ask for, then the rest by their rate.
+    """The optimizer's groups: those of plugins, then the other parameters by rate and decay.
 
-    ``scales`` are factors on the learning rate by parameter name; the decay of a step stays what
-    it is without them. Weight decay is for matrices only: a decayed gain or bias pulls towards
-    zero what has no reason to be there. A plugin's group may set ``lr_scale`` (a further factor)
-    and ``weight_decay``.
+    ``scales`` are factors on the learning rate by parameter name; they do not change the decay of
+    a step. Only matrices are decayed: gains and biases need not be near zero. A plugin's group may
+    set ``lr_scale`` (a further factor) and ``weight_decay``.
 
     With ``separate_matrices`` hidden matrices (:func:`hidden_matrices`) are in groups of their own,
     ``{"params", "hidden_matrices": True, "stacked", "lr_scale"}``, with a ``weight_decay`` where a
-    plugin asks for one: rate and decay are the optimizer's own, and ``scales`` are not for them.
+    plugin asks for one: rate and decay are the optimizer's own, and ``scales`` do not apply.
     """
     scales = scales or {}
-    # Frozen ones too: without a gradient none is moved, and a plugin may thaw them.
+    # Frozen parameters too: they do not move without a gradient, and a plugin may thaw them.
     left = {id(p): (name, p) for name, p in model.named_parameters()}
     matrices = hidden_matrices(model) if separate_matrices else {}
     groups: dict[_Key, list[Tensor]] = {}
@@ -77,15 +76,14 @@ def parameter_groups(
 
 
 def hidden_matrices(model: nn.Module) -> dict[str, int]:
-    """The names of the parameters that map one hidden vector to another, [..., R, C] with R and C
-    above 1, and how many matrices stand upon one another in each, of more than one row too.
+    """The hidden matrices of a model by name, parameters [..., R, C] with R and C above 1 that map
+    a hidden vector to another, with the number of matrices stacked along R in each.
 
-    They are those of the blocks, which a backbone keeps in an ``nn.ModuleList``: embeddings,
-    positions and the output head stand outside. Within, the weight of an ``nn.Embedding`` is left
-    out, and whatever a module names in ``elementwise``: parameters of its own whose rows, or
-    entries, are to be learned apart, as those of a head are. In ``stacked`` a module says how many
-    matrices of equal size a parameter of its own packs (the projections of an attention's heads);
-    elsewhere it is one.
+    They are the matrices of the blocks in a backbone's ``nn.ModuleList``; embeddings, positions and
+    the output head are outside. The weights of ``nn.Embedding`` are left out, and parameters that a
+    module names in ``elementwise`` because their rows or entries are learned separately. A module
+    gives in ``stacked`` how many matrices of equal size a parameter packs (the projections of an
+    attention's heads); the default is one.
     """
     found = {
         id(parameter) for parameter in block_stack(model)[1].parameters() if parameter.ndim >= 2

@@ -22,7 +22,7 @@ from apt_core.json_files import read_json
 from apt_core.kernel import Kernel, before_the_run, boot
 from apt_core.log import get_logger, of_one_run
 from apt_core.modeling.blame import naming_authors
-from apt_core.modeling.carry import materialize, tell_buffers_loaded
+from apt_core.modeling.carry import call_buffers_loaded, materialize
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.modeling.placement import settle_device
 from apt_core.modeling.structure import replayed, require_plugins
@@ -264,7 +264,7 @@ def _load(model: nn.Module, found: Checkpoint, name: str) -> None:
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     if name != "model":
         found.tensors(name).read_into(parameters, "average of the weights")
-    tell_buffers_loaded(model)
+    call_buffers_loaded(model)
     if bad := names_not_finite(parameters):
         raise CheckpointError(
             f"{found.path}: its weights are not finite ({listed(bad)}); open an earlier checkpoint"

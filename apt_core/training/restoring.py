@@ -11,7 +11,7 @@ from apt_core.config.differences import differences
 from apt_core.errors import CheckpointError, ConfigError, Problem
 from apt_core.kernel import Kernel
 from apt_core.log import get_logger
-from apt_core.modeling.carry import tell_buffers_loaded
+from apt_core.modeling.carry import call_buffers_loaded
 from apt_core.modeling.structure import require_plugins
 from apt_core.parallel.world import World
 from apt_core.planning.run_length import changes_of_length
@@ -81,7 +81,7 @@ class Restoring:
         self._check_tokens(found)
         self._switching.replay(state.transforms)
         found.tensors("model").read_into(model_tensors(trained.model), "model")
-        tell_buffers_loaded(trained.model)
+        call_buffers_loaded(trained.model)
         provider = kernel.registry.get("optimizer", self._config.training.optimizer_name)
         load_optimizer(
             trained.model,

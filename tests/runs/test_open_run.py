@@ -340,7 +340,7 @@ def test_another_implementation_and_weights_that_are_not_finite_are_refused(smal
 
     def spoilt(model: Any) -> dict[str, torch.Tensor]:
         monkeypatch.setattr(
-            opened, "tell_buffers_loaded", lambda m: m.final_norm.weight.data.fill_(float("inf"))
+            opened, "call_buffers_loaded", lambda m: m.final_norm.weight.data.fill_(float("inf"))
         )
         return load(model)
 

@@ -18,8 +18,8 @@ from apt_core.types import ModelOutput
 log = get_logger("apt.modeling")
 
 LOGIT_GAIN = 16.0
-"""Where the gain of the final norm starts: the logits, read through small embeddings, are of the
-order of one, and follow the embeddings' steps fast."""
+"""The initial gain of the final norm. It makes the logits, which are computed with small
+embeddings, of order one, and lets them follow the embeddings' steps fast."""
 
 
 class Block(nn.Module):
@@ -63,7 +63,7 @@ class GPT(nn.Module):
     """Token embeddings, blocks, a final norm, and a projection to logits.
 
     With ``tie_embeddings`` the embedding matrix is the projection too, and ``head`` is None: one
-    tensor under one name, for checkpoints and for models that are given memory late. With
+    tensor under one name, for checkpoints and for models built on the meta device. With
     ``logits_soft_cap`` c, logits are c * tanh(logits / c) (Gemma 2, arXiv:2408.00118). ``ngram`` is
     added to the token embeddings, and ``embedding_norm`` normalises their sum before the blocks
     (Dettmers et al., arXiv:2110.02861).
@@ -105,8 +105,8 @@ class GPT(nn.Module):
         return True
 
     def create_caches(self, max_length: int) -> list[DecodingCache] | None:
-        """One cache a block, then that of the n-grams where there are any, for decoding up to
-        ``max_length`` tokens; None where an attention has none."""
+        """A cache for each block, and one for the n-grams if there are any, for decoding up to
+        ``max_length`` tokens; None if an attention has no cache."""
         caches: list[DecodingCache] = []
         for block in self.blocks:
             create = getattr(block.attention, "create_cache", None)

@@ -1,4 +1,4 @@
-"""What the core's softmax attentions share: the call, the checks, the cache and the kernel.
+"""The base class of the core's softmax attentions: call, checks, cache and kernel.
 
 Shapes: B batch, T queries, S keys, D d_model, H query heads, K key and value heads, R the width at
 which a head attends, N = H + 2K.
@@ -18,24 +18,24 @@ from apt_core.modeling.kv_cache import KeyValueCache
 from apt_core.providers.position import PositionProvider
 
 QK_NORM_EPS = 1e-8
-"""That of the other norms: Qwen3, to which such a model exports, has one for all."""
+"""The same as of the other norms: Qwen3, the export format of such a model, has one for all."""
 
 QK_START = 0.5
-"""How large queries and keys start beside unit variance: small, so that attention starts even. By
-it TVA gained .012 nats per byte on the default model (800 steps of 1,024 bytes, one seed), and lost
-.044 by 1.5 in its place; MHA was the same with and without."""
+"""The initial scale of queries and keys, relative to unit variance: small, so that attention starts
+uniform. With it TVA was .012 nats per byte better than with 1 on the default model (800 steps of
+1,024 bytes, one seed), and with 1.5 it was .044 worse; MHA did not differ."""
 
 QK_NORM_SCALE = 1.5
-"""Where the scales of QK-norm start, so that a score is of the order of 2. They learn slowly: from
-1 attention stays too even, and from 2 on it starts too narrow."""
+"""The initial scales of QK-norm, which make scores of order 2. The scales learn slowly: from 1
+attention stays too uniform, and from 2 it starts too narrow."""
 
 
 class SelfAttention(nn.Module, ABC):
-    """Causal softmax attention between two projections, which a subclass gives.
+    """Causal softmax attention between two projections that a subclass defines.
 
-    ``width`` is R, at most the width d_h = D/H of a head, whose matrices ``qkv_weight`` [N*d_h, D]
-    and ``out_weight`` [D, D] are. With ``qk_norm``, queries and keys are RMS-normalised per head
-    with learned scales (Henry et al. 2020, as in Qwen3), before RoPE turns them.
+    ``width`` is R, at most the width d_h = D/H of a head; ``qkv_weight`` [N*d_h, D] and
+    ``out_weight`` [D, D] have the full width. With ``qk_norm``, queries and keys are RMS-normalised
+    per head with learned scales (Henry et al. 2020, as in Qwen3) before RoPE.
     """
 
     reads_stream = ("qkv_weight",)
@@ -62,8 +62,8 @@ class SelfAttention(nn.Module, ABC):
         self.out_weight = nn.Parameter(torch.empty(d_model, d_model))
         self.q_norm = nn.RMSNorm(width, eps=QK_NORM_EPS) if qk_norm else None
         self.k_norm = nn.RMSNorm(width, eps=QK_NORM_EPS) if qk_norm else None
-        # Muon: every head is a matrix of its own (MHA after 300 steps: 1.740 nats per byte, against
-        # 1.807 as one matrix and 1.783 as three).
+        # Muon treats every head as a matrix (MHA after 300 steps: 1.740 nats per byte, compared
+        # with 1.807 as one matrix and 1.783 as three).
         self.stacked = {"qkv_weight": packed_heads}
 
     def init_parameter(
@@ -83,8 +83,8 @@ class SelfAttention(nn.Module, ABC):
 
     @abstractmethod
     def projections(self) -> tuple[Tensor, Tensor]:
-        """The matrix [N*R, D] that gives the queries of all heads, then the keys, then the values,
-        and the matrix [D, H*R] that reads what the heads saw."""
+        """The matrix [N*R, D] of queries of all heads, keys and values, and the output matrix
+        [D, H*R]."""
 
     def projections_for(self, cache: KeyValueCache | None) -> tuple[Tensor, Tensor]:
         """:meth:`projections`, or what ``cache`` keeps of them where they cost something to form.
@@ -143,7 +143,7 @@ class SelfAttention(nn.Module, ABC):
         return F.linear(x, qkv_weight).unflatten(2, (-1, self.width))
 
     def read_out(self, mixed: Tensor, out_weight: Tensor) -> Tensor:
-        """What the heads saw, [B, T, H, R], to [B, T, D]."""
+        """The heads' outputs [B, T, H, R] to [B, T, D]."""
         return F.linear(mixed.flatten(2), out_weight)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -155,15 +155,15 @@ class SelfAttention(nn.Module, ABC):
             "dropout_p": self.dropout if self.training else 0.0,
             "enable_gqa": self.num_kv_heads != self.num_heads,
         }
-        # A branch, for under torch.compile the comparison is no bool where lengths vary.
+        # A branch, since the comparison is symbolic under torch.compile with dynamic lengths.
         if mask is None and q.shape[2] == k.shape[2]:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible(q, k, mask), **options)
 
 
 def visible(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
-    """What ``mask`` leaves of the causal rule, boolean, broadcastable to [B, H, T, S]; None where
-    nothing is hidden (one query, which is the last)."""
+    """The causal mask combined with ``mask``, boolean, broadcastable to [B, H, T, S]; None if
+    nothing is masked (a single query, which is the last)."""
     length, total = q.shape[2], k.shape[2]
     if length == 1:
         return mask
@@ -172,8 +172,8 @@ def visible(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
 
 
 def check_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    """The mask in four dimensions. Raises ValueError for one that is not boolean or does not
-    broadcast to ``shape`` [B, H, T, S]."""
+    """``mask`` in four dimensions. Raises ValueError if it is not boolean or does not broadcast to
+    ``shape`` [B, H, T, S]."""
     if mask.dtype != torch.bool:
         raise ValueError(f"an attention mask is boolean (True: may be seen), not {mask.dtype}")
     given = tuple(mask.shape)

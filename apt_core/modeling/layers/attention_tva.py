@@ -22,8 +22,8 @@ from apt_core.providers.position import PositionProvider
 
 
 class TVACache(KeyValueCache):
-    """A cache that also keeps what the layer forms of its weights, from the first tokens on: they
-    would cost more than the tokens do. It serves until the weights change."""
+    """A cache that also keeps the fused projections of the layer, which would cost more than the
+    tokens of a decoding step. It is valid until the weights change."""
 
     def __init__(self, max_length: int) -> None:
         super().__init__(max_length)
@@ -91,7 +91,7 @@ class TVAAttention(SelfAttention):
     def projections(self) -> tuple[Tensor, Tensor]:
         """V W [N*R, D] and W_o U [D, H*R]."""
         per_head = self.qkv_weight.view(-1, self.head_dim, self.d_model)
-        # Written as batches: a broadcast `compress @ per_head` copies per_head, transposed, twice.
+        # bmm, since the broadcast `compress @ per_head` copies the transposed per_head twice.
         qkv = torch.bmm(self.compress.expand(len(per_head), -1, -1), per_head)
         out = self.out_weight.view(-1, self.head_dim) @ self.lift
         return qkv.view(-1, self.d_model), out.view(self.d_model, -1)
@@ -195,8 +195,8 @@ class TVAProvider(AttentionProvider):
     def flops(
         self, d_model: int, num_heads: int, seq_len: int, *, num_kv_heads: int | None = None
     ) -> int:
-        """Of the fused layer. V W and W_o U, formed once a forward however many tokens it has, are
-        not counted."""
+        """FLOPs of the fused layer, without the products V W and W_o U, which are formed once per
+        forward for any number of tokens."""
         rank = self.settings.rank_of(d_model // num_heads)
         heads, kv_heads = num_heads, num_kv_heads or num_heads
         projections = 2 * d_model * rank * (2 * heads + 2 * kv_heads) * seq_len

@@ -1,4 +1,5 @@
-"""The normal compensator of TVA: a correction along what the main directions of a layer miss."""
+"""The normal compensator of TVA: a correction from the part of a token outside a learned
+subspace."""
 
 from __future__ import annotations
 
@@ -22,16 +23,16 @@ class NormalCompensator(nn.Module):
 
     U starts at zero, so the layer starts as if it were absent. For an isotropic token eps is close
     to sqrt(1 - m/D) with a spread of about sqrt(m / (2D(D+2))); theta = sqrt(1 - m/D) + spread *
-    ``threshold`` and w = spread, with ``threshold`` learned from ``tau``: measured in spreads, so
-    that it is as far as any other parameter from where it should be, at every width.
+    ``threshold`` and w = spread, where ``threshold`` is learned and starts at ``tau``. It is
+    measured in spreads, so that a step of the optimizer suits every width.
 
     Q is ``basis`` made orthonormal in each forward (Cholesky QR, which needs no synchronisation on
     an accelerator). Tokens do not mix.
     """
 
-    # The basis is made orthonormal: the length of its columns, and so of its steps, is no matter.
+    # ``basis`` is not among them: it is made orthonormal, so the size of its steps does not matter.
     reads_stream = ("normal_weight", "gate_weight")
-    # Muon: the directions are learned each by itself, be it one or more.
+    # Muon: each direction is learned separately, by AdamW.
     elementwise = ("normal_weight", "gate_weight", "out_weight")
 
     def __init__(self, d_model: int, s: int, tau: float, rank: int | None = None) -> None:
@@ -69,15 +70,15 @@ class NormalCompensator(nn.Module):
         return torch.linalg.solve_triangular(factor, basis.T, upper=False).T
 
     def reads(self) -> Tensor:
-        """Everything that is read from a token, [m + 2s, D], in fp32 or wider: Qᵀ, the gates, and
-        the normal directions without what they have in Q."""
+        """The matrix [m + 2s, D] of all projections of a token, in fp32 or wider: Qᵀ, the gates,
+        and the normal directions minus their components in Q."""
         q = self.orthonormal_basis()
         normal = self.normal_weight.to(q.dtype)
         return torch.cat([q.T, self.gate_weight.to(q.dtype), normal - (normal @ q) @ q.T])
 
     def forward(self, x: Tensor, reads: Tensor | None = None) -> Tensor:
         """x [B, T, D] to the correction [B, T, D] that is added to the attention's output;
-        ``reads`` are :meth:`reads` of before, where the weights have not changed since."""
+        ``reads`` is an earlier result of :meth:`reads` with the same weights."""
         # The spread of eps is smaller than a step of bf16. The meta device has no autocast.
         with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             reads = self.reads() if reads is None else reads

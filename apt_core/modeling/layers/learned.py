@@ -35,8 +35,8 @@ class LearnedPosition(nn.Module):
     def forward(self, positions: Tensor) -> Tensor:
         """positions int64 [T] or [B, T] to [..., D].
 
-        Every position must be below ``max_seq_len``. That is not checked here, for it would mean
-        to read the tensor: the backbone refuses sequences that are too long.
+        Every position must be below ``max_seq_len``. This is not checked, since it would read the
+        tensor on the host; the backbone refuses sequences that are too long.
         """
         return F.embedding(positions, self.weight)
 

@@ -1,7 +1,7 @@
-"""Embeddings of the last few tokens together: hashed n-grams.
+"""Hashed n-gram embeddings of the last few tokens.
 
-An order n adds to the embedding of a token a row that the hash of the last n ids chooses from a
-table of fixed size, as fastText does with the characters of a word (Bojanowski et al. 2017,
+For each order n, the hash of the last n ids chooses a row of a table of fixed size, which is added
+to the token's embedding, as fastText does with the characters of a word (Bojanowski et al. 2017,
 arXiv:1607.04606) and the Byte Latent Transformer with bytes (Pagnoni et al. 2024,
 arXiv:2412.09871). N-grams that share a row share what they learn.
 
@@ -25,11 +25,11 @@ gives the same rows on every device."""
 
 
 class NgramEmbedding(nn.Module):
-    """The sum of one row an order: the row of an n-gram is its hash modulo the order's buckets.
+    """Sums one row per order; the row of an n-gram is its hash modulo the order's buckets.
 
     ``weight`` [sum of ``buckets``, D] holds the tables of all ``orders`` one after the other. It
-    starts at zero, where it changes nothing; a row is met seldom, so that it learns ``lr_scale``
-    times as fast as the token embeddings.
+    starts at zero and so changes nothing at first. Since a row is used rarely, it learns
+    ``lr_scale`` times as fast as the token embeddings.
     """
 
     def __init__(
@@ -74,9 +74,8 @@ class NgramEmbedding(nn.Module):
     ) -> Tensor:
         """The row of ``weight`` of every order, int64 [B, T, number of orders].
 
-        The id k places back counts where ``positions`` [T] or [B, T] is at least k, by default
-        where there is one in ``cache`` or ``input_ids``; before the beginning of a text stands a
-        symbol of its own.
+        The id k places back is used if ``positions`` [T] or [B, T] is at least k, by default if
+        ``cache`` or ``input_ids`` has it; otherwise a symbol for the beginning of a text is used.
         """
         symbols = input_ids + 1  # 0 stands before the beginning
         length = input_ids.shape[1]
@@ -109,7 +108,7 @@ class NgramEmbedding(nn.Module):
 
 
 class NgramCache:
-    """The ids of texts that grow together, for up to ``max_length`` positions."""
+    """Holds the ids of a batch of growing texts, for up to ``max_length`` positions."""
 
     def __init__(self, max_length: int, reach: int) -> None:
         self.max_length, self.reach, self.length = max_length, reach, 0
@@ -119,7 +118,7 @@ class NgramCache:
         """Add ``symbols`` [B, T]; return them with the ``reach`` before them, [B, reach + T], zeros
         before the beginning.
 
-        Raises ValueError where there is no room, and for another batch than the first.
+        Raises ValueError if there is no room, or if B differs from the first call's.
         """
         start, end = self.length, self.length + symbols.shape[1]
         if end > self.max_length:
@@ -139,7 +138,7 @@ class NgramCache:
 
     @property
     def nbytes(self) -> int:
-        """What the cache takes: nothing before the first ``append``, then room for all."""
+        """Bytes of the cache: 0 before the first ``append``, then room for ``max_length``."""
         return 0 if self._symbols is None else self._symbols.nbytes
 
     def truncate(self, length: int) -> None:

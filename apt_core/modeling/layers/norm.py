@@ -9,26 +9,26 @@ from torch import Tensor, nn
 from apt_core.providers.norm import NormProvider
 
 EPS = 1e-8
-"""Small beside the mean square of a stream that starts small, which is under 1e-5."""
+"""Small compared with the mean square of the residual stream, which starts below 1e-5."""
 
 
 def _as_wide(parameter: Tensor, x: Tensor) -> Tensor:
-    """``parameter`` in the type of ``x``, where that is the wider one: FSDP2 may gather it in a
-    narrower one, and torch's kernels take one type."""
+    """``parameter`` in the dtype of ``x`` if that is wider: FSDP2 may gather parameters in a
+    narrower dtype, and torch's kernels need equal dtypes."""
     if parameter.dtype == x.dtype:
         return parameter
     return parameter.to(torch.promote_types(parameter.dtype, x.dtype))
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, of parameters that may be in a narrower type than the input."""
+    """torch's RMSNorm whose parameters may have a narrower dtype than the input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, _as_wide(self.weight, x), self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's, of parameters that may be in a narrower type than the input."""
+    """torch's LayerNorm whose parameters may have a narrower dtype than the input."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = _as_wide(self.weight, x), _as_wide(self.bias, x)

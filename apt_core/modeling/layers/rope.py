@@ -40,7 +40,8 @@ class Rotary(nn.Module):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Compute the tables; the sine's first half is negated, so that a swap of halves turns."""
+        """Compute the tables. The first half of the sine is negated, so that rotating is a product
+        with the swapped halves."""
         if self.cos.is_meta:
             return
         half = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device="cpu")
@@ -70,27 +71,27 @@ class Rotary(nn.Module):
         return torch.addcmul(x * cos, swapped, sin)
 
     def _tables(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The tables as ``dtype``: cast anew only where they, or it, are others than before."""
+        """The tables as ``dtype``; cast again only if the tables or ``dtype`` have changed."""
         cos, sin = self.cos, self.sin
         if dtype == cos.dtype:
             return cos, sin
-        # Compiled, it is part of the kernel that reads them; inference tensors count no writes.
+        # The compiler fuses the cast; inference tensors have no version counter.
         if torch.compiler.is_compiling() or cos.is_inference() or sin.is_inference():
             return cos.to(dtype), sin.to(dtype)
         made_of = cos, sin, dtype, cos._version, sin._version
         if self._cast is None or not _same(self._cast[0], made_of):
-            # What is made in inference mode could not be used for gradients after it.
+            # Tensors made in inference mode could not be used in autograd later.
             with torch.inference_mode(False), torch.no_grad():
                 self._cast = made_of, (cos.to(dtype), sin.to(dtype))
         return self._cast[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies may get tables of their own.
+        # A copy may get other tables.
         return {**self.__dict__, "_cast": None}
 
 
 def _same(before: Sequence[Any], now: Sequence[Any]) -> bool:
-    """Are all of these the same objects, or equal numbers?"""
+    """Whether the elements of both are the same objects or equal numbers."""
     return all(a is b or (type(a) is int and a == b) for a, b in zip(before, now, strict=True))
 
 

@@ -52,8 +52,8 @@ class VFT(nn.Module):
             normal_(tensor, self.rank**-0.5, generator)
         elif name == "down.weight":
             # U spreads m values over D places, so a step of Adam moves the output sqrt(m/D) times
-            # as far as SwiGLU's. It starts as much smaller, which was as good or better at 600
-            # steps of widths 64 and 128, and at 2,000 of 64.
+            # as far as SwiGLU's. Its initial scale is smaller by the same factor, which was as good
+            # or better after 600 steps at widths 64 and 128, and after 2,000 at 64.
             normal_(tensor, write_std(self.d_ff, num_layers), generator)
         else:
             return False

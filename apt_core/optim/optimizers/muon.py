@@ -21,11 +21,10 @@ from apt_core.providers.optimizer import (
 )
 
 MATRICES = "hidden_matrices"
-"""The key of a group that says which of the two optimizers takes it."""
+"""The key of a group that says whether Muon or AdamW steps it."""
 
 BATCH_ELEMENTS = 2**24
-"""Entries of the matrices that are orthogonalised at once: more would take memory and gain
-nothing."""
+"""The most matrix entries orthogonalised at once: more take memory without a gain."""
 
 
 class Muon(Optimizer):
@@ -41,9 +40,9 @@ class Muon(Optimizer):
     Sharded parameters (DTensor) are gathered one batch at a time, and every process orthogonalises
     all of them.
 
-    ``found_inf`` is what it is to torch's fused optimizers: where it is a 0-d tensor that is not 0,
-    the step changes nothing, and the host does not wait to know. (Their mark says too that they
-    take ``grad_scale``, which this one does not.)
+    ``found_inf`` is used as by torch's fused optimizers: if it is a 0-d tensor that is not 0, the
+    step changes nothing, without a wait of the host. (``grad_scale`` is not supported, so their
+    marking attribute is not set.)
     """
 
     takes_found_inf = True
@@ -93,8 +92,8 @@ class Muon(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """An AdamW whose groups and state are this optimizer's own objects, so that rates that are
-        written into a group, and state that is saved or loaded, are one thing."""
+        """Make an AdamW that shares this optimizer's groups and state, so that rates written into a
+        group and loaded state apply to both."""
         self._adamw = AdamW([{"params": []}], fused=True)
         self._adamw.param_groups = [g for g in self.param_groups if not g[MATRICES]]
         self._adamw.state = self.state
@@ -119,7 +118,9 @@ class Muon(Optimizer):
         gradients = [weight.grad for weight in weights]
         momenta = [self._momentum(weight) for weight in weights]
         void = None if self.found_inf is None else self.found_inf != 0
-        if void is not None:  # a momentum that meets itself stays as it is
+        if (
+            void is not None
+        ):  # a void step replaces the gradient by the momentum, whose mean is then unchanged
             for gradient, momentum in zip(
                 map(local_part, gradients), map(local_part, momenta), strict=True
             ):
@@ -154,7 +155,7 @@ class Muon(Optimizer):
 
 
 def _batches(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Those that have a gradient, by shape, as many as are orthogonalised at once."""
+    """Parameters with a gradient, by shape, in batches that are orthogonalised at once."""
     by_shape: dict[tuple[Any, ...], list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
@@ -181,7 +182,7 @@ class MuonProvider(OptimizerProvider):
     def create(
         self, param_groups: Sequence[dict[str, Any]], *, learning_rate: float, weight_decay: float
     ) -> Optimizer:
-        """Raises ValueError for parameters among which is no hidden matrix."""
+        """Raises ValueError if no parameter is a hidden matrix."""
         groups = [self._of_matrices(g) if g.get(MATRICES) else dict(g) for g in param_groups]
         if not any(group.get(MATRICES) for group in groups):
             raise ValueError(
@@ -200,7 +201,7 @@ class MuonProvider(OptimizerProvider):
         )
 
     def _of_matrices(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """The group with Muon's rate and decay, unless it has its own."""
+        """The group ``asked`` with Muon's rate and decay as defaults."""
         group = dict(asked)
         rate = self.settings.learning_rate * group.pop("lr_scale", 1.0)
         return {"lr": rate, "weight_decay": self.settings.weight_decay, **group}

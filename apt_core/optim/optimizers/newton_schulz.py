@@ -1,4 +1,4 @@
-"""Orthogonalisation of matrices by Newton-Schulz iterations, many at once.
+"""Orthogonalises batches of matrices by Newton-Schulz iterations.
 
 The quintic x -> x (a + b x² + c x⁴) drives every singular value of a matrix of norm 1 towards 1,
 with the coefficients of Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon), which give
@@ -17,12 +17,12 @@ A, B, C = 3.4445, -4.7750, 2.0315
 SMALLEST_NORM = 1e-7
 
 GRAM_RATIO = 1.5
-"""Sides of a matrix from which on it is cheaper to iterate on its Gram matrix: of ratio q, five
-iterations take 2q + 17 products of the shorter side's square instead of 10q + 5."""
+"""Ratio of a matrix's sides above which iterating on its Gram matrix is cheaper: at ratio q, five
+iterations take 2q + 17 products of squares of the shorter side instead of 10q + 5."""
 
 GRAM_STEPS = 5
-"""Iterations on a Gram matrix before it is formed anew: an eigenvalue that rounding made negative
-would grow, by about 12 an iteration."""
+"""Iterations on a Gram matrix before it is recomputed: an eigenvalue that rounding made negative
+grows by a factor of about 12 per iteration."""
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
@@ -36,7 +36,7 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(SMALLEST_NORM)
     rows, columns = x.shape[-2:]
     wide = rows <= columns
-    # A bf16 Gram matrix has too little of the small singular values.
+    # In bf16 a Gram matrix is not precise enough for small singular values.
     if dtype == torch.float32 and max(rows, columns) > GRAM_RATIO * min(rows, columns):
         for start in range(0, steps, GRAM_STEPS):
             factor = _gram_factor(_gram(x, wide), min(GRAM_STEPS, steps - start))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apt_core.modeling.carry import tell_buffers_loaded
+from apt_core.modeling.carry import call_buffers_loaded
 from apt_plugins.routing.controls import RoutingControls
 
 
@@ -136,7 +136,7 @@ def test_what_was_set_is_part_of_the_model_and_comes_back_with_it(plugin, make_m
     trainer.model[0].limited = False
     other = make_model()
     other.load_state_dict(trainer.model.state_dict())
-    tell_buffers_loaded(other)
+    call_buffers_loaded(other)
     layer, same = other[0], trainer.model[0]
     assert (layer.router.temperature, layer.router.noise) == (1.25, 0.5)
     assert (layer.capacity, layer.limited, layer.router.explores) == (same.capacity, False, True)

@@ -111,7 +111,7 @@ def without_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def without_routing_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(restoring, "tell_buffers_loaded", lambda model: None)
+    monkeypatch.setattr(restoring, "call_buffers_loaded", lambda model: None)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,6 @@ def test_a_run_whose_plugin_was_quarantined_resumes_exactly(
     monkeypatch.setattr(module, name, failing(working, after))
     curriculum.train("cut", strict=False, stop_at_step=STEPS)
     if not reads:
-        monkeypatch.setattr(restoring, "tell_buffers_loaded", lambda model: None)
+        monkeypatch.setattr(restoring, "call_buffers_loaded", lambda model: None)
     resumed = curriculum.train("cut", strict=False, resume=True)
     assert resumed.same_weights(whole) is reads
