@@ -2,10 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from apt_core.data.tokens import Ids, ids_sha256, tokenize
 from apt_core.errors import ConfigError, Problem, ProviderError
 from apt_core.kernel import Kernel
 from apt_core.providers.dataset import DatasetProvider, TextData
 from apt_core.providers.tokenizer import TokenizerProvider
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """The text of a run: the ids ``train`` and ``val`` (held out), 1-D and maybe memory-mapped,
+    what the dataset says of the text they are of, and ``bytes_per_token`` of the held-out part (of
+    UTF-8)."""
+
+    train: Ids
+    val: Ids
+    description: str
+    sha256: str
+    bytes_per_token: float
+
+    @classmethod
+    def of(cls, text: TextData, tokenizer: TokenizerProvider) -> TokenizedText:
+        """``text`` as ids. Raises ConfigError for ids outside the vocabulary."""
+        train, val = tokenize(tokenizer, text.train), tokenize(tokenizer, text.val)
+        num_bytes = len(text.val.encode("utf-8", errors="surrogatepass"))
+        return cls(train, val, text.description, text.sha256, num_bytes / max(1, val.size))
+
+    @cached_property
+    def tokens_sha256(self) -> dict[str, str]:
+        """The hashes of the ids, by part."""
+        return {"train": ids_sha256(self.train), "val": ids_sha256(self.val)}
+
+    def row(self) -> dict[str, Any]:
+        """What the manifest and checkpoints record of it."""
+        return {
+            "description": self.description,
+            "sha256": self.sha256,
+            "tokens_sha256": self.tokens_sha256,
+            "train_tokens": int(self.train.size),
+            "val_tokens": int(self.val.size),
+        }
 
 
 def build_tokenizer(kernel: Kernel) -> TokenizerProvider:
@@ -23,6 +63,11 @@ def build_tokenizer(kernel: Kernel) -> TokenizerProvider:
             )
         )
     return tokenizer
+
+
+def load_tokens(kernel: Kernel, tokenizer: TokenizerProvider) -> TokenizedText:
+    """The text of the run as ids of ``tokenizer``; raises what the two steps do."""
+    return TokenizedText.of(load_text(kernel), tokenizer)
 
 
 def load_text(kernel: Kernel) -> TextData:

@@ -10,8 +10,7 @@ import torch
 from apt_core.config import Config, Source, check_files
 from apt_core.config.switches import UNITS
 from apt_core.data.batches import StepPlan, num_windows
-from apt_core.data.loading import build_tokenizer, load_text
-from apt_core.data.tokens import tokenize
+from apt_core.data.loading import TokenizedText, build_tokenizer, load_text
 from apt_core.device import autocast_dtype
 from apt_core.error_text import one_line
 from apt_core.errors import AptError
@@ -216,7 +215,8 @@ def _token_counts(kernel: Kernel, tokenizer: TokenizerProvider) -> tuple[int, in
     except (AptError, OSError, ValueError) as error:
         kernel.notices.append(f"data: {one_line(error)}")
         return None
-    return len(tokenize(tokenizer, text.train)), len(tokenize(tokenizer, text.val))
+    tokenized = TokenizedText.of(text, tokenizer)
+    return len(tokenized.train), len(tokenized.val)
 
 
 class _Planning:

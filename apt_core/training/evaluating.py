@@ -53,7 +53,7 @@ class Evaluator:
         self._kernel, self._parts, self._world = kernel, parts, world
         self._trained, self._stopping, self._session = trained, stopping, session
         self._plan = EvaluationPlan(
-            parts.val_tokens, seq_len=parts.plan.seq_len, batch_size=parts.plan.batch_size
+            parts.text.val, seq_len=parts.plan.seq_len, batch_size=parts.plan.batch_size
         )
         stretches = self._plan.stretches(settings.eval_batches, parts.plan.windows_per_step)
         self._watched = [i for windows in stretches for i in self._plan.batches_of(windows)]
@@ -87,7 +87,7 @@ class Evaluator:
         by_index: dict[int, BatchScore] = {}
         for share in world.gather(dict(zip(own, scored, strict=True))):
             by_index.update(share)
-        bytes_per_token = parts.bytes_per_token
+        bytes_per_token = parts.text.bytes_per_token
         watched = summarize([by_index[index] for index in self._watched], bytes_per_token)
         every = [by_index[index] for index in sorted(by_index)]
         scores = summarize(every, bytes_per_token)

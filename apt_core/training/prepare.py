@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from apt_core.data.batches import BatchPlan
-from apt_core.data.loading import build_tokenizer, load_text
-from apt_core.data.tokens import ids_sha256, tokenize
+from apt_core.data.loading import TokenizedText, build_tokenizer, load_tokens
 from apt_core.device import autocast_dtype, forget_peak_memory
 from apt_core.kernel import Kernel, before_the_run
 from apt_core.log import get_logger
@@ -60,9 +56,7 @@ class Parts:
     dtype: torch.dtype | None
     tokenizer: TokenizerProvider
     plan: BatchPlan
-    val_tokens: npt.NDArray[Any]
-    bytes_per_token: float
-    data: dict[str, Any]
+    text: TokenizedText
     lr_schedule: LRScheduleProvider
 
 
@@ -85,7 +79,18 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> tuple[Parts,
     # Measured before the model takes memory.
     measured_peak_flops(device, dtype or torch.float32)
     forget_peak_memory(device)  # of the measurement and of earlier runs
-    tokenizer, plan, val_tokens, bytes_per_token, data = _data(kernel, world)
+    tokenizer = build_tokenizer(kernel)
+    text = load_tokens(kernel, tokenizer)
+    log.info("data: %s", text.description)
+    plan = BatchPlan(
+        text.train,
+        seq_len=config.seq_len,
+        batch_size=training.batch_size,
+        grad_accum_steps=training.grad_accum_steps,
+        seed=training.seed,
+        rank=world.rank,
+        world_size=world.size,
+    )
     schedule = kernel.schedule.with_horizon(Horizon.of(config, plan))
     lr_schedule = registry.get("lr_schedule", training.lr_schedule_name)
     check_run_length(kernel, schedule, lr_schedule)
@@ -98,15 +103,13 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> tuple[Parts,
     kernel.notices += support_notices(kernel, device)
     optimizer = build_optimizer(kernel, model)
     _note_unknown_roles(kernel, model)
-    world.require_alike(_shared_inputs(kernel, dtype, data))
+    world.require_alike(_shared_inputs(kernel, dtype, text))
     parts = Parts(
         device=device,
         dtype=dtype,
         tokenizer=tokenizer,
         plan=plan,
-        val_tokens=val_tokens,
-        bytes_per_token=bytes_per_token,
-        data=data,
+        text=text,
         lr_schedule=lr_schedule,
     )
     return parts, Built(model, optimizer, loop_forward(kernel, model, device, world))
@@ -140,7 +143,7 @@ OWN_SECTIONS = ("name", "version", "description", "monitoring", "hardware", "deb
 
 
 def _shared_inputs(
-    kernel: Kernel, dtype: torch.dtype | None, data: Mapping[str, Any]
+    kernel: Kernel, dtype: torch.dtype | None, text: TokenizedText
 ) -> dict[str, Any]:
     """All inputs of a run that must be equal in its processes."""
     registry, records = kernel.registry, kernel.manager.records
@@ -150,8 +153,8 @@ def _shared_inputs(
         del profile[section][key]
     return {
         **profile,
-        "text": {"sha256": data["sha256"]},
-        "tokens": data["tokens_sha256"],
+        "text": {"sha256": text.sha256},
+        "tokens": text.tokens_sha256,
         "providers": {row.kind: row.used for row in registry.resolutions.values()},
         "plugins": {
             r.name: f"{r.version} {r.source_sha256}"
@@ -162,32 +165,3 @@ def _shared_inputs(
         "tf32": kernel.config.hardware.tf32,
         "versions": versions(),
     }
-
-
-def _data(
-    kernel: Kernel, world: World
-) -> tuple[TokenizerProvider, BatchPlan, npt.NDArray[Any], float, dict[str, Any]]:
-    config = kernel.config
-    tokenizer = build_tokenizer(kernel)
-    loaded = load_text(kernel)
-    log.info("data: %s", loaded.description)
-    tokens = tokenize(tokenizer, loaded.train)
-    val_tokens = tokenize(tokenizer, loaded.val)
-    plan = BatchPlan(
-        tokens,
-        seq_len=config.seq_len,
-        batch_size=config.training.batch_size,
-        grad_accum_steps=config.training.grad_accum_steps,
-        seed=config.training.seed,
-        rank=world.rank,
-        world_size=world.size,
-    )
-    data = {
-        "description": loaded.description,
-        "sha256": loaded.sha256,
-        "tokens_sha256": {"train": ids_sha256(tokens), "val": ids_sha256(val_tokens)},
-        "train_tokens": int(np.size(tokens)),
-        "val_tokens": int(np.size(val_tokens)),
-    }
-    val_bytes = len(loaded.val.encode("utf-8", errors="surrogatepass"))
-    return tokenizer, plan, val_tokens, val_bytes / max(1, np.size(val_tokens)), data
