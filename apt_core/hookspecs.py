@@ -568,8 +568,9 @@ def apt_load_state_dict(trainer: Any, state: Mapping[str, Any]) -> None:
     """Take back what ``apt_state_dict`` returned.
 
     When: a checkpoint is loaded, before ``on_training_start``; only for a plugin whose state is
-    in the checkpoint, and with its own state alone. Raising: a failure of the plugin; the run
-    goes on with the plugin's fresh state unless it is ``required`` or ``--strict`` is on.
+    in the checkpoint, and with its own state alone. A run that is opened without a trainer
+    (``open_run``) calls it too, unless it takes ``trainer``. Raising: a failure of the plugin; the
+    run goes on with the plugin's fresh state unless it is ``required`` or ``--strict`` is on.
 
     Example::
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 from torch import nn
@@ -82,8 +82,9 @@ class ModelBuilder:
             built = self._block(layer, d_model, num_heads, d_ff)
         return self._initialized(built)
 
-    def build_model(self) -> nn.Module:
-        """The whole model; it returns :class:`~apt_core.types.ModelOutput`."""
+    def build_model(self, *, initialize: bool = True) -> nn.Module:
+        """The whole model; it returns :class:`~apt_core.types.ModelOutput`. Without ``initialize``
+        its parameters are as the constructors leave them, for weights that are to be loaded."""
         with construction_rng(self.seed, "model"):
             position = self._position()
             built = self._backbone().create_model(
@@ -99,10 +100,10 @@ class ModelBuilder:
                 logits_soft_cap=self.model.logits_soft_cap,
                 **self._embedding_parts(),
             )
-        return self._initialized(built)
+        return self._initialized(built, only=None if initialize else ())
 
-    def _initialized(self, module: nn.Module) -> nn.Module:
-        initialize_parameters(module, self.seed, num_layers=self.model.num_layers)
+    def _initialized(self, module: nn.Module, only: Collection[str] | None = None) -> nn.Module:
+        initialize_parameters(module, self.seed, num_layers=self.model.num_layers, only=only)
         return module
 
     def _block(

@@ -179,8 +179,18 @@ def _boot(found: Checkpoint, profile: Mapping[str, Any], plugins: Sequence[Any])
     for each in plugins:
         if not isinstance(each, str | Path):
             manager.register(each)
+    listed = profile.get("plugins")
+    if isinstance(listed, list):  # the run had objects of these names, too
+        given = {name for name, _ in manager.list_name_plugin()}
+        kept = [each for each in listed if _name_in(each) not in given]
+        profile = {**profile, "plugins": kept}
     source = Source.from_dict(profile, short_path(str(found.path / "profile.yaml")))
     return boot(source, plugins=references, manager=manager, files=False)
+
+
+def _name_in(item: Any) -> Any:
+    """The name in an item of the profile's list of plugins."""
+    return item.get("name") if isinstance(item, dict) else item
 
 
 def _delete(data: Any, path: KeyPath) -> None:
@@ -245,7 +255,7 @@ def _restore_plugins(kernel: Kernel, schedule: Schedule, found: Checkpoint) -> N
 def _built(kernel: Kernel, found: Checkpoint, device: torch.device) -> nn.Module:
     """The model with the structure that the checkpoint's has, its weights not yet loaded."""
     config = kernel.config
-    model = ModelBuilder(config, kernel.registry).build_model()
+    model = ModelBuilder(config, kernel.registry).build_model(initialize=False)
     for _, transform in replayed(kernel, found.state.transforms):
         model = materialize(
             transform,

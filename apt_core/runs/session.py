@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from apt_core.config import Config
 from apt_core.device import as_current_device, autocast, cpu_threads
@@ -64,6 +64,10 @@ class Session:
         return self.schedule.get_param(
             name, epoch=at.epoch, step=max(1, at.step), tokens=tokens, default=default
         )
+
+    def tensor(self, ids: Sequence[int]) -> Tensor:
+        """Token ids as the model takes them: int64 [1, T] on the device."""
+        return torch.tensor([ids], dtype=torch.int64, device=self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision in which the run computes its forward."""

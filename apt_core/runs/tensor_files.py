@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from apt_core.errors import CheckpointError
 from apt_core.files import open_file
-from apt_core.parallel.world import fill
+from apt_core.parallel.world import fill, is_sharded
 
 SUFFIX = ".safetensors"
 
@@ -118,7 +118,8 @@ class SavedTensors:
                 dcp.load(
                     {name: target.detach() for name, target in targets.items()},
                     storage_reader=dcp.HuggingFaceStorageReader(str(self._stem)),
-                    no_dist=not dist.is_initialized(),
+                    # Of whole tensors each process reads what it wants, alone or not.
+                    no_dist=not any(map(is_sharded, targets.values())),
                 )
 
     @contextmanager

@@ -141,10 +141,10 @@ def test_it_generates_what_the_run_did(run):
 
 
 def test_plugins_are_as_they_were_and_have_what_they_kept(run):
-    late, early = without(run), without(run, step=3)
+    late, early = without(run), open_run(run.folder, step=3, plugins=[Keeps()])
     assert states(late) == dict.fromkeys(states(late), "active")
     waiting = {name for name, state in states(early).items() if state == "dormant"}
-    assert waiting == {"moe", "align", "voter"}
+    assert waiting == {"moe", "align", "voter"} and states(early)["keeps"] == "active"
     assert [s.manager.get_plugin("counts").steps for s in (early, late)] == [3, run.result.step]
     assert late.manager.get_plugin("waits").steps == 0  # what it loads needs a trainer
     assert not any(r.failures for r in late.manager.records.values())

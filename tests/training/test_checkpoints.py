@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from apt_core import hookimpl
 from apt_core.errors import CheckpointError, StopTraining, TrainingError
-from apt_core.runs import checkpoint
+from apt_core.runs import checkpoint, open_run
 from apt_core.testing import TINY_PROFILE, tiny_run
 from apt_core.testing.tiny import TEXT
 from apt_core.training.evaluating import Evaluation, Evaluator
@@ -175,6 +176,16 @@ def the_previous_is_used(root: Path, caplog: pytest.LogCaptureFixture) -> str:
     (message,) = caplog.messages
     assert message.startswith("checkpoint skipped: ") and "step-00000004" in message
     return message
+
+
+def test_a_checkpoint_opens_in_one_process_whole_or_sharded(root):
+    session = open_run(root, step=2)
+    saved = checkpoint.load(root / "step-00000002").tensors("model")
+    whole = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in saved.shapes.items()}
+    saved.read_into(whole, "model")
+    assert all(session.model.state_dict()[name].equal(value) for name, value in whole.items())
+    with session.computing():
+        assert session.model(torch.arange(8)[None]).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("how", ["missing", "empty", "cut by a byte", "cut in half"])
