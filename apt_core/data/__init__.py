@@ -1,4 +1,4 @@
-"""Text to batches: tokenizers, loaders, order, windows."""
+"""Makes batches from text: loaders, tokenizers, order and windows."""
 
 from apt_core.data.batches import IGNORED, Batch, BatchPlan, EvaluationPlan
 from apt_core.data.preprocess import deduplicate_paragraphs, hold_out

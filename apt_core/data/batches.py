@@ -1,7 +1,7 @@
-"""Batches: windows of consecutive tokens, and which of them make which optimizer step.
+"""Cuts tokens into windows, and assigns windows to the optimizer steps of a run.
 
-Legend: T ``seq_len``, B windows in a micro-batch. Window i holds tokens iT..iT+T-1 and predicts
-tokens iT+1..iT+T, so every token but the very first is predicted exactly once an epoch.
+T is ``seq_len``, B the number of windows in a micro-batch. Window i holds tokens iT..iT+T-1 and
+predicts tokens iT+1..iT+T, so every token but the very first is predicted exactly once an epoch.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ Tokens = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: ``input_ids`` and ``targets``, int64 [B, T], and how many targets count.
+    """One micro-batch: ``input_ids`` and ``targets``, int64 [B, T].
 
-    A target of -100 is ignored. ``positions`` [B, T] are the places of the tokens in their
-    sequences, by default 0..T-1; ``document_ids`` [B, T] tell apart the documents that a row packs,
-    each of which is to be seen by itself, -1 marks padding. Without document ids a row is one text,
-    and what has no target is padding. ``num_targets``, and with document ids ``num_tokens``, the
-    positions that are no padding, are known without asking the device.
+    A target of -100 is ignored; ``num_targets`` counts the others. ``positions`` [B, T] are the
+    positions of the tokens in their sequences, by default 0..T-1. ``document_ids`` [B, T] number
+    the documents packed in a row, which do not see each other, and are -1 at padding;
+    ``num_tokens`` is then the number of positions that are not padding. Without document ids a row
+    is one text, and positions without a target are padding. Both counts are on the host, so that
+    reading them does not wait for the device.
 
-    Call a model on it by :func:`apt_core.modeling.forward_batch`. Raises ValueError for parts that
-    do not fit together.
+    Call a model on it by :func:`apt_core.modeling.forward_batch`. Raises ValueError for
+    inconsistent parts.
     """
 
     input_ids: Tensor
@@ -57,7 +58,8 @@ class Batch:
 
     @classmethod
     def of_ids(cls, input_ids: Tensor) -> Batch:
-        """Whole rows of ``input_ids`` [B, T] for computing alone: each is its own target."""
+        """A batch of full rows ``input_ids`` [B, T] for a forward without a loss; the ids also
+        stand in as targets."""
         return cls(input_ids, input_ids, input_ids.numel())
 
     def to(self, device: torch.device | str) -> Batch:
@@ -69,7 +71,7 @@ class Batch:
         def moved(tensor: Tensor) -> Tensor:
             if (
                 device.type == "cuda" and tensor.is_cpu
-            ):  # a copy of other memory waits for the device
+            ):  # a copy of unpinned memory waits for the device
                 tensor = tensor.pin_memory()
             return tensor.to(device, non_blocking=True)
 
@@ -84,12 +86,12 @@ class Batch:
 
 
 def num_windows(num_tokens: int, seq_len: int) -> int:
-    """How many windows it takes to predict every token but the first."""
+    """The number of windows that predict every token but the first."""
     return -(-(num_tokens - 1) // seq_len)
 
 
 def cut_windows(tokens: Tokens, windows: Sequence[int] | Tokens, seq_len: int) -> Batch:
-    """The batch of these windows of ``tokens``; a window that runs over the end is padded."""
+    """The batch of ``windows`` of ``tokens``; a window that runs over the end is padded."""
     starts = np.asarray(windows, dtype=np.int64) * seq_len
     index = starts[:, None] + np.arange(seq_len + 1)
     last = len(tokens) - 1
@@ -105,12 +107,13 @@ def cut_windows(tokens: Tokens, windows: Sequence[int] | Tokens, seq_len: int) -
 
 
 class StepPlan:
-    """Which windows each optimizer step of a run takes, of a text of ``num_tokens`` tokens.
+    """Assigns the windows of a text of ``num_tokens`` tokens to the optimizer steps of a run.
 
-    A step takes ``windows_per_step`` windows of ``seq_len`` tokens, those of all processes, in the
-    order of :func:`~apt_core.data.sampler.epoch_order`; the last step of an epoch may have fewer,
-    and the last window of the text fewer targets. All that counts a run in steps, epochs and
-    tokens counts by it. It knows no text, so that a plan of a run can be made without one.
+    A step takes ``windows_per_step`` windows of ``seq_len`` tokens, over all processes, in the
+    order of :func:`~apt_core.data.sampler.epoch_order`; the last step of an epoch may have fewer
+    windows, and the last window of the text fewer targets. All counts of steps, epochs and tokens
+    of a run are made by it. It needs the length of the text only, so that a run can be planned
+    without text.
     """
 
     def __init__(
@@ -123,7 +126,7 @@ class StepPlan:
         self._missing = self.num_windows * seq_len - self.targets_per_epoch
 
     def step_windows(self, epoch: int, index: int) -> Tokens:
-        """The windows of step ``index`` (from 0) of ``epoch`` (from 1), those of all processes.
+        """The windows of step ``index`` (from 0) of ``epoch`` (from 1), over all processes.
 
         Raises IndexError for a step that the epoch does not have.
         """
@@ -134,12 +137,12 @@ class StepPlan:
         return order[first : first + self.windows_per_step]
 
     def step_targets(self, epoch: int, index: int) -> int:
-        """How many target tokens the step has, in all processes together."""
+        """The number of target tokens of the step, over all processes."""
         count = len(self.step_windows(epoch, index)) * self.seq_len
         return count - (self._missing if self._is_ragged(epoch, index) else 0)
 
     def targets_before(self, epoch: int, index: int) -> int:
-        """How many target tokens the steps of ``epoch`` before step ``index`` have together."""
+        """The number of target tokens in the steps of ``epoch`` before step ``index``."""
         windows = min(index * self.windows_per_step, self.num_windows)
         if windows == self.num_windows:
             return self.targets_per_epoch
@@ -149,7 +152,7 @@ class StepPlan:
         return windows * self.seq_len - (self._missing if place < windows else 0)
 
     def _is_ragged(self, epoch: int, index: int) -> bool:
-        """Is the window among the step's that runs over the end of the text?"""
+        """Whether the step has the window that runs over the end of the text."""
         if not self._missing:
             return False
         place = place_of_last(self.seed, epoch, self.num_windows)
@@ -157,14 +160,14 @@ class StepPlan:
 
 
 class BatchPlan(StepPlan):
-    """Which micro-batches make each optimizer step of a run over ``tokens``.
+    """Makes the micro-batches of each optimizer step of a run over ``tokens``.
 
     In an optimizer step each of ``world_size`` processes takes ``grad_accum_steps`` micro-batches
     of ``batch_size`` windows of ``seq_len`` tokens; the last step of an epoch may have fewer
     micro-batches and its last one fewer windows. Micro-batch ``i`` of the step goes to the process
     ``i % world_size``, so that the step is the same for any number of processes. ``tokens`` is a
-    1-D array of ids and may be memory-mapped. Nothing has a state, so a run resumes anywhere at no
-    cost.
+    1-D array of ids and may be memory-mapped. It is stateless, so a run
+    resumes at any step without cost.
     """
 
     def __init__(
@@ -178,7 +181,7 @@ class BatchPlan(StepPlan):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Raises ConfigError where ``tokens`` does not fill one batch of one step."""
+        """Raises ConfigError if ``tokens`` does not fill the windows of one step."""
         if min(seq_len, batch_size, grad_accum_steps) < 1:
             raise ValueError("seq_len, batch_size and grad_accum_steps must be at least 1")
         needed = batch_size * grad_accum_steps * world_size
@@ -195,15 +198,16 @@ class BatchPlan(StepPlan):
                     "training.grad_accum_steps or data.max_length",
                 )
             )
-        # Row i is window i with its last target; the last window may be no whole row.
+        # Row i is window i with its last target; the last window may be shorter.
         whole = np.lib.stride_tricks.sliding_window_view
         self._rows = whole(tokens, seq_len + 1)[::seq_len] if len(tokens) > seq_len else None
 
     def step_batches(self, epoch: int, index: int) -> list[Batch]:
         """This process's micro-batches of step ``index`` of ``epoch``; a pure function.
 
-        Every process has as many, since their gradients are summed together: where the windows do
-        not suffice, some get one that is all padding. Raises IndexError as ``step_windows`` does.
+        Every process has the same number, since gradients are summed over the processes; if there
+        are not enough windows, some get a micro-batch of padding. Raises IndexError as
+        :meth:`step_windows` does.
         """
         chosen, size = self.step_windows(epoch, index), self.batch_size
         stride = size * self.world_size
@@ -232,8 +236,8 @@ class BatchPlan(StepPlan):
 
 
 class EvaluationPlan:
-    """The windows of held-out ``tokens`` in order, ``batch_size`` at a time, the last batch maybe
-    shorter. Raises ConfigError where there is nothing to predict."""
+    """Batches of ``batch_size`` consecutive windows of held-out ``tokens``; the last batch may be
+    smaller. Raises ConfigError if there is no token to predict."""
 
     def __init__(self, tokens: Tokens, *, seq_len: int, batch_size: int) -> None:
         self.tokens, self.seq_len, self.batch_size = tokens, seq_len, batch_size
@@ -250,15 +254,15 @@ class EvaluationPlan:
         self.num_batches = -(-self.num_windows // batch_size)
 
     def stretches(self, limit: int, size: int) -> list[range]:
-        """At most ``limit`` stretches of ``size`` windows, spread evenly over the text; that at its
-        end may be shorter."""
+        """At most ``limit`` ranges of ``size`` windows, spread evenly over the text; the last one
+        may be shorter."""
         total = -(-self.num_windows // size)
         count = min(limit, total)
         firsts = [index * total // count * size for index in range(count)]
         return [range(first, min(self.num_windows, first + size)) for first in firsts]
 
     def batches_of(self, windows: range) -> range:
-        """The batches of a stretch whose size ``batch_size`` divides."""
+        """The batches of a range of windows whose size is a multiple of ``batch_size``."""
         return range(windows.start // self.batch_size, -(-windows.stop // self.batch_size))
 
     def batch(self, index: int) -> Batch:

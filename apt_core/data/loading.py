@@ -1,4 +1,4 @@
-"""The tokenizer and the text of a run, as its profile names them."""
+"""Builds the tokenizer and loads the text that a profile names."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TokenizedText:
 
 
 def build_tokenizer(kernel: Kernel) -> TokenizerProvider:
-    """The profile's tokenizer. Raises ConfigError if the model has fewer ids than it."""
+    """The profile's tokenizer. Raises ConfigError if ``model.vocab_size`` is less than its ids."""
     config = kernel.config
     name = config.data.tokenizer_name
     tokenizer: TokenizerProvider = kernel.registry.get("tokenizer", name)

@@ -1,10 +1,10 @@
-"""What is done to text before it is tokenised."""
+"""Prepares text before it is tokenised: de-duplication and the held-out part."""
 
 from __future__ import annotations
 
 
 def paragraphs(text: str) -> list[str]:
-    """The paragraphs of ``text``: what stands between blank lines, indentation kept."""
+    """The paragraphs of ``text``, which blank lines separate, with their indentation."""
     blocks: list[str] = []
     lines: list[str] = []
     for line in [*text.splitlines(), ""]:
@@ -25,8 +25,8 @@ def hold_out(text: str, fraction: float = 0.1) -> tuple[str, str]:
     """Cut ``text`` into (train, held out); the held-out part is the last ``fraction`` of it.
 
     The cut is put after the last blank line before that point, if there is one within half of the
-    held-out size, else after the last line end there, else at the very character: so the held-out
-    part is never smaller than asked. The two parts together are ``text``.
+    held-out size, else after the last line end there, else at that character, so that the held-out
+    part is never smaller than ``fraction``. The two parts together are ``text``.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"the held-out fraction must be between 0 and 1, not {fraction}")

@@ -24,5 +24,5 @@ def epoch_order(seed: int, epoch: int, size: int) -> npt.NDArray[Any]:
 
 @lru_cache(maxsize=4)
 def place_of_last(seed: int, epoch: int, size: int) -> int:
-    """Where the index ``size - 1`` stands in the :func:`epoch_order`."""
+    """The position of the index ``size - 1`` in the :func:`epoch_order`."""
     return int(np.flatnonzero(epoch_order(seed, epoch, size) == size - 1)[0])

@@ -1,4 +1,4 @@
-"""From text to an array of token ids, and the hash by which ids are known."""
+"""Tokenizes text to an array of ids, with a cache on disk, and hashes ids."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ log = get_logger("apt.data")
 Ids = npt.NDArray[Any]
 
 CACHE_FROM = 8 << 20
-"""Texts of so many characters and more are kept as ids, if the tokenizer has a fingerprint."""
+"""The ids of texts with at least this many characters are cached, if the tokenizer has a
+fingerprint."""
 
 SAMPLE = 1 << 16
-"""Characters at the beginning of the text that are tokenised again where ids were kept."""
+"""The number of first characters that are tokenised again to check cached ids."""
 
 UNSURE = 64
-"""Ids at the end of that sample that the cut may have changed."""
+"""The number of last ids of that sample that may differ because the text is cut."""
 
 CHUNK = 1 << 20
 
@@ -56,7 +57,7 @@ def tokenize(tokenizer: TokenizerProvider, text: str, *, cache_from: int = CACHE
 
 
 def ids_sha256(ids: Ids) -> str:
-    """The hash of 1-D ``ids``, the same for every integer type that holds them."""
+    """The sha256 of 1-D ``ids``, independent of their integer dtype."""
     dtype = token_dtype(int(ids.max()) + 1 if ids.size else 1).newbyteorder("<")
     digest = hashlib.sha256(f"{dtype.itemsize}:{ids.size}:".encode())
     for start in range(0, ids.size, CHUNK):

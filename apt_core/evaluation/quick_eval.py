@@ -19,8 +19,8 @@ from apt_core.types import ModelOutput
 
 @dataclass(frozen=True)
 class BatchScore:
-    """What one batch gave: the summed loss in nats, the targets that were predicted right (None
-    where nobody asked), and how many there were."""
+    """The score of one batch: the summed loss in nats, the number of correctly predicted targets
+    (None if it was not asked for), and the number of targets."""
 
     loss: float
     correct: int | None
@@ -28,8 +28,8 @@ class BatchScore:
 
 
 def sums_of(output: ModelOutput, targets: Tensor, *, accuracy: bool) -> Tensor:
-    """Of ``targets`` [B, T]: the summed loss in nats and how many were predicted right, 0 unless
-    ``accuracy`` is wanted; fp64 [2]."""
+    """The summed loss in nats over ``targets`` [B, T] and, with ``accuracy``, the number of
+    correctly predicted ones, otherwise 0; fp64 [2]."""
     loss = cross_entropy_sum(output, targets)
     right = (output.logits.argmax(-1) == targets).sum() if accuracy else torch.zeros_like(loss)
     return torch.stack([loss.double(), right.double()])
@@ -46,10 +46,10 @@ def score_batches(
     accuracy: bool = False,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> list[BatchScore] | None:
-    """Score ``model`` on each of ``batches``, in eval mode; modules have their own back.
+    """Score ``model`` on each of ``batches`` in eval mode, then restore the modes of its modules.
 
-    None when ``interrupted()`` became true before the end. ``sums(batch, accuracy=…)`` computes
-    with the model, compiled or not, what :func:`sums_of` says of its output.
+    Returns None if ``interrupted()`` became true before the end. ``sums(batch, accuracy=…)``
+    returns the :func:`sums_of` the model's output, compiled or not.
     """
     found, targets, casts = [], [], KeptCasts(model)
     with eval_mode(model):

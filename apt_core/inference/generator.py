@@ -35,8 +35,8 @@ def generate(
 
     The model sees the text from :func:`window_start` on, and computes in :func:`dtype_for`.
     Sampling has a generator of its own, seeded by ``request.seed``; temperature 0 takes the most
-    likely token. A token waits for the device once, to see whether the logits are finite, beside
-    what plugins wait for.
+    likely token. The host waits for the device once per token, to check that the logits are finite;
+    plugins may add waits of their own.
     """
     manager, tokenizer, device = session.manager, session.tokenizer, session.device
     max_seq_len, dtype = session.config.model.max_seq_len, dtype_for(session)
@@ -68,15 +68,14 @@ def generate(
 
 
 def dtype_for(session: Session) -> torch.dtype | None:
-    """The type in which a generation computes, by autocast: the run's, but on a CPU fp32 (None),
-    whatever the run is."""
+    """The autocast dtype of a generation: the run's, or on a CPU always None (fp32)."""
     return None if session.device.type == "cpu" else session.dtype
 
 
 def window_start(length: int, max_seq_len: int) -> int:
-    """Where the part of a text of ``length`` tokens begins that the model sees: at 0 while all of
-    it fits into ``max_seq_len``. Then the window moves on by half its size at a time, so that what
-    a cache holds serves for many tokens.
+    """The first position of the window that the model sees of a text of ``length`` tokens: 0 while
+    the text fits into ``max_seq_len``. Later the window moves by half its size at a time, so that
+    a cache can be used for many tokens.
 
     >>> [window_start(length, 8) for length in (1, 8, 9, 12, 13)]
     [0, 0, 4, 4, 8]
@@ -86,15 +85,14 @@ def window_start(length: int, max_seq_len: int) -> int:
 
 
 def _casts_kept(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
-    """A context in which torch keeps the casts of weights from one autocast to the next; what is
-    computed outside of them is computed as it would be."""
+    """A context in which torch keeps the casts of weights from one autocast context to the next.
+    Computations outside of autocast are not affected."""
     return nullcontext() if dtype is None else torch.autocast(device.type, enabled=False)
 
 
 class _Reader:
-    """A growing text on the device, and the logits after it. Each token is computed once for each
-    place of the window where the model has caches; where it has none, the window is computed anew
-    for every token."""
+    """A growing text on the device, and the logits after it. With caches each token is computed
+    once until the window moves; without them the whole window is computed for every token."""
 
     def __init__(
         self,
@@ -105,7 +103,7 @@ class _Reader:
         device: torch.device,
         dtype: torch.dtype | None,
     ) -> None:
-        """The text begins with ``ids``; ``room`` is for how many tokens caches are made."""
+        """The text begins with ``ids``; caches have room for ``room`` tokens."""
         self._model, self._max_seq_len, self._room = model, max_seq_len, room
         self._device, self._dtype, self._casts = device, dtype, KeptCasts(model)
         self._text, self._length = torch.tensor(ids, device=device), len(ids)
@@ -136,7 +134,7 @@ class _Reader:
         if start != self._start:
             self._start = self._read = start
             self._caches = self._new_caches()
-        # Plugins see it too, and have it for as long as they want.
+        # A copy, since plugins get it and may keep it.
         window = self._text[None, start : self._length].clone()
         if self._caches is not None:
             logits = self._logits(window[:, self._read - start :], caches=self._caches)
@@ -154,21 +152,22 @@ class _Reader:
 
 
 def sample(logits: Tensor, request: GenerationRequest, generator: torch.Generator) -> Tensor:
-    """A token id, 0-d, from ``logits`` [V] by temperature and top-k; waits for nothing."""
+    """A token id, 0-d, from ``logits`` [V] by temperature and top-k, without a wait for the
+    device."""
     likely = logits.argmax()
     if request.temperature <= 0:
         return likely
     probabilities, ids = candidates(logits, request)
-    # As torch.multinomial draws one, which looks at the probabilities on the host first.
+    # The draw of torch.multinomial, without its check of the probabilities on the host.
     draws = torch.empty_like(probabilities).exponential_(generator=generator)
     drawn = ids[(probabilities / draws).argmax(0, keepdim=True)].squeeze(0)
-    # A temperature so near to 0 that logits overflow leaves nothing to draw from.
+    # With a temperature near 0 the logits may overflow: then take the most likely token.
     return torch.where(probabilities.isfinite().all(), drawn, likely)
 
 
 def candidates(logits: Tensor, request: GenerationRequest) -> tuple[Tensor, Tensor]:
-    """What is sampled from, given ``logits`` [V] and a temperature above 0: the probabilities [K]
-    and the token ids [K] of the top k, the most probable first."""
+    """The probabilities [K] and token ids [K] of the top k, the most probable first, for ``logits``
+    [V] and a temperature above 0."""
     kept = min(request.top_k, logits.numel()) if request.top_k > 0 else logits.numel()
     values, ids = (logits / request.temperature).topk(kept)
     return values.softmax(-1), ids
@@ -184,7 +183,7 @@ def _processors(session: Session, request: GenerationRequest) -> list[Processor]
 
 
 def _guarded(manager: PluginManager, plugin: str, function: Any) -> Processor:
-    """A logits processor that is dropped, and counted as its plugin's failure, when it fails."""
+    """A logits processor that is skipped after it fails; the failure counts as its plugin's."""
     alive = True
 
     def process(input_ids: Tensor, given: Tensor) -> Tensor:
@@ -203,18 +202,18 @@ def _guarded(manager: PluginManager, plugin: str, function: Any) -> Processor:
 
 
 class _Decoder:
-    """A plugin's decoder while it works and chooses, plain sampling otherwise."""
+    """Chooses tokens by a plugin's decoder, or by sampling if it fails or returns None."""
 
     def __init__(self, session: Session, request: GenerationRequest) -> None:
         self._manager, self._request = session.manager, request
         self._chosen = self._manager.call_first("apt_decoder", request=request, session=session)
 
     def choose(self, input_ids: Tensor, logits: Tensor, generator: torch.Generator) -> Tensor | int:
-        token = self._ask(input_ids, logits)
+        token = self._token_of_plugin(input_ids, logits)
         return sample(logits, self._request, generator) if token is None else token
 
-    def _ask(self, input_ids: Tensor, logits: Tensor) -> int | None:
-        """The plugin's token, or None where it leaves this one, or all from now on, to sampling."""
+    def _token_of_plugin(self, input_ids: Tensor, logits: Tensor) -> int | None:
+        """The token of the plugin's decoder, or None if it returns none or has failed."""
         if self._chosen is None:
             return None
         plugin, decoder = self._chosen

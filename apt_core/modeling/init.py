@@ -47,7 +47,7 @@ def construction_rng(seed: int, name: str) -> Iterator[None]:
 
     For foreign code that draws from them, such as constructors: its result does not depend on
     earlier draws, and later draws do not depend on it. CUDA is not initialised by this; if the code
-    inside initialises it, CUDA's generators keep the seed given here.
+    inside does so, CUDA's generators are then seeded by ``torch.initial_seed()``.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     # Reading the states would initialise CUDA, and a child forked later could not use it.

@@ -1,9 +1,9 @@
-"""The experts' computation on a CPU: the forward of all in one operator, the backward in another.
+"""The experts' computation on a CPU, with one operator for the forward and one for the backward.
 
-Autograd over single operations would keep and fill more than is needed: here the products write
-into slices of one tensor, the weight gradients into their places, and the hidden units are computed
-again in the backward. As operators of torch they have shapes without numbers, for torch.compile and
-for models on the meta device. Legend as in :mod:`apt_plugins.moe.experts`.
+Autograd over single operations would save and clear more memory than needed. Here products write
+into slices of one tensor and weight gradients into their final places, and the backward recomputes
+the hidden units. They are registered as torch operators with fake implementations, for
+torch.compile and the meta device. Letters as in :mod:`apt_plugins.moe.experts`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from apt_plugins.moe.cpu_threads import do_all
 aten = torch.ops.aten
 
 MOST_ROWS = 2048
-"""So many of an expert's rows are computed at once: what is not kept for the backward takes room
-for no more, and stays nearer to the processor."""
+"""The number of an expert's rows that are computed at once: temporary values need memory for these
+rows only, and stay in the cache."""
 
 
 def assigned_on_cpu(
@@ -41,8 +41,8 @@ def assigned_on_cpu(
     """The weighted sum [N, D] of the chosen experts, of the type of ``x``, which is that of the
     parameters too.
 
-    ``factors`` [S, F] are of the hidden units of each assignment. There is no second derivative:
-    asking for one raises RuntimeError.
+    ``factors`` [S, F] multiply the hidden units of each assignment. A second derivative raises
+    RuntimeError.
     """
     return _Assigned.apply(activation, x, indices, weights, gate, up, down, factors)
 
@@ -175,7 +175,7 @@ def _backward(
     places: Tensor,
     counts: Tensor,
 ) -> tuple[Tensor, ...]:
-    """The gradients of x, weights, gate (empty where there is none), up and down."""
+    """The gradients of x, weights, gate (empty without one), up and down."""
     tokens, weight = order // places.shape[1], weights.flatten().index_select(0, order)[:, None]
     d_gate = gradient_like(gate) if gate is not None else x.new_empty(0)
     d_up, d_down = gradient_like(up), gradient_like(down)
@@ -199,7 +199,7 @@ def _backward(
             torch.sum(d_rows_here, 1, keepdim=True, dtype=weight.dtype, out=d_weight[here])
             wanted.mul_(weight[here])
             torch.mm(wanted, down[expert], out=d_hidden)
-            # Until the gradient of a is known its place holds the hidden units.
+            # The memory of a's gradient holds the hidden units first.
             hidden = d_a
             _hidden(activation, a_here, b_here, hidden, active)
             if factors is not None:
@@ -261,14 +261,14 @@ class _Share:
         return self.last - self.first
 
     def parts(self) -> list[slice]:
-        """In pieces of nearly the same size, none larger than MOST_ROWS."""
+        """The rows in pieces of nearly equal size, at most MOST_ROWS each."""
         number = math.ceil(self.size / MOST_ROWS)
         borders = [self.first + self.size * i // number for i in range(number + 1)]
         return [slice(*pair) for pair in pairwise(borders)]
 
 
 def _shares(counts: Tensor) -> list[_Share]:
-    """Those of all experts that have rows."""
+    """The shares of all experts that have rows."""
     ends = counts.cumsum(0).tolist()
     pairs = enumerate(pairwise(ends))
     return [_Share(expert, first, last) for expert, (first, last) in pairs if first < last]
@@ -281,7 +281,7 @@ def _scratch(shares: Sequence[_Share], like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
-    """``out`` becomes the product, or gets it added."""
+    """Write the product to ``out``, or with ``add`` add it."""
     if add:
         out.addmm_(left, right)
     else:

@@ -1,7 +1,7 @@
-"""Memory for the gradients of experts on a CPU, kept from step to step.
+"""Reuses the memory of experts' gradients on a CPU from step to step.
 
-The C library returns 32 MiB and more to the system whenever they are freed, and the system clears
-each page that it gives anew: at every step, for longer than a gradient takes to be written.
+The C library returns freed blocks of 32 MiB and more to the system, which clears each page when it
+is allocated again; in every step this takes longer than writing the gradient.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 
 FRESH_BYTES = 32 * 2**20
-"""From this size on the C library keeps nothing."""
+"""The size from which the C library returns freed blocks to the system."""
 HUGE_PAGE = 2 * 2**20
 
 _free: list[mmap.mmap] = []
-"""Blocks that no tensor uses."""
+"""Free blocks."""
 
 
 def gradient_like(weight: Tensor) -> Tensor:
-    """A tensor of unspecified numbers with the shape and type of ``weight``, contiguous."""
+    """A contiguous uninitialised tensor with the shape and dtype of ``weight``."""
     if weight.nbytes < FRESH_BYTES:
         return torch.empty_like(weight)
     try:
         block = _take(weight.nbytes + HUGE_PAGE)
     except OSError:
-        # torch tells how much memory is missing.
+        # torch's error says how much memory is missing.
         return torch.empty_like(weight)
     numbers = np.frombuffer(block, dtype=np.uint8)
     # torch holds the array for as long as a tensor uses its memory.
@@ -43,12 +43,12 @@ def _take(size: int) -> mmap.mmap:
     for i, block in enumerate(_free):
         if len(block) == size:
             return _free.pop(i)
-    # Blocks of sizes that are not asked for any more must not pile up.
+    # Free blocks of other sizes, which may not be needed any more.
     _free.clear()
-    # Private: a forked process gets a copy, and huge pages are had.
+    # Private, so that a forked process gets a copy and huge pages are possible.
     block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        # Advice: where it is refused nothing is lost but time.
+        # Only advice: a refusal costs time and nothing else.
         with suppress(OSError):
             block.madvise(mmap.MADV_HUGEPAGE)
     return block

@@ -1,8 +1,8 @@
-"""Jobs of many operations, each done by one thread from its beginning to its end.
+"""Runs independent jobs of many operations on threads, each job on one thread.
 
-torch shares out each operation among its threads, which then wait for one another. Where jobs need
-nothing of each other a thread that is ahead can take the next one, and what a job has computed is
-still in the caches of its processor.
+torch divides each operation among its threads, which then wait for one another. With one thread per
+job a thread that is done takes the next job, and a job's intermediate results stay in the cache of
+its core.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ def do_all(
     do: Callable[[AnyJob, Scratch], None],
     make_scratch: Callable[[], Scratch],
 ) -> None:
-    """``do(job, scratch)`` for all, the largest first, with one ``make_scratch()`` a thread.
+    """Call ``do(job, scratch)`` for all jobs, the largest first, with one ``make_scratch()`` per
+    thread.
 
-    The jobs' order and threads vary, so ``do`` writes nothing that another job reads or writes. It
-    records no gradients. What it raises is raised here, after all threads have ended.
+    The order and threads of jobs vary, so ``do`` must not write anything that another job reads or
+    writes. It records no gradients. Its error is raised here, after all threads have ended.
     """
     waiting = iter(sorted(jobs, key=lambda job: -job.size))
     number = num_workers([job.size for job in jobs], torch.get_num_threads())
@@ -42,7 +43,7 @@ def do_all(
         _take(waiting, do, make_scratch())
         return
     pool = _pool(number, torch.get_num_threads(), os.getpid())
-    # Memory of the calling thread, since what others free goes back to the system more often.
+    # Allocated by the calling thread: memory freed by others returns to the system more often.
     scratches = [make_scratch() for _ in range(number)]
     futures = [pool.submit(_take, waiting, do, scratch) for scratch in scratches]
     wait(futures)
@@ -51,8 +52,8 @@ def do_all(
 
 
 def num_workers(sizes: Sequence[int], threads: int) -> int:
-    """How many jobs are done at a time, each with an equal part of torch's ``threads``: as many as
-    leave no job larger than a worker's share of all."""
+    """The number of workers, each with an equal part of torch's ``threads``: as many as possible
+    without a job larger than a worker's share of all."""
     largest, total = max(sizes, default=0), sum(sizes)
     divisors = (n for n in range(threads, 1, -1) if threads % n == 0)
     return next((n for n in divisors if 0 < n * largest <= total), 1)
@@ -61,7 +62,7 @@ def num_workers(sizes: Sequence[int], threads: int) -> int:
 def _take(
     waiting: Iterator[AnyJob], do: Callable[[AnyJob, Scratch], None], scratch: Scratch
 ) -> None:
-    # Modes are a thread's own. This one lets it write to tensors of whatever mode the caller has.
+    # Modes belong to a thread. Inference mode can write to tensors of any mode of the caller.
     with torch.inference_mode():
         for job in waiting:
             do(job, scratch)
@@ -69,11 +70,12 @@ def _take(
 
 @lru_cache(maxsize=1)
 def _pool(number: int, threads: int, pid: int) -> ThreadPoolExecutor:
-    """Made anew in a forked process, ``pid``, which has no threads of its parent."""
+    """A pool of threads, made anew in a forked process ``pid``, which has no threads of its
+    parent."""
     ready = Barrier(number + 1)
 
     def start() -> None:
-        # What is set before torch has asked for it once is overwritten.
+        # torch overwrites a setting that is made before the first query.
         torch.get_num_threads()
         torch.set_num_threads(threads // number)
         ready.wait()
@@ -82,6 +84,6 @@ def _pool(number: int, threads: int, pid: int) -> ThreadPoolExecutor:
     for _ in range(number):
         pool.submit(int)
     ready.wait()
-    # Setting it in a thread has set it for threads to come.
+    # Setting it in a thread has also set it for later threads.
     torch.set_num_threads(threads)
     return pool

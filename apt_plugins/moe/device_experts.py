@@ -1,5 +1,5 @@
-"""The experts' computation on an accelerator: in bf16, or with a limit to an expert's rows, nothing
-waits for how many there are.
+"""The experts' computation on an accelerator. In bf16, or with a limit to an expert's rows, the
+host does not wait for the numbers of rows.
 
 Legend as in :mod:`apt_plugins.moe.experts`.
 """
@@ -17,11 +17,11 @@ from torch import Tensor
 from apt_core.device import planned_capability, stands_for_gpu
 
 GROUPED_MAJORS = (9, 10)
-"""Major compute capabilities whose grouped products read the numbers of rows from the device; torch
-computes them with a loop on others."""
+"""Major compute capabilities whose grouped products read the numbers of rows on the device; on
+others torch uses a loop."""
 
 MAX_GROUPED = 1023
-"""Experts that a grouped product takes."""
+"""The most experts of a grouped product."""
 
 
 def assigned_on_device(
@@ -39,14 +39,14 @@ def assigned_on_device(
     """The weighted sum [N, D] of the chosen experts, of the type of ``x``, which is that of the
     parameters too.
 
-    ``factors`` [S, F] are of the hidden units of each assignment. Products are grouped where that
-    runs (:func:`runs_grouped`). Elsewhere each expert's rows are padded to ``limit``; without one,
-    where that would compute and hold E/K times as much, the numbers of rows are read from the
-    device and the experts take turns.
+    ``factors`` [S, F] multiply the hidden units of each assignment. Grouped products are used where
+    they run (:func:`runs_grouped`). Otherwise each expert's rows are padded to ``limit``; without a
+    limit padding would cost E/K times as much, so the numbers of rows are read from the device and
+    the experts are computed one after the other.
     """
     experts = torch.arange(len(up), device=x.device)
     grouped = runs_grouped(x, up)
-    # What is nobody's comes last: beyond all bins, or to the last expert with a weight of 0.
+    # Assignments to no expert come last: beyond all bins, or to the last expert with weight 0.
     owners = indices.where(indices >= 0, len(up) - grouped).flatten()
     ordered, order = owners.sort(stable=True)
     positions = torch.arange(len(order), device=x.device)
@@ -80,10 +80,10 @@ def assigned_on_device(
 
 
 class _Permuted(torch.autograd.Function):
-    """rows [S, ...] in the order ``order``, of which ``back`` is the inverse.
+    """rows [S, ...] in the order ``order``, whose inverse is ``back``.
 
-    The gradient of an index that may repeat is a sum, for which its numbers are sorted on a GPU. A
-    permutation is undone by reading.
+    The backward of indexing sums over repeated indices, for which a GPU sorts them. The backward of
+    a permutation is indexing by its inverse.
     """
 
     @staticmethod
@@ -121,8 +121,8 @@ class _Dispatched(torch.autograd.Function):
 
 
 class _Read(torch.autograd.Function):
-    """The rows [S, D] that stand at ``places`` [S] of bins [P, D]. What stands at the last place is
-    nobody's: only there places repeat, and its gradient is one of them."""
+    """The rows [S, D] at ``places`` [S] of bins [P, D]. The last place belongs to no expert; it is
+    the only one that repeats, and its gradient is arbitrary."""
 
     @staticmethod
     def forward(bins: Tensor, places: Tensor) -> Tensor:
@@ -142,35 +142,36 @@ class _Read(torch.autograd.Function):
 
 
 def _grouped(rows: Tensor, matrices: Tensor, *, ends: Tensor) -> Tensor:
-    """rows [S, D] of which an expert's end at ``ends`` [E], by matrices [E, F, D]: [S, F]."""
+    """Multiply rows [S, D] by the matrices [E, F, D] of their experts: [S, F]. The rows of expert e
+    end at ``ends[e]``."""
     return F.grouped_mm(rows, matrices.transpose(1, 2), offs=ends)
 
 
 def _read(ends: Tensor, rows: int) -> list[int]:
-    if stands_for_gpu(ends):  # nobody has chosen: what is held does not depend on it
+    if stands_for_gpu(ends):  # fake tensors: memory does not depend on the choice
         return [rows * (expert + 1) // len(ends) for expert in range(len(ends))]
     numbers: list[int] = ends.tolist()
     return numbers
 
 
 def _in_turns(rows: Tensor, matrices: Tensor, *, ends: list[int]) -> Tensor:
-    """As :func:`_grouped`; rows after the last end are nobody's and give 0."""
+    """As :func:`_grouped`, expert by expert; rows after the last end give 0."""
     *parts, nobodys = rows.tensor_split(ends)
     products = [part @ matrix.T for part, matrix in zip(parts, matrices.unbind(), strict=True)]
     return torch.cat([*products, nobodys.new_zeros(len(nobodys), matrices.shape[1])])
 
 
 def _padded(rows: Tensor, matrices: Tensor, *, places: Tensor, size: int) -> Tensor:
-    """As :func:`_grouped`, with ``size`` places for each expert's rows; ``places`` [S] are theirs,
-    and one beyond them all is nobody's."""
+    """As :func:`_grouped`, with each expert's rows padded to ``size``; ``places`` [S] are the rows'
+    positions, with one beyond all experts for rows of no expert."""
     bins = rows.new_zeros(size * len(matrices) + 1, rows.shape[1]).index_copy(0, places, rows)
     outputs = torch.bmm(bins[:-1].unflatten(0, (-1, size)), matrices.transpose(1, 2))
     return _Read.apply(F.pad(outputs.flatten(0, 1), (0, 0, 0, 1)), places)
 
 
 def runs_grouped(x: Tensor, up: Tensor) -> bool:
-    """Whether ``torch.nn.functional.grouped_mm`` runs on the type, device and widths of these
-    without asking the device for the number of rows."""
+    """Whether ``torch.nn.functional.grouped_mm`` runs on dtype, device and widths of ``x`` and
+    ``up`` without reading the numbers of rows on the host."""
     if x.dtype != torch.bfloat16 or not x.is_cuda:
         return False
     # Rows begin at multiples of 16 bytes.

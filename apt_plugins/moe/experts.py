@@ -1,4 +1,4 @@
-"""Feed-forwards side by side, of which each token passes through a few.
+"""Expert feed-forwards, a few of which compute each token.
 
 Legend: N tokens, K assignments of each, S = N*K assignments, E experts, D d_model, F hidden units
 of an expert.
@@ -23,8 +23,8 @@ class Experts(nn.Module):
     """E feed-forwards with the parameters ``gate`` [E, F, D] (of swiglu), ``up`` [E, F, D] and
     ``down`` [E, D, F], each as ``nn.Linear`` keeps it.
 
-    What is computed grows with the assignments and not with E: they are sorted by expert, and each
-    expert's rows are one product.
+    The cost grows with the number of assignments, not with E: assignments are sorted by expert, and
+    the rows of each expert are multiplied together.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ class Experts(nn.Module):
     ) -> Tensor:
         """The weighted sum of the chosen experts.
 
-        x [N, D], indices int64 [N, K], weights [N, K] to [N, D]. An index of -1 is no expert's: it
-        adds nothing and costs next to nothing. ``dropout`` is a probability for the hidden units.
-        No expert is chosen more than ``limit`` times, or, where that is None, N times.
+        x [N, D], indices int64 [N, K], weights [N, K] to [N, D]. An index of -1 stands for no
+        expert: it adds nothing and costs next to nothing. ``dropout`` is the probability for hidden
+        units. No expert may be chosen more than ``limit`` times (by default N).
         """
-        # Without numbers it is as on a CPU: there is no autocast of the meta device.
+        # The meta device has no autocast: treat it as a CPU.
         device = "cpu" if x.is_meta else x.device.type
         gate = self.gate if self.activation == "swiglu" else None
         up, down = self.up, self.down

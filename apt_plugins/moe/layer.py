@@ -1,4 +1,4 @@
-"""The layer that takes the place of a dense feed-forward.
+"""The mixture-of-experts layer that replaces a dense feed-forward.
 
 Legend: B batch, T positions, D d_model, N = B*T tokens, E experts in each of G groups, K of them a
 token in each group.
@@ -17,24 +17,26 @@ from apt_core.modeling import Tokens
 from apt_plugins.moe.experts import Experts
 
 LEAST_TOTAL = 1e-12
-"""Of the weights that are left to a token in a group: below it they are taken for equal."""
+"""If the sum of a token's remaining weights in a group is below this, they count as equal."""
 
 
 class MoELayer(nn.Module):
     """y = experts(x), weighted by the ``router``, with a ``shared`` feed-forward beside them.
 
-    With ``shared_weight`` λ it is (1 - λ) * experts(x) + λ * shared(x), without it their sum. In
-    training an expert takes at most ceil(``capacity`` * N * K / E) of the tokens of a forward, in
-    their order, so that no token is kept from an expert by a later one of its sequence; None sets
-    no limit, and none holds while ``limited`` is False. Padding, by ``marked_tokens``, is not of
-    these N, and takes no place of an expert with a limit. What is beyond it is dropped, and the
-    token's other weights in the group sum to one: while experts are alike, an overflow changes
-    nothing, but for a token that loses all of them, whose experts give 0. ``dropout`` is a
-    probability for the experts' hidden units.
+    With ``shared_weight`` λ the output is (1 - λ) * experts(x) + λ * shared(x), otherwise their
+    sum.
 
-    A forward in training leaves ``indices`` [N, G*K], the experts that were chosen, and ``kept``
-    [N, G*K], False where one was dropped, None if nothing can be. ``load`` [G*E] and ``dropped``
-    (0-d) are for whoever counts, ``counted_step`` is the step of which they are.
+    In training an expert takes at most ceil(``capacity`` * N * K / E) tokens of a forward, in their
+    order, so that no token loses its expert to a later token of its sequence. There is no limit if
+    ``capacity`` is None or ``limited`` False. Padding, by ``marked_tokens``, does not count as a
+    token. Assignments beyond the limit are dropped, and the token's other weights in the group are
+    scaled to sum to one: while the experts are equal this changes no output, except for a token
+    without any expert left, whose experts give 0. ``dropout`` is the probability for the experts'
+    hidden units.
+
+    A forward in training sets ``indices`` [N, G*K], the chosen experts, and ``kept`` [N, G*K],
+    False where an assignment was dropped, or None if there is no limit. ``load`` [G*E] and
+    ``dropped`` (0-d) are counts for statistics, of the step ``counted_step``.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class MoELayer(nn.Module):
         self.marked_tokens: Tokens | None = None
         self.indices: Tensor | None = None
         self.kept: Tensor | None = None
-        # Part of checkpoints: they stay what they were when who has set them is gone.
+        # A buffer, and so part of checkpoints: the limits outlast the plugin that has set them.
         self.register_buffer("limits", torch.empty(2))
         self.register_buffer("load", torch.empty(experts.num_experts), persistent=False)
         self.register_buffer("dropped", torch.empty(()), persistent=False)
@@ -71,7 +73,7 @@ class MoELayer(nn.Module):
 
     @capacity.setter
     def capacity(self, value: float | None) -> None:
-        # As the buffer keeps it, so that it is the same after it was read back.
+        # Rounded like the buffer, so that a restored value is equal.
         self._capacity = None if value is None else float(np.float32(value))
         self.limits[0].fill_(math.inf if value is None else value)
 
@@ -118,18 +120,18 @@ class MoELayer(nn.Module):
         return torch.lerp(y, self.shared(x), self.shared_weight)
 
     def _limit(self, num_tokens: int) -> int | None:
-        """How many of so many tokens an expert takes; None for all that it is sent."""
+        """The most of ``num_tokens`` tokens that an expert takes; None for no limit."""
         if self.capacity is None or not (self.limited and self.training):
             return None
         limit = math.ceil(self.capacity * num_tokens * self.top_k / self.num_experts)
-        # A token chooses an expert once at most.
+        # A token chooses an expert at most once.
         return limit if limit < num_tokens else None
 
     def _kept(self, indices: Tensor, limit: int) -> Tensor:
         if self.marked_tokens is None:
             return self._within(indices, limit)
         is_token = self.marked_tokens.is_token.flatten()[:, None]
-        # Padding stands behind all experts.
+        # Padding gets an index behind all experts.
         return is_token & self._within(
             indices.masked_fill(~is_token, self.experts.num_experts), limit
         )
@@ -148,17 +150,16 @@ class MoELayer(nn.Module):
         sizes = (self.granularity, self.top_k)
         groups, left = weights.unflatten(-1, sizes), kept.unflatten(-1, sizes)
         total = groups.sum(-1, keepdim=True)
-        # A quotient of numbers that are nearly 0 has gradients that are no numbers: what is left
-        # with so little is shared out evenly.
+        # A quotient of numbers near 0 has gradients of NaN: such weights are made equal.
         large = total > LEAST_TOTAL
         even = left / left.sum(-1, keepdim=True).clamp(min=1)
         return torch.where(large, groups / total.where(large, 1.0), even).flatten(-2)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies are of the module and not of its last forward.
+        # A copy does not include the tensors of the last forward.
         return {**self.__dict__, "marked_tokens": None, "indices": None, "kept": None}
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:
-    """The layers of ``model`` that are mixtures of experts, in their order."""
+    """The MoE layers of ``model``, in their order."""
     return [module for module in model.modules() if isinstance(module, MoELayer)]

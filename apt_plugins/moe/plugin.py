@@ -1,4 +1,4 @@
-"""A mixture of experts: turns every dense feed-forward into experts, at any moment of a run."""
+"""Mixture of experts: turns every dense feed-forward into experts, at any step of a run."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ log = logging.getLogger("apt.moe")
 
 
 class Plugin:
-    """The mixture of one run."""
+    """The plugin's state in one run."""
 
     def __init__(self) -> None:
         self._layers: WeakKeyDictionary[Any, list[MoELayer]] = WeakKeyDictionary()
-        """By model: to search one takes longer than to count what its experts are sent."""
+        """The layers by model: searching a model takes longer than counting its loads."""
 
     @hookimpl
     def apt_register_providers(self) -> list[ProviderSpec]:
@@ -76,7 +76,7 @@ class Plugin:
         return upcycled(model, config, settings, registry)
 
     def moe_layers_of(self, trainer: Any) -> list[MoELayer]:
-        """The layers that the trainer's present model has of this plugin, maybe none."""
+        """The MoE layers of the trainer's present model; may be empty."""
         model = trainer.model
         if model not in self._layers:
             from apt_plugins.moe.layer import moe_layers
@@ -96,11 +96,11 @@ class Plugin:
         for layer in layers:
             layer.limited = step >= first
 
-    # Around the others, and so before them: one that makes a forward of its own replaces what the
-    # layers keep of the batch's.
+    # A wrapper that reads the layers before all others: a plugin that calls the model replaces the
+    # values that its layers keep of the batch's forward.
     @hookimpl(priority=Priority.FIRST, wrapper=True)
     def apt_loss_terms(self, trainer: Any, batch: Any) -> Generator[None, list[Any], list[Any]]:
-        # One that a plugin keeps in eval mode leaves nothing behind of its forward.
+        # A layer that a plugin keeps in eval mode records nothing.
         layers = [
             layer
             for layer in self.moe_layers_of(trainer)
@@ -113,7 +113,7 @@ class Plugin:
             own = [losses(layers, batch, settings_of(trainer.config))]
         return own + (yield)
 
-    # Early: who balances the load by it, at the end of the step, wants that of all processes.
+    # Early: plugins that balance the load at the end of the step need that of all processes.
     @hookimpl(priority=Priority.EARLY, collective=True)
     def on_step_end(self, step: int, trainer: Any) -> None:
         layers = self.moe_layers_of(trainer)

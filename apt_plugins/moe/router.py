@@ -1,4 +1,4 @@
-"""The router ``router:topk_moe``: which experts a token is sent to, and with what weight.
+"""The router ``router:topk_moe``: chooses experts for each token, with weights.
 
 Legend: N tokens, D d_model, E experts in each of G groups, K of them a token in each group.
 """
@@ -19,10 +19,10 @@ ROUTER_STD = 0.02
 class TopKRouter(nn.Module):
     """Scores s of logits x Wᵀ / T, of which the K largest in each group are chosen.
 
-    ``softmax`` scores are probabilities within the group, ``sigmoid`` ones each for itself. The
-    weights of the chosen are their scores over the sum of these, so that they sum to one in each
-    group. With K = 1 that sum is taken as a constant: the weight is one, and the router learns by
-    its gradient all the same.
+    ``softmax`` scores are probabilities within the group; ``sigmoid`` scores are independent. The
+    weights of the chosen experts are their scores divided by the sum of these, so that they sum to
+    one in each group. With K = 1 the divisor counts as a constant: the weight is one, but the
+    router still gets a gradient.
 
     ``bias`` [G*E] is added to the scores for the choice alone (Wang et al., arXiv:2408.15664).
     While it ``explores``, in training, the choice is made by the scores of logits with Gumbel noise
@@ -33,7 +33,7 @@ class TopKRouter(nn.Module):
     """
 
     reads_stream = ("weight",)
-    # Its rows are learned apart, as those of an output head.
+    # Its rows are learned separately, like those of an output head.
     elementwise = ("weight",)
 
     def __init__(
@@ -55,7 +55,7 @@ class TopKRouter(nn.Module):
         self.explores = False
         self.weight = nn.Parameter(torch.empty(groups * num_experts, d_model))
         self.register_buffer("bias", torch.empty(groups * num_experts))
-        # Part of checkpoints: they stay what they were when who has set them is gone.
+        # Buffers, and so part of checkpoints: they outlast the plugin that has set them.
         self.register_buffer("temperature", torch.empty(()))
         self.register_buffer("noise", torch.empty(()))
         self.register_buffer("offsets", torch.empty(groups, 1, dtype=torch.int64), persistent=False)
@@ -85,9 +85,9 @@ class TopKRouter(nn.Module):
         """x [N, D] to the chosen experts int64 [N, G*K] (expert e of group g is g*E + e) and their
         weights [N, G*K].
 
-        In training ``probabilities`` and ``logits`` [N, G*E] of this forward stay behind.
+        In training ``probabilities`` and ``logits`` [N, G*E] of this forward are kept.
         """
-        # Without numbers it is as on a CPU: there is no autocast of the meta device.
+        # The meta device has no autocast: treat it as a CPU.
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             wide = torch.promote_types(x.dtype, torch.float32)
             logits = F.linear(x.to(wide), self.weight.to(wide)) / self.temperature
@@ -101,7 +101,7 @@ class TopKRouter(nn.Module):
                 choice = self._scores(logits.detach() + self.noise * gumbel)
             choice = choice + self.bias.view(self.groups, self.num_experts)
             indices = choice.topk(self.top_k, dim=-1).indices
-            # By logarithms: a score may be so small that it is 0.
+            # In logarithms, since a score may underflow to 0.
             chosen = logits.gather(-1, indices)
             if not softmax:
                 chosen = F.logsigmoid(chosen)
@@ -110,7 +110,7 @@ class TopKRouter(nn.Module):
                     chosen = chosen - logits.logsumexp(-1, keepdim=True)
                 weights = (chosen - chosen.detach()).exp()
             else:
-                # What is common to all scores of a softmax cancels.
+                # The normaliser of the softmax cancels.
                 weights = chosen.softmax(-1)
             if self.training:
                 self.logits = logits.flatten(1)
@@ -122,7 +122,7 @@ class TopKRouter(nn.Module):
         return logits.softmax(-1) if self.scores == "softmax" else logits.sigmoid()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies are of the module and not of its last forward, whose graph could not be copied.
+        # A copy does not include the last forward, whose graph could not be copied.
         return {**self.__dict__, "logits": None, "probabilities": None}
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # As wide as the core's own bounds: products of sizes stay within 64 bits.
 Size = Annotated[int, Field(ge=1, le=2**24)]
 ROUTERS = ("topk_moe", "topk_default")
-"""The names of this plugin's own router."""
+"""The names of this plugin's router."""
 
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 
@@ -74,14 +74,14 @@ class MoeSettings(Section):
 
 
 def settings_of(config: Config) -> MoeSettings:
-    """The section of a profile that was checked with the plugin."""
+    """The section ``model.moe`` of a profile that was validated with the plugin."""
     settings = config.section("model.moe")
     assert isinstance(settings, MoeSettings)
     return settings
 
 
 def contradictions(config: Config) -> Iterator[Problem]:
-    """What single keys cannot show and needs no layer."""
+    """Problems of several keys together that can be found without building a layer."""
     settings, d_ff = settings_of(config), config.model.d_ff
     if not settings.enabled:
         return
@@ -108,7 +108,7 @@ def contradictions(config: Config) -> Iterator[Problem]:
 
 
 def unused(config: Config) -> Iterator[Unused]:
-    """Settings that have no effect beside others."""
+    """Settings that are inactive because of others."""
     settings, section = settings_of(config), "model.moe"
 
     def beside(key: str, reason: str, decides: str) -> Unused:

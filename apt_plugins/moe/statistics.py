@@ -1,9 +1,8 @@
-"""What the experts are sent: the losses that even it out, and figures of it.
+"""The load of the experts: losses that balance it, and metrics of it.
 
-Legend: L layers, G granularity, E experts, K of them a token, N tokens of a micro-batch. A layer
-has G groups of E experts; what is said of experts is said within a group. Everything is computed
-for all layers together, counts only tokens that have a target, and is not waited for: only
-:func:`figures` reads from the device.
+L layers, G granularity, E experts, K of them per token, N tokens of a micro-batch. A layer has G
+groups of E experts, and experts are compared within a group. Everything is computed for all layers
+together and counts only tokens that have a target. Only :func:`figures` waits for the device.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ QUANTILES = {"min": 0.0, "p25": 0.25, "p50": 0.5, "p75": 0.75, "max": 1.0}
 
 
 def losses(layers: Layers, batch: Any, settings: MoeSettings) -> dict[str, Tensor]:
-    """The loss terms of the forward that ``layers`` have just made of ``batch``, whose loads are
-    counted on the way.
+    """The loss terms of the last forward of ``layers``, which was of ``batch``; also counts its
+    loads.
 
     ``balance``: weight * E * Σ f_i P_i, the mean over layers and groups (Fedus et al.,
-    arXiv:2101.03961): f_i is the share of assignments that expert i was sent, P_i its mean
-    probability. It is the weight itself where the load is even. ``z``: weight * the mean of
-    logsumexp(logits)² (Zoph et al., arXiv:2202.08906). Both are means over the tokens that have a
-    target. A weight of 0 leaves its term out.
+    arXiv:2101.03961): f_i is the share of assignments to expert i, P_i its mean probability. With
+    an even load it equals the weight. ``z``: weight * the mean of logsumexp(logits)² (Zoph et al.,
+    arXiv:2202.08906). Both are means over the tokens that have a target. A weight of 0 drops the
+    term.
     """
     if not batch.num_targets:
         return {}
@@ -46,7 +45,7 @@ def losses(layers: Layers, batch: Any, settings: MoeSettings) -> dict[str, Tenso
     terms = {}
     if settings.balance_loss:
         shares = counts / (batch.num_targets * layers[0].top_k)
-        # Layer by layer: a stack of the probabilities themselves would be as large again.
+        # Layer by layer: stacking the probabilities would double their memory.
         means = [token_weights @ layer.router.probabilities.to(counts.dtype) for layer in layers]
         scale = settings.balance_loss * experts / (len(layers) * groups)
         terms["balance"] = scale * (shares * torch.stack(means)).sum()
@@ -70,7 +69,7 @@ def count(layers: Layers, mask: Tensor) -> Tensor:
     offsets = width * torch.arange(len(layers), device=indices.device)
     weights = mask.to(torch.float32)[:, None].expand(indices.shape)
     counts = torch.zeros(len(layers) * width, device=indices.device)
-    # One dimension: there torch has a deterministic form of it on a GPU too.
+    # In one dimension, for which torch has a deterministic GPU kernel.
     counts.scatter_add_(0, (indices + offsets[:, None, None]).flatten(), weights.flatten())
     counts = counts.view(len(layers), width)
     torch._foreach_add_([layer.load for layer in layers], list(counts.unbind()))
@@ -84,13 +83,13 @@ def count(layers: Layers, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def start_counting(layers: Layers) -> None:
-    """A step begins: nothing was sent to anyone."""
+    """Reset the counts at the beginning of a step."""
     torch._foreach_zero_([buffer for layer in layers for buffer in (layer.load, layer.dropped)])
 
 
 @torch.no_grad()
 def sum_over_processes(layers: Layers) -> None:
-    """Make the counts those of all processes, in one message."""
+    """Sum the counts over all processes, in one message."""
     buffers = [buffer for layer in layers for buffer in (layer.load, layer.dropped)]
     message = torch.cat([buffer.flatten() for buffer in buffers])
     dist.all_reduce(message)
@@ -100,9 +99,10 @@ def sum_over_processes(layers: Layers) -> None:
 
 @torch.no_grad()
 def figures(layers: Layers) -> dict[str, float]:
-    """What the last step sent where; waits for the device. Nothing where nothing was counted.
+    """Metrics of the experts' load in the last step, empty if nothing was counted; waits for the
+    device.
 
-    An expert's load is relative: 1 is its fair share, the mean of its group. ``max_violation`` is
+    An expert's load is relative to its fair share, the mean of its group. ``max_violation`` is
     the largest load minus 1 in the worst group of any layer, ``max_violation_mean`` that of the
     mean group (MaxVio of Wang et al., arXiv:2408.15664). ``load_entropy`` is the mean entropy of
     the load over that of an even one, ln E: from 0 to 1. ``drop_rate`` is the share of assignments
@@ -115,7 +115,7 @@ def figures(layers: Layers) -> dict[str, float]:
     total = loads.sum().item()
     if not total:
         return {}
-    loads = loads[loads.any(1)]  # nothing is counted of a layer in eval mode
+    loads = loads[loads.any(1)]  # layers in eval mode are not counted
     relative = loads / loads.mean(1, keepdim=True)
     violation = relative.amax(1) - 1
     entropy = torch.special.entr(loads / loads.sum(1, keepdim=True)).sum(1).mean().item()

@@ -1,14 +1,13 @@
-"""From dense feed-forwards to experts: the same function, with the optimizer's state.
+"""Turns dense feed-forwards into experts that compute the same function, with optimizer state.
 
 Every expert starts as a copy of the dense layer, or, with granularity G, of a G-th of its hidden
-units; the weights of the chosen ones sum to one in each group, so that whatever the router chooses
-the output is that of the dense layer (Komatsuzaki et al., arXiv:2212.05055, without their change of
-the output). Copies that are told apart by nothing would stay copies where they are sent the same
-tokens. So each hidden unit of a copy has a gauge c of 1/2, 1 or 2, by which its input is scaled and
-its output scaled back: exactly, for c is a power of two, and Adam moves both by steps that are
-other shares of them.
+units. The weights of the chosen experts sum to one in each group, so that the output is that of the
+dense layer whatever the router chooses (Komatsuzaki et al., arXiv:2212.05055, without their change
+of the output). Equal copies would stay equal if they were sent the same tokens. So each hidden unit
+of a copy has a gauge c of 1/2, 1 or 2, which scales its input, and its output back. This is exact,
+since c is a power of two; but relative to the scaled weights the steps of Adam differ.
 
-Legend: D d_model, F d_ff, E experts, K of them a token, G granularity; expert (g, e) has the place
+D d_model, F d_ff, E experts, K of them per token, G granularity; expert (g, e) has the index
 g*E + e.
 """
 
@@ -37,8 +36,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Kind:
-    """``degree``: scaling the inputs of a hidden unit by c scales it by c to this power, for c > 0;
-    0 where it is no power of c."""
+    """``degree``: scaling the inputs of a hidden unit by c > 0 scales the unit by c to this power;
+    0 if it is not homogeneous."""
 
     activation: Activation
     degree: int
@@ -49,7 +48,8 @@ KINDS: dict[type[nn.Module], _Kind] = {
     SquaredReLU: _Kind("relu2", 2),
     GELU: _Kind("gelu", 0),
 }
-"""The feed-forwards that can be cloned. Not what derives from them: it may compute otherwise."""
+"""The feed-forwards that can be cloned. Subclasses are excluded: they may compute something
+else."""
 
 
 def upcycled(
@@ -57,7 +57,7 @@ def upcycled(
 ) -> ModelTransform:
     """``model``, on the meta device and changed in place, with experts in every block.
 
-    Raises ConfigError where a block has no feed-forward that can be cloned.
+    Raises ConfigError if a block has no feed-forward that can be cloned.
     """
     own = registry.spec("router", settings.router).config is MoeSettings
     router = registry.get("router", settings.router, settings if own else None)
@@ -123,8 +123,8 @@ def _layer_for(dense: FeedForward, settings: MoeSettings, router: Any) -> MoELay
 
 
 class _Copies:
-    """How the parameters of the layer at ``place`` come from those of the ``dense`` one that was
-    there."""
+    """The rules that make the parameters of the layer at ``place`` from the ``dense`` layer that it
+    replaces."""
 
     def __init__(self, place: str, dense: FeedForward, settings: MoeSettings, seed: int) -> None:
         self.place, self.seed, self.settings = place, seed, settings
@@ -142,10 +142,10 @@ class _Copies:
     def _expert(self, name: str) -> Carried:
         """A copy for each of E experts.
 
-        The gradient g of the dense layer is a mean over tokens. An expert is sent a K-th of each,
-        weighted by 1/K, with a probability of K/E: the mean of its gradient is g/E, and that of its
-        square, which is noise for the most part, g²/(E*K). With a shared expert that has the share
-        λ of the output both are of (1-λ)*g, and scaling by the gauge scales gradients inversely.
+        The gradient g of the dense layer is a mean over tokens. An expert gets a token with
+        probability K/E and weight 1/K: the mean of its gradient is g/E, and that of its square,
+        which is mostly noise, g²/(E*K). With a shared expert with the share λ of the output, g is
+        replaced by (1-λ)*g; the gauge scales gradients inversely.
         """
         settings = self.settings
         gauge = {"gate": 0, "up": 1, "down": -self.degree}[name] if self.degree else 0
@@ -165,9 +165,10 @@ class _Copies:
     def _shared(self, name: str) -> Carried:
         """The dense layer itself, as the shared expert.
 
-        Its gradient is λ times what it was where the output is split. The zero form has a down
-        projection of 0, whose gradient stays what it was, and so the others have none at first:
-        their mean starts at 0, their mean square stays, so that the first steps are not large.
+        With a split output its gradient is λ times that of the dense layer. In the zero form the
+        down projection is 0; its gradient is unchanged, and the other parameters have none at
+        first: their first moment starts at 0, and their second moment is kept, so that the first
+        steps are not large.
         """
         if self.settings.shared_expert == "split":
             weight = self.settings.shared_weight
@@ -190,7 +191,7 @@ class _Copies:
         down = name == "down"
         parts = whole.unflatten(1 if down else 0, (groups, self.hidden))
         parts = parts.movedim(1, 0) if down else parts
-        # One tensor of their size: of the largest experts it is what takes the most here.
+        # In one tensor, since this is the peak of memory for large experts.
         copies = parts[:, None].repeat(1, experts, 1, 1).flatten(0, 1)
         if power and self.settings.symmetry_breaking:
             scale = whole.new_tensor([0.5**power, 1.0, 2.0**power])[self._gauge().to(whole.device)]
@@ -204,7 +205,7 @@ class _Copies:
         """
         groups, experts = self.settings.granularity, self.settings.experts
         generator = generator_for(self.seed, f"{self.place}.gauge")
-        # Rules may be called under a default device that is not the generator's.
+        # The default device may differ from the generator's.
         sizes = (groups, experts, self.hidden)
         drawn = torch.randint(3, sizes, generator=generator, device="cpu")
         drawn[:, 0] = 1

@@ -1,4 +1,4 @@
-"""``dataset:pydoc``: CPython's own language reference, which every Python carries."""
+"""``dataset:pydoc``: the language reference that comes with CPython."""
 
 from __future__ import annotations
 

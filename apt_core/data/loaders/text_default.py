@@ -18,7 +18,7 @@ from apt_core.providers.dataset import DatasetProvider, TextData
 JSON_LINES = (".jsonl", ".ndjson")
 
 MAX_UNREAD = 20
-"""Lines that cannot be read and are named; more are counted."""
+"""The most unreadable lines that are named; the others are counted."""
 
 
 class TextDataset(DatasetProvider):
@@ -98,8 +98,9 @@ def read_text(path: Path, key: str, problems: list[Problem]) -> str:
 
 
 def _bytes_of(path: Path) -> bytes:
-    """Raises OSError for what does not fit into memory, which the system would end the run for."""
-    import torch  # listing the providers must not
+    """The bytes of ``path``. Raises OSError if they do not fit into memory: the system would kill
+    the run."""
+    import torch  # not at the top: listing providers must not import torch
 
     size, available = os.stat(path).st_size, available_memory(torch.device("cpu"))
     if size > available:
