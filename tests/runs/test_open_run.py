@@ -237,7 +237,9 @@ def test_a_path_may_be_of_the_run_its_checkpoints_or_one_of_them(run, tmp_path):
     root = run.folder / "checkpoints"
     moved = Path(shutil.copytree(root / "step-00000003", tmp_path / "taken"))
     for path, step in ((root, run.result.step), (root / "step-00000003", 3), (moved, 3)):
-        assert open_run(path, plugins="no:keeps").position.step == step
+        session = open_run(path, plugins="no:keeps")
+        assert session.position.step == step
+        assert session.schedule.horizon.last("step") == run.result.step
     # Beside the run, where training.checkpoint_dir said.
     away = tmp_path / "away"
     shutil.copytree(run.folder, away / "run")
