@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from apt_core.errors import CheckpointError, ConfigError, Problem
-from apt_core.json_files import read_json
+from apt_core.files import read_file
+from apt_core.json_files import MAX_BYTES, read_json
 from apt_core.runs import checkpoint
 from apt_core.runs.checkpoint import Checkpoint
 from apt_core.runs.layout import CHECKPOINTS, IS_STEP, checkpoints_folder, named_folder
@@ -59,7 +60,7 @@ def _folder_of_checkpoints(path: Path, key: str) -> Path:
         return inside if inside.is_dir() else path
     try:
         manifest = read_json(path / "manifest.json")
-        profile = saved_profile((path / "profile.yaml").read_text(encoding="utf-8"))
+        profile = saved_profile(read_file(path / "profile.yaml", MAX_BYTES).decode("utf-8"))
     except (OSError, ValueError, CheckpointError):
         return path
     manifest = manifest if isinstance(manifest, dict) else {}
