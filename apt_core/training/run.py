@@ -166,7 +166,7 @@ class Run:
             exit_code=exit_code,
         )
         self._manifest.write(status, figures=result.figures, sample=sample, reason=reason)
-        self._record_end(status, reason, reason=reason, exit_code=exit_code)
+        self._record_end(status, reason, reason=reason)
         with suppress(StopTraining):
             self._manager.hook.on_training_end(trainer=loop.trainer)
         with suppress(StopTraining):
