@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from apt_core.errors import ConfigError, Problem
 from apt_core.modeling.init import seed_of
 from apt_core.torch_state import fp32_precision, set_fp32_precision
 
@@ -41,26 +43,58 @@ class ModelSeeds:
         self._manual_seed(self._newest)
 
 
+_LOCK = threading.Lock()
+_wanting: list[tuple[int, bool]] = []
+"""The thread and the value of every :func:`deterministic_kernels` that lasts."""
+_found: list[tuple[bool, bool]] = []
+"""The setting of torch before the first of them, which the last one restores: runs in turns do not
+end in the order in which they began."""
+
+
 @contextmanager
 def deterministic_kernels(wanted: bool) -> Iterator[None]:
     """If ``wanted``, use only deterministic kernels while the context lasts; torch raises an error
     for an operator without one.
 
-    The CPU kernels of the core's layers are always deterministic.
+    The CPU kernels of the core's layers are always deterministic. Raises ConfigError where another
+    thread is in this context with the other value: torch has one setting for all threads.
     """
-    if not wanted:
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    # cuBLAS requires it, and reads it when its first handle is created.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
+    own = threading.get_ident(), wanted
+    with _LOCK:
+        if any(thread != own[0] and other != wanted for thread, other in _wanting):
+            raise ConfigError(
+                Problem(
+                    "differs from that of a run in another thread of this process, and torch has "
+                    "one setting for all threads",
+                    key="training.deterministic",
+                    hint="set it alike in both runs, or let one follow the other",
+                )
+            )
+        if not _wanting:
+            _found[:] = [_kernels()]
+        _wanting.append(own)
+        _set_kernels()
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]
+        with _LOCK:
+            _wanting.remove(own)
+            _set_kernels()
+
+
+def _kernels() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+
+
+def _set_kernels() -> None:
+    wanted = bool(_wanting) and _wanting[-1][1]
+    if wanted:
+        # cuBLAS requires it, and reads it when its first handle is created.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    kernels = (True, False) if wanted else _found[0]
+    if kernels != _kernels():
+        torch.use_deterministic_algorithms(kernels[0])
+        torch.backends.cudnn.benchmark = kernels[1]
 
 
 @contextmanager

@@ -270,19 +270,20 @@ class Trainer:
         """
         # Plugins may be registered up to here, so the watch is chosen now.
         self.manager.watch = self._watch = TorchWatch() if self.manager.list_name_plugin() else None
-        if self._watch is None:
-            return self._fit()
-        before = self._watch.before()
-        try:
-            return self._fit()
-        finally:
-            self._watch.stepping, self._watch.model = False, None
-            self._watch.put_back(before)
+        # Around the watch: what runs in other threads rely on too is not put back by it.
+        with deterministic_kernels(self.config.training.deterministic):
+            if self._watch is None:
+                return self._fit()
+            before = self._watch.before()
+            try:
+                return self._fit()
+            finally:
+                self._watch.stepping, self._watch.model = False, None
+                self._watch.put_back(before)
 
     def _fit(self) -> RunResult:
         training = self.config.training
         threads = cpu_threads(num_threads(self.config))
-        deterministic = deterministic_kernels(training.deterministic)
         timeout, plugins = training.hook_timeout, self.manager.list_name_plugin()
         process = f" in process {self.rank}, for which the others wait" if self.rank else ""
         with (
@@ -290,7 +291,6 @@ class Trainer:
             self.manager.hook_deadline(timeout if plugins else 0.0, process),
             self.stopping.interrupts.listening(),
             threads,
-            deterministic,
             keeping_backlog() as backlog,
         ):
             with before_the_run():

@@ -393,6 +393,12 @@ def _trainer(trainer: Any) -> None:
     _frozen("rank", "tokens")(trainer.world)
 
 
+def _session(session: Any) -> None:
+    _profile(session.config)
+    _frozen("model", "position", "dtype")(session)
+    _frozen("step", "epoch")(session.position)
+
+
 def _unchangeable(value: Any) -> None:
     """Nothing of it can be changed, or it is the run's own."""
 
@@ -408,6 +414,7 @@ MUTATIONS: dict[str, Callable[[Any], None]] = {
     "failure": _frozen("plugin", "quarantined"),
     "spec": _frozen("name", "factory"),
     "trainer": _trainer,
+    "session": _session,
     "registry": _unchangeable,
     "model": _unchangeable,
     "output": _unchangeable,

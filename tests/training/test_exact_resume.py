@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from apt_core import hookimpl
+from apt_core import ConfigError, hookimpl
+from apt_core.modeling.seeds import deterministic_kernels
 from apt_core.testing import TINY_PROFILE, TinyRun, tiny_run
 from apt_core.testing.tiny import TEXT
 
@@ -242,6 +245,26 @@ def test_deterministic_kernels_are_used_inside_and_put_back(wanted, before):
         assert torch.are_deterministic_algorithms_enabled() is before
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_threads_that_want_other_kernels_are_refused_and_the_last_puts_them_back():
+    def in_a_thread(call, *arguments):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(call, *arguments).result()
+
+    enabled = torch.are_deterministic_algorithms_enabled
+    first, second = (ExitStack() for _ in range(2))
+    first.enter_context(deterministic_kernels(True))
+    with pytest.raises(ConfigError, match=r"training.deterministic: differs from th"):
+        in_a_thread(deterministic_kernels(False).__enter__)
+    with deterministic_kernels(False):  # a run within the run, which holds the thread up
+        assert not enabled()
+    assert enabled()
+    in_a_thread(second.enter_context, deterministic_kernels(True))
+    first.close()
+    assert enabled()
+    second.close()
+    assert not enabled()
 
 
 def test_they_are_put_back_after_a_run_that_fails():
