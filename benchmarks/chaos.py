@@ -46,7 +46,7 @@ from _launch import (
     launch,
 )
 from apt_core.errors import CheckpointError
-from apt_core.runs import checkpoint
+from apt_core.runs import checkpoint, scores
 from apt_core.runs.compare import VOLATILE, compare_checkpoints
 from apt_core.runs.folder import versions
 from apt_core.training.verify import RECORDS
@@ -363,7 +363,7 @@ def damaged(case: Case) -> list[Strike] | None:
         else:
             content = bytearray(len(content))
         file.write_bytes(content)
-    if file.name != checkpoint.EVALUATION:
+    if file.name != scores.EVALUATION:
         case.damaged.add(path.name)
     return []
 

@@ -17,8 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from apt_core.errors import CheckpointError
-from apt_core.files import open_file, read_file, write_atomically
-from apt_core.json_files import MAX_BYTES, read_json, without_nan
+from apt_core.files import open_file, read_file
+from apt_core.json_files import MAX_BYTES
 from apt_core.log import get_logger
 from apt_core.parallel.world import ALONE, World
 from apt_core.plugin_state import TENSOR_KEY
@@ -41,6 +40,7 @@ from apt_core.runs.layout import list_checkpoints as list_checkpoints
 from apt_core.runs.layout import step_of as step_of
 from apt_core.runs.resume_check import saved_profile
 from apt_core.runs.run_state import RunState
+from apt_core.runs.scores import Evaluated, digest, read_evaluation, read_mapping, write_evaluation
 from apt_core.runs.tensor_files import SUFFIX, SavedTensors, write_shards, write_whole
 
 log = get_logger("apt.checkpoint")
@@ -48,21 +48,6 @@ log = get_logger("apt.checkpoint")
 FORMAT = 1
 ROWS = {"providers": ("kind", "asked", "used"), "plugins": ("name",)}
 """Lists of rows in the manifest, with the texts that each row must have."""
-
-EVALUATION = "evaluation.json"
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """What an evaluation of a checkpoint's weights gave.
-
-    ``loss`` is that on the windows that ``watched`` names: losses compare where it is the same.
-    ``scores`` are those on the whole held-out text, empty where only a part was looked at.
-    """
-
-    watched: str
-    loss: float
-    scores: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -106,7 +91,7 @@ def save(
             path.relative_to(temporary).as_posix(): _sha256(path) for path in _files(temporary)
         }
         manifest = {"format": FORMAT, "step": snapshot.step, **snapshot.manifest, "sha256": files}
-        _write_json(temporary / "manifest.json", {**manifest, "manifest_sha256": _digest(manifest)})
+        _write_json(temporary / "manifest.json", {**manifest, "manifest_sha256": digest(manifest)})
         if snapshot.evaluated is not None:
             write_evaluation(temporary, snapshot.evaluated)
         for path in _files(temporary):
@@ -159,63 +144,6 @@ def sweep(root: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def write_evaluation(path: Path, evaluated: Evaluated) -> None:
-    """Put what an evaluation gave into the checkpoint at ``path``. Raises OSError."""
-    record = without_nan(asdict(evaluated))
-    text = json.dumps({**record, "sha256": _digest(record)}, indent=1)
-    write_atomically(path / EVALUATION, text)
-
-
-def read_evaluation(path: Path) -> Evaluated | None:
-    """What an evaluation of the checkpoint at ``path`` gave, or None without one.
-
-    Raises CheckpointError for a damaged file.
-    """
-    if not (path / EVALUATION).exists():
-        return None
-    record = _read_json(path / EVALUATION)
-    if record.pop("sha256", None) != _digest(record):
-        raise CheckpointError(f"{path / EVALUATION}: the file is damaged (its own sha256)")
-    try:
-        scores = {name: _number(value) for name, value in record["scores"].items()}
-        return Evaluated(str(record["watched"]), _number(record["loss"]), scores)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        raise CheckpointError(f"{path / EVALUATION}: not what an evaluation gave") from None
-
-
-def _number(value: Any) -> float:
-    """A score of a file, in which one that is not finite is a text. Raises TypeError, ValueError,
-    OverflowError."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise TypeError(f"{value!r} is no number")
-    return float(value)
-
-
-def best_by_evaluation(root: Path, watched: str = "") -> tuple[Path, float] | None:
-    """The checkpoint below ``root`` of the lowest loss on the windows that ``watched`` names, by
-    default those of the newest evaluation; the first of equals, with that loss. None where none was
-    evaluated on them."""
-    there = evaluations(root)
-    watched = watched or (there[-1][1].watched if there else "")
-    found = [
-        (path, evaluated.loss)
-        for path, evaluated in there
-        if evaluated.watched == watched and isfinite(evaluated.loss)
-    ]
-    return min(found, key=lambda pair: pair[1], default=None)
-
-
-def evaluations(root: Path) -> list[tuple[Path, Evaluated]]:
-    """The checkpoints below ``root`` that were evaluated, oldest first; damaged ones are left
-    out."""
-    found = []
-    for path in list_checkpoints(root):
-        with suppress(CheckpointError):
-            evaluated = read_evaluation(path)
-            found += [] if evaluated is None else [(path, evaluated)]
-    return found
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint that was read: what is small of it, and where its tensors are."""
@@ -241,7 +169,7 @@ def load(path: Path, *, verify: bool = True) -> Checkpoint:
 
     Raises CheckpointError naming what is wrong with it.
     """
-    manifest = _read_json(path / "manifest.json")
+    manifest = read_mapping(path / "manifest.json")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: checkpoint format {manifest.get('format')!r}, this version reads {FORMAT}"
@@ -249,7 +177,7 @@ def load(path: Path, *, verify: bool = True) -> Checkpoint:
     expected = manifest.get("sha256")
     if not isinstance(expected, dict) or not _is_complete(expected):
         raise CheckpointError(f"{path}: its manifest does not list all of its files")
-    if manifest.pop("manifest_sha256", None) != _digest(manifest):
+    if manifest.pop("manifest_sha256", None) != digest(manifest):
         raise CheckpointError(f"{path / 'manifest.json'}: the file is damaged (its own sha256)")
     if verify:
         _verify(path, expected)
@@ -260,7 +188,7 @@ def load(path: Path, *, verify: bool = True) -> Checkpoint:
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
     try:
-        state = RunState.from_json(_read_json(path / "state.json"))
+        state = RunState.from_json(read_mapping(path / "state.json"))
     except ValueError as error:
         raise CheckpointError(f"{path / 'state.json'}: {error}") from None
     found = Checkpoint(path, state, plugins, profile, in_present_words(manifest))
@@ -365,7 +293,7 @@ def is_sound(path: Path) -> bool:
     """Was the last step before the checkpoint at ``path`` finite, and its loss on the held-out text
     where it was evaluated?"""
     try:
-        sound = _read_json(path / "manifest.json").get("sound", True)
+        sound = read_mapping(path / "manifest.json").get("sound", True)
         evaluated = read_evaluation(path)
     except CheckpointError:
         return False
@@ -427,24 +355,6 @@ def join_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    """Of what a manifest says, however it is laid out."""
-    text = json.dumps(manifest, sort_keys=True)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = read_json(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: incomplete, it has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: not a mapping")
-    return value
 
 
 def _sha256(path: Path) -> str:

@@ -11,6 +11,7 @@ from apt_core.runs import checkpoint
 from apt_core.runs.checkpoint import Checkpoint
 from apt_core.runs.layout import CHECKPOINTS, IS_STEP, checkpoints_folder, named_folder
 from apt_core.runs.resume_check import saved_profile
+from apt_core.runs.scores import best_by_evaluation
 
 TRIES = 3
 """A run that goes on may have deleted the checkpoints that were listed, but not again and again."""
@@ -103,7 +104,7 @@ def _of_step(root: Path, step: int) -> Path:
 
 
 def _best(root: Path) -> Path:
-    best = checkpoint.best_by_evaluation(root)
+    best = best_by_evaluation(root)
     if best is None:
         raise ConfigError(
             Problem(

@@ -15,7 +15,6 @@ from apt_core.modeling.carry import call_buffers_loaded
 from apt_core.modeling.structure import require_plugins
 from apt_core.parallel.world import World
 from apt_core.planning.run_length import changes_of_length
-from apt_core.runs import checkpoint
 from apt_core.runs.checkpoint import Checkpoint
 from apt_core.runs.checkpoint_parts import (
     joined_states,
@@ -26,6 +25,7 @@ from apt_core.runs.checkpoint_parts import (
 )
 from apt_core.runs.resume_check import check_providers, check_resume, saved_config, saved_profile
 from apt_core.runs.run_state import Change, Progress
+from apt_core.runs.scores import read_evaluation
 from apt_core.schedules import Horizon, Schedule
 from apt_core.secrets import with_secrets
 from apt_core.training.curriculum.switching import Switching
@@ -128,7 +128,7 @@ class Restoring:
         for name, value in found.state.progress:
             setattr(self._progress, name, value)
         self._progress.transforms = made  # recorded by the replay
-        evaluated = checkpoint.read_evaluation(found.path)
+        evaluated = read_evaluation(found.path)
         if evaluated is not None and evaluated.scores:
             self._progress.scores = {"step": found.state.step, **evaluated.scores}
         self._usage.resume(found.state.spent)

@@ -19,10 +19,11 @@ from apt_core.errors import StopTraining, TrainingError
 from apt_core.log import get_logger
 from apt_core.parallel.world import World
 from apt_core.runs import checkpoint
-from apt_core.runs.checkpoint import Evaluated, Snapshot
+from apt_core.runs.checkpoint import Snapshot
 from apt_core.runs.checkpoint_parts import listed
 from apt_core.runs.folder import RunFolder
 from apt_core.runs.run_state import Progress
+from apt_core.runs.scores import Evaluated, best_by_evaluation, write_evaluation
 from apt_core.training.diverging import diverged
 from apt_core.training.hooks import TrainerHooks
 from apt_core.training.snapshots import Snapshots
@@ -162,7 +163,7 @@ class Saving:
         if self._world.is_first and found != known:
             path = self._folder.checkpoints / checkpoint.folder_name(step)
             try:
-                checkpoint.write_evaluation(path, found)
+                write_evaluation(path, found)
             except OSError as error:
                 log.error("the evaluation of step %d is not kept with it: %s", step, error)
         if self._keeps_best and found.loss < self._best.loss:
@@ -173,10 +174,10 @@ class Saving:
         windows, the best of these is kept until the first one on the new windows replaces it; the
         notice says so."""
         root, watched = self._folder.checkpoints, self._watched
-        best = checkpoint.best_by_evaluation(root, watched)
+        best = best_by_evaluation(root, watched)
         if best is not None:
             return _Best(checkpoint.step_of(best[0]), best[1]), ""
-        best = checkpoint.best_by_evaluation(root)
+        best = best_by_evaluation(root)
         if best is None:
             return _Best(), ""
         return _Best(checkpoint.step_of(best[0])), (

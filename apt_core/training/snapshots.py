@@ -15,7 +15,7 @@ from apt_core.hookspecs import hooks_where
 from apt_core.kernel import Kernel
 from apt_core.log import get_logger
 from apt_core.parallel.world import World
-from apt_core.runs.checkpoint import Evaluated, Snapshot, inventory
+from apt_core.runs.checkpoint import Snapshot, inventory
 from apt_core.runs.checkpoint_parts import (
     model_tensors,
     optimizer_groups,
@@ -25,6 +25,7 @@ from apt_core.runs.checkpoint_parts import (
 from apt_core.runs.folder import now, versions
 from apt_core.runs.manifest import plugin_rows
 from apt_core.runs.run_state import Average, Progress, RunState
+from apt_core.runs.scores import Evaluated
 from apt_core.training.hooks import TrainerHooks
 from apt_core.training.host_copies import HostCopies
 from apt_core.training.prepare import Parts

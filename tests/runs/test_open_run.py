@@ -18,7 +18,7 @@ from apt_core import GenerationRequest, hookimpl
 from apt_core.errors import CheckpointError, ConfigError
 from apt_core.inference import generate
 from apt_core.modeling.modes import eval_mode
-from apt_core.runs import checkpoint, open_run, opened
+from apt_core.runs import checkpoint, open_run, opened, scores
 from apt_core.runs.checkpoint import list_checkpoints
 from apt_core.testing import tiny_run
 from tests.training.curriculum.conftest import SETTINGS
@@ -165,7 +165,7 @@ def test_weights_are_the_last_the_average_or_the_best(run):
         return targets
 
     root = run.folder / "checkpoints"
-    losses = {path: evaluated.loss for path, evaluated in checkpoint.evaluations(root)}
+    losses = {path: evaluated.loss for path, evaluated in scores.evaluations(root)}
     best = min(losses, key=losses.__getitem__)
     cases = (
         ("last", list_checkpoints(root)[-1], "model"),
@@ -381,7 +381,7 @@ def test_a_folder_of_an_earlier_version_opens(small):
         del manifest["manifest_sha256"], manifest["data"]
         for row in manifest["providers"]:
             row["slot"] = row.pop("kind")
-        whole = {**manifest, "manifest_sha256": checkpoint._digest(manifest)}
+        whole = {**manifest, "manifest_sha256": scores.digest(manifest)}
         (path / "manifest.json").write_text(json.dumps(whole), encoding="utf-8")
     steps = open_run(small).schedule.horizon.steps
     assert steps is not None and steps.steps_per_epoch > 4

@@ -16,6 +16,7 @@ from torch import nn
 from apt_core.errors import CheckpointError
 from apt_core.runs import checkpoint
 from apt_core.runs.checkpoint_parts import load_optimizer, optimizer_tensors
+from apt_core.runs.scores import EVALUATION
 from apt_core.runs.tensor_files import SavedTensors, write_whole
 from apt_core.testing import tiny_run
 
@@ -52,7 +53,7 @@ def test_rows_that_call_the_kind_of_a_provider_its_slot_are_read(seal: Seal, run
 @pytest.mark.parametrize("wrong", [[], None, True, {}, "text", 10**400])
 @pytest.mark.parametrize("key", ["loss", "scores"])
 def test_scores_of_an_evaluation_are_numbers(run: Path, key: str, wrong: Any) -> None:
-    path = run / "checkpoints" / "step-00000002" / checkpoint.EVALUATION
+    path = run / "checkpoints" / "step-00000002" / EVALUATION
     scores = {"val_loss": wrong if key == "scores" else 1.0}
     record = {"watched": "w", "loss": wrong if key == "loss" else 1.0, "scores": scores}
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

@@ -10,7 +10,7 @@ import torch
 
 from apt_core.data.tokens import tokenize
 from apt_core.kernel import boot
-from apt_core.runs import checkpoint
+from apt_core.runs import checkpoint, scores
 from apt_core.training.prepare import _shared_inputs, prepare
 
 PLUGIN = """
@@ -123,7 +123,7 @@ def test_a_resume_wants_the_held_out_ids_too_and_an_older_checkpoint_cannot_tell
     (found.path / "state.json").write_text(json.dumps(state), encoding="utf-8")
     manifest = {**found.manifest, "format": checkpoint.FORMAT}
     manifest["sha256"]["state.json"] = checkpoint._sha256(found.path / "state.json")
-    manifest["manifest_sha256"] = checkpoint._digest(manifest)
+    manifest["manifest_sha256"] = scores.digest(manifest)
     (found.path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     resumed = apt_train(*OPTIONS, "--plugin", plugin, "--resume")
     assert resumed.code == 0, resumed.err
