@@ -9,13 +9,13 @@ from apt_core.types import (
     FallbackEvent,
     GenerationRequest,
     GenerationResult,
+    Inactive,
     ModelOutput,
     PluginCosts,
     PluginFailure,
     PluginInfo,
     ProviderSpec,
     SectionSpec,
-    Unused,
 )
 
 __version__ = "0.1.0"
@@ -26,6 +26,7 @@ __all__ = [
     "FallbackEvent",
     "GenerationRequest",
     "GenerationResult",
+    "Inactive",
     "ModelOutput",
     "PluginCosts",
     "PluginFailure",
@@ -35,7 +36,6 @@ __all__ = [
     "ProviderSpec",
     "SectionSpec",
     "StopTraining",
-    "Unused",
     "__version__",
     "hookimpl",
 ]

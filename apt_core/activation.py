@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from apt_core.catalogue import Catalogue, Pair
 from apt_core.code_source import source_sha256
 from apt_core.config import Source
-from apt_core.declarations import Declared, IdlePlugins, ask, broken
+from apt_core.declarations import AvailablePlugins, Declared, ask, broken
 from apt_core.discovery import Installed, LoadError, load
 from apt_core.errors import ConfigError, Problem
 from apt_core.kinds import named_providers
@@ -69,7 +69,7 @@ def activate(
     source: Source,
     references: Sequence[str],
     manager: PluginManager,
-    idle: IdlePlugins,
+    available: AvailablePlugins,
 ) -> Activated:
     """Load, register and ask the plugins of a run.
 
@@ -79,7 +79,7 @@ def activate(
     selection = select(
         source.data.get("plugins"),
         references,
-        idle.installed,
+        available.installed,
         where=source.where("plugins"),
         folder=source.folder_of(("plugins",)),
     )
@@ -93,19 +93,19 @@ def activate(
     if selection.wanted or manager.list_name_plugin():
         manager.watch = manager.watch or EarlyWatch()
     loaded = [_ask(name, manager) for name, _ in manager.list_name_plugin()]
-    loaded += [_load(wanted, manager, idle.installed) for wanted in selection.wanted.values()]
+    loaded += [_load(wanted, manager, available.installed) for wanted in selection.wanted.values()]
     named = named_providers(source.data, _sections(loaded))
     known = Catalogue(_providers(loaded))
     missing = {pair: source.where(key) for pair, key in named.items() if pair not in known}
     blocked: list[tuple[ProviderSpec, str]] = []
-    for name, spec in _offers(missing, manager, idle) if missing else ():
+    for name, spec in _offers(missing, manager, available) if missing else ():
         if name in selection.blocked:
             blocked.append((spec, f"its plugin {name} is blocked"))
             needless.discard(name)
         elif not manager.has_plugin(name):
             wanted = Wanted(name, name, where=missing[spec.kind, spec.name])
             reason = f"plugin {name} activated: the profile names {spec.key}"
-            loaded.append(replace(_load(wanted, manager, idle.installed), reason=reason))
+            loaded.append(replace(_load(wanted, manager, available.installed), reason=reason))
     active = [each for each in loaded if each.declared.problem is None]
     sections = _sections(active)
     return Activated(
@@ -181,14 +181,14 @@ def _recorded(loaded: Loaded, manager: PluginManager) -> Loaded:
 
 
 def _offers(
-    missing: Collection[Pair], manager: PluginManager, idle: IdlePlugins
+    missing: Collection[Pair], manager: PluginManager, available: AvailablePlugins
 ) -> Iterator[tuple[str, ProviderSpec]]:
     """What installed plugins that are not active, blocked ones included, have of the providers
     that are ``missing``, with the plugin's name."""
-    for name in idle.installed:
+    for name in available.installed:
         record = manager.records.get(name)
         if record is None or record.state == "blocked":
-            for spec in idle.declared_by(name).providers:
+            for spec in available.declared_by(name).providers:
                 if (spec.kind, spec.name) in missing:
                     yield name, spec
 
@@ -219,6 +219,6 @@ def _notices(loaded: Loaded, manager: PluginManager) -> Iterator[str]:
                 f" ({misplaced})" if misplaced else ""
             )
     elif _may_be_missing(loaded, manager.strict):
-        yield f"plugin {name} is left out: {loaded.declared.record.reason}"
+        yield f"plugin {name} is broken: {loaded.declared.record.reason}"
     if loaded.reason:
         yield loaded.reason

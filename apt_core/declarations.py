@@ -47,7 +47,7 @@ def declared_by(
     return ask(manager, record)
 
 
-class IdlePlugins:
+class AvailablePlugins:
     """What plugins declare that are ``installed`` and not active in the run of ``manager``; each is
     imported and asked once, when it is needed."""
 

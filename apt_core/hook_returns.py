@@ -97,7 +97,7 @@ def _section_spec(spec: Any) -> SectionSpec:
     for name in params:
         if not name.isidentifier():
             raise ValueError(f"the schedule parameter {name!r} is no name")
-    for what, function in (("unused", spec.unused), ("check", spec.check)):
+    for what, function in (("inactive", spec.inactive), ("check", spec.check)):
         if function is not None and not callable(function):
             raise TypeError(
                 f"{what} of section {path!r} is a {type_name(function)}, not a function"
@@ -107,7 +107,7 @@ def _section_spec(spec: Any) -> SectionSpec:
         if kind not in KINDS:
             raise ValueError(f"{path}.{key} is to name a provider of the unknown kind {kind!r}")
     without = text(spec.without, f"without of section {path!r}")
-    return SectionSpec(path, model, params, spec.unused, spec.check, names, without)
+    return SectionSpec(path, model, params, spec.inactive, spec.check, names, without)
 
 
 def _printable(value: Any, what: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 from apt_core.activation import activate
 from apt_core.config import Config, InactiveKey, Override, Source, core_text, read_profile, refusal
 from apt_core.config.schema import DEFAULT_HOOK_TIMEOUT
-from apt_core.declarations import IdlePlugins
+from apt_core.declarations import AvailablePlugins
 from apt_core.discovery import installed_plugins
 from apt_core.error_text import shown
 from apt_core.errors import ConfigError, Problem, StopTraining
@@ -30,7 +30,7 @@ from apt_core.profile_check import check_profile
 from apt_core.registry import Probe, Registry
 from apt_core.schedules import Schedule
 from apt_core.secrets import SecretValues
-from apt_core.types import SectionSpec, Unused
+from apt_core.types import Inactive, SectionSpec
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 """Variables of the environment by which a process knows its place among those of a run."""
@@ -40,13 +40,13 @@ PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 class Kernel:
     """A checked profile with its plugins, providers and schedule.
 
-    ``providers`` are those that the profile uses, ``sections`` those of the plugins, ``idle`` those
-    of installed plugins that are not active, where these had to be asked, and ``observed`` the
-    sections of plugins that change no weight.
-    ``notices`` are facts that the person should see at the start of a run; ``inactive`` the keys
-    of the profile that do nothing, with the reason; ``unused`` all settings that have no effect
-    beside others, written or not; ``place`` the variables of the launcher (PLACE) from before any
-    plugin was loaded; ``secrets`` are kept out of what is printed.
+    ``providers`` are those that the profile uses, ``sections`` those of the plugins, ``available``
+    those of installed plugins that are not active, where these had to be asked, and ``observed``
+    the sections of plugins that change no weight. ``notices`` are facts that the person should see
+    at the start of a run; ``inactive`` the keys of the profile that do nothing, with the reason;
+    ``inactive_settings`` all settings that have no effect beside others, written or not; ``place``
+    the variables of the launcher (PLACE) from before any plugin was loaded; ``secrets`` are kept
+    out of what is printed.
     """
 
     config: Config
@@ -56,10 +56,10 @@ class Kernel:
     schedule_params: Mapping[str, str]
     providers: Named = field(default_factory=dict)
     sections: Sequence[SectionSpec] = ()
-    idle: Sequence[SectionSpec] = ()
+    available: Sequence[SectionSpec] = ()
     observed: Sequence[str] = ()
     inactive: list[InactiveKey] = field(default_factory=list)
-    unused: Sequence[Unused] = ()
+    inactive_settings: Sequence[Inactive] = ()
     notices: list[str] = field(default_factory=list)
     place: Mapping[str, str] = field(default_factory=dict)
     secrets: SecretValues = field(default_factory=SecretValues, repr=False)
@@ -103,9 +103,9 @@ def boot(
         before_the_run(),
         manager.hook_deadline(_hook_timeout(source) if asked else 0.0),
     ):
-        idle = IdlePlugins(manager, installed_plugins(problems=damaged))
-        active = activate(source, plugins, manager, idle)
-        checked = check_profile(source, active, manager, idle, files=files)
+        available = AvailablePlugins(manager, installed_plugins(problems=damaged))
+        active = activate(source, plugins, manager, available)
+        checked = check_profile(source, active, manager, available, files=files)
         if active.problems or checked.problems or checked.config is None:
             raise ConfigError([*active.problems, *checked.problems])
     return Kernel(
@@ -122,10 +122,10 @@ def boot(
         schedule_params=active.params,
         providers=checked.providers,
         sections=active.sections,
-        idle=checked.idle,
+        available=checked.available,
         observed=active.observed,
         inactive=checked.inactive,
-        unused=checked.unused,
+        inactive_settings=checked.inactive_settings,
         notices=[*map(str, damaged), *active.notices, *checked.notices],
         place=place,
         secrets=checked.secrets,

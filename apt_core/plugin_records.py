@@ -1,4 +1,4 @@
-"""What is known of a plugin: where it is from, its state, and how it failed."""
+"""Records of plugins: origin, state and failures."""
 
 from __future__ import annotations
 
@@ -13,14 +13,28 @@ FAILURES_IN_ALL = 3
 """Failures of any kind after which a plugin is quarantined; a hook may have a lower limit."""
 
 
+NOT_IN_EFFECT = {
+    "inactive": "a key of the profile that nothing reads there",
+    "dormant": "an active plugin outside of its schedule",
+    "blocked": "a plugin excluded by `--plugin no:NAME`",
+    "broken": "a plugin that cannot be loaded, or does not declare what it should",
+    "quarantined": "a plugin that failed too often in this run",
+}
+"""The words for what is not in effect, in output, documentation and code. Each comes with a
+reason."""
+
+STATES = ("available", "active", "dormant", "blocked", "broken", "quarantined")
+"""The states of a plugin: available ones are installed and not asked for."""
+
+
 @dataclass
 class PluginRecord:
-    """What is known of one plugin.
+    """The state of one plugin, its origin and its failures.
 
-    ``state`` is one of available, active, dormant (waits for its schedule), blocked, broken,
-    quarantined; ``reason`` says why for the last three. ``priority`` is the profile's override,
-    ``source_sha256`` the hash of the plugin's code as a run has loaded it. ``leftovers`` is what
-    calls had left changed in the process and was put back: told, and no reason for a quarantine.
+    ``state`` is one of STATES; ``reason`` says why for those of NOT_IN_EFFECT. ``priority`` is the
+    profile's override, ``source_sha256`` the hash of the plugin's code as loaded by the run.
+    ``leftovers`` records changes of the process that a call of the plugin left behind and that were
+    put back; they are reported and do not count towards a quarantine.
     """
 
     name: str

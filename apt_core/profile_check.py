@@ -18,14 +18,14 @@ from apt_core.config import (
     Source,
     Validated,
     check_files,
+    inactive_core_settings,
     refusal,
-    unused_settings,
     validate,
-    written_in_vain,
+    written_inactive,
 )
 from apt_core.config.secret_fields import masks_in
 from apt_core.config.yaml_text import KeyPath, dotted
-from apt_core.declarations import IdlePlugins
+from apt_core.declarations import AvailablePlugins
 from apt_core.discovery import Installed
 from apt_core.error_text import one_line, shown
 from apt_core.errors import ConfigError, Problem, StopTraining, did_you_mean
@@ -34,24 +34,24 @@ from apt_core.plugin_manager import PluginManager
 from apt_core.provider_keys import (
     check_providers,
     data_files,
+    inactive_provider_settings,
     unread_paths,
-    unused_of_providers,
     used_providers,
 )
 from apt_core.schedules import check_schedules
 from apt_core.secrets import SecretValues
-from apt_core.types import SectionSpec, Unused
+from apt_core.types import Inactive, SectionSpec
 
 
 @dataclass(frozen=True)
 class NotActive:
     """What is of plugins that are not active: ``sections`` and schedule ``params`` of those that
-    were left out, each with the reason, and the ``idle`` sections of the other installed ones.
+    were left out, each with the reason, and the ``available`` sections of the other installed ones.
     ``unknown``: not all that were left out could be asked what they have."""
 
     sections: Mapping[str, str] = field(default_factory=dict)
     params: Mapping[str, str] = field(default_factory=dict)
-    idle: Sequence[SectionSpec] = ()
+    available: Sequence[SectionSpec] = ()
     unknown: bool = False
 
 
@@ -62,9 +62,9 @@ class Checked:
 
     config: Config | None
     providers: Named
-    idle: Sequence[SectionSpec]
+    available: Sequence[SectionSpec]
     inactive: list[InactiveKey]
-    unused: Sequence[Unused]
+    inactive_settings: Sequence[Inactive]
     problems: list[Problem]
     notices: list[str]
     secrets: SecretValues
@@ -74,7 +74,7 @@ def check_profile(
     source: Source,
     plugins: Activated,
     manager: PluginManager,
-    idle: IdlePlugins,
+    available: AvailablePlugins,
     *,
     files: bool,
 ) -> Checked:
@@ -85,14 +85,14 @@ def check_profile(
     source = _without_masks(source)
     names, sections = plugins.names, plugins.sections
     validated = validate(source, sections, active=names)
-    others = _not_active(source, plugins, validated, idle)
+    others = _not_active(source, plugins, validated, available)
     if others != NotActive():
         validated = validate(
             source,
             sections,
             others.sections,
             active=names,
-            idle=others.idle,
+            available=others.available,
             lenient=others.unknown,
         )
     config = validated.config
@@ -108,14 +108,14 @@ def check_profile(
     inactive = [*validated.inactive, *idle_schedules]
     problems = [*plugins.providers.problems, *validated.problems, *wrong_schedules]
     named: Named = {}
-    unused: list[Unused] = []
+    inactive_settings: list[Inactive] = []
     if config is not None:
         named = used_providers(config, sections)
-        unused, wrong = _unused(config, plugins, named)
+        inactive_settings, wrong = _inactive_settings(config, plugins, named)
         # With --plugin no:NAME the list of plugins is the command line's.
         chosen = ("plugins",) if plugins.blocked else ()
         told = {item.key for item in inactive}
-        vain = written_in_vain(config, source, unused, chosen)
+        vain = written_inactive(config, source, inactive_settings, chosen)
         inactive += [item for item in vain if item.key not in told]
         inactive += unread_paths(config, plugins.providers)
         problems += [*wrong, *check_providers(named, plugins.providers, source)]
@@ -127,16 +127,16 @@ def check_profile(
         for section in sections:
             problems += _problems_of_plugin(config, source, section)
         problems += _configure(config, manager)
-    needless, needless_notices = _needless_blocks(plugins, inactive, manager, idle.installed)
+    needless, needless_notices = _needless_blocks(plugins, inactive, manager, available.installed)
     problems += needless
     if manager.strict:
         problems += _strict_problems(source, plugins, others, inactive)
     return Checked(
         config=config,
         providers=named,
-        idle=others.idle,
+        available=others.available,
         inactive=inactive,
-        unused=unused,
+        inactive_settings=inactive_settings,
         problems=problems,
         notices=[*validated.notices, *needless_notices],
         secrets=validated.secrets,
@@ -164,7 +164,7 @@ def _mask_problem(source: Source, path: KeyPath) -> Problem:
 
 
 def _not_active(
-    source: Source, plugins: Activated, validated: Validated, idle: IdlePlugins
+    source: Source, plugins: Activated, validated: Validated, available: AvailablePlugins
 ) -> NotActive:
     """Ask plugins that are not active for their sections and schedule parameters.
 
@@ -180,7 +180,7 @@ def _not_active(
         if name not in plugins.blocked:
             unknown = True
             continue
-        declared = idle.declared_by(name, plugins.blocked[name])
+        declared = available.declared_by(name, plugins.blocked[name])
         unknown = unknown or declared.problem is not None
         for section in declared.sections:
             if section.path:
@@ -188,9 +188,11 @@ def _not_active(
             params.update(dict.fromkeys(section.schedule_params, reason))
     names: Sequence[str] = ()
     if not all(_is_within(dotted(path), sections) for path in validated.unknown):
-        names = [n for n in idle.installed if n not in plugins.names | plugins.left_out.keys()]
-    idle_sections = (section for name in names for section in idle.declared_by(name).sections)
-    return NotActive(sections, params, tuple(idle_sections), unknown)
+        names = [n for n in available.installed if n not in plugins.names | plugins.left_out.keys()]
+    available_sections = (
+        section for name in names for section in available.declared_by(name).sections
+    )
+    return NotActive(sections, params, tuple(available_sections), unknown)
 
 
 def _is_within(path: str, sections: Collection[str]) -> bool:
@@ -239,25 +241,27 @@ def _strict_problems(
 # What plugins say ------------------------------------------------------------------------------
 
 
-def _unused(config: Config, plugins: Activated, named: Named) -> tuple[list[Unused], list[Problem]]:
+def _inactive_settings(
+    config: Config, plugins: Activated, named: Named
+) -> tuple[list[Inactive], list[Problem]]:
     """Every setting that has no effect in this run, as the core, the providers and the plugins
     tell it, and which plugins cannot tell."""
     sections = plugins.sections
-    unused = [
-        *unused_settings(config, plugins.names, {section.path for section in sections}),
-        *unused_of_providers(named, plugins.providers, sections),
+    inactive_settings = [
+        *inactive_core_settings(config, plugins.names, {section.path for section in sections}),
+        *inactive_provider_settings(named, plugins.providers, sections),
     ]
     problems = []
     for section in sections:
         try:
-            unused += [
-                Unused(str(item.key), str(item.reason), tuple(map(str, item.because)))
-                for item in (section.unused(config) if section.unused else ())
+            inactive_settings += [
+                Inactive(str(item.key), str(item.reason), tuple(map(str, item.because)))
+                for item in (section.inactive(config) if section.inactive else ())
             ]
         except Exception as error:  # foreign code
-            message = f"its check of unused settings failed: {one_line(error)}"
+            message = f"its check of inactive settings failed: {one_line(error)}"
             problems.append(Problem(message, section.path))
-    return unused, problems
+    return inactive_settings, problems
 
 
 def _problems_of_plugin(config: Config, source: Source, section: SectionSpec) -> Sequence[Problem]:

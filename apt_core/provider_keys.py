@@ -15,7 +15,7 @@ from apt_core.catalogue import Catalogue
 from apt_core.config import Config, InactiveKey, Source
 from apt_core.errors import Problem
 from apt_core.kinds import KINDS, Named, named_providers, naming_keys
-from apt_core.types import CORE, SectionSpec, Unused
+from apt_core.types import CORE, Inactive, SectionSpec
 
 DATA_PATHS = ("train_path", "val_path")
 """The keys of ``data`` that may be files."""
@@ -39,9 +39,9 @@ def check_providers(named: Named, known: Catalogue, source: Source) -> list[Prob
     return [problem for problem in problems if problem] + conflicts
 
 
-def unused_of_providers(
+def inactive_provider_settings(
     named: Named, known: Catalogue, sections: Sequence[SectionSpec]
-) -> Iterator[Unused]:
+) -> Iterator[Inactive]:
     """Sections and keys that are of providers which are not used."""
     deciding: dict[str, tuple[str, ...]] = {}
     for kind, keys in naming_keys(sections):
@@ -63,11 +63,11 @@ def unused_of_providers(
         own = spec.section.startswith("model.") and spec.section not in shared
         own = own or (not KINDS[spec.kind].fallback and spec.section not in ("", "data"))
         if own and spec.section not in read_sections:
-            yield Unused(spec.section, f"{spec.key} is not used", because)
+            yield Inactive(spec.section, f"{spec.key} is not used", because)
         for key in spec.reads or ():
             if key not in read and spec.kind not in silent:
                 names = ", ".join(other.name for other in used if other.kind == spec.kind)
-                yield Unused(key, f"{spec.kind}:{names} does not heed it", because)
+                yield Inactive(key, f"{spec.kind}:{names} does not read it", because)
 
 
 def data_files(config: Config, known: Catalogue) -> tuple[str, ...]:

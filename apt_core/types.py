@@ -81,9 +81,9 @@ class ProviderSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Unused:
-    """A setting that has no effect beside others: its dotted ``key`` (or that of a whole section),
-    the ``reason``, and the keys ``because`` of whose values it is so."""
+class Inactive:
+    """A setting that other settings make inactive: its dotted ``key`` (or that of a whole section),
+    the ``reason``, and the keys ``because`` of whose values it is inactive."""
 
     key: str
     reason: str
@@ -103,8 +103,8 @@ class SectionSpec:
 
     ``check(config)`` gives a :class:`~apt_core.Problem` for each fault of a profile whose keys are
     valid one by one: contradictions within the section, and with the rest. A problem without a
-    place gets that of its key. ``unused(config)`` names the settings that have no effect in such a
-    profile: those among them that somebody has written are reported as inactive.
+    place gets that of its key. ``inactive(config)`` yields the settings that are inactive in such
+    a profile; those that somebody has written are reported.
 
     Where the plugin is installed and not active, what is written in the section is checked by the
     model and reported as inactive, unless it says ``enabled: false``; ``without`` is what the run
@@ -114,7 +114,7 @@ class SectionSpec:
     path: str = ""
     model: type[BaseModel] | None = None
     schedule_params: Sequence[str] = ()
-    unused: Callable[[Any], Iterable[Unused]] | None = None
+    inactive: Callable[[Any], Iterable[Inactive]] | None = None
     check: Callable[[Any], Iterable[Problem]] | None = None
     names: Mapping[str, str] = field(default_factory=dict, hash=False)
     without: str = ""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from apt_core.config.checks import check_files
-from apt_core.config.inactive import refusal, unused_settings, written_in_vain
+from apt_core.config.inactive import inactive_core_settings, refusal, written_inactive
 from apt_core.config.json_schema import json_schema
 from apt_core.config.loader import core_text, list_profiles, read_profile
 from apt_core.config.messages import key_like
@@ -28,6 +28,7 @@ __all__ = [
     "Validated",
     "check_files",
     "core_text",
+    "inactive_core_settings",
     "json_schema",
     "key_like",
     "list_profiles",
@@ -36,7 +37,6 @@ __all__ = [
     "profile_reference",
     "read_profile",
     "refusal",
-    "unused_settings",
     "validate",
-    "written_in_vain",
+    "written_inactive",
 ]

@@ -1,9 +1,9 @@
 """Keys that are valid and have no effect: reported with the reason, never silent.
 
-There are three sources. :func:`unheeded` is about keys that always do nothing, or nothing without a
-plugin; :func:`unused_settings` about those that other keys of the core make useless; providers and
-plugins tell of theirs (``ProviderSpec.reads``, ``SectionSpec.unused``). Of the last two kinds only
-what somebody has written counts, see :func:`written_in_vain`.
+There are three sources. :func:`inactive_by_rule` is about keys that always do nothing, or nothing
+without a plugin; :func:`inactive_core_settings` about those that other keys of the core make
+useless; providers and plugins tell of theirs (``ProviderSpec.reads``, ``SectionSpec.inactive``). Of
+the last two kinds only what somebody has written counts, see :func:`written_inactive`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from apt_core.config.schema import Config
 from apt_core.config.source import InactiveKey, Source
 from apt_core.config.yaml_text import KeyPath, dotted
 from apt_core.errors import Problem, did_you_mean
-from apt_core.types import Unused
+from apt_core.types import Inactive
 
 METRICS = ("perplexity", "accuracy", "loss", "bits_per_byte")
 """The metrics that the core computes."""
@@ -55,7 +55,7 @@ RULES = (
 )
 
 
-def unheeded(
+def inactive_by_rule(
     config: Config, active: Collection[str], owned: Collection[str]
 ) -> Iterator[InactiveKey]:
     """What the profile asks for in vain. ``active`` are the names of the active plugins,
@@ -78,48 +78,51 @@ def refusal(item: InactiveKey, where: str = "") -> Problem:
     return Problem(message, item.key, where, "--strict allows no inactive key")
 
 
-def unused_settings(
+def inactive_core_settings(
     config: Config, active: Collection[str], owned: Collection[str]
-) -> Iterator[Unused]:
+) -> Iterator[Inactive]:
     """Settings of the core that others make useless. Those of its providers are declared there."""
     model, training = config.model, config.training
     for tracker in ("wandb", "tensorboard"):
         section = f"monitoring.{tracker}"
         if tracker not in active and section not in owned:
-            yield Unused(section, f"{_UNNAMED} {tracker}", ("plugins", f"{section}.enabled"))
+            yield Inactive(section, f"{_UNNAMED} {tracker}", ("plugins", f"{section}.enabled"))
     if model.attention_pattern is not None:
         pattern = "model.attention_pattern"
-        yield Unused("model.attention_name", f"{pattern} names every layer's", (pattern,))
-    yield from model.tva.unused()
-    yield from model.vft.unused()
+        yield Inactive("model.attention_name", f"{pattern} names every layer's", (pattern,))
+    yield from model.tva.inactive()
+    yield from model.vft.inactive()
     if training.early_stopping_patience is None:
         patience = "training.early_stopping_patience"
-        yield Unused("training.early_stopping_min_delta", f"{patience} is not set", (patience,))
+        yield Inactive("training.early_stopping_min_delta", f"{patience} is not set", (patience,))
     if training.compile is False:
         key = "training.compile"
-        yield Unused(f"{key}_mode", f"{key} is false", (key,))
+        yield Inactive(f"{key}_mode", f"{key} is false", (key,))
     if config.hardware.device == "cpu":
         if training.compile == "auto":
             reason = "training.compile is auto, which compiles nothing on a CPU"
             keys = ("training.compile", "hardware.device")
-            yield Unused("training.compile_mode", reason, keys)
-        yield Unused(
+            yield Inactive("training.compile_mode", reason, keys)
+        yield Inactive(
             "hardware.tf32", "it is of a GPU: hardware.device is cpu", ("hardware.device",)
         )
     if config.evaluation.sample_tokens == 0:
         tokens = "evaluation.sample_tokens"
         for key in ("evaluation.sample_prompt", "evaluation.sample_temperature"):
-            yield Unused(key, f"{tokens} is 0: no sample is shown", (tokens,))
+            yield Inactive(key, f"{tokens} is 0: no sample is shown", (tokens,))
     if config.debug.log_level != "DEBUG":
         level = "debug.log_level"
         reason = f"what it says more is of the level DEBUG, and {level} is {config.debug.log_level}"
-        yield Unused("debug.verbose", reason, (level,))
+        yield Inactive("debug.verbose", reason, (level,))
 
 
-def written_in_vain(
-    config: Config, source: Source, unused: Iterable[Unused], chosen: Collection[str] = ()
+def written_inactive(
+    config: Config,
+    source: Source,
+    inactive_settings: Iterable[Inactive],
+    chosen: Collection[str] = (),
 ) -> Iterator[InactiveKey]:
-    """Those of the ``unused`` settings that somebody has written to have an effect.
+    """Those ``inactive_settings`` that somebody has written to have an effect.
 
     That is a value other than the default, or any value on the command line. It waits for another
     choice, and is not reported, where what decides has been written later: further down a chain of
@@ -127,7 +130,7 @@ def written_in_vain(
     beside it too. ``chosen`` are keys that the command line decides by other options.
     """
     seen: set[KeyPath] = set()
-    for item in unused:
+    for item in inactive_settings:
         decided = max((_decided(source, key, chosen) for key in item.because), default=-1)
         for path in source.leaves(item.key):
             written = source.layer(path)

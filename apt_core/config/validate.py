@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from apt_core.config.checks import find_contradictions
-from apt_core.config.inactive import unheeded
+from apt_core.config.inactive import inactive_by_rule
 from apt_core.config.messages import KnownKeys, ignored_keys, problem_of
 from apt_core.config.schema import PLACEHOLDERS, Config
 from apt_core.config.secret_fields import secret_places
@@ -54,7 +54,7 @@ def validate(
     inert: Mapping[str, str] | None = None,
     *,
     active: Collection[str] | None = None,
-    idle: Sequence[SectionSpec] = (),
+    available: Sequence[SectionSpec] = (),
     lenient: bool = False,
 ) -> Validated:
     """Check a whole profile; bad input never raises.
@@ -62,13 +62,13 @@ def validate(
     ``sections`` are those of plugins, which validate what is written there. ``inert`` maps a
     section of a plugin that was left out to the reason: its keys are inactive, not unknown.
     ``active`` are the names of the active plugins, by default those that the profile names.
-    ``idle`` are the sections of plugins that are not active: what is written there is checked, and
-    inactive. With ``lenient``, a plugin was left out that could not be asked, so that a section
+    ``available`` are the sections of plugins that are not active: what is written there is checked,
+    and inactive. With ``lenient``, a plugin was left out that could not be asked, so that a section
     which nobody knows may be its: it is inactive.
     """
     owned, spec_problems = _owned_sections(sections)
     inert = inert or {}
-    waiting = _waiting_sections(idle, {*owned, *inert})
+    waiting = _waiting_sections(available, {*owned, *inert})
     models = {**{path: spec.model for path, spec in waiting.items() if spec.model}, **owned}
     secrets = SecretValues()
     secrets.add(named_secrets(source.data))
@@ -113,7 +113,7 @@ def validate(
     problems += found
     problems += find_contradictions(config, source, {*bad, *wrong})
     names = {request.name for request in config.plugins} if active is None else active
-    inactive += unheeded(config, names, owned)
+    inactive += inactive_by_rule(config, names, owned)
     problems = list(dict.fromkeys(problems))
     config = config.with_plugin_sections(parts)
     secrets.add(hidden_in(config.to_dict(secrets=True), config.to_dict()))
@@ -169,12 +169,12 @@ def _owned_sections(
 
 
 def _waiting_sections(
-    idle: Sequence[SectionSpec], taken: Collection[str]
+    available: Sequence[SectionSpec], taken: Collection[str]
 ) -> dict[str, SectionSpec]:
     """The sections of plugins that are not active, by path; the first, where two have the same."""
     return {
         spec.path: spec
-        for spec in reversed(idle)
+        for spec in reversed(available)
         if spec.path and spec.model is not None and spec.path not in taken
         if not _is_core(spec.path)
     }

@@ -28,14 +28,14 @@ class Listing:
 
     ``manager`` holds the plugins that hooks are listed for, ``providers`` those of these plugins
     and of every other installed plugin; ``records`` is every plugin that is known. ``sections`` are
-    those of the plugins that are listed, ``idle`` those of the other installed ones.
+    those of the plugins that are listed, ``available`` those of the other installed ones.
     """
 
     manager: PluginManager
     providers: Catalogue
     records: dict[str, PluginRecord]
     sections: list[SectionSpec] = field(default_factory=list)
-    idle: list[SectionSpec] = field(default_factory=list)
+    available: list[SectionSpec] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -78,7 +78,7 @@ def survey(profile: str = "", plugins: Sequence[str] = ()) -> Listing:
         if name not in listing.records:
             declared = declared_by(name, installed, everything)
             listing.records[name] = declared.record
-            others = listing.idle if selection.wanted or profile else listing.sections
+            others = listing.available if selection.wanted or profile else listing.sections
             others += declared.sections
             providers[name] = declared.providers
     if not selection.wanted and not profile:
@@ -102,16 +102,16 @@ def _profile_problems(
 
     active = {r.name for r in listing.records.values() if r.state in ("active", "dormant")}
     source = read_profile(profile)
-    found = validate(source, listing.sections, active=active, idle=listing.idle)
+    found = validate(source, listing.sections, active=active, available=listing.available)
     if found.unknown:
         asked = blocked()
-        listing.idle += [section for declared in asked for section in declared.sections]
+        listing.available += [section for declared in asked for section in declared.sections]
         broken = any(record.state == "broken" for record in listing.records.values())
         found = validate(
             source,
             listing.sections,
             active=active,
-            idle=listing.idle,
+            available=listing.available,
             lenient=broken or any(declared.problem for declared in asked),
         )
     return found.problems

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from apt_core.providers.base import Provider
 from apt_core.sections import Section, Size
-from apt_core.types import Unused
+from apt_core.types import Inactive
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,13 +39,13 @@ class TVASettings(Section):
         default=False, description="Compute by the definition (slow; the reference for tests)."
     )
 
-    def unused(self) -> Iterator[Unused]:
+    def inactive(self) -> Iterator[Inactive]:
         """Settings that have no effect beside others."""
         if self.rank is not None:
-            yield Unused("model.tva.r", "model.tva.rank takes its place", ("model.tva.rank",))
+            yield Inactive("model.tva.r", "model.tva.rank takes its place", ("model.tva.rank",))
         if self.s == 0:
             because = "model.tva.s is 0: there is no compensator"
-            yield Unused("model.tva.tau", because, ("model.tva.s",))
+            yield Inactive("model.tva.tau", because, ("model.tva.s",))
 
     def rank_in(self, head_dim: int) -> int:
         """R for heads of width ``head_dim``: 0 where the ratio leaves none, and above ``head_dim``

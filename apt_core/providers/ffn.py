@@ -10,7 +10,7 @@ from pydantic import Field
 
 from apt_core.providers.base import Provider
 from apt_core.sections import Section, Size
-from apt_core.types import Unused
+from apt_core.types import Inactive
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,10 +22,10 @@ class VFTSettings(Section):
     r: Size = Field(default=4, description="Compression ratio: rank = d_model // r.")
     rank: Size | None = Field(default=None, description="The rank itself, in place of r.")
 
-    def unused(self) -> Iterator[Unused]:
+    def inactive(self) -> Iterator[Inactive]:
         """Settings that have no effect beside others."""
         if self.rank is not None:
-            yield Unused("model.vft.r", "model.vft.rank takes its place", ("model.vft.rank",))
+            yield Inactive("model.vft.r", "model.vft.rank takes its place", ("model.vft.rank",))
 
     def rank_in(self, d_model: int) -> int:
         """m for a stream of width ``d_model``: 0 where the ratio leaves none, and above ``d_model``

@@ -12,7 +12,7 @@ from apt_core.config.yaml_text import parse_yaml
 from apt_core.errors import CheckpointError, ConfigError, Problem
 from apt_core.kernel import Kernel
 from apt_core.secrets import is_secret, without_secrets
-from apt_core.types import SectionSpec, Unused
+from apt_core.types import Inactive, SectionSpec
 
 FREE_SECTIONS = ("name", "version", "description", "plugins", "evaluation", "monitoring", "debug")
 """Sections that may differ, with a notice. (Plugins may come and go: a loss term too.)"""
@@ -92,23 +92,23 @@ def saved_profile(text: str) -> dict[str, Any]:
 def saved_config(
     profile: Mapping[str, Any],
     sections: Sequence[SectionSpec] = (),
-    idle: Sequence[SectionSpec] = (),
+    available: Sequence[SectionSpec] = (),
 ) -> Config | None:
     """A checkpoint's profile with the defaults of keys that it does not have; None for one of
     another version, or with sections of plugins that are not active.
 
-    ``sections`` are those of the active plugins. Of ``idle``, those of others that were not active
-    then either had no effect, and are left out.
+    ``sections`` are those of the active plugins. Of ``available``, those of others that were not
+    active then either had no effect, and are left out.
     """
     source = Source.from_dict(profile)
     listed = dict(plugin_items(source.data.get("plugins")))
-    idle = [section for section in idle if section.plugin not in listed]
-    checked = validate(source, sections, idle=idle)
+    available = [section for section in available if section.plugin not in listed]
+    checked = validate(source, sections, available=available)
     # Earlier versions wrote a null for each section of a plugin that was not active.
     empty = [path for path in checked.unknown if source.get(path) is None]
     for path in empty:
         del source.get(path[:-1])[path[-1]]
-    return (validate(source, sections, idle=idle) if empty else checked).config
+    return (validate(source, sections, available=available) if empty else checked).config
 
 
 def check_resume(
@@ -116,7 +116,7 @@ def check_resume(
     profile: Mapping[str, Any],
     before: Config | None,
     *,
-    unused: Iterable[Unused],
+    inactive_settings: Iterable[Inactive],
     same_text: bool,
     another_past: Callable[[], str],
     allowed: Collection[str] = (),
@@ -125,12 +125,11 @@ def check_resume(
     """Keys that differ from those of the checkpoint and may.
 
     ``profile`` is the checkpoint's, ``before`` is it as a Config, None where it is no valid one
-    here. ``unused`` are the settings without effect in ``config``. ``same_text`` says whether both
-    read the same text, and ``another_past`` is asked where the length of the run differs: what a
-    run of the present one would have had otherwise up to the checkpoint, or "". ``allowed`` are
-    those of RATE_KEYS that the run was told to change; ``reporting`` the sections of plugins that
-    only observe. Raises ConfigError naming every key that
-    must not differ.
+    here. ``inactive_settings`` are the settings without effect in ``config``. ``same_text`` says
+    whether both read the same text, and ``another_past`` is asked where the length of the run
+    differs: what a run of the present one would have had otherwise up to the checkpoint, or "".
+    ``allowed`` are those of RATE_KEYS that the run was told to change; ``reporting`` the sections
+    of plugins that only observe. Raises ConfigError naming every key that must not differ.
     """
     changed, refused = [], []
     for key in allowed:
@@ -153,7 +152,7 @@ def check_resume(
         elif key in TEXT_KEYS:
             reason = "" if same_text else "another text is read there"
         elif key in allowed or (
-            reason and before is not None and _same_effect(key, before, config, unused)
+            reason and before is not None and _same_effect(key, before, config, inactive_settings)
         ):
             reason = ""
         if not reason:
@@ -188,13 +187,15 @@ def check_providers(kernel: Kernel, manifest: Mapping[str, Any]) -> None:
 TRAINS = "it changes how the weights train"
 
 
-def _same_effect(key: str, before: Config, now: Config, unused: Iterable[Unused]) -> bool:
+def _same_effect(
+    key: str, before: Config, now: Config, inactive_settings: Iterable[Inactive]
+) -> bool:
     if key in EFFECTS and EFFECTS[key](before) == EFFECTS[key](now):
         return True
     values = [Source.from_dict(config.to_dict()) for config in (before, now)]
     return any(
         # Where what decides is as it was, the setting had no effect before either.
         item.because and all(len({repr(v.get(k)) for v in values}) == 1 for k in item.because)
-        for item in unused
+        for item in inactive_settings
         if f"{key}.".startswith(f"{item.key}.")
     )

@@ -252,7 +252,7 @@ class Restoring:
         kernel, state, text = self._kernel, found.state, self._parts.text
         # Saved profiles hide secrets, so this run's are filled in: they may differ.
         profile = with_secrets(saved_profile(found.profile), self._config.to_dict(secrets=True))
-        before = saved_config(profile, kernel.sections, kernel.idle)
+        before = saved_config(profile, kernel.sections, kernel.available)
 
         def another_past() -> str:
             if before is None:
@@ -270,7 +270,7 @@ class Restoring:
             self._config,
             profile,
             before,
-            unused=kernel.unused,
+            inactive_settings=kernel.inactive_settings,
             same_text=same_text or state.tokens_sha256 == text.tokens_sha256,
             another_past=another_past,
             allowed=self._allowed,

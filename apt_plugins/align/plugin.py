@@ -19,8 +19,8 @@ from apt_plugins.align.settings import (
     WEIGHT,
     BistateSettings,
     contradictions,
+    inactive,
     settings_of,
-    unused,
 )
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Plugin:
                 SECTION,
                 BistateSettings,
                 schedule_params=(WEIGHT,),
-                unused=unused,
+                inactive=inactive,
                 check=contradictions,
                 names={"align": "align"},
             )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from apt_core import Problem, Unused
+from apt_core import Inactive, Problem
 from apt_core.sections import Ramp, Section
 
 if TYPE_CHECKING:
@@ -127,16 +127,16 @@ def contradictions(config: Config) -> Iterator[Problem]:
         )
 
 
-def unused(config: Config) -> Iterator[Unused]:
+def inactive(config: Config) -> Iterator[Inactive]:
     """Settings that have no effect beside others."""
     settings = settings_of(config)
     if settings.mode != "ema":
         for key in ("momentum_start", "momentum_end"):
             reason = f"{SECTION}.mode is {settings.mode!r}: there is no average"
-            yield Unused(f"{SECTION}.{key}", reason, (f"{SECTION}.mode",))
+            yield Inactive(f"{SECTION}.{key}", reason, (f"{SECTION}.mode",))
     if settings.beta == 0:
         reason = f"{SECTION}.beta is 0: there is no contrastive term"
-        yield Unused(f"{SECTION}.tau_align", reason, (f"{SECTION}.beta",))
+        yield Inactive(f"{SECTION}.tau_align", reason, (f"{SECTION}.beta",))
     if WEIGHT in config.schedules:
         key = f"schedules.{WEIGHT}"
-        yield Unused(f"{SECTION}.weight", f"{key} takes its place", (key,))
+        yield Inactive(f"{SECTION}.weight", f"{key} takes its place", (key,))

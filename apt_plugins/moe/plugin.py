@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from apt_core import PluginInfo, Priority, ProviderSpec, SectionSpec, hookimpl
-from apt_plugins.moe.settings import ROUTERS, MoeSettings, contradictions, settings_of, unused
+from apt_plugins.moe.settings import ROUTERS, MoeSettings, contradictions, inactive, settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -56,7 +56,7 @@ class Plugin:
             SectionSpec(
                 "model.moe",
                 MoeSettings,
-                unused=unused,
+                inactive=inactive,
                 check=contradictions,
                 names={"router": "router"},
                 without="the dense feed-forward stays",

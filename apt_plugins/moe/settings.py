@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from apt_core import Problem, Unused
+from apt_core import Inactive, Problem
 from apt_core.sections import Section
 
 if TYPE_CHECKING:
@@ -107,15 +107,15 @@ def contradictions(config: Config) -> Iterator[Problem]:
         )
 
 
-def unused(config: Config) -> Iterator[Unused]:
+def inactive(config: Config) -> Iterator[Inactive]:
     """Settings that are inactive because of others."""
     settings, section = settings_of(config), "model.moe"
 
-    def beside(key: str, reason: str, decides: str) -> Unused:
-        return Unused(f"{section}.{key}", reason, (decides,))
+    def beside(key: str, reason: str, decides: str) -> Inactive:
+        return Inactive(f"{section}.{key}", reason, (decides,))
 
     if not settings.enabled:
-        yield Unused(section, f"{section}.enabled is false", (f"{section}.enabled",))
+        yield Inactive(section, f"{section}.enabled is false", (f"{section}.enabled",))
         return
     if settings.dropless:
         for key in ("capacity", "dropless_steps"):

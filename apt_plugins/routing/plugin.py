@@ -12,8 +12,8 @@ from apt_plugins.routing.settings import (
     RoutingSettings,
     contradictions,
     has_experts,
+    inactive,
     settings_of,
-    unused,
 )
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Plugin:
                 "routing",
                 RoutingSettings,
                 schedule_params=SCHEDULE_PARAMS,
-                unused=unused,
+                inactive=inactive,
                 check=contradictions,
             )
         ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from apt_core import Problem, Unused
+from apt_core import Inactive, Problem
 from apt_core.sections import Ramp, Section
 from apt_plugins.moe.settings import MoeSettings
 
@@ -70,15 +70,15 @@ def contradictions(config: Config) -> Iterator[Problem]:
         )
 
 
-def unused(config: Config) -> Iterator[Unused]:
+def inactive(config: Config) -> Iterator[Inactive]:
     """Settings that have no effect beside others. Of a run without experts the plugin warns."""
     if not has_experts(config):
         return
     if settings_of(config).balancing == "none":
-        yield Unused("routing.bias_rate", "routing.balancing is 'none'", ("routing.balancing",))
+        yield Inactive("routing.bias_rate", "routing.balancing is 'none'", ("routing.balancing",))
     if "moe_capacity" in config.schedules:
         key = "schedules.moe_capacity"
-        yield Unused("model.moe.capacity", f"{key} takes its place", (key,))
+        yield Inactive("model.moe.capacity", f"{key} takes its place", (key,))
 
 
 _MEANINGS = {"route_temp": "temperature", "moe_capacity": "capacity"}

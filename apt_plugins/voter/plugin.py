@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from apt_core import PluginInfo, SectionSpec, hookimpl
-from apt_plugins.voter.settings import VotingSettings, contradictions, settings_of, unused
+from apt_plugins.voter.settings import VotingSettings, contradictions, inactive, settings_of
 
 if TYPE_CHECKING:
     from apt_core import GenerationRequest
@@ -30,7 +30,7 @@ class Plugin:
                 "model.voting",
                 VotingSettings,
                 schedule_params=("vote_threshold",),
-                unused=unused,
+                inactive=inactive,
                 check=contradictions,
             )
         ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from apt_core import Problem, Unused
+from apt_core import Inactive, Problem
 from apt_core.sections import Ramp, Section
 
 if TYPE_CHECKING:
@@ -58,15 +58,17 @@ def contradictions(config: Config) -> Iterator[Problem]:
         )
 
 
-def unused(config: Config) -> Iterator[Unused]:
+def inactive(config: Config) -> Iterator[Inactive]:
     """Settings that have no effect beside others."""
     settings, sampling = settings_of(config), config.evaluation
     if settings.k == 1:
         for key in ("threshold", "normalized"):
-            yield Unused(f"model.voting.{key}", "one voter is plain sampling", ("model.voting.k",))
+            yield Inactive(
+                f"model.voting.{key}", "one voter is plain sampling", ("model.voting.k",)
+            )
     for at, reason in (
         ("sample_tokens", "no sample is made"),
         ("sample_temperature", "the most likely token is taken"),
     ):
         if not getattr(sampling, at):
-            yield Unused("model.voting", f"evaluation.{at} is 0: {reason}", (f"evaluation.{at}",))
+            yield Inactive("model.voting", f"evaluation.{at} is 0: {reason}", (f"evaluation.{at}",))

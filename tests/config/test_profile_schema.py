@@ -178,7 +178,7 @@ def test_shipped_profiles_hold_exactly_their_contract(name: str, contents: dict[
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_profiles_are_valid(name: str) -> None:
     assert validate(read_profile(name), WITH_EXPERTS).problems == []
-    assert validate(read_profile(name), idle=WITH_EXPERTS).problems == []
+    assert validate(read_profile(name), available=WITH_EXPERTS).problems == []
 
 
 @pytest.mark.parametrize("name", ["base", "tiny_debug"])
@@ -199,7 +199,7 @@ def test_a_users_own_tiny_debug_with_data_paths_is_valid() -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_resolved_profile_reads_back_equal(name: str) -> None:
     for sections in (WITH_EXPERTS, []):
-        config = validate(read_profile(name), sections, idle=WITH_EXPERTS).require()
+        config = validate(read_profile(name), sections, available=WITH_EXPERTS).require()
         assert reread(config, sections) == config
 
 

@@ -26,6 +26,7 @@ from apt_core.cli.run_command import run_command
 from apt_core.config import profile_reference
 from apt_core.declarations import declared_by
 from apt_core.discovery import installed_plugins
+from apt_core.plugin_records import NOT_IN_EFFECT, STATES
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(
@@ -165,3 +166,16 @@ def test_the_tables_of_keys_are_those_of_the_schema() -> None:
     shipped = [name for name, entry in installed_plugins().items() if entry.dist == "apt-kernel"]
     sections = [s for name in shipped for s in declared_by(name, installed_plugins()).sections]
     assert tables == profile_reference(sections), "apt-hooks schema --markdown prints them"
+
+
+def test_five_words_name_what_is_not_in_effect() -> None:
+    """The guide has the table of the code, and no plugin gets a state beside it."""
+    guide = (ROOT / "docs/plugins.md").read_text(encoding="utf-8")
+    assert dict(re.findall(r"^\| \*(\w+)\* \| (.+) \|$", guide, re.M)) == NOT_IN_EFFECT
+    assert {*STATES} == {"available", "active", *NOT_IN_EFFECT} - {"inactive"}
+    for path in (ROOT / "apt_core").rglob("*.py"):
+        code = path.read_text(encoding="utf-8")
+        given = re.findall(
+            r'set_state\([^)]*?, "(\w+)"|record\.state(?: = |, record.reason = )"(\w+)"', code
+        )
+        assert {state for pair in given for state in pair if state} <= {*STATES}, path

@@ -290,7 +290,7 @@ def test_a_broken_plugin_is_bad_input_unless_the_profile_isolates_it(
     kernel = start(isolated)
     record = kernel.manager.records["mine"]
     assert (record.state, len(record.failures)) == ("broken", 1)
-    assert kernel.notices == [f"plugin mine is left out: {record.reason}"]
+    assert kernel.notices == [f"plugin mine is broken: {record.reason}"]
     assert not kernel.manager.has_plugin("mine")
 
 

@@ -417,7 +417,7 @@ def test_no_field_of_a_declaration_is_lost() -> None:
         "mine",
         Mine,
         ("rate",),
-        unused=lambda config: [],
+        inactive=lambda config: [],
         check=lambda config: [],
         names={"x": "norm"},
         without="as it is",

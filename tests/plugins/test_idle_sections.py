@@ -125,15 +125,15 @@ def test_a_section_of_a_plugin_that_is_not_installed_says_what_it_needs(
 
 
 def test_profiles_of_earlier_checkpoints_are_read() -> None:
-    idle = boot({"model": {"moe": {}}}, files=False).idle
+    available = boot({"model": {"moe": {}}}, files=False).available
     plain = {"model": {"d_model": 64, "moe": None, "bistate": None, "voting": None}}
     config = saved_config(plain)
     assert config is not None and config.model.d_model == 64
     settings = {"enabled": True, "experts": 8, "top_k": 2, "capacity": 1.25, "balance_loss": 0.01}
     dense = {"model": {"moe": settings, "bistate": None}}
-    assert saved_config(dense, idle=idle) == saved_config({})
+    assert saved_config(dense, available=available) == saved_config({})
     # Where the plugin was active, it had an effect.
-    assert saved_config({**dense, "plugins": ["moe"]}, idle=idle) is None
+    assert saved_config({**dense, "plugins": ["moe"]}, available=available) is None
 
 
 def test_asking_them_imports_no_torch() -> None:

@@ -118,23 +118,23 @@ def test_shipped_profiles_stay_quiet_also_where_a_plugin_is_left_out() -> None:
 
 def test_providers_and_plugins_tell_what_they_do_not_heed(tmp_path: Path) -> None:
     source = """
-from apt_core import ProviderSpec, SectionSpec, Unused, hookimpl
+from apt_core import ProviderSpec, SectionSpec, Inactive, hookimpl
 from pydantic import BaseModel
 
 class Mine(BaseModel):
     on: bool = False
     size: int = 1
 
-def unused(config):
+def inactive(config):
     mine = config.section("mine")
     if mine.size == 13:
         raise ValueError("a defect")
     if not mine.on:
-        yield Unused("mine.size", "mine.on is false", ("mine.on",))
+        yield Inactive("mine.size", "mine.on is false", ("mine.on",))
 
 @hookimpl
 def apt_register_config():
-    return [SectionSpec("mine", Mine, unused=unused)]
+    return [SectionSpec("mine", Mine, inactive=inactive)]
 
 @hookimpl
 def apt_register_providers():
@@ -153,7 +153,9 @@ def apt_register_providers():
     assert keys("silent", size=2) == {"mine.size"}
     assert keys("silent", on=True, size=2) == keys("silent", size=1) == set()
     assert keys("plain") == {"training.betas"}
-    with pytest.raises(ConfigError, match="mine: its check of unused settings failed: ValueError"):
+    with pytest.raises(
+        ConfigError, match="mine: its check of inactive settings failed: ValueError"
+    ):
         keys("silent", size=13)
 
 

@@ -25,7 +25,7 @@ from apt_core.training import Trainer
 JUDGES = ("apt_core.config.inactive", "apt_core.config.checks", "apt_core.config.schedule_check",
           "apt_core.config.validate", "apt_core.profile_check",
           "apt_core.provider_keys")  # fmt: skip
-JUDGING = ("contradictions", "unused", "inactive_alone")
+JUDGING = ("contradictions", "inactive", "inactive_alone")
 """Reading a key to judge it is not heeding it: modules of the core, and functions elsewhere."""
 
 EXPERTS = ["moe", "routing", "align", "voter"]
