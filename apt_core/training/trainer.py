@@ -302,6 +302,7 @@ class Trainer:
             ):
                 parts, built, held = self._prepare(device)
                 compilation = built.forward.compilation
+                callbacks = Callbacks(self.manager, apart=compilation.mode is not None)
                 self._assembly = Assembly(
                     self.kernel,
                     self.world,
@@ -310,11 +311,15 @@ class Trainer:
                     self.progress,
                     self.stopping,
                     TrainerHooks(self.manager, self),
-                    Callbacks(self.manager, apart=compilation.mode is not None),
+                    callbacks,
                     self._watch,
                     self._console,
                 )
-                with compiler_settings(self.config, compilation), closing(self._opening):
+                with (
+                    compiler_settings(self.config, compilation),
+                    closing(callbacks),
+                    closing(self._opening),
+                ):
                     run = self._run = self._assembly.run(self._opening, self._allow_change, held)
                     if not self.world.is_first:
                         backlog.drop()

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from torch import nn
@@ -253,3 +254,20 @@ def test_a_dying_run_keeps_its_checkpoint_and_its_manifest(
     newest = checkpoint.newest_intact(tmp_path / "run" / "checkpoints")
     assert (newest.state.step, newest.state.plugins) == (3, {})
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "failed"
+
+
+def test_hooks_of_all_modules_end_with_the_run_of_their_plugin(tmp_path: Path) -> None:
+    calls: list[Any] = []
+
+    class Counts:
+        @hookimpl
+        def on_training_start(self) -> None:
+            torch_module.register_module_forward_hook(lambda *call: calls.append(call[0]))
+
+    other = torch_module.register_module_forward_hook(Mock(return_value=None))
+    run_with(Counts(), output=tmp_path / "run")
+    assert len(calls) > 0
+    calls.clear()
+    run_with(output=tmp_path / "next")
+    assert calls == []
+    assert list(torch_module._global_forward_hooks) == [other.id]

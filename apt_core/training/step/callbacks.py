@@ -51,6 +51,15 @@ class Callbacks:
                 if plugin is not None and not isinstance(function, _Guarded):
                     hooks[key] = _Guarded(self._manager, plugin, function, apart=self._apart)
 
+    def close(self) -> None:
+        """Remove the hooks of all modules that plugins of this run have left in torch: the models
+        of later runs would call them."""
+        for name in GLOBAL_HOOKS:
+            hooks = getattr(torch_module, name)
+            for key, function in list(hooks.items()):
+                if isinstance(function, _Guarded) and function.manager is self._manager:
+                    del hooks[key]
+
 
 def _registered(model: nn.Module, optimizer: Optimizer) -> Iterator[MutableMapping[Any, Any]]:
     places: list[tuple[Any, tuple[str, ...]]] = [
@@ -77,7 +86,7 @@ class _Guarded:
         *,
         apart: bool,
     ) -> None:
-        self._manager, self._plugin, self._function = manager, plugin, function
+        self.manager, self._plugin, self._function = manager, plugin, function
         self._call = torch.compiler.disable(self._guarded) if apart else self._guarded
         self._name = manager.failures.callback_name(function)
         self._takes_part = False
@@ -86,21 +95,19 @@ class _Guarded:
         return self._call(*args, **options)
 
     def _guarded(self, *args: Any, **options: Any) -> Any:
-        if self._manager.is_quarantined(self._plugin):
+        if self.manager.is_quarantined(self._plugin):
             return None
         try:
             if torch.compiler.is_compiling():
                 result = self._function(*args, **options)
             else:
                 judged = not self._takes_part
-                with self._manager.watching(
-                    self._plugin, self._name, self._function, judged=judged
-                ):
+                with self.manager.watching(self._plugin, self._name, self._function, judged=judged):
                     result = self._function(*args, **options)
         except BaseException as error:
             if self._takes_part:
                 raise
-            self._manager.failures.callback_failed(self._plugin, self._function, error)
+            self.manager.failures.callback_failed(self._plugin, self._function, error)
             return None
         self._takes_part = self._takes_part or result is not None
         return result
