@@ -170,12 +170,10 @@ class PluginCosts:
 
 @dataclass
 class ModelOutput:
-    """What a backbone returns: ``logits`` [B, T, V], the last ``hidden`` states [B, T, D], and
-    ``aux``, named 0-d tensors that layers want to be seen in the metrics."""
+    """What a backbone returns: ``logits`` [B, T, V] and the last ``hidden`` states [B, T, D]."""
 
     logits: Tensor
     hidden: Tensor
-    aux: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

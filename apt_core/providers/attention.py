@@ -126,8 +126,6 @@ class AttentionProvider(Provider, ABC):
     - No value is read on the host, dropout acts in training alone, evaluation is deterministic, and
       all state is in the state dict; computed buffers have ``reset_buffers``.
     - The layer adds no residual and normalises nothing before or after: the block does.
-    - ``layer.aux``, where a layer has it, is a mapping of names to 0-d tensors of the last forward,
-      to be seen in the metrics.
 
     A layer may define ``init_parameter`` (see :mod:`apt_core.modeling.init`).
     """

@@ -52,8 +52,7 @@ class FeedForwardProvider(Provider, ABC):
     """Builds feed-forward layers, called as ``layer(x) -> [B, T, D]`` with x [B, T, D].
 
     Tokens do not mix. The layer adds no residual and normalises nothing before or after: the block
-    does. ``layer.aux``, where a layer has it, is a mapping of names to 0-d tensors of the last
-    forward, to be seen in the metrics.
+    does.
     """
 
     @abstractmethod

@@ -36,14 +36,6 @@ def test_the_model_returns_logits_and_hidden_states(shelf, tiny):
     output = model(torch.randint(0, 256, (2, 24)))
     assert output.logits.shape == (2, 24, 256)
     assert output.hidden.shape == (2, 24, 32)
-    assert output.aux == {}
-
-
-def test_what_layers_put_into_aux_is_averaged_over_the_blocks(shelf, tiny):
-    model = ModelBuilder(tiny, shelf).build_model()
-    for value, block in enumerate(model.blocks):
-        block.ffn.aux = {"load": torch.tensor(float(value))}
-    assert model(torch.zeros(1, 2, dtype=torch.int64)).aux["load"] == 0.5
 
 
 def test_the_model_sees_no_later_token(attention):

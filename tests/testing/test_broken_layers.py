@@ -43,11 +43,6 @@ class AnotherType(Wrapped):
         return y.double()
 
 
-class AuxOfNumbers(Wrapped):
-    def prepare(self):
-        self.aux = {"load": 0.5}
-
-
 class DeadParameter(Wrapped):
     def prepare(self):
         self.dead = nn.Parameter(torch.ones(3))
@@ -326,7 +321,6 @@ class DropsWhatIsLong(Wrapped):
 ATTENTION: list[tuple[type[Attends], set[str]]] = [
     (MixesRowsInTraining, {"rows"}),
     (DropsAlways, {"dropout"}),
-    (AuxOfNumbers, {"shape"}),
     (MixesTokensInTraining, {"causal"}),
     (SeesTheFuture, {"causal", "mask", "padding", "packed", "cache", "cache with a mask",
                      "cache truncated"}),
@@ -527,7 +521,6 @@ class MixesTokens(Wrapped):
 OWN = {
     "ffn": [
         *COMMON,
-        (AuxOfNumbers, "shape"),
         (DropsAlways, "dropout"),
         (MixesTokensInTraining, "token-wise"),
         (MixesRowsInTraining, "token-wise"),

@@ -176,7 +176,7 @@ class Model(nn.Module):
 
     def forward(self, input_ids: Tensor, **call: Any) -> Any:
         output = self.inner(input_ids, **call)
-        return ModelOutput(self.changed(output.logits), output.hidden, output.aux)
+        return ModelOutput(self.changed(output.logits), output.hidden)
 
     def changed(self, logits: Tensor) -> Tensor:
         return logits
@@ -199,13 +199,6 @@ def model(check: str) -> Callable[[type], type]:
 class MoreLogitsThanTokens(Model):
     def changed(self, logits):
         return torch.cat([logits, logits[..., -1:]], -1)
-
-
-@model("shape")
-class AuxOfNumbers(Model):
-    def forward(self, input_ids, **call):
-        output = self.inner(input_ids, **call)
-        return ModelOutput(output.logits, output.hidden, {"load": 0.5})
 
 
 for parent, check in (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -157,17 +157,7 @@ class GPT(nn.Module):
         logits = F.linear(hidden, weight)
         if self.logits_soft_cap is not None:
             logits = self.logits_soft_cap * torch.tanh(logits / self.logits_soft_cap)
-        return ModelOutput(logits, hidden, self._aux())
-
-    def _aux(self) -> dict[str, Tensor]:
-        """The mean over the blocks of every tensor that a layer put into its ``aux``."""
-        found: dict[str, list[Tensor]] = {}
-        for block in self.blocks:
-            for layer in block.children():
-                aux: Mapping[str, Tensor] = getattr(layer, "aux", None) or {}
-                for name, value in aux.items():
-                    found.setdefault(name, []).append(value)
-        return {name: torch.stack(values).mean() for name, values in found.items()}
+        return ModelOutput(logits, hidden)
 
 
 class GPTProvider(BackboneProvider):

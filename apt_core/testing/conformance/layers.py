@@ -86,11 +86,6 @@ def keeps_shape(layer: nn.Module, *inputs: Tensor) -> None:
         y = works(layer, x)
         assert y.dtype == x.dtype, f"{x.dtype} became {y.dtype}"
         require_finite(y, "the output")
-    aux = getattr(layer, "aux", None)
-    if aux is not None:
-        assert isinstance(aux, Mapping), "aux is no mapping of names to tensors"
-        wrong = [name for name, v in aux.items() if not isinstance(v, Tensor) or v.ndim]
-        assert not wrong, f"aux: {', '.join(map(str, wrong))} is no 0-d tensor"
 
 
 def share_nothing(create: Create) -> None:
