@@ -6,9 +6,9 @@ CROSS_ENTROPY = "loss/cross_entropy"
 """The loss without the terms of plugins, which is what the held-out loss compares with. The name of
 a term has a dot, so that none is called this."""
 
-LOSS, MEMORY, PLUGIN, SCHEDULE, TIME = "loss", "memory", "plugin", "schedule", "time"
+LOSS, LR, MEMORY, PLUGIN, SCHEDULE, TIME = "loss", "lr", "memory", "plugin", "schedule", "time"
 
-OWN_GROUPS = frozenset({LOSS, MEMORY, PLUGIN, SCHEDULE, TIME})
+OWN_GROUPS = frozenset({LOSS, LR, MEMORY, PLUGIN, SCHEDULE, TIME})
 """What stands before the first slash in names that the core makes; a plugin may be called so."""
 
 
@@ -30,6 +30,18 @@ def of_plugin(plugin: str, name: str) -> str:
     """
     group = f"{PLUGIN}/{plugin}" if plugin in OWN_GROUPS or "/" in plugin else plugin
     return f"{group}/{name}"
+
+
+def of_rate(ratio: float, *, matrices: bool = False) -> str:
+    """The learning rate of the groups whose peak is ``ratio`` times the profile's; of hidden
+    matrices whose rate is the optimizer's own, times the largest of theirs.
+
+    >>> of_rate(0.25), of_rate(1.0, matrices=True), of_rate(0.5, matrices=True)
+    ('lr/x0.25', 'lr/matrices', 'lr/matrices_x0.5')
+    """
+    if not matrices:
+        return f"{LR}/x{ratio:.4g}"
+    return f"{LR}/matrices" if ratio == 1 else f"{LR}/matrices_x{ratio:.4g}"
 
 
 def of_memory(part: str) -> str:

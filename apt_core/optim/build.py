@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from apt_core.kernel import Kernel
+from apt_core.metric_names import of_rate
 from apt_core.modeling.lr_scale import learning_rate_scales
 from apt_core.optim.parameter_groups import parameter_groups
 from apt_core.providers.optimizer import OptimizerProvider
@@ -46,6 +47,29 @@ def build_optimizer(kernel: Kernel, model: nn.Module) -> Optimizer:
     )
     keep_plan(optimizer)
     return optimizer
+
+
+def learning_rates(optimizer: Optimizer, learning_rate: float, factor: float) -> dict[str, float]:
+    """The rates of a step by the name of their metric: that of the profile, ``learning_rate`` times
+    the ``factor`` of the schedule, and those of groups that learn at another one.
+
+    A group is named by what it was planned with (:func:`~apt_core.metric_names.of_rate`). Where a
+    plugin has changed the rates of groups of one name, the largest counts.
+    """
+    rates = {"lr": learning_rate * factor}
+    groups = [group for group in optimizer.param_groups if group["params"]]
+    peaks = [group.get(PLAN, {}).get("lr", group["initial_lr"]) for group in groups]
+    matrices = [bool(group.get("hidden_matrices")) for group in groups]
+    largest = max((p for p, is_own in zip(peaks, matrices, strict=True) if is_own), default=0.0)
+    for group, peak, is_own in zip(groups, peaks, matrices, strict=True):
+        if is_own:
+            name = of_rate(peak / largest if largest else 1.0, matrices=True)
+        elif peak == learning_rate and group["lr"] == rates["lr"]:
+            continue
+        else:
+            name = of_rate(peak / learning_rate)
+        rates[name] = max(float(group["lr"]), rates.get(name, 0.0))
+    return rates
 
 
 def decides_on_device(optimizer: Optimizer, device: torch.device) -> bool:

@@ -20,6 +20,7 @@ from apt_core.modeling.compilation import readers_of_outputs
 from apt_core.modeling.modes import eval_mode
 from apt_core.modeling.seeds import ModelSeeds
 from apt_core.monitor import ProgressDisplay
+from apt_core.optim.build import learning_rates
 from apt_core.parallel.world import World
 from apt_core.plain_values import MAX_FACTOR
 from apt_core.runs.folder import RunFolder
@@ -82,7 +83,7 @@ class Loop:
     device only."""
     terms: dict[str, Tensor] = field(default_factory=dict, init=False)
     """The loss terms of the present step."""
-    row_due: tuple[Tensor, Tensor, float, dict[str, Tensor]] | None = field(
+    row_due: tuple[Tensor, Tensor, dict[str, float], dict[str, Tensor]] | None = field(
         default=None, init=False
     )
     """The values for the newest step's row of metrics, if a row is due."""
@@ -221,7 +222,8 @@ class Loop:
                 if logged:
                     shares = {CROSS_ENTROPY: entropy * scale}
                     shares |= {name: term * scale for name, term in terms.items()}
-                    self.row_due = loss, grad_norm, training.learning_rate * factor, shares
+                    rates = learning_rates(trained.optimizer, training.learning_rate, factor)
+                    self.row_due = loss, grad_norm, rates, shares
                 void = self.step_void = trained.guard.step(step, loss, grad_norm)
                 progress.step, progress.tokens = step, progress.tokens + targets
                 averages = trained.averages

@@ -40,7 +40,11 @@ TITLES = {
 OPTIMISATION = ("lr", "grad_norm", "skipped_steps")
 SPEED = ("tokens_per_s", "mfu", "memory_mb", "peak_memory_mb")
 FROM_ZERO = (*SPEED, "skipped_steps")
-PREFIXES = {"loss": "Terms of the loss", "schedule": "Scheduled parameters"}
+PREFIXES = {
+    "loss": "Terms of the loss",
+    "lr": "Learning rates of groups",
+    "schedule": "Scheduled parameters",
+}
 
 PART = re.compile(r"time/(?!step_ms$|total_ms$)([^/]+)_ms")
 WITHIN = {"hooks": ("hooks", "hooks of"), "loss_terms": ("forward_backward", "loss terms of")}
@@ -172,7 +176,7 @@ def _chart(series: Sequence[Series], group: str, steps: Axis, buckets: int) -> C
         steps,
         buckets=buckets // len(series),
         frame=SMALL,
-        log=False if name in ("lr", *FROM_ZERO) else None,
+        log=False if name in ("lr", *FROM_ZERO) or name.startswith("lr/") else None,
         zero=name in FROM_ZERO,
     )
 

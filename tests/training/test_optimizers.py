@@ -234,6 +234,71 @@ def test_rates_of_hidden_matrices_are_the_optimizers_times_what_plugins_ask_for(
     assert len(found) == len(list(model.parameters()))
 
 
+class AsksAndSees:
+    """A plugin that wants other rates for some matrices and embeddings, sees which rate each step
+    really has, and in the last step makes one of them another."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, dict[str, float]] = {}
+
+    @hookimpl
+    def apt_param_groups(self, model):
+        slow = [model.embedding.weight, model.blocks[0].ffn.up.weight]
+        return [{"params": slow, "lr_scale": 0.5}]
+
+    @hookimpl
+    def on_step_start(self, step, trainer):
+        if step == 4:
+            names = {id(p): name for name, p in trainer.model.named_parameters()}
+            for group in trainer.optimizer.param_groups:
+                if "final_norm.weight" in {names[id(p)] for p in group["params"]}:
+                    group["initial_lr"] *= 3
+
+    @hookimpl
+    def on_step_end(self, step, trainer):
+        names = {id(p): name for name, p in trainer.model.named_parameters()}
+        self.seen[step] = {
+            names[id(p)]: group["lr"]
+            for group in trainer.optimizer.param_groups
+            for p in group["params"]
+        }
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_rates_of_all_groups_are_in_the_rows_of_steps(optimizer):
+    asking = AsksAndSees()
+    overrides = {
+        "training.optimizer_name": optimizer,
+        "training.learning_rate": 1e-3,
+        "training.muon.learning_rate": 0.03,
+        "training.warmup_steps": 3,
+        "training.min_lr_ratio": 0.5,
+    }
+    if optimizer == "adamw":
+        del overrides["training.muon.learning_rate"]
+    run = tiny_run(asking, steps=4, overrides=overrides)
+    rows = {row["step"]: row for row in run.metrics if "loss" in row}
+    assert list(rows) == [2, 4]
+    for step, row in rows.items():
+        rates = {name: value for name, value in row.items() if name.split("/")[0] == "lr"}
+        seen = asking.seen[step]
+        # What the base rate is, is the profile's word: no group need have it.
+        factor = row["lr"] / 1e-3
+        width = "lr/x96"  # 1536 / 16
+        expected = {"lr": 1e-3 * factor, "lr/x0.5": seen["embedding.weight"]}
+        up = seen["blocks.0.ffn.up.weight"]
+        if optimizer == "adamw":
+            expected |= {width: seen["blocks.0.attention.qkv_weight"], "lr/x48": up}
+        else:
+            expected |= {"lr/matrices": seen["blocks.0.ffn.down.weight"], "lr/matrices_x0.5": up}
+            assert expected["lr/matrices"] == pytest.approx(0.03 * factor)
+        if step == 4:
+            expected["lr/x1"] = seen["final_norm.weight"]
+            assert expected["lr/x1"] == pytest.approx(3 * row["lr"])
+        assert rates == pytest.approx(expected), step
+        assert {f"{rate:.6g}" for rate in seen.values()} <= {f"{r:.6g}" for r in rates.values()}
+
+
 def test_plugins_choose_parameter_groups():
     class Frozen:
         @hookimpl

@@ -54,7 +54,11 @@ class StepLog:
         self._usage, self._clock, self._hooks = usage, clock, hooks
 
     def write(
-        self, loss: Tensor, grad_norm: Tensor, lr: float, shares: Mapping[str, Tensor]
+        self,
+        loss: Tensor,
+        grad_norm: Tensor,
+        rates: Mapping[str, float],
+        shares: Mapping[str, Tensor],
     ) -> dict[str, Any]:
         """Write the row of the step that was just taken, and return it.
 
@@ -75,7 +79,7 @@ class StepLog:
             "tokens": progress.tokens,
             "loss": loss.item(),
             CROSS_ENTROPY: parts.pop(CROSS_ENTROPY),
-            "lr": lr,
+            **rates,
             "grad_norm": grad_norm.item(),
             **self._usage.speed(),
             **self._memory(),
