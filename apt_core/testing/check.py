@@ -1,4 +1,4 @@
-"""``check_plugin``: does a plugin load, declare, build, train, and leave others alone?"""
+"""``check_plugin`` checks that a plugin loads, declares, builds, trains and leaves others alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from apt_core.testing.two_processes import differences
 from apt_core.types import CORE, ProviderSpec
 
 TRAINED_WITH = ("attention", "ffn", "norm", "position", "backbone", "optimizer", "lr_schedule")
-"""Kinds of providers that a tiny run can be made with, whatever their settings are."""
+"""Kinds of providers with which a tiny run can be made for any settings."""
 
 
 WHOLE = {"model.tva.s": 1}
@@ -48,7 +48,7 @@ class Finding:
 
     @property
     def result(self) -> str:
-        """In a word or two, as a table shows it."""
+        """The result in a word or two, for a table."""
         if not self.ok:
             return "FAILED"
         return "left out" if self.left_out else "warning" if self.warning else "ok"
@@ -128,7 +128,7 @@ def _kept(names: Iterable[str]) -> str:
 def _resumed(
     reference: str, name: str, overrides: Mapping[str, Any], observer: KeptInModules
 ) -> str:
-    """How a run with the plugin that is resumed differs from one that is not, which ``observer`` is
+    """The difference between a resumed run with the plugin and an uninterrupted one, in which ``observer`` is
     in; the plugin has only what it has handed over."""
     from apt_core.runs.compare import compare_runs
 
@@ -159,7 +159,7 @@ def _in_two_processes(
     manager: PluginManager,
     overrides: Mapping[str, Any],
 ) -> Iterator[Finding]:
-    """Of each provider that trains, or of the plugin where its hooks act, in two processes."""
+    """Findings in two processes, for each provider that trains or for a plugin with hooks."""
     specs = [s for s in registry.known.specs() if s.plugin == name and s.kind in TRAINED_WITH]
     specs = [spec for spec in specs if usable(spec)[0] is not False]
     tried: dict[str, dict[str, Any]] = {
@@ -180,7 +180,7 @@ def _settings(
     profile: str | os.PathLike[str] | Mapping[str, Any] | None,
     overrides: Sequence[Override],
 ) -> Config | None:
-    """The profile with ``overrides``, checked; None where there are neither."""
+    """The validated ``profile`` with ``overrides``; None without either."""
     if profile is None and not overrides:
         return None
     if isinstance(profile, os.PathLike):
@@ -190,7 +190,7 @@ def _settings(
 
 
 def _of_sections(config: Config | None, sections: Iterable[str]) -> dict[str, Any]:
-    """What a checked profile has in some sections, as overrides."""
+    """The values of some sections of a validated profile, as overrides."""
     found = {path: config.section(path) for path in sections} if config else {}
     return {path: value.model_dump() for path, value in found.items() if value is not None}
 
@@ -255,7 +255,7 @@ def _check_provider(
 
 
 def _reason(error: Exception) -> str:
-    """Of errors with a message for the person, that message alone."""
+    """The message of an AptError alone, otherwise type and message."""
     line = one_line(error)
     if isinstance(error, AssertionError):
         return line.removeprefix("AssertionError: ")

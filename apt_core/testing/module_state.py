@@ -1,4 +1,4 @@
-"""What modules keep from one call to the next, which all runs of a process share."""
+"""Finds state that modules keep between calls, which all runs of a process share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from apt_core.markers import Priority, hookimpl
 
 DEPTH = 8
 PARTS = 20_000
-"""Looked at of each name: a container may hold a whole run."""
+"""The most values that are compared per name: a container may hold a whole run."""
 
 STDLIB = sys.stdlib_module_names
 
@@ -28,12 +28,12 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes, Enum, os.PathLike, r
 
 
 class ModuleState:
-    """What ``modules`` hold when this is made: values of names, what is in containers and objects,
+    """A snapshot of the state of ``modules``: values of names, contents of containers and objects,
     attributes of classes, defaults and closures of functions.
 
-    What ``functools.cache`` keeps does not count, nor do loggers, and what is imported late. Of an
-    object whose class is of another package than the modules' and not Python's own, a tensor or a
-    torch module, the identity is all that is compared.
+    Caches of ``functools.cache``, loggers and late imports do not count. An object whose class is
+    from another package is compared by identity, unless it is a tensor, a torch module or of a
+    class of Python's own.
     """
 
     def __init__(self, modules: Iterable[ModuleType]) -> None:
@@ -41,7 +41,7 @@ class ModuleState:
         self._before = self._contents()
 
     def changed(self) -> list[str]:
-        """The names, as ``module.name``, that hold something else than before."""
+        """The names, as ``module.name``, whose values have changed since the snapshot."""
         return [
             name
             for name, content in self._contents().items()
@@ -59,8 +59,8 @@ class ModuleState:
 
 
 class KeptInModules:
-    """A plugin that finds what the modules which ``find`` gives hold otherwise in a run than before
-    it: ``names``, in the order in which they were found."""
+    """A plugin that collects in ``names`` the state that a run changes in the modules returned by
+    ``find``."""
 
     def __init__(self, find: Callable[[], Iterable[ModuleType]]) -> None:
         self._find = find
@@ -94,8 +94,8 @@ def _is_imported(value: Any, module: ModuleType) -> bool:
 
 
 class _Content:
-    """``found`` tells values apart. What it names by identity is kept alive, so that nothing else
-    gets that identity."""
+    """``found`` is a hashable description of a value. Objects described by identity are kept alive,
+    so that no other object gets their identity."""
 
     def __init__(self, value: Any, packages: set[str]) -> None:
         self._packages = packages
@@ -150,7 +150,7 @@ def _of_tensor(tensor: Any) -> tuple[Any, ...]:
     version = 0 if tensor.is_inference() else tensor._version
     try:
         return version, tensor.shape, tensor.data_ptr()
-    except RuntimeError:  # one without memory of its own
+    except RuntimeError:  # a tensor without storage
         return version, tensor.shape
 
 

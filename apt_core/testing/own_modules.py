@@ -1,4 +1,4 @@
-"""Modules of plugins as another process would have them: without what an earlier run left there."""
+"""Resets the modules of plugins to their state in a new process, without that of earlier runs."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ NO_STATE = (ModuleType, type, FunctionType, BuiltinFunctionType)
 
 @contextmanager
 def own_modules(references: Iterable[str], *, anew: bool) -> Iterator[None]:
-    """For a run with the plugins behind ``references``; afterwards all is as it was.
+    """Give a run its own modules of the plugins behind ``references``, and restore them afterwards.
 
-    A plugin that nobody has imported is imported by each run for itself. With ``anew`` one that was
-    is too, and the other modules of its package, or those beside it where it is in none, have the
-    values that they have after their import; their classes and functions stay the same objects, so
-    that a test can ask what it sees for its type. A module that cannot be run a second time keeps
-    what it has, with a warning.
+    A plugin that was not imported before is imported separately by each run. With ``anew`` the
+    modules of imported ones are reset to their values after import too, with the other modules of
+    their package or, without a package, those beside them. Classes and functions stay the same
+    objects, so that a test can use isinstance. A module that cannot be run twice keeps its values,
+    with a warning.
     """
     references = list(references)
     plugins = dict.fromkeys(name for r in references if (name := _module_behind(r)))
@@ -55,8 +55,8 @@ def own_modules(references: Iterable[str], *, anew: bool) -> Iterator[None]:
 
 
 def modules_of(reference: str) -> list[ModuleType]:
-    """The modules that are there of the plugin behind a reference: its own, and the others of its
-    package, or those beside it where it is in none."""
+    """The imported modules of the plugin behind a reference: its own and the others of its package
+    or, without a package, those beside it."""
     own = _module_behind(reference) or file_module(name_of(reference))
     home = _home(reference)
     return [
@@ -67,7 +67,7 @@ def modules_of(reference: str) -> list[ModuleType]:
 
 
 def _module_behind(reference: str) -> str:
-    """The module that a plugin is, or is in; nothing for a file, which is always loaded anew."""
+    """The name of the plugin's module; empty for a file, which is always loaded anew."""
     if is_file_reference(reference):
         return ""
     entry = entry_for(reference, installed_plugins())
@@ -75,7 +75,7 @@ def _module_behind(reference: str) -> str:
 
 
 def _home(reference: str) -> Path | None:
-    """The folder of a plugin that is in no package; None where other things are installed."""
+    """The folder of a plugin without a package; None for a folder of installed packages."""
     if is_file_reference(reference):
         return Path(reference).resolve().parent
     name = _module_behind(reference)
@@ -90,7 +90,7 @@ def _home(reference: str) -> Path | None:
 def _belongs(
     name: str, module: ModuleType, plugins: Collection[str], homes: Collection[Path]
 ) -> bool:
-    """Is the module in the package of a plugin, or beside one that is in none?"""
+    """Whether the module is in the package of a plugin, or beside one without a package."""
     packages = [plugin.rpartition(".")[0] for plugin in plugins if "." in plugin]
     if any(f"{name}.".startswith(f"{package}.") for package in packages):
         return True
@@ -102,7 +102,7 @@ def _belongs(
 
 
 def _reset(name: str, module: ModuleType) -> dict[str, Any]:
-    """Give a module the values that running it gives; returns those that it had."""
+    """Reset a module to the values of a new import; returns its previous values."""
     spec = module.__spec__
     if spec is None or spec.loader is None or not str(spec.origin).endswith(".py"):
         return {}

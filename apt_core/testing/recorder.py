@@ -1,4 +1,4 @@
-"""A plugin that writes down which hooks were called, with what, and in which order."""
+"""A plugin that records hook calls with their arguments, in order."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from apt_core.markers import Priority, hookimpl
 
 
 class Recorder:
-    """Records calls of hooks as ``(hook, arguments)`` in ``calls``; it answers nothing.
+    """Records calls of hooks as ``(hook, arguments)`` in ``calls``; returns None from each.
 
-    By default it listens to every ``on_*`` hook. Raises ValueError for a hook that there is not.
+    By default it implements every ``on_*`` hook. Raises ValueError for an unknown hook.
 
     >>> from apt_core.plugin_manager import PluginManager
     >>> manager, recorder = PluginManager(), Recorder()
@@ -55,9 +55,9 @@ class Recorder:
         return self.names.count(hook)
 
     def assert_order(self, *hooks: str) -> None:
-        """The hooks were called in this order; others may stand between them.
+        """Assert that the hooks were called in this order, with any others in between.
 
-        Raises AssertionError that shows how far the order was followed.
+        The AssertionError shows how far the order was followed.
         """
         remaining = iter(self.names)
         for position, hook in enumerate(hooks):

@@ -54,7 +54,7 @@ TEXT = "\n\n".join(
 
 @dataclass
 class TinyRun:
-    """What a tiny run left behind: ``weights`` by parameter name, rows of ``metrics.jsonl``, the
+    """The results of a tiny run: ``weights`` by parameter name, rows of ``metrics.jsonl``, the
     ``manifest``, and the manager with its records."""
 
     result: RunResult
@@ -64,7 +64,7 @@ class TinyRun:
     manager: PluginManager
 
     def same_weights(self, other: TinyRun) -> bool:
-        """Are all weights bit-identical?"""
+        """Whether all weights are bit-identical."""
         return self.weights.keys() == other.weights.keys() and all(
             tensor.equal(other.weights[name]) for name, tensor in self.weights.items()
         )
@@ -90,8 +90,8 @@ def tiny_session(
     profile: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Session:
-    """A session of a tiny model that was not trained, for tests of what takes part in a generation:
-    arguments as for :func:`tiny_run`."""
+    """A session of an untrained tiny model, for tests of generation hooks; arguments as for
+    :func:`tiny_run`."""
     from apt_core.data.loading import build_tokenizer
     from apt_core.kernel import boot
     from apt_core.modeling.compose import ModelBuilder
@@ -134,8 +134,8 @@ def tiny_run(
     TINY_PROFILE and ``overrides`` sets dotted keys of it. ``options``, such as ``resume=True``, go
     to the Trainer. Without ``output`` the run's folder is temporary.
 
-    A run that resumes imports plugins that are references, with all of their packages, as a new
-    process would: what one kept in a module is not there. An object is what it is.
+    A resumed run imports plugins given as references anew, with their packages, as a new process
+    would, so that state in modules is lost. Plugins given as objects keep their state.
     """
     from apt_core.kernel import boot
     from apt_core.training import Trainer

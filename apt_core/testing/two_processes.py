@@ -1,4 +1,4 @@
-"""Does a model train in two processes as it does in one? Tried with real ones, on the CPU."""
+"""Checks that a model trains in two processes as in one, with real processes on the CPU."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from apt_core.testing.tiny import TEXT, TINY_PROFILE
 SHARDINGS = ("ddp", "fsdp")
 STEPS = 3
 SECONDS = 300.0
-"""After so long a run does not end any more: the processes wait for each other."""
+"""The time after which a run counts as deadlocked."""
 
 ERROR = 1e-3
-"""Of a figure's size: sums in another order differ, and by the third step by more than in one."""
+"""Relative tolerance of figures: sums in another order differ, increasingly over the steps."""
 
 SETTINGS: dict[str, Any] = {
     "training": {"batch_size": 2, "log_every_steps": 1, "max_steps": STEPS, "learning_rate": 1e-4},
@@ -29,8 +29,8 @@ SETTINGS: dict[str, Any] = {
 
 
 def differences(plugins: Sequence[str], overrides: Mapping[str, Any]) -> dict[str, str]:
-    """By sharding, what is wrong with a tiny run with ``plugins`` in two processes; empty where it
-    is the run that one process makes of the same micro-batches."""
+    """The faults of a tiny run with ``plugins`` in two processes, by sharding; empty if it equals
+    the run of one process over the same micro-batches."""
     with tempfile.TemporaryDirectory(prefix="apt-check-") as temporary:
         folder = Path(temporary)
         (folder / "text.txt").write_text(TEXT, encoding="utf-8")
@@ -78,7 +78,7 @@ def _profile(folder: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _run(arguments: Sequence[str]) -> str:
-    """Run apt-train; what it died of, or an empty string."""
+    """Run apt-train. Returns its error, or an empty string."""
     from apt_core.parallel.child_process import apt_train_command
 
     with tempfile.TemporaryFile("w+", errors="replace") as output:
@@ -115,7 +115,7 @@ def _compared(one: Path, two: Path) -> Iterator[str]:
     wanted, found = _tensors(one), _tensors(two)
     for name, tensor in wanted.items():
         off = (found[name].double() - tensor.double()).abs().max().item() if tensor.numel() else 0.0
-        # AdamW makes steps of gradients that are nothing but rounding.
+        # AdamW takes full steps even for gradients that are only rounding errors.
         bound = 4 * STEPS * SETTINGS["training"]["learning_rate"]
         if not off <= bound + ERROR * tensor.double().abs().max().item():
             yield f"{name} differs by {off:.3g} from that of one process after {STEPS} steps"

@@ -1,4 +1,4 @@
-"""What every provider of a kind must do, whoever wrote it: one module a kind.
+"""Checks of the promises that every provider of a kind must keep; one module per kind.
 
 >>> from apt_core.modeling.layers import RMSNormProvider
 >>> [check.name for check in checks_of("norm", RMSNormProvider())][:3]
@@ -35,10 +35,11 @@ CHECKS: dict[str, Callable[[Any], list[Check]]] = {
 
 
 def checks_of(kind: str, provider: Any, device: str = "cpu") -> list[Check]:
-    """The checks of ``provider``, whose kind is ``kind``; none for a kind that has none.
+    """The checks of ``provider`` of kind ``kind``, which run on ``device``; empty for a kind
+    without checks.
 
-    Nothing is built before a check runs. The first is ``builds``: where it fails, so will others.
-    They run on ``device``.
+    Nothing is built before a check runs. The first check is ``builds``; if it fails, others fail
+    too.
     """
     checks = CHECKS[kind](provider) if kind in CHECKS else []
     return [replace(check, run=partial(_run_on, device, check)) for check in checks]

@@ -1,4 +1,4 @@
-"""What a check is, and how checks compare."""
+"""The class of a check, and the comparisons that checks use."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from torch import Tensor
 
 
 class LeftOut(SkipTest):
-    """A check that says nothing about this provider, and why; pytest shows it as skipped."""
+    """Raised by a check that does not apply to this provider, with the reason; pytest shows it as
+    skipped."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that a provider must do.
+    """One promise that a provider must keep.
 
-    ``run()`` raises AssertionError, or what the provider's code raised, where it does not do it;
-    :class:`LeftOut` where the provider does not claim to.
+    ``run()`` raises AssertionError, or the error of the provider's code, if it is broken, and
+    :class:`LeftOut` if the provider does not claim to keep it.
     """
 
     name: str
@@ -32,7 +33,7 @@ class Check:
 
 
 DEVICE: ContextVar[str] = ContextVar("device", default="cpu")
-"""Where the check at hand runs."""
+"""The device on which the present check runs."""
 
 
 @contextmanager
@@ -51,7 +52,7 @@ def here(tensor: Tensor) -> Tensor:
 
 
 TOLERANCE = 1e-4
-"""Of the largest value: for what is computed in fp32."""
+"""Tolerance of fp32 results, relative to the largest value."""
 
 
 def require_equal(
@@ -86,7 +87,8 @@ def refusing(what: str, *names: str) -> Iterator[None]:
 
 
 def built_or_refused(create: Callable[[], Any], what: str, *names: str) -> Any:
-    """What ``create`` gives, or None where it raises a ValueError that says one of ``names``."""
+    """The result of ``create``, or None if it raises a ValueError that mentions one of
+    ``names``."""
     try:
         return create()
     except ValueError as error:

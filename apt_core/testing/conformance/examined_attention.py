@@ -1,4 +1,4 @@
-"""An attention provider as the checks look at it."""
+"""An attention provider with the layers, inputs and calls of its checks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DOCUMENTS = [[0, 0, 0, 1, 1, 1, 1, 1], [4, 5, 5, 5, 5, 7, 7, 7]]
 
 @dataclass(frozen=True)
 class Attention:
-    """A provider of attention, and the layers of it that the checks look at: 4 heads of 16."""
+    """An attention provider, and the layers that are checked: 4 heads of width 16."""
 
     provider: Any
     d_model: int = 64
@@ -35,7 +35,7 @@ class Attention:
         return getattr(self.provider, "supports", AttentionSupport())
 
     def claims(self, flag: str) -> None:
-        """LeftOut where the provider says that its layers cannot do this."""
+        """Raise LeftOut if the provider says that its layers do not support ``flag``."""
         if not getattr(self.supports, flag):
             raise LeftOut(f"supports.{flag} is False")
 
@@ -51,12 +51,13 @@ class Attention:
 
     @cached_property
     def integers(self) -> dict[str, int]:
-        """What a layer may count tokens by."""
+        """Integers that may be numbers of tokens."""
         other = replace(self, d_model=48, num_heads=2, length=40)
         return lengths.integers(self.provider, self.create, other.create)
 
     def places(self) -> list[int]:
-        """Those to look at: all of a short text, and of a longer one some, about each integer."""
+        """The positions to check: all of a short text, or those near each integer in a longer
+        one."""
         if self.length <= 8:
             return list(range(self.length))
         near = {n + d for n in self.integers.values() for d in (-1, 0, 1)}
@@ -64,12 +65,12 @@ class Attention:
         return sorted({*some, self.length // 2, self.length - 2, self.length - 1})
 
     def calls_of(self, batch: int) -> list[Call]:
-        """Ways in which training calls the layer with so many rows."""
+        """The forms in which training calls the layer with ``batch`` rows."""
         masks = [{"mask": here(torch.ones(batch, 1, 1, self.length, dtype=torch.bool))}]
         return [{}, *(masks if self.supports.mask else [])]
 
     def at_lengths(self, check: Callable[[Attention], None]) -> None:
-        """``check`` on a short text, and on one beyond any window that the settings may mean."""
+        """Run ``check`` on a short text and on one longer than any window of the settings."""
         check(self)
         longer = replace(self, length=lengths.longer(self.integers))
         try:
@@ -78,7 +79,7 @@ class Attention:
             raise AssertionError(f"a text of {longer.length} tokens: {error}") from error
 
     def calls(self) -> list[Call]:
-        """Ways in which training calls the layer."""
+        """The forms in which training calls the layer."""
         if not self.supports.mask:
             return [{}]
         documents = here(torch.tensor(DOCUMENTS))

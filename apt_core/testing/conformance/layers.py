@@ -1,4 +1,4 @@
-"""Checks that layers of several kinds share, and the small layers that they look at."""
+"""Checks shared by layers of several kinds, and the small layers that they check."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ Create = Callable[[], nn.Module]
 Call = Mapping[str, Any]
 
 COMPILE_BACKEND = "aot_eager"
-"""Traces the layer and its backward as every backend does, and generates no code."""
+"""A backend that traces forward and backward but generates no code."""
 
 AUTOCAST_ERROR = 0.05
-"""Of the size of the output. A value of bf16 is off by up to 0.004, and a layer is a few products
-in a row."""
+"""Tolerance relative to the output. A bf16 value has an error of up to 0.004, and a layer is a
+chain of a few products."""
 AUTOCAST_GRADIENT_ERROR = 0.1
 
 
 def built(create: Create, seed: int = 0) -> nn.Module:
-    """A layer in evaluation mode, initialised by ``seed`` and then shaken, on the CPU as that of a
-    run is, and brought to the device of the check.
+    """A layer in eval mode, initialised by ``seed`` on the CPU as in a run, with noise added, and
+    moved to the device of the check.
 
-    What starts at zero or one is moved away from there: a part that a fresh layer does not use
-    has to keep the promises too.
+    The noise moves parameters away from zero and one, so that parts which a new layer does not use
+    are checked too.
     """
     with construction_rng(seed, "conformance"):
         layer = create()
@@ -46,19 +46,19 @@ def built(create: Create, seed: int = 0) -> nn.Module:
 
 
 def sample(*shape: int, seed: int = 0) -> Tensor:
-    """Of a normal distribution, the same numbers on any device."""
+    """Normally distributed values, the same on any device."""
     generator = torch.Generator().manual_seed(seed)
     return here(torch.randn(shape, generator=generator))
 
 
 def leaf(x: Tensor) -> Tensor:
-    """A copy of ``x`` that collects a gradient, if its type can."""
+    """A copy of ``x`` that requires a gradient, if its dtype allows it."""
     return x.clone().requires_grad_(x.is_floating_point())
 
 
 def gradients(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Of a fixed random sum of ``y``: by ``x``, if it has one, and by each parameter, in one row;
-    a zero where there is nothing to have a gradient."""
+    """The gradients of a fixed random weighted sum of ``y`` with respect to ``x`` and each
+    parameter that requires one, concatenated; a single zero if none does."""
     leaves = [x] if x.requires_grad else []
     leaves += [parameter for parameter in layer.parameters() if parameter.requires_grad]
     if not leaves:
@@ -73,7 +73,7 @@ def gradients(layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def works(layer: nn.Module, x: Tensor) -> Tensor:
-    """What the layer gives for ``x``; AssertionError unless it is as large."""
+    """The layer's output for ``x``. Asserts that the shape is kept and ``x`` is unchanged."""
     before = x.clone()
     y = layer(x)
     assert y.shape == x.shape, f"{list(x.shape)} became {list(y.shape)}"
@@ -89,7 +89,7 @@ def keeps_shape(layer: nn.Module, *inputs: Tensor) -> None:
 
 
 def share_nothing(create: Create) -> None:
-    """Two layers of a provider are two: what they learn is their own."""
+    """Two layers of a provider share no parameters."""
     tensors = [
         {id(t): name for name, t in (*layer.named_parameters(), *layer.named_buffers())}
         for layer in (create(), create())
@@ -129,7 +129,7 @@ def drops_nothing_in_evaluation(create: Create, dropping: Create, x: Tensor) -> 
 
 
 def draws_by_the_seed(create: Create, x: Tensor) -> None:
-    """In training the same seed gives the same: what else is drawn from, no resume brings back."""
+    """In training the same seed gives the same output: a resume restores no other randomness."""
     layer = built(create).train()
     given = []
     for _ in range(2):
@@ -142,8 +142,8 @@ def draws_by_the_seed(create: Create, x: Tensor) -> None:
 
 
 def token_wise(layer: nn.Module, *inputs: Tensor) -> None:
-    """The output at each place [b, t] depends on the input there alone, by gradient or by value; in
-    training too, by gradient."""
+    """The output at each position [b, t] depends on the input at that position only, checked by
+    gradient and by value, and in training by gradient."""
     for x in inputs:
         places = ((0, 0), (1, 3), (0, x.shape[1] - 1))
         for training in (False, True):
@@ -169,8 +169,8 @@ def token_wise(layer: nn.Module, *inputs: Tensor) -> None:
 
 
 def rows_apart(layer: nn.Module, x: Tensor, *calls: Call) -> None:
-    """No row of a batch [B, T, D] depends on another, by gradient or by value; in training
-    neither."""
+    """No row of a batch [B, T, D] depends on another, checked by gradient and by value, also in
+    training."""
     other = torch.cat([x[:1], sample(*x[1:].shape, seed=2)])
     for call in calls or ({},):
         for training in (False, True):
@@ -199,7 +199,8 @@ def loads_state(create: Create, x: Tensor) -> None:
 
 
 def builds_on_meta(create: Create, x: Tensor) -> None:
-    """Allocates nothing there, and is complete with memory, ``reset_buffers`` and a state."""
+    """A layer built on the meta device allocates nothing, and works after ``reset_buffers`` and
+    loading a state."""
     with torch.device("meta"), construction_rng(0, "conformance"):
         layer = create()
     tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
@@ -240,9 +241,9 @@ def require_near(given: Tensor, expected: Tensor, what: str, bound: float) -> No
 
 
 def compiles(layer: nn.Module, x: Tensor, *calls: Call) -> None:
-    """torch.compile finds no graph break, whatever the length, and what it makes computes the same,
-    gradients too."""
-    # What was compiled before counts towards the limit of recompilations of shared code.
+    """torch.compile finds no graph break at any length, and compiled outputs and gradients are the
+    same."""
+    # Earlier compilations would count towards the recompile limit of shared code.
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend=COMPILE_BACKEND)
     for call in calls or ({},):
@@ -295,6 +296,6 @@ def costs(provider: Any, flops: Callable[[int], int]) -> None:
 
 
 def same_weights(layer: nn.Module, other: nn.Module) -> nn.Module:
-    """``other`` with the parameters of ``layer`` where it has them."""
+    """``other`` with the parameters of ``layer`` that it also has."""
     other.load_state_dict(copy.deepcopy(layer.state_dict()), strict=False)
     return other

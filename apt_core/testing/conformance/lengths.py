@@ -1,4 +1,4 @@
-"""How long the texts are on which a layer is looked at: longer than any window of its settings."""
+"""Chooses text lengths for checks: longer than any window that a layer's settings may mean."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any
 from torch import nn
 
 LONG = 31
-"""Tokens of the longer text where no setting asks for more."""
+"""Tokens of the longer text, unless a setting asks for more."""
 
 LARGEST = 512
-"""Beyond it, a setting is no reason for a longer text: give the check a smaller one."""
+"""The largest setting for which a longer text is used; a larger one must be lowered for the
+check."""
 
 
 def integers(provider: Any, *creates: Callable[[], nn.Module]) -> dict[str, int]:
-    """The integers by which a layer may count tokens: settings of the provider, and what layers of
+    """Integers that may be numbers of tokens: settings of the provider, and values that layers of
     different shapes, built by ``creates``, have in common."""
     found = dict(_of("", getattr(provider, "__dict__", {})))
     settings = getattr(provider, "config", None)
     found |= _of("", settings if isinstance(settings, Mapping) else _fields(settings))
-    with suppress(Exception):  # what cannot be built is told by another check
+    with suppress(Exception):  # another check reports a layer that cannot be built
         layers = [create() for create in creates]
         each = [dict(_of_layer(layer)) for layer in layers]
         if each:
@@ -30,12 +31,12 @@ def integers(provider: Any, *creates: Callable[[], nn.Module]) -> dict[str, int]
 
 
 def longer(found: Mapping[str, int]) -> int:
-    """A number of tokens beyond twice the largest of the integers, and no round one."""
+    """A number of tokens above twice the largest integer, and not a round one."""
     return max(LONG, *(2 * n + 3 for n in found.values() if n <= LARGEST), 0)
 
 
 def too_large(found: Mapping[str, int]) -> str:
-    """The settings for which no text is long enough, in words."""
+    """The settings that are too large for the longest text, as a text."""
     return ", ".join(f"{name} {n:,}" for name, n in sorted(found.items()) if n > LARGEST)
 
 

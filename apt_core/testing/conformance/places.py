@@ -1,4 +1,4 @@
-"""Positions for tests: every place is marked, so that a wrong one shows."""
+"""Positions for tests, which make the output depend on each absolute position."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from apt_core.providers.position import PositionProvider
 class Marked(nn.Module):
     """Scales each channel of x [B, T, H, R] by a factor of its place, by default 0..T-1.
 
-    A rotary embedding leaves attention as it is when all places move together; this does not, so
-    an offset that is forgotten is seen too.
+    Attention with rotary embedding does not change if all positions are shifted; with this it does,
+    so that a missing offset is noticed.
     """
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
