@@ -128,8 +128,8 @@ def _kept(names: Iterable[str]) -> str:
 def _resumed(
     reference: str, name: str, overrides: Mapping[str, Any], observer: KeptInModules
 ) -> str:
-    """The difference between a resumed run with the plugin and an uninterrupted one, in which ``observer`` is
-    in; the plugin has only what it has handed over."""
+    """The difference between a resumed run with the plugin and an uninterrupted one, in which
+    ``observer`` is in; the plugin has only what it has handed over."""
     from apt_core.runs.compare import compare_runs
 
     with tempfile.TemporaryDirectory(prefix="apt-check-") as temporary:
