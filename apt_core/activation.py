@@ -45,8 +45,8 @@ class Activated:
     ``wanted`` are those that are active, ``sections`` and ``params`` (schedule parameters, with
     the plugin of each) theirs, ``observed`` the paths of sections whose plugin changes no weight.
     ``left_out`` says why others are not: ``blocked`` by the person, with the reference of each, or
-    broken. ``needless`` are blocked and would not have run anyway. ``providers`` are all that can
-    be named.
+    broken. ``needless`` are blocked, and nothing asks for them. ``providers`` are all that keys can
+    name.
     """
 
     wanted: Sequence[Wanted]

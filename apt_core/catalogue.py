@@ -1,4 +1,4 @@
-"""Which providers there are: who declares them, which is the default of a kind, what replaces one.
+"""Which providers there are: who declares each, which is the default of its kind, what replaces it.
 
 Nothing here builds a provider or calls a plugin: that is the registry's.
 """
@@ -55,7 +55,7 @@ class Catalogue:
         }
 
     def check_spec(self, plugin: str, spec: ProviderSpec) -> Problem | None:
-        """What is wrong with one more provider, if anything."""
+        """What is wrong with adding this provider, if anything."""
         key = f"plugin {plugin}"
         if spec.kind not in KINDS:
             hint = did_you_mean(spec.kind, KINDS) or f"kinds are {', '.join(KINDS)}"
@@ -166,7 +166,7 @@ class Catalogue:
 
 
 def usable(spec: ProviderSpec) -> tuple[bool | None, str]:
-    """Can the provider be used here, as far as can be told without torch (None: no telling)."""
+    """Whether the provider can be used here, and why not; None where that takes torch to know."""
     missing = unmet(spec.requires)
     if missing:
         return False, "; ".join(missing)

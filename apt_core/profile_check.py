@@ -1,7 +1,7 @@
 """The whole profile against what its plugins declare: every problem, and every key without effect.
 
-What single keys and the core's sections must be is checked by :mod:`apt_core.config`; here the
-plugins, providers and schedules have their say.
+Single keys and the core's sections are checked by :mod:`apt_core.config`; this module adds what
+plugins, providers and schedules say of them.
 """
 
 from __future__ import annotations
@@ -114,9 +114,9 @@ def check_profile(
         inactive_settings, wrong = _inactive_settings(config, plugins, named)
         # With --plugin no:NAME the list of plugins is the command line's.
         chosen = ("plugins",) if plugins.blocked else ()
-        told = {item.key for item in inactive}
+        reported = {item.key for item in inactive}
         vain = written_inactive(config, source, inactive_settings, chosen)
-        inactive += [item for item in vain if item.key not in told]
+        inactive += [item for item in vain if item.key not in reported]
         inactive += unread_paths(config, plugins.providers)
         problems += [*wrong, *check_providers(named, plugins.providers, source)]
         if files:

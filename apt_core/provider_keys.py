@@ -72,21 +72,21 @@ def inactive_provider_settings(
 
 def data_files(config: Config, known: Catalogue) -> tuple[str, ...]:
     """The keys of ``data`` that the text's provider reads as files, as far as it tells."""
-    told = _told_files(config, known) or ()
-    return tuple(key for key in DATA_PATHS if key in told)
+    declared = _declared_files(config, known) or ()
+    return tuple(key for key in DATA_PATHS if key in declared)
 
 
 def unread_paths(config: Config, known: Catalogue) -> Iterator[InactiveKey]:
     """Paths that the text's provider says it does not read."""
-    told = _told_files(config, known)
-    if told is None:
+    declared = _declared_files(config, known)
+    if declared is None:
         return
     for key in DATA_PATHS:
-        if getattr(config.data, key) is not None and key not in told:
+        if getattr(config.data, key) is not None and key not in declared:
             reason = f"dataset:{config.data.dataset_name} does not read it"
             yield InactiveKey(f"data.{key}", reason)
 
 
-def _told_files(config: Config, known: Catalogue) -> Sequence[str] | None:
+def _declared_files(config: Config, known: Catalogue) -> Sequence[str] | None:
     name = config.data.dataset_name
     return next((spec.files for spec in known.specs("dataset") if spec.name == name), None)

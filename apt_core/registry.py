@@ -101,8 +101,8 @@ class Registry:
             kind,
             name,
             cls,
-            version=str(_told_by(cls, "get_version", "")),
-            requires=tuple(_told_by(cls, "get_dependencies", ())),
+            version=str(_fact_of_class(cls, "get_version", "")),
+            requires=tuple(_fact_of_class(cls, "get_dependencies", ())),
             conflicts=tuple(excludes),
             default=default,
         )
@@ -172,7 +172,7 @@ class Registry:
         return self.spec(kind, name)
 
     def _fall_back(self, spec: ProviderSpec, settings: Any, reason: str, fallback: bool) -> Any:
-        """The kind's default in the place of ``spec``; recorded, logged and told."""
+        """Build the default of the kind in place of ``spec``; record, log and report that."""
         default = self.known.replacement(spec)
         if default is None:
             raise ProviderError(f"{spec.key} (plugin {spec.plugin}) cannot be used: {reason}")
@@ -329,8 +329,8 @@ def _content(settings: Any) -> Any:
     return type(settings), tuple((_content(key), _content(value)) for key, value in pairs)
 
 
-def _told_by(cls: Any, method: str, default: Any) -> Any:
-    """What a provider class tells of itself; ``default`` where it needs an instance for that."""
+def _fact_of_class(cls: Any, method: str, default: Any) -> Any:
+    """What ``method`` of a provider class returns without an instance, else ``default``."""
     tell = getattr(cls, method, None)
     if not isinstance(cls, type) or not callable(tell):
         return default
