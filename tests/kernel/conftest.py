@@ -73,7 +73,8 @@ def load_source(write: Callable[[str, str], Path]) -> Callable[..., Any]:
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """``install("moe", source)``: a distribution ``apt-moe`` with a plugin ``moe``, and nothing
-    else installed. ``dist`` names another distribution, ``module`` another module."""
+    else installed. ``dist`` names another distribution, ``module`` another module, and
+    ``attribute`` what the entry point names in it."""
     site = tmp_path / "site"
     site.mkdir()
     monkeypatch.syspath_prepend(str(site))
@@ -85,7 +86,9 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
     monkeypatch.delenv("APT_DISABLE_PLUGIN_AUTOLOAD")
     monkeypatch.setattr("apt_core.discovery.offers", only_ours)
 
-    def call(name: str, source: str, *, dist: str = "", module: str = "") -> None:
+    def call(
+        name: str, source: str, *, dist: str = "", module: str = "", attribute: str = ""
+    ) -> None:
         dist, module = dist or f"apt-{name}", module or f"apt_installed_{name}"
         names.add(dist)
         (site / f"{module}.py").write_text(source, encoding="utf-8")
@@ -94,7 +97,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: 1.0\n")
         points = info / "entry_points.txt"
         before = points.read_text() if points.exists() else "[apt.plugins]\n"
-        points.write_text(f"{before}{name} = {module}\n")
+        points.write_text(f"{before}{name} = {module}{attribute and ':'}{attribute}\n")
 
     return call
 

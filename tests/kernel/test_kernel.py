@@ -465,3 +465,32 @@ def test_what_only_a_run_finds_inactive_is_kept_once_and_refused_when_strict() -
         == "hardware.backend: it does nothing here: alone (--strict allows no inactive key)"
     )
     assert refused[0].replace("another reason", known.reason) == str(told).removeprefix("profile: ")
+
+
+CLASS = """\
+from apt_core import PluginInfo, hookimpl
+
+class Mine:
+    PLUGIN = PluginInfo(summary="of the class")
+
+    def __init__(self):
+        self.seen = []
+
+    @hookimpl
+    def apt_configure(self, config):
+        self.seen.append(config.training.seed)
+"""
+
+
+@pytest.mark.parametrize("attribute", ["Mine", ""])
+def test_every_boot_makes_an_object_of_its_own(
+    install: Callable[..., None], attribute: str
+) -> None:
+    install("own", CLASS + ("" if attribute else "\nPlugin = Mine\n"), attribute=attribute)
+    managers = [
+        boot({"plugins": ["own"], "training": {"seed": seed}}, files=False).manager
+        for seed in (1, 2)
+    ]
+    assert [manager.get_plugin("own").seen for manager in managers] == [[1], [2]]
+    assert {manager.records["own"].summary for manager in managers} == {"of the class"}
+    assert all(len(manager.records["own"].source_sha256) == 64 for manager in managers)
