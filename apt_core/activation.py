@@ -194,7 +194,7 @@ def _offers(
 
 
 def _may_be_missing(loaded: Loaded, strict: bool) -> bool:
-    """Does the profile allow the run to go on without the plugin?"""
+    """Whether the profile allows the run to go on without the plugin."""
     return loaded.wanted.on_failure == "isolate" and not strict
 
 

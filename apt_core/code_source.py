@@ -55,7 +55,8 @@ def source_sha256(code: Any) -> str:
 
 
 def is_code_of(filename: str, home: str) -> bool:
-    """Is ``filename`` the file ``home`` of a plugin, or in the folder of one that is a package?"""
+    """Whether ``filename`` is the file ``home`` of a plugin, or in its folder if the plugin is a
+    package."""
     if not home:
         return False
     folder = os.path.dirname(home)

@@ -41,7 +41,7 @@ DEVICES = Path("/dev")
 
 
 def has_nvidia_gpu() -> bool:
-    """Has this machine a GPU of NVIDIA's that nobody has hidden, whatever torch says?"""
+    """Whether this machine has a visible NVIDIA GPU, whatever torch says."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
     return not hidden and any(DEVICES.glob("nvidia[0-9]*"))
 
@@ -105,7 +105,8 @@ PLANNED_CAPABILITY = (9, 0)
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Is ``device`` a GPU that multiplies bf16 itself? One that is planned for elsewhere does."""
+    """Whether ``device`` is a GPU with bf16 products in hardware; assumed of a GPU on another
+    machine."""
     import torch
 
     if device.type != "cuda":
@@ -128,7 +129,7 @@ def planned_capability() -> tuple[int, int]:
 
 
 def stands_for_gpu(tensor: torch.Tensor) -> bool:
-    """Is ``tensor`` on the CPU and, to have its memory counted, said to be on a GPU?"""
+    """Whether ``tensor`` is on the CPU and stands for one on a GPU, to count its memory."""
     return bool(tensor.is_cuda) and tensor.device.type != "cuda"
 
 
@@ -248,7 +249,7 @@ OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Did ``error``, or what it was raised from, come of a lack of memory?"""
+    """Whether ``error``, or the error it was raised from, is due to a lack of memory."""
     import torch
 
     cause: BaseException | None = error

@@ -85,7 +85,7 @@ def require_inside(folder: Path, path: Path) -> None:
 
 
 def was_replaced(file: IO[Any], path: str | Path) -> bool:
-    """Is what lies at ``path`` no longer the open ``file``: deleted, or rotated away?"""
+    """Whether ``path`` is no longer the open ``file``, because it was deleted or rotated."""
     try:
         return not os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:

@@ -159,7 +159,7 @@ class HookDeadline:
             self._asked = asked
 
     def _count(self, running: Running | None) -> bool:
-        """Add the time since the last look to ``running``; is a report due?"""
+        """Add the time since the last look to ``running``. Returns whether a report is due."""
         if not self._lock.acquire(timeout=STOPPING_SECONDS):  # in a child that was forked meanwhile
             return False
         try:

@@ -11,8 +11,8 @@ from typing import Any
 from apt_core.files import read_file, read_lines
 
 MAX_BYTES = 256 * 2**20
-"""Of a file that is read as a whole. A checkpoint's state is the largest, with what plugins keep in
-it; tensors are no part of it."""
+"""The most bytes of a file that is read as a whole. The largest is a checkpoint's state, with that
+of plugins but without tensors."""
 
 MAX_LINE = 2**24
 MAX_DEPTH = 200

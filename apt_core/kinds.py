@@ -87,7 +87,7 @@ KINDS: Mapping[str, Kind] = {
 """Every kind by its name, in the order in which listings show them."""
 
 Named = Mapping[tuple[str, str], str]
-"""By kind and name of a provider, the key of the profile that names it."""
+"""Maps kind and name of each provider to the key of the profile that names it."""
 
 
 def naming_keys(sections: Iterable[SectionSpec] = ()) -> list[tuple[str, tuple[str, ...]]]:

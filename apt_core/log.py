@@ -67,7 +67,7 @@ class KernelLogger(logging.Logger):
 
 
 _own: list[logging.Handler] = []
-"""Those of the kernel, while they are there."""
+"""The handlers of the kernel, while they are installed."""
 
 
 def _hand_to(handler: logging.Handler, record: logging.LogRecord) -> None:
@@ -84,7 +84,7 @@ nobody has told."""
 
 
 def _concerns(owner: object | None) -> bool:
-    """Is what happens now a matter of the run ``owner``, or of any?"""
+    """Whether the present record belongs to the run ``owner``, or to no run."""
     run = _RUN.get()
     return owner is None or run is None or run is owner
 
@@ -259,12 +259,12 @@ class LogFile(logging.FileHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._open_anew_where_moved()
+            self._reopen_if_moved()
             super().emit(record)
         except OSError:  # the file cannot be made
             self.handleError(record)
 
-    def _open_anew_where_moved(self) -> None:
+    def _reopen_if_moved(self) -> None:
         """A file that someone has moved or deleted would take what nobody ever reads."""
         if self.stream is not None and was_replaced(self.stream, self.baseFilename):
             self.stream.close()

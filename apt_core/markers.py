@@ -116,51 +116,53 @@ class HookPolicy:
     """Failures in this hook at which a plugin is quarantined."""
 
     firstresult: bool = False
-    """Is the first result that is not None the only one? (pluggy's name)"""
+    """Whether the first result that is not None is the only one (pluggy's name)."""
 
     chained: bool = False
-    """Is each implementation given what the one before made of the request?"""
+    """Whether each implementation gets the request as the previous one returned it."""
 
     dormant: bool = False
-    """Is it called for a plugin whose schedule has not enabled it yet?"""
+    """Whether it is called for a dormant plugin too."""
 
     alone: bool = _told("It is called for one plugin at a time: there are no wrappers of it.")
-    """Is it called for one plugin at a time, so that a wrapper would be around nothing?"""
+    """Whether it is called for one plugin at a time, so that a wrapper has nothing to wrap."""
 
     changes_weights: bool = _told("What it returns is part of the training.")
-    """Is its result part of the training? An observer cannot implement it."""
+    """Whether its result is part of the training; an observer cannot implement it."""
 
     edits_gradients: bool = _told("It may edit gradients in place.")
-    """Is what it does to gradients part of the training?"""
+    """Whether its changes of gradients are part of the training."""
 
     judges_input: bool = _told("A ConfigError is bad input.")
-    """Is a ConfigError bad input (exit code 2), and no failure of the plugin?"""
+    """Whether a ConfigError is bad input (exit code 2) instead of a failure of the plugin."""
 
     fatal_among_processes: bool = _told("A failure ends a run of several processes.")
-    """Would processes no longer do the same where it fails in one of them?"""
+    """Whether a failure in one process would make the processes diverge."""
 
     may_last: bool = _told(
         "It may take longer than `training.hook_timeout`: that is told, and no failure."
     )
-    """Is one that takes longer than ``training.hook_timeout`` only told of?"""
+    """Whether an implementation that takes longer than ``training.hook_timeout`` is only
+    reported."""
 
     sets_modes: bool = _told("Modes of modules that it sets are kept.")
-    """May it set the training mode of parts of the model? What another leaves set is put back."""
+    """Whether it may set the training mode of parts of the model; modes left changed by other hooks
+    are put back."""
 
     permanent: bool = _told("A schedule cannot disable a plugin that implements it.")
-    """Does what it did stay when the plugin is disabled?"""
+    """Whether its effect stays when the plugin is disabled."""
 
     replayed: bool = _told("A step that a resume takes again calls it again.")
-    """Does a resume from the middle of a step call it again for that step?"""
+    """Whether a resume from the middle of a step calls it again for that step."""
 
     @property
     def in_step(self) -> bool:
-        """Is it called within every step?"""
+        """Whether it is called within every step."""
         return self.stage in (Stage.STEP, Stage.MICRO_BATCH)
 
     @property
     def trains(self) -> bool:
-        """Does a plugin with such a hook change weights, whatever the profile names?"""
+        """Whether a plugin with such a hook changes weights, whatever the profile names."""
         return self.edits_gradients or (self.changes_weights and self.stage is not Stage.LOADING)
 
     def __call__(self, function: F) -> F:

@@ -18,8 +18,8 @@ MAX_TEXT = 1 << 26
 """Characters of a prompt, and of all the text in the state of one plugin."""
 
 MAX_FACTOR = 1e4
-"""Of ``lr_scale``, ``weight_decay`` and what a learning-rate schedule gives: beyond it no step
-leaves the weights of use."""
+"""The largest ``lr_scale``, ``weight_decay`` and factor of a learning-rate schedule: a larger one
+destroys the weights in a step."""
 
 
 def type_name(value: object) -> str:

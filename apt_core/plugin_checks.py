@@ -1,4 +1,4 @@
-"""Is this object a plugin that can be registered? Every problem at once, nothing evaluated.
+"""Checks whether an object is a plugin that can be registered, and reports all problems at once.
 
 Attributes are looked up statically: a property of a plugin is never run.
 """
@@ -197,7 +197,8 @@ def _check_parameters(
 
 
 def _is_method(plugin: Any, attribute: str) -> bool:
-    """Is the attribute found on the plugin's class, so that its first parameter is bound?"""
+    """Whether the attribute is found on the plugin's class, so that its first parameter is
+    bound."""
     found = inspect.getattr_static(plugin, attribute)
     on_class = inspect.getattr_static(type(plugin), attribute, None)
     return found is on_class and not isinstance(found, staticmethod)

@@ -1,4 +1,4 @@
-"""What comes of a failure of a plugin: it is counted, told, quarantined, or ends the run."""
+"""Handles failures of plugins: counts and reports them, quarantines plugins, or ends the run."""
 
 from __future__ import annotations
 
@@ -76,12 +76,13 @@ class PluginFailures:
             self._failed(call, error)
 
     def lets_through(self, error: BaseException) -> bool:
-        """Is it what no guard keeps: a plugin stops the run, a person, or this manager?"""
+        """Whether the guard must raise ``error``: a stop by a plugin or a person, or this manager's
+        decision."""
         return isinstance(error, PASSES) or self.ends_run(error)
 
     def ends_run(self, error: BaseException) -> bool:
-        """Is it this manager's own word that a failure ends the run, on its way up? (A PluginError
-        that a plugin raises by itself is a failure like any other.)"""
+        """Whether ``error`` is the PluginError by which this manager ends the run. (One that a
+        plugin raises itself is an ordinary failure.)"""
         return type(error) is PluginError and error in self._raised_here
 
     def _failed(self, call: Call, error: BaseException) -> None:
@@ -243,16 +244,16 @@ class PluginFailures:
     def report_leftovers(self, changes: Sequence[str], hooks: Sequence[str] = STEP_HOOKS) -> None:
         """Tell of what was put back after calls of ``hooks``, or of what plugins have handed
         over. Raises PluginError as a call of a hook does."""
-        self.report_left_by_one_of(
+        self.report_leftovers_of_one(
             [call for name in hooks for call in self._plugins.order(name)], changes
         )
 
-    def report_left_by_one_of(self, calls: Sequence[Call], changes: Sequence[str]) -> None:
+    def report_leftovers_of_one(self, calls: Sequence[Call], changes: Sequence[str]) -> None:
         """Tell of what one of the ``calls``, of any plugin if there are none, has left changed."""
         called = {call.plugin: call for call in calls}
         if len(called) == 1:
             (call,) = called.values()
-            self.report_left_by(call, changes)
+            self.report_leftovers_of(call, changes)
             return
         names = ", ".join(called) or ", ".join(name for name, _ in self._plugins.list_name_plugin())
         text = f"one of the plugins {names} left changed: {'; '.join(changes)}; it is put back"
@@ -262,7 +263,7 @@ class PluginFailures:
             raise self._mark_own(PluginError(stop, plugin=names, hook=where))
         self._warn_once((tuple(called), _names_of(changes)), text)
 
-    def report_left_by(self, call: Call, changes: Sequence[str]) -> None:
+    def report_leftovers_of(self, call: Call, changes: Sequence[str]) -> None:
         """Tell of what this ``call`` has left changed."""
         where = where_raised(Exception(), *source_of(call.function))
         at = f"plugin {call.plugin} left changed in {call.hook} at step {self._plugins.step}"

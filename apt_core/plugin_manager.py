@@ -344,7 +344,7 @@ class PluginManager(pluggy.PluginManager):
             changes = watch.put_back(before) if watch else ()
             if changes:
                 code = self.get_plugin(plugin) if code is None else code
-                self.failures.report_left_by(Call(code, (), plugin, what, 0, False), changes)
+                self.failures.report_leftovers_of(Call(code, (), plugin, what, 0, False), changes)
 
     @contextmanager
     def hook_deadline(self, seconds: float, process: str = "") -> Iterator[None]:
@@ -383,7 +383,7 @@ class PluginManager(pluggy.PluginManager):
 
     def _put_back(self, watch: Watch, calls: Sequence[Call], before: Any, sets_modes: bool) -> None:
         if changes := watch.put_back(before, sets_modes=sets_modes):
-            self.failures.report_left_by_one_of(calls, changes)
+            self.failures.report_leftovers_of_one(calls, changes)
 
     # What plugins implement -------------------------------------------------------------------
 
@@ -392,12 +392,12 @@ class PluginManager(pluggy.PluginManager):
         return record is not None and record.state == "quarantined"
 
     def implements(self, plugin: str, hook_name: str) -> bool:
-        """Does a registered plugin implement the hook, whatever its state?"""
+        """Whether a registered plugin implements the hook, whatever its state."""
         methods = getattr(self.hook, hook_name).get_hookimpls()
         return any(method.plugin_name == plugin for method in methods)
 
     def implements_where(self, plugin: str, applies: Callable[[HookPolicy], bool]) -> bool:
-        """Does a registered plugin implement a hook to whose policy something applies?"""
+        """Whether a registered plugin implements a hook whose policy satisfies the condition."""
         return any(self.implements(plugin, hook) for hook in hooks_where(applies))
 
     def only_observes(self, plugin: str) -> bool:

@@ -49,5 +49,5 @@ def short_name(module: str) -> str:
 
 
 def is_file_reference(reference: str) -> bool:
-    """Is this the path of a file, and not the name of a plugin or a module?"""
+    """Whether this is the path of a file, not the name of a plugin or module."""
     return reference.endswith(".py") or "/" in reference or os.sep in reference

@@ -85,7 +85,7 @@ def plugin_class(plugin: Any) -> type[Any] | None:
 
 
 def has_hooks(plugin: Any) -> bool:
-    """Is any attribute marked with ``@hookimpl``?"""
+    """Whether any attribute is marked with ``@hookimpl``."""
     return any(implementation_options(plugin, attribute) for attribute in dir(plugin))
 
 

@@ -22,7 +22,7 @@ MAX_TENSORS = 10_000
 """Tensors in the state of one plugin: each has an entry in the header of a file."""
 
 MAX_INT_BITS = 2048
-"""Of an integer in a state. Python turns no more than a few thousand digits into text."""
+"""The most bits of an integer in a state: Python converts only a few thousand digits to text."""
 
 MAX_EXPANDED = 1 << 26
 """Bytes of a tensor in a state whose entries share their memory."""
@@ -108,7 +108,7 @@ def _place(path: tuple[Any, ...]) -> str:
 
 @functools.cache
 def _can_be_saved(dtype: torch.dtype) -> bool:
-    """Does safetensors write and read it?"""
+    """Whether safetensors can write and read the tensor."""
     import torch
     from safetensors.torch import load, save
 

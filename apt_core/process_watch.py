@@ -17,15 +17,15 @@ class Watch(Protocol):
     """Sees what a call leaves changed in the process, and puts it back."""
 
     stepping: bool
-    """Are steps being taken, in a state that is known?"""
+    """Whether steps are being taken in a known state."""
     closely: bool
-    """Is each call in a step looked at, or all those of a hook at once?"""
+    """Whether each call in a step is checked, not all calls of a hook at once."""
 
     def before(self) -> Any:
         """The present state, for :meth:`put_back`."""
 
     def unchanged(self) -> bool:
-        """Is the state that of every step, as far as a few calls tell?"""
+        """Whether the state equals that of every step, as far as a few cheap checks tell."""
 
     def put_back(self, before: Any = None, *, sets_modes: bool = False) -> list[str]:
         """Undo what differs from ``before``, or from the state of every step; say what did."""

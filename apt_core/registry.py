@@ -47,7 +47,7 @@ class Resolution:
     reason: str = ""
 
     def row(self) -> dict[str, str]:
-        """As the manifest shows it."""
+        """The row of the manifest."""
         return {"kind": self.kind, "asked": self.asked, "used": self.used, "reason": self.reason}
 
 

@@ -49,8 +49,8 @@ def unmet(requirements: Iterable[str]) -> list[str]:
 
 
 def _plainly_met(text: str) -> bool:
-    """Is ``NAME>=1.2`` met? Told without packaging, whose import takes a tenth of a listing's time;
-    False for what only packaging can tell."""
+    """Whether ``NAME>=1.2`` is met, without importing packaging, which takes a tenth of a listing's
+    time; False if only packaging can decide it."""
     wanted = re.fullmatch(r"([\w.-]+)>=([\d.]+)", text)
     if wanted is None:
         return False

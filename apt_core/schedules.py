@@ -185,9 +185,8 @@ class Schedule:
         step: int | None = None,
         tokens: int | None = None,
     ) -> bool:
-        """Is the plugin enabled at this position? One without a schedule always is.
-
-        Raises ValueError where the position is not given in a unit that tells.
+        """Whether the plugin is enabled at this position; always true without a schedule. Raises
+        ValueError if the position is not given in a unit that decides it.
         """
         enabled, disabled = True, False
         for switch in self._switches.get(name, ()):

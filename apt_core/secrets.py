@@ -61,7 +61,7 @@ ALL_STARS = re.compile(r"\*{8,}")
 
 
 def is_secret_name(key: str) -> bool:
-    """Does a key of this name hold a secret?
+    """Whether a key of this name holds a secret.
 
     >>> [is_secret_name(key) for key in ("api_key", "hfToken", "pad_token", "max_tokens")]
     [True, True, False, False]
@@ -82,7 +82,7 @@ def is_secret_name(key: str) -> bool:
 
 
 def is_mask(value: object) -> bool:
-    """Does this stand in the place of a secret, or hold a URL whose credentials are masked?"""
+    """Whether this replaces a secret, or is a URL with masked credentials."""
     if not isinstance(value, str):
         return False
     return ALL_STARS.fullmatch(value) is not None or f":{MASK}@" in value or f"/{MASK}@" in value
@@ -125,8 +125,8 @@ def with_secrets(value: Any, actual: Any) -> Any:
 
 
 def is_secret(key: object, value: object) -> bool:
-    """Is ``value`` a secret by the name of its key? The number of a token is not, nor are the parts
-    of ``auth`` but by their own names."""
+    """Whether ``value`` is a secret by the name of its key. Numbers of tokens are not; parts of
+    ``auth`` are judged by their own names."""
     if not isinstance(key, str) or not is_secret_name(key):
         return False
     last = WORD.findall(key)[-1].lower()

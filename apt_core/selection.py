@@ -25,7 +25,7 @@ class Wanted:
     where: str = ""
 
     def as_profile(self) -> dict[str, Any]:
-        """As an item of the profile's ``plugins:`` list; a file by its absolute path."""
+        """An item of the profile's ``plugins:`` list, with the absolute path of a file."""
         reference = self.reference
         if is_file_reference(reference):
             reference = found_path(reference)
@@ -152,7 +152,7 @@ class _Selecting:
         self.selection.problems.append(Problem(message, f"plugin {name}", where, hint))
 
     def _same(self, one: str, other: str) -> bool:
-        """Do two references load the same plugin?"""
+        """Whether two references load the same plugin."""
         if is_file_reference(one) and is_file_reference(other):
             return Path(one).resolve() == Path(other).resolve()
         return self._module(one) == self._module(other)

@@ -135,7 +135,7 @@ _VALUES: Mapping[str, Mapping[str, str]] = {
         "false": "fp32 float32 full 32-true no off none",
     },
 }
-"""By kind of provider, or by key."""
+"""Synonyms of values, by kind of provider or by key."""
 
 
 def _reversed(words: Mapping[str, str]) -> dict[str, str]:

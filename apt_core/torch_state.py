@@ -267,7 +267,7 @@ class TorchWatch:
     """
 
     unchanged: Callable[[], bool]
-    """Is what decides most as it was at :meth:`expect`?"""
+    """Whether the most likely changes since :meth:`expect` are absent."""
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self.model = model
@@ -327,7 +327,7 @@ class TorchWatch:
         self._modules, self._modes = [m for m, _ in right.modes], [mode for _, mode in right.modes]
 
     def settled(self) -> bool:
-        """Is all of it as it was, the modes of modules too?"""
+        """Whether everything is unchanged, including the modes of modules."""
         return (
             self.unchanged()
             and self.modes_unchanged()
@@ -336,7 +336,7 @@ class TorchWatch:
         )
 
     def modes_unchanged(self) -> bool:
-        """Has each module within the model the mode that is meant?"""
+        """Whether each module of the model has its intended mode."""
         return list(map(_training, self._modules)) == self._modes
 
     def put_back(self, before: Before | None = None, *, sets_modes: bool = False) -> list[str]:

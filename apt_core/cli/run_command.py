@@ -125,7 +125,7 @@ def _explained(error: Exception) -> Exception:
 
 
 def place_among_processes() -> tuple[bool, int]:
-    """Is this one of several processes of a run, which --nproc or torchrun starts, and which?"""
+    """Whether --nproc or torchrun has started several processes, and the rank of this one."""
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     rank = os.environ.get("RANK", "0")
     return several, int(rank) if several and rank.isdigit() else 0
@@ -135,7 +135,7 @@ def _report(error: Exception, args: Sequence[str], code: int, place: tuple[bool,
     several, rank = place
     if several and _already_reported(error, rank):
         return code
-    # What failed in one of many processes can seldom be had again.
+    # A failure in one of many processes can seldom be reproduced, so show its traceback.
     foreign = not isinstance(error, AptError) or isinstance(error, PluginError | ProviderError)
     whole = "--debug" in args or (several and foreign)
     text = (

@@ -233,7 +233,8 @@ def _options(**values: Any) -> list[str]:
 
 
 def _processes_wanted(kernel: Kernel) -> int:
-    """Of a run that was not told: what the profile asks for and the machine has."""
+    """The number of processes of a run that was given none: what the profile asks for and the
+    machine has."""
     if not kernel.config.hardware.distributed or kernel.config.hardware.num_gpus < 2:
         return 1
     from apt_core.parallel.launch import processes_for

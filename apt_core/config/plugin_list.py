@@ -84,7 +84,7 @@ def _file(profile: Path) -> Path:
 
 
 def _is_edit(original: str, edited: str, wanted: Sequence[Any]) -> bool:
-    """Does the edited text list what is wanted, and say in all else what the original says?"""
+    """Whether the edited text lists the wanted plugins and is otherwise equal to the original."""
     try:
         before, after = (parse_yaml(text, "profile") for text in (original, edited))
     except ConfigError:

@@ -1,4 +1,4 @@
-"""Does what stands under ``schedules`` fit the plugins that there are and the length of the run?
+"""Checks ``schedules`` against the plugins and the length of the run.
 
 Shapes and types are checked by :func:`apt_core.config.validate`; this needs to know the plugins.
 """

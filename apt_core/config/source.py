@@ -124,7 +124,7 @@ class Source:
         return value
 
     def has(self, path: str | KeyPath) -> bool:
-        """Is a value written at this path?"""
+        """Whether a value is written at this path."""
         missing = object()
         return self.get(path, missing) is not missing
 
@@ -289,12 +289,12 @@ class _Merge:
                 merged[key] = self.mappings(below, value, here)
             else:
                 if here == ("plugins",):
-                    self.tell_lost_options(below, value)
+                    self.note_lost_options(below, value)
                 merged[key] = value
                 self.replaced.add(here)
         return merged
 
-    def tell_lost_options(self, below: Any, value: Any) -> None:
+    def note_lost_options(self, below: Any, value: Any) -> None:
         """Tell which options of a plugin are lost with the list that another one replaces."""
         before = dict(plugin_items(below))
         for name, options in plugin_items(value):
@@ -307,7 +307,8 @@ class _Merge:
                 )
 
     def meant(self, path: KeyPath, below: Any) -> bool:
-        """Is what is inherited to be dropped? Tells that it is, or why that is not clear."""
+        """Whether the inherited value is to be dropped; adds a notice that it is, or a problem if
+        that is unclear."""
         key, where = dotted(path), self.child.where(path)
         lost = MASK if is_secret(path[-1], below) else _summary(below)
         if path in self.child.bare:

@@ -26,7 +26,7 @@ class Switch:
 
 
 def looks_like_switch(key: str) -> bool:
-    """Is this the name of a switch, well formed or not? Parameters do not begin like that."""
+    """Whether this is the name of a switch, well formed or not; no parameter begins like one."""
     return key.startswith(("enable_", "disable_"))
 
 

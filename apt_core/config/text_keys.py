@@ -98,7 +98,7 @@ def _members(annotation: Any) -> Iterator[Any]:
 
 
 def _is_text(members: list[Any]) -> bool:
-    """Is a scalar here text, and nothing else?"""
+    """Whether a scalar here must be text."""
     scalars = [
         member
         for member in members

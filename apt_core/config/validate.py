@@ -195,7 +195,7 @@ def _foreign_sections(
 
 
 def _is_core(path: str) -> bool:
-    """Does the core have a key of its own there, one that no plugin may take over?"""
+    """Whether the core has a key there that no plugin may take over."""
     section, _, key = path.rpartition(".")
     known = key in _CORE.get(section, ()) or section in ("plugins", "schedules")
     return known and path not in PLACEHOLDERS

@@ -259,7 +259,7 @@ class _Builder:
 
 
 def is_encodable(text: str) -> bool:
-    """Is it text, without half a surrogate pair?"""
+    """Whether ``value`` is text without a lone surrogate."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 

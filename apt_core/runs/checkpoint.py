@@ -160,7 +160,8 @@ class Checkpoint:
         return {name.partition("/")[0].removesuffix(SUFFIX) for name in self.manifest["sha256"]}
 
     def tensors(self, name: str) -> SavedTensors:
-        """Those of ``model``, ``optimizer``, ``ema`` or ``average-N``. Raises CheckpointError."""
+        """The tensors of ``model``, ``optimizer``, ``ema`` or ``average-N``. Raises
+        CheckpointError."""
         return SavedTensors(self.path / name)
 
 
@@ -266,7 +267,7 @@ def _verify(path: Path, expected: Mapping[str, str]) -> None:
 
 
 def _is_complete(files: Mapping[str, str]) -> bool:
-    """Does a manifest list everything, the tensors as a file or as a folder of shards?"""
+    """Whether a manifest lists all files, the tensors as a file or as a folder of shards."""
     parts = {name.partition("/")[0] for name in files}
     return {"plugins.safetensors", "state.json", "profile.yaml"} <= parts and all(
         name in parts or f"{name}{SUFFIX}" in parts for name in ("model", "optimizer")
@@ -290,8 +291,8 @@ def newest_intact(root: Path) -> Checkpoint:
 
 
 def is_sound(path: Path) -> bool:
-    """Was the last step before the checkpoint at ``path`` finite, and its loss on the held-out text
-    where it was evaluated?"""
+    """Whether the last step before the checkpoint at ``path`` was finite, and its loss on the
+    held-out text if it was evaluated."""
     try:
         sound = read_mapping(path / "manifest.json").get("sound", True)
         evaluated = read_evaluation(path)

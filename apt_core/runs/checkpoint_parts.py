@@ -97,7 +97,8 @@ def load_optimizer_groups(
         # A checkpoint of an earlier version does not say.
         for was in [before.plan or now.plan]
         for key in {**was, **now.plan}
-        if was.get(key) != now.plan.get(key) and not (key == "lr" and _as_told(was, now, factors))
+        if was.get(key) != now.plan.get(key)
+        and not (key == "lr" and _rate_as_allowed(was, now, factors))
     ]
     if changed:
         raise CheckpointError(
@@ -108,8 +109,8 @@ def load_optimizer_groups(
         group.update(values.settings)
 
 
-def _as_told(was: Mapping[str, Any], now: Group, factors: tuple[float, float]) -> bool:
-    """Is the rate of a group what the run was told to make of it, and nothing beside?"""
+def _rate_as_allowed(was: Mapping[str, Any], now: Group, factors: tuple[float, float]) -> bool:
+    """Whether the rate of the group has changed exactly by the allowed factor."""
     factor = factors[bool(was.get("hidden_matrices"))]
     before, after = was.get("lr"), now.plan.get("lr")
     if not (isinstance(before, int | float) and isinstance(after, int | float)):
@@ -243,6 +244,6 @@ def names_not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def listed(names: list[str]) -> str:
-    """Some of the names, and how many there are besides."""
+    """The first names, and the number of the others."""
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return ", ".join(names[:MOST_NAMED]) + more

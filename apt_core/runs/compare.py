@@ -141,7 +141,7 @@ def _tensor_difference(one: Tensor | None, other: Tensor | None, names: tuple[st
         return f"only {names[one is None]}"
     said = [f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in (one, other)]
     if said[0] != said[1]:
-        return _said(said, names)
+        return _pair_text(said, names)
     rows = [t.reshape(-1, 1).view(torch.uint8) for t in (one, other)]
     if torch.equal(*rows):
         return ""
@@ -151,7 +151,7 @@ def _tensor_difference(one: Tensor | None, other: Tensor | None, names: tuple[st
     values = [t.reshape(-1)[first].item() for t in (one, other)]
     return (
         f"{places.numel():,} of {one.numel():,} values, the first at {index}: "
-        f"{_said(values, names)}"
+        f"{_pair_text(values, names)}"
     )
 
 
@@ -163,10 +163,10 @@ def _differing(
         # As JSON: a NaN is itself there.
         was, now = (json.dumps(each.get(name), sort_keys=True) for each in (one, other))
         if was != now and not name.startswith(VOLATILE):
-            yield name, _said((was, now), names)
+            yield name, _pair_text((was, now), names)
 
 
-def _said(pair: Sequence[object], names: tuple[str, str]) -> str:
+def _pair_text(pair: Sequence[object], names: tuple[str, str]) -> str:
     return f"{pair[0]!s:.300} {names[0]}, {pair[1]!s:.300} {names[1]}"
 
 
@@ -184,7 +184,7 @@ def _compare_rows(
     differences = []
     if unread != also:
         differences.append(
-            Difference(0, METRICS, _said(("; ".join(unread), "; ".join(also)), names))
+            Difference(0, METRICS, _pair_text(("; ".join(unread), "; ".join(also)), names))
         )
     for key in first.keys() | second.keys():
         at, kind, _ = key

@@ -83,7 +83,7 @@ def newest_folder(profile_name: str) -> Path | None:
 
 
 def _order_of(name: str) -> tuple[str, int]:
-    """By which default folders are in the order in which they were made: ``TIME`` or ``TIME-2``."""
+    """The sort key of default folders, which orders them by time: ``TIME`` or ``TIME-2``."""
     numbered = re.fullmatch(r"(\d{8}-\d{6})-(\d{1,9})", name)
     return (numbered[1], int(numbered[2])) if numbered else (name, 1)
 
@@ -312,8 +312,8 @@ class RunFolder:
 
 
 def _known_entries(manifest: Any) -> dict[str, Any]:
-    """Those of a run's manifest that a resumed run goes on with, where they are what they should
-    be; the others it writes anew. Raises ValueError for what is no mapping."""
+    """The valid entries of a run's manifest that a resumed run keeps; it writes the others anew.
+    Raises ValueError if the manifest is not a mapping."""
     if not isinstance(manifest, dict):
         raise ValueError("it is not a mapping")
     failed = manifest.get("failed_checkpoints")

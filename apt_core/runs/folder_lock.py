@@ -84,7 +84,7 @@ def process_row() -> dict[str, object]:
 
 
 def _holder(path: Path) -> str:
-    """Who holds the lock, in words, as far as it is known."""
+    """A text on who holds the lock, as far as it is known."""
     pid = _locking_process(path)
     if pid is not None and (since := _start_of(pid)):
         return f": process {pid} of this machine, since {since}"

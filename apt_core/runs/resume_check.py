@@ -1,4 +1,5 @@
-"""May this profile go on from that checkpoint? Which keys may differ, and which may not."""
+"""Checks whether a profile may continue from a checkpoint: which keys may differ, and which may
+not."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class RowFile:
 
 
 def _is_cut(path: Path) -> bool:
-    """Does the last line of the file at ``path`` lack its end?"""
+    """Whether the last line of the file at ``path`` is incomplete."""
     with path.open("rb") as file:
         if not file.seek(0, os.SEEK_END):
             return False
@@ -109,5 +109,5 @@ def read_rows(path: Path, notes: list[str], longest: int = MAX_LINE) -> Iterator
 
 
 def is_step(value: object) -> bool:
-    """Can this value of a file be a number of steps?"""
+    """Whether this value from a file can be a number of steps."""
     return type(value) is int and 0 <= value < MAX_STEP

@@ -90,7 +90,7 @@ def evaluations(root: Path) -> list[tuple[Path, Evaluated]]:
 
 
 def digest(manifest: Mapping[str, Any]) -> str:
-    """Of what a manifest says, however it is laid out."""
+    """The scores in a manifest of any layout."""
     text = json.dumps(manifest, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 

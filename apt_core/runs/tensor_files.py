@@ -61,7 +61,7 @@ DTYPES = {
 """By their names in safetensors files."""
 
 
-def _said(shape: Sequence[int], dtype: torch.dtype) -> str:
+def _shape_text(shape: Sequence[int], dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
@@ -101,7 +101,9 @@ class SavedTensors:
         for name in sorted(targets.keys() & self.shapes.keys()):
             there, here = self.shapes[name], (targets[name].shape, targets[name].dtype)
             if there != here:
-                problems.append(f"{name}: {_said(*there)} in the checkpoint, {_said(*here)} here")
+                problems.append(
+                    f"{name}: {_shape_text(*there)} in the checkpoint, {_shape_text(*here)} here"
+                )
         if problems:
             raise CheckpointError(
                 f"the checkpoint does not fit the profile's {what}: " + "; ".join(problems[:5])

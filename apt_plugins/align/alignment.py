@@ -34,7 +34,8 @@ class Alignment:
         self.vein: Tensor | None = None
         self._first_step = trainer.schedule.first_step_of(NAME)
         self._last_with_vein: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-        """By model: a search of all modules a step is no small part of a small model's."""
+        """Found modules by model: searching all modules in every step would slow small models
+        down."""
 
     def begin_step(self, step: int, trainer: Any) -> None:
         """Take the values of this step; in the first one the teacher begins as the model is."""

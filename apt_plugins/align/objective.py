@@ -19,7 +19,7 @@ from apt_plugins.align.divergence import divergence_sum
 from apt_plugins.align.settings import BistateSettings
 
 MAX_TOKENS = 1024
-"""Of more tokens in a micro-batch, the contrast takes so many: its matrix is of their square."""
+"""The most tokens of a micro-batch in the contrast, whose matrix grows with their square."""
 
 
 class BistateProvider(AlignProvider):

@@ -65,7 +65,7 @@ class Axis:
 
 
 def wants_log(values: Array) -> bool:
-    """Do positive values span so much that a linear scale would flatten most of them?"""
+    """Whether positive values span so much that a linear scale would flatten most of them."""
     if values.size < 5 or values.min() <= 0:
         return False
     low, high = np.quantile(values, [0.02, 0.98])

@@ -200,7 +200,7 @@ def area_chart(
 
 
 def is_noisy(series: Series) -> bool:
-    """Do neighbours differ so much that a running mean tells more than the values?"""
+    """Whether neighbours differ so much that a running mean shows more than the values."""
     y = series.finite.y
     if y.size < SMOOTHED_FROM:
         return False

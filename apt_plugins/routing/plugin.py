@@ -32,7 +32,7 @@ class Plugin:
 
     def __init__(self) -> None:
         self._controls: WeakKeyDictionary[Any, RoutingControls] = WeakKeyDictionary()
-        """By model: a switch in mid-run makes another one, whose layers have no values yet."""
+        """Values by model: a switch in mid-run makes another model, whose layers have none yet."""
 
     @hookimpl
     def apt_register_config(self) -> list[SectionSpec]:

@@ -43,7 +43,7 @@ def settings_of(config: Config) -> RoutingSettings:
 
 
 def has_experts(config: Config) -> bool:
-    """Does the run have a mixture of experts, now or later?"""
+    """Whether the run has a mixture of experts, now or later."""
     moe = config.section("model.moe")
     return isinstance(moe, MoeSettings) and moe.enabled
 

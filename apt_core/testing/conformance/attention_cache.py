@@ -61,7 +61,7 @@ def _cache(at: Attention) -> None:
         cache = layer.create_cache(T)
         assert cache.length == 0, f"a new cache tells a length of {cache.length}"
         pieces = _fed(layer, cache, *x.split(sizes, 1))
-        require_equal(pieces, whole, f"fed in pieces of {_told(sizes)} tokens")
+        require_equal(pieces, whole, f"fed in pieces of {_sizes_text(sizes)} tokens")
     for kv_heads in (2, 1):
         shared = built_or_refused(partial(_caching, at, num_kv_heads=kv_heads), "num_kv_heads")
         if shared is not None:
@@ -77,7 +77,7 @@ def _cache(at: Attention) -> None:
     require_equal(torch.cat([b for _, b in outputs], 1), layer(other), "the other of two caches")
 
 
-def _told(sizes: list[int]) -> str:
+def _sizes_text(sizes: list[int]) -> str:
     """``[3, 1, 1, 1, 1] -> '3, then 4 of 1'``."""
     runs = [(size, len(list(same))) for size, same in groupby(sizes)]
     return ", then ".join(f"{count} of {size}" if count > 1 else f"{size}" for size, count in runs)
