@@ -101,7 +101,10 @@ class _Content:
         self._packages = packages
         self._kept: list[Any] = []
         self._entered: set[int] = set()
-        self.found = self._of(value, DEPTH)
+        try:
+            self.found = self._of(value, DEPTH)
+        except Exception:  # an object of a plugin may fail when it is asked for anything
+            self.found = id(value)
 
     def _of(self, value: Any, depth: int) -> Hashable:
         if isinstance(value, PLAIN):
@@ -122,15 +125,15 @@ class _Content:
         package = kind.__module__.partition(".")[0]
         if kind is value:
             return _attributes(value) if package in self._packages else ()
-        if hasattr(value, "untyped_storage"):
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(value, torch.Tensor):
             return _of_tensor(value)
-        if hasattr(value, "bit_generator"):
-            return (repr(value.bit_generator.state),)
-        if package == "torch" and hasattr(value, "get_state"):
+        if torch is not None and isinstance(value, torch.Generator):
             return (bytes(value.get_state()),)
         if package == "numpy":
-            return (repr(value),)
-        if hasattr(value, "named_parameters") or package in self._packages | STDLIB:
+            return (repr(value.bit_generator.state if hasattr(value, "bit_generator") else value),)
+        own = package in self._packages | STDLIB
+        if own or (torch is not None and isinstance(value, torch.nn.Module)):
             return (*_attributes(value), *_slots(value)) or (repr(value),)
         return ()
 

@@ -73,6 +73,15 @@ NO_STATE = {
     "a pattern": ("kept = re.compile('a')", "kept.match('a')"),
     "an object of a class": ("class kept:\n    n = 0", "kept().n = 1"),
     "equal constants": ("kept = ('a', 1.0)", "global kept; kept = ('a', 1.0)"),
+    "an object that has every attribute": (
+        "from unittest.mock import MagicMock\nkept = MagicMock()",
+        "kept.called",
+    ),
+    "an object that fails when asked": (
+        "class Mine:\n    def __getattr__(self, name): raise RuntimeError(name)\n"
+        "    def __repr__(self): raise RuntimeError\nkept = Mine()",
+        "pass",
+    ),
     "a loop": ("kept = []\nkept.append(kept)", "len(kept)"),
 }
 
