@@ -1,4 +1,5 @@
-"""What plugins declare when nobody runs them: for listings, and to attribute a profile's keys."""
+"""Asks plugins that are not active what they declare, for listings and to attribute keys of a
+profile."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from apt_core.types import PluginFailure, ProviderSpec, SectionSpec
 
 @dataclass
 class Declared:
-    """One plugin, asked apart from any run. ``problem`` says why it could not be asked."""
+    """The declarations of one plugin outside of a run. ``problem`` says why it could not be
+    asked."""
 
     record: PluginRecord
     providers: list[ProviderSpec] = field(default_factory=list)
@@ -48,8 +50,8 @@ def declared_by(
 
 
 class AvailablePlugins:
-    """What plugins declare that are ``installed`` and not active in the run of ``manager``; each is
-    imported and asked once, when it is needed."""
+    """The declarations of ``installed`` plugins that are not active in the run of ``manager``; each
+    is imported and asked once, on demand."""
 
     def __init__(self, manager: PluginManager, installed: Mapping[str, Installed]) -> None:
         self.installed = installed
@@ -76,7 +78,7 @@ def ask(manager: PluginManager, record: PluginRecord) -> Declared:
         sections = manager.call_plugin(record.name, "apt_register_config")
         providers = manager.call_plugin(record.name, "apt_register_providers")
     except PluginError:
-        # What is recorded as a failure of the plugin is told below.
+        # Its recorded failure is reported below.
         if len(record.failures) == known:
             raise
     failed = record.failures[known:]
@@ -105,7 +107,8 @@ def broken(record: PluginRecord, problem: Problem, details: str = "") -> Declare
 
 
 def _reason(name: str, problem: Problem) -> str:
-    """What is wrong, without the plugin's name; for one of its hooks, which one and the remedy."""
+    """The text of a problem without the plugin's name; for a failed hook with its name and the
+    remedy."""
     hook = problem.key.removeprefix(f"plugin {name}").removeprefix(", ")
     if not hook:
         return problem.message

@@ -1,4 +1,4 @@
-"""The deadline of hooks: a plugin that hangs is told of while it hangs."""
+"""The deadline of hooks: reports a plugin that hangs, while it hangs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from apt_core.log import get_logger
 log = get_logger("apt.plugins")
 
 SLACK = 1.0
-"""Seconds by which a thread may wake late without the machine having stood still."""
+"""Seconds by which a thread may wake late although the machine was not suspended."""
 
 STOPPING_SECONDS = 1.0
 """How long the end of a run waits for the thread, which may be blocked by a handler of logging."""
 
 NO_FAILURES = (AptError, StopTraining)
-"""What says more than that it came late."""
+"""Errors that say more than that the call was late."""
 
 DEBUGGERS = ("bdb", "pdb", "pydevd", "_pydevd_bundle", "debugpy")
 KERNEL = (
@@ -35,7 +35,7 @@ KERNEL = (
     "apt_core.hook_deadline",
     "apt_core.discovery",
 )
-"""Modules whose frames are around what a plugin does."""
+"""Modules whose frames surround a plugin's in a stack."""
 
 
 class HookTimeoutError(TimeoutError):
@@ -43,10 +43,10 @@ class HookTimeoutError(TimeoutError):
 
 
 class Running:
-    """A call that has not returned, since ``since``; ``outer`` is the one in which it was made. One
-    object serves all the calls of a hook, one after the other. ``judged`` says whether being late
-    is a failure; ``counted`` are the seconds in which the process was seen to run, ``due`` those at
-    which the next report is."""
+    """A call that has run since ``since``; ``outer`` is the call in which it was made. One object
+    is reused for all calls of a hook. ``judged`` says whether being late is a failure; ``counted``
+    are the seconds for which the process has run meanwhile, and the next report comes at ``due``
+    seconds."""
 
     __slots__ = ("call", "counted", "deadline", "due", "judged", "limit", "outer", "since")
 
@@ -57,13 +57,14 @@ class Running:
         self.since, self.counted = time.monotonic(), 0.0
 
     def judge(self) -> None:
-        """The call has returned. Raises HookTimeoutError where that was after the deadline."""
+        """End the call after it has returned. Raises HookTimeoutError after the deadline."""
         late = self.deadline.late(self)
         if late is not None:
             raise late
 
     def failed(self, error: BaseException) -> BaseException:
-        """The call has raised ``error``: that, or a HookTimeoutError where it was late too."""
+        """End the call after it has raised ``error``; returns the error to handle, a
+        HookTimeoutError if the call was late too."""
         late = self.deadline.late(self)
         if late is None or isinstance(error, NO_FAILURES) or not isinstance(error, Exception):
             return error
@@ -78,10 +79,10 @@ class Running:
 
 
 class HookDeadline:
-    """Watches the calls that one thread makes of plugins, from another thread.
+    """Watches, on another thread, the calls of plugins that one thread makes.
 
-    ``position`` says where the run is, ``may_last`` whether a hook is told of only. Time in which
-    the process was stopped, or a debugger has it, does not count.
+    ``position`` says where the run is, ``may_last`` whether a late hook is only reported. Time in
+    which the process was stopped, or a debugger has it, does not count.
     """
 
     def __init__(
@@ -117,23 +118,23 @@ class HookDeadline:
     # Calls -----------------------------------------------------------------------------------
 
     def enter(self, call: Call) -> Running | None:
-        """A call begins; None where another thread makes it, which is not watched."""
+        """Begin a call; None on another thread, which is not watched."""
         if threading.get_ident() != self._thread:
             return None
         self.running = running = Running(call, self)
         return running
 
     def late(self, running: Running) -> HookTimeoutError | None:
-        """What to make of a call that is over: an error where it took too long, and may not."""
+        """The error for a call that took longer than it may, or None."""
         if time.monotonic() - running.since < self.seconds:
             return None
         self._count(running)
         if running.counted < self.seconds:
             return None
-        if running.outer is not None:  # it is not blamed for what was called in it
+        if running.outer is not None:  # the outer call is not late because of this one
             running.outer.since, running.outer.counted = time.monotonic(), 0.0
         taken = f"{running.counted:.3g} seconds"
-        running.since = time.monotonic()  # said once
+        running.since = time.monotonic()  # report once
         call = running.call
         if self._may_last(call.hook):
             log.warning("plugin %s: %s has returned after %s", call.plugin, call.hook, taken)
@@ -167,7 +168,8 @@ class HookDeadline:
             passed, self._last = now - self._last, now
             computed, self._cpu = cpu - self._cpu, cpu
             if computed < passed / 2:
-                # One that computes without letting go of the interpreter lets nobody look.
+                # A call that does not release the interpreter's lock keeps this thread from
+                # checking.
                 passed = min(passed, self._asked + SLACK)
             seen = None if running is None else (running, running.since)
             known, self._seen = self._seen == seen, seen
@@ -186,7 +188,7 @@ class HookDeadline:
             self._lock.release()
 
     def _frames(self) -> Iterator[FrameType]:
-        """Of the thread that is watched, the innermost first."""
+        """The stack of the watched thread, the innermost frame first."""
         frame = sys._current_frames().get(self._thread)
         while frame is not None:
             yield frame
@@ -207,7 +209,7 @@ class HookDeadline:
         stack = "".join(traceback.StackSummary.extract(reversed(frames)).format())
         del frames, frame
         if self.running is not running or self._seen != (running, running.since):
-            return  # it has returned meanwhile: the stack is another one's
+            return  # the call has returned meanwhile, so the stack is not its own
         call = running.call
         spared = self._may_last(call.hook) or not running.judged
         verdict = "" if spared else "; it is a failure once it returns"
@@ -227,7 +229,8 @@ class HookDeadline:
 
 @contextmanager
 def on_time(deadline: HookDeadline | None, call: Call, judged: bool = True) -> Iterator[None]:
-    """Raise HookTimeoutError for what is late inside, if it is ``judged``; else only tell."""
+    """Raise HookTimeoutError for a late call in the context if it is ``judged``; otherwise only
+    report it."""
     running = None if deadline is None else deadline.enter(call)
     if running is None:
         yield

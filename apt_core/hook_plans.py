@@ -1,4 +1,4 @@
-"""The plans by which hooks are called: which implementations run now, in which order, timed or not.
+"""Makes the plans by which hooks are called: the implementations that run now, in their order.
 
 A plan is kept until the implementations of its hook, a priority or the state of a plugin changes.
 """
@@ -30,14 +30,15 @@ class Call(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The implementations of one hook that run now, in order, and what is made of their results."""
+    """The implementations of one hook that run now, in order, and how their results are
+    combined."""
 
     methods: Sequence[Any]
     wrappers: tuple[Call, ...]
     calls: tuple[Call, ...]
     returns: Returns
     seconds: list[float]
-    """Of each of the calls, while they are timed."""
+    """The seconds of each call, while calls are timed."""
     in_step: bool
     sets_modes: bool
 
@@ -59,8 +60,8 @@ class HookPlans:
         self._seconds: dict[tuple[str, str], float] = {}
 
     def forget(self) -> None:
-        """Drop all plans: what they were made of has changed."""
-        # One of them may be running: what its calls take counts.
+        """Drop all plans, because implementations, priorities or states have changed."""
+        # A dropped plan may be running: the times of its calls still count.
         self._former += self.known.values()
         self.known.clear()
 
@@ -85,7 +86,8 @@ class HookPlans:
     def in_order(
         self, hook_name: str, methods: Sequence[Any], *, dormant: bool = False
     ) -> list[Call]:
-        """The calls that may be made now, by priority, and ``dormant`` ones where they will be."""
+        """The calls that may be made now, by priority, and with ``dormant`` those of dormant
+        plugins."""
         calls = [self._as_call(hook_name, method) for method in methods]
         calls = [call for call in calls if self._may_run(call, dormant)]
         return sorted(calls, key=lambda c: (c.priority, c.plugin, c.function.__name__))
@@ -134,7 +136,8 @@ class HookPlans:
 
 
 def on_copies(function: Callable[..., Any], places: Sequence[int]) -> Callable[..., Any]:
-    """``function``, given copies of the arguments in these places; it keeps its name and source."""
+    """A wrapper of ``function`` that copies the arguments in these places; keeps name and
+    source."""
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
@@ -150,7 +153,7 @@ Add = Callable[[float], object]
 
 
 def timed(function: Callable[..., Any], add: Add) -> Callable[..., Any]:
-    """``function``, which gives the seconds of each call to ``add``; it keeps its name and
+    """A wrapper of ``function`` that passes the seconds of each call to ``add``; keeps name and
     source."""
 
     @functools.wraps(function)
@@ -165,7 +168,8 @@ def timed(function: Callable[..., Any], add: Add) -> Callable[..., Any]:
 
 
 def timed_wrapper(function: Callable[..., Any], add: Add) -> Callable[..., Any]:
-    """As :func:`timed`, for a wrapper: one entry a call, without what the wrapper is around."""
+    """As :func:`timed`, for a wrapper: one entry per call, without the time of the wrapped
+    calls."""
 
     @functools.wraps(function)
     def run(*args: Any) -> Generator[Any, Any, Any]:

@@ -10,11 +10,11 @@ from apt_core.hook_plans import Call, Plan
 from apt_core.markers import Returns
 
 Owned = tuple[str, Any]
-"""A result, after the name of the plugin that it is from."""
+"""The name of a plugin, and its result."""
 
 
 Failed = Callable[[Call, BaseException], None]
-"""Told of what an implementation raised; raises it, or another error, where that ends the run."""
+"""Handles the error of an implementation; raises it, or another error, if it ends the run."""
 
 
 def run_wrapped(
@@ -27,9 +27,9 @@ def run_wrapped(
 ) -> list[Owned]:
     """Run ``inner`` inside the wrappers of ``plan``; the results with their owners.
 
-    A wrapper that fails before its yield is left out; one that fails after it leaves the
-    inner result as it was; what ends the run inside is seen by every wrapper and raised.
-    ``watching`` is around each part of a wrapper.
+    A wrapper that fails before its yield is skipped; if one fails after it, the inner results are
+    unchanged. An error that ends the run is raised in every wrapper and then here. ``watching`` is
+    around each part of a wrapper.
     """
     running: list[tuple[Any, Call]] = []
     results: list[Owned] = []
@@ -88,7 +88,7 @@ def _leave(
     ending: BaseException | None,
     first: bool,
 ) -> list[Owned] | None:
-    """End one wrapper; the results after it, or None where they stay as they were.
+    """End one wrapper. Returns the new results, or None if they are unchanged.
 
     It is shown converted results, of which the containers are copies: what it edits in them and
     does not return is lost. Raises whatever is a failure of the wrapper, and ``ending``.

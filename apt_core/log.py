@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class KernelLogger(logging.Logger):
-    """A logger whose calls never raise what a foreign handler, filter or record factory raises, nor
-    leave out the other handlers: it is noted where :func:`of_one_run` says, else printed as
-    logging does. The console and the files of :func:`logging_to` get its records whatever anybody
-    has made of logging meanwhile, by its configuration or by a filter."""
+    """A logger whose calls do not raise errors of foreign handlers, filters or record factories,
+    and still call the other handlers. Such an error is passed to the ``note`` of
+    :func:`of_one_run`, or printed as logging does. The console and the files of :func:`logging_to`
+    get its records even if logging was reconfigured or filtered by others."""
 
     def isEnabledFor(self, level: int) -> bool:
         return bool(_own) or super().isEnabledFor(level)
@@ -79,8 +79,8 @@ def _hand_to(handler: logging.Handler, record: logging.LogRecord) -> None:
 
 
 _RUN: ContextVar[object | None] = ContextVar("run", default=None)
-"""Whose records and errors these are: a run's own object; None outside of runs, and in threads that
-nobody has told."""
+"""The object of the run that logs; None outside of runs, and in threads that have no context of a
+run."""
 
 
 def _concerns(owner: object | None) -> bool:
@@ -103,8 +103,8 @@ def _note(error: BaseException) -> None:
 
 @contextmanager
 def of_one_run(note: Callable[[BaseException], None] | None = None) -> Iterator[None]:
-    """What is logged inside, in this context of Python's, is of one run; give ``note`` what foreign
-    code raises in its log calls, or print it."""
+    """Attribute records logged in this context (a contextvars one) to one run. Errors of foreign
+    code in its log calls are passed to ``note``, or printed."""
     run = object()
     noting = [(run, note)] if note is not None else []
     token = _RUN.set(run)
@@ -142,8 +142,8 @@ def _take_away(handler: logging.Handler) -> None:
 
 
 _listening: list[bool] = []
-"""By context that takes records: has it a console? Runs in turns do not leave in the order in which
-they came, and what logging was like before the first is restored after the last."""
+"""Whether each context that takes records has a console. Runs in turns may end in any order;
+logging is restored after the last one."""
 _before: list[tuple[int, bool]] = []
 
 
@@ -165,9 +165,9 @@ def _taking_records(*, on_console: bool = False) -> Iterator[None]:
 
 
 class TolerantStream:
-    """A text stream that goes quiet when nobody can take what is written: a run outlives the
-    terminal or the pipe that it was started in. It outlives the stream's being closed or detached
-    too, by whoever else has it: the descriptor is there."""
+    """A text stream that drops its output when it can no longer be written, so that a run outlives
+    its terminal or pipe. If other code closes or detaches the stream, its descriptor is still
+    used."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -219,7 +219,8 @@ class TolerantStream:
 
 
 class PrintableFormatter(logging.Formatter):
-    """Of lines that end in a file or on a terminal, whatever plugins and file names hold."""
+    """Formats lines for a file or a terminal, with unprintable characters of plugins and file names
+    escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
@@ -246,8 +247,8 @@ class ConsoleHandler(logging.Handler):
 
 
 class LogFile(logging.FileHandler):
-    """Appends records to a file. A disk that is full costs what does not fit on it: that is said
-    once, and the run goes on."""
+    """Appends records to a file. If the disk is full, records are lost, which is reported once, and
+    the run goes on."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, encoding="utf-8", delay=True)
@@ -265,7 +266,7 @@ class LogFile(logging.FileHandler):
             self.handleError(record)
 
     def _reopen_if_moved(self) -> None:
-        """A file that someone has moved or deleted would take what nobody ever reads."""
+        """Open the file again if it was moved or deleted: records written to it would be lost."""
         if self.stream is not None and was_replaced(self.stream, self.baseFilename):
             self.stream.close()
             self.stream = None
@@ -276,13 +277,13 @@ class LogFile(logging.FileHandler):
             super().handleError(record)
         elif not self._lacking:
             self._lacking = True
-            # The console still hears it; here it would come back.
+            # For the console only: this handler would fail again.
             get_logger("apt.training").error(
                 "%s is incomplete: %s", Path(self.baseFilename).name, error
             )
 
     def close(self) -> None:
-        with suppress(OSError):  # what is buffered still does not fit
+        with suppress(OSError):  # the buffered records still do not fit
             super().close()
 
 
@@ -297,21 +298,21 @@ class Backlog(logging.Handler):
         self.records.append(record)
 
     def pour_into(self, handler: logging.Handler) -> None:
-        """Hand over what was kept and would have been logged, and keep nothing more."""
+        """Pass the kept records on to the handlers, and keep no more."""
         for record in self.records:
             if record.levelno >= handler.level:
                 handler.handle(record)
         self.drop()
 
     def drop(self) -> None:
-        """Forget what was kept, and keep nothing more."""
+        """Drop the kept records, and keep no more."""
         _take_away(self)
         self.records.clear()
 
 
 @contextmanager
 def keeping_backlog() -> Iterator[Backlog]:
-    """Keep what is logged from here on until it is poured into a handler."""
+    """Keep records from now on until they are passed on or dropped."""
     backlog = Backlog()
     with _taking_records():
         _add(backlog)

@@ -23,15 +23,15 @@ from apt_core.types import PluginFailure
 log = get_logger("apt.plugins")
 
 PASSES = (StopTraining, KeyboardInterrupt)
-"""What the guard lets through, beside the errors with which failures end the run; everything else
-that a hook raises is a failure of its plugin."""
+"""Errors that the guard lets through, beside the PluginErrors that end a run. Any other error of a
+hook is a failure of its plugin."""
 
 MAX_LOG_ERRORS = 20
-"""Errors of logging that are kept until they are counted; they hold on to frames."""
+"""The most errors of logging that are kept until they are counted, since they keep frames alive."""
 
 
 class Plugins(Protocol):
-    """What is asked of the manager: which plugins there are, and how the run goes."""
+    """The parts of the manager that failures need: the plugins and the state of the run."""
 
     strict: bool
     step: int
@@ -49,7 +49,7 @@ class Plugins(Protocol):
 
 
 class PluginFailures:
-    """Counts what plugins do wrong, tells of it, and raises what the policy makes of it.
+    """Counts and reports failures of plugins, and raises PluginError for those that end the run.
 
     A failure is isolated, and its plugin quarantined at the limit of the hook, unless --strict, the
     plugin's ``on_failure`` or the other processes of the run make it fatal: that is a PluginError.
@@ -66,8 +66,8 @@ class PluginFailures:
     # What is raised --------------------------------------------------------------------------
 
     def raise_or_count(self, call: Call, error: BaseException) -> None:
-        """What an implementation raised: raise what the guard lets through, unless it has to wait
-        for the other processes, and count the rest."""
+        """Handle the ``error`` of an implementation: raise what the guard lets through, unless the
+        other processes have to stop too, and count the rest."""
         if isinstance(error, StopTraining) and self._plugins.stop_together is not None:
             self._plugins.stop_together(error.reason)
         elif self.lets_through(error):
@@ -154,8 +154,8 @@ class PluginFailures:
         return self._plugins.records.setdefault(call.plugin, known)
 
     def _fatal_because(self, call: Call, record: PluginRecord, *, to_others: bool = True) -> str:
-        """Why a failure of ``call`` ends the run, or an empty string. ``to_others``: does it make a
-        difference to the other processes?"""
+        """Why a failure of ``call`` ends the run, or an empty string. ``to_others`` says whether it
+        affects the other processes."""
         if self._plugins.strict:
             return "--strict"
         if record.on_failure == "required":
@@ -200,7 +200,8 @@ class PluginFailures:
         self._failed(self.call_for(plugin, hook_name, code), error)
 
     def call_for(self, plugin: str, hook_name: str, code: Any) -> Call:
-        """What stands for the call where ``code``, by default the implementation, is run later."""
+        """The call to blame for an error in ``code``, by default the implementation, that runs
+        later."""
         if code is None:
             methods = getattr(self._plugins.hook, hook_name).get_hookimpls()
             own = [method.function for method in methods if method.plugin_name == plugin]
@@ -208,21 +209,21 @@ class PluginFailures:
         return Call(code, (), plugin, hook_name, 0, False)
 
     def callback_failed(self, plugin: str, function: Any, error: BaseException) -> None:
-        """Count a failure of something that the plugin gave to others to call. Raises as a call of
-        a hook does."""
+        """Count a failure of a callback that the plugin has registered elsewhere. Raises as a call
+        of a hook does."""
         self.raise_or_count(
             Call(function, (), plugin, self.callback_name(function), 0, False), error
         )
 
     @staticmethod
     def callback_name(function: Any) -> str:
-        """What stands for the hook where a function that was given to others fails."""
+        """The name that stands for the hook in the failure of a callback."""
         return f"{getattr(function, '__name__', type(function).__name__)} (a callback)"
 
     def count_log_errors(self) -> None:
-        """Count what handlers and filters of logging have raised since the last call, and raise
-        what the policy makes of it. (A log call itself never raises it.)"""
-        # What is told here goes through the same handlers: that is left to the next call.
+        """Count the errors of logging handlers and filters since the last call, and raise
+        PluginError if one ends the run. (The log call itself never raises.)"""
+        # Reporting here uses the same handlers: their new errors are left to the next call.
         errors, self._log_errors = self._log_errors, []
         for error in errors:
             found = self.culprit(error)
@@ -235,21 +236,21 @@ class PluginFailures:
                 self._failed(Call(code, (), plugin, f"{function} (logging)", 0, False), error)
 
     def keep_log_error(self, error: BaseException) -> None:
-        """Keep what a foreign handler or filter of logging has raised: it is counted later."""
+        """Keep an error of a foreign logging handler or filter, which is counted later."""
         if len(self._log_errors) < MAX_LOG_ERRORS:
             self._log_errors.append(error)
 
     # What is left changed in the process ---------------------------------------------------
 
     def report_leftovers(self, changes: Sequence[str], hooks: Sequence[str] = STEP_HOOKS) -> None:
-        """Tell of what was put back after calls of ``hooks``, or of what plugins have handed
-        over. Raises PluginError as a call of a hook does."""
+        """Report changes of the process that were put back after calls of ``hooks``, or of
+        callbacks. Raises PluginError as a call of a hook does."""
         self.report_leftovers_of_one(
             [call for name in hooks for call in self._plugins.order(name)], changes
         )
 
     def report_leftovers_of_one(self, calls: Sequence[Call], changes: Sequence[str]) -> None:
-        """Tell of what one of the ``calls``, of any plugin if there are none, has left changed."""
+        """Report changes left by one of the ``calls``, or, without calls, by any plugin."""
         called = {call.plugin: call for call in calls}
         if len(called) == 1:
             (call,) = called.values()
@@ -264,7 +265,7 @@ class PluginFailures:
         self._warn_once((tuple(called), _names_of(changes)), text)
 
     def report_leftovers_of(self, call: Call, changes: Sequence[str]) -> None:
-        """Tell of what this ``call`` has left changed."""
+        """Report changes left by this ``call``."""
         where = where_raised(Exception(), *source_of(call.function))
         at = f"plugin {call.plugin} left changed in {call.hook} at step {self._plugins.step}"
         text = f"{at} ({where}): {'; '.join(changes)}"
@@ -328,7 +329,7 @@ class PluginFailures:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take failures and quarantines back; plugins that are not active now are passed over."""
+        """Restore failures and quarantines of the plugins that are active now."""
         for name, record in self._plugins.records.items():
             if name in state:
                 saved = state[name]
@@ -339,10 +340,10 @@ class PluginFailures:
     # Whose code it is ----------------------------------------------------------------------
 
     def author_of(self, code: Any) -> str | None:
-        """The registered plugin whose file a function, or the class of an object, is from."""
+        """The registered plugin in whose file a function, or the class of an object, is defined."""
         try:
             filename, _ = source_of(code)
-        except Exception:  # an object that answers to every name
+        except Exception:  # an object that has every attribute
             return None
         return self._owner(filename)
 
@@ -362,5 +363,5 @@ class PluginFailures:
 
 
 def _names_of(changes: Sequence[str]) -> tuple[str, ...]:
-    """The names of what has changed, without the values."""
+    """The names of the changes, without the values."""
     return tuple(change.partition(" from ")[0] for change in changes)

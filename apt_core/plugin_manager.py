@@ -1,4 +1,4 @@
-"""The plugin manager: which plugins there are, and the guard behind which their hooks are called.
+"""The plugin manager: registers plugins, and calls their hooks behind a guard.
 
 A ``pluggy.PluginManager`` with one private touch-point, ``_hookexec``, which pluggy calls for every
 hook call with the hook's implementations. Instead of pluggy's own loop it runs a cached plan: the
@@ -46,13 +46,13 @@ class PluginManager(pluggy.PluginManager):
     """Registers plugins and calls their hooks.
 
     ``manager.hook.on_step_end(step=…, loss=…, trainer=…)`` calls a hook as in any pluggy project.
-    ``strict`` makes the first failure of any plugin fatal. ``listing`` is for showing plugins side
-    by side that no run would have together: their conflicts are not checked. ``step`` is the
-    position that failures are recorded with; the trainer moves it. In a run of several processes
-    it sets ``stop_together``, which is called with the reason where a hook raises StopTraining:
-    none may leave the others at once. A loss term or a collective implementation that fails is
-    fatal there. A run sets ``watch`` too: what a call changes in the process is put back.
-    ``events`` is told what happens, before a run has its folder and in it.
+    ``strict`` makes the first failure of any plugin fatal. ``listing`` allows plugins that
+    conflict, for lists of all plugins. ``step`` is the position that failures are recorded with;
+    the trainer moves it. In a run of several processes it sets ``stop_together``, which is called
+    with the reason if a hook raises StopTraining, since all processes must stop at the same step. A
+    loss term or a collective implementation that fails is fatal there. A run sets ``watch`` too,
+    which puts back what a call changes in the process. ``events`` records what happens, also before
+    the run has a folder.
     """
 
     def __init__(self, *, strict: bool = False, listing: bool = False) -> None:
@@ -66,7 +66,7 @@ class PluginManager(pluggy.PluginManager):
         self.records: dict[str, PluginRecord] = {}
         self.events = EventLog()
         self.plans = HookPlans(self.records)
-        self._plans = self.plans.known  # a look-up less in every call
+        self._plans = self.plans.known  # saves a look-up in every call
         self.failures = PluginFailures(self)
         self._facts: dict[str, PluginInfo] = {}
         self.add_hookspecs(hookspecs)
@@ -182,7 +182,7 @@ class PluginManager(pluggy.PluginManager):
         return values_of(owned, firstresult)
 
     def _all(self, plan: Plan, kwargs: Mapping[str, object], firstresult: bool) -> list[Owned]:
-        """The results of the implementations that are no wrappers: the path of every step."""
+        """The results of the implementations other than wrappers; called in every step."""
         owned: list[Owned] = []
         _, _, calls, returns, seconds, in_step, sets_modes = plan
         watch = each = self.watch
@@ -192,7 +192,7 @@ class PluginManager(pluggy.PluginManager):
             known = True
             if watch.closely:
                 unchanged = watch.unchanged
-            else:  # All of the calls are compared at once: each by itself costs more than they do.
+            else:  # Compared once for all calls: comparing after each costs more than they do.
                 each = None
         running = None if self.deadline is None or not calls else self.deadline.enter(calls[0])
         timed = in_step and self.plans.timing
@@ -218,7 +218,7 @@ class PluginManager(pluggy.PluginManager):
                     if watch is not None:
                         suspects = calls[: place + 1] if each is None else (call,)
                         self._put_back(watch, suspects, before, sets_modes)
-                    # A name for what is to be raised would hold on to the frames and their tensors.
+                    # A local name for the error would keep its frames and their tensors alive.
                     self.failures.raise_or_count(
                         call, error if running is None else running.failed(error)
                     )
@@ -312,8 +312,8 @@ class PluginManager(pluggy.PluginManager):
     def attempt(
         self, plugin: str, hook_name: str, function: Callable[[], T], *, code: Any = None
     ) -> T | None:
-        """Call ``function``, which looks at or calls what the hook has handed over: its result, or
-        None where it raised, which is a failure of the plugin in that hook.
+        """Call ``function``, which uses a result of the hook. Returns its result, or None after an
+        error, which counts as a failure of the plugin in that hook.
 
         ``code`` is as in :meth:`PluginFailures.fail`. Raises as a call of the hook does.
         """
@@ -331,10 +331,10 @@ class PluginManager(pluggy.PluginManager):
     def watching(
         self, plugin: str, what: str, code: Any = None, *, judged: bool = False
     ) -> Iterator[None]:
-        """Put back what is changed in the process inside, in the name of the plugin. ``what`` says
-        which part of it runs, where that is no hook, and ``code`` is what runs; the plugin itself
-        may be registered inside. What comes back after the deadline raises HookTimeoutError if it
-        is ``judged``."""
+        """Put back changes of the process made in the context, and attribute them to the plugin.
+        ``what`` names the part of the plugin that runs, if it is not a hook, and ``code`` its code;
+        the plugin may be registered inside. If it is ``judged``, HookTimeoutError is raised after
+        the deadline."""
         watch = self.watch
         before = watch.before() if watch else None
         try:
@@ -348,8 +348,8 @@ class PluginManager(pluggy.PluginManager):
 
     @contextmanager
     def hook_deadline(self, seconds: float, process: str = "") -> Iterator[None]:
-        """Tell of calls of plugins that this thread makes and that take longer, while the context
-        lasts; 0 watches nothing. ``process`` names the process where it is not the first."""
+        """Report calls of plugins on this thread that take longer than ``seconds`` while the
+        context lasts; 0 watches nothing. ``process`` names the process if it is not the first."""
         if not seconds:
             yield
             return
@@ -401,8 +401,8 @@ class PluginManager(pluggy.PluginManager):
         return any(self.implements(plugin, hook) for hook in hooks_where(applies))
 
     def only_observes(self, plugin: str) -> bool:
-        """Does a registered plugin say that it is an observer, or get nothing through which it
-        could change a weight?"""
+        """Whether a registered plugin declares itself an observer, or gets no object through which
+        it could change a weight."""
         if self._facts[plugin].observer:
             return True
         if self.implements_where(plugin, lambda policy: policy.changes_weights):
@@ -417,7 +417,7 @@ class PluginManager(pluggy.PluginManager):
     def order(self, hook_name: str, *, dormant: bool = False) -> list[Call]:
         """The effective order of a hook: wrappers from the outside in, then the others.
 
-        With ``dormant``, implementations that wait for a schedule stand where they will run.
+        With ``dormant``, the implementations of dormant plugins are included where they will run.
         """
         methods = getattr(self.hook, hook_name).get_hookimpls()
         calls = self.plans.in_order(hook_name, methods, dormant=dormant)
