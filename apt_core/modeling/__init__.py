@@ -4,7 +4,6 @@ from apt_core.modeling.calling import forward_batch
 from apt_core.modeling.casts import KeptCasts, cast_weight
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.modeling.init import (
-    construction_rng,
     generator_for,
     initialize_parameters,
     write_std,
@@ -29,7 +28,6 @@ __all__ = [
     "ModelTransform",
     "Tokens",
     "cast_weight",
-    "construction_rng",
     "document_mask",
     "document_positions",
     "forward_batch",

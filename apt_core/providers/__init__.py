@@ -3,7 +3,7 @@
 from apt_core.providers.align import AlignProvider
 from apt_core.providers.attention import AttentionProvider, AttentionSupport, DecodingCache
 from apt_core.providers.backbone import BackboneProvider
-from apt_core.providers.base import Provider, read_setting
+from apt_core.providers.base import Provider
 from apt_core.providers.dataset import DatasetProvider, TextData
 from apt_core.providers.ffn import FeedForwardProvider
 from apt_core.providers.lr_schedule import LRScheduleProvider
@@ -12,7 +12,7 @@ from apt_core.providers.optimizer import OptimizerProvider
 from apt_core.providers.position import PositionProvider
 from apt_core.providers.retrieval import RetrievalProvider, RetrievedChunk
 from apt_core.providers.router import RouterProvider
-from apt_core.providers.tokenizer import TokenizerProvider, token_dtype
+from apt_core.providers.tokenizer import TokenizerProvider
 
 __all__ = [
     "AlignProvider",
@@ -32,6 +32,4 @@ __all__ = [
     "RouterProvider",
     "TextData",
     "TokenizerProvider",
-    "read_setting",
-    "token_dtype",
 ]

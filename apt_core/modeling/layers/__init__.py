@@ -4,7 +4,6 @@ from apt_core.modeling.layers.attention import (
     SelfAttention,
     check_heads,
     check_mask,
-    visible,
 )
 from apt_core.modeling.layers.attention_mha import MHAProvider, MultiHeadAttention
 from apt_core.modeling.layers.attention_tva import TVAAttention, TVAProvider
@@ -45,5 +44,4 @@ __all__ = [
     "VFTProvider",
     "check_heads",
     "check_mask",
-    "visible",
 ]
