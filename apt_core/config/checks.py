@@ -1,4 +1,4 @@
-"""Contradictions between keys: small collectors, so that all problems come at once.
+"""Finds contradictions between keys by small collectors, so that all are reported at once.
 
 A collector asks its :class:`View` for values. Where a value is not known because it is wrong
 itself, the collector is left out: one mistake is reported once.
@@ -23,11 +23,11 @@ ROTATES = "rope turns pairs of dimensions"
 
 
 class Unknown(Exception):
-    """A collector asked for a value that is wrong itself."""
+    """A collector has asked for a value that is invalid itself."""
 
 
 class View:
-    """The values that are left of a profile."""
+    """The valid values of a profile."""
 
     def __init__(self, config: Config, source: Source, bad: Collection[KeyPath]) -> None:
         self.config, self.source, self.bad = config, source, bad
@@ -55,7 +55,7 @@ class View:
 def find_contradictions(
     config: Config, source: Source, bad: Collection[KeyPath] = ()
 ) -> list[Problem]:
-    """Everything that single keys cannot show. ``bad`` are paths whose values are not known."""
+    """Problems of several keys together. ``bad`` are paths whose values are invalid."""
     view = View(config, source, bad)
     problems: list[Problem] = []
     for collector in COLLECTORS:

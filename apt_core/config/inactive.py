@@ -1,4 +1,4 @@
-"""Keys that are valid and have no effect: reported with the reason, never silent.
+"""Finds inactive keys, which are valid but not read, and reports them with the reason.
 
 There are three sources. :func:`inactive_by_rule` is about keys that always do nothing, or nothing
 without a plugin; :func:`inactive_core_settings` about those that other keys of the core make
@@ -58,8 +58,8 @@ RULES = (
 def inactive_by_rule(
     config: Config, active: Collection[str], owned: Collection[str]
 ) -> Iterator[InactiveKey]:
-    """What the profile asks for in vain. ``active`` are the names of the active plugins,
-    ``owned`` the paths of the sections that plugins own."""
+    """Yield the keys that :data:`RULES` make inactive. ``active`` are the names of the active
+    plugins, ``owned`` the paths of the sections that plugins own."""
     for rule in RULES:
         taken = any(rule.key == path or rule.key.startswith(f"{path}.") for path in owned)
         if not taken and rule.plugin not in active and rule.asks(_value(config, rule.key)):
@@ -73,7 +73,7 @@ def inactive_by_rule(
 
 
 def refusal(item: InactiveKey, where: str = "") -> Problem:
-    """What ``--strict`` makes of an inactive key, which the profile has at the place ``where``."""
+    """The problem of an inactive key under ``--strict``; ``where`` is its place in the profile."""
     message = f"it does nothing here: {item.reason}"
     return Problem(message, item.key, where, "--strict allows no inactive key")
 
@@ -81,7 +81,7 @@ def refusal(item: InactiveKey, where: str = "") -> Problem:
 def inactive_core_settings(
     config: Config, active: Collection[str], owned: Collection[str]
 ) -> Iterator[Inactive]:
-    """Settings of the core that others make useless. Those of its providers are declared there."""
+    """Settings of the core that others make inactive; providers declare those of their own."""
     model, training = config.model, config.training
     for tracker in ("wandb", "tensorboard"):
         section = f"monitoring.{tracker}"

@@ -176,7 +176,7 @@ def _is_bare(profile: str) -> bool:
 
 
 def _label(file: Path) -> str:
-    """Short enough to read, long enough to open: relative where it lies below this folder."""
+    """The path, relative if it is below the working directory."""
     try:
         return str(file.resolve().relative_to(Path.cwd()))
     except (ValueError, OSError, RuntimeError):

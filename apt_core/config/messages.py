@@ -22,7 +22,7 @@ from apt_core.synonyms import key_meant, plain_word, value_meant
 _MANY_KEYS = 14
 _NEEDS = "a plugin's needs the plugin"
 _MAX_GUESSES = 100
-"""Unknown keys for which it is looked up what they were meant to be, since that is slow."""
+"""The most unknown keys for which a suggestion is searched, which is slow."""
 _ANY_RAMP = "schedules.*"
 
 
@@ -44,7 +44,7 @@ def problem_of(
 
 
 class KnownKeys:
-    """Every key that some section knows, to tell what an unknown key was meant to be.
+    """All known keys, for suggestions on unknown ones.
 
     ``children`` maps a section's dotted path to its keys; ``schedules.*`` stands for any ramp.
     A key under which ``source`` has a section is taken for a misspelt section, not for another key.
@@ -160,7 +160,8 @@ def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def ignored_keys(model: type[BaseModel], data: Any, path: KeyPath) -> Iterator[KeyPath]:
-    """Keys that ``model`` would ignore without a word: pydantic's default for a plugin's model."""
+    """Keys that ``model`` would silently ignore, as a pydantic model of a plugin does by
+    default."""
     if isinstance(data, list):
         for index, item in enumerate(data):
             yield from ignored_keys(model, item, (*path, index))

@@ -115,7 +115,7 @@ class _Check:
             if reason is not None:
                 self.ignore(key, reason)
             elif self.lenient:
-                reason = "no active plugin declares it; one that was left out may"
+                reason = "no active plugin declares it; one that is blocked or broken may"
                 self.ignore(key, reason, unclaimed=True)
             else:
                 known = sorted(self.params)

@@ -27,8 +27,8 @@ SHOWN = 6
 
 @dataclass(frozen=True)
 class InactiveKey:
-    """A key of the profile that does nothing here, and why. ``unclaimed``: no active plugin has
-    it, one that was left out may."""
+    """A key of the profile that does nothing here, and why. ``unclaimed``: no active plugin has it;
+    a blocked or broken one may."""
 
     key: str
     reason: str
@@ -37,7 +37,7 @@ class InactiveKey:
 
 @dataclass
 class Marks:
-    """What is known of values beside themselves, by path: their ``places``, their spelling
+    """Facts about values, by path: their ``places``, their spelling
     (``texts``), what is ``wrong`` with one that is not taken for text, and the ``folders`` of the
     files that say paths."""
 
@@ -47,17 +47,17 @@ class Marks:
     folders: dict[KeyPath, Path] = field(default_factory=dict)
 
     def without(self, paths: Collection[KeyPath]) -> Marks:
-        """A copy that knows nothing of these values, and of all within them."""
+        """A copy without the facts about these values and all within them."""
         return Marks(*({at: mark for at, mark in known.items() if not _is_within(at, paths)}
                        for known in self._all))  # fmt: skip
 
     def only(self, paths: Collection[KeyPath]) -> Marks:
-        """A copy that knows these values alone, and all within them."""
+        """A copy with the facts about these values and all within them only."""
         return Marks(*({at: mark for at, mark in known.items() if _is_within(at, paths)}
                        for known in self._all))  # fmt: skip
 
     def update(self, other: Marks) -> None:
-        """Know what ``other`` does."""
+        """Add the facts of ``other``."""
         for known, more in zip(self._all, other._all, strict=True):
             known.update(more)
 
@@ -295,7 +295,8 @@ class _Merge:
         return merged
 
     def note_lost_options(self, below: Any, value: Any) -> None:
-        """Tell which options of a plugin are lost with the list that another one replaces."""
+        """Add a notice about options of plugins that are lost because another list replaces
+        theirs."""
         before = dict(plugin_items(below))
         for name, options in plugin_items(value):
             lost = {key: old for key, old in before.get(name, {}).items() if key not in options}

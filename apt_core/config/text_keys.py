@@ -79,7 +79,7 @@ def _annotation(info: FieldInfo) -> Any:
 
 
 def _members(annotation: Any) -> Iterator[Any]:
-    """The types of a union, without None. A validator that takes another type tells so."""
+    """The types of a union, without None, or those that a validator declares to take."""
     origin = get_origin(annotation)
     if origin is Annotated:
         inner, *metadata = get_args(annotation)

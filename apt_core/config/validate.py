@@ -1,4 +1,4 @@
-"""From what was written to a Config, with every problem at once."""
+"""Validates a profile as written to a Config, and reports all problems at once."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def validate(
     for place in [*_foreign_sections(data, known)] if lenient else ():
         if known.meant(place) is None:
             _cut(data, place)
-            reason = f"{_UNOWNED}; one that was left out may"
+            reason = f"{_UNOWNED}; one that is blocked or broken may"
             inactive.append(InactiveKey(dotted(place), reason, unclaimed=True))
 
     data.setdefault("name", source.name)
@@ -183,7 +183,7 @@ def _waiting_sections(
 def _foreign_sections(
     data: Any, known: KnownKeys, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, ...]]:
-    """The sections in the data that nobody knows."""
+    """The unknown sections in the data."""
     for key, value in data.items():
         here = (*path, key)
         if not isinstance(value, dict):
@@ -202,8 +202,7 @@ def _is_core(path: str) -> bool:
 
 
 def _containers(paths: Collection[str]) -> set[str]:
-    """What stands around sections of plugins and is no section of its own: ``mine`` of
-    ``mine.part``."""
+    """Paths that only contain sections of plugins, such as ``mine`` of ``mine.part``."""
     keys = [path.split(".") for path in paths]
     around = {".".join(path[:end]) for path in keys for end in range(1, len(path))}
     return around - set(_CORE) - set(Config.model_fields)
@@ -323,5 +322,5 @@ def _droppable(data: dict[str, Any], path: KeyPath) -> tuple[str, ...]:
         section = section[key]
         keys.append(key)
     assert keys, "every key of the root has a default"
-    # A ramp without one of its keys would be another ramp.
+    # A ramp is taken out whole: without one of its keys it would be another ramp.
     return tuple(keys[:2] if keys[0] == "schedules" else keys)

@@ -1,13 +1,12 @@
 """Checkpoints: a folder of safetensors and JSON that is complete or does not exist.
 
-``step-00001234/`` holds ``model.safetensors``, ``optimizer.safetensors`` (keyed by parameter
-name), ``ema.safetensors`` where there is an average of the weights, ``average-N.safetensors`` for
-those that plugins keep (a sharded run has folders of shards in place of these),
-``plugins.safetensors``, ``state.json``, ``profile.yaml`` and ``manifest.json`` with the sha256 of
-each file and of what it says itself. It is written under a temporary name, fsynced, and renamed;
-without its manifest, or with a file that does not match it, it is not used. ``evaluation.json``
-says what an evaluation of these weights gave, which may have come later: it has a sha256 of its
-own. Nothing in it can run code.
+``step-00001234/`` holds ``model.safetensors``, ``optimizer.safetensors`` (keyed by parameter name),
+``ema.safetensors`` where there is an average of the weights, ``average-N.safetensors`` for those
+that plugins keep (a sharded run has folders of shards in place of these), ``plugins.safetensors``,
+``state.json``, ``profile.yaml`` and ``manifest.json`` with the sha256 of each file and of what it
+says itself. It is written under a temporary name, fsynced, and renamed; without its manifest, or
+with a file that does not match it, it is not used. ``evaluation.json`` holds the scores of these
+weights; it may be written later, and has its own sha256. Nothing in it can run code.
 """
 
 from __future__ import annotations
@@ -122,7 +121,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:
-    """Rename, without a moment in which neither the old checkpoint nor the new one is there."""
+    """Rename so that at every moment the old or the new checkpoint exists."""
     if not target.exists():
         temporary.rename(target)
         return
@@ -134,8 +133,8 @@ def _put_in_place(temporary: Path, target: Path) -> None:
 
 
 def sweep(root: Path) -> None:
-    """Clear what a run that was killed while saving has left: an old checkpoint that was moved out
-    of the way comes back, what is unfinished goes."""
+    """Clean up after a run that was killed while saving: restore an old checkpoint that was moved
+    away, and delete unfinished ones."""
     for path in root.glob(f".{PREFIX}*.replaced.tmp"):
         target = root / path.name.removeprefix(".").removesuffix(".replaced.tmp")
         if not target.exists():
@@ -146,7 +145,7 @@ def sweep(root: Path) -> None:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read: what is small of it, and where its tensors are."""
+    """A checkpoint that was read: its small parts, and the location of its tensors."""
 
     path: Path
     state: RunState
@@ -156,7 +155,7 @@ class Checkpoint:
 
     @property
     def names(self) -> set[str]:
-        """What :meth:`tensors` may be asked for."""
+        """The names that :meth:`tensors` takes."""
         return {name.partition("/")[0].removesuffix(SUFFIX) for name in self.manifest["sha256"]}
 
     def tensors(self, name: str) -> SavedTensors:
@@ -166,7 +165,7 @@ class Checkpoint:
 
 
 def load(path: Path, *, verify: bool = True) -> Checkpoint:
-    """Read a checkpoint, by default with a look at every byte.
+    """Read a checkpoint, by default with its checksums verified.
 
     Raises CheckpointError naming what is wrong with it.
     """
@@ -198,7 +197,7 @@ def load(path: Path, *, verify: bool = True) -> Checkpoint:
 
 
 def _require_agreement(found: Checkpoint) -> None:
-    """Raises CheckpointError where parts of a checkpoint contradict one another."""
+    """Raise CheckpointError if parts of a checkpoint contradict one another."""
     path, step = found.path, found.state.step
     for where, value in (
         ("manifest.json", found.manifest.get("step")),
@@ -249,7 +248,7 @@ def _references(value: Any) -> set[Any]:
 
 
 def _verify(path: Path, expected: Mapping[str, str]) -> None:
-    """Raises CheckpointError for a file that is missing, changed, or not listed."""
+    """Raise CheckpointError for a file that is missing, changed, or not listed."""
     present = {file.relative_to(path).as_posix() for file in _files(path)} - {"manifest.json"}
     for name in sorted(expected.keys() - present):
         raise CheckpointError(f"{path}: there is no file {name!r} in it")
@@ -302,14 +301,14 @@ def is_sound(path: Path) -> bool:
 
 
 def newest_sound(root: Path) -> Path | None:
-    """The newest checkpoint below ``root`` that is sound; its files are not looked at."""
+    """The newest checkpoint below ``root`` that is sound; its files are not verified."""
     return next((path for path in reversed(list_checkpoints(root)) if is_sound(path)), None)
 
 
 def prune(root: Path, keep_last: int, keep: Path | None = None) -> list[Path]:
     """Delete all but the newest, the newest ``keep_last`` that are sound (0: none is deleted), and
-    ``keep``: steps that are not finite, however many, rotate nothing out. Returns what it has
-    deleted."""
+    ``keep``: checkpoints of non-finite steps do not count towards ``keep_last``. Returns the
+    deleted ones."""
     deleted: list[Path] = []
     kept = 0
     for number, path in enumerate(reversed(list_checkpoints(root)) if keep_last else ()):
@@ -322,7 +321,7 @@ def prune(root: Path, keep_last: int, keep: Path | None = None) -> list[Path]:
 
 
 MAX_TENSOR_NAME = 200
-"""Characters of where a tensor stands in a plugin's state; the keys there may be of any length."""
+"""The most characters of a tensor's path in a plugin's state, whose keys may be of any length."""
 
 
 def split_tensors(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:

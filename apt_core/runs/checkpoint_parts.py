@@ -1,4 +1,4 @@
-"""Between the objects of a run and the tensors and JSON of a checkpoint."""
+"""Converts the objects of a run to the tensors and JSON of a checkpoint, and back."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from apt_core.runs.tensor_files import SavedTensors
 log = get_logger("apt.checkpoint")
 
 ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
-"""What torch's optimizers that may be fused keep of each element of a parameter."""
+"""State that torch's fused optimizers keep for each element of a parameter."""
 
 SEPARATOR = "//"
-"""Between a parameter's name and the name of its optimizer state (``exp_avg``)."""
+"""Separates a parameter's name from that of its optimizer state (``exp_avg``)."""
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -81,10 +81,9 @@ def load_optimizer_groups(
     *,
     factors: tuple[float, float] = (1.0, 1.0),
 ) -> None:
-    """Put them back. Raises CheckpointError for groups of other parameters, or made with other
-    settings: what a group is planned to be is taken whole, or not at all. By ``factors`` the run
-    was told to change its rates: those of hidden matrices by the second, all others by the
-    first."""
+    """Restore the groups. Raises CheckpointError for groups of other parameters, or made with other
+    settings. ``factors`` are allowed changes of the rates: the second for hidden matrices, the
+    first for all others."""
     own = optimizer_groups(model, optimizer)
     if [group.parameters for group in own] != [group.parameters for group in saved]:
         raise CheckpointError(
@@ -94,7 +93,7 @@ def load_optimizer_groups(
     changed = [
         f"{key} of {_first(now.parameters)} is {now.plan.get(key)!r} and was {was.get(key)!r}"
         for now, before in zip(own, saved, strict=True)
-        # A checkpoint of an earlier version does not say.
+        # Checkpoints of earlier versions have no plan.
         for was in [before.plan or now.plan]
         for key in {**was, **now.plan}
         if was.get(key) != now.plan.get(key)
@@ -216,7 +215,7 @@ def split_states(
 def joined_states(
     manager: PluginManager, values: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Any]]:
-    """The states of those plugins that are active and take them, as they gave them."""
+    """The saved states of the plugins that are active and can load them."""
     for plugin, state in values.items():
         if not manager.has_plugin(plugin):
             log.warning("the checkpoint holds state of plugin %s, which is not active", plugin)
@@ -227,13 +226,13 @@ def joined_states(
 
 
 MOST_NAMED = 4
-"""How many names of tensors are told."""
+"""The number of tensors that a message names."""
 
 
 @torch.no_grad()
 def names_not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of those that hold a NaN or an infinity, as far as this process has them; waits for
-    the device once."""
+    """Names of the tensors with a NaN or an infinity in this process's part; waits for the device
+    once."""
     parts = {name: local_part(tensor.detach()) for name, tensor in tensors.items()}
     parts = {n: part for n, part in parts.items() if part.is_floating_point() and part.numel()}
     if not parts:

@@ -1,4 +1,4 @@
-"""What of two runs is bit-equal, what is not, and where that begins."""
+"""Compares two runs bit by bit: what is equal, what differs, and from which step on."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from apt_core.runs.metrics import METRICS
 from apt_core.runs.rows import read_rows
 
 VOLATILE = ("tokens_per_s", "mfu", "memory_mb", "time/")
-"""Beginnings of the names of figures that are of the machine, not of the training."""
+"""Prefixes of the names of figures that depend on the machine, not on the training."""
 
 TIME = "spent"
-"""The part of a checkpoint's state that is of the machine too."""
+"""The part of a checkpoint's state that depends on the machine."""
 
 OWN = ("loss/", "schedule/")
 """Beginnings of the names of metrics with a slash that are of the training; others are of plugins,
@@ -135,8 +135,8 @@ def _tensors(kind: str, found: Checkpoint) -> Mapping[str, Tensor]:
 
 
 def _tensor_difference(one: Tensor | None, other: Tensor | None, names: tuple[str, str]) -> str:
-    """Where the bytes of two tensors begin to differ; empty where they do not. A NaN is itself so,
-    and 0.0 is not -0.0."""
+    """Where the bytes of two tensors begin to differ, as a text; empty if they are equal. Equal
+    NaNs are equal, and 0.0 differs from -0.0."""
     if one is None or other is None:
         return f"only {names[one is None]}"
     said = [f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in (one, other)]
@@ -158,9 +158,9 @@ def _tensor_difference(one: Tensor | None, other: Tensor | None, names: tuple[st
 def _differing(
     one: Mapping[str, Any], other: Mapping[str, Any], names: tuple[str, str]
 ) -> Iterator[tuple[str, str]]:
-    """Names of values that differ, and what they are; those of the machine left out."""
+    """Names and texts of the values that differ, except those that depend on the machine."""
     for name in sorted(one.keys() | other.keys()):
-        # As JSON: a NaN is itself there.
+        # Compared as JSON, where a NaN equals itself.
         was, now = (json.dumps(each.get(name), sort_keys=True) for each in (one, other))
         if was != now and not name.startswith(VOLATILE):
             yield name, _pair_text((was, now), names)

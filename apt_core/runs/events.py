@@ -42,23 +42,23 @@ KINDS = {
     "ended": "`status` is finished, stopped, interrupted or failed, for this `reason` or by this "
     "`error`",
 }
-"""Each kind of event, with what it tells beside ``time``, ``step``, ``kind`` and ``message``."""
+"""The kinds of events, with their fields beside ``time``, ``step``, ``kind`` and ``message``."""
 
 GOES_BACK = ("started", "resumed", "rewound")
 """Kinds after which earlier events of later steps are no part of the run; one that starts has no
 past."""
 
 MAX_TEXT = 4000
-"""Characters of a text in an event: an error of a plugin may be of any length."""
+"""The most characters of a text in an event: an error of a plugin may be of any length."""
 
 MAX_ITEMS = 100
-"""Items of a list or mapping in an event."""
+"""The most items of a list or mapping in an event."""
 
 MAX_LINE = 2**20
-"""Bytes of an event that is read."""
+"""The most bytes of an event that is read."""
 
 MAX_EVENTS = 200_000
-"""Events of a run that are read."""
+"""The most events of a run that are read."""
 
 
 @dataclass(frozen=True)

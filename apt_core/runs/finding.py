@@ -1,4 +1,4 @@
-"""Which checkpoint is meant: by a path, a step, or by what an evaluation gave."""
+"""Finds a checkpoint by path, step or evaluation."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def find_checkpoint(
 
 
 def run_of(path: Path) -> Path:
-    """The folder of the run, as far as it can be told, whose checkpoint is at ``path``."""
+    """The folder of the run whose checkpoint is at ``path``, if it can be found."""
     return path.parent.parent if path.parent.name == CHECKPOINTS else path.parent
 
 

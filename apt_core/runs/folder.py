@@ -64,8 +64,7 @@ def now() -> str:
 
 
 def _new_folder(parent: Path, name: str) -> Path:
-    """A folder in ``parent`` that nobody else has made: ``name``, with a number behind it where
-    that exists already."""
+    """Make a new folder in ``parent``: ``name``, with a number appended if that exists."""
     parent.mkdir(parents=True, exist_ok=True)
     for number in count(1):
         folder = parent / (name if number == 1 else f"{name}-{number}")
@@ -89,8 +88,8 @@ def _order_of(name: str) -> tuple[str, int]:
 
 
 def _time_after(parent: Path) -> str:
-    """The time as the name of a folder that is newer than those in ``parent``: where the clock has
-    been set back, theirs with a number goes on."""
+    """The time as a folder name that sorts after those in ``parent``; if the clock was set back,
+    the newest name with the next number."""
     time = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     times = [_order_of(path.name)[0] for path in parent.glob("*")]
     newest = max((each for each in times if re.fullmatch(r"\d{8}-\d{6}", each)), default=time)
@@ -175,7 +174,7 @@ class RunFolder:
             raise ConfigError(Problem("is a file, not a folder", "--output", str(output)))
         output.mkdir(parents=True, exist_ok=True)
         folder = cls(output, output / CHECKPOINTS)
-        # Only now: another run may have come between.
+        # Checked with the lock held: another run may have used it meanwhile.
         if any(output.iterdir()):
             folder.close()
             raise in_use
@@ -228,7 +227,7 @@ class RunFolder:
         self._write("profile.yaml", text)
 
     def begin_manifest(self) -> None:
-        """Note when the run began; after a resume, take out how it ended before, which is then
+        """Record the start of the run; after a resume, move the entries of its earlier end to
         ``ended``."""
         self.manifest.setdefault("started", now())
         self.manifest["process"] = {**process_row(), "since": now()}
@@ -247,7 +246,8 @@ class RunFolder:
         self._write(name, json.dumps(value, ensure_ascii=False) + "\n")
 
     def _write(self, name: str, text: str) -> None:
-        """A run is worth more than its records: a disk that is full does not end it."""
+        """Write a record, or log an error if the disk is full: a run does not end for its
+        records."""
         if not self.writes:
             return
         path = self.path / name

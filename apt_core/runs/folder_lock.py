@@ -59,7 +59,7 @@ class FolderLock:
             self._forget()
 
     def _forget(self) -> None:
-        """Close what a fork has copied, which leaves the parent its lock."""
+        """Close the descriptor that a fork has copied; the parent keeps its lock."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             with suppress(OSError):
@@ -103,7 +103,7 @@ def _holder(path: Path) -> str:
 
 
 def _locking_process(path: Path) -> int | None:
-    """The process that has taken the lock, where it runs here and the system tells."""
+    """The process that holds the lock, if it runs on this machine and the system tells."""
     try:
         status = path.stat()
         device = status.st_dev

@@ -1,4 +1,4 @@
-"""Where the checkpoints of a run are, by name alone."""
+"""Finds the checkpoints of a run by their names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the manifests of runs and checkpoints say of a run."""
+"""Makes the entries of the manifests of runs and checkpoints."""
 
 from __future__ import annotations
 

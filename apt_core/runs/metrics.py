@@ -15,7 +15,7 @@ from apt_core.runs.rows import MAX_STEP, is_step, read_rows
 METRICS = "metrics.jsonl"
 
 NOT_FINITE = ("nan", "inf", "-inf")
-"""How a run writes what JSON has no number for."""
+"""How a run writes numbers that JSON does not have."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From the folder of a run to its model, without what trains it: no data, no optimizer."""
+"""Opens a run's model from its folder, without data and optimizer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Weights = Literal["last", "best", "average"]
 WEIGHTS = ("last", "best", "average")
 
 TRIES = 3
-"""How often a run that goes on may delete the checkpoint that is being opened."""
+"""The number of times that a running run may delete the checkpoint being opened."""
 
 NOT_KEPT = "(a secret that the run's folder does not hold)"
 """Stands for a secret that a plugin's section cannot do without."""
@@ -232,7 +232,7 @@ def _with_horizon(schedule: Schedule, kernel: Kernel, found: Checkpoint) -> Sche
 
 
 def _restore_plugins(kernel: Kernel, schedule: Schedule, found: Checkpoint) -> None:
-    """Put plugins into the states that they had, and give them back what they kept."""
+    """Restore the states of plugins and the data that they have saved."""
     manager, state = kernel.manager, found.state
     manager.step = state.step
     records = {name: record.model_dump() for name, record in state.plugin_records.items()}
@@ -253,7 +253,7 @@ def _restore_plugins(kernel: Kernel, schedule: Schedule, found: Checkpoint) -> N
 
 
 def _built(kernel: Kernel, found: Checkpoint, device: torch.device) -> nn.Module:
-    """The model with the structure that the checkpoint's has, its weights not yet loaded."""
+    """The model with the structure of the checkpoint's, before its weights are loaded."""
     config = kernel.config
     model = ModelBuilder(config, kernel.registry).build_model(initialize=False)
     for _, transform in replayed(kernel, found.state.transforms):
@@ -282,7 +282,7 @@ def _load(model: nn.Module, found: Checkpoint, name: str) -> None:
 
 
 def _dtype(found: Checkpoint) -> torch.dtype | None:
-    """The type in which the run computes. Raises CheckpointError for a word that is none."""
+    """The dtype in which the run computes. Raises CheckpointError for an unknown name."""
     dtype = getattr(torch, found.state.precision.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise CheckpointError(f"{found.path}: precision {found.state.precision!r} is no type")

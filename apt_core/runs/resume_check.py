@@ -19,9 +19,9 @@ FREE_SECTIONS = ("name", "version", "description", "plugins", "evaluation", "mon
 """Sections that may differ, with a notice. (Plugins may come and go: a loss term too.)"""
 
 FREE_KEYS = (
-    # What it comes to is compared apart.
+    # Its outcome is compared separately.
     "training.mixed_precision",
-    # Their product with the number of processes may not differ, which is checked apart.
+    # Their product with the number of processes must not differ, which is checked separately.
     "training.batch_size",
     "training.grad_accum_steps",
     "training.compile",
@@ -36,7 +36,7 @@ FREE_KEYS = (
     "training.log_every_steps",
     "training.max_nonfinite_steps",
     "training.hook_timeout",
-    # It is for the machine to choose where it is auto.
+    # With auto the machine decides.
     "hardware.device",
     "hardware.num_gpus",
     "hardware.distributed",
@@ -44,10 +44,10 @@ FREE_KEYS = (
     "hardware.num_threads",
 )
 HORIZON_KEYS = ("training.max_epochs", "training.max_steps", "training.max_tokens")
-"""The end of the run. The learning rate is a function of it, and so are annealed parameters."""
+"""Keys of the run's length, on which the learning rate and annealed parameters depend."""
 
 TEXT_KEYS = ("data.source", "data.train_path", "data.val_path", "data.loader")
-"""Where the text is from: what is read there decides, and not where."""
+"""Keys of data paths: their content is compared, not the paths."""
 
 
 def _tva_rank(config: Config) -> int:
@@ -63,7 +63,7 @@ def _nothing(config: Config) -> None:
 
 
 RATE_KEYS = ("training.learning_rate", "training.muon.learning_rate", "training.gradient_clip")
-"""Keys that a resume may change from its step on, where it is told to: how far a step goes."""
+"""Rates that a resume may change from its step on with --allow-change."""
 
 EFFECTS: Mapping[str, Callable[[Config], Any]] = {
     "data.max_length": lambda config: config.seq_len,
@@ -76,7 +76,7 @@ EFFECTS: Mapping[str, Callable[[Config], Any]] = {
     "model.vft.rank": _vft_rank,
     "training.amp_level": _nothing,
 }
-"""What keys come to, themselves or with others: where that is the same, they may differ."""
+"""Functions of keys whose outcome decides: keys may differ if it is the same."""
 
 
 def saved_profile(text: str) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def _same_effect(
         return True
     values = [Source.from_dict(config.to_dict()) for config in (before, now)]
     return any(
-        # Where what decides is as it was, the setting had no effect before either.
+        # If the deciding keys are unchanged, the setting was inactive before too.
         item.because and all(len({repr(v.get(k)) for v in values}) == 1 for k in item.because)
         for item in inactive_settings
         if f"{key}.".startswith(f"{item.key}.")

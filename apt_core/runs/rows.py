@@ -17,7 +17,7 @@ from apt_core.log import get_logger
 log = get_logger("apt.training")
 
 MAX_STEP = 10**15
-"""No run takes as many steps: a row of such a one is none."""
+"""No run has this many steps: a row with a larger one is invalid."""
 
 
 class RowFile:
@@ -50,7 +50,7 @@ class RowFile:
                 log.error("%s: rows wait for room on the disk: %s", self.path.name, error)
 
     def settle(self) -> None:
-        """Do what is to be done ``first``. Raises OSError."""
+        """Call ``first`` until it has succeeded. Raises OSError."""
         if self.first is not None:
             self.first()
             self.first = None

@@ -1,4 +1,4 @@
-"""What a run is at a position: live, as JSON in a checkpoint, and back.
+"""The state of a run at a position: live, as JSON in a checkpoint, and back.
 
 A checksum says that a file is as it was written; that it holds the state of a run is checked here.
 """
@@ -57,7 +57,7 @@ class Record(_Part):
 
 
 RATES = ("lr", "initial_lr")
-"""Settings of a group that are a function of the plan and the position, and not saved."""
+"""Settings of a group that follow from plan and position, and are not saved."""
 
 
 def _kind(value: Any) -> type:

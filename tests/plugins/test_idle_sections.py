@@ -118,7 +118,7 @@ def test_a_section_of_a_plugin_that_is_not_installed_says_what_it_needs(
         kernel = boot({**left_out, "model": {"voting": {"k": 5}}}, files=False, **options)
         (inactive,) = kernel.inactive
         assert (inactive.key, inactive.reason) == (
-            "model.voting", f"{UNOWNED}; one that was left out may",
+            "model.voting", f"{UNOWNED}; one that is blocked or broken may",
         )  # fmt: skip
         (problem,) = problems({**left_out, "trainng": {"max_epochs": 2}}, **options)
         assert "did you mean 'training'?" in str(problem)
