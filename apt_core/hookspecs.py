@@ -347,6 +347,9 @@ def on_step_start(step: int, batch: Sequence[Any], trainer: Any) -> None:
 
     ``batch`` is a list of the step's micro-batches on this rank, each with ``input_ids`` [B, T] and
     ``targets`` [B, T] (-100 where nothing is predicted). Each implementation has a list of its own.
+    ``positions`` and ``document_ids`` [B, T] are None for plain windows. Call a model by
+    ``trainer.forward(batch[i])``, or any other by ``apt_core.modeling.forward_batch``: layers do
+    not know of padding and documents where they are given the ids alone.
 
     Example::
 
