@@ -243,7 +243,7 @@ class TrainingSection(Section):
     )
     hook_timeout: Annotated[float, Field(ge=0, le=1e7)] = Field(
         default=DEFAULT_HOOK_TIMEOUT,
-        description="Seconds after which a plugin that has not returned from a hook is told of, "
+        description="Seconds after which a plugin that has not returned from a hook is reported "
         "with its stack; it is quarantined when it does, except from hooks that may last. 0 "
         "watches none.",
     )
