@@ -1,4 +1,4 @@
-"""Which plugins take part in a run, and what they declare.
+"""Activates the plugins of a run and collects their declarations.
 
 Those that the profile and the command line ask for are loaded and asked for their sections and
 providers; then installed ones whose providers the profile names join them.
@@ -147,7 +147,7 @@ def _block(name: str, manager: PluginManager) -> None:
 
 
 def _ask(name: str, manager: PluginManager) -> Loaded:
-    """Ask a plugin that whoever starts the run has registered."""
+    """Ask a plugin that the caller has registered."""
     declared = ask(manager, manager.records[name])
     return _recorded(Loaded(Wanted(name, name), declared), manager)
 
@@ -199,7 +199,8 @@ def _may_be_missing(loaded: Loaded, strict: bool) -> bool:
 
 
 def _problems(loaded: Loaded, strict: bool) -> Iterator[Problem]:
-    """Why a plugin that must be active is not: its sections and schedules are not judged then."""
+    """The problem of a required plugin that is not active; its sections and schedules are not
+    checked then."""
     problem, wanted = loaded.declared.problem, loaded.wanted
     if problem is None or _may_be_missing(loaded, strict):
         return
@@ -209,7 +210,7 @@ def _problems(loaded: Loaded, strict: bool) -> Iterator[Problem]:
 
 
 def _notices(loaded: Loaded, manager: PluginManager) -> Iterator[str]:
-    """What the person should know of a plugin at the start of the run."""
+    """Notices about a plugin at the start of the run."""
     name = loaded.wanted.name
     if loaded.declared.problem is None:
         plugin = manager.get_plugin(name)

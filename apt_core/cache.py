@@ -22,7 +22,7 @@ DIGEST_BYTES = 32
 
 
 def cache_dir() -> Path:
-    """Where APT keeps what it can compute again: ``APT_CACHE``, else ``apt`` in the XDG cache.
+    """The folder for cached results: ``APT_CACHE``, else ``apt`` in the XDG cache.
 
     Raises OSError where that is in a home directory and none is known.
     """

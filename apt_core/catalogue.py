@@ -25,7 +25,7 @@ Pair = tuple[str, str]
 class Catalogue:
     """The core's providers and those that plugins ``declared``, by kind and name.
 
-    ``blocked`` are providers of plugins that the person left out, each with the reason: they are
+    ``blocked`` are providers of blocked plugins, each with the reason: they are
     known, so that asking for one is no mistake, and cannot be used. ``problems`` are the specs that
     could not be taken, such as a name that two plugins declare.
     """
@@ -55,7 +55,7 @@ class Catalogue:
         }
 
     def check_spec(self, plugin: str, spec: ProviderSpec) -> Problem | None:
-        """What is wrong with adding this provider, if anything."""
+        """The problem of adding this provider, or None."""
         key = f"plugin {plugin}"
         if spec.kind not in KINDS:
             hint = did_you_mean(spec.kind, KINDS) or f"kinds are {', '.join(KINDS)}"
@@ -75,12 +75,12 @@ class Catalogue:
         return pair in self._specs or pair in self._blocked
 
     def blocked_because(self, spec: ProviderSpec) -> str:
-        """Why the provider cannot be used though it is known, or an empty string."""
+        """The reason why a known provider is blocked, or an empty string."""
         _, reason = self._blocked.get((spec.kind, spec.name), (spec, ""))
         return reason
 
     def specs(self, kind: str | None = None) -> list[ProviderSpec]:
-        """What can be used, by kind in the order of KINDS, the default first."""
+        """The specs that can be used, by kind in the order of KINDS, the default first."""
         chosen = [spec for spec in self._specs.values() if kind in (None, spec.kind)]
         order = list(KINDS)
         return sorted(chosen, key=lambda s: (order.index(s.kind), not s.default, s.name))
@@ -106,7 +106,7 @@ class Catalogue:
         return next(iter(self._defaults(kind)), None)
 
     def replacement(self, spec: ProviderSpec) -> ProviderSpec | None:
-        """What is used where ``spec`` cannot be; None where nothing may take its place."""
+        """The provider that replaces an unusable ``spec``; None if the kind has no fallback."""
         if not KINDS[spec.kind].fallback:
             return None
         return next((other for other in self._defaults(spec.kind) if other.name != spec.name), None)
@@ -118,7 +118,7 @@ class Catalogue:
     # Judging ---------------------------------------------------------------------------------
 
     def check_name(self, kind: str, name: str, **place: str) -> Problem | None:
-        """What is wrong with asking for this provider, if anything."""
+        """The problem of asking for this provider, or None."""
         if (kind, name) in self:
             return None
         if kind not in KINDS:

@@ -1,4 +1,4 @@
-"""The core's own providers, declared as any plugin declares its own.
+"""Declares the core's providers as a plugin declares its own.
 
 The core is not a plugin behind the guard: with no plugin at all, these make training, evaluation
 and generation work.

@@ -1,4 +1,4 @@
-"""What happens in a run, told by one call as a line of the log and as data."""
+"""Records the events of a run by one call, as a line of the log and as data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 Row = dict[str, Any]
 
 MAX_WAITING = 1000
-"""Events that are kept until a run has its folder."""
+"""The most events that are kept until a run has its folder."""
 
 
 class EventLog:

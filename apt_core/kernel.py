@@ -1,4 +1,4 @@
-"""From a profile and a choice of plugins to a kernel that can run: the wiring of everything light.
+"""Makes a kernel from a profile and a choice of plugins, without torch.
 
 :func:`boot` reads the profile (:mod:`apt_core.config`), activates the plugins that it and the
 command line name (:mod:`apt_core.activation`) and checks the whole against what they declare
@@ -33,7 +33,7 @@ from apt_core.secrets import SecretValues
 from apt_core.types import Inactive, SectionSpec
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-"""Variables of the environment by which a process knows its place among those of a run."""
+"""Environment variables that tell a process its rank in a run."""
 
 
 @dataclass
@@ -65,8 +65,7 @@ class Kernel:
     secrets: SecretValues = field(default_factory=SecretValues, repr=False)
 
     def add_inactive(self, found: Iterable[InactiveKey]) -> None:
-        """Keep further keys that do nothing, as only the run could tell. Raises ConfigError where
-        the run is strict."""
+        """Add inactive keys that only the run could find. Raises ConfigError under ``--strict``."""
         known = {item.key for item in self.inactive}
         new = [item for item in found if item.key not in known]
         if new and self.manager.strict:
@@ -144,7 +143,7 @@ def _read(
 
 
 def _hook_timeout(source: Source) -> float:
-    """As the profile says it, which is not checked yet."""
+    """The value as the profile has it, before the profile is validated."""
     training = source.data.get("training")
     asked = training.get("hook_timeout") if isinstance(training, Mapping) else None
     if isinstance(asked, int | float) and 0 <= asked < math.inf:
@@ -154,7 +153,7 @@ def _hook_timeout(source: Source) -> float:
 
 @contextmanager
 def before_the_run() -> Iterator[None]:
-    """Raise ConfigError where a plugin stops the run inside: nothing has begun that could end."""
+    """Raise ConfigError if a plugin stops the run in the context, before the run has begun."""
     try:
         yield
     except StopTraining as stop:

@@ -1,4 +1,5 @@
-"""What a plugin is: a module of functions, an object, or a class of which each run has an object.
+"""Makes plugin objects: a plugin is a module of functions, an object, or a class with an object per
+run.
 
 Attributes are looked up statically: a property of a plugin is never run.
 """
@@ -49,7 +50,7 @@ def options_of(attribute: Any) -> dict[str, Any] | None:
 
 
 def plugin_info(plugin: Any) -> PluginInfo:
-    """The plugin's ``PLUGIN``, or empty facts."""
+    """The plugin's ``PLUGIN``, or an empty PluginInfo."""
     info = declared_info(plugin)
     return info if isinstance(info, PluginInfo) else PluginInfo()
 

@@ -1,4 +1,4 @@
-"""The watch over what plugins leave changed in the process, before torch is imported too."""
+"""Watches changes of the process that plugins leave behind, also before torch is imported."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class Watch(Protocol):
         """Whether the state equals that of every step, as far as a few cheap checks tell."""
 
     def put_back(self, before: Any = None, *, sets_modes: bool = False) -> list[str]:
-        """Undo what differs from ``before``, or from the state of every step; say what did."""
+        """Undo differences from ``before``, or from the state of every step, and return them as
+        texts."""
 
     def note_modes(self) -> None:
         """The modes of modules are meant."""

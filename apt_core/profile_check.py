@@ -1,4 +1,4 @@
-"""The whole profile against what its plugins declare: every problem, and every key without effect.
+"""Checks the whole profile against the declarations of its plugins: all problems and inactive keys.
 
 Single keys and the core's sections are checked by :mod:`apt_core.config`; this module adds what
 plugins, providers and schedules say of them.
@@ -57,8 +57,8 @@ class NotActive:
 
 @dataclass(frozen=True)
 class Checked:
-    """A profile as it was checked; ``config`` is None where no value of it is sure. The other
-    fields are as the kernel has them."""
+    """The result of checking a profile; ``config`` is None if the profile is invalid. The other
+    fields are those of the kernel."""
 
     config: Config | None
     providers: Named
@@ -160,7 +160,7 @@ def _mask_problem(source: Source, path: KeyPath) -> Problem:
     )
 
 
-# Plugins that are left out ---------------------------------------------------------------------
+# Plugins that are not active -------------------------------------------------------------------
 
 
 def _not_active(
@@ -205,8 +205,8 @@ def _needless_blocks(
     manager: PluginManager,
     installed: Mapping[str, Installed],
 ) -> tuple[list[Problem], list[str]]:
-    """Tell of every ``no:NAME`` that left nothing out. One that names no plugin at all is likely
-    misspelt, so that what it was to leave out runs."""
+    """Report every ``no:NAME`` that blocked nothing. One that names no plugin is a problem: it is
+    probably misspelt, so that the plugin it meant would run."""
     problems: list[Problem] = []
     notices: list[str] = []
     reasons = {item.reason for item in inactive}
@@ -231,7 +231,7 @@ def _needless_blocks(
 def _strict_problems(
     source: Source, plugins: Activated, others: NotActive, inactive: Sequence[InactiveKey]
 ) -> Iterator[Problem]:
-    """An inactive key is an error, unless the person left its plugin out."""
+    """The problems of inactive keys under ``--strict``, except those of blocked plugins."""
     reasons = set(plugins.left_out.values())
     for item in inactive:
         if item.reason not in reasons and not (others.unknown and item.unclaimed):
@@ -265,7 +265,7 @@ def _inactive_settings(
 
 
 def _problems_of_plugin(config: Config, source: Source, section: SectionSpec) -> Sequence[Problem]:
-    """What a plugin has against its section, with the place of each key."""
+    """The problems that a plugin's check finds in its section, with the place of each key."""
     if section.check is None:
         return ()
     try:
@@ -284,7 +284,7 @@ def _problems_of_plugin(config: Config, source: Source, section: SectionSpec) ->
 
 
 def _configure(config: Config, manager: PluginManager) -> list[Problem]:
-    """Show the profile to every plugin; what all of them have against it."""
+    """Call apt_configure of every plugin, and return all their problems."""
     problems: list[Problem] = []
     names = [call.plugin for call in manager.order("apt_configure", dormant=True)]
     for name in dict.fromkeys(names):

@@ -30,7 +30,7 @@ def used_providers(config: Config, sections: Sequence[SectionSpec]) -> Named:
 
 
 def check_providers(named: Named, known: Catalogue, source: Source) -> list[Problem]:
-    """Providers that nobody offers, and those that cannot be used together."""
+    """Problems of unknown providers and of providers that conflict."""
     problems = [
         known.check_name(kind, name, key=key, where=source.where(key))
         for (kind, name), key in named.items()
@@ -42,7 +42,7 @@ def check_providers(named: Named, known: Catalogue, source: Source) -> list[Prob
 def inactive_provider_settings(
     named: Named, known: Catalogue, sections: Sequence[SectionSpec]
 ) -> Iterator[Inactive]:
-    """Sections and keys that are of providers which are not used."""
+    """Sections and keys that only providers read which the profile does not use."""
     deciding: dict[str, tuple[str, ...]] = {}
     for kind, keys in naming_keys(sections):
         deciding[kind] = deciding.get(kind, ()) + keys
@@ -71,13 +71,13 @@ def inactive_provider_settings(
 
 
 def data_files(config: Config, known: Catalogue) -> tuple[str, ...]:
-    """The keys of ``data`` that the text's provider reads as files, as far as it tells."""
+    """The keys of ``data`` that the dataset provider says it reads as files."""
     declared = _declared_files(config, known) or ()
     return tuple(key for key in DATA_PATHS if key in declared)
 
 
 def unread_paths(config: Config, known: Catalogue) -> Iterator[InactiveKey]:
-    """Paths that the text's provider says it does not read."""
+    """Paths that the dataset provider says it does not read."""
     declared = _declared_files(config, known)
     if declared is None:
         return

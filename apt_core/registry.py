@@ -39,7 +39,7 @@ Probe = Callable[[ProviderSpec, Any, Any], "str | None"]
 
 @dataclass(frozen=True)
 class Resolution:
-    """What was asked for, what is used, and why they differ (an empty reason: they do not)."""
+    """The provider that was asked for, the one that is used, and the reason if they differ."""
 
     kind: str
     asked: str
@@ -268,7 +268,8 @@ class Registry:
         return provider, reason or ""
 
     def _reason(self, spec: ProviderSpec, error: BaseException) -> str:
-        """Why a provider cannot be used whose code raised ``error``, which is being handled.
+        """The reason why a provider whose code raised ``error`` cannot be used; called while it is
+        handled.
 
         It counts as a failure of its plugin, unless only an import failed. Errors with a message
         for the person, and those of the core, are raised again.
@@ -299,7 +300,7 @@ class _OneSpec:
 
 
 class _Itself:
-    """Equal to one of the same object alone, whatever that object calls equal."""
+    """Compares by the identity of an object, whatever its own equality says."""
 
     def __init__(self, value: Any) -> None:
         self.value = value

@@ -1,4 +1,4 @@
-"""Schedules: which plugins are enabled, and what a parameter is, at a position of the run.
+"""Schedules: the enabled plugins and the values of parameters at a position of the run.
 
 Everything is a pure function of the position, so nothing can be missed or repeated by a resume.
 A position is given by any of ``epoch`` (from 1), ``step`` (optimizer steps of the whole run, from
@@ -48,7 +48,8 @@ class Horizon:
 
     @classmethod
     def of(cls, config: Config, steps: Steps) -> Horizon:
-        """That of a run, with what limits it; ``training.max_tokens`` in steps."""
+        """The horizon of a run with all its limits; ``training.max_tokens`` is converted to
+        steps."""
         training = config.training
         limits = [] if training.max_steps is None else [training.max_steps]
         if training.max_tokens is not None:
@@ -106,7 +107,7 @@ class Horizon:
 
 
 def _step_at(steps: Steps, epoch: int, tokens: int) -> int:
-    """The step of ``epoch`` (from 0) that so many of its target tokens lead to, or into."""
+    """The step of ``epoch`` (from 0) in which the number of target tokens is reached."""
 
     def before(index: int) -> int:
         return steps.targets_before(epoch, index)
@@ -307,7 +308,7 @@ class Schedule:
         raise ValueError(f"schedules.{name} counts by {unit}: give {argument}=")
 
     def _enabling(self, plugin: str) -> Switch | None:
-        """What enables the plugin; None if it is enabled from the start."""
+        """The switch that enables the plugin; None if it is enabled from the start."""
         return next((s for s in self._switches.get(plugin, ()) if s.enables), None)
 
     def _first_step(self, switch: Switch) -> int | None:
@@ -348,7 +349,7 @@ def _between(ramp: Ramp, share: float) -> float:
     """The value ``share`` of the way, 0 < share < 1."""
     start, end = ramp.start, ramp.end
     if ramp.shape == "exponential":
-        # By logarithms: a quotient of the ends may be more than a number can be.
+        # In logarithms: the quotient of the ends may overflow.
         logs = math.log(abs(start)), math.log(abs(end))
         value = math.copysign(math.exp(logs[0] + (logs[1] - logs[0]) * share), start)
     elif ramp.shape == "cosine":

@@ -1,4 +1,4 @@
-"""Which plugins a run asks for: the profile's ``plugins:`` and ``--plugin``, minus ``no:NAME``."""
+"""Selects the plugins of a run: the profile's ``plugins:`` and ``--plugin``, minus ``no:NAME``."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def select(
     the working directory; the others are there alone.
     """
     selecting = _Selecting(installed)
-    # What is no list, or too long a one, is reported where the profile is checked.
+    # The check of the profile reports a value that is no list, or too long.
     for item in listed if isinstance(listed, list) and len(listed) <= MAX_PLUGINS else []:
         options: Mapping[str, Any] = item if isinstance(item, Mapping) else {"name": item}
         reference = options.get("name")
@@ -124,8 +124,8 @@ class _Selecting:
             self.selection.problems.append(Problem("no: needs a name", "--plugin", hint=hint))
 
     def add(self, wanted: Wanted) -> None:
-        """Ask for a plugin. One that is asked for already keeps its options, which a second
-        listing may not contradict: which of the two counts would be a guess."""
+        """Add a plugin. One that is listed twice keeps the options of the first listing;
+        contradicting options are a problem."""
         wanted = replace(wanted, name=plugin_name(wanted.reference, self.installed))
         if not wanted.name:
             self.selection.problems.append(
