@@ -11,6 +11,8 @@ from torch import nn
 from apt_core.data.batches import Batch
 from apt_core.evaluation.quick_eval import score_batches
 from apt_core.modeling import KeptCasts, cast_weight
+from apt_core.modeling.compilation import Compilation
+from apt_core.training.step.forward import Forward
 from apt_core.types import ModelOutput
 
 BF16 = torch.bfloat16
@@ -115,5 +117,6 @@ class Scored(Casting):
 def test_batches_of_an_evaluation_share_a_cast():
     model, ids = Scored(), torch.zeros(1, 2, dtype=torch.int64)
     batches = [Batch(ids, ids, 2)] * 3
-    score_batches(model, batches, device=torch.device("cpu"), dtype=BF16)
+    forward = Forward(model, Compilation(None, "not compiled"))
+    score_batches(model, batches, forward.sums, device=torch.device("cpu"), dtype=BF16)
     assert (model.casts(), len(model.got)) == (1, 3)

@@ -60,7 +60,9 @@ def test_strict_refuses_a_fallback(apt_train):
 def test_the_run_folder(apt_train):
     run = apt_train(*SHORT)
     names = {path.name for path in run.folder.iterdir()}
-    assert names == {"profile.yaml", "manifest.json", "metrics.jsonl", "log.txt", "checkpoints"}
+    assert names == {
+        "profile.yaml", "manifest.json", "metrics.jsonl", "events.jsonl", "log.txt", "checkpoints",
+    }  # fmt: skip
     inside = {path.name for path in run.checkpoints[-1].iterdir()}
     assert inside == {
         "model.safetensors", "optimizer.safetensors", "plugins.safetensors", "state.json",

@@ -19,6 +19,7 @@ from apt_core.data.batches import Batch
 from apt_core.device import as_current_device, has_native_bf16, resolve_device
 from apt_core.errors import ConfigError
 from apt_core.modeling.init import construction_rng
+from apt_core.modeling.placement import settle_device
 from apt_core.parallel.world import ALONE, World
 from apt_core.runs import manifest
 from apt_core.testing import tiny_run
@@ -46,7 +47,7 @@ def settled(asked: str, world: World = ALONE, *, strict: bool = False) -> tuple[
         registry=SimpleNamespace(),
         notices=[],
     )
-    return str(prepare.settle_device(kernel, world)), kernel.notices
+    return str(settle_device(kernel, world)), kernel.notices
 
 
 def test_a_gpu_is_named_by_its_index(gpus: Any) -> None:

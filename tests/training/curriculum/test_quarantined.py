@@ -35,7 +35,7 @@ BREAKS = {
     # Within the steps without a limit, so that the limit would come back with a resume.
     "moe": (statistics, "losses", 2, {"model.moe.dropless_steps": 2, "model.moe.capacity": 1.0}),
     # Once it has set them: hooks for events are quarantined at the third failure.
-    "routing": (routing, "set_controls", 7, {"schedules.moe_capacity": None}),
+    "routing": (routing.Plugin, "set_controls", 7, {"schedules.moe_capacity": None}),
 }
 
 

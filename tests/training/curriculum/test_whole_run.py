@@ -68,17 +68,18 @@ FAULTS = {
 }
 BROKEN = """
 from apt_core import hookimpl
-from apt_plugins.moe import plugin as whole
-from apt_plugins.moe.plugin import *
+from apt_plugins.moe.plugin import PLUGIN
+from apt_plugins.moe.plugin import Plugin as Whole
 
 def broken(tensor):
     raise OSError('no experts today')
 
-@hookimpl
-def apt_transform_model(model, config, registry):
-    transform = whole.apt_transform_model(model, config, registry)
-    FAULT
-    return transform
+class Plugin(Whole):
+    @hookimpl
+    def apt_transform_model(self, model, config, registry):
+        transform = super().apt_transform_model(model, config, registry)
+        FAULT
+        return transform
 """
 
 
@@ -98,7 +99,7 @@ def test_a_switch_that_fails_leaves_the_run_without_it(
     assert all(tensor.equal(states[1][name]) for name, tensor in states[0].items())
     assert curve(failed) == curve(dense)
     assert failed.manifest["switches"] == []
-    where = f"moe.py:{1 + BROKEN.splitlines().index('    FAULT')}"
+    where = f"moe.py:{1 + BROKEN.splitlines().index('        FAULT')}"
     if "planned" not in fault:
         where = f"moe.py:{2 + BROKEN.splitlines().index('def broken(tensor):')}"
     summary = failed.out.rpartition("Epoch 3/3")[2]
