@@ -151,9 +151,14 @@ def _report(error: Exception, args: Sequence[str], code: int, place: tuple[bool,
     return error.exit_code if isinstance(error, AptError) else code
 
 
+def ignore_termination() -> None:
+    """Let this process report why it ends: whoever started the processes of a run terminates all
+    of them when the first one has ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _already_reported(error: Exception, rank: int) -> bool:
     from apt_core.parallel.launch import already_reported
 
-    # Whoever started the processes ends them all when the first has ended.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ignore_termination()
     return already_reported(f"{type(error).__name__}: {error}", rank)

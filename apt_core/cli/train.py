@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 import typer
 
 from apt_core.cli.output import Json, complain, make_console
-from apt_core.cli.run_command import place_among_processes, run_command
+from apt_core.cli.run_command import ignore_termination, place_among_processes, run_command
 from apt_core.errors import ConfigError, Problem, TrainingError, did_you_mean
 from apt_core.profile_paths import unrecordable, user_path
 from apt_core.secrets import mask_arguments
@@ -256,8 +256,12 @@ def run(kernel: Kernel, console: Console | None, *, again: str, **options: Any) 
 
     trainer = Trainer(kernel, console=console, **options)
     try:
-        result = trainer.fit()
+        # A signal between the end of the run and the lines below must not keep them back.
+        with trainer.stopping.interrupts.listening():
+            result = trainer.fit()
     except BaseException as error:
+        if trainer.world_size > 1:
+            ignore_termination()
         if console is not None and (
             hint := resume_hint(trainer.folder, trainer.step, again, error)
         ):

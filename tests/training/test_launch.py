@@ -15,15 +15,20 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
+from apt_core.cli import train as cli_train
+from apt_core.errors import TrainingError
 from apt_core.parallel.launch import already_reported, launch
 from apt_core.parallel.world import STORE_VARIABLE, shared_store
 from apt_core.runs.checkpoint import load, newest_intact
 from apt_core.runs.tensor_files import SavedTensors
+from apt_core.training.signals import Interrupts
 
 ROOT = Path(__file__).parents[2]
 # As the console script: without the working directory on the import path.
@@ -423,3 +428,35 @@ def test_of_processes_that_end_at_once_the_silent_one_is_the_cause(
     monkeypatch.setattr("apt_core.parallel.launch.subprocess.Popen", Ended)
     assert launch(2, []) == 1
     assert f"process {rank} " in (text := capsys.readouterr().err) and said in text
+
+
+def test_a_process_that_is_terminated_with_the_others_still_says_why_it_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its launcher terminates it as soon as another has ended, which may be at any moment."""
+
+    class Failing:
+        world_size, folder, step = 2, None, 0
+        stopping = SimpleNamespace(interrupts=Interrupts(alone=False))
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            pass
+
+        def fit(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise TrainingError("another process of the run has ended")
+
+    ended: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
+    monkeypatch.setattr("apt_core.training.Trainer", Failing)
+    monkeypatch.setattr(
+        "apt_core.training.summary.resume_hint",
+        lambda *arguments: os.kill(os.getpid(), signal.SIGTERM) or "",
+    )
+    kernel: Any = SimpleNamespace(config=SimpleNamespace(name="tiny"))
+    try:
+        with pytest.raises(TrainingError):
+            cli_train.run(kernel, Console(quiet=True), again="")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended == []
