@@ -158,7 +158,7 @@ class Loop:
                 clock.lap("hooks")
 
                 self.callbacks.guard(trained.model, trained.optimizer)
-                together, gradients = trained.gradient_sum, trained.gradients
+                together = trained.gradient_sum
                 if together is not None:
                     together.begin()
                 if targets != scaled:
@@ -168,7 +168,7 @@ class Loop:
                 terms = self.terms = {}
                 adding = bool(hook.apt_loss_terms.get_hookimpls())
                 outputs = adding and bool(readers_of_outputs(hook))
-                gradients.clear()
+                trained.gradients.clear()
                 for micro, batch in enumerate(batches):
                     seeds.seed(step, micro)
                     last = micro + 1 == len(batches)
@@ -207,7 +207,7 @@ class Loop:
                     hook.on_backward_end(step=step, trainer=trainer)
                 clock.lap("hooks")
 
-                grad_norm = gradients.clip()
+                grad_norm = trained.gradients.clip()
                 factor = self.parts.lr_schedule.factor(
                     step, self.total_steps, training.warmup_steps, training.min_lr_ratio
                 )
@@ -226,12 +226,7 @@ class Loop:
                     self.row_due = loss, grad_norm, rates, shares
                 void = self.step_void = trained.guard.step(step, loss, grad_norm)
                 progress.step, progress.tokens = step, progress.tokens + targets
-                averages = trained.averages
-                if averages.ema is not None:
-                    averages.ema.update(step, void)
-                for plugin, average in averages.by_plugin.items():
-                    if self.manager.records[plugin].state == "active":
-                        average.update(step, void)
+                trained.update_averages(step, void)
                 self.updating = False
                 clock.lap("optimizer")
                 self.usage.throughput.add(targets)

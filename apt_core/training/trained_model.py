@@ -78,6 +78,16 @@ class TrainedModel:
         average.compute = self.forward.with_weights
         return average
 
+    def update_averages(self, step: int, void: bool | Tensor) -> None:
+        """Update the averages after ``step``, which may be ``void``; those of plugins while the
+        plugin is active."""
+        if self.averages.ema is not None:
+            self.averages.ema.update(step, void)
+        records = self._kernel.manager.records
+        for plugin, average in self.averages.by_plugin.items():
+            if records[plugin].state == "active":
+                average.update(step, void)
+
     @property
     def num_parameters(self) -> int:
         """The number of the model's parameters, counted over the shards of all processes."""

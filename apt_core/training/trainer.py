@@ -40,7 +40,7 @@ from apt_core.torch_state import TorchWatch
 from apt_core.training.assembly import Assembly
 from apt_core.training.hooks import TrainerHooks
 from apt_core.training.opening import Opening
-from apt_core.training.prepare import Built, Parts, prepare
+from apt_core.training.prepare import Parts, prepare
 from apt_core.training.run import Run, RunResult
 from apt_core.training.step.callbacks import Callbacks
 from apt_core.training.step.forward import compiler_settings
@@ -300,14 +300,14 @@ class Trainer:
                 fp32_products(device, tf32=self.config.hardware.tf32),
                 self.world.joined(device, self.config.hardware.backend),
             ):
-                parts, built, held = self._prepare(device)
-                compilation = built.forward.compilation
+                parts, trained, held = self._prepare(device)
+                compilation = trained.forward.compilation
                 callbacks = Callbacks(self.manager, apart=compilation.mode is not None)
                 self._assembly = Assembly(
                     self.kernel,
                     self.world,
                     parts,
-                    TrainedModel(self.kernel, built, device, self.world, self._watch),
+                    trained,
                     self.progress,
                     self.stopping,
                     TrainerHooks(self.manager, self),
@@ -332,9 +332,9 @@ class Trainer:
                     ):
                         return run.run()
 
-    def _prepare(self, device: torch.device) -> tuple[Parts, Built, int]:
+    def _prepare(self, device: torch.device) -> tuple[Parts, TrainedModel, int]:
         """Build the parts of the run and its model; returns also the bytes that the process holds
-        beside the run."""
+        beside the run. The TrainedModel alone holds the model, which a switch replaces."""
         held = held_memory(device)
         try:
             with self._watching_providers():
@@ -346,7 +346,9 @@ class Trainer:
                 error, "before the first step", self.kernel, self.world, device, held
             ) from error
         # The memory that the process holds beside the run includes the text, not the model.
-        return parts, built, held_memory(device) - own_memory(built.model)
+        held = held_memory(device) - own_memory(built.model)
+        trained = TrainedModel(self.kernel, built, device, self.world, self._watch)
+        return parts, trained, held
 
     @contextmanager
     def _watching_providers(self) -> Iterator[None]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from apt_core import hookimpl
 from apt_core.errors import TrainingError
 from apt_core.modeling.structure import structure_after
 from apt_core.planning.footprint import Footprint, count_bytes
@@ -104,3 +109,29 @@ def test_a_switch_that_runs_out_of_memory_is_answered_with_what_it_fits_in(count
     assert "training.batch_size 1 needs" in out_of_memory_advice(
         kernel, 1, "none", estimate(old).total, switching="moe"
     )
+
+
+def test_nothing_holds_the_old_model_once_the_run_has_the_new_one():
+    """Nor its optimizer and averages: what they take is missing in the backward that follows."""
+
+    class Looks:
+        def __init__(self) -> None:
+            self.old: dict[str, weakref.ref[Any]] = {}
+            self.alive: list[str] = []
+
+        @hookimpl
+        def on_training_start(self, trainer: Any) -> None:
+            held = {"model": trainer.model, "optimizer": trainer.optimizer}
+            held["average"] = trainer.trained.averages.ema
+            self.old = {name: weakref.ref(each) for name, each in held.items()}
+
+        @hookimpl
+        def on_backward_end(self, step: int) -> None:
+            if step == 2:
+                gc.collect()
+                self.alive = [name for name, each in self.old.items() if each() is not None]
+
+    looks = Looks()
+    overrides = {**SIZES, "model.moe.experts": 2, "training.ema_decay": 0.9}
+    tiny_run(MOE, looks, steps=3, overrides=overrides)
+    assert looks.old and looks.alive == []
