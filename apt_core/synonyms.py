@@ -73,7 +73,12 @@ _NAMES: Mapping[str, str] = {
     "dataset_path input_file corpus training_data",
     "data.val_path": "val_file validation_file validation_path val_data eval_file eval_data "
     "test_path valid_path",
-    "data.tokenizer_name": "tokenizer tokenizer_path tokenizer_type tokenizer_model",
+    "data.tokenizer_name": "tokenizer_type",
+    "data.tokenizer.path": "tokenizer_path tokenizer_model tokenizer_file",
+    "data.num_workers": "dataloader_num_workers num_data_workers",
+    "data.packing": "pack packed sample_packing",
+    "data.val_fraction": "val_split validation_split eval_split test_size val_ratio",
+    "data.deduplicate": "dedup deduplication",
     "data.loader": "data_loader dataloader reader",
     "evaluation.metrics": "metric",
     "evaluation.eval_freq": "eval_interval eval_steps eval_every val_check_interval eval_frequency",

@@ -207,7 +207,7 @@ def _token_counts(kernel: Kernel, tokenizer: TokenizerProvider) -> tuple[int, in
     """The number of tokens of the training text and of the held-out text; None if the text is large
     or cannot be tokenized."""
     data = kernel.config.data
-    paths = [Path(path) for path in (data.train_path, data.val_path) if path]
+    paths = [Path(str(path)) for path in (data.train_path, data.val_path) if path]
     if not all(path.is_file() and path.stat().st_size <= READ_UP_TO for path in paths):
         return None
     try:

@@ -5,6 +5,7 @@ from apt_core.providers.attention import AttentionProvider, AttentionSupport, De
 from apt_core.providers.backbone import BackboneProvider
 from apt_core.providers.base import Provider
 from apt_core.providers.dataset import DatasetProvider, TextData
+from apt_core.providers.documents import Document, Message
 from apt_core.providers.ffn import FeedForwardProvider
 from apt_core.providers.lr_schedule import LRScheduleProvider
 from apt_core.providers.norm import NormProvider
@@ -12,7 +13,7 @@ from apt_core.providers.optimizer import OptimizerProvider
 from apt_core.providers.position import PositionProvider
 from apt_core.providers.retrieval import RetrievalProvider, RetrievedChunk
 from apt_core.providers.router import RouterProvider
-from apt_core.providers.tokenizer import TokenizerProvider
+from apt_core.providers.tokenizer import Encoded, SpecialTokens, TokenizerProvider
 
 __all__ = [
     "AlignProvider",
@@ -21,8 +22,11 @@ __all__ = [
     "BackboneProvider",
     "DatasetProvider",
     "DecodingCache",
+    "Document",
+    "Encoded",
     "FeedForwardProvider",
     "LRScheduleProvider",
+    "Message",
     "NormProvider",
     "OptimizerProvider",
     "PositionProvider",
@@ -30,6 +34,7 @@ __all__ = [
     "RetrievalProvider",
     "RetrievedChunk",
     "RouterProvider",
+    "SpecialTokens",
     "TextData",
     "TokenizerProvider",
 ]

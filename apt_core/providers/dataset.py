@@ -1,61 +1,149 @@
-"""Providers of text to train on (kind ``dataset``)."""
+"""Sources of documents (kind ``dataset``)."""
 
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
+from abc import ABC
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from apt_core.kinds import KINDS
 from apt_core.providers.base import Provider
-from apt_core.sections import Name, Section, Size, one_of
+from apt_core.providers.documents import Document
+from apt_core.providers.tokenizer import TokenizerSettings
+from apt_core.sections import Count, Fraction, Name, Section, Size, one_of
+
+Paths = Name | list[Name]
+"""Files, folders, patterns and URLs: one, or several."""
+
+Record = Document | str | Mapping[str, Any]
+"""What a source may yield; :meth:`Document.of` reads it."""
 
 
-class DataSection(Section):
-    """``data``: where the text comes from and how it becomes tokens."""
+class Columns(Section):
+    """``data.columns``: the names under which records hold the fields of a document."""
+
+    text: Name = Field(default="text", description="A text.")
+    prompt: Name = Field(default="prompt", description="A prompt, of which nothing is learned.")
+    response: Name = Field(default="response", description="The response to it.")
+    messages: Name = Field(
+        default="messages", description="A conversation: a list of {role, content}."
+    )
+
+
+class SourceSection(Section):
+    """Where documents come from: the keys that ``data`` and each item of its mixture have."""
 
     source: Name | None = Field(
         default=None,
-        description="Built-in text, such as pydoc. Without it the loader reads; where that is the "
+        description="Built-in data, such as pydoc. Without it the loader reads; where that is the "
         "default one and has no train_path, the text is pydoc.",
     )
-    train_path: Name | None = Field(default=None, description="File to train on.")
-    val_path: Name | None = Field(
-        default=None, description="File to evaluate on; without it the last tenth is held out."
+    train_path: Paths | None = Field(
+        default=None, description="What to train on: a file, folder, pattern or URL, or several."
+    )
+    val_path: Paths | None = Field(
+        default=None, description="What to evaluate on; without it val_fraction is held out."
     )
     loader: Name = Field(
         KINDS["dataset"].default,
         description="Provider that reads train_path; any but text_default is used without one too.",
     )
+    columns: Columns = Field(default_factory=Columns, description="The names of fields in records.")
+    errors: Literal["strict", "replace"] = Field(
+        default="strict",
+        description="Bytes that are no UTF-8: an error, or replaced by U+FFFD and counted.",
+    )
+
+    @property
+    def text_source(self) -> str | None:
+        """The built-in data to train on, or None where the loader reads instead."""
+        asked = self.train_path or self.loader != KINDS["dataset"].default
+        return self.source or (None if asked else "pydoc")
+
+    @property
+    def dataset_name(self) -> str:
+        """The provider of the documents."""
+        return self.text_source or self.loader
+
+
+class MixtureItem(SourceSection):
+    """An item of ``data.mixture``: a source of its own with its weight."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")] = Field(
+        description="Names it in schedules (mixture_NAME, enable_NAME_at_step) and in figures."
+    )
+    weight: Annotated[float, Field(ge=0.0, le=1e6)] = Field(
+        default=1.0, description="Its share of the windows, relative to the other weights."
+    )
+    settings: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Settings of its loader, where those have a section of their own.",
+    )
+
+
+class DataSection(SourceSection):
+    """``data``: where the text comes from and how it becomes tokens."""
+
+    mixture: list[MixtureItem] | None = Field(
+        default=None, description="Several sources with weights, in place of one."
+    )
     tokenizer_name: Name = Field(
         KINDS["tokenizer"].default, description="Provider of the tokenizer."
+    )
+    tokenizer: TokenizerSettings = Field(
+        default_factory=TokenizerSettings, description="Settings of the tokenizer."
+    )
+    normalize: Literal["none", "NFC", "NFKC"] = Field(
+        default="none", description="The Unicode normal form into which texts are brought."
+    )
+    min_chars: Count = Field(default=1, description="Shorter documents are left out.")
+    max_chars: Count | None = Field(default=None, description="Longer documents are left out.")
+    deduplicate: Literal["none", "exact", "near"] = Field(
+        default="none",
+        description="Leave out documents that repeat another one exactly, or nearly (MinHash).",
+    )
+    near_threshold: Fraction = Field(
+        default=0.8, description="The Jaccard similarity from which on documents repeat nearly."
+    )
+    val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.1, description="The share of documents that is held out, chosen by their hash."
     )
     max_length: Size | None = Field(
         default=None, description="Tokens per training sequence; without it, model.max_seq_len."
     )
-    truncation: bool | None = Field(default=None, description="Cut texts that are too long.")
+    packing: Literal["concat", "documents", "pad"] | None = Field(
+        default=None,
+        description="How documents fill sequences: one after the other (concat), whole ones beside "
+        "each other that do not see each other (documents), or one a sequence (pad). Without it: "
+        "pad where padding asks for it, documents for prompts and conversations, else concat.",
+    )
+    truncation: bool | None = Field(
+        default=None,
+        description="With packing pad: cut what is longer than a sequence; otherwise the rest "
+        "fills further sequences.",
+    )
     padding: (
         Annotated[
             Literal[True, False, "max_length", "longest", "do_not_pad"],
             one_of(True, False, "max_length", "longest", "do_not_pad"),
         ]
         | None
-    ) = Field(default=None, description="Fill texts that are too short.")
-
-    @property
-    def text_source(self) -> str | None:
-        """The built-in text to train on, or None where the loader reads instead."""
-        asked = self.train_path or self.loader != KINDS["dataset"].default
-        return self.source or (None if asked else "pydoc")
-
-    @property
-    def dataset_name(self) -> str:
-        """The provider of the text."""
-        return self.text_source or self.loader
+    ) = Field(
+        default=None,
+        description="With packing pad: fill sequences to max_length, or to the longest of their "
+        "batch (longest, true).",
+    )
+    num_workers: Annotated[int, Field(ge=0, le=64)] = Field(
+        default=0, description="Threads that make batches ahead of the step that takes them."
+    )
+    build_workers: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        default=None, description="Processes that tokenise; without it, one a core."
+    )
 
 
 @dataclass(frozen=True)
@@ -80,14 +168,36 @@ class TextData:
 
 
 class DatasetProvider(Provider, ABC):
-    """Reads text.
+    """A source of documents.
 
-    ``config`` is the section that its ``ProviderSpec`` names, else the profile's ``data``;
-    ``data_section`` is the latter in either case, set before a run calls :meth:`load`.
+    ``config`` is the section that its ``ProviderSpec`` names, else the one that names the source:
+    the profile's ``data``, or an item of ``data.mixture``. ``data_section`` is the latter in either
+    case, set before anything is asked.
     """
 
-    data_section: DataSection | None = None
+    data_section: SourceSection = DataSection()
 
-    @abstractmethod
     def load(self) -> TextData:
         """Read everything. Raises ConfigError, naming file and place, for what cannot be read."""
+        raise NotImplementedError
+
+    def documents(self) -> Iterator[Record]:
+        """Yield the documents to train on, always in the same order and without holding all.
+
+        Raises ConfigError, naming file and place, for what cannot be read.
+        """
+        raise NotImplementedError
+
+    def held_out(self) -> Iterator[Record] | None:
+        """Yield the documents to evaluate on. None, the default, where the source has none of its
+        own: then ``data.val_fraction`` of :meth:`documents` is held out."""
+        return None
+
+    def fingerprint(self) -> str | None:
+        """A text that changes whenever a document may have changed, and is cheap to tell. None, the
+        default, where that cannot be told: then each run reads all documents."""
+        return None
+
+    def describe(self) -> str:
+        """One line for the log and the manifest: what is read, its version, its size."""
+        return self.get_name()
