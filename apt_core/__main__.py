@@ -7,7 +7,7 @@ import os
 import sys
 from contextlib import suppress
 
-from apt_core.errors import ConfigError, Problem, did_you_mean
+from apt_core.errors import ConfigError, did_you_mean
 
 VERBS = {
     "train": "apt_core.cli.train:main",
@@ -51,7 +51,7 @@ def _other(verb: str, arguments: list[str]) -> int:
         return 0
     if verb not in commands:
         hint = did_you_mean(verb, [*VERBS, *commands]) or "see python -m apt_core --help"
-        raise ConfigError(Problem(f"there is no verb {verb!r}", hint=hint))
+        raise ConfigError(f"there is no verb {verb!r}", hint=hint)
     return int(load_installed(commands[verb])(arguments) or 0)
 
 

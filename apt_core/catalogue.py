@@ -88,7 +88,7 @@ class Catalogue:
     def list_providers(self, kind: str | None = None) -> dict[str, list[str]]:
         """Provider names by kind. Raises ConfigError for a kind that there is not."""
         if kind is not None and kind not in KINDS:
-            raise ConfigError(Problem(f"there is no kind {kind!r}", hint=did_you_mean(kind, KINDS)))
+            raise ConfigError(f"there is no kind {kind!r}", hint=did_you_mean(kind, KINDS))
         listed: dict[str, list[str]] = {}
         for spec in self.specs(kind):
             listed.setdefault(spec.kind, []).append(spec.name)

@@ -56,17 +56,24 @@ def shortened(text: str, length: int = SHOWN_CHARACTERS) -> str:
 
 
 class ConfigError(AptError):
-    """Bad input: every problem that was found, at once.
+    """Bad input: every problem that was found, at once. A text is the message of a single one, the
+    other arguments are those of its :class:`Problem`.
 
-    >>> str(ConfigError(Problem("unknown key", key="model.d_modle")))
+    >>> str(ConfigError("unknown key", key="model.d_modle"))
     'model.d_modle: unknown key'
     """
 
     exit_code = 2
 
-    def __init__(self, problems: Problem | str | Iterable[Problem]) -> None:
+    def __init__(
+        self,
+        problems: Problem | str | Iterable[Problem],
+        key: str = "",
+        where: str = "",
+        hint: str = "",
+    ) -> None:
         if isinstance(problems, str):
-            problems = Problem(problems)
+            problems = Problem(problems, key, where, hint)
         if isinstance(problems, Problem):
             problems = [problems]
         self.problems: tuple[Problem, ...] = tuple(dict.fromkeys(problems))

@@ -14,7 +14,7 @@ from typing import Any
 
 from apt_core.code_source import source_of
 from apt_core.error_text import one_line, where_raised
-from apt_core.errors import ConfigError, Problem
+from apt_core.errors import ConfigError
 from apt_core.markers import PROJECT
 from apt_core.plugin_names import short_name
 from apt_core.types import PluginInfo
@@ -107,12 +107,10 @@ def make(cls: type[Any], name: str) -> Any:
         raise
     except BaseException as error:
         raise ConfigError(
-            Problem(
-                f"its class {cls.__name__} cannot be made: {one_line(error)}",
-                key=f"plugin {name}",
-                where=where_raised(error, *source_of(cls)),
-                hint="it is called without arguments: apt_configure gets the profile"
-                if isinstance(error, TypeError)
-                else "",
-            )
+            f"its class {cls.__name__} cannot be made: {one_line(error)}",
+            key=f"plugin {name}",
+            where=where_raised(error, *source_of(cls)),
+            hint="it is called without arguments: apt_configure gets the profile"
+            if isinstance(error, TypeError)
+            else "",
         ) from error

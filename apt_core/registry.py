@@ -167,7 +167,7 @@ class Registry:
         if name is None:
             default = self.known.default(kind)
             if default is None:
-                raise ConfigError(Problem(f"kind {kind!r} has no default provider: name one"))
+                raise ConfigError(f"kind {kind!r} has no default provider: name one")
             return default
         return self.spec(kind, name)
 
@@ -180,10 +180,7 @@ class Registry:
         if self.strict or not fallback:
             because = "--strict is on" if self.strict else "fallback=False"
             raise ConfigError(
-                Problem(
-                    f"{message}, and no fallback is allowed: {because}",
-                    hint=f"ask for {default.name}",
-                )
+                f"{message}, and no fallback is allowed: {because}", hint=f"ask for {default.name}"
             )
         same_section = spec.section == default.section
         given, wrong = self._settings(default, settings if same_section else None)
@@ -238,7 +235,7 @@ class Registry:
             given = given.model_dump(include=set(model.model_fields))
         if not isinstance(given, Mapping | None):
             kind = type(given).__name__
-            raise ConfigError(Problem(f"settings are a mapping, not {kind}", key=spec.key))
+            raise ConfigError(f"settings are a mapping, not {kind}", key=spec.key)
         try:
             return model.model_validate(dict(given or {}))
         except ValidationError as error:

@@ -11,7 +11,7 @@ import typer
 
 from apt_core.cli.output import Json, complain, output_apart, print_table, say
 from apt_core.cli.run_command import run_command
-from apt_core.errors import ConfigError, Problem, did_you_mean
+from apt_core.errors import ConfigError, did_you_mean
 from apt_core.hookspecs import POLICIES
 from apt_core.inspect.listing import (
     Listing,
@@ -83,7 +83,7 @@ def show(
     listing = listed(profile, plugin or ())
     if hook not in POLICIES:
         hint = did_you_mean(hook, POLICIES) or "'apt-hooks list --all' shows every hook"
-        raise ConfigError(Problem(f"there is no hook {hook!r}", hint=hint))
+        raise ConfigError(f"there is no hook {hook!r}", hint=hint)
     facts = hook_facts(hook)
     rows = implementation_rows(listing, hook)
     if json:
@@ -142,7 +142,7 @@ def show_providers(listing: Listing, kind: str, *, as_json: bool) -> Json | None
 
     if kind and kind not in KINDS:
         hint = did_you_mean(kind, KINDS) or f"kinds are {', '.join(KINDS)}"
-        raise ConfigError(Problem(f"there is no kind {kind!r}", hint=hint))
+        raise ConfigError(f"there is no kind {kind!r}", hint=hint)
     rows = provider_rows(listing, kind or None)
     if as_json:
         return Json(rows)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from apt_core import __version__
 from apt_core.cli.output import Json, complain, give_up, json_text, open_streams, output_apart
 from apt_core.error_text import one_line, text_of
-from apt_core.errors import AptError, ConfigError, PluginError, Problem, ProviderError
+from apt_core.errors import AptError, ConfigError, PluginError, ProviderError
 
 if TYPE_CHECKING:
     import typer
@@ -113,7 +113,7 @@ def _explained(error: Exception) -> Exception:
             os.getcwd()
         except FileNotFoundError:
             hint = "cd to another"
-            return ConfigError(Problem("the working directory has been removed", hint=hint))
+            return ConfigError("the working directory has been removed", hint=hint)
     elif error.errno in UNWRITABLE:
         try:
             sys.stdout.flush()

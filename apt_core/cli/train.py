@@ -241,7 +241,7 @@ def _processes_wanted(kernel: Kernel) -> int:
 
     processes, notice = processes_for(kernel.config)
     if notice and kernel.manager.strict:
-        raise ConfigError(Problem(notice, hint="--strict allows no fallback"))
+        raise ConfigError(notice, hint="--strict allows no fallback")
     kernel.notices += [notice] if notice else []
     return processes
 
@@ -330,7 +330,7 @@ def collect_overrides(
 
     if len(assignments) + len(rest) > MAX_ARGUMENTS:
         message = f"more than {MAX_ARGUMENTS:,} arguments that set keys"
-        raise ConfigError(Problem(message, hint="write a profile that extends this one"))
+        raise ConfigError(message, hint="write a profile that extends this one")
     for text in assignments:
         take(text, "--set")
     waiting = deque(rest)

@@ -13,7 +13,7 @@ from apt_core.config.overrides import Override
 from apt_core.config.schema import PLACEHOLDERS, Config
 from apt_core.config.source import Source, from_document
 from apt_core.config.yaml_text import LARGER, MAX_CHARACTERS, parse_yaml
-from apt_core.errors import ConfigError, Problem, did_you_mean
+from apt_core.errors import ConfigError, did_you_mean
 from apt_core.files import read_file
 
 SUFFIXES = (".yaml", ".yml")
@@ -70,18 +70,18 @@ def list_profiles() -> list[str]:
 def _read(found: _File, chain: tuple[_File, ...]) -> Source:
     if any(found.identity == earlier.identity for earlier in chain):
         names = " -> ".join(file.label for file in (*chain, found))
-        raise ConfigError(Problem(f"profiles extend each other in a circle: {names}", "extends"))
+        raise ConfigError(f"profiles extend each other in a circle: {names}", "extends")
     if len(chain) >= MAX_PARENTS:
-        raise ConfigError(Problem(f"more than {MAX_PARENTS} profiles extend each other", "extends"))
+        raise ConfigError(f"more than {MAX_PARENTS} profiles extend each other", "extends")
     document = parse_yaml(_text_of(found), found.label)
     if document.data is None:
         hint = "`extends: base` alone is a complete profile"
-        raise ConfigError(Problem("the profile is empty", where=found.label, hint=hint))
+        raise ConfigError("the profile is empty", where=found.label, hint=hint)
     if not isinstance(document.data, dict):
         kind = "a list" if isinstance(document.data, list) else "a single value"
         hint = "write sections such as `model:` and `training:`"
         raise ConfigError(
-            Problem(f"a profile is a mapping of sections, not {kind}", where=found.label, hint=hint)
+            f"a profile is a mapping of sections, not {kind}", where=found.label, hint=hint
         )
     source = from_document(document, found.stem, found.label, found.folder)
     parent = source.data.pop("extends", None)
@@ -90,14 +90,14 @@ def _read(found: _File, chain: tuple[_File, ...]) -> Source:
         return source
     where = source.where("extends")
     if not isinstance(parent, str) or not parent:
-        raise ConfigError(Problem("must be the name or path of one profile", "extends", where))
+        raise ConfigError("must be the name or path of one profile", "extends", where)
     # A bare name never means the file itself: ./profiles/base.yaml may extend APT's own base.
     skip = frozenset({found.identity}) if _is_bare(parent) else frozenset()
     try:
         above = _find(parent, folder=found.folder, skip=skip)
     except ConfigError as error:
         problem = error.problems[0]
-        raise ConfigError(Problem(problem.message, "extends", where, problem.hint)) from None
+        raise ConfigError(problem.message, "extends", where, problem.hint) from None
     return _read(above, (*chain, found)).inherited().below(source)
 
 
@@ -108,13 +108,13 @@ def _text_of(found: _File) -> str:
         reason = (error.strerror or str(error)).lower()
         if error.errno == errno.EFBIG:
             reason = LARGER
-        raise ConfigError(Problem(f"cannot be read: {reason}", where=found.label)) from error
+        raise ConfigError(f"cannot be read: {reason}", where=found.label) from error
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise ConfigError(
-            Problem("not UTF-8 text", where=f"{found.label}:{line}", hint="save it as UTF-8")
+            "not UTF-8 text", where=f"{found.label}:{line}", hint="save it as UTF-8"
         ) from None
 
 
@@ -131,7 +131,7 @@ def _find(profile: str, folder: Path | None, skip: frozenset[str]) -> _File:
         elif os.path.lexists(candidate.file):  # reading a pipe or a broken link says why not
             return candidate
     if directory:
-        raise ConfigError(Problem(f"{profile!r} is a directory, not a profile", where=directory))
+        raise ConfigError(f"{profile!r} is a directory, not a profile", where=directory)
     known = list_profiles()
     stem = Path(profile).name.removesuffix(".yaml").removesuffix(".yml")
     beside = {Path(name).stem: name for name in _profiles_beside(profile, folder)}
@@ -140,7 +140,7 @@ def _find(profile: str, folder: Path | None, skip: frozenset[str]) -> _File:
     hint = hint or (f"did you mean {beside[near[0]]!r}?" if near else "")
     hint = hint or f"known profiles: {', '.join(known)}"
     raise ConfigError(
-        Problem(f"no profile {profile!r}; looked for {', '.join(dict.fromkeys(looked))}", hint=hint)
+        f"no profile {profile!r}; looked for {', '.join(dict.fromkeys(looked))}", hint=hint
     )
 
 
@@ -156,7 +156,7 @@ def _profiles_beside(profile: str, folder: Path | None) -> list[str]:
 
 def _candidates(profile: str, folder: Path | None) -> Iterator[_File]:
     if not profile or "\0" in profile:
-        raise ConfigError(Problem(f"{profile!r} is no profile", hint="give a name or a path"))
+        raise ConfigError(f"{profile!r} is no profile", hint="give a name or a path")
     names = [profile]
     if not profile.endswith(SUFFIXES):
         names += [f"{profile}{suffix}" for suffix in SUFFIXES]

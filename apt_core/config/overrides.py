@@ -51,17 +51,13 @@ def parse_override(text: str, where: str = "") -> Override:
         place = f"--{key}"
     hint = "write it as section.key=value, such as training.max_epochs=5"
     if not equals:
-        raise ConfigError(
-            Problem(f"{shortened(text, 200)!r} has no '='", where=where or "--set", hint=hint)
-        )
+        raise ConfigError(f"{shortened(text, 200)!r} has no '='", where=where or "--set", hint=hint)
     path = tuple(key.split("."))
     if len(path) > MAX_DEPTH:
         message = f"a key of {len(path):,} parts, and no profile is deeper than {MAX_DEPTH}"
-        raise ConfigError(Problem(message, where=where or "--set"))
+        raise ConfigError(message, where=where or "--set")
     if not (is_encodable(key) and all(part and part == part.strip() for part in path)):
-        raise ConfigError(
-            Problem(f"{shortened(key, 200)!r} is no key", where=where or "--set", hint=hint)
-        )
+        raise ConfigError(f"{shortened(key, 200)!r} is no key", where=where or "--set", hint=hint)
     if value_text == "null":
         return Override(path, None, place)
     texts: dict[KeyPath, str | None] = {(): value_text} if is_encodable(value_text) else {}

@@ -47,7 +47,7 @@ def edit_plugin_list(profile: Path, plugin: str, *, present: bool, name_of: Name
         where = read_profile(profile).where("plugins")
         message = f"the list is inherited ({where}), so that nothing was changed"
         hint = f"{by_hand}, which replaces the inherited list"
-        raise ConfigError(Problem(message, "plugins", str(file), hint))
+        raise ConfigError(message, "plugins", str(file), hint)
     refused = Problem("the list cannot be edited in place", "plugins", str(file), by_hand)
     if not _is_edit(original, edited, wanted):
         raise ConfigError(refused)
@@ -55,7 +55,7 @@ def edit_plugin_list(profile: Path, plugin: str, *, present: bool, name_of: Name
         file.write_bytes(edited.encode("utf-8"))
     except OSError as error:
         reason = f"cannot be written: {(error.strerror or str(error)).lower()}"
-        raise ConfigError(Problem(reason, "plugins", str(file), by_hand)) from error
+        raise ConfigError(reason, "plugins", str(file), by_hand) from error
     if listed_plugins(profile) != wanted:
         file.write_bytes(original.encode("utf-8"))
         raise ConfigError(refused)
@@ -67,7 +67,7 @@ def listed_plugins(profile: Path) -> list[str]:
     source = read_profile(profile)
     listed = source.data.get("plugins") or []
     if not isinstance(listed, list):
-        raise ConfigError(Problem("is not a list", key="plugins", where=source.where("plugins")))
+        raise ConfigError("is not a list", key="plugins", where=source.where("plugins"))
     return [str(_name(item)) for item in listed]
 
 
@@ -79,7 +79,7 @@ def _file(profile: Path) -> Path:
     file = next((path for path in (*names, *local) if path.is_file()), None)
     if file is None:
         hint = f"write a profile of your own that says `extends: {profile}`"
-        raise ConfigError(Problem(f"{profile} comes with APT and is not edited", hint=hint))
+        raise ConfigError(f"{profile} comes with APT and is not edited", hint=hint)
     return file
 
 

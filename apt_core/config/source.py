@@ -160,7 +160,7 @@ class Source:
         overrides = list(overrides)
         if len(overrides) > MAX_OVERRIDES:
             message = f"{len(overrides):,} keys are given, and at most {MAX_OVERRIDES:,} are taken"
-            raise ConfigError(Problem(message, "--set", hint="write a profile that extends this"))
+            raise ConfigError(message, "--set", hint="write a profile that extends this")
         layer = self
         for override in overrides:
             layer = layer._with_override(override)
@@ -358,7 +358,7 @@ class _Copier:
     def copy(self, value: Any, path: KeyPath) -> Any:
         self.count += 1
         if len(path) > MAX_DEPTH or self.count > MAX_NODES:
-            raise ConfigError(Problem("nested too deeply or too large", key=dotted(path[:5])))
+            raise ConfigError("nested too deeply or too large", key=dotted(path[:5]))
         if isinstance(value, Mapping):
             return self.mapping(value, path)
         if isinstance(value, list | tuple):

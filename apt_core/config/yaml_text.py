@@ -111,14 +111,14 @@ def parse_yaml(text: str, label: str) -> Document:
     that are not text are collected in the result's ``problems``.
     """
     if len(text) > MAX_CHARACTERS:
-        raise ConfigError(Problem(LARGER, where=label))
+        raise ConfigError(LARGER, where=label)
     try:
         loader = ProfileLoader(text)
     except ReaderError as error:
         before = text[: error.position]
         where = f"{label}:{before.count(chr(10)) + 1}:{error.position - before.rfind(chr(10))}"
         message = f"the character {text[error.position]!a} cannot stand in YAML"
-        raise ConfigError(Problem(message, where=where)) from None
+        raise ConfigError(message, where=where) from None
     try:
         return _Builder(label).document(loader.get_single_node())
     except yaml.MarkedYAMLError as error:
@@ -126,7 +126,7 @@ def parse_yaml(text: str, label: str) -> Document:
     except (ValueError, OverflowError) as error:
         # PyYAML passes an escape such as \UFFFFFFFF to chr() unchecked.
         where = f"{label}:{loader.line + 1}:{loader.column + 1}"
-        raise ConfigError(Problem(f"invalid escape: {error}", where=where)) from None
+        raise ConfigError(f"invalid escape: {error}", where=where) from None
     finally:
         loader.dispose()
 

@@ -12,7 +12,6 @@ from apt_core.errors import (
     AptError,
     ConfigError,
     PluginError,
-    Problem,
     ProviderError,
     TrainingError,
 )
@@ -41,7 +40,7 @@ def attributed(kernel: Kernel, error: BaseException, terms: Collection[str] = ()
     if isinstance(error, ValueError) and kernel.manager.step == 0:
         key = f"provider {found[0].key} of plugin {found[0].plugin}" if found else ""
         key = f"plugin {author[0]}" if author else key
-        return ConfigError(Problem(text_of(error), key=key, where=found[1] if found else ""))
+        return ConfigError(text_of(error), key=key, where=found[1] if found else "")
     if author is not None:
         plugin, function = author
         failure = manager.records[plugin].add_failure(

@@ -8,7 +8,7 @@ import torch
 
 from apt_core.config import Config
 from apt_core.device import resolve_device, unused_gpu
-from apt_core.errors import ConfigError, Problem
+from apt_core.errors import ConfigError
 from apt_core.kernel import Kernel
 from apt_core.kinds import KINDS
 from apt_core.modeling.probe import probe_layer
@@ -40,7 +40,7 @@ def settle_device(kernel: Kernel, world: World = ALONE) -> torch.device:
     if reason:
         message = f"hardware.device: {asked} not usable ({reason})"
         if kernel.manager.strict:
-            raise ConfigError(Problem(message, hint="--strict allows no fallback"))
+            raise ConfigError(message, hint="--strict allows no fallback")
         kernel.notices.append(f"{message}: using {device.type}")
     elif asked == "auto" and device.type == "cpu" and (why := unused_gpu()):
         kernel.notices.append(f"using the CPU, though this machine has a GPU: {why}")
@@ -59,7 +59,7 @@ def _own_gpu(asked: str, world: World) -> torch.device:
     if ":" in asked and processes > 1:
         message = f"{asked} is one GPU, and {processes} processes on this machine need one each"
         raise ConfigError(
-            Problem(message, key="hardware.device", hint="hardware.device: cuda gives each its own")
+            message, key="hardware.device", hint="hardware.device: cuda gives each its own"
         )
     if ":" in asked:
         return torch.device(asked)
@@ -69,7 +69,7 @@ def _own_gpu(asked: str, world: World) -> torch.device:
         if there == 1:
             hint += "; processes that each see a GPU of their own need LOCAL_RANK=0"
             hint += " and LOCAL_WORLD_SIZE=1"
-        raise ConfigError(Problem(message, key="hardware.device", hint=hint))
+        raise ConfigError(message, key="hardware.device", hint=hint)
     return torch.device("cuda", world.local_rank)
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from apt_core.errors import ConfigError, Problem
+from apt_core.errors import ConfigError
 from apt_core.modeling.init import seed_of
 from apt_core.torch_state import fp32_precision, set_fp32_precision
 
@@ -63,12 +63,10 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
     with _LOCK:
         if any(thread != own[0] and other != wanted for thread, other in _wanting):
             raise ConfigError(
-                Problem(
-                    "differs from that of a run in another thread of this process, and torch has "
-                    "one setting for all threads",
-                    key="training.deterministic",
-                    hint="set it alike in both runs, or let one follow the other",
-                )
+                "differs from that of a run in another thread of this process, and torch has "
+                "one setting for all threads",
+                key="training.deterministic",
+                hint="set it alike in both runs, or let one follow the other",
             )
         if not _wanting:
             _found[:] = [_kernels()]

@@ -87,7 +87,7 @@ class World:
             )
         except ValueError as error:
             raise ConfigError(
-                Problem(f"RANK, WORLD_SIZE and LOCAL_RANK are not torchrun's: {error}")
+                f"RANK, WORLD_SIZE and LOCAL_RANK are not torchrun's: {error}"
             ) from None
         if size == 1:
             return cls()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from apt_core.errors import CheckpointError, ConfigError, Problem
+from apt_core.errors import CheckpointError, ConfigError
 from apt_core.files import read_file
 from apt_core.json_files import MAX_BYTES, read_json
 from apt_core.runs import checkpoint
@@ -27,19 +27,17 @@ def find_checkpoint(
     Raises ConfigError if there is nothing of the kind, CheckpointError for one that is not intact.
     """
     if not path.exists():
-        raise ConfigError(Problem("there is no such checkpoint or run folder", key, str(path)))
+        raise ConfigError("there is no such checkpoint or run folder", key, str(path))
     if not path.is_dir():
-        raise ConfigError(Problem("is a file: a checkpoint is a folder", key, str(path)))
+        raise ConfigError("is a file: a checkpoint is a folder", key, str(path))
     if IS_STEP.fullmatch(path.name) or (path / "state.json").exists():
         if best:
             hint = "give the folder of the run"
-            raise ConfigError(Problem("is one checkpoint: it has no best", key, str(path), hint))
+            raise ConfigError("is one checkpoint: it has no best", key, str(path), hint)
         found = checkpoint.load(path)
         if step is not None and found.state.step != step:
             raise ConfigError(
-                Problem(
-                    f"is the checkpoint of step {found.state.step}, not of {step}", key, str(path)
-                )
+                f"is the checkpoint of step {found.state.step}, not of {step}", key, str(path)
             )
         return found
     root = _folder_of_checkpoints(path, key)
@@ -71,13 +69,11 @@ def _folder_of_checkpoints(path: Path, key: str) -> Path:
     root = checkpoints_folder(path, manifest, named)
     if root is None:
         raise ConfigError(
-            Problem(
-                f"its manifest says that the checkpoints are in {named_folder(path, manifest)}, "
-                "which is not below the run nor below its profile's training.checkpoint_dir",
-                key,
-                str(path),
-                "if they are: give that folder",
-            )
+            f"its manifest says that the checkpoints are in {named_folder(path, manifest)}, "
+            "which is not below the run nor below its profile's training.checkpoint_dir",
+            key,
+            str(path),
+            "if they are: give that folder",
         )
     return root
 
@@ -100,18 +96,16 @@ def _of_step(root: Path, step: int) -> Path:
             return path
     steps = ", ".join(str(checkpoint.step_of(path)) for path in there)
     hint = f"there are those of steps {steps}" if steps else "there is none at all"
-    raise ConfigError(Problem(f"there is no checkpoint of step {step}", "step", str(root), hint))
+    raise ConfigError(f"there is no checkpoint of step {step}", "step", str(root), hint)
 
 
 def _best(root: Path) -> Path:
     best = best_by_evaluation(root)
     if best is None:
         raise ConfigError(
-            Problem(
-                "no checkpoint there was evaluated",
-                "weights",
-                str(root),
-                "evaluation.eval_freq and training.save_every_steps decide which are; or take last",
-            )
+            "no checkpoint there was evaluated",
+            "weights",
+            str(root),
+            "evaluation.eval_freq and training.save_every_steps decide which are; or take last",
         )
     return best[0]

@@ -16,7 +16,7 @@ from typing import Any
 
 from apt_core import __version__
 from apt_core.code_source import short_path
-from apt_core.errors import ConfigError, Problem
+from apt_core.errors import ConfigError
 from apt_core.files import write_atomically
 from apt_core.json_files import json_rows, read_json, without_nan
 from apt_core.log import get_logger
@@ -155,7 +155,7 @@ class RunFolder:
                 checkpoints.mkdir()
         except OSError as error:
             raise ConfigError(
-                Problem(f"the folder cannot be made: {error.strerror}", where=str(error.filename))
+                f"the folder cannot be made: {error.strerror}", where=str(error.filename)
             ) from None
         return cls(path, checkpoints)
 
@@ -163,15 +163,13 @@ class RunFolder:
     def _of(cls, output: Path) -> RunFolder:
         """A new run in ``output``, which is empty or not there. Raises ConfigError, OSError."""
         in_use = ConfigError(
-            Problem(
-                "the output folder is in use",
-                key="--output",
-                where=str(output),
-                hint="name another one, or add --resume to go on with the run in it",
-            )
+            "the output folder is in use",
+            key="--output",
+            where=str(output),
+            hint="name another one, or add --resume to go on with the run in it",
         )
         if output.exists() and not output.is_dir():
-            raise ConfigError(Problem("is a file, not a folder", "--output", str(output)))
+            raise ConfigError("is a file, not a folder", "--output", str(output))
         output.mkdir(parents=True, exist_ok=True)
         folder = cls(output, output / CHECKPOINTS)
         # Checked with the lock held: another run may have used it meanwhile.
@@ -198,12 +196,10 @@ class RunFolder:
             reason = f"manifest.json cannot be read: {getattr(error, 'strerror', None) or error}"
         if not inside.is_dir() and not manifest:
             raise ConfigError(
-                Problem(
-                    f"there is no run to resume in this folder: {reason or 'an empty manifest'}",
-                    key="--resume",
-                    where=str(path),
-                    hint="give the folder of the run with --output, or leave --resume out",
-                )
+                f"there is no run to resume in this folder: {reason or 'an empty manifest'}",
+                key="--resume",
+                where=str(path),
+                hint="give the folder of the run with --output, or leave --resume out",
             )
         if reason:
             log.warning("%s: %s; the run goes on from its checkpoints", path, reason)
@@ -211,13 +207,11 @@ class RunFolder:
         if checkpoints is None:
             said = named_folder(path, manifest)
             raise ConfigError(
-                Problem(
-                    f"the manifest says that its checkpoints are in {said}, which is not below the "
-                    "run nor below the profile's training.checkpoint_dir",
-                    key="--resume",
-                    where=str(path / "manifest.json"),
-                    hint=f"if they are: --training.checkpoint_dir {shlex.quote(str(said.parent))}",
-                )
+                f"the manifest says that its checkpoints are in {said}, which is not below the "
+                "run nor below the profile's training.checkpoint_dir",
+                key="--resume",
+                where=str(path / "manifest.json"),
+                hint=f"if they are: --training.checkpoint_dir {shlex.quote(str(said.parent))}",
             )
         folder = cls(path, checkpoints)
         folder.manifest = manifest

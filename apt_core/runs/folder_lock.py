@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from weakref import WeakSet
 
-from apt_core.errors import ConfigError, Problem
+from apt_core.errors import ConfigError
 from apt_core.json_files import read_json
 
 
@@ -35,12 +35,10 @@ class FolderLock:
         except BlockingIOError:
             os.close(descriptor)
             raise ConfigError(
-                Problem(
-                    f"another run is going on in this folder{_holder(path)}",
-                    key=key,
-                    where=str(path),
-                    hint="wait for it, or name another folder",
-                )
+                f"another run is going on in this folder{_holder(path)}",
+                key=key,
+                where=str(path),
+                hint="wait for it, or name another folder",
             ) from None
         except OSError:
             # A file system without locks.

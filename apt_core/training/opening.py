@@ -8,7 +8,7 @@ from typing import Any
 from apt_core.code_source import short_path
 from apt_core.config import Config
 from apt_core.device import gpu_name
-from apt_core.errors import ConfigError, Problem
+from apt_core.errors import ConfigError
 from apt_core.event_log import EventLog
 from apt_core.kernel import Kernel
 from apt_core.log import get_logger
@@ -98,11 +98,9 @@ class Opening:
             self._output = newest_folder(profile_name)
             if self._output is None:
                 raise ConfigError(
-                    Problem(
-                        f"there is no run of profile {profile_name!r} below runs/",
-                        key="--resume",
-                        hint="name its folder with --output, or leave --resume out",
-                    )
+                    f"there is no run of profile {profile_name!r} below runs/",
+                    key="--resume",
+                    hint="name its folder with --output, or leave --resume out",
                 )
             log.info("resuming %s", self._output)
         output = self._output

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from apt_core.config.differences import differences
-from apt_core.errors import CheckpointError, ConfigError, Problem
+from apt_core.errors import CheckpointError, ConfigError
 from apt_core.kernel import Kernel
 from apt_core.log import get_logger
 from apt_core.modeling.carry import call_buffers_loaded
@@ -153,11 +153,9 @@ class Restoring:
             chosen = ", ".join(plugins)
             said = f"plugins that choose them: {chosen}" if plugins else "no plugin does so"
             raise ConfigError(
-                Problem(
-                    f"{error} ({said})",
-                    key="plugins",
-                    hint="put the plugin back as it was, or start a new run: leave --resume out",
-                )
+                f"{error} ({said})",
+                key="plugins",
+                hint="put the plugin back as it was, or start a new run: leave --resume out",
             ) from None
 
     def _factors_of_rates(self, found: Checkpoint) -> tuple[float, float]:
@@ -198,14 +196,12 @@ class Restoring:
         batch_size, processes = self._config.training.batch_size, self._world.size
         steps, rest = divmod(before, batch_size * processes)
         raise ConfigError(
-            Problem(
-                f"a step takes {now} sequences ({batch_size} a micro-batch, {processes} "
-                f"processes), and took {before} when the checkpoint was made",
-                key="training.batch_size",
-                hint=f"choose training.batch_size and training.grad_accum_steps for {before}"
-                if rest
-                else f"--training.grad_accum_steps {steps} makes it {before}",
-            )
+            f"a step takes {now} sequences ({batch_size} a micro-batch, {processes} "
+            f"processes), and took {before} when the checkpoint was made",
+            key="training.batch_size",
+            hint=f"choose training.batch_size and training.grad_accum_steps for {before}"
+            if rest
+            else f"--training.grad_accum_steps {steps} makes it {before}",
         )
 
     def _check_precision(self, before: str) -> None:
@@ -214,12 +210,10 @@ class Restoring:
         if now != before:
             value = "false" if before == "torch.float32" else "true"
             raise ConfigError(
-                Problem(
-                    f"the forward computes in {now} here, and did in {before} when the checkpoint "
-                    "was made",
-                    key="training.mixed_precision",
-                    hint=f"--training.mixed_precision {value}",
-                )
+                f"the forward computes in {now} here, and did in {before} when the checkpoint "
+                "was made",
+                key="training.mixed_precision",
+                hint=f"--training.mixed_precision {value}",
             )
 
     def _check_tokens(self, found: Checkpoint) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from apt_core import ConfigError, Problem
+from apt_core import ConfigError
 from apt_core.config import Config
 from apt_core.modeling import Carried, ModelTransform, generator_for
 from apt_core.modeling.blocks import block_stack
@@ -98,11 +98,9 @@ def _dense_layers(model: nn.Module, ffn_name: str) -> Iterator[tuple[str, nn.Mod
 
 def _not_clonable(ffn_name: str, what: str) -> ConfigError:
     return ConfigError(
-        Problem(
-            f"{ffn_name!r} cannot become experts: {what}",
-            key="model.ffn_name",
-            hint="choose default, gelu or relu2, or leave out moe with --plugin no:moe",
-        )
+        f"{ffn_name!r} cannot become experts: {what}",
+        key="model.ffn_name",
+        hint="choose default, gelu or relu2, or leave out moe with --plugin no:moe",
     )
 
 

@@ -12,7 +12,6 @@ import typer
 from apt_core import ConfigError
 from apt_core.cli.output import say
 from apt_core.cli.run_command import run_command
-from apt_core.errors import Problem
 from apt_core.profile_paths import user_path
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -34,29 +33,25 @@ def report(
     folder, output = user_path(folder), output and user_path(output)
     if not any((folder / name).is_file() for name in ("manifest.json", "metrics.jsonl")):
         raise ConfigError(
-            Problem(
-                "there is no run in this folder: neither manifest.json nor metrics.jsonl",
-                where=str(folder),
-                hint="give the folder that apt-train named at its end, such as runs/PROFILE/TIME",
-            )
+            "there is no run in this folder: neither manifest.json nor metrics.jsonl",
+            where=str(folder),
+            hint="give the folder that apt-train named at its end, such as runs/PROFILE/TIME",
         )
     if output is not None and output.is_dir():
         hint = f"name the page: --output {output / 'report.html'}"
-        raise ConfigError(Problem("is a folder", "--output", str(output), hint))
+        raise ConfigError("is a folder", "--output", str(output), hint)
     try:
         from apt_plugins.report.page import write_report
     except ModuleNotFoundError as error:
         hint = 'pip install "apt-kernel[report]"'
-        raise ConfigError(Problem(f"{error.name} is not installed", hint=hint)) from error
+        raise ConfigError(f"{error.name} is not installed", hint=hint) from error
     try:
         say(write_report(folder, output))
     except OSError as error:
         raise ConfigError(
-            Problem(
-                f"the page cannot be written: {error.strerror}",
-                key="--output",
-                where=str(output or folder),
-            )
+            f"the page cannot be written: {error.strerror}",
+            key="--output",
+            where=str(output or folder),
         ) from error
 
 
