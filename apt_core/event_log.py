@@ -29,15 +29,15 @@ class EventLog:
         self,
         kind: str,
         message: str,
-        *values: object,
+        *,
         step: int,
         log: logging.Logger,
         level: int = logging.INFO,
         **data: Any,
     ) -> None:
-        """Log ``message % values`` at ``level``, and record it with ``data``."""
-        log.log(level, message, *values)
-        row = {"time": _now(), "step": step, "kind": kind, "message": message % values, **data}
+        """Log ``message`` at ``level``, and record it with ``data``."""
+        log.log(level, "%s", message)
+        row = {"time": _now(), "step": step, "kind": kind, "message": message, **data}
         if self._keep is not None:
             self._keep(row)
         elif len(self._waiting) < MAX_WAITING:

@@ -108,9 +108,7 @@ class PluginFailures:
             outcome = "quarantined: it is not called any more"
         self._plugins.events.record(
             "failed",
-            "%s [%s]",
-            message,
-            outcome,
+            f"{message} [{outcome}]",
             step=failure.step,
             log=log,
             level=WARNING,
@@ -139,9 +137,7 @@ class PluginFailures:
         self._plugins.set_state(failure.plugin, "quarantined", reason)
         self._plugins.events.record(
             "quarantined",
-            "plugin %s is quarantined: %s",
-            failure.plugin,
-            reason,
+            f"plugin {failure.plugin} is quarantined: {reason}",
             step=failure.step,
             log=log,
             level=DEBUG,
@@ -302,7 +298,6 @@ class PluginFailures:
         self._told.add(what)
         self._plugins.events.record(
             "failed",
-            "%s",
             text,
             step=self._plugins.step,
             log=log,

@@ -191,9 +191,7 @@ class Registry:
             raise ProviderError(f"{message}; nor is the default {default.name}: {wrong}")
         self.manager.events.record(
             "fell_back",
-            "%s: using %s",
-            message,
-            default.name,
+            f"{message}: using {default.name}",
             step=self.manager.step,
             log=log,
             level=WARNING,

@@ -269,16 +269,13 @@ class Loop:
         if not scores:
             return
         training, metrics, step = self.config.training, self.progress.metrics, self.progress.step
+        of_step = "" if metrics.get("step") == step else f" (step {metrics.get('step')})"
         self.manager.events.record(
             "epoch_ended",
-            "Epoch %d/%d: loss=%.3f%s  held out: loss=%.3f ppl=%.2f bits/byte=%.3f",
-            epoch,
-            training.max_epochs,
-            metrics.get(CROSS_ENTROPY, float("nan")),
-            "" if metrics.get("step") == step else f" (step {metrics.get('step')})",
-            scores["val_loss"],
-            scores["val_ppl"],
-            scores["val_bpb"],
+            f"Epoch {epoch}/{training.max_epochs}: "
+            f"loss={metrics.get(CROSS_ENTROPY, float('nan')):.3f}{of_step}  held out: "
+            f"loss={scores['val_loss']:.3f} ppl={scores['val_ppl']:.2f} "
+            f"bits/byte={scores['val_bpb']:.3f}",
             step=step,
             log=log,
             epoch=epoch,
@@ -352,9 +349,8 @@ class Loop:
             progress.tokens -= plan.step_targets(epoch + 1, index)
         self.manager.events.record(
             "rewound",
-            "steps %d to %d, in which not all processes took part, are taken back",
-            first,
-            progress.step,
+            f"steps {first} to {progress.step}, in which not all processes took part, are taken "
+            "back",
             step=first - 1,
             log=log,
             from_step=progress.step,

@@ -74,9 +74,7 @@ class Opening:
                 if last > step:
                     events.record(
                         "rewound",
-                        "steps %d to %d are taken again",
-                        step + 1,
-                        last,
+                        f"steps {step + 1} to {last} are taken again",
                         step=step,
                         log=log,
                         from_step=last,
@@ -133,9 +131,7 @@ def _set_aside_later_checkpoints(folder: RunFolder, step: int, events: EventLog)
             later.append(checkpoint.step_of(path))
             events.record(
                 "set_aside",
-                "%s is set aside as %s",
-                path.name,
-                aside.name,
+                f"{path.name} is set aside as {aside.name}",
                 step=step,
                 log=log,
                 checkpoint=path.name,
@@ -167,9 +163,7 @@ def log_start(
         path, step = short_path(str(found.path)), found.state.step
         events.record(
             "resumed",
-            "resumed from %s (step %d)",
-            path,
-            step,
+            f"resumed from {path} (step {step})",
             step=step,
             log=log,
             checkpoint=path,
@@ -182,18 +176,15 @@ def log_start(
     for row in kernel.registry.resolutions.values():
         log.info("%s: %s", row.kind, row.used)
     gpu = gpu_name(parts.device)
-    built = "model built: %s parameters on %s%s%s, %s"
-    values = (
-        f"{trained.num_parameters:,}",
-        parts.device,
-        f" ({gpu})" if gpu else "",
-        f" in {world.size} processes ({world.sharding})" if world.size > 1 else "",
-        f"plugins: {', '.join(active)}" if active else "no plugins",
-    )
+    on = f"{parts.device} ({gpu})" if gpu else str(parts.device)
+    if world.size > 1:
+        on += f" in {world.size} processes ({world.sharding})"
+    plugins = f"plugins: {', '.join(active)}" if active else "no plugins"
+    built = f"model built: {trained.num_parameters:,} parameters on {on}, {plugins}"
     if found is None:
-        events.record("started", built, *values, step=0, log=log, **start)
+        events.record("started", built, step=0, log=log, **start)
     else:
-        log.info(built, *values)
+        log.info("%s", built)
     compilation = trained.forward.compilation
     if compilation.mode is not None or parts.device.type != "cpu":
         how = computes(kernel.config, parts.device, parts.dtype, compilation)

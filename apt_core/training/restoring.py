@@ -292,11 +292,7 @@ class Restoring:
                 self._progress.changes.append(change)
                 self._manager.events.record(
                     "changed",
-                    "%s: %s up to step %d, %s from there on",
-                    key,
-                    before,
-                    step,
-                    after,
+                    f"{key}: {before} up to step {step}, {after} from there on",
                     step=step,
                     log=log,
                     key=key,

@@ -238,8 +238,7 @@ class Run:
         """Record how the run ended. The caller of ``fit`` prints it, so it is not logged again."""
         self._events.record(
             "ended",
-            "the run ended: %s",
-            f"{status} ({why})" if why else status,
+            f"the run ended: {status}{f' ({why})' if why else ''}",
             step=self._progress.step,
             log=log,
             level=DEBUG,

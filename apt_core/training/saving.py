@@ -264,8 +264,7 @@ class Saving:
         self.failures.append(message)
         self._events.record(
             "not_saved",
-            "%s; earlier checkpoints are intact and the run goes on",
-            message,
+            f"{message}; earlier checkpoints are intact and the run goes on",
             step=write.position[0],
             log=log,
             level=ERROR,
@@ -276,9 +275,7 @@ class Saving:
         """Record that a failed run has no checkpoint of its last position, and why."""
         self._events.record(
             "not_saved",
-            "no checkpoint of step %d: %s",
-            self._progress.step,
-            why,
+            f"no checkpoint of step {self._progress.step}: {why}",
             step=self._progress.step,
             log=log,
             level=ERROR,
@@ -288,8 +285,7 @@ class Saving:
     def _record_saved(self, path: Path) -> None:
         self._events.record(
             "saved",
-            "checkpoint: %s",
-            short_path(str(path)),
+            f"checkpoint: {short_path(str(path))}",
             step=checkpoint.step_of(path),
             log=log,
             checkpoint=path.name,
@@ -317,8 +313,7 @@ class Saving:
         for path in checkpoint.prune(self._folder.checkpoints, keep_last, keep=best):
             self._events.record(
                 "deleted",
-                "deleted checkpoint %s",
-                path.name,
+                f"deleted checkpoint {path.name}",
                 step=self._progress.step,
                 log=log,
                 level=DEBUG,

@@ -228,8 +228,7 @@ class Trainer:
     def _record_stop(self, reason: str) -> None:
         self.manager.events.record(
             "stopping",
-            "the run is to end: %s",
-            reason,
+            f"the run is to end: {reason}",
             step=self.progress.step,
             log=log,
             level=DEBUG,

@@ -35,13 +35,13 @@ def shown(events):
 def test_one_call_makes_the_line_and_the_row(caplog):
     events, kept = EventLog(), []
     with caplog.at_level("INFO"):
-        events.record("saved", "checkpoint: %s", "c", step=3, log=log, checkpoint="c")
+        events.record("saved", "checkpoint: c", step=3, log=log, checkpoint="c")
         with events.kept_with(kept.append):
-            events.record("deleted", "deleted %s", "b", step=4, log=log, level=logging.DEBUG)
+            events.record("deleted", "deleted b: 100%", step=4, log=log, level=logging.DEBUG)
     assert caplog.messages == ["checkpoint: c"]
     assert [{**row, "time": row["time"][-1]} for row in kept] == [
         {"time": "Z", "step": 3, "kind": "saved", "message": "checkpoint: c", "checkpoint": "c"},
-        {"time": "Z", "step": 4, "kind": "deleted", "message": "deleted b"},
+        {"time": "Z", "step": 4, "kind": "deleted", "message": "deleted b: 100%"},
     ]
 
 

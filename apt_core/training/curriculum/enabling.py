@@ -119,9 +119,7 @@ class Enabling:
                 if world.is_first and failure not in failures:
                     self.manager.events.record(
                         "failed",
-                        "process %d: %s",
-                        rank,
-                        failure,
+                        f"process {rank}: {failure}",
                         log=log,
                         level=WARNING,
                         process=rank,
@@ -134,8 +132,7 @@ class Enabling:
                     self.manager.set_state(name, "quarantined", there)
                     self.manager.events.record(
                         "quarantined",
-                        "plugin %s is quarantined in all processes",
-                        name,
+                        f"plugin {name} is quarantined in all processes",
                         step=self._progress.step,
                         log=log,
                         level=WARNING,
@@ -146,11 +143,7 @@ class Enabling:
     def _note(self, plugin: str, event: str, epoch: int, step: int) -> None:
         self.manager.events.record(
             event,
-            "%s %s (epoch %d, step %d)",
-            event,
-            plugin,
-            epoch,
-            step,
+            f"{event} {plugin} (epoch {epoch}, step {step})",
             step=step,
             log=log,
             plugin=plugin,

@@ -141,14 +141,8 @@ class Switching:
         switch = self._progress.transforms[-1]
         self._manager.events.record(
             "switched",
-            "%s changed the model: %s parameters, %s before; loss of a fixed batch %.6f, "
-            "%.6f before (%+.1e)",
-            plugin,
-            f"{grown[1]:,}",
-            f"{grown[0]:,}",
-            after,
-            before,
-            after - before,
+            f"{plugin} changed the model: {grown[1]:,} parameters, {grown[0]:,} before; loss of a "
+            f"fixed batch {after:.6f}, {before:.6f} before ({after - before:+.1e})",
             step=switch.step,
             log=log,
             plugin=plugin,

@@ -113,13 +113,12 @@ class StepLog:
         skipped, in_a_row, steps = self._trained.guard.read()
         if steps:
             shown = ", ".join(map(str, steps[:MAX_DUMPS]))
+            shown += f" and {len(steps) - MAX_DUMPS} more" if len(steps) > MAX_DUMPS else ""
+            known = f": {', '.join(bad)} is not finite" if bad else ""
             self._hooks.manager.events.record(
                 "skipped",
-                "not finite, and changed nothing: step %s%s (%d in all)%s; see nonfinite/",
-                shown,
-                f" and {len(steps) - MAX_DUMPS} more" if len(steps) > MAX_DUMPS else "",
-                skipped,
-                f": {', '.join(bad)} is not finite" if bad else "",
+                f"not finite, and changed nothing: step {shown} ({skipped} in all){known}; see "
+                "nonfinite/",
                 step=steps[-1],
                 log=log,
                 level=WARNING,
