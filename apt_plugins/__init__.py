@@ -1,1 +1,1 @@
-"""The plugins that are shipped with APT, one folder each."""
+"""The plugins shipped with APT, one folder each."""

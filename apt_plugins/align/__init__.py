@@ -1,1 +1,1 @@
-"""``align:bistate_default``: the model in training is pulled towards a stable state of itself."""
+"""``align:bistate_default``: loss terms that pull the model towards a stable state of itself."""

@@ -1,4 +1,4 @@
-"""The two states of one run: what is set at the start of a step, and the terms of a micro-batch."""
+"""Alignment in one run: the values of a step, and the loss terms of a micro-batch."""
 
 from __future__ import annotations
 
@@ -21,8 +21,12 @@ log = logging.getLogger("apt.align")
 
 
 class Alignment:
-    """``weight`` and ``momentum`` are those of the step at hand. The stable state is either the
-    plugin's average of the weights, the teacher, or a second pass of the model (mode: rdrop)."""
+    """Computes the alignment terms of one run.
+
+    ``weight`` and ``momentum`` have the values of the current step. The stable state is either
+    the teacher, an average of the weights that the plugin keeps (mode: ema), or a second pass of
+    the model (mode: rdrop).
+    """
 
     def __init__(self, trainer: Any) -> None:
         settings = trainer.config.section(SECTION)
@@ -34,16 +38,15 @@ class Alignment:
         self.vein: Tensor | None = None
         self._first_step = trainer.schedule.first_step_of(NAME)
         self._last_with_vein: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-        """Found modules by model: searching all modules in every step would slow small models
-        down."""
+        """The layer by model: searching all modules in every step would slow small models down."""
 
     def begin_step(self, step: int, trainer: Any) -> None:
-        """Take the values of this step; in the first one the teacher begins as the model is."""
+        """Set the values of this step; the first step starts the teacher as a copy of the model."""
         self.weight = trainer.param(WEIGHT, self.settings.weight)
         if self.has_teacher:
             if NAME not in trainer.averages and step > self._first_step:
                 log.warning(
-                    "there is no teacher of before: it begins as the model of step %d", step
+                    "no teacher was saved: it starts as a copy of the model at step %d", step
                 )
             self.momentum = self.settings.momentum(max(0, step - self._first_step))
             average = trainer.average(NAME, self.settings.momentum_start)
@@ -51,7 +54,7 @@ class Alignment:
         self.vein = self._vein_of(trainer.model) if self.weight else None
 
     def terms(self, trainer: Any, batch: Any, output: ModelOutput) -> Mapping[str, Tensor]:
-        """The objective's terms times ``weight``; without a weight, nothing is computed."""
+        """The objective's terms times ``weight``, each 0-d; empty where ``weight`` is 0."""
         if not self.weight:
             return {}
         with trainer.autocast():
@@ -73,12 +76,12 @@ class Alignment:
 
 def last_with_vein(model: nn.Module) -> Any:
     """The last layer of the model that has a vein, or None."""
-    having = [layer for layer in model.modules() if hasattr(layer, "orthonormal_basis")]
-    return having[-1] if having else None
+    layers = [layer for layer in model.modules() if hasattr(layer, "orthonormal_basis")]
+    return layers[-1] if layers else None
 
 
 @torch.no_grad()
 def vein_of(layer: Any) -> Tensor:
-    """The main directions [D, m] of a layer, whole where it is sharded."""
+    """The main directions of ``layer`` [D, m], gathered where they are sharded."""
     basis = layer.orthonormal_basis()
     return basis.full_tensor() if isinstance(basis, DTensor) else basis

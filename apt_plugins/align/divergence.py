@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 CPU_CHUNK, ACCELERATOR_CHUNK = 2**20, 2**24
-"""Logits of one state in a chunk. On a CPU what is computed of them stays in the caches; on an
-accelerator starting a kernel is to cost little beside running it."""
+"""Logits of one state in a chunk: few enough for a CPU's caches to hold the intermediate results,
+and enough for an accelerator that starting a kernel costs little beside running it."""
 
 
 def divergence_sum(
     live: Tensor, stable: Tensor, counts: Tensor, *, chunk_elements: int | None = None
 ) -> Tensor:
-    """The 0-d sum of KL(stable ‖ live) in nats over the tokens that count, in fp32 or wider.
+    """The sum of KL(stable ‖ live) in nats over the tokens that count, 0-d, in fp32 or wider.
 
-    ``live`` and ``stable`` are logits [N, V], ``counts`` is 1 or 0, [N]. A gradient reaches what
-    requires one. Probabilities exist for ``chunk_elements`` logits at a time only, in the forward
-    and once more in the backward.
+    ``live`` and ``stable`` are logits [N, V], ``counts`` [N] is 1 or 0. Both logits get a gradient
+    where they require one. Probabilities are held for ``chunk_elements`` logits at a time only;
+    the backward computes them again.
     """
     if chunk_elements is None:
         chunk_elements = CPU_CHUNK if live.device.type == "cpu" else ACCELERATOR_CHUNK

@@ -23,16 +23,16 @@ MAX_TOKENS = 1024
 
 
 class BistateProvider(AlignProvider):
-    """alpha * KL(p_S ‖ p_A) + beta * InfoNCE_tau(Qᵀh_A, Qᵀh_S), of the stable state S and the
-    live one A.
+    """alpha * KL(p_S ‖ p_A) + beta * InfoNCE_tau(Qᵀh_A, Qᵀh_S), with S the stable and A the live
+    state.
 
     Q is the vein: the main directions of the residual stream, which the attention's normal
     compensator keeps apart from the rest. InfoNCE (van den Oord et al., arXiv:1807.03748) is the
-    cross-entropy of finding a token's own stable state among those of the other tokens, by the
-    cosine over tau.
+    cross-entropy of picking a token's own stable state among those of all tokens, with
+    cosine / tau as logits.
 
-    Where both states are passes of one model, the divergence is R-Drop's (Liang et al.,
-    arXiv:2106.14448), half of KL in either direction, and so is the contrast.
+    Where both states are passes of one model, divergence and contrast are symmetric: half of the
+    sum over both directions, as in R-Drop (Liang et al., arXiv:2106.14448).
     """
 
     name = "bistate_default"
@@ -52,7 +52,11 @@ class BistateProvider(AlignProvider):
         vein: Tensor | None = None,
         mutual: bool = False,
     ) -> Mapping[str, Tensor]:
-        """``kl`` and ``info_nce``; a term with a coefficient of 0 is left out."""
+        """``kl`` and ``info_nce``, each 0-d; a term with a coefficient of 0 is left out.
+
+        ``targets`` [B, T] are token ids or IGNORED, ``vein`` is [D, m]. ``mutual``: both states
+        are passes of one model. Raises ValueError for a contrast without a vein.
+        """
         settings, counts = self.settings, targets.flatten() != IGNORED
         terms = {}
         if settings.alpha:
@@ -90,9 +94,10 @@ def info_nce(
     mutual: bool = False,
     max_tokens: int = MAX_TOKENS,
 ) -> Tensor:
-    """The contrast of hidden states [B, T, D] in the ``vein`` [D, m], 0-d, in nats a token.
+    """The contrast of hidden states [B, T, D] projected on ``vein`` [D, m]: 0-d, nats per token.
 
-    ``counts`` is boolean, [N]. Of more than ``max_tokens`` tokens as many are taken, evenly.
+    ``counts`` [N] says which tokens count. Of more than ``max_tokens`` tokens, that many are used,
+    evenly spaced.
     """
     live, stable = live.flatten(0, 1), stable.flatten(0, 1)
     if len(live) > max_tokens:
@@ -103,13 +108,13 @@ def info_nce(
     a = F.normalize(live.to(wide) @ vein, dim=-1)
     s = F.normalize((stable if mutual else stable.detach()).to(wide) @ vein, dim=-1)
     cosines = a @ s.T / tau
-    loss = _own_among_all(cosines, counts)
-    return (loss + _own_among_all(cosines.T, counts)) / 2 if mutual else loss
+    loss = _diagonal_cross_entropy(cosines, counts)
+    return (loss + _diagonal_cross_entropy(cosines.T, counts)) / 2 if mutual else loss
 
 
-def _own_among_all(scores: Tensor, counts: Tensor) -> Tensor:
-    """The mean cross-entropy of the diagonal of ``scores`` [N, N] in the rows that count, among the
-    columns that count."""
+def _diagonal_cross_entropy(scores: Tensor, counts: Tensor) -> Tensor:
+    """The mean cross-entropy of ``scores`` [N, N] with the diagonal as targets, over the rows and
+    among the columns that count."""
     own = torch.arange(len(scores), device=scores.device).where(counts, IGNORED)
     scores = scores.masked_fill(~counts, float("-inf"))
     total = F.cross_entropy(scores, own, ignore_index=IGNORED, reduction="sum")

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 PLUGIN = PluginInfo(
     summary="pulls the model towards a stable state of itself: a teacher of averaged weights, or "
-    "R-Drop",
+    "a second pass (R-Drop)",
     version="1.0.0",
 )
 
@@ -83,7 +83,7 @@ class Plugin:
             self._alignment = Alignment(trainer)
         self._alignment.begin_step(step, trainer)
 
-    # Late: others read what the forward left behind in the layers, and a second pass replaces it.
+    # Late: a second pass replaces what the first one left in the layers, which other plugins read.
     @hookimpl(priority=Priority.LATE)
     def apt_loss_terms(self, trainer: Any, batch: Any, output: Any) -> Mapping[str, Tensor]:
         assert self._alignment is not None

@@ -1,4 +1,4 @@
-"""The section ``model.bistate`` of the profile, and what contradicts it elsewhere."""
+"""The section ``model.bistate`` of the profile, and the checks that need other sections."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 SECTION = "model.bistate"
 WEIGHT = "align_weight"
-"""The schedule parameter that stands in for ``weight``."""
+"""The schedule parameter that overrides ``weight``."""
 
 DEFAULT = "bistate_default"
 
 
 class BistateSettings(Section):
-    """``model.bistate``: a stable state of the model, and how much the live one is pulled to it."""
+    """``model.bistate``: the stable state, and how much the live state is pulled towards it."""
 
     alpha: Annotated[float, Field(ge=0, le=1e6)] = Field(
         default=0.35, description="Weight of the divergence between the two states."
@@ -39,38 +39,38 @@ class BistateSettings(Section):
     )
     mode: Literal["ema", "rdrop"] = Field(
         default="ema",
-        description="The second state: a moving average of the weights, or another pass of the "
-        "model with other dropout.",
+        description="The second state: a moving average of the weights, or a second pass of the "
+        "model with different dropout.",
     )
     momentum_start: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.99, description="Decay of the average in the first step (mode: ema)."
     )
     momentum_end: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.999, description="Decay that the average comes to as it grows old (mode: ema)."
+        default=0.999, description="Decay at which the rise of the momentum ends (mode: ema)."
     )
     align: Annotated[str, Field(min_length=1, max_length=500)] = Field(
         default=DEFAULT, description="Provider of the objective."
     )
 
     def momentum(self, age: int) -> float:
-        """The decay of the average, ``age`` steps after the one in which it began.
+        """The decay of the average ``age`` steps after the one that started it.
 
-        The average reaches back 1/(1 - momentum) steps. That is one step more in every step, from
-        ``momentum_start`` until it is ``momentum_end``: a function of the position alone, and not
-        of the length of the run.
+        The average reaches back 1/(1 - momentum) steps. Each step adds one to that, from
+        ``momentum_start`` until ``momentum_end`` is reached. So the decay depends on the position
+        alone, not on the length of the run.
         """
         return min(self.momentum_end, 1 - 1 / (1 / (1 - self.momentum_start) + age))
 
 
 def settings_of(config: Config) -> BistateSettings:
-    """The section of a profile that was checked with the plugin."""
+    """The section of a profile that was loaded with the plugin."""
     settings = config.section(SECTION)
     assert isinstance(settings, BistateSettings)
     return settings
 
 
 def contradictions(config: Config) -> Iterator[Problem]:
-    """What cannot work, each with its remedy."""
+    """Problems that concern more than one key, each with a remedy."""
     settings, model = settings_of(config), config.model
     if settings.alpha == settings.beta == 0:
         yield Problem(
@@ -79,9 +79,9 @@ def contradictions(config: Config) -> Iterator[Problem]:
             hint="raise one of them, or leave the plugin out: --plugin no:align",
         )
     if settings.beta > 0 and settings.align == DEFAULT:
-        # Their compensator has the directions that the contrastive term looks at.
+        # The vein comes from the compensator, which these attentions alone have.
         with_vein = " and ".join(model.tva.ATTENTIONS)
-        what = "the contrastive term looks at the vein, the main directions of the compensator"
+        what = "the contrastive term needs the vein, the main directions of the compensator"
         if not set(model.attention_names) & set(model.tva.ATTENTIONS):
             yield Problem(
                 f"{what}, which no attention of this model has, only {with_vein}",
@@ -97,14 +97,14 @@ def contradictions(config: Config) -> Iterator[Problem]:
             )
     if settings.mode == "rdrop" and model.dropout == 0:
         yield Problem(
-            "rdrop compares two passes with other dropout, and model.dropout is 0: they are the "
-            "same",
+            "rdrop compares two passes with different dropout, and with model.dropout = 0 they are "
+            "equal",
             f"{SECTION}.mode",
             hint="set model.dropout above 0, or model.bistate.mode to ema",
         )
     if settings.mode == "rdrop" and config.hardware.distributed == "fsdp":
         # The backward of the second pass gathers the shards. A process whose micro-batch is all
-        # padding adds no term, so that the others would wait for it.
+        # padding adds no term, takes no part in the gathering, and the others would hang.
         yield Problem(
             "rdrop is not possible with sharded weights (hardware.distributed: fsdp)",
             f"{SECTION}.mode",
@@ -113,7 +113,7 @@ def contradictions(config: Config) -> Iterator[Problem]:
     if settings.mode == "ema" and settings.momentum_start > settings.momentum_end:
         yield Problem(
             f"{settings.momentum_start} is more than momentum_end = {settings.momentum_end}: the "
-            "average only reaches further back as it grows old",
+            "decay of the average can only rise",
             f"{SECTION}.momentum_start",
             hint="lower it, or raise model.bistate.momentum_end",
         )
@@ -128,7 +128,7 @@ def contradictions(config: Config) -> Iterator[Problem]:
 
 
 def inactive(config: Config) -> Iterator[Inactive]:
-    """Settings that have no effect beside others."""
+    """Keys that other keys leave without an effect."""
     settings = settings_of(config)
     if settings.mode != "ema":
         for key in ("momentum_start", "momentum_end"):

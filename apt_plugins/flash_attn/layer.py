@@ -1,4 +1,4 @@
-"""Fused TVA whose attention runs on flash-attn's kernel; everything else is ``tva_default``."""
+"""Fused TVA on flash-attn's kernel; everything else is that of ``tva_default``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 class FlashTVAAttention(TVAAttention):
     """:class:`TVAAttention` with the same parameters and state dict on another kernel.
 
-    The kernel takes fp16 and bf16: other inputs are cast to bf16 for it and back. A mask, which the
-    kernel has no place for, goes to the inherited kernel.
+    The kernel takes fp16 and bf16: other inputs are cast to bf16 and the result back. A call with
+    a mask, which the kernel does not support, uses the inherited kernel. Raises RuntimeError on a
+    device that is not CUDA.
     """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -29,18 +30,18 @@ class FlashTVAAttention(TVAAttention):
             *(part.transpose(1, 2).to(kernel_dtype) for part in (q, k, v)),
             dropout_p=self.dropout if self.training else 0.0,
             causal=True,
-            # torch does not know of its backward, which adds in any order unless told.
+            # The kernel does not ask torch whether its backward must be deterministic.
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         return mixed.transpose(1, 2).to(q.dtype)
 
 
 class FlashTVAProvider(TVAProvider):
-    """``attention:flash_v2``; settings as those of ``tva_default``."""
+    """``attention:flash_v2``, with the settings of ``tva_default``."""
 
     name = "flash_v2"
     version = "2.0.0"
-    # Since 2.1 the last query sees every key, however many come from a cache; since 2.4 the
-    # backward may be deterministic.
+    # 2.1: the causal mask ends at the last key, as cached keys need it; 2.4: a deterministic
+    # backward.
     dependencies = ("flash-attn>=2.4",)
     layer_class = FlashTVAAttention

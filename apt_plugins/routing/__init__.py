@@ -1,2 +1,2 @@
-"""How a mixture of experts chooses its experts as the run goes: temperature, exploration,
-capacity, and balance without a loss."""
+"""Routing of a mixture of experts during a run: temperature, exploration, capacity, and load
+balancing without a loss."""

@@ -1,7 +1,8 @@
-"""Balance of the experts' load without a loss.
+"""Load balancing of experts without a loss (Wang et al., arXiv:2408.15664).
 
-Wang et al., arXiv:2408.15664: experts are chosen by score + b and weighed by the score alone, and
-after each step b rises where an expert was sent less than its fair share and falls where more.
+The router chooses experts by score + b and weighs them by the score alone. After each step the bias
+b of an expert rises where it got less than its fair share of the tokens, and falls where it got
+more.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def move_biases(layers: Sequence[MoELayer], rate: float, void: bool | Tensor) -> None:
-    """Move every router's bias [G*E] by rate * (sign(mean c - c) - mean of those signs), with the
-    counts c of the step in ``layer.load`` [G*E] and the means over the E experts of a group.
+    """Add rate * (sign(mean c - c) - mean of those signs) to every router's bias [G*E].
 
-    The second mean keeps that of the biases where it is. After a ``void`` step (a bool, or 0-d)
-    they stay, as all that it would have changed.
+    c are the step's counts in ``layer.load`` [G*E]; means are over the E experts of a group. The
+    subtracted mean keeps the mean of the biases constant. A ``void`` step (a bool, or 0-d) changes
+    no bias.
     """
     if void is True:
         return
     loads = torch.stack([layer.load for layer in layers])
     loads = loads.unflatten(-1, (layers[0].granularity, layers[0].num_experts))  # [L, G, E]
-    # E times mean c - c, in whole numbers: an expert at its fair share stays exactly there.
+    # E * (mean c - c), in integers: exactly 0 for an expert at its fair share.
     signs = (loads.sum(-1, keepdim=True) - loads.shape[-1] * loads).sign()
     moves = rate * (signs - signs.mean(-1, keepdim=True))
     if isinstance(void, Tensor):

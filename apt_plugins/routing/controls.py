@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 class RoutingControls:
-    """The knobs of the MoE layers of one model: ``temperature`` of the routers' scores,
-    ``exploration`` (the scale of the Gumbel noise on them) and ``capacity`` of the experts.
+    """Sets ``temperature`` of the routers' scores, ``exploration`` (the scale of the Gumbel noise
+    on them) and ``capacity`` of the experts in the MoE layers of one model.
 
-    A knob is turned only where its value changes, and then without waiting for the device.
+    A value is written only where it changes, and without waiting for the device.
     """
 
     def __init__(self, layers: Sequence[MoELayer]) -> None:
@@ -21,7 +21,7 @@ class RoutingControls:
         self._values: dict[str, float] = {}
 
     def set(self, values: Mapping[str, float | None]) -> None:
-        """Give the knobs these values; None leaves one as it is."""
+        """Set these values by name; None keeps the present one."""
         for name, value in values.items():
             if value is None or value == self._values.get(name):
                 continue

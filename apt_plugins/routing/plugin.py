@@ -28,11 +28,11 @@ log = logging.getLogger("apt.routing")
 
 
 class Plugin:
-    """What one run has set."""
+    """The routing of one run."""
 
     def __init__(self) -> None:
         self._controls: WeakKeyDictionary[Any, RoutingControls] = WeakKeyDictionary()
-        """Values by model: a switch in mid-run makes another model, whose layers have none yet."""
+        """By model: a switch replaces the model in mid-run, and its layers have no values yet."""
 
     @hookimpl
     def apt_register_config(self) -> list[SectionSpec]:
@@ -55,7 +55,7 @@ class Plugin:
         return self._controls[model]
 
     def set_controls(self, trainer: Any) -> None:
-        """Set what the schedule says for the step at hand. An evaluation computes with it too."""
+        """Set the scheduled values of the current step. Evaluations use them too."""
         self.controls_of(trainer.model).set(
             {
                 "temperature": trainer.param("route_temp"),
@@ -66,7 +66,7 @@ class Plugin:
 
     @hookimpl
     def on_training_start(self, trainer: Any) -> None:
-        if trainer.step == 0:  # else the layers have what they had, and an evaluation may be due
+        if trainer.step == 0:  # a resume has restored the values, which a due evaluation uses
             self.set_controls(trainer)
         if not has_experts(trainer.config):
             log.warning(
@@ -81,7 +81,7 @@ class Plugin:
     @hookimpl(collective=True)
     def on_step_end(self, step: int, trainer: Any) -> None:
         settings, layers = settings_of(trainer.config), self.controls_of(trainer.model).layers
-        # Where nobody counts any more, the loads are those of an earlier step.
+        # Layers that no longer count keep the loads of an earlier step.
         if settings.balancing == "none" or not layers or layers[0].counted_step != step:
             return
         from apt_plugins.routing.balancing import move_biases

@@ -1,4 +1,4 @@
-"""``routing``: how tokens find their experts, beside what ``model.moe`` says."""
+"""The section ``routing`` of the profile, and the checks that need other sections."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ class RoutingSettings(Section):
     )
     balancing: Literal["none", "bias"] = Field(
         default="none",
-        description="bias: even out the load by a bias on the choice of experts, which moves "
-        "against the load after every step and changes no gradient.",
+        description="bias: even out the load by a bias on the choice of experts, which every step "
+        "moves against the load, and which changes no gradient.",
     )
     bias_rate: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=1e-3, description="By how much that bias moves in a step; made for sigmoid scores."
+        default=1e-3, description="Change of that bias in a step; sized for sigmoid scores."
     )
 
 
 def settings_of(config: Config) -> RoutingSettings:
-    """The section of a profile that was checked with the plugin."""
+    """The section of a profile that was loaded with the plugin."""
     settings = config.section("routing")
     assert isinstance(settings, RoutingSettings)
     return settings
 
 
 def has_experts(config: Config) -> bool:
-    """Whether the run has a mixture of experts, now or later."""
+    """Whether the run has a mixture of experts, from the start or after a switch."""
     moe = config.section("model.moe")
     return isinstance(moe, MoeSettings) and moe.enabled
 
 
 def contradictions(config: Config) -> Iterator[Problem]:
-    """What single keys cannot show."""
+    """Problems that concern more than one key, each with a remedy."""
     for name in SCHEDULE_PARAMS:
         value = config.schedules.get(name)
         if value is None:
@@ -57,21 +57,21 @@ def contradictions(config: Config) -> Iterator[Problem]:
         ends = (value.start, value.end) if isinstance(value, Ramp) else (value,)
         if min(ends) <= 0:
             yield Problem(
-                f"reaches {min(ends):g}, and a {_MEANINGS[name]} is more than 0",
+                f"reaches {min(ends):g}, and a {_MEANINGS[name]} must be more than 0",
                 key=f"schedules.{name}",
                 hint="choose positive values",
             )
     moe = config.section("model.moe")
     if "moe_capacity" in config.schedules and isinstance(moe, MoeSettings) and moe.dropless:
         yield Problem(
-            "limits what an expert takes, and model.moe.dropless says that nothing is dropped",
+            "limits the tokens of an expert, and model.moe.dropless forbids dropping any",
             key="schedules.moe_capacity",
             hint="set model.moe.dropless to false, or take this key out",
         )
 
 
 def inactive(config: Config) -> Iterator[Inactive]:
-    """Settings that have no effect beside others. Of a run without experts the plugin warns."""
+    """Keys that other keys leave without an effect; a run without experts is warned instead."""
     if not has_experts(config):
         return
     if settings_of(config).balancing == "none":

@@ -1,1 +1,1 @@
-"""Voting: where the model is uncertain of the next token, several draws of it decide."""
+"""Voting: a majority of several draws decides a token that the model is uncertain of."""

@@ -1,4 +1,4 @@
-"""Chooses a next token that the model is uncertain of by the majority of several draws."""
+"""Chooses an uncertain next token by the majority of several draws."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from apt_core.modeling import generator_for
 
 
 class VotingDecoder:
-    """Puts a token to the vote where the entropy of softmax(logits / temperature) over all token
-    ids reaches ``threshold``: in nats, or with ``normalized`` as a share of ln V.
+    """Votes on a token where the entropy of softmax(logits / temperature), over all token ids,
+    reaches ``threshold``: in nats, or with ``normalized`` as a share of ln V.
 
-    Each of ``k`` voters draws a token as plain sampling does, from a generator of their own that is
-    a function of (the request's seed, the number of the token): a vote depends on nothing that was
-    drawn before it, and moves no other draw. Most votes win; of as many, the more probable token.
-    ``tokens`` counts what was looked at, ``votes`` what was voted on. The request's temperature is
-    above 0.
+    Each of ``k`` voters draws a token as plain sampling does. The generator is seeded by (the
+    request's seed, the number of the token): a vote depends on no earlier draw, and changes none.
+    The token with the most votes wins; a tie goes to the more probable token. ``tokens`` counts the
+    tokens seen, ``votes`` those voted on. The request's temperature must be above 0.
     """
 
     def __init__(
@@ -31,7 +30,7 @@ class VotingDecoder:
         self.tokens = self.votes = 0
 
     def choose(self, input_ids: Tensor, logits: Tensor) -> int | None:
-        """The winner given ``logits`` [V], or None where the model is certain enough."""
+        """The winner given ``logits`` [V]; None where the entropy is below the threshold."""
         position = self.tokens
         self.tokens += 1
         threshold = self._threshold * (math.log(logits.numel()) if self._normalized else 1.0)
@@ -42,10 +41,10 @@ class VotingDecoder:
         probabilities, ids = candidates(logits.cpu(), self._request)
         generator = generator_for(self._request.seed, f"voter/{position}")
         drawn = torch.multinomial(probabilities, self._k, replacement=True, generator=generator)
-        # Candidates come in the order of their probability, and the first of the largest wins.
+        # Candidates are sorted by probability, and argmax takes the first of equal counts.
         return int(ids[drawn.bincount().argmax()])
 
 
 def entropy(logits: Tensor) -> float:
-    """The entropy of softmax(logits) in nats; ids with a logit of -inf take no part."""
+    """The entropy of softmax(logits) in nats; ids with a logit of -inf add nothing."""
     return float(torch.special.entr(logits.softmax(-1)).sum())

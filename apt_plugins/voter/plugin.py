@@ -1,4 +1,4 @@
-"""Chooses by a vote where the model is uncertain of the next token."""
+"""Registers ``model.voting`` and the decoder that votes on uncertain tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger("apt.voter")
 
 
 class Plugin:
-    """``_decoder`` is that of the generation that is under way."""
+    """Votes in generations; ``_decoder`` is that of the current one."""
 
     def __init__(self) -> None:
         self._decoder: VotingDecoder | None = None
@@ -39,7 +39,7 @@ class Plugin:
     def apt_decoder(self, request: GenerationRequest, session: Any) -> VotingDecoder | None:
         settings = settings_of(session.config)
         self._decoder = None
-        # One voter, and voters that all take the most likely token, are plain sampling.
+        # One voter is plain sampling, and at temperature 0 all voters take the same token.
         if settings.k == 1 or request.temperature <= 0:
             return None
         from apt_plugins.voter.decoder import VotingDecoder

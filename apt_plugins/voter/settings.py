@@ -1,4 +1,4 @@
-"""``model.voting``: when tokens are voted on, and by how many."""
+"""The section ``model.voting`` of the profile, and the checks that need other sections."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class VotingSettings(Section):
-    """``model.voting``: the vote on tokens that the model is uncertain of."""
+    """``model.voting``: which tokens are voted on, and by how many voters."""
 
     threshold: Annotated[float, Field(ge=0, le=1e6)] = Field(
         default=2.2, description="Entropy in nats from which tokens are voted on."
@@ -25,20 +25,20 @@ class VotingSettings(Section):
     )
     normalized: bool = Field(
         default=False,
-        description="The threshold is a share, from 0 to 1, of the largest entropy that there can "
-        "be: ln of the number of token ids.",
+        description="Whether the threshold is a share, from 0 to 1, of the largest possible "
+        "entropy: ln of the number of token ids.",
     )
 
 
 def settings_of(config: Config) -> VotingSettings:
-    """The section of a profile that was checked with the plugin."""
+    """The section of a profile that was loaded with the plugin."""
     settings = config.section("model.voting")
     assert isinstance(settings, VotingSettings)
     return settings
 
 
 def contradictions(config: Config) -> Iterator[Problem]:
-    """What single keys cannot show."""
+    """Problems that concern more than one key, each with a remedy."""
     settings = settings_of(config)
     key, value = "schedules.vote_threshold", config.schedules.get("vote_threshold")
     if value is None:
@@ -52,14 +52,14 @@ def contradictions(config: Config) -> Iterator[Problem]:
         )
     if settings.normalized and max(ends) > 1:
         yield Problem(
-            f"reaches {max(ends):g}, which is never reached by a share of the largest entropy",
+            f"reaches {max(ends):g}, and a share of the largest entropy is at most 1",
             key=key,
             hint="choose values from 0 to 1, or set model.voting.normalized to false",
         )
 
 
 def inactive(config: Config) -> Iterator[Inactive]:
-    """Settings that have no effect beside others."""
+    """Keys that other keys leave without an effect."""
     settings, sampling = settings_of(config), config.evaluation
     if settings.k == 1:
         for key in ("threshold", "normalized"):

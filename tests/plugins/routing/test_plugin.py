@@ -110,11 +110,11 @@ def test_a_run_without_experts_is_told_once_and_goes_on(caplog):
         ),
         (
             {"schedules": {"route_temp": {"start": 1.0, "end": 0.0}}},
-            "schedules.route_temp: .*a temperature is more than 0",
+            "schedules.route_temp: .*a temperature must be more than 0",
         ),
         (
             {"schedules": {"moe_capacity": -1.0}},
-            "schedules.moe_capacity: .*a capacity is more than 0",
+            "schedules.moe_capacity: .*a capacity must be more than 0",
         ),
         ({"routing": {"exploration": -0.5}}, "routing.exploration"),
         ({"routing": {"balancing": "loss"}}, "routing.balancing"),
