@@ -1,1 +1,1 @@
-"""``report.html``: what happened in a run, on one page that needs no network."""
+"""``report.html``: a run's curves, timeline and samples on one page that needs no network."""

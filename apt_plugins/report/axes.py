@@ -1,4 +1,4 @@
-"""Scales of a chart: from values to shares of its width or height, with round ticks."""
+"""Axes of a chart: map values to shares of its width or height, and choose round ticks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOG_FROM = 100.0
 
 @dataclass(frozen=True)
 class Axis:
-    """From ``low`` to ``high``, which differ and are positive where ``log``."""
+    """The range from ``low`` to ``high``; they differ, and are positive where ``log``."""
 
     low: float
     high: float
@@ -25,21 +25,20 @@ class Axis:
 
     @classmethod
     def around(cls, values: Sequence[Array], *, log: bool = False, zero: bool = False) -> Axis:
-        """An axis with a little room around finite values; ``zero`` begins it there, unless some
+        """An axis around finite values with a margin; with ``zero`` it starts at 0, unless values
         are negative."""
         low = min(float(v.min()) for v in values)
         high = max(float(v.max()) for v in values)
         if log:
             low, high = log10(low), log10(high)
-        room = 0.05 * (high - low)
-        # Less than this, and the ticks of equal or almost equal values could not be told apart.
+        # The least margin keeps ticks apart where all values are equal or almost so.
         least = 1e-6 * max(abs(low), abs(high)) or 1.0
-        room = max(room, least)
-        low, high = (0.0 if zero and low >= 0 else low - room), high + room
+        margin = max(0.05 * (high - low), least)
+        low, high = (0.0 if zero and low >= 0 else low - margin), high + margin
         return cls(10**low, 10**high, True) if log else cls(low, high)
 
     def share(self, values: Array) -> Array:
-        """Where values lie, 0 at ``low`` and 1 at ``high``."""
+        """The place of each value: 0 at ``low``, 1 at ``high``."""
         low, high = self._ends()
         return ((np.log10(values) if self.log else values) - low) / (high - low)
 
@@ -65,7 +64,7 @@ class Axis:
 
 
 def wants_log(values: Array) -> bool:
-    """Whether positive values span so much that a linear scale would flatten most of them."""
+    """Whether all values are positive and span so much that a linear scale would flatten most."""
     if values.size < 5 or values.min() <= 0:
         return False
     low, high = np.quantile(values, [0.02, 0.98])
@@ -73,7 +72,7 @@ def wants_log(values: Array) -> bool:
 
 
 def _round_step(step: float) -> float:
-    """The next of 1, 2, 5 times a power of ten."""
+    """The smallest of 1, 2, 5 times a power of ten that is not below ``step``."""
     power = 10.0 ** floor(log10(step))
     return next(m * power for m in (1, 2, 5, 10) if m * power >= step * 0.999)
 

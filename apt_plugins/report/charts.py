@@ -1,4 +1,4 @@
-"""Charts as what the page's template draws: paths in pixels, ticks, and the values behind them."""
+"""Charts for the page's template: paths in pixels, ticks, and the values behind them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from apt_plugins.report.thinning import smoothed, thin
 from apt_plugins.report.wording import cut, number
 
 DOTS_UP_TO = 40
-"""A curve of at most this many points shows each of them."""
+"""A curve of at most this many points shows a dot for each."""
 
 SMOOTHED_FROM = 100
-"""Points from which on noisy values are shown with their running mean."""
+"""Noisy curves of at least this many points get a running mean."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ WIDE = Frame(960, 330)
 class Curve:
     """A series to draw; ``color`` is an index into the page's palette.
 
-    ``noisy`` values are drawn faintly, with their running mean over them.
+    A ``noisy`` curve is drawn faintly, with its running mean on top.
     """
 
     series: Series
@@ -85,7 +85,7 @@ class Path:
 
 @dataclass(frozen=True)
 class Chart:
-    """What the template draws. ``data`` is what the page's script shows under the pointer."""
+    """What the template draws. The page's script shows ``data`` under the pointer."""
 
     title: str
     summary: str
@@ -123,8 +123,8 @@ def line_chart(
 ) -> Chart | None:
     """Curves over steps, or None where no step has a value.
 
-    ``log`` is chosen from the values where it is not given. A step whose value is not finite is a
-    gap in the curve with a cross below it; where none is finite there are crosses alone.
+    Without ``log`` the values decide about a log scale. A value that is not finite makes a gap in
+    the curve, with a cross below it; where no value is finite, there are only crosses.
     """
     given = [_within(curve, steps) for curve in curves]
     values = [v for curve in given if (v := curve.series.finite.y).size]
@@ -171,7 +171,7 @@ def line_chart(
 def area_chart(
     title: str, x: Array, values: Array, labels: Sequence[str], steps: Axis, unit: str
 ) -> Chart:
-    """Parts [N, K] of a whole at steps ``x`` [N], stacked."""
+    """The K parts ``values`` [N, K] of a whole, stacked, at steps ``x`` [N]."""
     frame = WIDE
     tops = np.cumsum(values, axis=1)
     axis = Axis.around([tops], zero=True)
@@ -200,7 +200,7 @@ def area_chart(
 
 
 def is_noisy(series: Series) -> bool:
-    """Whether neighbours differ so much that a running mean shows more than the values."""
+    """Whether neighbouring values differ so much that a running mean shows more than they do."""
     y = series.finite.y
     if y.size < SMOOTHED_FROM:
         return False
@@ -222,7 +222,7 @@ def _thinned(series: Series, steps: Axis, buckets: int) -> tuple[Array, Array]:
 def _gaps(
     curves: Sequence[Curve], steps: Axis, frame: Frame, buckets: int
 ) -> list[tuple[float, str]]:
-    """Crosses as (x, what it stands for): values too near to each other to tell apart share one."""
+    """Crosses as (x, label); values too close to be told apart share one."""
     gaps = []
     for curve in curves:
         odd = curve.series.where(~np.isfinite(curve.series.y))
@@ -235,15 +235,15 @@ def _gaps(
             label = f"step {odd.x[start]:,.0f}"
             if end - start > 1:
                 label = f"{end - start:,} steps from {label} to {odd.x[end - 1]:,.0f}"
-            told = dict.fromkeys(number(value) for value in odd.raw[start:end].tolist()[:50])
-            label += f": {', '.join([*told][:3])}"
+            kinds = dict.fromkeys(number(value) for value in odd.raw[start:end].tolist()[:50])
+            label += f": {', '.join([*kinds][:3])}"
             label += f" ({cut(curve.label, 60)})" if len(curves) > 1 else ""
             gaps.append((frame.x(float(shares[start])), label))
     return gaps
 
 
 def _path(frame: Frame, across: Array, up: Array) -> str:
-    """An SVG path that is interrupted at NaN; a point without neighbours becomes a dot."""
+    """An SVG path that NaN interrupts; a point without neighbours becomes a dot."""
     parts: list[str] = []
     finite = np.isfinite(up)
     xs = np.round(frame.left + across * frame.across, 1).tolist()
@@ -285,14 +285,14 @@ def _scales(frame: Frame, steps: Axis, axis: Axis) -> dict[str, Any]:
 
 
 def _summary(curves: Sequence[Curve]) -> str:
-    """For who does not see the curves, or only prints them."""
-    told = []
+    """The last, lowest and highest values in words, for screen readers and print."""
+    sentences = []
     for curve in curves:
         series, points = curve.series, curve.series.finite
         name = f"{cut(curve.label, 60)}: " if len(curves) > 1 else ""
         if not points.y.size:
             if series.x.size:
-                told.append(
+                sentences.append(
                     f"{name}never finite in {series.x.size:,} rows, "
                     f"last {number(float(series.raw[-1]))} at step {series.x[-1]:,.0f}"
                 )
@@ -304,9 +304,9 @@ def _summary(curves: Sequence[Curve]) -> str:
                     f" at step {series.x[-1]:,.0f} (finite last at step {points.x[-1]:,.0f}: "
                     f"{number(float(points.y[-1]))})"
                 )
-            told.append(
+            sentences.append(
                 f"{name}last {last}, "
                 f"lowest {number(float(points.y[low]))} at step {points.x[low]:,.0f}, "
                 f"highest {number(float(points.y[high]))} at step {points.x[high]:,.0f}"
             )
-    return "; ".join(told)
+    return "; ".join(sentences)

@@ -1,4 +1,4 @@
-"""``apt-report``: write the page of a run, finished or not."""
+"""``apt-report``: write the page of a run, whether it has ended or not."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def report(
 ) -> None:
     """Write a page on a run: curves, timeline, throughput, samples.
 
-    The run may be going on, may have failed or been killed: what is in its folder is shown. The
-    page is one file that loads nothing from anywhere.
+    The run may be running, finished, failed or killed: the page shows what its folder holds. It is
+    one file that loads nothing from elsewhere.
     """
     folder, output = user_path(folder), output and user_path(output)
     if not any((folder / name).is_file() for name in ("manifest.json", "metrics.jsonl")):

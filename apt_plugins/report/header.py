@@ -1,4 +1,4 @@
-"""The head of the page: how the run ended, and its figures."""
+"""The head of the page: the status of the run, and its figures."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import numpy as np
 from apt_core.monitor import duration
 from apt_core.runs.metrics import NOT_FINITE, as_float
 from apt_plugins.report.metrics import Series, training_loss
-from apt_plugins.report.panels import last, lowest, typical
+from apt_plugins.report.panels import last, lowest, median
 from apt_plugins.report.run_data import Run
 from apt_plugins.report.wording import cut, number, size
 
-ENDED = {
+TONES = {
     "finished": "good",
     "stopped": "fair",
     "interrupted": "fair",
     "failed": "bad",
     "running": "open",
 }
-"""States of a run, and the tone in which the page shows them."""
+"""The tone in which the page shows each status of a run."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One figure: what it is, its value, and a line below it."""
+    """One figure: its label, its value, and a line below."""
 
     label: str
     value: str
@@ -46,13 +46,13 @@ class Header:
 
 
 def header(run: Run) -> Header:
-    """Title, state and figures; of a run without an end, as far as it got."""
+    """Title, status and figures of a run; without a recorded end, those of its last row."""
     manifest = run.manifest
     status = str(manifest.get("status") or "unknown")
     why = str(manifest.get("error") or manifest.get("reason") or "")
     if status == "running":
         rows = f"the last row was written at {run.last_row_at}" if run.last_row_at else "no row yet"
-        why = f"No end is recorded: it goes on, or was killed; {rows}."
+        why = f"No end is recorded: it is running, or was killed; {rows}."
     facts = [
         f"{label} {manifest[key]}"
         for key, label in (
@@ -66,7 +66,7 @@ def header(run: Run) -> Header:
     return Header(
         title=cut(str(manifest.get("profile") or run.folder.name or "run"), 80),
         status=cut(status, 30),
-        tone=ENDED.get(status, "open"),
+        tone=TONES.get(status, "open"),
         why=cut(why, 2_000),
         facts=facts,
         tiles=_tiles(run),
@@ -75,7 +75,7 @@ def header(run: Run) -> Header:
 
 def _tiles(run: Run) -> list[Tile]:
     series = run.series
-    steps = max(manifest_number(run, "step", run.metrics.last_step), run.metrics.last_step)
+    steps = max(_manifest_number(run, "step", run.metrics.last_step), run.metrics.last_step)
 
     def figure(name: str) -> float | None:
         value = _number(run.entries("figures").get(name))
@@ -97,51 +97,51 @@ def _tiles(run: Run) -> list[Tile]:
         tiles.append(Tile("training loss", number(round(value, 4)), detail))
     tiles.append(Tile("steps", number(steps)))
     if (tokens := figure("tokens")) is not None:
-        tiles.append(Tile("target tokens", size(tokens), in_full(tokens)))
+        tiles.append(Tile("target tokens", size(tokens), _exact(tokens)))
     if (seconds := figure("seconds")) is not None:
         part = figure("part_seconds")
         since = "" if part is None else f"{duration(part)} since the last resume"
         tiles.append(Tile("time", duration(seconds), since))
-    if (speed := typical(series.get("tokens_per_s"))) is not None:
+    if (speed := median(series.get("tokens_per_s"))) is not None:
         tiles.append(Tile("tokens per second", number(round(speed)), "median"))
-    if (mfu := typical(series.get("mfu"))) is not None:
+    if (mfu := median(series.get("mfu"))) is not None:
         tiles.append(Tile("MFU", f"{mfu:.1%}", "median"))
-    if parameters := manifest_number(run, "parameters", 0):
-        tiles.append(Tile("parameters", size(parameters), in_full(parameters)))
+    if parameters := _manifest_number(run, "parameters", 0):
+        tiles.append(Tile("parameters", size(parameters), _exact(parameters)))
     return tiles
 
 
-def in_full(count: float) -> str:
-    """The line below a count that is shown rounded."""
+def _exact(count: float) -> str:
+    """The count in full where :func:`size` rounds it, else empty."""
     return f"{count:,.0f}" if count >= 1e6 else ""
 
 
-def manifest_number(run: Run, key: str, otherwise: float) -> float:
-    """A number of the manifest, or ``otherwise``."""
+def _manifest_number(run: Run, key: str, default: float) -> float:
+    """The number under ``key`` in the manifest, or ``default``."""
     value: Any = run.manifest.get(key)
-    return as_float(value) if type(value) in (int, float) else otherwise
+    return as_float(value) if type(value) in (int, float) else default
 
 
 def _number(value: Any) -> float | None:
-    """A number as the run writes it, also one that is not finite; None for anything else."""
+    """A number as a run writes it, finite or not; None for anything else."""
     if type(value) in (int, float) or (type(value) is str and value in NOT_FINITE):
         return as_float(value)
     return None
 
 
 def _detail(run: Run, name: str, series: Series | None, value: float, steps: float) -> str:
-    """Of which step ``value`` is, where that is not the last one, and what it was before."""
-    told = []
+    """The step of ``value`` where that is not the last one, and the first or lowest value."""
+    parts = []
     step = _number(run.entries("figures").get("val_step")) if name.startswith("val_") else None
     if step is None and series is not None:
         same = (series.raw == value) | (np.isnan(series.raw) & np.isnan(value))
         step = float(series.x[same][-1]) if same.any() else None
     if step not in (None, steps):
-        told.append(f"at step {step:,.0f}")
+        parts.append(f"at step {step:,.0f}")
     start = _number(run.entries("figures").get(f"{name}_start"))
     least = lowest(series)
     if start is not None:
-        told.append(f"{number(round(start, 4))} at the start")
+        parts.append(f"{number(round(start, 4))} at the start")
     elif least is not None:
-        told.append(f"lowest {number(round(least, 4))}")
-    return ", ".join(told)
+        parts.append(f"lowest {number(round(least, 4))}")
+    return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""Series of metrics as they are drawn."""
+"""Series of metrics, prepared for drawing."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from apt_core.metric_names import CROSS_ENTROPY
 Array = NDArray[np.float64]
 
 LARGEST = 1e30
-"""What is beyond it no axis can show; it counts as not finite."""
-
+"""Larger values count as not finite: no axis can show them."""
 
 SMALLEST = 1e-100
-"""What is nearer to 0 no axis can show; it is drawn as 0."""
+"""Smaller values are drawn as 0: no axis can show them."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """Values ``raw`` [N] of one key at ascending steps ``x`` [N], one a step."""
+    """Values ``raw`` [N] of one metric at ascending steps ``x`` [N], one value a step."""
 
     name: str
     x: Array
@@ -31,7 +30,7 @@ class Series:
 
     @cached_property
     def y(self) -> Array:
-        """What is drawn: NaN where a value is not finite or too large, 0 near to it."""
+        """The values to draw: NaN for those not finite or too large, 0 for those too small."""
         size = np.abs(self.raw)
         drawn = np.where(size < SMALLEST, 0.0, self.raw) if (size < SMALLEST).any() else self.raw
         drawable = size <= LARGEST
@@ -46,7 +45,7 @@ class Series:
 
 
 def training_loss(series: Mapping[str, Series]) -> Series | None:
-    """The cross-entropy of the steps; in rows that do not have it, the loss without its terms."""
+    """The cross-entropy of each step; where a row lacks it, the loss less its terms."""
     entropy, loss = series.get(CROSS_ENTROPY), series.get("loss")
     if loss is None or (entropy is not None and entropy.x.size == loss.x.size):
         return entropy if entropy is not None else loss

@@ -1,4 +1,4 @@
-"""The page: everything that its template needs, rendered and written."""
+"""Renders the page of a run and writes it."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from apt_plugins.report.timeline import MAX_FAILURES, WORDS, Event, events_of, l
 from apt_plugins.report.wording import cut, number, size, visible
 
 CHANGES = ("enabled", "disabled", "quarantined", WORDS["switched"], "resumed", "changed")
-"""Kinds of events after which a run is another one: lines on the charts of the loss."""
+"""Kinds of events that change a run: each is a line on the charts of the loss."""
 
 MAX_EVENTS = 200
 MAX_LANES = 40
 MAX_SAMPLES = 12
 SAMPLE_CHARACTERS = 4_000
 MAX_ROWS = 200
-"""Rows of a table: a hostile or broken file must not make a page that no browser opens."""
+"""Rows of a table; without a limit, a broken file could make a page that no browser opens."""
 
 
 def build_report(folder: str | Path) -> str:
     """The page on the run in ``folder``, as HTML.
 
-    Whatever part of the folder is missing or cut off is left out, and the page says so. Raises
-    OSError where the folder cannot be read.
+    The page leaves out what is missing from the folder or cut off, and says so. Raises OSError
+    where the folder cannot be read.
     """
     run = read_run(Path(folder))
     environment = _environment()
@@ -51,9 +51,9 @@ def build_report(folder: str | Path) -> str:
 
 
 def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
-    """Write the page to ``output``, ``report.html`` in the folder without it; returns its path.
+    """Write the page to ``output``, by default ``report.html`` in the folder; return its path.
 
-    A reader, or a crash, sees the old page or the new one, never a part. Raises OSError.
+    The write is atomic: a reader sees the old page or the new one. Raises OSError.
     """
     path = Path(folder) / "report.html" if output is None else Path(output)
     write_atomically(path, build_report(folder))
@@ -81,7 +81,7 @@ def _asset(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """As a Content-Security-Policy names a script or style that may be used."""
+    """The digest by which a Content-Security-Policy allows a script or style."""
     return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
 
 
@@ -89,7 +89,7 @@ def _context(run: Run) -> dict[str, Any]:
     events = events_of(run)
     drawn = panels(run.metrics, run.series, _marks(run, events))
     numbers = {id(chart): index for index, chart in enumerate(drawn.charts)}
-    told = [event for event in events if event.kind != "checkpoint"]
+    listed = [event for event in events if event.kind != "checkpoint"]
     notes = list(run.notes)
     if drawn.left_out:
         notes.append(f"{drawn.left_out:,} more metrics are in metrics.jsonl and not drawn")
@@ -99,8 +99,8 @@ def _context(run: Run) -> dict[str, Any]:
         "chart_number": lambda chart: numbers[id(chart)],
         "chart_data": [chart.data for chart in drawn.charts],
         "timeline": _timeline(run, events),
-        "events": told[:MAX_EVENTS],
-        "more_events": max(0, len(told) - MAX_EVENTS),
+        "events": listed[:MAX_EVENTS],
+        "more_events": max(0, len(listed) - MAX_EVENTS),
         "samples": _samples(run),
         "prompt": cut(str(run.setting("evaluation", "sample_prompt") or ""), 400),
         "providers": run.rows("providers")[:MAX_ROWS],
@@ -118,7 +118,7 @@ def _context(run: Run) -> dict[str, Any]:
 
 
 def _marks(run: Run, events: Iterable[Event]) -> list[Mark]:
-    """What the loss charts show as vertical lines: epochs, and what changed the run."""
+    """The vertical lines of the loss charts: epochs, and events that change the run."""
     epochs = [Mark(step, f"epoch {epoch}", faint=True) for epoch, step in run.metrics.epochs[1:]]
     changes = [
         Mark(event.step, cut(f"{event.plugin} {event.kind}".strip(), 40))
@@ -129,7 +129,7 @@ def _marks(run: Run, events: Iterable[Event]) -> list[Mark]:
 
 
 def _timeline(run: Run, events: list[Event]) -> dict[str, Any]:
-    """Lanes in pixels: spans in which a plugin was enabled, and what happened."""
+    """The lanes of the timeline in pixels: spans in which a plugin was enabled, and its events."""
     axis = step_axis(run.metrics.last_step)
     left, right = 150, WIDE.width - 14
 

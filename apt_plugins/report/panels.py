@@ -1,4 +1,4 @@
-"""Which charts a run has: those of the loop by name, those of plugins by prefix."""
+"""Chooses the charts of a run: metrics of the loop by name, those of plugins by prefix."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ PREFIXES = {
 
 PART = re.compile(r"time/(?!step_ms$|total_ms$)([^/]+)_ms")
 WITHIN = {"hooks": ("hooks", "hooks of"), "loss_terms": ("forward_backward", "loss terms of")}
-"""What there is by plugin: the part of a step that it belongs to, and how it is called."""
+"""Times measured by plugin: the part of a step that contains them, and their label."""
 OF_PLUGIN = re.compile(rf"time/({'|'.join(WITHIN)})/(.+)_ms")
 QUANTILE = re.compile(r"(.+)_(?:min|p\d\d?|max)")
 
 MAX_CHARTS = 120
 MAX_PLUGINS = 40
-"""Plugins that are shown in the split of a part of a step."""
+"""Plugins listed in the split of a part of a step."""
 ALL_BUCKETS = 14_000
-"""Buckets of points on the whole page: a bound on its size that no number of metrics lifts."""
+"""Buckets of points on the whole page, which bound its size for any number of metrics."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Share:
-    """Mean milliseconds a step of one part, and its share of the whole, 0 to 1."""
+    """Mean milliseconds of one part of a step, and its share of the step, 0 to 1."""
 
     label: str
     color: int
@@ -79,8 +79,8 @@ class Share:
 
 @dataclass(frozen=True)
 class TimeSplit:
-    """Where a step's time goes: parts of the step, and within a part what plugins have of it, which
-    with its rest adds up to it."""
+    """Where a step's time goes: its parts, and for each part the shares of plugins and of the
+    rest, which add up to the part."""
 
     chart: Chart
     parts: list[tuple[Share, list[Share]]]
@@ -88,8 +88,8 @@ class TimeSplit:
 
 @dataclass
 class Panels:
-    """All charts; ``left_out`` counts the metrics beyond the most that are shown, ``without_loss``
-    says why there is no chart of the loss."""
+    """All charts. ``left_out`` counts the metrics beyond MAX_CHARTS; ``without_loss`` says why a
+    run has no chart of the loss."""
 
     loss: list[Chart]
     groups: list[Group] = field(default_factory=list)
@@ -105,8 +105,8 @@ class Panels:
 
 
 def panels(metrics: Metrics, series: Mapping[str, Series], marks: Sequence[Mark]) -> Panels:
-    """The charts of a run, of whose ``metrics`` they draw ``series``, with ``marks`` on those of
-    the loss."""
+    """The charts of a run: ``series`` are those of its ``metrics``, ``marks`` the vertical lines of
+    the loss charts."""
     steps = step_axis(metrics.last_step)
     split = [name for name in series if PART.fullmatch(name) or OF_PLUGIN.fullmatch(name)]
     shown = ["tokens", CROSS_ENTROPY, "val_loss", "val_tokens", *split]
@@ -151,7 +151,7 @@ def _grouped(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _together(names: Sequence[str]) -> list[list[str]]:
-    """Names by chart: the quantiles of one figure share theirs, every other name has its own."""
+    """Names by chart: quantiles of one figure share a chart, every other name has its own."""
     charts: dict[str, list[str]] = {}
     for name in names:
         quantile = QUANTILE.fullmatch(name)
@@ -232,7 +232,7 @@ def _time_split(series: Mapping[str, Series], steps: Axis, buckets: int) -> Time
 
 
 def _split(part: Share, within: Mapping[str, float], whole: float) -> list[Share]:
-    """What plugins have of ``part``, the most first, and the rest of it."""
+    """The shares of plugins in ``part``, largest first, then the rest of it."""
     if not within:
         return []
     ordered = sorted(within.items(), key=lambda item: -item[1])
@@ -244,7 +244,7 @@ def _split(part: Share, within: Mapping[str, float], whole: float) -> list[Share
 
 
 def _table(x: Array, columns: Sequence[Series]) -> Array:
-    """Series as one table [N, K] over steps ``x`` [N]; 0 where one has no finite value."""
+    """Series as one table [N, K] over steps ``x`` [N]; 0 where a series has no finite value."""
     values = np.zeros((x.size, len(columns)))
     for index, column in enumerate(columns):
         _, at, of = np.intersect1d(x, column.x, return_indices=True)
@@ -264,7 +264,7 @@ def last(series: Series | None) -> float | None:
     return None if series is None or not series.x.size else float(series.raw[-1])
 
 
-def typical(series: Series | None) -> float | None:
+def median(series: Series | None) -> float | None:
     """The median of the finite values of a series; None where there is none."""
     if series is None or not (points := series.finite).y.size:
         return None

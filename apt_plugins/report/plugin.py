@@ -9,20 +9,20 @@ from apt_core import PluginInfo, Priority, hookimpl
 
 PLUGIN = PluginInfo(
     observer=True,
-    summary="a page on each run: curves, timeline, samples; apt-report FOLDER writes it anew",
+    summary="a page on each run: curves, timeline, samples; apt-report FOLDER writes it again",
     version="1.0.0",
     requires=("jinja2>=3.1",),
 )
 
 WRITING_SHARE = 0.01
-"""At ends of epochs the page is written where that costs at most this share of the time."""
+"""An epoch's end writes the page only where that costs at most this share of the time."""
 
 ASSUMED_SECONDS = 0.3
-"""What the first page is taken to cost: a short run is not held up for one that soon is old."""
+"""Assumed cost of the first page, so that a short run writes none before its end."""
 
 
 class Budget:
-    """Decides whether a page in mid-run is cheap enough, by what the last one cost."""
+    """Decides from the cost of the last page whether another one in mid-run is cheap enough."""
 
     def __init__(self, now: float) -> None:
         self._written_at = now
@@ -42,7 +42,7 @@ class Plugin:
         self._budget = Budget(time.perf_counter())
 
     def write(self, trainer: Any) -> None:
-        """Write the page of the trainer's run, on the main process alone."""
+        """Write the page of the trainer's run, in the main process only."""
         if trainer.rank != 0:
             return
         from apt_plugins.report.page import write_report

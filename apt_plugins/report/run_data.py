@@ -1,4 +1,4 @@
-"""What is in the folder of a run, whatever state that is in."""
+"""Reads the folder of a run, also one that is incomplete or damaged."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from apt_core.secrets import SecretValues, named_secrets, redact
 from apt_plugins.report.metrics import Series
 
 MAX_FILE = 100_000_000
-"""Bytes of a manifest or a profile that is read."""
+"""Most bytes of a manifest or a profile that are read."""
 
 MAX_PROFILE = 200_000
-"""Characters of the profile that are shown."""
+"""Most characters of the profile that are shown."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: its folder, when it was written, its bytes."""
+    """A complete checkpoint: its folder, the time of writing, its size in bytes."""
 
     path: Path
     written: str
@@ -37,7 +37,7 @@ class Checkpoint:
 
 @dataclass
 class Run:
-    """A run as its folder tells it; ``notes`` says what could not be read."""
+    """What the folder of a run holds; ``notes`` says what could not be read."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -66,18 +66,18 @@ class Run:
 
 
 def mappings(value: Any) -> list[dict[str, Any]]:
-    """The mappings in a list that a file holds."""
+    """The mappings in ``value`` where it is a list; empty for anything else."""
     return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
 def read_run(folder: Path) -> Run:
-    """Read the folder of a run that is going on, has ended, or was killed while writing."""
+    """Read the folder of a run that is running, has ended, or was killed while writing."""
     notes: list[str] = []
     manifest = _manifest(folder / "manifest.json", notes)
     metrics, history = read_metrics(folder), read_events(folder)
     notes += [*metrics.notes, *history.notes]
     if not (folder / EVENTS).exists():
-        notes.append("what happened in the run is told as far as its manifest knows")
+        notes.append("the timeline has only the events of manifest.json")
     profile = _text(folder / "profile.yaml")
     if profile is None:
         notes.append(_missing(folder / "profile.yaml"))
@@ -107,7 +107,7 @@ def _text(path: Path) -> str | None:
 
 
 def _missing(path: Path) -> str:
-    """Why there is no text of a file, in words for the page."""
+    """The note for a file that gave no text: it is missing or cannot be read."""
     return f"{path.name} cannot be read" if path.exists() else f"there is no {path.name}"
 
 
@@ -133,7 +133,7 @@ def _settings(profile: str, notes: list[str]) -> dict[str, Any]:
 
 
 def _shown(profile: str, settings: dict[str, Any]) -> str:
-    """The text of a profile, which a version that kept secrets may have written."""
+    """The profile with secrets removed, which older versions wrote into it."""
     secrets = SecretValues()
     secrets.add(named_secrets(settings))
     return redact(profile)
@@ -142,7 +142,7 @@ def _shown(profile: str, settings: dict[str, Any]) -> str:
 def _checkpoints(
     folder: Path, manifest: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> list[Checkpoint]:
-    """The complete ones, oldest first."""
+    """The complete checkpoints, oldest first."""
     training = settings.get("training")
     named = training.get("checkpoint_dir") if isinstance(training, dict) else None
     if not isinstance(named, str) or "\0" in named:
@@ -155,7 +155,7 @@ def _checkpoints(
                 total = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
                 found.append(Checkpoint(path, _changed_at(path / "manifest.json"), total))
         except FileNotFoundError:
-            continue  # the run that is going on has just pruned it
+            continue  # the run has just pruned it
     return found
 
 

@@ -1,4 +1,4 @@
-"""Fewer points for the same picture: what stands out in a long run must stay visible."""
+"""Reduces the points of a curve so that outliers of a long run stay visible."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from apt_plugins.report.metrics import Array, Series
 
 
 def thin(places: Array, values: Array, buckets: int) -> NDArray[np.intp]:
-    """Indices of the points to draw, in order: of each bucket the lowest and the highest value.
+    """Indices of the points to draw, in order: the lowest and the highest value of each bucket.
 
-    ``places`` [N] are ascending shares of the width, 0 to 1, ``values`` [N] may be NaN. The first
-    and the last point stay, and one NaN of each bucket that has one, so that the gap does too.
+    ``places`` [N] are ascending shares of the width, 0 to 1; ``values`` [N] may be NaN. The first
+    and the last point are kept, and one NaN per bucket, which keeps the gap visible.
     """
     count = places.size
     if count <= 2 * buckets:
         return np.arange(count)
     bucket = np.minimum((places * buckets).astype(np.int64), buckets - 1)
-    # NaN sorts last: the lowest of a bucket is its first entry, the highest its last finite one.
+    # NaN sorts last: a bucket's lowest value is its first entry, its highest the last finite one.
     order = np.lexsort((values, bucket))
     finite = np.isfinite(values)
     by_value = order[finite[order]]
@@ -28,7 +28,7 @@ def thin(places: Array, values: Array, buckets: int) -> NDArray[np.intp]:
 
 
 def _firsts(indices: NDArray[np.intp], bucket: NDArray[np.int64]) -> NDArray[np.intp]:
-    """The first of each run of indices that are of one bucket."""
+    """The first index of each bucket; ``indices`` are grouped by bucket."""
     if not indices.size:
         return indices
     own = bucket[indices]
@@ -36,7 +36,7 @@ def _firsts(indices: NDArray[np.intp], bucket: NDArray[np.int64]) -> NDArray[np.
 
 
 def smoothed(series: Series, share: float = 0.02) -> Series:
-    """A running mean over ``share`` of the points, centred; what is not finite is left out."""
+    """The centred running mean over ``share`` of the points; values not finite are left out."""
     points = series.finite
     half = int(points.y.size * share / 2)
     if half < 1:
@@ -48,7 +48,8 @@ def smoothed(series: Series, share: float = 0.02) -> Series:
 
 
 def means(x: Array, values: Array, buckets: int) -> tuple[Array, Array]:
-    """Means of ``values`` [N, K] at steps ``x`` [N] over at most ``buckets`` runs of rows."""
+    """Means of ``values`` [N, K] over at most ``buckets`` groups of rows, and the last of the steps
+    ``x`` [N] of each."""
     edges = np.unique(np.linspace(0, x.size, min(buckets, x.size) + 1).astype(np.int64))
     sizes = np.diff(edges)
     sums = np.add.reduceat(values, edges[:-1], axis=0)

@@ -1,4 +1,4 @@
-"""What happened when: plugins switched on and off, failures, resumes, checkpoints."""
+"""The timeline of a run: plugins enabled and disabled, failures, resumes, checkpoints."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from apt_core.runs.rows import is_step
 from apt_plugins.report.run_data import Run, mappings
 
 MAX_FAILURES = 30
-"""Failures of a plugin that are shown."""
+"""Most failures of a plugin that are shown."""
 
-ELSEWHERE = ("started", "epoch_ended", "saved", "deleted")
-"""Kinds of events that the page shows in its head, as epochs, and as the checkpoints there are."""
+SHOWN_ELSEWHERE = ("started", "epoch_ended", "saved", "deleted")
+"""Kinds of events that the page shows outside of the timeline: in its head, as epochs and as
+checkpoints."""
 
 WORDS = {"switched": "transformed the model"}
-"""Kinds of events whose name is not what the page calls them."""
+"""Kinds of events that the page calls by another name."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened at a step; ``plugin`` is empty for what concerns the run."""
+    """An event at a step; ``plugin`` is empty where it concerns the whole run."""
 
     step: int
     kind: str
@@ -42,9 +43,12 @@ class Lane:
 
 
 def events_of(run: Run) -> list[Event]:
-    """All events of a run by step: those that it recorded, and those of its manifest, which knows
-    what came before a run was resumed in another folder, and all of a run without events."""
-    recorded = [_recorded(event) for event in run.events if event.kind not in ELSEWHERE]
+    """All events of a run by step, from its ``events.jsonl`` and from its manifest.
+
+    Only the manifest has the events from before a resume in another folder, and those of a run
+    without ``events.jsonl``.
+    """
+    recorded = [_recorded(event) for event in run.events if event.kind not in SHOWN_ELSEWHERE]
     known = {(event.step, event.kind, event.plugin) for event in recorded}
     told = [e for e in _of_manifest(run) if (e.step, e.kind, e.plugin) not in known]
     saved = [Event(step_of(c.path), "checkpoint", text=c.path.name) for c in run.checkpoints]
@@ -87,10 +91,10 @@ def _of_manifest(run: Run) -> list[Event]:
 
 
 def lanes_of(run: Run, events: Iterable[Event]) -> list[Lane]:
-    """One lane a plugin, in the order of the manifest, then of the events.
+    """One lane per plugin, in the order of the manifest, then of the events.
 
-    A plugin that is active and was never switched was enabled all the time; one in quarantine
-    until its last failure.
+    A plugin without events of enabling was enabled all the time if it is active, and until its last
+    failure if it is quarantined.
     """
     by_plugin: dict[str, list[Event]] = {}
     states = {str(row.get("name", "")): str(row.get("state", "")) for row in run.rows("plugins")}
@@ -147,7 +151,7 @@ def _losses(row: Mapping[str, Any]) -> str:
 
 
 def _without_repeats(events: Iterable[Event]) -> list[Event]:
-    """A resume enables again what is enabled: only changes count."""
+    """Drop events that enable or disable a plugin again, as a resume does."""
     kept: list[Event] = []
     state: dict[str, str] = {}
     for event in events:

@@ -1,4 +1,4 @@
-"""Numbers and texts of a run as the page shows them."""
+"""Formats the numbers and texts of a run for the page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HIDDEN = re.compile(
 
 
 def number(value: float) -> str:
-    """At most five significant digits, thousands by commas.
+    """A number in at most five significant digits, with commas between thousands.
 
     >>> [number(v) for v in (2.468129, 51200, 0.0001, 1.5e9, float("nan"))]
     ['2.4681', '51,200', '1e-4', '1.5e9', 'nan']
@@ -36,13 +36,16 @@ def size(count: float) -> str:
 
 
 def cut(text: str, limit: int) -> str:
-    """``text``, its end left out where it is longer than ``limit`` characters, and said so."""
+    """``text``, or its first ``limit`` characters and the number of characters left out."""
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text) - limit:,} more)"
 
 
 def visible(text: str) -> str:
-    """``text`` with pictures of control characters, any of which a byte model writes, and without
-    what reorders the text around it or cannot be encoded."""
+    """``text`` with control characters replaced by their pictures.
+
+    A byte model may write any of them. Characters that reorder the text around them, or cannot be
+    encoded, become U+FFFD.
+    """
     return HIDDEN.sub(_picture, text)
 
 

@@ -251,7 +251,10 @@ def test_a_run_without_events_is_told_by_its_manifest_and_its_log_is_not_read(ma
     (folder / "log.txt").write_text(line)
     shown = page(folder)
     assert switches(shown) == [(20, "moe", "enabled")]
-    assert "there is no events.jsonl" in shown.text and "as far as its manifest knows" in shown.text
+    assert (
+        "there is no events.jsonl" in shown.text
+        and "only the events of manifest.json" in shown.text
+    )
 
 
 def test_what_is_told_by_events_and_manifest_is_told_once(make_run, page):

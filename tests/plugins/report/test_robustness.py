@@ -139,7 +139,9 @@ def test_a_run_without_rows_is_a_page(make_run, page):
 
 def test_a_run_that_was_killed_says_that_no_end_is_recorded(make_run, page):
     shown = page(make_run(status="running"))
-    assert "No end is recorded: it goes on, or was killed; the last row was written" in shown.text
+    assert (
+        "No end is recorded: it is running, or was killed; the last row was written" in shown.text
+    )
 
 
 def test_an_empty_folder_names_what_is_missing(tmp_path, page):
