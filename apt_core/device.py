@@ -1,4 +1,4 @@
-"""Which device and which precision a run uses, and why. torch is imported when asked."""
+"""Devices: which one a run uses and why, its precision, its memory. torch is imported on use."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def resolve_device(asked: str) -> tuple[torch.device, str]:
-    """The device for ``hardware.device`` (auto, cpu, cuda, cuda:N, mps), and why it is another.
+    """The device for ``hardware.device`` (auto, cpu, cuda, cuda:N, mps), and why it is another one.
 
-    The reason is empty when the device is what was asked for. ``auto`` takes an accelerator where
-    there is one. A CUDA device has an index, for torch takes ``cuda`` and ``cuda:0`` for two.
+    The reason is empty when the device is the one asked for. ``auto`` takes an accelerator where
+    there is one. A CUDA device has an index: torch treats ``cuda`` and ``cuda:0`` as different.
     """
     import torch
 
     kind, _, index = asked.partition(":")
-    # CUDA is not asked for a CPU: that alone may keep a later child process from using it.
+    # A run on the CPU does not query CUDA, which could keep a forked child from using it.
     if kind in ("auto", "cuda") and torch.cuda.is_available():
         if not index:
             index = str(torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
@@ -33,7 +33,7 @@ def resolve_device(asked: str) -> tuple[torch.device, str]:
         return torch.device("mps"), ""
     if kind in ("auto", "cpu"):
         return torch.device("cpu"), ""
-    why = unused_gpu() if kind == "cuda" else ""
+    why = reason_gpu_unused() if kind == "cuda" else ""
     return torch.device("cpu"), why or f"this machine or this build of torch has no {asked} device"
 
 
@@ -41,42 +41,44 @@ DEVICES = Path("/dev")
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether this machine has a visible NVIDIA GPU, whatever torch says."""
+    """Whether this machine has a visible NVIDIA GPU, usable by torch or not."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
     return not hidden and any(DEVICES.glob("nvidia[0-9]*"))
 
 
-def unused_gpu() -> str:
-    """Why torch cannot use the GPU that this machine has; empty if it can, or there is none."""
+def reason_gpu_unused() -> str:
+    """Why torch cannot use this machine's GPU; empty if it can, or if there is none."""
     import torch
 
     if torch.cuda.is_available() or not has_nvidia_gpu():
         return ""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
-    return f"CUDA {torch.version.cuda}, which torch is built for, finds none: too old a driver?"
+    return f"torch is built for CUDA {torch.version.cuda}, which finds no GPU: too old a driver?"
 
 
 def gpu_name(device: torch.device) -> str:
-    """What NVIDIA calls the GPU ``device``; empty for another device."""
+    """The product name of the GPU ``device``; empty for another device."""
     import torch
 
     return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else ""
 
 
 def as_current_device(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which ``device`` is CUDA's current one, if it is a GPU."""
+    """A context that makes ``device`` the current CUDA device, if it is a GPU."""
     import torch
 
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 BF16_UNITS = ("avx512_bf16", "amx_bf16")
-"""Instructions of x86 CPUs that multiply matrices in bf16."""
+"""Instruction sets of x86 CPUs with bf16 products."""
 
 BF16_CPU_WIDTH = 256
-"""From this d_model on, a step of the default model was faster in bf16 on a CPU with such units
-(0.85 to 0.5 of the time, Zen 4); at 128 as fast, at 64 a fifth slower: casting costs, too."""
+"""The smallest d_model at which bf16 speeds up a step on a CPU with such units.
+
+Measured on Zen 4, against fp32: 0.85 to 0.5 of the time from here on, the same time at 128, and a
+fifth more at 64, where the casts cost more than the products save."""
 
 
 def autocast_dtype(
@@ -84,8 +86,8 @@ def autocast_dtype(
 ) -> torch.dtype | None:
     """The autocast type for ``training.mixed_precision``, or None for plain fp32.
 
-    ``auto`` uses bf16 where the hardware computes faster in it: on CUDA with native bf16, and on a
-    CPU with bf16 units for models that are ``d_model`` >= 256 wide. Other CPUs emulate it, which
+    ``auto`` uses bf16 where the hardware is faster in it: on CUDA with native bf16, and on a CPU
+    with bf16 units for models of ``d_model`` >= BF16_CPU_WIDTH. Other CPUs emulate bf16, which
     makes a step slower.
     """
     import torch
@@ -93,33 +95,33 @@ def autocast_dtype(
     if mixed_precision != "auto":
         return torch.bfloat16 if mixed_precision else None
     if device.type == "cpu":
-        has = torch.cpu.get_capabilities()
-        faster = d_model >= BF16_CPU_WIDTH and any(has.get(unit) for unit in BF16_UNITS)
+        units = torch.cpu.get_capabilities()
+        faster = d_model >= BF16_CPU_WIDTH and any(units.get(unit) for unit in BF16_UNITS)
     else:
         faster = has_native_bf16(device)
     return torch.bfloat16 if faster else None
 
 
 PLANNED_CAPABILITY = (9, 0)
-"""The compute capability (an H100's) that a plan takes a GPU to have where there is none."""
+"""The compute capability, an H100's, that a plan assumes on a machine without a GPU."""
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Whether ``device`` is a GPU with bf16 products in hardware; assumed of a GPU on another
-    machine."""
+    """Whether ``device`` is a GPU with bf16 products in hardware; a GPU that a plan assumes on a
+    machine without one counts as such."""
     import torch
 
     if device.type != "cuda":
         return False
     if not torch.cuda.is_available():
         return True
-    with as_current_device(device):  # the one that torch asks
+    with as_current_device(device):  # torch asks the current device
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def planned_capability() -> tuple[int, int]:
-    """The compute capability of a GPU that is planned for: of the current one, where there is any,
-    else :data:`PLANNED_CAPABILITY`."""
+    """The compute capability that a plan for a GPU uses: that of the current GPU, else
+    :data:`PLANNED_CAPABILITY`."""
     import torch
 
     if not torch.cuda.is_available():
@@ -129,27 +131,27 @@ def planned_capability() -> tuple[int, int]:
 
 
 def stands_for_gpu(tensor: torch.Tensor) -> bool:
-    """Whether ``tensor`` is on the CPU and stands for one on a GPU, to count its memory."""
+    """Whether ``tensor`` is a fake on the CPU of one on a GPU, made to count memory."""
     return bool(tensor.is_cuda) and tensor.device.type != "cuda"
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
-    """A context for the forward pass in ``dtype``; None is fp32."""
+    """An autocast context for a forward in ``dtype``; None is fp32."""
     import torch
 
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until ``device`` has done all that it was given to do."""
+    """Wait until ``device`` has finished all work."""
     import torch
 
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
-def forget_peak_memory(device: torch.device) -> None:
-    """On a GPU, let :func:`peak_memory_bytes` count from here."""
+def reset_peak_memory(device: torch.device) -> None:
+    """On a GPU, restart the count of :func:`peak_memory_bytes`; elsewhere do nothing."""
     import torch
 
     if device.type == "cuda":
@@ -157,7 +159,7 @@ def forget_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory used so far: by tensors on a GPU, by the whole process on a CPU."""
+    """The peak of memory in bytes: of tensors on a GPU, of the whole process on a CPU."""
     import torch
 
     if device.type == "cuda":
@@ -170,17 +172,16 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 THREADS_RESERVE = 208 * 2**20
-"""Address space that the threads of a run take when they start, that of the backward pass and the
-one that writes checkpoints: a heap of 64 MiB and a stack of 8 MiB each, and for a moment a second
-heap."""
+"""Address space for the two threads that a run starts, for the backward pass and for writing
+checkpoints: a heap of 64 MiB and a stack of 8 MiB each, and briefly a second heap."""
 
 
 def available_memory(device: torch.device) -> int:
-    """The bytes that this process may use on ``device``, those that it has already included.
+    """The bytes that this process may use on ``device``, including those that it uses already.
 
-    On a GPU what it has left, and no more than the process's share of it. On a CPU the least of
-    what the system has left, the limits of the control groups that the process is in, and of its
-    address space (``ulimit -v``), of which libraries reserve more than they use.
+    On a GPU: its free memory, at most the process's share of the whole. On a CPU: the least of the
+    system's free memory, the limits of the process's control groups, and the limit of its address
+    space (``ulimit -v``) less what is reserved without being used.
     """
     import torch
 
@@ -206,8 +207,8 @@ def available_memory(device: torch.device) -> int:
 
 
 def held_memory(device: torch.device) -> int:
-    """The bytes of :func:`available_memory` that this process has already: on a CPU all that is its
-    own, libraries included, on a GPU its tensors."""
+    """The bytes of :func:`available_memory` that this process uses already: on a GPU those of its
+    tensors, on a CPU its resident memory, libraries included."""
     import torch
 
     if device.type == "cuda":
@@ -223,7 +224,7 @@ def held_memory(device: torch.device) -> int:
 def _control_group_limits(
     root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> Iterator[int]:
-    """The limits of the process's control group and those around it (versions 1 and 2)."""
+    """The memory limits in bytes of the process's control group and its parents (v1 and v2)."""
     if not membership.exists():
         return
     for line in membership.read_text().splitlines():
@@ -245,11 +246,11 @@ def _control_group_limits(
 
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory",
                  "ALLOC_FAILED")  # fmt: skip
-"""What RuntimeErrors say, for most allocators have no exception of their own."""
+"""Texts of RuntimeErrors for a lack of memory: few allocators have an exception of their own."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error``, or the error it was raised from, is due to a lack of memory."""
+    """Whether ``error``, or an error that caused it, is due to a lack of memory."""
     import torch
 
     cause: BaseException | None = error
@@ -264,7 +265,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
-    """Let torch compute with ``count`` threads inside; None leaves its own choice."""
+    """A context in which torch computes with ``count`` threads; None changes nothing."""
     import torch
 
     before = torch.get_num_threads()

@@ -1,7 +1,7 @@
-"""Finding and loading plugins: installed entry points, dotted modules and ``.py`` files.
+"""Finds and loads plugins: installed entry points, dotted modules and ``.py`` files.
 
-Nothing is imported until it is asked for, and every load is on its own: a plugin that cannot be
-imported, or that exits the interpreter at import, is a :class:`LoadError` and nothing else.
+A plugin is imported only when it is loaded. One that cannot be imported, or that exits the
+interpreter at import, raises :class:`LoadError` and affects no other plugin.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DISABLE_VARIABLE = "APT_DISABLE_PLUGIN_AUTOLOAD"
 
 
 class LoadError(AptError):
-    """A plugin that was asked for and cannot be loaded; ``problem`` says what and where."""
+    """A listed plugin cannot be loaded; ``problem`` says why and where."""
 
     exit_code = 2
 
@@ -46,7 +46,7 @@ class LoadError(AptError):
 
 @dataclass(frozen=True)
 class Installed:
-    """A plugin that an installed distribution offers; more than one offer is a clash."""
+    """The offers of installed distributions for one name; more than one is a clash."""
 
     name: str
     offers: tuple[Offer, ...]
@@ -64,37 +64,37 @@ class Installed:
 def installed_plugins(
     group: str = GROUP, problems: list[Problem] | None = None
 ) -> dict[str, Installed]:
-    """Every plugin that is installed, by name; none with APT_DISABLE_PLUGIN_AUTOLOAD=1.
+    """Every installed plugin, by name; none with APT_DISABLE_PLUGIN_AUTOLOAD=1.
 
-    What is wrong with a distribution is added to ``problems``; the others are found all the same.
+    Adds distributions that cannot be read to ``problems``, and finds the others all the same.
     """
     if os.environ.get(DISABLE_VARIABLE, "") not in ("", "0"):
         return {}
     found: dict[str, dict[str, Offer]] = {}
     for offer in offers(group, [] if problems is None else problems):
-        # Commands are called as they are written.
+        # The names of commands are not normalized: users type them.
         name = normalized_name(offer.point.name) if group == GROUP else offer.point.name
-        # One distribution may be found in two places, and may say the same twice.
+        # A distribution may be found in two places, or list an entry point twice.
         found.setdefault(name, {}).setdefault(f"{offer.dist} {offer.value}", offer)
     return {name: Installed(name, tuple(same.values())) for name, same in sorted(found.items())}
 
 
 def plugin_name(reference: str, installed: Mapping[str, Installed]) -> str:
-    """The plugin's name, however it is written: that of the entry point that the reference stands
-    for, else see :func:`apt_core.plugin_names.name_of`."""
+    """The name of the plugin that ``reference`` means: that of its entry point, else as
+    :func:`apt_core.plugin_names.name_of` derives it."""
     entry = entry_for(reference, installed)
     return entry.name if entry else name_of(reference)
 
 
 def entry_for(reference: str, installed: Mapping[str, Installed]) -> Installed | None:
-    """The installed plugin that is meant by its own name, or by that of a distribution that offers
-    one plugin; None for files and modules."""
+    """The installed plugin of this name, or the only one of a distribution of this name; None for
+    files and modules."""
     if is_file_reference(reference):
         return None
     name = normalized_name(reference)
     if name in installed:
         entry = installed[name]
-        # A module of another package may end in the same words.
+        # Normalizing drops dots: a.b as a module is not the plugin a_b.
         dotted = "." in reference and all(offer.point.name != reference for offer in entry.offers)
         return None if dotted else entry
     offered = [
@@ -106,11 +106,10 @@ def entry_for(reference: str, installed: Mapping[str, Installed]) -> Installed |
 
 
 def load(reference: str, installed: Mapping[str, Installed]) -> tuple[Any, PluginRecord]:
-    """Import the plugin behind a reference; returns the plugin, as it is registered, and its
-    record.
+    """Import the plugin that ``reference`` means; return the object to register, and its record.
 
-    Raises LoadError when it is not there, when two distributions share its name, or when
-    importing it fails in any way.
+    Raises LoadError when there is no such plugin, when two distributions offer one of its name, or
+    when importing it fails in any way.
     """
     name, entry = plugin_name(reference, installed), entry_for(reference, installed)
     record = PluginRecord(name)
@@ -129,8 +128,8 @@ def load(reference: str, installed: Mapping[str, Installed]) -> tuple[Any, Plugi
 
 
 def load_installed(entry: Installed) -> Any:
-    """Load what an installed distribution offers. Raises LoadError: for a failure at import, which
-    names the line, and where two are offered."""
+    """Import an installed plugin or command. Raises LoadError for two offers of one name, for an
+    invalid entry point, and for a failure at import, whose line it names."""
     if len(entry.offers) > 1:
         dists = sorted({offer.dist for offer in entry.offers})
         one = len(dists) == 1
@@ -140,7 +139,7 @@ def load_installed(entry: Installed) -> Any:
                 f"{offering} of this name: "
                 + " and ".join(sorted(offer.value for offer in entry.offers) if one else dists),
                 key=f"plugin {entry.name}",
-                hint="uninstall it, or have it mended" if one else "uninstall one of them",
+                hint="uninstall it, or fix its entry points" if one else "uninstall one of them",
             )
         )
     point = entry.offers[0].point
@@ -162,8 +161,8 @@ def load_installed(entry: Installed) -> Any:
 
 
 class _SourceLoader(SourceFileLoader):
-    """Compiles the file as it is now. Python's kept bytecode is known by size and second of the
-    source: an edit within a second of the last run would train on the old code."""
+    """Compiles the source on every load. Python's cached bytecode is valid while the size of the
+    source and the second of its last change are: an edit in that second would run the old code."""
 
     def get_code(self, fullname: str) -> CodeType:
         return self.source_to_code(read_file(self.path, MAX_SOURCE), self.path)
@@ -179,7 +178,7 @@ def _load_file(path: Path, name: str) -> Any:
             )
         )
     if path.exists() and not path.is_file():
-        message = f"{path} is no file that could be read to its end: a plugin is a .py file"
+        message = f"{path} is not a regular file: a plugin is a .py file"
         raise LoadError(Problem(message, key=f"plugin {name}", hint=_remedy(name)))
     if not path.is_file():
         neighbours = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
@@ -208,15 +207,15 @@ def _load_file(path: Path, name: str) -> Any:
 
 
 def file_module(name: str) -> str:
-    """The name of the module that a plugin's file is loaded as."""
+    """The module name under which the file of plugin ``name`` is loaded."""
     return f"apt_plugin_{name}"
 
 
 def _load_module(reference: str, name: str, installed: Mapping[str, Installed]) -> Any:
-    """Import a dotted module, from the working directory if it is nowhere else.
+    """Import a dotted module, from the working directory if no other folder has it.
 
-    The working directory then stays on the path, at its end: that is where the modules lie which
-    the plugin imports on first use.
+    The working directory then stays at the end of the path, for modules that the plugin imports
+    later.
     """
     unknown = LoadError(
         Problem(
@@ -226,7 +225,7 @@ def _load_module(reference: str, name: str, installed: Mapping[str, Installed]) 
         )
     )
     if _top_level(reference) is None:
-        with suppress(FileNotFoundError):  # it may have been removed
+        with suppress(FileNotFoundError):  # the working directory was removed
             sys.path.append(os.getcwd())
             if _top_level(reference) is None:
                 sys.path.pop()
@@ -266,7 +265,7 @@ def _import_failure(name: str, error: BaseException, home: str) -> LoadError:
 
 
 def _contents(folder: Path, module: str = "") -> str:
-    """Which files of a folder may have been meant, as files or as parts of a module."""
+    """A hint that lists files of ``folder``, as paths or as submodules of ``module``."""
     files = sorted(file for file in folder.glob("*.py") if file.name != "__init__.py")
     names = [f"{module}.{file.stem}" if module else str(file) for file in files[:5]]
     return f"in it: {', '.join(names)}" if names else ""
@@ -280,7 +279,7 @@ def _remedy(name: str) -> str:
 
 
 def _top_level(module: str) -> ModuleSpec | None:
-    """Where a module's first part is found. Looking for more of it would run its code."""
+    """The spec of the first part of a dotted name. Finding the others would import it."""
     try:
         return importlib.util.find_spec(module.partition(".")[0])
     except (ImportError, ValueError):

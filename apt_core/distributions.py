@@ -1,4 +1,4 @@
-"""What installed distributions offer. A damaged one is named, and costs nothing but itself."""
+"""Reads the entry points of installed distributions; a damaged one is reported and skipped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HINT = "reinstall it, or remove what is left of it"
 
 @dataclass(frozen=True)
 class Offer:
-    """One entry point, and name and version of the distribution that has it."""
+    """One entry point, with the name and version of its distribution."""
 
     point: EntryPoint
     dist: str
@@ -33,12 +33,12 @@ class Offer:
 
 
 def offers(group: str, problems: list[Problem]) -> Iterator[Offer]:
-    """Every entry point of a group. What cannot be read is added to ``problems``."""
+    """Every entry point of ``group``; adds distributions that cannot be read to ``problems``."""
     seen = set()
     for dist in distributions():
         folder = str(getattr(dist, "_path", dist))
         name = normalized_name(PurePath(folder).stem.partition("-")[0])
-        if name in seen:  # the first one on the import path counts
+        if name in seen:  # the first distribution of a name on the import path counts
             continue
         try:
             text = dist.read_text("entry_points.txt")
@@ -51,7 +51,7 @@ def offers(group: str, problems: list[Problem]) -> Iterator[Offer]:
             problems.append(
                 Problem(f"its entry points cannot be read: {one_line(error)}", folder, hint=HINT)
             )
-            _let_others_pass_over()
+            _hide_unreadable_entry_points()
             continue
         if points:
             shown, version = _name_and_version(dist, folder, problems)
@@ -59,9 +59,12 @@ def offers(group: str, problems: list[Problem]) -> Iterator[Offer]:
                 yield Offer(point, shown, version)
 
 
-def _let_others_pass_over() -> None:
-    """Let libraries that ask every distribution for entry points, as torch does when it is
-    imported, find none in one that cannot be read, rather than fail."""
+def _hide_unreadable_entry_points() -> None:
+    """Make unreadable distributions look as if they had no entry points.
+
+    Libraries that ask every distribution for entry points, as torch does at import, would fail on
+    them.
+    """
 
     def readable(dist: Distribution) -> Any:
         try:
@@ -73,16 +76,18 @@ def _let_others_pass_over() -> None:
 
 
 def _raise_unless_missing(folder: str) -> None:
-    """Raise OSError where there are entry points that cannot be read: the reader tells no more
-    than that it has none."""
+    """Raise OSError where the file of entry points exists and cannot be read.
+
+    ``read_text`` returns None for that, as for a file that is missing.
+    """
     with suppress(FileNotFoundError, NotADirectoryError), open(f"{folder}/entry_points.txt"):
         pass
 
 
 def _name_and_version(dist: Distribution, folder: str, problems: list[Problem]) -> tuple[str, str]:
-    """As the metadata have them, else as the name of their folder does.
+    """Name and version from the metadata, else from the name of their folder.
 
-    The head is all that is looked at: parsing takes longer than a listing.
+    Reads the head of the file only: parsing all metadata takes longer than listing all plugins.
     """
     try:
         text = dist.read_text("METADATA") or dist.read_text("PKG-INFO") or ""

@@ -190,7 +190,7 @@ class PluginManager(pluggy.PluginManager):
         known = False
         if watch is not None and in_step and watch.stepping:
             known = True
-            if watch.closely:
+            if watch.checks_each_call:
                 unchanged = watch.unchanged
             else:  # Compared once for all calls: comparing after each costs more than they do.
                 each = None
@@ -242,7 +242,7 @@ class PluginManager(pluggy.PluginManager):
             if each is None and not watch.unchanged():
                 self._put_back(watch, calls, None, sets_modes)
             if sets_modes:
-                watch.note_modes()
+                watch.accept_modes()
         return owned
 
     def _plan_of(self, hook_name: str) -> Plan:

@@ -7,18 +7,18 @@ import sys
 from importlib.abc import MetaPathFinder
 from typing import TYPE_CHECKING, Any, Protocol
 
-from apt_core.python_state import OF_PYTHON, put_back
+from apt_core.python_state import PYTHON_STATES, put_back
 
 if TYPE_CHECKING:
     from apt_core.torch_state import TorchWatch
 
 
 class Watch(Protocol):
-    """Sees what a call leaves changed in the process, and puts it back."""
+    """Finds what a call has changed in the process, and puts it back."""
 
     stepping: bool
     """Whether steps are being taken in a known state."""
-    closely: bool
+    checks_each_call: bool
     """Whether each call in a step is checked, not all calls of a hook at once."""
 
     def before(self) -> Any:
@@ -31,15 +31,17 @@ class Watch(Protocol):
         """Undo differences from ``before``, or from the state of every step, and return them as
         texts."""
 
-    def note_modes(self) -> None:
-        """The modes of modules are meant."""
+    def accept_modes(self) -> None:
+        """Record the present modes of the modules as intended."""
 
 
 class EarlyWatch:
-    """The watch while a profile is checked, which needs no torch: its state counts from when
-    something imports it."""
+    """The watch while a profile is checked, before torch is imported.
 
-    stepping, closely = False, True
+    The state of torch is watched from the moment that something imports it.
+    """
+
+    stepping, checks_each_call = False, True
 
     def __init__(self) -> None:
         self._of_torch: TorchWatch | None = None
@@ -54,13 +56,13 @@ class EarlyWatch:
         if not isinstance(before, _BeforeTorch):
             return self.of_torch().put_back(before, sets_modes=sets_modes)
         before.close()
-        found = put_back(OF_PYTHON, before.values)
+        found = put_back(PYTHON_STATES, before.values)
         if before.of_torch is not None:
             found += self.of_torch().put_back(before.of_torch, sets_modes=sets_modes)
         return found
 
-    def note_modes(self) -> None:
-        """There are none."""
+    def accept_modes(self) -> None:
+        """Do nothing: no model exists yet."""
 
     def of_torch(self) -> TorchWatch:
         """The watch over the state of torch too."""
@@ -72,10 +74,10 @@ class EarlyWatch:
 
 
 class _BeforeTorch(MetaPathFinder):
-    """The state of before torch is imported; if it is, ``of_torch`` is what it comes with."""
+    """The state before torch is imported; ``of_torch`` is torch's state right after an import."""
 
     def __init__(self, watch: EarlyWatch) -> None:
-        self.values = [state.get() for state in OF_PYTHON]
+        self.values = [state.get() for state in PYTHON_STATES]
         self.of_torch: Any = None
         self._watch = watch
         sys.meta_path.insert(0, self)

@@ -1,4 +1,4 @@
-"""What is watched in the process beside torch, and how a state is read, set, and told of."""
+"""State of the process that is watched besides that of torch, and how to put states back."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 
 class State(NamedTuple):
-    """One thing that is watched. ``put`` sets what ``get`` has read before; a state that shows
-    nothing has no words for its values."""
+    """One watched state. ``put`` sets a value that ``get`` returned; ``shows`` says whether
+    messages show the values."""
 
     name: str
     get: Callable[[], Any]
@@ -32,15 +32,15 @@ def _set_folder(path: str | None) -> None:
             os.chdir(path)
 
 
-OF_PYTHON = (
+PYTHON_STATES = (
     State("recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
     State("working directory", _folder, _set_folder),
 )
-"""What there is without torch."""
+"""The states that exist without torch."""
 
 
 def put_back(states: Sequence[State], values: Sequence[Any]) -> list[str]:
-    """Give each of the ``states`` its value of before again; in words, which had another one."""
+    """Set each state that differs from its value in ``values``; return the changes as texts."""
     found = []
     for state, value in zip(states, values, strict=True):
         now = state.get()
@@ -55,7 +55,7 @@ def put_back(states: Sequence[State], values: Sequence[Any]) -> list[str]:
 
 
 def _difference(before: Any, now: Any) -> str:
-    """What is another one, in words."""
+    """The change in words; of tuples only the items that differ."""
     if isinstance(before, tuple) and isinstance(now, tuple):
         parts = [(b, n) for b, n in zip(before, now, strict=True) if b != n]
         return ", ".join(_difference(b, n) for b, n in parts)

@@ -1,7 +1,8 @@
-"""The state of torch that decides what it computes, and the watch that keeps it in a run.
+"""The global state of torch that changes what it computes, and the watch that restores it.
 
-What a plugin sets here for a model of its own, or leaves behind where it fails, would change the
-weights of the run. So the state is compared after each call of a plugin, and put back.
+A plugin may set such state for a model of its own, or leave it set where it fails, which would
+change the weights of the run. So the watch compares the state after calls of plugins, and puts back
+what changed.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ import torch
 from torch import nn
 from torch.utils import _device
 
-from apt_core.python_state import OF_PYTHON, State, put_back
+from apt_core.python_state import PYTHON_STATES, State, put_back
 
 _C: Any = torch._C
 _AUTOGRAD: Any = torch._C._autograd
 _UNIT: Any = torch._GLOBAL_DEVICE_CONTEXT
 
 AUTOCAST = ("cpu", "cuda")
-"""Types of device that a run computes its forward on."""
+"""The types of device on which a run computes its forward."""
 
 OTHER_AUTOCAST = ("xpu", "mps", "hpu", "xla", "ipu", "maia", "mtia", "privateuseone")
 
@@ -33,7 +34,8 @@ PRECISIONS = (
     ("generic", "all"), ("cuda", "all"), ("cuda", "matmul"), ("cuda", "conv"), ("cuda", "rnn"),
     ("mkldnn", "all"), ("mkldnn", "matmul"), ("mkldnn", "conv"), ("mkldnn", "rnn"),
 )  # fmt: skip
-"""Where torch keeps how exact fp32 arithmetic is; the setters of whole backends come first."""
+"""The (backend, operation) pairs that have a precision of fp32 arithmetic. Whole backends come
+first: their setters overwrite the precisions of their operations."""
 
 SDPA = ("flash", "math", "mem_efficient", "cudnn", "overrideable")
 SWITCHES = (
@@ -42,11 +44,11 @@ SWITCHES = (
     "cublas_allow_fp16_accumulation", "cpu_allow_fp16_reduced_precision_reduction",
     "deterministic_fill_uninitialized_memory",
 )  # fmt: skip
-"""What torch has a getter and a setter of each by name."""
+"""Names with which ``torch._C`` has a getter and a setter, ``_get_NAME`` and ``_set_NAME``."""
 
 
 def _nesting() -> int:
-    """How many autocast contexts are entered: below them, casts of weights are kept for reuse."""
+    """How many autocast contexts are entered; torch caches casts of weights within them."""
     depth: int = torch.autocast_increment_nesting()
     torch.autocast_decrement_nesting()
     return depth - 1
@@ -68,7 +70,7 @@ def _autocast() -> tuple[Any, ...]:
 def _set_autocast(values: tuple[Any, ...]) -> None:
     *each, caches, anywhere = values
     for device in () if anywhere else OTHER_AUTOCAST:
-        with suppress(RuntimeError):  # this build does not know it
+        with suppress(RuntimeError):  # this build of torch does not know the device
             torch.set_autocast_enabled(device, False)
     for device, (enabled, dtype) in zip(AUTOCAST, each, strict=True):
         torch.set_autocast_enabled(device, enabled)
@@ -78,20 +80,20 @@ def _set_autocast(values: tuple[Any, ...]) -> None:
 
 
 def fp32_precision() -> tuple[Any, ...]:
-    """How exact fp32 arithmetic is, for :func:`set_fp32_precision`."""
+    """The precision of fp32 arithmetic, for :func:`set_fp32_precision`."""
     named = None
-    with suppress(RuntimeError):  # torch refuses the old name where the new ones are mixed
+    with suppress(RuntimeError):  # torch refuses its old getter where the new settings differ
         named = torch.get_float32_matmul_precision()
     return (named, *(_C._get_fp32_precision_getter(*place) for place in PRECISIONS))
 
 
 def set_fp32_precision(values: tuple[Any, ...]) -> None:
-    """Bring back what :func:`fp32_precision` has found."""
+    """Set the precision that :func:`fp32_precision` returned."""
     named, *each = values
     if named is not None:
         torch.set_float32_matmul_precision(named)
     for place, value in zip(PRECISIONS, each, strict=True):
-        with suppress(RuntimeError):  # some pairs only follow their backend
+        with suppress(RuntimeError):  # some pairs cannot differ from their backend
             _C._set_fp32_precision_setter(*place, value)
 
 
@@ -107,7 +109,7 @@ def _set_function_modes(modes: list[Any]) -> None:
 
 
 def _set_default_device(values: tuple[Any, Any]) -> None:
-    """Beside the function mode that it is: by ``set_default_device``, and by any context."""
+    """Set the records of the default device, which is also one of the function modes."""
     _UNIT.device_context, _device.CURRENT_DEVICE = values
 
 
@@ -140,7 +142,7 @@ def _set_saved_tensors_ban(message: str | None) -> None:
 
 
 ENTERED: list[Any] = []
-"""Contexts that are never left: that would bring back what a plugin had set."""
+"""Contexts kept from being left, which would restore what a plugin had set."""
 
 
 def _set_inference_mode(on: bool) -> None:
@@ -206,7 +208,7 @@ def _states() -> Iterator[State]:
             _put_reduction(getattr(_C, f"_set_cublas_allow_{kind}_reduced_precision_reduction")),
         )
     yield State("flushing of denormal numbers", _flushes_denormals, torch.set_flush_denormal)
-    yield from OF_PYTHON
+    yield from PYTHON_STATES
     yield State("numpy's error handling", np.geterr, lambda values: np.seterr(**values))
 
 
@@ -220,15 +222,15 @@ LIKELY = (
     "torch dispatch modes", "torch function state", "default dtype", "autocast",
     "saved-tensors hooks", "number of threads", "fp32 precision", "deterministic algorithms",
 )  # fmt: skip
-"""What :meth:`TorchWatch.unchanged` sees, most of it by one call."""
+"""The states that :meth:`TorchWatch.unchanged` checks, most of them by one call."""
 
 CLOSE_STEPS = 100
-"""Steps from the start, from a switch and from every find on, in which each call is looked at."""
+"""Steps after the start, a switch or a found change in which the state is compared per call."""
 
 _training = attrgetter("training")
-NOT_COMPUTED_WITH = (*(state.name for state in OF_PYTHON), "numpy's error handling")
-"""What decides nothing that torch computes: after CLOSE_STEPS it is looked at before evaluations
-and at the end of the run, no longer in every step."""
+NOT_COMPUTED_WITH = (*(state.name for state in PYTHON_STATES), "numpy's error handling")
+"""States that change no result of torch: after CLOSE_STEPS they are compared before evaluations and
+at the end of the run, not in every step."""
 OTHERS = [s.get for s in STATES if s.name not in (*LIKELY, *NOT_COMPUTED_WITH)]
 OTHERS += [
     partial(_C._get_fp32_precision_getter, "mkldnn", "matmul"),
@@ -242,36 +244,39 @@ def _read(getters: Iterable[Callable[[], Any]]) -> list[Any]:
 
 
 def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
-    """Give each module its mode; one that contains others stands before them. By ``train``, for a
-    module may do more in it than note the mode."""
+    """Set the mode of each module; a module must come before those that it contains.
+
+    ``train`` sets it, which a module may override to do more.
+    """
     for module, training in modes:
         if module.training != training:
             module.train(training)
 
 
 class Before(NamedTuple):
-    """What a call of a plugin found."""
+    """The state before a call of a plugin."""
 
     values: list[Any]
     modes: list[tuple[nn.Module, bool]]
 
 
 class TorchWatch:
-    """The watch of a run: compares the state of the process, and the modes of ``model``'s modules,
-    and puts them back.
+    """The watch of a run: compares the state of the process and the modes of ``model``'s modules,
+    and puts back what changed.
 
-    Hooks of every step are called in the state that :meth:`expect` has noted. :meth:`unchanged`
-    looks for what is likely: after each call of a plugin in the first CLOSE_STEPS, later after all
-    calls of a hook. :meth:`settled` looks once a step for the rest, later without
-    NOT_COMPUTED_WITH. Calls outside of steps are compared as a whole with what they found.
+    :meth:`start_steps` records the state in which the hooks of every step are called.
+    :meth:`unchanged` checks the likely changes: after each call of a plugin in the first
+    CLOSE_STEPS steps, later once after all calls of a hook. :meth:`all_unchanged` also checks the
+    others once a step, after CLOSE_STEPS without NOT_COMPUTED_WITH. Outside of steps, the whole
+    state is compared with that before the call.
     """
 
     unchanged: Callable[[], bool]
-    """Whether the most likely changes since :meth:`expect` are absent."""
+    """Whether none of the likely changes has happened since :meth:`start_steps`."""
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self.model = model
-        self.stepping, self.closely = False, True
+        self.stepping, self.checks_each_call = False, True
         self._steps = 0
         self._note(self.before())
 
@@ -280,16 +285,16 @@ class TorchWatch:
         modules = () if self.model is None else self.model.modules()
         return Before([state.get() for state in STATES], [(m, m.training) for m in modules])
 
-    def expect(self, model: nn.Module) -> None:
-        """Steps begin: the present state is right for them."""
+    def start_steps(self, model: nn.Module) -> None:
+        """Record the present state as the right one for steps, which begin now."""
         self.model = model
         self._note(self.before())
         self._note_likely()
-        self._look_closely()
+        self._check_each_call()
         self.stepping = True
 
     def _note_likely(self) -> None:
-        # Called after each call of a plugin in a step: nothing is looked up there.
+        # unchanged() runs after each call of a plugin in a step, so its attributes are bound here.
         check = _C._dynamo.guards.GlobalStateGuard().check
         functions, dispatches = _C._len_torch_function_stack, _C._len_torch_dispatch_stack
         inference, hooks = (
@@ -309,30 +314,30 @@ class TorchWatch:
         self.unchanged = unchanged
         self._others, self._rest = _read(OTHERS), _read(REST)
 
-    def _look_closely(self) -> None:
-        self._steps, self.closely = 0, True
+    def _check_each_call(self) -> None:
+        self._steps, self.checks_each_call = 0, True
 
     def begin_step(self) -> None:
-        """Count a step; after CLOSE_STEPS without a find, hooks are looked at as a whole."""
+        """Count a step; after CLOSE_STEPS without a change, check once per hook, not per call."""
         self._steps += 1
-        self.closely = self._steps <= CLOSE_STEPS
+        self.checks_each_call = self._steps <= CLOSE_STEPS
 
-    def note_modes(self) -> None:
-        """The modes that modules have now are meant."""
+    def accept_modes(self) -> None:
+        """Record the present modes of the modules as intended."""
         if not self.modes_unchanged():
             self._note(Before(self._noted.values, [(m, m.training) for m in self._modules]))
 
-    def _note(self, right: Before) -> None:
-        self._noted = right
-        self._modules, self._modes = [m for m, _ in right.modes], [mode for _, mode in right.modes]
+    def _note(self, state: Before) -> None:
+        self._noted = state
+        self._modules, self._modes = [m for m, _ in state.modes], [mode for _, mode in state.modes]
 
-    def settled(self) -> bool:
-        """Whether everything is unchanged, including the modes of modules."""
+    def all_unchanged(self) -> bool:
+        """Whether the state and the modes of all modules are unchanged."""
         return (
             self.unchanged()
             and self.modes_unchanged()
             and _read(OTHERS) == self._others
-            and (not self.closely or _read(REST) == self._rest)
+            and (not self.checks_each_call or _read(REST) == self._rest)
         )
 
     def modes_unchanged(self) -> bool:
@@ -340,24 +345,24 @@ class TorchWatch:
         return list(map(_training, self._modules)) == self._modes
 
     def put_back(self, before: Before | None = None, *, sets_modes: bool = False) -> list[str]:
-        """Undo what has changed since ``before``, by default since :meth:`expect`, and say what.
+        """Undo changes since ``before``, else since :meth:`start_steps`; return them as texts.
 
-        With ``sets_modes`` the modules within the model keep the mode that they have now, unless
-        that of the whole was set.
+        With ``sets_modes`` the modules within the model keep their present modes, unless the mode
+        of the model itself changed.
         """
         values, modes = before or self._noted
         found = put_back(STATES, values)
         moved = [training for module, training in modes if module.training is not training]
-        # Parts of the model may be meant to be in another mode, the whole of it never is.
+        # A plugin may set the mode of parts of the model, never that of the model itself.
         whole = bool(modes) and modes[0][0].training is not modes[0][1]
         if whole or (moved and not sets_modes):
             set_modes(modes)
             mode = "training" if moved[0] else "eval"
             found.append(f"the {mode} mode of {len(moved)} modules of the model")
         if before is None and not found:
-            self._note_likely()  # something else that torch's guard looks at
+            self._note_likely()  # torch's guard checks more than STATES: take its new values
         if found:
-            self._look_closely()
+            self._check_each_call()
         if sets_modes and self.stepping and before is not None:
-            self.note_modes()
+            self.accept_modes()
         return found

@@ -1,4 +1,4 @@
-"""YAML text to plain data with the line of every key: safe, bounded, and with sane numbers."""
+"""Parses YAML to plain data with the line of every key, within bounds of size and depth."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _PLAIN_WORDS = (
 
 
 class ProfileLoader(yaml.SafeLoader):
-    """Only plain data. ``3e-5`` is a float; dates, octal ``010`` and ``1:30`` are not special."""
+    """Loads plain data only: ``3e-5`` is a float, ``010`` is 10, dates and ``1:30`` are text."""
 
     depth = 0
     nodes = 0
@@ -64,14 +64,14 @@ class ProfileLoader(yaml.SafeLoader):
 
 
 class ProfileDumper(yaml.SafeDumper):
-    """Quotes every text that the loader, or any other YAML reader, would not take for text."""
+    """Quotes every text that the loader or another YAML reader would not read as text."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _represent_text(dumper: ProfileDumper, text: str) -> yaml.ScalarNode:
-    # PyYAML writes these line ends as they are unless quoted doubly, and folds them on reading.
+    # Unless double-quoted, PyYAML writes these line ends as they are, and folds them on reading.
     style = '"' if re.search("[\x85\u2028\u2029]", text) else None
     return dumper.represent_scalar(f"{_TAG}str", text, style=style)
 
@@ -90,10 +90,10 @@ for _class in (ProfileLoader, ProfileDumper):
 
 @dataclass
 class Document:
-    """A parsed text: its ``data``, the line of every path, and problems that do not stop it.
+    """A parsed text: its ``data``, the line of every path, and problems that do not stop parsing.
 
-    ``texts`` holds how each scalar is spelled (None for a null and for what is no scalar), ``bare``
-    the keys after which nothing stands.
+    ``texts`` holds the spelling of each scalar (None for a null, a list or a mapping), ``bare`` the
+    paths of keys without a value.
     """
 
     data: Any = None
@@ -107,8 +107,8 @@ def parse_yaml(text: str, label: str) -> Document:
     """Parse one YAML document. ``label`` names the text in messages.
 
     Raises ConfigError for a syntax error (with line and column), a recursive or exploding alias,
-    a tag that is not plain data, and nesting or size beyond all reason. Duplicate keys and keys
-    that are not text are collected in the result's ``problems``.
+    a tag that is not plain data, and more than MAX_CHARACTERS, MAX_NODES or MAX_DEPTH. The result's
+    ``problems`` collects duplicate keys and keys that are lists or mappings.
     """
     if len(text) > MAX_CHARACTERS:
         raise ConfigError(LARGER, where=label)
@@ -140,7 +140,7 @@ def _syntax_problem(error: yaml.MarkedYAMLError, label: str) -> Problem:
 
 
 class _Builder:
-    """Turns nodes into data. An alias is the same node again, so expansion is counted here."""
+    """Converts nodes to data. It counts values, since the loader counts an alias as one node."""
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -161,7 +161,7 @@ class _Builder:
         if self.count > MAX_NODES:
             raise self.fail(node, f"aliases expand to more than {MAX_NODES:,} values")
         if id(node) in self.open:
-            raise self.fail(node, "an alias stands inside of what it names")
+            raise self.fail(node, "an alias is inside of the value that it names")
         if len(path) > MAX_DEPTH:
             raise self.fail(node, f"nested more than {MAX_DEPTH} deep")
         self.result.lines.setdefault(path, node.start_mark.line + 1)
@@ -169,7 +169,7 @@ class _Builder:
             value = self.scalar(node)
             if value is None and not node.value:
                 self.result.bare.add(path)
-            # The first counts: what '<<' merges gives way to what the mapping says itself.
+            # The first counts: a mapping's own keys override those that '<<' merges.
             self.result.texts.setdefault(path, None if value is None else node.value)
             return value
         self.result.texts.setdefault(path, None)
@@ -221,7 +221,7 @@ class _Builder:
         return sources
 
     def key(self, node: yaml.Node) -> str | None:
-        """The key, or None where it is not text; an unquoted ``no:`` or ``1:`` stays as written."""
+        """The key as written (also ``no:`` or ``1:``), or None for a list or mapping."""
         line = node.start_mark.line + 1
         if not isinstance(node, yaml.ScalarNode):
             self.problem("a key must be a word, not a list or a mapping", (), line, "")
@@ -259,12 +259,12 @@ class _Builder:
 
 
 def is_encodable(text: str) -> bool:
-    """Whether ``value`` is text without a lone surrogate."""
+    """Whether ``text`` has no lone surrogate."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def dotted(path: KeyPath) -> str:
-    """A path as people write it: ``plugins[0].priority``."""
+    """``path`` in dotted notation: ``plugins[0].priority``."""
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part

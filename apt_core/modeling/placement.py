@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from apt_core.config import Config
-from apt_core.device import resolve_device, unused_gpu
+from apt_core.device import reason_gpu_unused, resolve_device
 from apt_core.errors import ConfigError
 from apt_core.kernel import Kernel
 from apt_core.kinds import KINDS
@@ -42,7 +42,7 @@ def settle_device(kernel: Kernel, world: World = ALONE) -> torch.device:
         if kernel.manager.strict:
             raise ConfigError(message, hint="--strict allows no fallback")
         kernel.notices.append(f"{message}: using {device.type}")
-    elif asked == "auto" and device.type == "cpu" and (why := unused_gpu()):
+    elif asked == "auto" and device.type == "cpu" and (why := reason_gpu_unused()):
         kernel.notices.append(f"using the CPU, though this machine has a GPU: {why}")
     if device.type == "cuda" and world.size > 1:
         device = _own_gpu(asked, world)

@@ -121,7 +121,7 @@ class Loop:
         scaled = 0  # the number of targets that ``scale`` is for
         torch.set_grad_enabled(True)
         if watch is not None:
-            watch.expect(trained.model)
+            watch.start_steps(trained.model)
         for epoch in range(first_epoch + 1, training.max_epochs + 1):
             if due.ends():
                 return
@@ -187,7 +187,7 @@ class Loop:
                         term = batch.num_targets * term
                         summed = summed + term
                         terms[name] = terms.get(name, zero) + term.detach()
-                    if adding and watch is not None and not watch.settled():
+                    if adding and watch is not None and not watch.all_unchanged():
                         self.manager.failures.report_leftovers(watch.put_back(), MICRO_BATCH_HOOKS)
                     if not summed.requires_grad:
                         raise TrainingError(f"step {step}: every parameter of the model is frozen")
@@ -257,7 +257,7 @@ class Loop:
         """Put back process state that hooks left changed: what is checked once a step, or, before
         an evaluation or a sample, the ``whole`` of it."""
         watch = self.watch
-        if watch is None or not watch.stepping or (not whole and watch.settled()):
+        if watch is None or not watch.stepping or (not whole and watch.all_unchanged()):
             return
         if left := watch.put_back():
             self.manager.failures.report_leftovers(left)

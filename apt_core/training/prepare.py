@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from apt_core.data.batches import BatchPlan
 from apt_core.data.loading import TokenizedText, build_tokenizer, load_tokens
-from apt_core.device import autocast_dtype, forget_peak_memory
+from apt_core.device import autocast_dtype, reset_peak_memory
 from apt_core.kernel import Kernel, before_the_run
 from apt_core.log import get_logger
 from apt_core.modeling.blame import naming_authors
@@ -78,7 +78,7 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> tuple[Parts,
     dtype = autocast_dtype(training.mixed_precision, device, config.model.d_model)
     # Measured before the model takes memory.
     measured_peak_flops(device, dtype or torch.float32)
-    forget_peak_memory(device)  # of the measurement and of earlier runs
+    reset_peak_memory(device)  # of the measurement and of earlier runs
     tokenizer = build_tokenizer(kernel)
     text = load_tokens(kernel, tokenizer)
     log.info("data: %s", text.description)

@@ -70,7 +70,7 @@ class TrainedModel:
         self._take(Built(model, optimizer, forward))
         self.guard.load(*skipped)
         if self._watch is not None and self._watch.stepping:
-            self._watch.expect(model)
+            self._watch.start_steps(model)
 
     def average(self, plugin: str, decay: float) -> WeightAverage:
         """The moving average of the weights that belongs to ``plugin``; made at the first call."""

@@ -51,7 +51,7 @@ def test_what_is_no_file_is_refused_and_never_waited_for(no_file: Path) -> None:
     for profile in (no_file, "child.yaml"):
         with pytest.raises(ConfigError, match=r"it is a|is a directory"):
             read_profile(profile)
-    with pytest.raises(discovery.LoadError, match=r"is a folder|is no file"):
+    with pytest.raises(discovery.LoadError, match=r"is a folder|is not a regular file"):
         discovery.load(str(no_file), {})
     package = Path("package")
     package.mkdir()

@@ -126,7 +126,7 @@ def test_a_folder_of_the_same_name_does_not_hide_a_profile() -> None:
         ("a: !!python/object/apply:os.system [ls]\n", "not plain data", "x.yaml:1:4"),
         ("a: !!python/name:os.system\n", "not plain data", "x.yaml:1:4"),
         ("a: !!int word\n", "not plain data", "x.yaml:1:4"),
-        ("a: &x [*x]\n", "inside of what it names", "x.yaml:1:4"),
+        ("a: &x [*x]\n", "inside of the value that it names", "x.yaml:1:4"),
         ("a: \"\\UFFFFFFFF\"\n", "invalid escape", "x.yaml:1"),
         ("a: \"\\ud800\"\n", "surrogate", "x.yaml:1:4"),
         ("a: \x00\n", "cannot stand in YAML", "x.yaml:1:4"),

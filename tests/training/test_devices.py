@@ -128,11 +128,11 @@ def test_the_memory_of_a_run_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None
     """What the measurement of the peak takes is more than a small model does."""
     called: list[str] = []
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda of: called.append(str(of)))
-    device.forget_peak_memory(torch.device("cuda:1"))
-    device.forget_peak_memory(torch.device("cpu"))
+    device.reset_peak_memory(torch.device("cuda:1"))
+    device.reset_peak_memory(torch.device("cpu"))
     assert called == ["cuda:1"]
     monkeypatch.setattr(prepare, "measured_peak_flops", lambda *_: called.append("measured"))
-    monkeypatch.setattr(prepare, "forget_peak_memory", lambda of: called.append(f"forgot {of}"))
+    monkeypatch.setattr(prepare, "reset_peak_memory", lambda of: called.append(f"forgot {of}"))
     tiny_run(steps=1)
     assert called[1:] == ["measured", "forgot cpu"]
 
