@@ -19,12 +19,12 @@ DRAWING = Path(__file__).with_name("plots.py")
 HEAD = """\
 # Performance
 
-Each section answers one question with `benchmarks/<name>.py`. Sides are timed in turns in one run;
-a ratio is one of medians, its interval covers 95% of bootstrap resamples of the rounds, unless the
-section says otherwise.
-Figures that compare a peer with itself (A/A) show what the machine's noise alone does.
+Each section answers one question with `benchmarks/<name>.py`. Unless a section says otherwise, its
+sides are timed in turns in one run, a ratio is that of medians, and an interval covers 95% of
+bootstrap resamples of the rounds. Figures that compare a side with itself (A/A), such as
+`mha_over_mha`, show the noise of the machine.
 
-This page is rendered from `benchmarks/results/` by `python benchmarks/render.py`.
+`python benchmarks/render.py` renders this page from `benchmarks/results/`.
 """
 
 ON_A_GPU = """\
@@ -32,31 +32,36 @@ ON_A_GPU = """\
 
     tox -e gpu
 
-in a fresh clone on a machine with an NVIDIA GPU makes an environment, and runs there in less
-than ten minutes the tests that compute on a GPU and `benchmarks/gpu.py`. Their JSON is in
-`gpu-results/`, and a summary is printed: what passed, failed and was skipped and why, and the
-figures beside the goals. `python tests/gpu` does the same in an environment that is there.
-Needed are tox, a C compiler (for `torch.compile`) and a driver for CUDA 13, of which torch's
-build on PyPI is; for an older driver name an index of builds for its CUDA, as by
-`PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126`. A GPU that torch cannot use is an
-error that says so.
+This command works in a fresh clone on a machine with an NVIDIA GPU. It makes an environment, and in
+less than ten minutes runs the tests that compute on a GPU and `benchmarks/gpu.py`. It writes their
+JSON to `gpu-results/` and prints a summary: what passed, failed or was skipped and why, and the
+figures beside the goals. `python tests/gpu` does the same in an existing environment.
 
-The benchmark trains GPT-2 of 124 million parameters, in batches of 12 sequences of 1,024
-tokens, beside a bare loop like nanoGPT's in the same run: eager, compiled, with CUDA graphs and
-as a profile has it by default, with each change of precision, optimizer, vocabulary and
-attention; the shipped profile `base` and a single layer, where launches are what costs; layers
-of 8, 32 and 64 experts beside a dense one of as many operations; what a checkpoint holds up;
-tokens decoded a second. Of each side it tells the tokens a second, the share of the peak that
-was measured on the device and of the one that NVIDIA gives for it, GiB and launches a step.
-Goals are 1.1 times the tokens a second of the fastest bare loop, and half of an H100's bf16
-peak. What does not fit in the time (`--budget`) is told to have been left out, and a row that
-fails does not end the others.
+The machine needs tox, a C compiler (for `torch.compile`) and a driver for CUDA 13, for which
+torch's package on PyPI is built. For an older driver, name an index of builds for its CUDA:
+`PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126`. If torch cannot use the GPU, the
+command fails and says so.
 
-Without a GPU the same command skips every test and takes every row at a small size: its files
+The benchmark runs APT beside a bare loop like nanoGPT's and measures
+
+- training of GPT-2 with 124 million parameters, in batches of 12 sequences of 1,024 tokens: eager,
+  compiled, with CUDA graphs and as a profile has it by default, with each change of precision,
+  optimizer, vocabulary and attention;
+- the shipped profile `base`, and a model of one layer, whose time goes into launches;
+- layers of 8, 32 and 64 experts beside a dense layer of as many operations;
+- the time for which a checkpoint holds up training;
+- tokens decoded per second.
+
+For each side it reports tokens per second, GiB and launches per step, and the share of two peaks:
+the one measured on the device and the one that NVIDIA states. The goals are 1.1 times the tokens
+per second of the fastest bare loop, and half of an H100's bf16 peak. The report names the rows that
+`--budget` left no time for; a row that fails does not end the others.
+
+Without a GPU the same command skips every test and runs every row at a small size: its files
 say `"dry_run": true`, and their figures mean nothing.
 """
 
-NO_FIGURES = "No figures are kept here: none of this has run on a GPU yet.\n"
+NO_FIGURES = "No figures of a GPU are kept: neither tests nor benchmark have run on one yet.\n"
 
 TOOLS = {
     "faults": "The fault matrix",
@@ -67,19 +72,18 @@ TOOLS = {
 """What looks for faults instead of measuring, by the file that keeps what it found."""
 
 BEGIN, END = "<!-- rendered: begin -->", "<!-- rendered: end -->"
-"""Between these lines of docs/reliability.md stand the tables."""
+"""The lines of docs/reliability.md that enclose its tables."""
 
 
 def render(results: Path) -> str:
-    """The whole page, one section a result, in the order of file names."""
+    """The whole page on performance, with one section per result, in the order of file names."""
     sections = [_section(path.stem, _read(path)) for path in _measured(results)]
     kept = (results / "gpu.json").exists()
     return "\n".join([HEAD, *sections, ON_A_GPU, *([] if kept else [NO_FIGURES])])
 
 
 def render_reliability(results: Path, page: str) -> str:
-    """``page`` with the tables of what looked for faults. Raises ValueError for a page without the
-    lines that these stand between."""
+    """``page`` with new tables of faults. Raises ValueError without the lines that enclose them."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
@@ -90,7 +94,7 @@ def render_reliability(results: Path, page: str) -> str:
 
 
 def missing(results: Path) -> list[Path]:
-    """Files of figures that the page on reliability is not complete without."""
+    """The files that the page on reliability needs and ``results`` does not have."""
     return [path for name in TOOLS if not (path := results / f"{name}.json").exists()]
 
 

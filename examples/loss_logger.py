@@ -1,4 +1,4 @@
-"""An observer: writes the training loss to a CSV file, and goes on where a resumed run does.
+"""An observer: writes the training loss to a CSV file with each checkpoint; a resume continues it.
 
 apt-train -p tiny_debug --plugin examples/loss_logger.py --loss_logger.path my_loss.csv
 """
@@ -17,7 +17,7 @@ PLUGIN = PluginInfo(summary="writes the training loss to a CSV file", version="1
 
 
 class Settings(Section):
-    path: str = Field(default="loss.csv", description="File to write.")
+    path: str = Field(default="loss.csv", description="The file to write.")
 
 
 class Plugin:

@@ -16,11 +16,11 @@ PLUGIN = PluginInfo(summary="attention in a sliding window", version="2.0.0")
 
 
 class Settings(Section):
-    window: int = Field(default=32, ge=1, description="Tokens that each token sees.")
+    window: int = Field(default=32, ge=1, description="Tokens that each token sees, with itself.")
 
 
 class WindowAttention(MultiHeadAttention):
-    """Multi-head attention, with its cache and checks, behind a mask of its own."""
+    """Multi-head attention, with its cache and checks, that adds the mask of the window."""
 
     def __init__(self, d_model, num_heads, window, **options):
         super().__init__(d_model, num_heads, **options)
@@ -33,7 +33,7 @@ class WindowAttention(MultiHeadAttention):
 
 
 class WindowProvider(MHAProvider):
-    """``attention:window``; what it supports, keeps and costs is what multi-head attention does."""
+    """``attention:window``: supports, caches and costs what multi-head attention does."""
 
     name = "window"
 

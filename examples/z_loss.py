@@ -1,4 +1,4 @@
-"""A loss term: keeps the normaliser of the softmax near one, with a weight that may be scheduled.
+"""A loss term: keeps the normaliser of the softmax near one; a schedule may change its weight.
 
 apt-train -p tiny_debug --plugin examples/z_loss.py \
     --schedules.enable_z_loss_at_step 100 --schedules.z_loss_weight '{start: 0, end: 1e-3}'
