@@ -1,0 +1,1 @@
+"""Sources: providers of kind `dataset`, which yield documents."""
