@@ -3,7 +3,18 @@ heard as in a terminal."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import os
+import runpy
 import signal
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NoReturn
 
 import pytest
 from hypothesis import settings
@@ -33,3 +44,120 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+class _Fork(subprocess.Popen[Any]):
+    """Runs Python as a fork of this process, which has imported torch already: an interpreter of
+    its own takes seconds for that. Every other program is started as usual."""
+
+    def _execute_child(self, *arguments: Any) -> None:
+        execute = super()._execute_child  # type: ignore[misc]
+        call = inspect.signature(execute).bind(*arguments).arguments
+        program, *words = map(os.fspath, call["args"])
+        while words and words[0] in ("-P", "-u"):
+            del words[0]
+        options = words and words[0].startswith("-") and words[0] not in ("-c", "-m")
+        if program != sys.executable or not words or options or call["shell"]:
+            return execute(*arguments)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # threads are not needed there
+            self.pid = os.fork()
+        if not self.pid:
+            _become_python(words, call)
+        self._child_created = True
+        pipes = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+        self._close_pipe_fds(*(call[name] for name in pipes))  # type: ignore[attr-defined]
+
+
+def _become_python(words: Sequence[str], call: dict[str, Any]) -> NoReturn:
+    """Become what ``python WORDS`` is, in the fork that has just begun, and end it."""
+    code = 1
+    try:
+        if call["cwd"] is not None:
+            os.chdir(call["cwd"])
+        if call["start_new_session"]:
+            os.setsid()
+        for number, source in enumerate(("p2cread", "c2pwrite", "errwrite")):
+            if call[source] >= 0:
+                os.dup2(call[source], number)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        for each in signal.valid_signals():
+            if callable(signal.getsignal(each)):
+                signal.signal(each, signal.SIG_DFL)
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if call["env"] is not None:
+            os.environ.clear()
+            os.environ.update({os.fsdecode(k): os.fsdecode(v) for k, v in call["env"].items()})
+        sys.stdin = os.fdopen(0, closefd=False)
+        sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)
+        escaped = {"errors": "backslashreplace", "closefd": False}
+        sys.stderr = sys.__stderr__ = os.fdopen(2, "w", 1, **escaped)
+        importlib.reload(warnings)  # pytest collects them
+        sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+        flag, *rest = words
+        if flag == "-c":
+            sys.argv = ["-c", *rest[1:]]
+            exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+        elif flag == "-m":
+            sys.argv = rest
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = words
+            sys.path.insert(0, os.path.dirname(flag))
+            runpy.run_path(flag, run_name="__main__")
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+@pytest.fixture(scope="session")
+def late_imports() -> None:
+    """What a run imports late, once here rather than in each fork of this process."""
+    for name in ("torch._dynamo", "torch.distributed.fsdp", "apt_core.training"):
+        importlib.import_module(name)
+
+
+TORCHRUN_STARTS = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
+
+
+@contextmanager
+def _forks() -> Iterator[None]:
+    import torch
+
+    if torch.cuda.is_available():  # CUDA survives no fork
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a fork loses the others
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(subprocess, "Popen", _Fork)
+            patch.setattr(f"{TORCHRUN_STARTS}.Popen", _Fork)
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def forks(late_imports: None) -> Callable[[], AbstractContextManager[None]]:
+    """``with forks():`` processes of this interpreter are forks of this one, and so are those that
+    they start. It is for tests of what a process does, not of how an interpreter starts."""
+    return _forks
+
+
+@pytest.fixture
+def forked(forks: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """The test is run ``with forks()``."""
+    with forks():
+        yield

@@ -99,7 +99,7 @@ def apt_train(
 
 
 @pytest.fixture
-def in_children() -> Callable[..., list[int]]:
+def in_children(late_imports: None) -> Callable[..., list[int]]:
     """Call each function in a forked process of its own, all at once; returns their exit codes,
     negative for a signal.
 

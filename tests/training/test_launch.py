@@ -1,6 +1,6 @@
 """Starting several processes, and every way in which they end.
 
-Each test that starts processes takes seconds, so each asks several things of its run.
+The first test starts interpreters, as a user does; in the others the processes are forks.
 """
 
 from __future__ import annotations
@@ -214,6 +214,7 @@ def test_a_run_of_two_processes_speaks_with_one_voice_and_is_closed_to_others(
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["world_size"] == 2
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_loss_term_that_fails_in_one_process_ends_the_run_which_resumes_bit_equal(
     arguments: Callable[..., list[str]], apt_train: Callable[..., Any], dies: str, tmp_path: Path
 ) -> None:
@@ -235,6 +236,7 @@ def test_a_loss_term_that_fails_in_one_process_ends_the_run_which_resumes_bit_eq
     assert all(tensor.equal(whole[name]) for name, tensor in resumed.items())
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_process_that_is_killed_ends_the_run_with_a_checkpoint(
     arguments: Callable[..., list[str]], dies: str, tmp_path: Path
 ) -> None:
@@ -251,6 +253,7 @@ def test_a_process_that_is_killed_ends_the_run_with_a_checkpoint(
 
 
 @pytest.mark.parametrize("mode", ["deaf", "stop"])
+@pytest.mark.usefixtures("forked")
 def test_processes_that_notice_nothing_themselves_end_with_the_last_whole_step(
     arguments: Callable[..., list[str]], apt_train: Callable[..., Any], tmp_path: Path, mode: str
 ) -> None:
@@ -278,6 +281,7 @@ def test_processes_that_notice_nothing_themselves_end_with_the_last_whole_step(
     assert all(tensor.equal(expected[name]) for name, tensor in weights(checkpoint.path).items())
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_layer_that_fails_in_one_process_leaves_the_last_sharded_checkpoint(
     arguments: Callable[..., list[str]], apt_train: Callable[..., Any], dies: str, tmp_path: Path
 ) -> None:
@@ -298,6 +302,7 @@ def test_a_layer_that_fails_in_one_process_leaves_the_last_sharded_checkpoint(
     [(signal.SIGTERM, 143, True), (signal.SIGINT, 130, False)],
     ids=["SIGTERM to all", "Ctrl-C"],
 )
+@pytest.mark.usefixtures("forked")
 def test_a_signal_ends_all_processes_with_a_checkpoint(
     arguments: Callable[..., list[str]],
     dies: str,
@@ -332,6 +337,7 @@ def test_a_signal_ends_all_processes_with_a_checkpoint(
     assert out.count("to go on: apt-train") == 1
 
 
+@pytest.mark.usefixtures("forked")
 def test_bad_input_that_every_process_finds_is_reported_once(
     arguments: Callable[..., list[str]],
 ) -> None:
@@ -342,6 +348,7 @@ def test_bad_input_that_every_process_finds_is_reported_once(
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.usefixtures("forked")
 def test_torchrun_starts_the_processes_too(
     arguments: Callable[..., list[str]], tmp_path: Path
 ) -> None:

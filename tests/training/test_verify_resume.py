@@ -63,7 +63,7 @@ QUICK = (
 
 
 @pytest.fixture
-def verify(profile, tmp_path, capsys, monkeypatch) -> Callable[..., tuple[int, str, str]]:
+def verify(profile, tmp_path, capsys, monkeypatch, forked) -> Callable[..., tuple[int, str, str]]:
     """Verify the tiny profile with this plugin; the exit code and what was printed."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
