@@ -2,9 +2,9 @@
 
 Everything is a pure function of the position, so nothing can be missed or repeated by a resume.
 A position is given by any of ``epoch`` (from 1), ``step`` (optimizer steps of the whole run, from
-1) and ``tokens`` (target tokens trained on before it, from 0). What one unit needs and another
-gives is converted where the :class:`Horizon` knows the steps of the run; no other count of tokens
-is made anywhere.
+1) and ``tokens`` (those in the windows of the steps before it, from 0). What one unit needs and
+another gives is converted where the :class:`Horizon` knows the steps of the run; no other count of
+tokens is made anywhere.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ FIRST: Mapping[Unit, int] = {"epoch": 1, "step": 1, "token": 0}
 
 
 class Steps(Protocol):
-    """The steps of a run: how many an epoch has, and the target tokens that each trains on."""
+    """The steps of a run: how many an epoch has, and the tokens that each trains on."""
 
     steps_per_epoch: int
-    targets_per_epoch: int
+    tokens_per_epoch: int
 
-    def targets_before(self, epoch: int, index: int) -> int:
-        """The target tokens of those steps of ``epoch`` (from 1) that come before step ``index``
-        (from 0)."""
+    def tokens_before(self, index: int) -> int:
+        """The tokens of those steps of an epoch that come before step ``index`` (from 0)."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +75,14 @@ class Horizon:
             epoch, index = divmod(value - 1, steps.steps_per_epoch)
             epoch += 1
         else:
-            epoch, rest = divmod(value, steps.targets_per_epoch)
+            epoch, rest = divmod(value, steps.tokens_per_epoch)
             epoch += 1
-            index = _step_at(steps, epoch, rest)
+            index = _step_at(steps, rest)
         if wanted == "epoch":
             return epoch
         if wanted == "step":
             return (epoch - 1) * steps.steps_per_epoch + index + 1
-        return (epoch - 1) * steps.targets_per_epoch + steps.targets_before(epoch, index)
+        return (epoch - 1) * steps.tokens_per_epoch + steps.tokens_before(index)
 
     def first_step_from(self, at: int, unit: Unit) -> int | None:
         """The first step that begins at this position or after it, or None where it is not known.
@@ -106,13 +105,10 @@ class Horizon:
         return last if unit == "step" else None
 
 
-def _step_at(steps: Steps, epoch: int, tokens: int) -> int:
-    """The step of ``epoch`` (from 0) in which the number of target tokens is reached."""
-
-    def before(index: int) -> int:
-        return steps.targets_before(epoch, index)
-
-    return bisect_right(range(steps.steps_per_epoch), tokens, key=before) - 1 if tokens else 0
+def _step_at(steps: Steps, tokens: int) -> int:
+    """The step of an epoch (from 0) in which the number of tokens is reached."""
+    every = range(steps.steps_per_epoch)
+    return bisect_right(every, tokens, key=steps.tokens_before) - 1 if tokens else 0
 
 
 @dataclass(frozen=True)

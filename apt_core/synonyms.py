@@ -85,7 +85,6 @@ _NAMES: Mapping[str, str] = {
     "evaluation.eval_batches": "eval_iters limit_val_batches max_eval_batches num_eval_batches",
     "evaluation.save_best": "load_best_model_at_end save_best_model keep_best",
     "evaluation.sample_tokens": "max_new_tokens sample_length num_sample_tokens",
-    "evaluation.sample_prompt": "prompt",
     "evaluation.sample_temperature": "temperature",
     "monitoring.wandb.enabled": "wandb_log use_wandb report_to",
     "monitoring.wandb.project": "wandb_project project_name",

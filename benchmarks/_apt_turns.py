@@ -10,10 +10,10 @@ from unittest.mock import patch
 from torch import nn
 
 from _turns import Loop
-from apt_core.data.batches import Batch, BatchPlan
+from apt_core.data.batches import BatchPlan, Step
 from apt_core.training import Trainer
 
-STEP_BATCHES = BatchPlan.step_batches
+STEP = BatchPlan.step
 
 
 class _Plans(threading.local):
@@ -50,9 +50,9 @@ def handing_over() -> Iterator[None]:
     """Trainers hand over where they fetch a batch: there is no other place that is neither their
     own code nor a plugin."""
 
-    def step_batches(plan: BatchPlan, epoch: int, index: int) -> list[Batch]:
+    def step(plan: BatchPlan, epoch: int, index: int) -> Step:
         PLANS.fetched()
-        return STEP_BATCHES(plan, epoch, index)
+        return STEP(plan, epoch, index)
 
-    with patch.object(BatchPlan, "step_batches", step_batches):
+    with patch.object(BatchPlan, "step", step):
         yield

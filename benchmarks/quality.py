@@ -127,7 +127,7 @@ def widened(costs: Mapping[str, Cost]) -> Variant:
 def training_step(variant: Variant) -> Callable[[], object]:
     """One whole optimizer step on one batch, as a run takes it."""
     parts, built = variant.prepared()
-    (batch,) = parts.plan.step_batches(1, 0)
+    (batch,) = parts.plan.step(1, 0).batches
     parameters = list(built.model.parameters())
 
     def call() -> None:

@@ -1,27 +1,27 @@
-"""Cuts tokens into windows, and assigns windows to the optimizer steps of a run.
+"""Batches of windows: those of each optimizer step of a run, and those of an evaluation.
 
-T is ``seq_len``, B the number of windows in a micro-batch. Window i holds tokens iT..iT+T-1 and
-predicts tokens iT+1..iT+T, so every token but the very first is predicted exactly once an epoch.
+T is ``seq_len``, B the number of windows in a micro-batch.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from apt_core.data.sampler import epoch_order, place_of_last
-from apt_core.errors import ConfigError, Problem
+from apt_core.data.order import Drawn, Order
+from apt_core.data.packing.concat import ConcatWindows
+from apt_core.data.packing.rows import IGNORED, Rows, Windows, row_targets
+from apt_core.data.store.parts import ArrayPart
 
-IGNORED = -100
-"""The target of a position that is not predicted (padding)."""
-
-Tokens = npt.NDArray[Any]
+Ints = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,11 @@ class Batch:
 
     A target of -100 is ignored; ``num_targets`` counts the others. ``positions`` [B, T] are the
     positions of the tokens in their sequences, by default 0..T-1. ``document_ids`` [B, T] number
-    the documents packed in a row, which do not see each other, and are -1 at padding;
-    ``num_tokens`` is then the number of positions that are not padding. Without document ids a row
-    is one text, and positions without a target are padding. Both counts are on the host, so that
-    reading them does not wait for the device.
+    the documents packed in a row, which do not see each other, and are -1 at padding; without them
+    a row is one text. ``num_tokens`` is the number of positions that are not padding, and
+    ``is_token`` [B, T] says which, where there are no document ids; without ``num_tokens``,
+    positions without a target are padding. Both counts are on the host, so that reading them does
+    not wait for the device.
 
     Call a model on it by :func:`apt_core.modeling.forward_batch`. Raises ValueError for
     inconsistent parts.
@@ -45,16 +46,40 @@ class Batch:
     positions: Tensor | None = None
     document_ids: Tensor | None = None
     num_tokens: int | None = None
+    is_token: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in ("positions", "document_ids"):
+        for name in ("positions", "document_ids", "is_token"):
             tensor = getattr(self, name)
             if tensor is not None and tensor.shape != self.input_ids.shape:
                 raise ValueError(
                     f"{name} of shape {list(tensor.shape)} for ids of {list(self.input_ids.shape)}"
                 )
-        if (self.document_ids is None) != (self.num_tokens is None):
-            raise ValueError("document_ids and num_tokens are given together, or neither is")
+        padded = self.num_tokens is not None and self.num_tokens < self.input_ids.numel()
+        if self.num_tokens is None and (self.document_ids, self.is_token) != (None, None):
+            raise ValueError("document_ids and is_token need num_tokens")
+        if padded and self.document_ids is None and self.is_token is None:
+            raise ValueError("num_tokens tells of padding: document_ids or is_token must say where")
+
+    @classmethod
+    def of_rows(cls, rows: Rows) -> Batch:
+        """The batch of these rows, which are not copied."""
+        num_tokens, document_ids, is_token = rows.ids.size, None, None
+        if rows.document_ids is not None:
+            tokens = rows.document_ids >= 0
+            num_tokens = int(np.count_nonzero(tokens))
+            if rows.packed:
+                document_ids = torch.from_numpy(rows.document_ids)
+            elif num_tokens < tokens.size:  # one document a row needs no mask: padding comes last
+                is_token = torch.from_numpy(tokens)
+        return cls(
+            torch.from_numpy(rows.ids),
+            torch.from_numpy(rows.targets),
+            row_targets(rows),
+            document_ids=document_ids,
+            num_tokens=num_tokens,
+            is_token=is_token,
+        )
 
     @classmethod
     def of_ids(cls, input_ids: Tensor) -> Batch:
@@ -82,180 +107,175 @@ class Batch:
             None if self.positions is None else moved(self.positions),
             None if self.document_ids is None else moved(self.document_ids),
             self.num_tokens,
+            None if self.is_token is None else moved(self.is_token),
         )
 
 
-def num_windows(num_tokens: int, seq_len: int) -> int:
-    """The number of windows that predict every token but the first."""
-    return -(-(num_tokens - 1) // seq_len)
+def cut_windows(tokens: Ints, windows: Sequence[int] | Ints, seq_len: int) -> Batch:
+    """The batch of ``windows`` of one text of ``tokens``, 1-D, each ``seq_len`` long; a window that
+    runs over the end is padded."""
+    indices = np.asarray(windows, dtype=np.int64)
+    return Batch.of_rows(ConcatWindows(ArrayPart(tokens), seq_len).rows(indices))
 
 
-def cut_windows(tokens: Tokens, windows: Sequence[int] | Tokens, seq_len: int) -> Batch:
-    """The batch of ``windows`` of ``tokens``; a window that runs over the end is padded."""
-    starts = np.asarray(windows, dtype=np.int64) * seq_len
-    index = starts[:, None] + np.arange(seq_len + 1)
-    last = len(tokens) - 1
-    cut = tokens[np.minimum(index, last)].astype(np.int64)
-    targets = cut[:, 1:].copy()
-    beyond = index[:, 1:] > last
-    targets[beyond] = IGNORED
-    return Batch(
-        torch.from_numpy(cut[:, :-1].copy()),
-        torch.from_numpy(targets),
-        int(beyond.size - beyond.sum()),
-    )
+class Step(NamedTuple):
+    """What a process gets for an optimizer step: its micro-batches, and the numbers of targets and
+    tokens over all processes."""
+
+    batches: list[Batch]
+    num_targets: int
+    num_tokens: int
 
 
-class StepPlan:
-    """Assigns the windows of a text of ``num_tokens`` tokens to the optimizer steps of a run.
+class BatchPlan:
+    """Makes the micro-batches of each optimizer step of a run.
 
-    A step takes ``windows_per_step`` windows of ``seq_len`` tokens, over all processes, in the
-    order of :func:`~apt_core.data.sampler.epoch_order`; the last step of an epoch may have fewer
-    windows, and the last window of the text fewer targets. All counts of steps, epochs and tokens
-    of a run are made by it. It needs the length of the text only, so that a run can be planned
-    without text.
-    """
+    In an optimizer step each of ``world_size`` processes takes micro-batches of ``batch_size``
+    windows; the last step of an epoch may have fewer micro-batches and its last one fewer windows.
+    Micro-batch ``i`` of the step goes to the process ``i % world_size``, so that the step is the
+    same for any number of processes. ``sources`` are the windows of each source of ``order``.
+    With ``longest``, columns that are padding in all rows of a micro-batch are cut off.
 
-    def __init__(
-        self, num_tokens: int, *, seq_len: int, windows_per_step: int, seed: int = 0
-    ) -> None:
-        self.seq_len, self.seed, self.windows_per_step = seq_len, seed, windows_per_step
-        self.num_windows = num_windows(num_tokens, seq_len)
-        self.steps_per_epoch = -(-self.num_windows // windows_per_step)
-        self.targets_per_epoch = num_tokens - 1
-        self._missing = self.num_windows * seq_len - self.targets_per_epoch
-
-    def step_windows(self, epoch: int, index: int) -> Tokens:
-        """The windows of step ``index`` (from 0) of ``epoch`` (from 1), over all processes.
-
-        Raises IndexError for a step that the epoch does not have.
-        """
-        if not 0 <= index < self.steps_per_epoch:
-            raise IndexError(f"step {index} of an epoch of {self.steps_per_epoch} steps")
-        first = index * self.windows_per_step
-        order = epoch_order(self.seed, epoch, self.num_windows)
-        return order[first : first + self.windows_per_step]
-
-    def step_targets(self, epoch: int, index: int) -> int:
-        """The number of target tokens of the step, over all processes."""
-        count = len(self.step_windows(epoch, index)) * self.seq_len
-        return count - (self._missing if self._is_ragged(epoch, index) else 0)
-
-    def targets_before(self, epoch: int, index: int) -> int:
-        """The number of target tokens in the steps of ``epoch`` before step ``index``."""
-        windows = min(index * self.windows_per_step, self.num_windows)
-        if windows == self.num_windows:
-            return self.targets_per_epoch
-        if not windows or not self._missing:  # the order of the epoch does not matter
-            return windows * self.seq_len
-        place = place_of_last(self.seed, epoch, self.num_windows)
-        return windows * self.seq_len - (self._missing if place < windows else 0)
-
-    def _is_ragged(self, epoch: int, index: int) -> bool:
-        """Whether the step has the window that runs over the end of the text."""
-        if not self._missing:
-            return False
-        place = place_of_last(self.seed, epoch, self.num_windows)
-        return place // self.windows_per_step == index
-
-
-class BatchPlan(StepPlan):
-    """Makes the micro-batches of each optimizer step of a run over ``tokens``.
-
-    In an optimizer step each of ``world_size`` processes takes ``grad_accum_steps`` micro-batches
-    of ``batch_size`` windows of ``seq_len`` tokens; the last step of an epoch may have fewer
-    micro-batches and its last one fewer windows. Micro-batch ``i`` of the step goes to the process
-    ``i % world_size``, so that the step is the same for any number of processes. ``tokens`` is a
-    1-D array of ids and may be memory-mapped. It is stateless, so a run
-    resumes at any step without cost.
+    What a step sees depends on its number alone, so that a run resumes at any step without cost.
+    With ``num_workers`` threads, the batches of the next steps are made meanwhile, until
+    :meth:`close`.
     """
 
     def __init__(
         self,
-        tokens: Tokens,
+        order: Order,
+        sources: Sequence[Windows],
         *,
-        seq_len: int,
         batch_size: int,
-        grad_accum_steps: int = 1,
-        seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        longest: bool = False,
+        num_workers: int = 0,
     ) -> None:
-        """Raises ConfigError if ``tokens`` does not fill the windows of one step."""
-        if min(seq_len, batch_size, grad_accum_steps) < 1:
-            raise ValueError("seq_len, batch_size and grad_accum_steps must be at least 1")
-        needed = batch_size * grad_accum_steps * world_size
-        super().__init__(len(tokens), seq_len=seq_len, windows_per_step=needed, seed=seed)
-        self.tokens, self.batch_size = tokens, batch_size
-        self.rank, self.world_size = rank, world_size
-        if self.num_windows < needed:
-            raise ConfigError(
-                Problem(
-                    f"the training text has {len(tokens):,} tokens, which is {self.num_windows} "
-                    f"windows of {seq_len}; one optimizer step takes {needed}",
-                    key="data.train_path",
-                    hint="give more text, or lower training.batch_size, "
-                    "training.grad_accum_steps or data.max_length",
-                )
-            )
-        # Row i is window i with its last target; the last window may be shorter.
-        whole = np.lib.stride_tricks.sliding_window_view
-        self._rows = whole(tokens, seq_len + 1)[::seq_len] if len(tokens) > seq_len else None
+        self.order, self.steps, self.sources = order, order.steps, sources
+        self.seq_len, self.steps_per_epoch = order.steps.seq_len, order.steps.steps_per_epoch
+        self.windows_per_step = order.steps.windows_per_step
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self._longest = longest
+        self._num_workers = num_workers
+        self._pool: ThreadPoolExecutor | None = None
+        self._ahead: deque[tuple[int, Future[Step]]] = deque()
 
-    def step_batches(self, epoch: int, index: int) -> list[Batch]:
-        """This process's micro-batches of step ``index`` of ``epoch``; a pure function.
+    def step(self, epoch: int, index: int) -> Step:
+        """This process's part of step ``index`` (from 0) of ``epoch`` (from 1).
 
-        Every process has the same number, since gradients are summed over the processes; if there
-        are not enough windows, some get a micro-batch of padding. Raises IndexError as
-        :meth:`step_windows` does.
+        Every process has the same number of micro-batches, since gradients are summed over the
+        processes; if there are not enough windows, some get a micro-batch of padding. Raises
+        IndexError for a step that the epoch does not have.
         """
-        chosen, size = self.step_windows(epoch, index), self.batch_size
-        stride = size * self.world_size
-        ragged = self._is_ragged(epoch, index)
-        return [
-            self._cut(chosen[first : first + size], ragged=ragged)
-            for first in range(self.rank * size, self.rank * size + len(chosen), stride)
-        ]
+        if not self._num_workers:
+            return self._step(epoch, index)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._num_workers, thread_name_prefix="apt-batches")
+        number = (epoch - 1) * self.steps_per_epoch + index
+        while self._ahead and self._ahead[0][0] != number:  # another position was asked for
+            self._ahead.popleft()[1].cancel()
+        first = self._ahead[-1][0] + 1 if self._ahead else number
+        for later in range(first, number + self._num_workers + 1):
+            position = divmod(later, self.steps_per_epoch)
+            future = self._pool.submit(self._step, position[0] + 1, position[1])
+            self._ahead.append((later, future))
+        return self._ahead.popleft()[1].result()
 
-    def _cut(self, windows: Tokens, *, ragged: bool) -> Batch:
-        if not len(windows):
-            return self._padding()
-        if ragged or self._rows is None:
-            return cut_windows(self.tokens, windows, self.seq_len)
-        rows = self._rows[windows]
-        return Batch(
-            torch.from_numpy(rows[:, :-1].astype(np.int64)),
-            torch.from_numpy(rows[:, 1:].astype(np.int64)),
-            len(windows) * self.seq_len,
+    def close(self) -> None:
+        """End the threads, if there are any; a later :meth:`step` starts new ones."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+            self._ahead.clear()
+
+    def drawn(self, epoch: int, index: int) -> Drawn:
+        """The windows of a step, over all processes."""
+        return self.order.step(epoch, index)
+
+    def batch(self, drawn: Drawn) -> Batch:
+        """The batch of these windows."""
+        return Batch.of_rows(self._rows(drawn))
+
+    def _step(self, epoch: int, index: int) -> Step:
+        drawn, size = self.order.step(epoch, index), self.batch_size
+        count = len(drawn.windows)
+        batches = [
+            self._micro_batch(Drawn(*(part[first : first + size] for part in drawn)))
+            for first in range(self.rank * size, self.rank * size + count, size * self.world_size)
+        ]
+        if self.world_size == 1:
+            targets = sum(batch.num_targets for batch in batches)
+        else:
+            targets = self._num_targets(drawn)
+        return Step(batches, targets, count * self.seq_len)
+
+    def _micro_batch(self, drawn: Drawn) -> Batch:
+        if len(drawn.windows):
+            return self.batch(drawn)
+        rows = self.sources[0].rows(np.zeros(1, dtype=np.int64))
+        rows.targets = np.full_like(rows.targets, IGNORED)
+        rows.document_ids, rows.packed = np.full_like(rows.targets, -1), False
+        return Batch.of_rows(rows)
+
+    def _rows(self, drawn: Drawn) -> Rows:
+        if len(self.sources) == 1:
+            rows = self.sources[0].rows(drawn.windows)
+        else:
+            rows = _interleaved(self.sources, drawn)
+        return cut_padding(rows) if self._longest else rows
+
+    def _num_targets(self, drawn: Drawn) -> int:
+        if len(self.sources) == 1:
+            return self.sources[0].num_targets(drawn.windows)
+        return sum(
+            windows.num_targets(drawn.windows[drawn.sources == number])
+            for number, windows in enumerate(self.sources)
         )
 
-    def _padding(self) -> Batch:
-        """One window without a target."""
-        batch = cut_windows(self.tokens, [0], self.seq_len)
-        return replace(batch, targets=torch.full_like(batch.targets, IGNORED), num_targets=0)
+
+def _interleaved(sources: Sequence[Windows], drawn: Drawn) -> Rows:
+    """The rows of windows of several sources, in the order of ``drawn``."""
+    shape = (len(drawn.windows), sources[0].seq_len)
+    input_ids, targets = np.empty(shape, np.int64), np.empty(shape, np.int64)
+    document_ids, apart, packed = np.zeros(shape, np.int64), False, False
+    for number in np.unique(drawn.sources).tolist():
+        chosen = drawn.sources == number
+        rows = sources[number].rows(drawn.windows[chosen])
+        input_ids[chosen], targets[chosen] = rows.ids, rows.targets
+        if rows.document_ids is not None:
+            document_ids[chosen], apart = rows.document_ids, True
+            packed = packed or rows.packed
+    return Rows(input_ids, targets, document_ids if apart else None, packed)
+
+
+def cut_padding(rows: Rows) -> Rows:
+    """The same rows without the columns that are padding in all of them."""
+    if rows.document_ids is None:
+        return rows
+    used = (rows.document_ids >= 0).any(axis=0)
+    width = max(1, int(np.count_nonzero(used)))  # padding comes last
+    ids, targets, documents = (
+        np.ascontiguousarray(array[:, :width])
+        for array in (rows.ids, rows.targets, rows.document_ids)
+    )
+    return Rows(ids, targets, documents, rows.packed)
 
 
 class EvaluationPlan:
-    """Batches of ``batch_size`` consecutive windows of held-out ``tokens``; the last batch may be
-    smaller. Raises ConfigError if there is no token to predict."""
+    """Batches of ``batch_size`` consecutive windows, those of one source after the other; the last
+    batch may be smaller."""
 
-    def __init__(self, tokens: Tokens, *, seq_len: int, batch_size: int) -> None:
-        self.tokens, self.seq_len, self.batch_size = tokens, seq_len, batch_size
-        self.num_windows = num_windows(len(tokens), seq_len) if len(tokens) else 0
-        if self.num_windows < 1:
-            raise ConfigError(
-                Problem(
-                    f"the validation text has {len(tokens)} tokens: nothing can be predicted in it",
-                    key="data.val_path",
-                    hint="give a longer text, or leave data.val_path out to hold out the last "
-                    "tenth",
-                )
-            )
+    def __init__(self, sources: Sequence[Windows], *, batch_size: int) -> None:
+        self.sources, self.batch_size = sources, batch_size
+        self.seq_len = sources[0].seq_len
+        self._ends = np.cumsum([len(windows) for windows in sources])
+        self.num_windows = int(self._ends[-1])
         self.num_batches = -(-self.num_windows // batch_size)
 
     def stretches(self, limit: int, size: int) -> list[range]:
-        """At most ``limit`` ranges of ``size`` windows, spread evenly over the text; the last one
-        may be shorter."""
+        """At most ``limit`` ranges of ``size`` windows, spread evenly over all; the last one may be
+        shorter."""
         total = -(-self.num_windows // size)
         count = min(limit, total)
         firsts = [index * total // count * size for index in range(count)]
@@ -265,7 +285,17 @@ class EvaluationPlan:
         """The batches of a range of windows whose size is a multiple of ``batch_size``."""
         return range(windows.start // self.batch_size, -(-windows.stop // self.batch_size))
 
+    def rows(self, windows: range) -> Rows:
+        """These windows as rows."""
+        numbers = np.arange(windows.start, windows.stop)
+        if len(self.sources) == 1:
+            return self.sources[0].rows(numbers)
+        sources = np.searchsorted(self._ends, numbers, side="right")
+        before = np.concatenate([[0], self._ends[:-1]])
+        return _interleaved(self.sources, Drawn(sources, numbers - before[sources]))
+
     def batch(self, index: int) -> Batch:
         first = index * self.batch_size
-        windows = range(first, min(self.num_windows, first + self.batch_size))
-        return cut_windows(self.tokens, windows, self.seq_len)
+        return Batch.of_rows(
+            self.rows(range(first, min(self.num_windows, first + self.batch_size)))
+        )

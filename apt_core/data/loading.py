@@ -1,55 +1,114 @@
-"""Builds the tokenizer and loads the text that a profile names."""
+"""Loads the data that a profile names: its tokenizer, its sources, and the windows of each."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from apt_core.data.tokens import Ids, ids_sha256, tokenize
+from apt_core.data.batches import BatchPlan, EvaluationPlan
+from apt_core.data.order import Order, StepPlan
+from apt_core.data.packing.choice import windows_of
+from apt_core.data.packing.rows import Windows
+from apt_core.data.store.memory import MemoryStore, in_memory
 from apt_core.errors import ConfigError, Problem, ProviderError
 from apt_core.kernel import Kernel
-from apt_core.providers.dataset import DatasetProvider, TextData
+from apt_core.providers.dataset import DatasetProvider, SourceSection
 from apt_core.providers.tokenizer import TokenizerProvider
 
 
 @dataclass(frozen=True)
-class TokenizedText:
-    """The text of a run: the ids ``train`` and ``val`` (held out), 1-D and maybe memory-mapped,
-    what the dataset says of the text they are of, and ``bytes_per_token`` of the held-out part (of
-    UTF-8)."""
+class SourceData:
+    """A source of the run: its store, and the windows to train on and, where there are any, to
+    evaluate on. The name is empty but in a mixture."""
 
-    train: Ids
-    val: Ids
-    description: str
-    sha256: str
-    bytes_per_token: float
+    name: str
+    store: MemoryStore
+    train: Windows
+    val: Windows | None
 
-    @classmethod
-    def of(cls, text: TextData, tokenizer: TokenizerProvider) -> TokenizedText:
-        """``text`` as ids. Raises ConfigError for ids outside the vocabulary."""
-        train, val = tokenize(tokenizer, text.train), tokenize(tokenizer, text.val)
-        num_bytes = len(text.val.encode("utf-8", errors="surrogatepass"))
-        return cls(train, val, text.description, text.sha256, num_bytes / max(1, val.size))
+    def row(self) -> dict[str, Any]:
+        """What the manifest and checkpoints record of it."""
+        store = self.store
+        return {
+            **({"name": self.name} if self.name else {}),
+            "description": store.description,
+            "sha256": store.sha256,
+            "tokens_sha256": store.tokens_sha256,
+            "train_tokens": store.part("train").num_tokens,
+            "val_tokens": store.part("val").num_tokens,
+            "windows": len(self.train),
+        }
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run: its tokenizer and its sources, of which there is one but in a mixture."""
+
+    tokenizer: TokenizerProvider
+    sources: Sequence[SourceData]
+
+    @property
+    def description(self) -> str:
+        """One line about each source."""
+        return "; ".join(
+            f"{source.name}: {source.store.description}" if source.name
+            else source.store.description
+            for source in self.sources
+        )  # fmt: skip
+
+    @property
+    def num_windows(self) -> int:
+        """The windows of an epoch."""
+        return sum(len(source.train) for source in self.sources)
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of the documents; figures measured on different ones are not comparable."""
+        return _joined([source.store.sha256 for source in self.sources])
 
     @cached_property
     def tokens_sha256(self) -> dict[str, str]:
         """The hashes of the ids, by part."""
-        return {"train": ids_sha256(self.train), "val": ids_sha256(self.val)}
+        return {
+            part: _joined([source.store.tokens_sha256[part] for source in self.sources])
+            for part in ("train", "val")
+        }
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of held-out text by token that is to be learned."""
+        parts = [source.store.part("val") for source in self.sources if source.val is not None]
+        num_bytes = sum(part.num_bytes for part in parts)
+        return num_bytes / max(1, sum(part.num_tokens for part in parts))
+
+    def evaluation(self, batch_size: int) -> EvaluationPlan:
+        """The batches of the held-out windows of all sources."""
+        windows = [source.val for source in self.sources if source.val is not None]
+        return EvaluationPlan(windows, batch_size=batch_size)
 
     def row(self) -> dict[str, Any]:
-        """What the manifest and checkpoints record of it."""
+        """What the manifest and checkpoints record of the data."""
+        if len(self.sources) == 1:
+            return self.sources[0].row()
         return {
             "description": self.description,
             "sha256": self.sha256,
             "tokens_sha256": self.tokens_sha256,
-            "train_tokens": int(self.train.size),
-            "val_tokens": int(self.val.size),
+            "windows": self.num_windows,
+            "sources": [source.row() for source in self.sources],
         }
 
 
-def build_tokenizer(kernel: Kernel) -> TokenizerProvider:
-    """The profile's tokenizer. Raises ConfigError if ``model.vocab_size`` is less than its ids."""
+def load_tokenizer(kernel: Kernel, folder: Path | None = None) -> TokenizerProvider:
+    """The profile's tokenizer, as it was kept in ``folder`` where there is one.
+
+    Raises ConfigError if ``model.vocab_size`` is less than its ids, CheckpointError for what is
+    damaged in the folder.
+    """
     config = kernel.config
     name = config.data.tokenizer_name
     tokenizer: TokenizerProvider = kernel.registry.get("tokenizer", name)
@@ -65,23 +124,99 @@ def build_tokenizer(kernel: Kernel) -> TokenizerProvider:
     return tokenizer
 
 
-def load_tokens(kernel: Kernel, tokenizer: TokenizerProvider) -> TokenizedText:
-    """The text of the run as ids of ``tokenizer``; raises what the two steps do."""
-    return TokenizedText.of(load_text(kernel), tokenizer)
-
-
-def load_text(kernel: Kernel) -> TextData:
-    """The text of the run. Raises ConfigError for what cannot be read, ProviderError for a dataset
-    that loads anything but text."""
-    name = kernel.config.data.dataset_name
-    provider = kernel.registry.get("dataset", name)
-    if isinstance(provider, DatasetProvider):
-        provider.data_section = kernel.config.data
-    loaded = provider.load()
-    if not isinstance(loaded, TextData):
-        plugin = kernel.registry.spec("dataset", name).plugin
-        raise ProviderError(
-            f"dataset:{name} (plugin {plugin}): load() returned a {type(loaded).__name__}, not "
-            "TextData"
+def load_data(kernel: Kernel, tokenizer_folder: Path | None = None) -> RunData:
+    """The data of the run. Raises ConfigError for what cannot be read or is too little,
+    ProviderError for a source that yields anything but documents."""
+    config = kernel.config
+    tokenizer = load_tokenizer(kernel, tokenizer_folder)
+    found = []
+    for name, section in named_sources(kernel):
+        store = in_memory(source_of(kernel, section), tokenizer)
+        train, val = (
+            windows_of(store.part(part), config, tokenizer.special.pad) for part in ("train", "val")
         )
-    return loaded
+        if not len(train):
+            raise ConfigError(_too_little(name, "train", store))
+        found.append(SourceData(name, store, train, val if len(val) else None))
+    if all(source.val is None for source in found):
+        raise ConfigError(_too_little(found[0].name, "val", found[0].store))
+    return RunData(tokenizer, found)
+
+
+def named_sources(kernel: Kernel) -> list[tuple[str, SourceSection]]:
+    """The sources of the profile by name, which is empty but in a mixture."""
+    data = kernel.config.data
+    if data.mixture is None:
+        return [("", data)]
+    return [(item.name, item) for item in data.mixture]
+
+
+def source_of(kernel: Kernel, section: SourceSection) -> DatasetProvider:
+    """The provider that reads what ``section`` names. Raises ConfigError, ProviderError."""
+    registry, name = kernel.registry, section.dataset_name
+    settings: Any = None
+    if section is not kernel.config.data:
+        own = registry.spec("dataset", name).section
+        settings = section if own in ("", "data") else getattr(section, "settings", None)
+    provider = registry.get("dataset", name, settings)
+    if not isinstance(provider, DatasetProvider):
+        plugin = registry.spec("dataset", name).plugin
+        raise ProviderError(
+            f"dataset:{name} (plugin {plugin}) is a {type(provider).__name__}, not a "
+            "DatasetProvider"
+        )
+    provider.data_section = section
+    return provider
+
+
+def batch_plan(kernel: Kernel, data: RunData, rank: int = 0, world_size: int = 1) -> BatchPlan:
+    """The division of ``data`` into the micro-batches of the run. Raises ConfigError if it does not
+    fill the windows of one step."""
+    training, config = kernel.config.training, kernel.config
+    needed = training.batch_size * training.grad_accum_steps * world_size
+    if data.num_windows < needed:
+        tokens = sum(source.store.part("train").num_tokens for source in data.sources)
+        raise ConfigError(
+            Problem(
+                f"the training text has {tokens:,} tokens, which is {data.num_windows:,} windows "
+                f"of {config.seq_len}; one optimizer step takes {needed}",
+                key="data.train_path",
+                hint="give more text, or lower training.batch_size, training.grad_accum_steps or "
+                "data.max_length",
+            )
+        )
+    steps = StepPlan(data.num_windows, seq_len=config.seq_len, windows_per_step=needed)
+    order = Order(
+        [source.name for source in data.sources],
+        [len(source.train) for source in data.sources],
+        steps,
+        seed=training.seed,
+    )
+    return BatchPlan(
+        order,
+        [source.train for source in data.sources],
+        batch_size=training.batch_size,
+        rank=rank,
+        world_size=world_size,
+        longest=config.data.padding in (True, "longest"),
+        num_workers=config.data.num_workers,
+    )
+
+
+def _too_little(name: str, part: str, store: MemoryStore) -> Problem:
+    tokens = store.part(part).num_tokens
+    source = f"source {name}: " if name else ""
+    if part == "train":
+        message = f"{source}the training text has {tokens} tokens: nothing can be learned from it"
+        return Problem(message, key="data.train_path", hint="give a longer text")
+    return Problem(
+        f"{source}the validation text has {tokens} tokens: nothing can be predicted in it",
+        key="data.val_path",
+        hint="give a longer text, or leave data.val_path out to hold out a share",
+    )
+
+
+def _joined(hashes: Sequence[str]) -> str:
+    if len(hashes) == 1:
+        return hashes[0]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()

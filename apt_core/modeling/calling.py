@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from apt_core.data.batches import IGNORED, Batch
+from apt_core.data.batches import Batch
+from apt_core.data.packing.rows import IGNORED
 from apt_core.errors import ProviderError
 from apt_core.modeling.masks import Tokens, document_mask, document_positions, padding_marked
 from apt_core.modeling.modes import eval_mode
@@ -41,12 +42,17 @@ def forward_batch(forward: Callable[..., Result], model: nn.Module, batch: Batch
 
 def _tokens(batch: Batch) -> Tokens | None:
     """The positions that are not padding; None if the batch has no padding."""
-    documents, number = batch.document_ids, batch.num_tokens
-    if documents is None or number is None:
+    number = batch.num_tokens
+    if number is None:
         if batch.num_targets == batch.targets.numel():
             return None
         return Tokens(batch.targets != IGNORED, batch.num_targets)
-    return None if number == documents.numel() else Tokens(documents >= 0, number)
+    if number == batch.targets.numel():
+        return None
+    if batch.document_ids is not None:
+        return Tokens(batch.document_ids >= 0, number)
+    assert batch.is_token is not None
+    return Tokens(batch.is_token, number)
 
 
 def _rows(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

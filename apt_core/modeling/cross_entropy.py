@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from apt_core.data.batches import IGNORED
+from apt_core.data.packing.rows import IGNORED
 from apt_core.types import ModelOutput
 
 

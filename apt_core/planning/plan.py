@@ -9,8 +9,8 @@ import torch
 
 from apt_core.config import Config, Source, check_files
 from apt_core.config.switches import UNITS
-from apt_core.data.batches import StepPlan, num_windows
-from apt_core.data.loading import TokenizedText, build_tokenizer, load_text
+from apt_core.data.loading import RunData, load_data
+from apt_core.data.order import StepPlan
 from apt_core.device import autocast_dtype
 from apt_core.error_text import one_line
 from apt_core.errors import AptError
@@ -34,7 +34,6 @@ from apt_core.planning.run_length import check_run_length
 from apt_core.planning.stages import Stage, stages
 from apt_core.plugin_names import is_file_reference
 from apt_core.provider_keys import DATA_PATHS, data_files
-from apt_core.providers.tokenizer import TokenizerProvider
 from apt_core.runs.manifest import plugin_rows
 from apt_core.schedules import Horizon, Schedule
 from apt_core.types import PluginCosts
@@ -80,9 +79,8 @@ def make_plan(kernel: Kernel, world_size: int | None = None) -> dict[str, Any]:
     with before_the_run(), naming_authors(kernel):
         for kind, name in kernel.providers:
             kernel.registry.get(kind, name)
-        tokenizer = build_tokenizer(kernel)
         cost = model_cost(kernel)
-        batch, steps = _batch(kernel, tokenizer, world_size)
+        batch, steps = _batch(kernel, world_size)
         schedule = kernel.schedule.with_horizon(_planned_horizon(kernel.config, steps))
         lr_schedule = kernel.registry.get("lr_schedule", kernel.config.training.lr_schedule_name)
         check_run_length(kernel, schedule, lr_schedule)
@@ -159,9 +157,7 @@ def processes(config: Config) -> int:
     return max(1, config.hardware.num_gpus) if config.hardware.distributed else 1
 
 
-def _batch(
-    kernel: Kernel, tokenizer: TokenizerProvider, world_size: int
-) -> tuple[dict[str, Any], StepPlan | None]:
+def _batch(kernel: Kernel, world_size: int) -> tuple[dict[str, Any], StepPlan | None]:
     """What one optimizer step takes, and how many make an epoch; those steps, where the text is at
     hand."""
     config, training = kernel.config, kernel.config.training
@@ -175,11 +171,11 @@ def _batch(
         "tokens_per_epoch": None,
         "evaluated_tokens_per_epoch": None,
     }
-    counts = _token_counts(kernel, tokenizer)
-    if counts is None or num_windows(counts[0], length) < 1:
+    data = _planned_data(kernel)
+    if data is None:
         return batch, None
-    steps = StepPlan(counts[0], seq_len=length, windows_per_step=sequences, seed=training.seed)
-    evaluated = _evaluated(config, steps.steps_per_epoch, num_windows(counts[1], length))
+    steps = StepPlan(data.num_windows, seq_len=length, windows_per_step=sequences)
+    evaluated = _evaluated(config, steps.steps_per_epoch, data.evaluation(1).num_windows)
     batch["steps_per_epoch"] = steps.steps_per_epoch
     batch["tokens_per_epoch"] = steps.num_windows * length
     batch["evaluated_tokens_per_epoch"] = evaluated * length
@@ -203,20 +199,17 @@ def _evaluated(config: Config, steps: int, windows: int) -> int:
     return times * few + windows
 
 
-def _token_counts(kernel: Kernel, tokenizer: TokenizerProvider) -> tuple[int, int] | None:
-    """The number of tokens of the training text and of the held-out text; None if the text is large
-    or cannot be tokenized."""
+def _planned_data(kernel: Kernel) -> RunData | None:
+    """The data of the run; None if it is large or cannot be read."""
     data = kernel.config.data
     paths = [Path(str(path)) for path in (data.train_path, data.val_path) if path]
     if not all(path.is_file() and path.stat().st_size <= READ_UP_TO for path in paths):
         return None
     try:
-        text = load_text(kernel)
+        return load_data(kernel)
     except (AptError, OSError, ValueError) as error:
         kernel.notices.append(f"data: {one_line(error)}")
         return None
-    tokenized = TokenizedText.of(text, tokenizer)
-    return len(tokenized.train), len(tokenized.val)
 
 
 class _Planning:

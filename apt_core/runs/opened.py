@@ -14,8 +14,8 @@ from apt_core.code_source import short_path
 from apt_core.config import Source
 from apt_core.config.secret_fields import masks_in
 from apt_core.config.yaml_text import KeyPath, dotted
-from apt_core.data.batches import StepPlan
-from apt_core.data.loading import build_tokenizer
+from apt_core.data.loading import load_tokenizer
+from apt_core.data.order import StepPlan
 from apt_core.device import as_current_device, resolve_device
 from apt_core.errors import CheckpointError, ConfigError, Problem
 from apt_core.json_files import read_json
@@ -108,7 +108,7 @@ def _opened(
     with of_one_run(manager.failures.keep_log_error), before_the_run(), naming_authors(kernel):
         require_plugins(kernel, (switch.plugin for switch in state.transforms))
         device = settle_device(kernel)
-        tokenizer = build_tokenizer(kernel)
+        tokenizer = load_tokenizer(kernel)
         with as_current_device(device):
             model = _built(kernel, found, device)
             check_providers(kernel, found.manifest)
@@ -210,7 +210,7 @@ def _set(data: Any, path: KeyPath, value: Any) -> None:
 
 def _with_horizon(schedule: Schedule, kernel: Kernel, found: Checkpoint) -> Schedule:
     """The schedule with the length of the run, where the checkpoint, or the manifest of the run,
-    says how many tokens its text has."""
+    says how many windows its data has."""
     manifest: Any = found.manifest
     if "data" not in manifest:
         try:
@@ -218,15 +218,14 @@ def _with_horizon(schedule: Schedule, kernel: Kernel, found: Checkpoint) -> Sche
         except (OSError, ValueError):
             return schedule
     data = manifest.get("data") if isinstance(manifest, dict) else None
-    tokens = data.get("train_tokens") if isinstance(data, dict) else None
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or not 2 <= tokens < 2**62:
+    windows = data.get("windows") if isinstance(data, dict) else None
+    if isinstance(windows, bool) or not isinstance(windows, int) or not 1 <= windows < 2**50:
         return schedule
     config = kernel.config
     steps = StepPlan(
-        tokens,
+        windows,
         seq_len=config.seq_len,
         windows_per_step=found.state.windows_per_step,
-        seed=config.training.seed,
     )
     return schedule.with_horizon(Horizon.of(config, steps))
 

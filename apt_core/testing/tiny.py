@@ -92,7 +92,7 @@ def tiny_session(
 ) -> Session:
     """A session of an untrained tiny model, for tests of generation hooks; arguments as for
     :func:`tiny_run`."""
-    from apt_core.data.loading import build_tokenizer
+    from apt_core.data.loading import load_tokenizer
     from apt_core.kernel import boot
     from apt_core.modeling.compose import ModelBuilder
     from apt_core.modeling.placement import settle_device
@@ -114,7 +114,7 @@ def tiny_session(
         schedule=kernel.schedule,
         position=Position(),
         model=ModelBuilder(kernel.config, kernel.registry).build_model().to(device),
-        tokenizer=build_tokenizer(kernel),
+        tokenizer=load_tokenizer(kernel),
         device=device,
     )
 

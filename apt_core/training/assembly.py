@@ -61,7 +61,7 @@ class Assembly:
         self.parts, self.trained = parts, trained
         self._stopping, self._hooks = stopping, hooks
         self._callbacks, self._watch, self._console = callbacks, watch, console
-        ends = Horizon.of(kernel.config, parts.plan)
+        ends = Horizon.of(kernel.config, parts.plan.steps)
         self.schedule = kernel.schedule.with_horizon(ends)
         self._total_steps = ends.last("step") or 0
         cost = model_cost(kernel).flops_per_token

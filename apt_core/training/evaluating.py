@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
-import numpy as np
-
 from apt_core.data.batches import Batch, EvaluationPlan
 from apt_core.evaluation.quick_eval import BatchScore, score_batches, summarize
 from apt_core.inference.generator import generate
@@ -52,9 +50,7 @@ class Evaluator:
         settings = kernel.config.evaluation
         self._kernel, self._parts, self._world = kernel, parts, world
         self._trained, self._stopping, self._session = trained, stopping, session
-        self._plan = EvaluationPlan(
-            parts.text.val, seq_len=parts.plan.seq_len, batch_size=parts.plan.batch_size
-        )
+        self._plan = parts.data.evaluation(parts.plan.batch_size)
         stretches = self._plan.stretches(settings.eval_batches, parts.plan.windows_per_step)
         self._watched = [i for windows in stretches for i in self._plan.batches_of(windows)]
         self.watched = _identity(self._plan, stretches)
@@ -87,7 +83,7 @@ class Evaluator:
         by_index: dict[int, BatchScore] = {}
         for share in world.gather(dict(zip(own, scored, strict=True))):
             by_index.update(share)
-        bytes_per_token = parts.text.bytes_per_token
+        bytes_per_token = parts.data.bytes_per_token
         watched = summarize([by_index[index] for index in self._watched], bytes_per_token)
         every = [by_index[index] for index in sorted(by_index)]
         scores = summarize(every, bytes_per_token)
@@ -127,10 +123,11 @@ class Evaluator:
 
 
 def _identity(plan: EvaluationPlan, stretches: Sequence[range]) -> str:
-    """The sha256 of the ids in these windows and of their boundaries."""
-    digest, length = hashlib.sha256(f"{plan.seq_len}".encode()), plan.seq_len
+    """The sha256 of these windows and of their boundaries."""
+    digest = hashlib.sha256(f"{plan.seq_len}".encode())
     for windows in stretches:
-        ids = plan.tokens[windows.start * length : windows.stop * length + 1]
+        rows = plan.rows(windows)
         digest.update(f" {windows.start}-{windows.stop}:".encode())
-        digest.update(np.asarray(ids, dtype="<i8").tobytes())
+        for array in (rows.ids, rows.targets):
+            digest.update(array.astype("<i8", order="C").tobytes())
     return digest.hexdigest()

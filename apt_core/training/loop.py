@@ -144,8 +144,8 @@ class Loop:
                 if self.enabling.enable_due():
                     self.enabling.log_parameters(f"step {step}")
                 clock.start(sampling=logged)
-                batches = [batch.to(device) for batch in plan.step_batches(epoch, index)]
-                targets = plan.step_targets(epoch, index)
+                made, targets, tokens = plan.step(epoch, index)
+                batches = [batch.to(device) for batch in made]
                 clock.lap("data")
                 if watch is not None:
                     watch.begin_step()
@@ -225,11 +225,11 @@ class Loop:
                     rates = learning_rates(trained.optimizer, training.learning_rate, factor)
                     self.row_due = loss, grad_norm, rates, shares
                 void = self.step_void = trained.guard.step(step, loss, grad_norm)
-                progress.step, progress.tokens = step, progress.tokens + targets
+                progress.step, progress.tokens = step, progress.tokens + tokens
                 trained.update_averages(step, void)
                 self.updating = False
                 clock.lap("optimizer")
-                self.usage.throughput.add(targets)
+                self.usage.throughput.add(tokens)
                 if hook.on_step_end.get_hookimpls():
                     hook.on_step_end(step=step, loss=loss, trainer=trainer)
                 self.in_step = False
@@ -345,8 +345,7 @@ class Loop:
         lost = range(first, progress.step + 1)
         self.trained.guard.forget(len(lost))
         for step in lost:
-            epoch, index = divmod(step - 1, plan.steps_per_epoch)
-            progress.tokens -= plan.step_targets(epoch + 1, index)
+            progress.tokens -= plan.steps.step_tokens((step - 1) % plan.steps_per_epoch)
         self.manager.events.record(
             "rewound",
             f"steps {first} to {progress.step}, in which not all processes took part, are taken "

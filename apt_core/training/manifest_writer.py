@@ -40,7 +40,7 @@ class ManifestWriter:
             status,
             self._kernel,
             self._progress,
-            data=self._parts.text.row(),
+            data=self._parts.data.row(),
             device=device,
             computes=computes(self._kernel.config, device, dtype, compilation),
             world_size=self._world.size,

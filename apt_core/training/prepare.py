@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from apt_core.data.batches import BatchPlan
-from apt_core.data.loading import TokenizedText, build_tokenizer, load_tokens
+from apt_core.data.loading import RunData, batch_plan, load_data
 from apt_core.device import autocast_dtype, reset_peak_memory
 from apt_core.kernel import Kernel, before_the_run
 from apt_core.log import get_logger
@@ -49,15 +49,19 @@ class Built:
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a run that never change: token ids and their division into batches, tokenizer,
+    """The parts of a run that never change: its data with the tokenizer, the division into batches,
     learning-rate schedule, device and precision."""
 
     device: torch.device
     dtype: torch.dtype | None
-    tokenizer: TokenizerProvider
     plan: BatchPlan
-    text: TokenizedText
+    data: RunData
     lr_schedule: LRScheduleProvider
+
+    @property
+    def tokenizer(self) -> TokenizerProvider:
+        """The tokenizer of the data."""
+        return self.data.tokenizer
 
 
 def prepare(kernel: Kernel, device: torch.device, world: World = ALONE) -> tuple[Parts, Built]:
@@ -79,19 +83,10 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> tuple[Parts,
     # Measured before the model takes memory.
     measured_peak_flops(device, dtype or torch.float32)
     reset_peak_memory(device)  # of the measurement and of earlier runs
-    tokenizer = build_tokenizer(kernel)
-    text = load_tokens(kernel, tokenizer)
-    log.info("data: %s", text.description)
-    plan = BatchPlan(
-        text.train,
-        seq_len=config.seq_len,
-        batch_size=training.batch_size,
-        grad_accum_steps=training.grad_accum_steps,
-        seed=training.seed,
-        rank=world.rank,
-        world_size=world.size,
-    )
-    schedule = kernel.schedule.with_horizon(Horizon.of(config, plan))
+    data = load_data(kernel)
+    log.info("data: %s", data.description)
+    plan = batch_plan(kernel, data, world.rank, world.size)
+    schedule = kernel.schedule.with_horizon(Horizon.of(config, plan.steps))
     lr_schedule = registry.get("lr_schedule", training.lr_schedule_name)
     check_run_length(kernel, schedule, lr_schedule)
     with fp32_products(device, tf32=False):
@@ -103,13 +98,12 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> tuple[Parts,
     kernel.notices += support_notices(kernel, device)
     optimizer = build_optimizer(kernel, model)
     _note_unknown_roles(kernel, model)
-    world.require_alike(_shared_inputs(kernel, dtype, text))
+    world.require_alike(_shared_inputs(kernel, dtype, data))
     parts = Parts(
         device=device,
         dtype=dtype,
-        tokenizer=tokenizer,
         plan=plan,
-        text=text,
+        data=data,
         lr_schedule=lr_schedule,
     )
     return parts, Built(model, optimizer, loop_forward(kernel, model, device, world))
@@ -142,9 +136,7 @@ OWN_SECTIONS = ("name", "version", "description", "monitoring", "hardware", "deb
 """Sections of the profile that may differ between the processes of a run."""
 
 
-def _shared_inputs(
-    kernel: Kernel, dtype: torch.dtype | None, text: TokenizedText
-) -> dict[str, Any]:
+def _shared_inputs(kernel: Kernel, dtype: torch.dtype | None, data: RunData) -> dict[str, Any]:
     """All inputs of a run that must be equal in its processes."""
     registry, records = kernel.registry, kernel.manager.records
     profile = {k: part for k, part in kernel.config.to_dict().items() if k not in OWN_SECTIONS}
@@ -153,8 +145,8 @@ def _shared_inputs(
         del profile[section][key]
     return {
         **profile,
-        "text": {"sha256": text.sha256},
-        "tokens": text.tokens_sha256,
+        "text": {"sha256": data.sha256},
+        "tokens": data.tokens_sha256,
         "providers": {row.kind: row.used for row in registry.resolutions.values()},
         "plugins": {
             r.name: f"{r.version} {r.source_sha256}"

@@ -219,11 +219,11 @@ class Restoring:
     def _check_tokens(self, found: Checkpoint) -> None:
         """Raise CheckpointError if the token ids differ from those that the weights were trained
         and evaluated on."""
-        text, state = self._parts.text, found.state
-        now, before = text.tokens_sha256, state.tokens_sha256
+        data, state = self._parts.data, found.state
+        now, before = data.tokens_sha256, state.tokens_sha256
         if before == now:
             return
-        if state.data_sha256 != text.sha256:
+        if state.data_sha256 != data.sha256:
             raise CheckpointError(
                 f"{found.path}: it was trained on another text than the profile's"
             )
@@ -243,7 +243,7 @@ class Restoring:
 
     def _check_profile(self, found: Checkpoint) -> list[str]:
         """Keys that differ from the checkpoint's profile and may. Raises ConfigError for others."""
-        kernel, state, text = self._kernel, found.state, self._parts.text
+        kernel, state, data = self._kernel, found.state, self._parts.data
         # Saved profiles hide secrets, so this run's are filled in: they may differ.
         profile = with_secrets(saved_profile(found.profile), self._config.to_dict(secrets=True))
         before = saved_config(profile, kernel.sections, kernel.available)
@@ -253,19 +253,19 @@ class Restoring:
                 return "the learning rate and annealed parameters depend on the length of the run"
             return changes_of_length(
                 kernel,
-                Horizon.of(before, self._parts.plan),
+                Horizon.of(before, self._parts.plan.steps),
                 self._schedule.horizon,
                 self._parts.lr_schedule,
                 state.step,
             )
 
-        same_text = state.data_sha256 == text.sha256
+        same_text = state.data_sha256 == data.sha256
         return check_resume(
             self._config,
             profile,
             before,
             inactive_settings=kernel.inactive_settings,
-            same_text=same_text or state.tokens_sha256 == text.tokens_sha256,
+            same_text=same_text or state.tokens_sha256 == data.tokens_sha256,
             another_past=another_past,
             allowed=self._allowed,
             reporting=kernel.observed,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apt_core import ModelOutput
-from apt_core.data import IGNORED
+from apt_core.data.packing.rows import IGNORED
 from apt_core.providers import AlignProvider
 from apt_plugins.align.divergence import divergence_sum
 from apt_plugins.align.settings import BistateSettings

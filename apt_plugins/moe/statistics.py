@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from apt_core.data import IGNORED
+from apt_core.data.packing.rows import IGNORED
 
 if TYPE_CHECKING:
     from apt_plugins.moe.layer import MoELayer

@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apt_core.data import deduplicate_paragraphs, hold_out
 from apt_core.data.loaders import PydocDataset, TextDataset
 from apt_core.data.loaders.text_default import read_text
-from apt_core.data.preprocess import paragraphs
+from apt_core.data.preprocess import deduplicate_paragraphs, hold_out, paragraphs
 from apt_core.errors import ConfigError, Problem
 
 

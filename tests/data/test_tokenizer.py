@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apt_core.data import ByteTokenizer, tokenize
-from apt_core.data.tokens import ids_sha256
+from apt_core.data.tokenizer import ByteTokenizer
+from apt_core.data.tokens import ids_sha256, tokenize
 from apt_core.errors import ConfigError
 
 TEXTS = ["", "plain", "中文字符", "👩‍👩‍👧 emoji", "a\x00b\r\n\u2028", "é vs e\u0301"]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 from apt_core import hookimpl
-from apt_core.data import IGNORED
+from apt_core.data.packing.rows import IGNORED
 from apt_core.modeling import ModelTransform, cross_entropy
 from apt_core.testing import TinyRun, tiny_run
 

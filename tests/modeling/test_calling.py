@@ -12,8 +12,8 @@ from torch import nn
 import apt_core
 import apt_plugins
 from apt_core import hookimpl
-from apt_core.data import IGNORED, Batch
-from apt_core.data.batches import cut_windows
+from apt_core.data.batches import Batch, cut_windows
+from apt_core.data.packing.rows import IGNORED
 from apt_core.errors import ProviderError
 from apt_core.modeling import forward_batch
 from apt_core.modeling.backbones.gpt import GPTProvider

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from apt_core import hookimpl
-from apt_core.data.batches import IGNORED, BatchPlan, cut_windows
+from apt_core.data.batches import BatchPlan
+from apt_core.data.order import Drawn
+from apt_core.data.packing.rows import IGNORED
 from apt_core.testing import tiny_run
 
 WINDOWS_PER_STEP, SEQ_LEN = 8, 13
@@ -55,7 +58,7 @@ class Keeper:
         self.gradients[step] = {name: p.grad.clone() for name, p in parameters.items()}
         plan = trainer.parts.plan
         epoch, index = divmod(step - 1, plan.steps_per_epoch)
-        whole = cut_windows(plan.tokens, plan.step_windows(epoch + 1, index), plan.seq_len)
+        whole = plan.batch(plan.drawn(epoch + 1, index))
         logits = trainer.model(whole.input_ids).logits
         loss = F.cross_entropy(
             logits.flatten(0, 1), whole.targets.flatten(), ignore_index=IGNORED, reduction="mean"
@@ -125,11 +128,13 @@ def test_a_term_of_a_micro_batch_without_targets_counts_nothing(monkeypatch):
             counted = batch.targets != IGNORED
             return {"mean": output.logits[counted].square().mean()}
 
-    batches = BatchPlan.step_batches
+    step = BatchPlan.step
 
     def padded(self, epoch, index):
-        return [*batches(self, epoch, index), self._padding()]
+        made = step(self, epoch, index)
+        nothing = self._micro_batch(Drawn(np.empty(0, np.int64), np.empty(0, np.int64)))
+        return made._replace(batches=[*made.batches, nothing])
 
     plain = tiny_run(Mean(), steps=3)
-    monkeypatch.setattr(BatchPlan, "step_batches", padded)
+    monkeypatch.setattr(BatchPlan, "step", padded)
     assert tiny_run(Mean(), steps=3).same_weights(plain)

@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from apt_core import ProviderSpec, hookimpl
-from apt_core.data import IGNORED
+from apt_core.data.packing.rows import IGNORED
 from apt_core.errors import ConfigError
 from apt_core.evaluation.quick_eval import sums_of
 from apt_core.kernel import boot

@@ -22,6 +22,9 @@ import torch
 
 from apt_core import hookimpl
 from apt_core.data.batches import BatchPlan
+from apt_core.data.order import Order, StepPlan
+from apt_core.data.packing.concat import ConcatWindows
+from apt_core.data.store.parts import ArrayPart
 from apt_core.errors import CheckpointError, ConfigError, PluginError
 from apt_core.plugin_manager import PluginManager
 from apt_core.runs.tensor_files import SavedTensors
@@ -76,7 +79,7 @@ import math
 import torch
 from torch import nn
 from apt_core import ProviderSpec, StopTraining, hookimpl
-from apt_core.data.batches import IGNORED
+from apt_core.data.packing.rows import IGNORED
 from apt_core.modeling.layers import SwiGLU, SwiGLUProvider
 
 class Base:
@@ -513,9 +516,12 @@ def test_the_ragged_step_of_an_epoch_leaves_a_process_without_targets(runs: Runs
     tokens = torch.arange(
         next(r for r in runs.rows("alone_adamw") if r["step"] == 6)["tokens"] + 1
     ).numpy()
-    plan = BatchPlan(tokens, seq_len=16, batch_size=4, rank=1, world_size=2)
+    windows = ConcatWindows(ArrayPart(tokens), 16)
+    steps = StepPlan(len(windows), seq_len=16, windows_per_step=8)
+    order = Order([""], [len(windows)], steps, seed=0)
+    plan = BatchPlan(order, [windows], batch_size=4, rank=1, world_size=2)
     assert plan.steps_per_epoch == 6
-    assert sum(batch.num_targets for batch in plan.step_batches(1, 5)) == 0
+    assert sum(batch.num_targets for batch in plan.step(1, 5).batches) == 0
 
 
 def test_gradients_are_brought_together_once_a_step(runs: Runs) -> None:

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from apt_core import hookimpl
-from apt_core.data.batches import cut_windows
+from apt_core.data.batches import Batch
 from apt_core.errors import DivergedError, PluginError
 from apt_core.modeling.compose import ModelBuilder
 from apt_core.optim.averages import WeightAverage
@@ -165,11 +166,11 @@ def test_the_dump_of_a_bad_step_holds_its_windows_and_ids(tmp_path):
     epoch, index = divmod(10 - 1, plan.steps_per_epoch)
     dump = json.loads((tmp_path / "run" / "nonfinite" / "step-00000010.json").read_text())
     assert (dump["step"], dump["epoch"]) == (10, epoch + 1) == (10, 2)
-    assert dump["windows"] == plan.step_windows(epoch + 1, index).tolist()
-    given = [batch.input_ids for batch in plan.step_batches(epoch + 1, index)]
+    assert dump["windows"] == plan.drawn(epoch + 1, index).windows.tolist()
+    given = [batch.input_ids for batch in plan.step(epoch + 1, index).batches]
     assert len(given) == 2
     assert dump["input_ids"] == torch.cat(given).tolist()
-    again = cut_windows(plan.tokens, dump["windows"], plan.seq_len)
+    again = Batch.of_rows(plan.sources[0].rows(np.array(dump["windows"])))
     assert again.input_ids.tolist() == dump["input_ids"]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from apt_core import SectionSpec, hookimpl
-from apt_core.data.batches import StepPlan
+from apt_core.data.order import StepPlan
 from apt_core.errors import ConfigError
 from apt_core.kernel import Kernel, boot
 from apt_core.planning.plan import make_plan
@@ -23,8 +23,8 @@ QUIET = {
     "evaluation.sample_tokens": 0,
     "hardware.num_threads": 1,
 }
-STEPS = StepPlan(103, seq_len=4, windows_per_step=3, seed=1)
-"""Nine steps an epoch, of 12 tokens but for the last one (6) and the one with the short window."""
+STEPS = StepPlan(26, seq_len=4, windows_per_step=3)
+"""Nine steps an epoch, of 12 tokens but for the last one (8)."""
 
 
 class Gentle:
@@ -64,9 +64,9 @@ def told(
 
 
 def test_max_tokens_is_the_step_that_reaches_them():
-    before = [STEPS.targets_before(1, index) for index in range(10)]
-    before += [102 + STEPS.targets_before(2, index) for index in range(1, 10)]
-    for tokens in range(1, 205):
+    before = [STEPS.tokens_before(index) for index in range(10)]
+    before += [104 + STEPS.tokens_before(index) for index in range(1, 10)]
+    for tokens in range(1, 209):
         last = Horizon.of(kernel_of(max_tokens=tokens).config, STEPS).last("step")
         assert before[last - 1] < tokens <= before[last]
 
@@ -93,7 +93,7 @@ RAMP = {"start": 0, "end": 1}
             {},
             ["in step 9, the last one with gentle"],
         ),
-        ({"pull": {**RAMP, "by": "token", "until": 198}}, {}, ["step 18", "ends later"]),
+        ({"pull": {**RAMP, "by": "token", "until": 202}}, {}, ["step 18", "ends later"]),
     ],
 )
 def test_a_ramp_that_does_not_take_its_course_is_told(schedules, training, words):
@@ -111,11 +111,11 @@ def test_a_ramp_that_does_not_take_its_course_is_told(schedules, training, words
         {"pull": RAMP},
         {"pull": {**RAMP, "by": "step"}, "enable_gentle_at_step": 17},
         {"pull": {**RAMP, "by": "step", "warmup": 17}},
-        {"pull": {**RAMP, "by": "token", "until": 192}},
+        {"pull": {**RAMP, "by": "token", "until": 196}},
         {"pull": {**RAMP, "until": 2}, "enable_gentle_at_token": 90},
         {"pull": {"start": 1, "end": 1}},
         # Steps that begin after so many tokens, by their exact count and by no mean.
-        {"enable_gentle_at_token": 192},
+        {"enable_gentle_at_token": 196},
         {"enable_gentle_at_epoch": 2, "disable_gentle_at_step": 11},
     ],
 )
@@ -126,7 +126,7 @@ def test_what_takes_its_course_is_not_told_of(schedules):
 @pytest.mark.parametrize(
     ("schedules", "reason"),
     [
-        ({"enable_gentle_at_token": 199}, "the run ends with step 18, before token 199 (step 19)"),
+        ({"enable_gentle_at_token": 201}, "the run ends with step 18, before token 201 (step 19)"),
         (
             {"enable_gentle_at_epoch": 2, "disable_gentle_at_step": 10},
             "gentle is disabled for good from step 10 on",

@@ -349,7 +349,7 @@ def test_an_evaluation_says_how_many_targets_it_looked_at():
     class Validation:
         @hookimpl
         def on_training_start(self, trainer: Any) -> None:
-            self.targets = len(trainer.parts.text.val) - 1
+            self.targets = trainer.parts.data.sources[0].store.part("val").num_tokens - 1
 
     whole = Validation()
     run = tiny_run(whole, steps=6, overrides={"evaluation.eval_batches": 1})

@@ -45,7 +45,8 @@ def apt_register_providers():
 
 @hookimpl
 def on_training_start(trainer):
-    print("ids", trainer.parts.plan.tokens[0], trainer.parts.text.val[0])
+    store = trainer.parts.data.sources[0].store
+    print("ids", *(store.part(name).read(0, 1)[0] for name in ("train", "val")))
 """
 
 OPTIONS = ("--data.tokenizer_name", "shifted", "--training.max_steps", "1")
@@ -140,7 +141,7 @@ def test_processes_compare_the_ids_that_they_train_on(write_plugin, profile, mon
             update={"data": kernel.config.data.model_copy(update={"tokenizer_name": "shifted"})}
         )
         parts, _ = prepare(kernel, torch.device("cpu"))
-        facts.append(_shared_inputs(kernel, None, parts.text))
+        facts.append(_shared_inputs(kernel, None, parts.data))
     assert facts[0].pop("tokens") != facts[1].pop("tokens")
     assert facts[0] == facts[1]
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from apt_core.config import Config
-from apt_core.data.batches import BatchPlan, cut_windows
+from apt_core.data.batches import BatchPlan
 from apt_core.hookspecs import MICRO_BATCH_HOOKS
 from apt_core.log import get_logger
 from apt_core.metric_names import CROSS_ENTROPY, of_memory, of_parameter, of_plugin, of_time
@@ -166,14 +166,15 @@ class StepLog:
         if sum(1 for _ in folder.path.glob("nonfinite/step-*.json")) >= MAX_DUMPS:
             return
         epoch, index = divmod(step - 1, plan.steps_per_epoch)
-        windows = plan.step_windows(epoch + 1, index)
-        batch = cut_windows(plan.tokens, windows, plan.seq_len)
+        drawn = plan.drawn(epoch + 1, index)
+        batch = plan.batch(drawn)
         folder.write_json(
             f"nonfinite/step-{step:08d}.json",
             {
                 "step": step,
                 "epoch": epoch + 1,
-                "windows": windows.tolist(),
+                "sources": [plan.order.names[source] for source in drawn.sources],
+                "windows": drawn.windows.tolist(),
                 "input_ids": batch.input_ids.tolist(),
             },
         )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from apt_core import ModelOutput
-from apt_core.data import IGNORED
+from apt_core.data.packing.rows import IGNORED
 from apt_core.testing import TINY_PROFILE, TinyRun, tiny_run
 
 

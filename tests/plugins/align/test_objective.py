@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from apt_core.data import IGNORED
+from apt_core.data.packing.rows import IGNORED
 from apt_core.plugin_manager import PluginManager
 from apt_core.registry import Registry
 from apt_plugins.align import plugin

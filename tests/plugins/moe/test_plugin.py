@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from apt_core import ConfigError, hookimpl
-from apt_core.data import IGNORED
+from apt_core.data.packing.rows import IGNORED
 from apt_core.kernel import boot
 from apt_core.modeling import KeptCasts, cast_weight
 from apt_core.testing import tiny_run

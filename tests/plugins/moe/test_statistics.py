@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from apt_core.data import IGNORED
+from apt_core.data.packing.rows import IGNORED
 from apt_plugins.moe import statistics
 from apt_plugins.moe.settings import MoeSettings
 

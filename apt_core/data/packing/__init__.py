@@ -1,0 +1,1 @@
+"""Packing: how the documents of a part fill windows of T positions."""

@@ -1,0 +1,222 @@
+"""Packings that keep documents apart: rows made of pieces of documents, as an index on disk.
+
+A piece predicts up to T tokens of one document. The token before them is read too, so that
+consecutive pieces predict each token of a document but its first exactly once. Pieces in which
+nothing is to be learned are left out.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from apt_core.data.packing.rows import IGNORED, Extract, Ints, Rows
+from apt_core.data.store.parts import TokenPart
+
+FILES = ("starts", "lengths", "row_ends", "targets")
+DTYPES = ("<u8", "<u4", "<u8", "<u4")
+"""The arrays of an index on disk."""
+
+BLOCK = 1 << 16
+"""The documents that are packed at a time, so that memory stays bounded."""
+
+
+Packed = tuple[Ints, Ints, Ints, Ints]
+"""Starts, lengths, row ends, and targets by piece."""
+
+
+@dataclass(frozen=True)
+class PieceIndex:
+    """The rows of a packing: row i has the pieces ``row_ends[i - 1]`` to ``row_ends[i]``. A piece
+    reads ``lengths`` tokens from ``starts`` on and predicts the one after each; ``targets`` counts
+    by row those to be learned. Arrays may be memory-mapped."""
+
+    starts: Ints
+    lengths: Ints
+    row_ends: Ints
+    targets: Ints
+
+    @classmethod
+    def of(cls, blocks: Iterable[Packed]) -> PieceIndex:
+        """The index of these blocks, in memory."""
+        columns = [list(column) for column in zip(*_columns(blocks), strict=True)]
+        return cls(
+            *(
+                np.concatenate(arrays) if arrays else np.empty(0, dtype)
+                for arrays, dtype in zip(columns or [[]] * len(DTYPES), DTYPES, strict=True)
+            )
+        )
+
+    @classmethod
+    def kept_in(cls, folder: Path, blocks: Iterable[Packed]) -> PieceIndex:
+        """The index in ``folder``, memory-mapped; made of ``blocks`` where there is none yet.
+
+        It is written under another name first, so that a reader sees a whole index or none. Raises
+        OSError where it cannot be written.
+        """
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            making = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}."))
+            try:
+                with ExitStack() as stack:
+                    files = [stack.enter_context((making / name).open("wb")) for name in FILES]
+                    for columns in _columns(blocks):
+                        for file, column in zip(files, columns, strict=True):
+                            file.write(column.tobytes())
+                    for file in files:
+                        file.flush()
+                        os.fsync(file.fileno())
+                with suppress(OSError):  # another process was faster
+                    making.rename(folder)
+            finally:
+                shutil.rmtree(making, ignore_errors=True)
+        return cls(
+            *(_mapped(folder / name, dtype) for name, dtype in zip(FILES, DTYPES, strict=True))
+        )
+
+    def __len__(self) -> int:
+        return len(self.row_ends)
+
+    def pieces(self, row: int) -> tuple[Ints, Ints]:
+        """The starts and lengths of the pieces of a row, int64."""
+        first = int(self.row_ends[row - 1]) if row else 0
+        last = int(self.row_ends[row])
+        return self.starts[first:last].astype(np.int64), self.lengths[first:last].astype(np.int64)
+
+
+@dataclass(frozen=True)
+class PieceWindows:
+    """Windows of ``index`` over ``part``; ``packed`` says that rows have more than one piece."""
+
+    part: TokenPart
+    seq_len: int
+    index: PieceIndex
+    packed: bool
+    pad: int = 0
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def rows(self, indices: Ints) -> Rows:
+        shape = (len(indices), self.seq_len)
+        input_ids = np.full(shape, self.pad, dtype=np.int64)
+        targets = np.full(shape, IGNORED, dtype=np.int64)
+        document_ids = np.full(shape, -1, dtype=np.int64)
+        for row, index in enumerate(np.asarray(indices).tolist()):
+            at = 0
+            starts, lengths = self.index.pieces(index)
+            for number, (start, length) in enumerate(
+                zip(starts.tolist(), lengths.tolist(), strict=True)
+            ):
+                ids = self.part.read(start, start + length + 1).astype(np.int64)
+                place = slice(at, at + length)
+                input_ids[row, place], document_ids[row, place] = ids[:-1], number
+                if self.part.marked:
+                    marks = self.part.marks(start + 1, start + length + 1)
+                    targets[row, place] = np.where(marks, ids[1:], IGNORED)
+                else:
+                    targets[row, place] = ids[1:]
+                at += length
+        return Rows(input_ids, targets, document_ids, self.packed)
+
+    def num_targets(self, indices: Ints) -> int:
+        return int(self.index.targets[np.asarray(indices, dtype=np.int64)].sum(dtype=np.int64))
+
+    def extracts(self, index: int) -> list[Extract]:
+        starts, lengths = self.index.pieces(index)
+        found = []
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+            document = self.part.document_at(start)
+            begin = int(self.part.spans(document, document + 1)[0])
+            found.append(Extract(document, start - begin, length))
+        return found
+
+
+def pack_documents(part: TokenPart, seq_len: int) -> Iterator[Packed]:
+    """Rows of whole documents, each put where it leaves the least room (best fit, the longest
+    first); a longer document fills rows of its own, and its rest joins others."""
+    for starts, lengths, targets in _blocks(part, seq_len, cut=False):
+        yield _best_fit(starts, lengths, targets, seq_len)
+
+
+def pad_documents(part: TokenPart, seq_len: int, *, truncation: bool) -> Iterator[Packed]:
+    """One piece a row. Of a document that is longer only the beginning is kept with
+    ``truncation``; otherwise its rest fills rows of its own."""
+    for starts, lengths, targets in _blocks(part, seq_len, cut=truncation):
+        yield starts, lengths, np.arange(1, len(starts) + 1), targets
+
+
+def _blocks(part: TokenPart, seq_len: int, *, cut: bool) -> Iterator[tuple[Ints, Ints, Ints]]:
+    """Starts, lengths and numbers of targets of the pieces of some documents at a time."""
+    for first in range(0, part.num_documents, BLOCK):
+        spans = part.spans(first, min(first + BLOCK, part.num_documents)).astype(np.int64)
+        begins, predicted = spans[:-1], np.maximum(np.diff(spans) - 1, 0)
+        counts = -(-predicted // seq_len)
+        if cut:
+            counts = np.minimum(counts, 1)
+        owner = np.repeat(np.arange(len(begins)), counts)
+        offset = (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)) * seq_len
+        starts = begins[owner] + offset
+        lengths = np.minimum(predicted[owner] - offset, seq_len)
+        targets = lengths
+        if part.marked:
+            targets = np.array(
+                [
+                    int(np.count_nonzero(part.marks(start + 1, start + length + 1)))
+                    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
+                ],
+                dtype=np.int64,
+            )
+        kept = targets > 0
+        yield starts[kept], lengths[kept], targets[kept]
+
+
+def _best_fit(starts: Ints, lengths: Ints, targets: Ints, seq_len: int) -> Packed:
+    order = np.argsort(-lengths, kind="stable")
+    rows: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}
+    open_rooms = 0  # bit r is set where a row with room for r exists
+    for piece in order.tolist():
+        length = int(lengths[piece])
+        fitting = open_rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            candidates = by_room[room]
+            row = candidates.pop()
+            if not candidates:
+                open_rooms ^= 1 << room
+            rows[row].append(piece)
+        else:
+            room, row = seq_len, len(rows)
+            rows.append([piece])
+        if left := room - length:
+            if not by_room.setdefault(left, []):
+                open_rooms |= 1 << left
+            by_room[left].append(row)
+    flat = np.array([piece for row in rows for piece in sorted(row)], dtype=np.int64)
+    return starts[flat], lengths[flat], np.cumsum([len(row) for row in rows]), targets[flat]
+
+
+def _columns(blocks: Iterable[Packed]) -> Iterator[tuple[Ints, ...]]:
+    """The four arrays of an index, block by block."""
+    pieces = 0
+    for starts, lengths, row_ends, targets in blocks:
+        if not len(row_ends):
+            continue
+        first = np.concatenate([[0], row_ends[:-1]]).astype(np.int64)
+        columns = starts, lengths, row_ends + pieces, np.add.reduceat(targets, first)
+        yield tuple(c.astype(dtype) for c, dtype in zip(columns, DTYPES, strict=True))
+        pieces += len(starts)
+
+
+def _mapped(path: Path, dtype: str) -> Ints:
+    if not path.stat().st_size:  # nothing can be mapped
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r")

@@ -1,0 +1,1 @@
+"""Token stores: the ids of documents on disk, with their borders and marks."""
