@@ -12,6 +12,7 @@ from apt_core.kinds import KINDS
 from apt_core.types import CORE, ProviderSpec
 
 _LAYERS = "apt_core.modeling.layers"
+_SOURCES = "apt_core.data.sources"
 
 _ADAM = ("training.betas", "training.eps")
 _DECAY = ("training.warmup_steps", "training.min_lr_ratio")
@@ -104,7 +105,31 @@ _DECLARED = (
         name="text_default",
         factory="apt_core.data.loaders.text_default:TextDataset",
         section="data",
-        summary="text files: .txt and, by suffix, .jsonl",
+        summary="text files; by suffix JSON lines, CSV and parquet; .gz and .zst",
+        files=("train_path", "val_path"),
+    ),
+    ProviderSpec(
+        kind="dataset",
+        name="jsonl",
+        factory=f"{_SOURCES}.jsonl:JsonLines",
+        section="data",
+        summary="JSON lines with text, prompt and response, or messages",
+        files=("train_path", "val_path"),
+    ),
+    ProviderSpec(
+        kind="dataset",
+        name="csv",
+        factory=f"{_SOURCES}.csv:CsvTable",
+        section="data",
+        summary="comma- or tab-separated tables, a row a document",
+        files=("train_path", "val_path"),
+    ),
+    ProviderSpec(
+        kind="dataset",
+        name="parquet",
+        factory=f"{_SOURCES}.parquet:ParquetTable",
+        section="data",
+        summary="parquet tables, a row a document",
         files=("train_path", "val_path"),
     ),
     ProviderSpec(
@@ -113,6 +138,14 @@ _DECLARED = (
         factory="apt_core.data.loaders.pydoc:PydocDataset",
         section="data",
         summary="CPython's language reference, in every Python",
+        files=("val_path",),
+    ),
+    ProviderSpec(
+        kind="dataset",
+        name="python_source",
+        factory=f"{_SOURCES}.python_source:PythonSource",
+        section="data",
+        summary="CPython's standard library: code, in every Python",
         files=("val_path",),
     ),
     ProviderSpec(

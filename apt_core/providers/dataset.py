@@ -33,6 +33,11 @@ class Columns(Section):
     messages: Name = Field(
         default="messages", description="A conversation: a list of {role, content}."
     )
+    key: Name | None = Field(
+        default=None,
+        description="Records of one value stand on one side of the split; without it, each record "
+        "for itself.",
+    )
 
 
 class SourceSection(Section):

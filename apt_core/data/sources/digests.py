@@ -1,0 +1,88 @@
+"""Hashes of the contents of files, kept so that a file is hashed once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from apt_core.cache import cache_dir
+from apt_core.data.sources.files import DataFile
+from apt_core.data.sources.reading import BLOCK, Reading
+from apt_core.files import write_atomically
+from apt_core.json_files import read_json
+from apt_core.log import get_logger
+
+log = get_logger("apt.data")
+
+SETTLED = 2.0
+"""Seconds after which a file's time tells a change: clocks of file systems have ticks, within which
+a second write leaves size and time as they are."""
+
+
+def kept_sha256(files: Sequence[DataFile], key: str) -> list[str]:
+    """The sha256 of the bytes of each file, compressed as they are.
+
+    One that was hashed before is not read again while its identity is the same. Where the cache
+    cannot be written, the log says so. Raises ConfigError, with the profile's ``key``, for what
+    cannot be read.
+    """
+    paths = [file.where if file.filesystem else file.path for file in files]
+    name = hashlib.sha256(json.dumps(paths).encode()).hexdigest()
+    known, began = _read(name), time.time()
+    hashes: list[str] = []
+    kept: dict[str, list[Any]] = {}
+    for path, file in zip(paths, files, strict=True):
+        identity = None if file.identity is None else list(file.identity)
+        entry = known.get(path)
+        if identity is not None and entry is not None and entry[0] == identity:
+            digest = entry[1]
+        else:
+            digest = _sha256(file, key)
+        hashes.append(digest)
+        if identity is not None and _is_settled(file, began):
+            kept[path] = [identity, digest]
+    if kept != known:
+        _write(name, kept)
+    return hashes
+
+
+def _sha256(file: DataFile, key: str) -> str:
+    digest = hashlib.sha256()
+    with Reading(file, key).open(decompress=False) as stream:
+        while block := stream.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _is_settled(file: DataFile, now: float) -> bool:
+    if file.filesystem is not None or file.identity is None:
+        return True
+    return now - int(file.identity[1]) / 1e9 > SETTLED
+
+
+def _folder() -> Path:
+    return cache_dir() / "digests"
+
+
+def _read(name: str) -> dict[str, list[Any]]:
+    with suppress(OSError, ValueError):
+        found = read_json(_folder() / f"{name}.json")
+        if isinstance(found, dict) and all(
+            isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
+            for entry in found.values()
+        ):
+            return found
+    return {}
+
+
+def _write(name: str, kept: dict[str, list[Any]]) -> None:
+    try:
+        _folder().mkdir(parents=True, exist_ok=True)
+        write_atomically(_folder() / f"{name}.json", json.dumps(kept))
+    except OSError as error:
+        log.warning("hashes of files are not kept: %s", error)

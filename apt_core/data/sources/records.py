@@ -1,0 +1,65 @@
+"""Documents out of records: rows and objects with named fields."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from apt_core.errors import did_you_mean
+from apt_core.providers.dataset import Columns
+from apt_core.providers.documents import Document
+
+HINT = "data.columns says under which names records hold their text, prompt, response and messages"
+
+
+def document_of(record: Mapping[str, Any], columns: Columns, where: str) -> Document:
+    """The document of a record: its messages, else its prompt with its response, else its text.
+
+    A field that is null is not there. Raises ValueError for a record without any of these, and
+    for values that are no text or no conversation.
+    """
+    text = record.get(columns.text)
+    if type(text) is str and len(record) == 1:
+        return Document.of(text, where)
+    given = {
+        "messages": record.get(columns.messages),
+        "prompt": record.get(columns.prompt),
+        "response": record.get(columns.response),
+        "text": text,
+    }
+    if given["prompt"] is None or given["response"] is None:
+        given.pop("prompt"), given.pop("response")
+    found = {name: value for name, value in given.items() if value is not None}
+    if not found:
+        raise ValueError(missing_fields(columns, record, record))
+    if columns.key is not None and record.get(columns.key) is not None:
+        found["key"] = record[columns.key]
+    return Document.of(found, where)
+
+
+def usable_columns(columns: Columns, there: Collection[str]) -> list[str]:
+    """The columns of a table to read, of those that are ``there``; empty where none of the forms of
+    a document is."""
+    pair = (columns.prompt, columns.response)
+    names = [columns.messages] if columns.messages in there else []
+    names += pair if all(name in there for name in pair) else ()
+    names += [columns.text] if columns.text in there else []
+    if names and columns.key is not None and columns.key in there:
+        names.append(columns.key)
+    return list(dict.fromkeys(names))
+
+
+def missing_fields(
+    columns: Columns, there: Collection[str], record: Mapping[str, Any] | None = None
+) -> str:
+    """What is missing, and what is there."""
+    null = [name for name in there if record is not None and record[name] is None]
+    names = ", ".join(f"{name!r}{' (null)' if name in null else ''}" for name in list(there)[:20])
+    names += f" and {len(there) - 20:,} more" if len(there) > 20 else ""
+    wanted = (columns.text, columns.messages, columns.prompt, columns.response)
+    likely = [did_you_mean(name, wanted) for name in list(there)[:20] if name not in wanted]
+    hint = next(filter(None, likely), "")
+    return (
+        f"has no {columns.text!r}, no {columns.prompt!r} with {columns.response!r}, and no "
+        f"{columns.messages!r}; it has {names or 'nothing'}{f': {hint}' if hint else ''}"
+    )
