@@ -19,7 +19,7 @@ def test_plugin_list_shows_names_by_kind_with_their_defaults(command: Command) -
     printed = command(list_app)
     assert printed.code == 0
     assert printed.out.startswith("attention:\n  - tva_default (default)\n")
-    assert "dataset:\n  - text_default (default)\n  - pydoc\n" in printed.out
+    assert "dataset:\n  - text_default (default)\n  - csv\n" in printed.out
 
 
 def test_plugin_list_and_info_print_what_apt_hooks_does(command: Command) -> None:
