@@ -1,7 +1,7 @@
-"""Look up known advisories on every pin of constraints.txt with pip-audit.
+"""Look up advisories on every pin of constraints.txt with pip-audit.
 
-Exit code 1 for an advisory. Where the package index has no advisories (a mirror, a machine without
-a network), the pins that could not be looked up are counted and named: they are not called clean.
+The exit code is 1 where there is an advisory. Where the package index has none (a mirror, a machine
+without a network), the output counts and names the pins that were not looked up.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(requirements: str) -> int:
 
 
 def report(pins: Sequence[Mapping[str, Any]]) -> int:
-    """Say what pip-audit knows of ``pins``; the exit code."""
+    """Print the advisories that pip-audit found on ``pins``; return the exit code."""
     skipped = [pin["name"] for pin in pins if "skip_reason" in pin]
     print(f"advisories: {len(pins) - len(skipped)} of {len(pins)} pins were looked up")
     if skipped:
@@ -36,8 +36,8 @@ def report(pins: Sequence[Mapping[str, Any]]) -> int:
         print(f" and {len(skipped) - 5} more" if len(skipped) > 5 else "")
     known = [(pin, advisory) for pin in pins for advisory in pin.get("vulns", ())]
     for pin, advisory in known:
-        mended = ", ".join(advisory["fix_versions"]) or "no version yet"
-        print(f"  {pin['name']} {pin['version']}: {advisory['id']}, mended in {mended}")
+        fixed = ", ".join(advisory["fix_versions"]) or "no version yet"
+        print(f"  {pin['name']} {pin['version']}: {advisory['id']}, fixed in {fixed}")
     return 1 if known else 0
 
 

@@ -21,23 +21,23 @@ class _Plans(threading.local):
 
 
 PLANS = _Plans()
-"""Whom the batch plan of a thread's trainer tells of every fetch."""
+"""The callback of each thread, which the batch plan of its trainer calls before every fetch."""
 
 
 def trainer_loop(make: Callable[[], Trainer], *, skip: int = 0) -> Loop[nn.Module]:
-    """A run of the trainer that ``make`` gives, whose turns begin after ``skip`` steps."""
+    """A whole run of the trainer that ``make`` returns; its turns begin after ``skip`` steps."""
 
     def loop(fetched: Callable[[], None]) -> nn.Module:
         left = skip
 
-        def told() -> None:
+        def skip_or_fetch() -> None:
             nonlocal left
             if left:
                 left -= 1
             else:
                 fetched()
 
-        PLANS.fetched = told
+        PLANS.fetched = skip_or_fetch
         trainer = make()
         trainer.fit()
         return trainer.model
@@ -46,9 +46,11 @@ def trainer_loop(make: Callable[[], Trainer], *, skip: int = 0) -> Loop[nn.Modul
 
 
 @contextmanager
-def handing_over() -> Iterator[None]:
-    """Trainers hand over where they fetch a batch: there is no other place that is neither their
-    own code nor a plugin."""
+def patched_fetches() -> Iterator[None]:
+    """Patch batch plans to call ``PLANS.fetched`` before each fetch, where a trainer's turn ends.
+
+    The patch adds no code to the trainer's step, and no plugin.
+    """
 
     def step(plan: BatchPlan, epoch: int, index: int) -> Step:
         PLANS.fetched()

@@ -1,4 +1,4 @@
-"""What trainers are compared with: nanoGPT's model and a bare training loop, in plain PyTorch."""
+"""The baseline of trainers: nanoGPT's model and a bare training loop, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Recipe:
     gradient_clip: float = 1.0
 
     def learning_rate_at(self, step: int) -> float:
-        """Of the step that comes after ``step`` others: a linear rise, then half a cosine."""
+        """The rate of the step after ``step`` others: a linear warm-up, then half a cosine."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / (self.warmup_steps + 1)
         progress = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
@@ -37,7 +37,7 @@ class Recipe:
 
 
 def nanogpt_section(num_layers: int, num_heads: int, d_model: int, length: int) -> dict[str, Any]:
-    """Section ``model`` of a profile that has the parts of :class:`NanoGPT`."""
+    """The section ``model`` of a profile with the parts of :class:`NanoGPT`."""
     return {
         "num_layers": num_layers,
         "num_heads": num_heads,
@@ -52,7 +52,7 @@ def nanogpt_section(num_layers: int, num_heads: int, d_model: int, length: int) 
 
 
 def adamw(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """Fused AdamW; only matrices decay."""
+    """Fused AdamW with weight decay on matrices only."""
     parameters = list(model.parameters())
     return torch.optim.AdamW(
         [
@@ -81,9 +81,9 @@ def train(
     batch: Callable[[], tuple[Tensor, Tensor]],
     recipe: Recipe,
 ) -> None:
-    """Nothing but the training: no logging, no checks, no evaluation.
+    """Train for ``recipe.steps`` without logging, checks or evaluation.
 
-    ``batch`` gives a step's inputs and targets, ``loss`` makes a 0-d tensor of them.
+    ``batch`` returns a step's inputs and targets, ``loss`` maps them to a 0-d tensor.
     """
     optimizer = adamw(model, recipe)
     parameters = list(model.parameters())
@@ -101,7 +101,7 @@ def train(
 
 class NanoGPT(nn.Module):
     """nanoGPT's model: learned positions, LayerNorm and linear layers without biases, GELU, a tied
-    head, no dropout. It maps int64 [B, T] to logits [B, T, V]."""
+    head, no dropout. Maps ids [B, T], int64, to logits [B, T, V]."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The sides that ``gpu.py`` compares: runs of APT's trainer and of a bare loop, timed in turns."""
+"""The sides of ``gpu.py``: runs of APT's trainer and of a bare loop, timed in turns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from _apt_turns import handing_over, trainer_loop
+from _apt_turns import patched_fetches, trainer_loop
 from _bare import NanoGPT, Recipe, nanogpt_section, random_windows, train
 from _harness import Timings
 from _turns import Loop, take_turns
@@ -28,7 +28,7 @@ from apt_core.training.run import Run
 Profile = Mapping[str, Any]
 Maker = Callable[["Bench", "Shape"], Loop[nn.Module]]
 WARMUP = 2
-"""Rounds that are not counted; a compiled model is compiled in the first."""
+"""Rounds that are not counted; the first compiles a model that is to be compiled."""
 
 NOMINAL_PEAKS = {
     "H100 PCIe": 756e12,
@@ -38,13 +38,13 @@ NOMINAL_PEAKS = {
     "H200": 989e12,
     "A100": 312e12,
 }
-"""FLOP/s of dense bf16 products by what is in a GPU's name, from NVIDIA's data sheets of the H100,
-H200 and A100, which give twice as many where half of the values are zeros."""
+"""FLOP/s of dense bf16 products by part of a GPU's name, from NVIDIA's data sheets of the H100,
+H200 and A100, whose figures with sparsity are twice as high."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model like nanoGPT's and its batches; ``turn`` steps are timed at a time."""
+    """A model with nanoGPT's parts and its batches; a turn is ``turn`` steps."""
 
     num_layers: int
     num_heads: int
@@ -71,7 +71,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where it runs, how large, and the text that all train on."""
+    """Device, scratch folder, texts and number of rounds, the same for all sides."""
 
     device: torch.device
     folder: Path
@@ -81,7 +81,7 @@ class Bench:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of the forward; None where it is fp32."""
+        """The autocast type of the forward; None for fp32."""
         return torch.bfloat16 if self.device.type == "cuda" else None
 
     def synchronize(self) -> None:
@@ -92,7 +92,7 @@ class Bench:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def sized(self, shape: Shape) -> Shape:
-        """``shape``, or what a CPU can do in a second."""
+        """``shape`` on a GPU; on a CPU one small enough for a dry run."""
         if self.device.type == "cuda":
             return shape
         return replace(
@@ -112,10 +112,10 @@ class Bench:
 
 @dataclass(frozen=True)
 class Side:
-    """One of those that a row compares: how it is called in tables, and what makes its loop.
+    """One side of a row: its label in tables, and the function that makes its loop.
 
-    ``fp32`` says that its products are not in bf16, ``nanogpt`` that its model has the parts of
-    nanoGPT's, whose operations are known. ``shape`` is its own, where it has one.
+    ``fp32``: it computes products in fp32, not in bf16. ``nanogpt``: its model has nanoGPT's parts,
+    so that :func:`flops_per_step` holds. ``shape`` replaces that of the row.
     """
 
     label: str
@@ -132,15 +132,15 @@ def trainer(
     hardware: Profile | None = None,
     **described: Any,
 ) -> Side:
-    """A run of APT's trainer, with these sections of its profile beyond the shape's.
+    """A run of APT's trainer; ``model``, ``training`` and ``hardware`` override its profile's keys.
 
-    It computes in bf16 where that is native, and compiles nothing unless ``training`` says so.
+    It computes in bf16 on a GPU, and compiles nothing unless ``training`` asks for it.
     """
     own_model, own_training = dict(model or {}), dict(training or {})
 
     def make(bench: Bench, shape: Shape) -> Loop[nn.Module]:
         if len(bench.text.encode()) <= bench.steps(shape) * shape.tokens:
-            raise ValueError("an epoch ends, with an evaluation, while its steps are timed")
+            raise ValueError("the text is too short: an epoch would end within the timed steps")
         train_text, val_text = bench.folder / "train.txt", bench.folder / "val.txt"
         if not train_text.exists():
             train_text.write_text(bench.text, encoding="utf-8")
@@ -174,7 +174,7 @@ def trainer(
 
 
 def bare(label: str, *, compiled: bool = False, shape: Shape | None = None) -> Side:
-    """nanoGPT's model, precision and loop."""
+    """A run of nanoGPT's model and loop in plain PyTorch."""
 
     def make(bench: Bench, shape: Shape) -> Loop[nn.Module]:
         return partial(_bare, bench, shape, compiled)
@@ -190,7 +190,7 @@ def _bare(bench: Bench, shape: Shape, compiled: bool, fetched: Callable[[], None
         num_heads=shape.num_heads,
         d_model=shape.d_model,
     ).to(bench.device)
-    # As nanoGPT's, whose forward has the loss in it.
+    # nanoGPT compiles the loss too, which its forward includes.
     loss_of: Any = torch.compile(model.loss) if compiled else model.loss
     generator = torch.Generator().manual_seed(0)
     tokens = torch.frombuffer(bytearray(bench.text.encode()), dtype=torch.uint8).long()
@@ -221,29 +221,29 @@ def _bare(bench: Bench, shape: Shape, compiled: bool, fetched: Callable[[], None
 
 
 def waiting(loop: Loop[nn.Module], bench: Bench, turn: int) -> Loop[nn.Module]:
-    """``loop``, which waits for the GPU where a turn begins and ends, and nowhere else."""
+    """``loop`` with a wait for the GPU where a turn begins and ends."""
 
-    def run_(fetched: Callable[[], None]) -> nn.Module:
+    def run(fetched: Callable[[], None]) -> nn.Module:
         fetches = 0
 
-        def told() -> None:
+        def wait_and_fetch() -> None:
             nonlocal fetches
             if fetches % turn == 0:
                 bench.synchronize()
             fetches += 1
             fetched()
 
-        return loop(told)
+        return loop(wait_and_fetch)
 
-    return run_
+    return run
 
 
 @contextmanager
 def steps_alone() -> Iterator[None]:
-    """Trainers take their steps and no more: what comes after the last one (a checkpoint, an
-    evaluation, a sample) would be most of the time that a row takes."""
+    """Make trainers end after their last step, without the checkpoint, evaluation and sample, which
+    would take most of a row's time."""
     with (
-        handing_over(),
+        patched_fetches(),
         patch.object(Run, "_finish", lambda run: None),
         patch.object(Run, "_save_after_failure", lambda run, error: None),
     ):
@@ -251,7 +251,7 @@ def steps_alone() -> Iterator[None]:
 
 
 def timed(bench: Bench, shape: Shape, sides: Mapping[str, Side]) -> Timings:
-    """Nanoseconds of a step of each side, in turns; the first side is the baseline."""
+    """Wall-clock nanoseconds per step of each side, in turns; the first is the baseline."""
     loops = {}
     for name, side in sides.items():
         own = bench.sized(side.shape or shape)
@@ -267,19 +267,19 @@ def timed(bench: Bench, shape: Shape, sides: Mapping[str, Side]) -> Timings:
 
 
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")
-"""Calls of the CUDA runtime and driver that give the device something to do begin so."""
+"""First words of the CUDA runtime's and driver's calls that start work on the device."""
 
 
-def alone(bench: Bench, shape: Shape, side: Side) -> dict[str, float]:
-    """What one step takes besides time, with nothing beside it; nothing is known of a CPU.
+def measure_memory_and_launches(bench: Bench, shape: Shape, side: Side) -> dict[str, float]:
+    """Memory and launches of one step of ``side`` in a run of its own; empty on a CPU.
 
-    ``gib`` is the most memory that tensors had, ``launches`` are the host's calls that start
-    something, ``kernels`` what the device ran: of a CUDA graph one and many.
+    ``gib`` is the peak memory of tensors, ``launches`` counts the host's calls that start work,
+    ``kernels`` what the device ran. A CUDA graph is one launch of many kernels.
     """
     if bench.device.type == "cpu":
         return {}
     shape, bench = replace(shape, turn=1), replace(bench, rounds=4)
-    gc.collect()  # the sides that were timed
+    gc.collect()  # frees the timed sides
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(bench.device)
     held = torch.cuda.memory_allocated(bench.device)
@@ -305,15 +305,15 @@ def alone(bench: Bench, shape: Shape, side: Side) -> dict[str, float]:
 
 
 def flops_per_step(shape: Shape) -> float:
-    """Of a forward and backward: 6 for each parameter of a matrix, and the attention's products
-    (the appendix of PaLM, https://arxiv.org/abs/2204.02311)."""
+    """Floating-point operations of a forward and backward: 6 per token for each parameter of a
+    matrix, and attention's products (PaLM, appendix B, https://arxiv.org/abs/2204.02311)."""
     width, layers = shape.d_model, shape.num_layers
     matrices = 12 * layers * width**2 + shape.vocab_size * width
     return shape.tokens * (6 * matrices + 12 * layers * width * shape.length)
 
 
 def nominal_peak(bench: Bench) -> float | None:
-    """The data sheet's FLOP/s in bf16, of a GPU that is known."""
+    """The data sheet's FLOP/s in bf16; None for a CPU or a GPU that is not in the table."""
     if bench.device.type == "cpu":
         return None
     name = torch.cuda.get_device_name(bench.device)
@@ -321,8 +321,10 @@ def nominal_peak(bench: Bench) -> float | None:
     return next(known, None)
 
 
-def line(bench: Bench, shape: Shape, name: str, side: Side, seconds: float) -> dict[str, Any]:
-    """What is known of a side: its pace, its share of the peak, memory and launches."""
+def describe_side(
+    bench: Bench, shape: Shape, name: str, side: Side, seconds: float
+) -> dict[str, Any]:
+    """The figures of a side: its pace, its share of the peak, memory and launches."""
     shape = bench.sized(side.shape or shape)
     found: dict[str, Any] = {
         "side": name,
@@ -330,7 +332,7 @@ def line(bench: Bench, shape: Shape, name: str, side: Side, seconds: float) -> d
         "shape": str(shape),
         "step_ms": 1e3 * seconds,
         "tokens_per_second": shape.tokens / seconds,
-        **alone(bench, shape, side),
+        **measure_memory_and_launches(bench, shape, side),
     }
     if side.nanogpt:
         used = flops_per_step(shape) / seconds

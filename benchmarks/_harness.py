@@ -1,6 +1,6 @@
-"""What every benchmark shares: its flags, timing two sides in turns, and the file of figures.
+"""Shared by all benchmarks: flags, timing of sides in turns, and the file of figures.
 
-A benchmark is a script named for its question. It ends in ::
+A benchmark is a script that answers one question. It ends in ::
 
     if __name__ == "__main__":
         run("What does a guarded hook call cost?", measure, packages=["pluggy"])
@@ -12,7 +12,7 @@ where ``measure(report, quick)`` fills the report::
         report.ratio("guarded_over_stock", times, "guarded", over="stock")
         report.noise("stock_over_stock", times)
 
-``report.table``, ``report.plot`` and ``report.note`` add what a list of figures cannot show.
+``report.table``, ``report.plot`` and ``report.note`` add tables, plots and text to the figures.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Timings:
-    """``samples``: nanoseconds per call of each side, one number a round. ``again`` is a second
-    pass of the ``baseline`` in each of the same rounds, for the A/A comparison."""
+    """``samples``: nanoseconds per call of each side, one value per round. ``again`` holds a second
+    sample of the ``baseline`` in each round, for the A/A comparison."""
 
     samples: Mapping[str, Sequence[float]]
     baseline: str
@@ -66,11 +66,11 @@ class Timings:
         return statistics.median(self.samples[side])
 
     def ratio(self, side: str, over: str) -> Ratio:
-        """How many times as long ``side`` takes as ``over``."""
+        """The time of ``side`` over that of ``over``."""
         return ratio_of_medians(self.samples[side], self.samples[over])
 
     def noise(self) -> Ratio:
-        """The baseline against itself: what an interval around 1 looks like on this machine."""
+        """The baseline against itself: the ratios that the machine's noise alone makes."""
         return ratio_of_medians(self.again, self.samples[self.baseline])
 
 
@@ -78,7 +78,7 @@ def ratio_of_medians(side: Sequence[float], over: Sequence[float]) -> Ratio:
     """The ratio of the medians; rounds are resampled in pairs, since both sides of a round saw
     the same state of the machine. Raises ValueError for series that do not pair up."""
     if not side or len(side) != len(over):
-        raise ValueError(f"needs two series with as many rounds, not {len(side)} and {len(over)}")
+        raise ValueError(f"the series differ in rounds, or have none: {len(side)} and {len(over)}")
     rng = random.Random(0)
     rounds = range(len(side))
     ratios = []
@@ -201,7 +201,7 @@ class Report:
             }
 
     def ratio(self, name: str, times: Timings, side: str, *, over: str) -> None:
-        """Record how many times as long ``side`` takes as ``over``."""
+        """Record the time of ``side`` over that of ``over``."""
         ratio = times.ratio(side, over)
         samples = {side: times.samples[side], over: times.samples[over]}
         self.add(name, ratio.value, spread=(ratio.low, ratio.high), samples=samples)
@@ -217,7 +217,7 @@ class Report:
     ) -> None:
         """Record a table for the page; numbers are rounded as the figures are.
 
-        Raises ValueError for a row that has not as many cells as there are columns.
+        Raises ValueError for a row whose number of cells is not that of the columns.
         """
         if any(len(row) != len(columns) for row in rows):
             raise ValueError(f"table {title!r}: every row needs {len(columns)} cells")
@@ -268,7 +268,7 @@ class Report:
             "raw": self.raw,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part")  # whoever reads finds it whole
+        part = path.with_name(f"{path.name}.part")  # a reader sees the old file or the new one
         part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         part.replace(path)
 
@@ -295,14 +295,14 @@ def _shown(table: Mapping[str, Any]) -> Table:
 
 
 def command_of(script: str, words: Sequence[str]) -> str:
-    """The command that takes figures again: ``words`` without the file in which they are kept."""
+    """The command that repeats a measurement: ``words`` without ``--json FILE``."""
     at = [number for number, word in enumerate(words) if word == "--json"]
     kept = [word for number, word in enumerate(words) if number not in at and number - 1 not in at]
     return shlex.join(["python", script, *kept])
 
 
 def describe_machine() -> dict[str, Any]:
-    """What the figures depend on besides versions: processor, usable cores, system."""
+    """Processor, usable cores and system, on which the figures depend besides versions."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -325,7 +325,7 @@ def run(
     packages: Sequence[str] = (),
     argv: Sequence[str] | None = None,
 ) -> None:
-    """The whole of a benchmark script: flags, measurement, table, JSON.
+    """Run a benchmark script: parse flags, measure, write the JSON, print the table.
 
     ``measure(report, quick)`` does the work; ``packages`` are the distributions whose versions
     the figures depend on.
@@ -334,7 +334,7 @@ def run(
     options = parser.parse_args(argv)
     report = new_report(question, parser, packages)
     measure(report, options.quick)
-    # Written first: whoever reads the table may stop reading.
+    # Written first: a pipe that closes ends the printing.
     if options.json:
         report.write(options.json)
     report.show(Console())
@@ -353,8 +353,8 @@ def flags(question: str) -> argparse.ArgumentParser:
 def new_report(
     question: str, parser: argparse.ArgumentParser, packages: Sequence[str] = ()
 ) -> Report:
-    """An empty report of this machine, and of the versions of ``packages``; without one of them
-    the ``parser`` ends the script."""
+    """An empty report with this machine and the versions of ``packages``; a missing package exits
+    through ``parser.error``."""
     versions = {"python": platform.python_version()}
     try:
         versions |= {package: version(package) for package in ("apt-kernel", *packages)}

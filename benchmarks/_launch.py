@@ -1,5 +1,4 @@
-"""Starts apt-train so that it can be hit at a chosen moment: forked from this warm process, or as a
-process of its own."""
+"""Starts apt-train, forked from this process or as a new one, and acts on it at chosen moments."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ from apt_core.cli.train import app
 from apt_core.parallel.child_process import apt_train_command
 
 EVENTS = "APT_CHAOS_EVENTS"
-"""The environment's name for the descriptor that events are told on."""
+"""The environment variable with the descriptor to which a run writes its events."""
 
 BEACON = f"""\
 import os
@@ -84,15 +83,15 @@ def on_checkpoint_saved(path):
 def on_training_end(trainer):
     tell("end", trainer.step)
 """
-"""An observer that tells where the run is."""
+"""An observer that writes the events of a run."""
 
 SECONDS = 120.0
-"""After which a run hangs."""
+"""A run that takes longer counts as hung."""
 
 
 @dataclass(frozen=True)
 class Strike:
-    """After the ``count``-th ``event`` from now on and ``delay`` seconds more, ``act(pid)``.
+    """Calls ``act(pid)`` ``delay`` seconds after the ``count``-th next ``event``.
 
     The event "launch" is the start of the process.
     """
@@ -105,7 +104,7 @@ class Strike:
 
 @dataclass
 class _Waiting:
-    """A chain of strikes, of which the first is waited for."""
+    """A chain of strikes; the first one left is due next."""
 
     left: list[Strike]
     seen: int = 0
@@ -122,31 +121,31 @@ class _Waiting:
 
 @dataclass
 class Launched:
-    """How a run ended: its exit code, negative for a signal and None where it hung, the events that
-    it told with their steps, and what it printed."""
+    """How a run ended: its exit code (negative for a signal, None where it hung), its events with
+    their steps, and what it printed."""
 
     code: int | None
     events: list[tuple[str, int]] = field(default_factory=list)
-    said: str = ""
+    printed: str = ""
 
     @property
     def start(self) -> int | None:
-        """The step that it went on after, or None where it did not come so far."""
+        """The step after which training started; None where it did not start."""
         return next((step for event, step in self.events if event == "start"), None)
 
 
 @dataclass
 class Running:
-    """A run that was started and is not waited for yet."""
+    """A started run, until :meth:`wait` is called."""
 
     pid: int
     events: int
     output: Path
-    told: bytes = b""
+    unread: bytes = b""
 
     def wait(self, chains: Iterable[Sequence[Strike]] = ()) -> Launched:
-        """Strike when it is time, and wait for the end. Of each chain, a strike is waited for when
-        the one before it has come."""
+        """Wait for the end of the run, and strike when strikes are due: in each chain one after the
+        other."""
         found = Launched(None)
         waiting = [_Waiting(list(chain)) for chain in chains if chain]
         ended = os.pidfd_open(self.pid)
@@ -173,24 +172,24 @@ class Running:
                 if time.monotonic() > deadline:
                     os.kill(self.pid, signal.SIGKILL)
                     os.waitpid(self.pid, 0)
-                    found.said = self._said()
+                    found.printed = self._read_output()
                     return found
         finally:
             os.close(ended)
             os.close(self.events)
         found.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        found.said = self._said()
+        found.printed = self._read_output()
         return found
 
     def _read(self) -> list[tuple[str, int]]:
         with contextlib.suppress(BlockingIOError):
             while block := os.read(self.events, 1 << 16):
-                self.told += block
-        *lines, self.told = self.told.split(b"\n")
+                self.unread += block
+        *lines, self.unread = self.unread.split(b"\n")
         words = (line.decode().split() for line in lines)
         return [(event, int(step)) for event, step in words]
 
-    def _said(self) -> str:
+    def _read_output(self) -> str:
         return self.output.read_text(encoding="utf-8", errors="replace")
 
 
@@ -205,8 +204,7 @@ def launch(
     forked: bool = True,
     surroundings: Callable[[], None] | None = None,
 ) -> Running:
-    """Start ``apt-train ARGUMENTS`` in ``folder``; where it is forked, ``surroundings()`` is called
-    in it before."""
+    """Start ``apt-train ARGUMENTS`` in ``folder``; a forked child first calls ``surroundings``."""
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     output = folder / f"output-{len(list(folder.glob('output-*')))}.txt"
@@ -222,10 +220,10 @@ def launch(
                 stderr=file,
                 pass_fds=[writer],
             )
-            process.returncode = 0  # it is waited for here, by its pid
+            process.returncode = 0  # so that Popen does not wait for it: Running.wait does
             return Running(process.pid, reader, output)
         with warnings.catch_warnings():
-            # With one thread, torch has none that a fork could lose.
+            # With one thread, torch has no pool of threads that a fork would lose.
             warnings.simplefilter("ignore", DeprecationWarning)
             sys.stdout.flush()
             sys.stderr.flush()
@@ -245,7 +243,7 @@ def _train(
     writer: int,
     surroundings: Callable[[], None] | None,
 ) -> None:
-    """Be the child: this does not return."""
+    """Run the command in the forked child, and exit: never returns."""
     code = 70
     try:
         for number in (1, 2):
@@ -265,8 +263,8 @@ def _train(
         os._exit(code)
 
 
-def a_jumping_clock(seed: int) -> None:
-    """From now on the clock of this process jumps by up to years, to either side."""
+def make_clock_jump(seed: int) -> None:
+    """Make the clock of this process jump forth and back, by up to years."""
     chance = random.Random(seed)
     real, real_ns, offset = time.time, time.time_ns, 0
 
@@ -293,8 +291,8 @@ def a_jumping_clock(seed: int) -> None:
                 setattr(module, name, replaced[id(value)])
 
 
-def a_failing_device(broken: Path) -> None:
-    """While ``broken`` exists, what reaches the disk for good fails with EIO."""
+def make_device_fail(broken: Path) -> None:
+    """Make fsync, replace and rename fail with EIO while the file ``broken`` exists."""
 
     def failing(real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Timing loops that cannot be cut into calls: each runs in a thread, a few steps at a time."""
+"""Times loops that cannot be split into calls: each runs in a thread, a few steps at a time."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from _harness import Timings
 
 Result = TypeVar("Result")
 Loop = Callable[[Callable[[], None]], Result]
-"""A whole run of a trainer. It calls what it is given once a step, where it fetches its batch."""
+"""A whole run of a trainer. It calls its argument once a step, where it fetches a batch."""
 
 
 class _Abandoned(BaseException):
-    """Ends a loop where it stands. It is no Exception, so that no loop goes on after it."""
+    """Raised in a loop to end it; no Exception, which the loop might catch."""
 
 
 class Turns(Generic[Result]):
-    """A loop in a thread of its own, which stands still except in its turns.
+    """A loop in a thread of its own, which waits except in its turns.
 
     ``start()`` runs it to its first batch, ``turn()`` for the next ``steps`` steps, from batch to
-    batch; ``finish()`` lets it run to its end and returns its result. What the loop raises, these
-    methods raise. ``abandon()`` ends the loop where it stands, and lets go of what it holds.
+    batch; ``finish()`` runs it to its end and returns its result. These methods raise the errors of
+    the loop. ``abandon()`` ends the loop early and frees what it holds.
     """
 
     def __init__(self, loop: Loop[Result], steps: int) -> None:
@@ -36,7 +36,7 @@ class Turns(Generic[Result]):
         self._started = self._spent = (0, 0)
         self._results: list[Result] = []
         self._error: BaseException | None = None
-        # A daemon: a loop that cannot be ended does not keep the process.
+        # A daemon thread: a loop that does not end would keep the process from exiting.
         self._thread = Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
@@ -44,7 +44,7 @@ class Turns(Generic[Result]):
         self._wait(ends=False)
 
     def turn(self) -> tuple[int, int]:
-        """Nanoseconds of CPU time, of all threads of the process, and of wall-clock time.
+        """Run one turn; return its CPU time, of all threads, and its wall-clock time in ns.
 
         Raises RuntimeError where the loop ends before its turn does.
         """
@@ -100,8 +100,8 @@ class Turns(Generic[Result]):
 
 @dataclass(frozen=True)
 class TurnTimings(Generic[Result]):
-    """Nanoseconds per step in CPU time and in wall-clock time, and what the loops returned after
-    so many ``steps``."""
+    """Nanoseconds per step in CPU time and in wall-clock time, and the results of the loops, which
+    took ``steps`` steps."""
 
     cpu: Timings
     wall: Timings
@@ -116,8 +116,8 @@ def take_turns(
     each round. The ``baseline`` is run twice, as two loops, for the A/A comparison.
 
     The first ``warmup`` rounds are thrown away. A loop must take ``(rounds + warmup) * steps + 1``
-    steps: the last one, which nothing follows, is not timed. The garbage collector runs between
-    rounds only. Raises what a loop raises, RuntimeError for one that takes too few steps.
+    steps: the last one, which no fetch follows, is not timed. The garbage collector runs between
+    rounds only. Raises the errors of loops, and RuntimeError for one that takes too few steps.
     """
     sides = {name: Turns(loop, steps) for name, loop in loops.items()}
     sides[""] = Turns(loops[baseline], steps)

@@ -1,7 +1,7 @@
 """What TVA costs at several ranks, against multi-head, grouped-query and multi-query attention.
 
 Every side is a provider of the registry, on SDPA, with RoPE, in fp32. One process times them in
-turns: the forward, the forward with the backward, and one step of decoding.
+turns: a forward, a forward with its backward, and one step of decoding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from apt_core.registry import Registry
 D_MODEL, HEADS, BATCH = 768, 12, 2
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 TRAINED, CACHED = 1024, 2048
-"""The length and the number of cached tokens that the figures are about."""
+"""The length and the number of cached tokens of the figures."""
 
 REGISTRY = Registry()
 
@@ -52,7 +52,7 @@ class Side:
         )
 
     def kv_bytes(self, tokens: int) -> int:
-        """What the provider says of the cache of one sequence in fp32."""
+        """The provider's figure for the cache of one sequence in fp32."""
         return self.provider.kv_cache_bytes(
             D_MODEL, HEADS, tokens, num_kv_heads=self.num_kv_heads, bytes_per_value=4
         )
@@ -70,14 +70,14 @@ SIDES = {
     "tva_r8": Side("TVA r=8", "tva_default", {"r": 8, "s": 0}),
 }
 ALL = SIDES | {"tva_r4_s1": Side("TVA r=4, s=1", "tva_default", {"r": 4, "s": 1})}
-"""The compensator's side is trained at the one length, and decodes."""
+"""TVA with its compensator is trained at TRAINED alone, and decodes at every length."""
 
 Calls = dict[str, Callable[[], object]]
 Layers = Mapping[str, nn.Module]
 
 
 def forward(layer: nn.Module, length: int) -> Callable[[], object]:
-    """A forward that keeps nothing for a backward."""
+    """A forward without gradients."""
     x = torch.randn(BATCH, length, D_MODEL)
 
     def call() -> None:
@@ -96,7 +96,7 @@ def train(layer: nn.Module, length: int) -> Callable[[], object]:
 
 
 def decode(layer: nn.Module, cached: int) -> Callable[[], object]:
-    """One token after ``cached`` others, which every call finds in the cache, and no more."""
+    """A forward of one token with ``cached`` others in the cache, to which each call resets it."""
     cache = layer.create_cache(cached + 1)
     token = torch.randn(1, 1, D_MODEL)
     with torch.no_grad():
@@ -117,7 +117,7 @@ def timed(calls: Calls, rounds: int) -> Timings:
 
 
 def held_bytes(layer: nn.Module, tokens: int) -> int:
-    """The memory of a cache that ``tokens`` tokens fill."""
+    """The bytes of a cache that holds ``tokens`` tokens."""
     cache = layer.create_cache(tokens)
     with torch.no_grad():
         layer(torch.randn(1, tokens, D_MODEL), cache=cache)
@@ -125,10 +125,10 @@ def held_bytes(layer: nn.Module, tokens: int) -> int:
 
 
 def count_bytes(layers: Layers, tokens: int) -> dict[str, int]:
-    """What each side's filled cache holds; AssertionError where a provider tells otherwise."""
+    """The bytes of each side's filled cache. Raises AssertionError where its provider differs."""
     held = {name: held_bytes(layer, tokens) for name, layer in layers.items()}
-    told = {name: ALL[name].kv_bytes(tokens) for name in layers}
-    assert held == told, f"kv_cache_bytes says {told}, the caches hold {held}"
+    stated = {name: ALL[name].kv_bytes(tokens) for name in layers}
+    assert held == stated, f"kv_cache_bytes says {stated}, the caches hold {held}"
     return held
 
 
@@ -138,7 +138,7 @@ def time_lengths(
     lengths: Sequence[int],
     rounds: int,
 ) -> dict[int, Timings]:
-    """A workload of every side at every length; fewer rounds where they last seconds."""
+    """Timings of ``workload`` by length, with fewer rounds for long ones."""
     return {
         length: timed(
             {
@@ -153,7 +153,7 @@ def time_lengths(
 
 
 def add_speed_ups(report: Report, title: str, by_length: Mapping[int, Timings]) -> None:
-    """A table: MHA's time, and how many times as fast the other sides are."""
+    """Add a table with MHA's time, and how many times as fast the other sides are."""
     others = {name: side.label for name, side in SIDES.items() if name != "mha"}
     report.table(
         f"{title}: milliseconds of MHA, and how many times as fast the others are",
@@ -170,7 +170,7 @@ def add_speed_ups(report: Report, title: str, by_length: Mapping[int, Timings]) 
 
 
 def add_training(report: Report, by_length: Mapping[int, Timings]) -> None:
-    """The figures at one length, and the plot over all of them."""
+    """Add the figures at the length TRAINED, and the plot over all lengths."""
     times = by_length[TRAINED]
     for name in ("tva_r4", "tva_r2"):
         report.ratio(f"mha_over_{name}_train_T{TRAINED}", times, "mha", over=name)

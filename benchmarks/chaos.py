@@ -1,8 +1,8 @@
-"""Is a run that is hit again and again the same, at its end, as one that is left alone?
+"""Does a run that is struck again and again end like one that is left alone?
 
-python benchmarks/chaos.py --quick                   # some ten events
+python benchmarks/chaos.py --quick                   # about ten events
 python benchmarks/chaos.py --json benchmarks/results/chaos.json
-python benchmarks/chaos.py --seed 3 --case 17        # one run of those, in its own folder
+python benchmarks/chaos.py --seed 3 --case 17        # one of those runs
 python benchmarks/chaos.py --only sigkill --only damaged
 """
 
@@ -41,9 +41,9 @@ from _launch import (
     Launched,
     Running,
     Strike,
-    a_failing_device,
-    a_jumping_clock,
     launch,
+    make_clock_jump,
+    make_device_fail,
 )
 from apt_core.errors import CheckpointError
 from apt_core.runs import checkpoint, scores
@@ -54,7 +54,7 @@ from apt_core.training.verify import RECORDS
 STEPS = 48
 EVENTS, QUICK_EVENTS = 250, 10
 HITS = 8
-"""The most launches of a run that are hit; after them it is let go on to its end."""
+"""The most launches of a run that are struck; the next one runs to the end."""
 
 PROFILE: dict[str, Any] = {
     "name": "chaos",
@@ -66,7 +66,7 @@ PROFILE: dict[str, Any] = {
     "evaluation": {"eval_freq": 6, "eval_batches": 2, "sample_tokens": 3},
     "hardware": {"device": "cpu"},
 }  # fmt: skip
-"""Epochs of eleven steps, saves and evaluations that do not fall together."""
+"""Epochs of eleven steps; epochs, saves and evaluations end at different steps."""
 
 TEXT = "".join(
     f"{n} apples and {n + 1} pears are {2 * n + 1} pieces of fruit.\n" for n in range(24)
@@ -97,8 +97,8 @@ def apt_state_dict():
 def apt_load_state_dict(state):
     kept.update(state)
 """
-"""A loss term whose weight goes by all that it has seen: a resume that loses or repeats a call
-changes every weight after it."""
+"""A loss term whose weight depends on all earlier calls: a resume that loses or repeats a call
+changes all weights after it."""
 
 FLAKY = """\
 import random
@@ -145,8 +145,8 @@ def apt_metrics():
 def apt_state_dict():
     return act()
 """
-"""An observer that raises, draws, waits and returns what no hook accepts. It takes part in some
-launches alone."""
+"""An observer that raises, draws, waits and returns invalid values; it is active in some launches
+only."""
 
 FULL = 256
 """Bytes that are left on a full disk."""
@@ -154,14 +154,14 @@ FULL = 256
 
 @dataclass
 class Disk:
-    """Where runs are kept: a small file system of its own, if one can be mounted; ``why_not`` says
-    why it cannot."""
+    """The folder of the runs, on a small file system if one can be mounted; ``why_not`` says why
+    none could."""
 
     path: Path
     why_not: str = ""
 
     def fill(self, pid: int) -> None:
-        """Leave no room; where the disk is shared with others, keep ``pid`` from writing."""
+        """Fill the file system; where it is not our own, forbid ``pid`` to write."""
         if self.why_not:
             hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)[1]
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
@@ -173,16 +173,16 @@ class Disk:
                         file.write(bytes(size))
 
     def empty(self, pid: int | None = None) -> None:
-        """Make room again."""
+        """Undo :meth:`fill`."""
         if self.why_not and pid is not None:
             hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)[1]
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
         (self.path / "ballast").unlink(missing_ok=True)
 
     def protect(self, folder: Path) -> None:
-        """Let nobody open a file below ``folder`` for writing any more."""
+        """Make ``folder`` read-only for everyone."""
         subprocess.run(["mount", "--bind", folder, folder], check=True)
-        # Refused while something holds a file open that it opened since the line before.
+        # The remount fails while a file is open that was opened since the mount above.
         for _ in range(20):
             words = ["mount", "-o", "remount,bind,ro", folder]
             if not subprocess.run(words, check=False, capture_output=True).returncode:
@@ -197,7 +197,7 @@ class Disk:
 
 @contextmanager
 def small_disk(path: Path) -> Iterator[Disk]:
-    """A file system of 6 MB at ``path``, which no other process sees and which goes with this."""
+    """A file system of 6 MB at ``path``, private to this process and its children."""
     path.mkdir()
     new_mounts = 0x20000
     if os.geteuid() or ctypes.CDLL(None, use_errno=True).unshare(new_mounts):
@@ -215,7 +215,7 @@ def small_disk(path: Path) -> Iterator[Disk]:
 
 @dataclass
 class Case:
-    """One run that is hit: where it is kept, and what is known of it from outside."""
+    """One run that is struck: its folder, and what to expect of it."""
 
     root: Path
     disk: Disk
@@ -225,11 +225,11 @@ class Case:
     run: Path = field(init=False)
     moves: int = 0
     damaged: set[str] = field(default_factory=set)
-    """Checkpoints that a resume has to pass over."""
+    """Names of checkpoints that a resume must pass over."""
     rows_lost_until: int = 0
-    """Rows of these steps were deleted by hand."""
+    """Rows up to this step were deleted."""
     rows_deleted: bool = False
-    """They were deleted in this launch. What follows is of one launch too."""
+    """Rows were deleted during this launch. The following fields concern one launch too."""
     flaky: int | None = None
     surroundings: list[Callable[[], None]] = field(default_factory=list)
     rivals: int = 0
@@ -251,7 +251,7 @@ class Case:
 
     @property
     def newest(self) -> int:
-        """The step that a resume goes on after."""
+        """The step after which a resume must go on."""
         return checkpoint.step_of(self.intact[-1]) if self.intact else 0
 
     def arguments(self) -> list[str]:
@@ -266,15 +266,15 @@ class Case:
 # Events ----------------------------------------------------------------------------------------
 
 Event = Callable[[Case], list[Strike] | None]
-"""Does what happens before a launch, and says what strikes in it, one after the other. None where
-there was nothing that it could have happened to."""
+"""Does what happens before a launch, and returns the strikes in it, in order; None where it does
+not apply."""
 
 MOMENTS = ("launch", "resume", "start", "step", "step", "save", "save", "saved", "evaluation",
            "sample", "epoch", "end")  # fmt: skip
 
 
 def moment(case: Case, act: Callable[[int], None], *names: str) -> Strike:
-    """``act`` at a random moment: a little after something that was seen to happen."""
+    """A strike at a random moment, shortly after one of the events ``names``."""
     name = case.chance.choice(names or MOMENTS)
     if name == "resume" and not case.intact:
         name = "start"
@@ -286,7 +286,7 @@ def moment(case: Case, act: Callable[[int], None], *names: str) -> Strike:
 
 
 def sends(number: int, *more: int) -> Event:
-    """An event that sends signals: the first at a random moment, the others soon after it."""
+    """An event that sends signals: the first at a random moment, the others soon after."""
 
     def event(case: Case) -> list[Strike]:
         def send(pid: int) -> None:
@@ -316,7 +316,7 @@ def disk_full(case: Case) -> list[Strike]:
 
 def disk_fails(case: Case) -> list[Strike]:
     broken = case.root / "broken"
-    case.surroundings.append(partial(a_failing_device, broken))
+    case.surroundings.append(partial(make_device_fail, broken))
 
     def fail(pid: int) -> None:
         case.disk_fails = True
@@ -345,7 +345,7 @@ def read_only(case: Case) -> list[Strike]:
 
 
 def damaged(case: Case) -> list[Strike] | None:
-    """A file of one of the newest checkpoints is not what was written."""
+    """Damage a file of one of the two newest checkpoints."""
     if not case.checkpoints:
         return None
     path = case.chance.choice(case.checkpoints[-2:])
@@ -369,7 +369,7 @@ def damaged(case: Case) -> list[Strike] | None:
 
 
 def deleted(case: Case) -> list[Strike] | None:
-    """The newest checkpoint is gone."""
+    """Delete the newest checkpoint."""
     if not case.checkpoints:
         return None
     case.damaged.discard(case.checkpoints[-1].name)
@@ -378,7 +378,7 @@ def deleted(case: Case) -> list[Strike] | None:
 
 
 def strays(case: Case) -> list[Strike] | None:
-    """What a process that died left half written, and what is none of ours."""
+    """Add half-written files, as of a process that died, and foreign files."""
     root = case.run / "checkpoints"
     if not root.is_dir():
         return None
@@ -413,7 +413,7 @@ def log_deleted(case: Case) -> list[Strike]:
 
 
 def rows_damaged(case: Case) -> list[Strike] | None:
-    """The newest row is cut, and what is no row stands behind it."""
+    """Append a cut row, or a line that is no row."""
     path = case.run / "metrics.jsonl"
     if not path.exists():
         return None
@@ -440,7 +440,7 @@ def times_set_back(case: Case) -> list[Strike] | None:
 
 
 def clock_jumps(case: Case) -> list[Strike]:
-    case.surroundings.append(partial(a_jumping_clock, case.chance.randrange(10**6)))
+    case.surroundings.append(partial(make_clock_jump, case.chance.randrange(10**6)))
     return []
 
 
@@ -475,23 +475,23 @@ KINDS: dict[str, tuple[str, Event]] = {
     "plugin": ("a plugin that raises, waits and returns what is wrong", plugin_fails),
     "race": ("two starters for one folder", two_starters),
 }
-"""What happens to runs, by name: in words, and what it does before a launch and in it."""
+"""Kinds of events by name: a description, and the event."""
 
 INEXACT = ("insisting",)
-"""Those that need not end like the quiet run: a run that dies in the middle of a step saves the
-states of plugins that have seen a part of it, and says so. They happen where --only names them."""
+"""Kinds after which a run need not end like the quiet one: a run that dies in a step saves the
+states of plugins that have seen a part of the step, and says so. They happen only with --only."""
 
 ONLY_ROOT = ("read-only",)
 ONLY_FORKED = ("clock", "disk-fails")
 ENDS = ("sigkill", "sigterm", "sigint", "insisting", "impatient")
-"""Those that end a launch, of which one has one at most."""
+"""Kinds that end a launch; a launch gets at most one."""
 
 # A run ------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Outcome:
-    """What came of one event; ``wrong`` is what is not as it should be."""
+    """The outcome of one event; ``wrong`` lists what is not as it should be."""
 
     kind: str
     became: str
@@ -499,7 +499,7 @@ class Outcome:
 
 
 def drive(case: Case, kinds: Sequence[str], quiet: Path, limit: int) -> list[Outcome]:
-    """Hit a run again and again, take it up each time, and compare its end with the quiet one."""
+    """Strike a run again and again, resume it each time, and compare its end with the quiet one."""
     outcomes: list[Outcome] = []
     history: list[str] = []
     for hit in range(HITS + 1):
@@ -521,7 +521,7 @@ def drive(case: Case, kinds: Sequence[str], quiet: Path, limit: int) -> list[Out
 
 
 def choose(case: Case, kinds: Sequence[str]) -> list[str]:
-    """One to three events for the next launch, at most one of which ends it."""
+    """One to three kinds for the next launch, at most one of which ends it."""
     between = [kind for kind in kinds if kind not in ENDS]
     ends = [kind for kind in kinds if kind in ENDS]
     chosen = case.chance.sample(between, min(len(between), case.chance.randrange(3)))
@@ -531,7 +531,7 @@ def choose(case: Case, kinds: Sequence[str]) -> list[str]:
 
 
 def prepare(case: Case, chosen: Sequence[str]) -> list[list[Strike]]:
-    """Let the events happen that come before a launch; what strikes in it, a chain an event."""
+    """Run the events that come before a launch; return the strikes in it, a chain per event."""
     case.flaky, case.rivals, case.disk_fails, case.surroundings = None, 0, False, []
     case.rows_deleted, case.signals, case.happened = False, set(), []
     chains = []
@@ -552,7 +552,7 @@ def _noted(case: Case, kind: str, act: Callable[[int], None], pid: int) -> None:
 
 
 def one_launch(case: Case, chains: Sequence[Sequence[Strike]]) -> tuple[Launched, str, list[str]]:
-    """Take the run up and see what comes of it, in a word and in what is wrong."""
+    """Launch the run; return the launch, its outcome in words, and what is wrong."""
     expected = case.newest
     hopeless = bool(case.checkpoints) and not case.intact
     arguments = case.arguments()
@@ -572,7 +572,7 @@ def one_launch(case: Case, chains: Sequence[Sequence[Strike]]) -> tuple[Launched
     case.undo = ExitStack()
     wrong = [problem for result in results for problem in complaints(case, result, bool(rivals))]
     runs = [result for result in results if result.start is not None]
-    if len(runs) > 1 and not overlap_is_over(runs):
+    if len(runs) > 1 and not ran_one_after_the_other(runs):
         wrong.append("two runs went on in one folder")
     began = runs[0].start if runs else None
     if began is not None and len(runs) == 1:
@@ -585,22 +585,23 @@ def one_launch(case: Case, chains: Sequence[Sequence[Strike]]) -> tuple[Launched
     if any(result.code == 0 for result in results):
         return found, "finished", wrong
     if hopeless and found.code in (1, 2):
-        # Nothing is left to go on with, and that was said: begin again.
+        # No checkpoint is intact, and the run refused to resume: begin again.
         shutil.rmtree(case.run)
         case.damaged.clear()
         case.rows_lost_until = 0
         return found, "refused: no checkpoint was intact", wrong
     if began is None and found.code in (1, 2) and not case.disk_fails and not rivals:
-        wrong.append(f"it was refused: {found.said.strip()[-300:]}")
-    return found, described(found.code), wrong
+        wrong.append(f"it was refused: {found.printed.strip()[-300:]}")
+    return found, describe_exit(found.code), wrong
 
 
-def overlap_is_over(runs: Sequence[Launched]) -> bool:
-    """Did the second take over from the first only after it had ended?"""
+def ran_one_after_the_other(runs: Sequence[Launched]) -> bool:
+    """Whether one of the runs had ended, so that another could follow it."""
     return any(run.events[-1][0] == "end" or run.code for run in runs)
 
 
-def described(code: int | None) -> str:
+def describe_exit(code: int | None) -> str:
+    """The end of a process in words, by its exit code; None is a run that hung."""
     if code is None:
         return "hung"
     if code < 0:
@@ -611,7 +612,7 @@ def described(code: int | None) -> str:
 
 
 def complaints(case: Case, result: Launched, raced: bool) -> Iterator[str]:
-    """What one process should not have done."""
+    """What is wrong with one process: its exit code, or an unexpected failure in its output."""
     allowed = {0}
     for number in case.signals:
         allowed |= {-number, 128 + number}
@@ -620,16 +621,16 @@ def complaints(case: Case, result: Launched, raced: bool) -> Iterator[str]:
     if raced or (case.checkpoints and not case.intact):
         allowed |= {1, 2}
     if result.start is None:
-        allowed |= {1, 2}  # whether it was to be refused is asked elsewhere
+        allowed |= {1, 2}  # one_launch checks whether it had to be refused
     if result.code not in allowed:
-        yield f"{described(result.code)}, of {sorted(allowed)}: {result.said.strip()[-300:]}"
+        yield f"{describe_exit(result.code)}, of {sorted(allowed)}: {result.printed.strip()[-300:]}"
     for text in ("unexpected failure", "escaped from the command", "Fatal Python error"):
-        if text in result.said:
-            yield result.said[result.said.index(text) :].strip()[:400]
+        if text in result.printed:
+            yield result.printed[result.printed.index(text) :].strip()[:400]
 
 
 def compare(case: Case, quiet: Path) -> list[str]:
-    """How the end of the run differs from that of the quiet one."""
+    """The differences of the last checkpoint and the rows from those of the quiet run."""
     name = f"checkpoints/{checkpoint.folder_name(STEPS)}"
     try:
         expected, actual = checkpoint.load(quiet / name), checkpoint.load(case.run / name)
@@ -640,9 +641,9 @@ def compare(case: Case, quiet: Path) -> list[str]:
         for each in compare_checkpoints(expected, actual).differences
         if each.what.partition(": metrics")[0] != "the state" and each.what != RECORDS
     ]
-    rows, twice = rows_of(case.run)
+    rows, twice = read_rows(case.run)
     differences += [f"two rows of {kind} after step {step}" for step, kind in twice]
-    for key, row in rows_of(quiet)[0].items():
+    for key, row in read_rows(quiet)[0].items():
         if key[0] > case.rows_lost_until and rows.get(key) != row:
             differences.append(
                 f"the row of {key[1]} after step {key[0]}: {rows.get(key)} for {row}"
@@ -650,9 +651,11 @@ def compare(case: Case, quiet: Path) -> list[str]:
     return differences
 
 
-def rows_of(run: Path) -> tuple[dict[tuple[int, str], dict[str, Any]], list[tuple[int, str]]]:
-    """The rows of a run, by step and kind, without what is of the machine and of plugins that came
-    and went; and those that are there twice."""
+def read_rows(run: Path) -> tuple[dict[tuple[int, str], dict[str, Any]], list[tuple[int, str]]]:
+    """The rows of a run by step and kind, and the keys that occur twice.
+
+    Values that vary between machines are left out, and those of the flaky plugin.
+    """
     rows: dict[tuple[int, str], dict[str, Any]] = {}
     twice = []
     path = run / "metrics.jsonl"
@@ -672,7 +675,7 @@ def rows_of(run: Path) -> tuple[dict[tuple[int, str], dict[str, Any]], list[tupl
 
 
 def tail(found: Launched) -> str:
-    return re.sub(r"\s+", " ", found.said[-600:])
+    return re.sub(r"\s+", " ", found.printed[-600:])
 
 
 # All runs ---------------------------------------------------------------------------------------
@@ -680,14 +683,14 @@ def tail(found: Launched) -> str:
 
 @dataclass
 class Chaos:
-    """All runs of a seed, and the quiet one that they are compared with."""
+    """All runs of a seed, and the quiet run with which they are compared."""
 
     root: Path
     disk: Disk
     seed: int
     kinds: Sequence[str]
     real: int
-    """One run of so many is of processes of their own; 0 for none."""
+    """Every so many-th run uses new processes, not forked ones; 0 for none."""
 
     def __post_init__(self) -> None:
         torch.set_num_threads(1)
@@ -703,7 +706,7 @@ class Chaos:
         words = ["--profile", str(self.root / "chaos.yaml"), "--output", str(self.root / "quiet")]
         found = launch(words, self.root).wait()
         if found.code:
-            raise SystemExit(f"the quiet run ended with exit code {found.code}:\n{found.said}")
+            raise SystemExit(f"the quiet run ended with exit code {found.code}:\n{found.printed}")
 
     def case(self, number: int, limit: int) -> list[Outcome]:
         root = self.disk.path / f"case-{number}"
@@ -730,7 +733,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", action="append", default=[], choices=KINDS, help="repeatable")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what came of it there")
     options = parser.parse_args(arguments)
-    # Where this is started in the background, SIGINT would be ignored by all that it starts.
+    # Started in the background, this process ignores SIGINT, and so would all that it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     wanted = options.events or (QUICK_EVENTS if options.quick else EVENTS)
     began = time.perf_counter()
@@ -749,7 +752,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             while len(outcomes) < wanted:
                 new = chaos.case(number, wanted - len(outcomes) if options.quick else wanted)
                 outcomes += new
-                tell(number, new, len(outcomes), options)
+                print_outcomes(number, new, len(outcomes), options)
                 number += 1
                 if options.case is not None:
                     break
@@ -780,7 +783,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def tell(number: int, new: Sequence[Outcome], events: int, options: argparse.Namespace) -> None:
+def print_outcomes(
+    number: int, new: Sequence[Outcome], events: int, options: argparse.Namespace
+) -> None:
     wrong = [line for outcome in new for line in outcome.wrong]
     print(
         f"run {number}: {len(new)} events, {events} in all{', WRONG' if wrong else ''}", flush=True
@@ -801,7 +806,7 @@ def tell(number: int, new: Sequence[Outcome], events: int, options: argparse.Nam
 
 
 def table(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """By what was tried: how often, what came of it, and how often that was wrong."""
+    """A row per kind: how often it was tried, its outcomes, and how many were wrong."""
     rows = []
     named = {kind: words for kind, (words, _) in KINDS.items()} | {
         "left alone": "nothing more: left alone to its end"

@@ -1,4 +1,4 @@
-"""What saving a checkpoint costs the run that goes on meanwhile."""
+"""What a checkpoint costs the training steps during which it is written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from _apt_turns import handing_over, trainer_loop
+from _apt_turns import patched_fetches, trainer_loop
 from _harness import Report, run
 from _turns import TurnTimings, take_turns
 from apt_core.training import Trainer
@@ -44,8 +44,8 @@ def profile(steps: int, save_every: int | None) -> dict[str, Any]:
 
 
 def timed(rounds: int, folder: Path) -> TurnTimings[Any]:
-    """A turn is SAVE_EVERY steps. The one save of a saving turn comes in its middle, so that the
-    turn sees all of it."""
+    """Time turns of SAVE_EVERY steps with and without saving. A save starts in the middle of a
+    turn, which so contains all of it."""
     half = SAVE_EVERY // 2
     steps = half + (WARMUP + rounds) * SAVE_EVERY + 1
 
@@ -54,7 +54,7 @@ def timed(rounds: int, folder: Path) -> TurnTimings[Any]:
         number = len(list(folder.glob(f"{name}-*")))
         return Trainer(profile(steps, save_every), output=folder / f"{name}-{number}")
 
-    with handing_over():
+    with patched_fetches():
         return take_turns(
             {
                 "silent": trainer_loop(partial(trainer, "silent", None), skip=half),

@@ -1,4 +1,4 @@
-"""A dense model that becomes a mixture of experts in mid-run, against the same run kept dense."""
+"""A dense model that a run turns into a mixture of experts, against the same run kept dense."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from apt_core.training import Trainer
 
 PROFILE = "gpt5_moe_mini"
 AFTER = 20
-"""Steps after the switch in which a bump would be seen."""
+"""Steps after the switch over which the bump is measured."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One run: with experts or dense, or with experts and a fresh optimizer state; the last two
-    are limits for the whole run and for the part of it that is trained."""
+    """One run of ``max_steps``, stopped at ``stop_at_step``. ``kind``: "moe" (experts), "dense", or
+    "reset" (experts, with a fresh optimizer state after the switch)."""
 
     kind: str
     seed: int
@@ -41,8 +41,9 @@ class Task:
 
 @dataclass
 class Run:
-    """``loss`` by step, the cross-entropy alone; ``held_out`` losses of evaluations of everything
-    as (step, seconds of training so far, nats per byte); ``switched`` is the step before."""
+    """The measurements of one run: ``loss``, the cross-entropy by step; ``held_out``, the full
+    evaluations as (step, seconds of training so far, nats per byte); ``switched``, the last step
+    before the switch."""
 
     loss: dict[int, float] = field(default_factory=dict)
     held_out: list[tuple[int, float, float]] = field(default_factory=list)
@@ -50,7 +51,7 @@ class Run:
 
 
 class Watch:
-    """Notes losses and the time of training, that of evaluations left out."""
+    """Records losses and the time of training without evaluations."""
 
     def __init__(self) -> None:
         self.run = Run()
@@ -76,7 +77,7 @@ class Watch:
 
 
 def train(task: Task) -> Run:
-    """In a process of its own, for it may leave the optimizer's state behind."""
+    """Run ``task``. Needs a process of its own: "reset" patches a module for good."""
     torch.set_num_threads(1)
     if task.kind == "reset":
         switching.carry_optimizer_state = lambda *arguments: None
@@ -116,7 +117,7 @@ def measure(report: Report, quick: bool) -> None:
 
 
 def bumps(report: Report, pool: ProcessPoolExecutor, seeds: Sequence[int]) -> None:
-    """The loss right after the switch, less that of the dense run on the same batches."""
+    """Add the loss right after the switch, less the dense run's on the same batches."""
     epoch = train_all(pool, [Task("dense", 0, stop_at_step=1)])[0].switched
     kinds = ("dense", "moe", "reset")
     tasks = [Task(kind, seed, stop_at_step=epoch + AFTER) for seed in seeds for kind in kinds]
@@ -147,7 +148,7 @@ def bumps(report: Report, pool: ProcessPoolExecutor, seeds: Sequence[int]) -> No
 def curves(
     report: Report, pool: ProcessPoolExecutor, seeds: Sequence[int], steps: int | None
 ) -> None:
-    """Held-out losses of whole runs at equal steps, and at equal time."""
+    """Add held-out losses of whole runs at equal steps, and at equal time."""
     tasks = [Task(kind, seed, max_steps=steps) for kind in ("moe", "dense") for seed in seeds]
     runs = train_all(pool, tasks)
     experts, dense = runs[: len(seeds)], runs[len(seeds) :]

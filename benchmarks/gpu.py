@@ -1,9 +1,9 @@
 """What training costs on a GPU: APT against a bare loop like nanoGPT's, part by part.
 
-Rows are measured in the order of their worth, until the budget is spent: what did not fit is told,
-and so is a row that failed, after which the others go on. On a machine without a GPU every row is
-taken at a small size on the CPU (``--dry-run`` does so anywhere): that shows that the benchmark
-works, and its figures mean nothing else.
+Rows are measured in order of importance until the budget of time is spent. The report names the
+rows that did not fit and those that failed; a failure does not end the others. Without a GPU, or
+with ``--dry-run``, every row runs at a small size on the CPU: that shows that the benchmark works,
+and its figures mean nothing else.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from _gpu_sides import (
     Shape,
     Side,
     bare,
-    line,
+    describe_side,
     nominal_peak,
     timed,
     trainer,
@@ -54,20 +54,20 @@ from apt_plugins.moe.router import TopKRouter
 
 QUESTION = "What does training cost on a GPU?"
 BUDGET = 420.0
-"""Seconds in which all rows are to be measured, with the tests in less than ten minutes."""
+"""Seconds for all rows; with the tests, ``tox -e gpu`` then takes less than ten minutes."""
 
 GOAL_OVER_BARE, GOAL_SHARE = 1.1, 0.5
 """Tokens/s over those of the fastest bare loop, and the share of an H100's nominal bf16 peak."""
 
 REPEATS = 3
-"""How often the text is repeated, so that no epoch ends in the longest run."""
+"""Copies of the text, enough that no epoch ends in the longest run."""
 
 OURS = ("apt", "apt_compiled", "apt_graphs", "apt_default")
-"""The sides that a goal is measured by; the fastest counts."""
+"""The sides that count for the goals; the fastest is taken."""
 
 
 class NotUsableError(Exception):
-    """A row that this machine or installation has no way to measure; says why."""
+    """This machine or installation cannot measure a row; the message says why."""
 
 
 GPT2 = Shape(12, 12, 768, 50304, batch_size=12, length=1024, turn=5)
@@ -79,8 +79,8 @@ EXPERTS, TOP_K = (8, 32, 64), 2
 
 @dataclass(frozen=True)
 class Row:
-    """One thing to measure. ``seconds`` is about what it takes on an H100, by which the budget is
-    kept until other rows have shown the pace of this machine."""
+    """One measurement. ``seconds`` is about its time on an H100, which the times of earlier rows
+    scale to the pace of this machine."""
 
     name: str
     seconds: float
@@ -90,8 +90,10 @@ class Row:
 def against(
     name: str, shape: Shape, sides: Mapping[str, Side], *, seconds: float, suffix: str = ""
 ) -> Row:
-    """A row that times ``sides`` in turns: figures ``SIDE_over_BASELINE``, the baseline is the
-    first, and a line of each that has none yet."""
+    """A row that times ``sides`` in turns and adds figures ``SIDE_over_BASELINE``.
+
+    The first side is the baseline. Sides that no earlier row described get a line in the tables.
+    """
     baseline = next(iter(sides))
 
     def measure(report: Report, bench: Bench) -> None:
@@ -106,7 +108,7 @@ def against(
             unique = f"{side_name}{suffix}"
             if unique not in known:
                 seconds = times.median(side_name) / 1e9
-                lines.append(line(bench, shape, unique, side, seconds))
+                lines.append(describe_side(bench, shape, unique, side, seconds))
 
     return Row(name, seconds, measure)
 
@@ -125,7 +127,7 @@ CHANGES = {
     "muon": trainer("APT, Muon", training={"optimizer_name": "muon"}),
     "average": trainer("APT, averaged weights", training={"ema_decay": 0.999}),
 }
-"""Of APT's eager run, one at a time."""
+"""Changes to APT's eager run, one per row."""
 
 ATTENTIONS = {
     "gqa": {"num_kv_heads": 1},
@@ -159,7 +161,7 @@ def require_attention(name: str) -> None:
 
 
 def of_base(label: str, **training: Any) -> Side:
-    """The shipped profile's model: launches are what it costs."""
+    """The model of the shipped profile ``base``, whose cost is that of launches."""
     model = read_profile("base").data["model"]
     sizes = [key for key in SMALL.model() if not key.endswith("_name")]
     parts = {key: value for key, value in model.items() if key not in sizes}
@@ -167,8 +169,8 @@ def of_base(label: str, **training: Any) -> Side:
 
 
 def measure_saving(report: Report, bench: Bench) -> None:
-    """What the loop stands still for a checkpoint, which a thread writes while the loop goes on;
-    and how much longer all the steps took, those included in which it was written."""
+    """How long the loop waits for a checkpoint, and how much longer all steps take, including those
+    during which a thread writes it."""
     shape, saves = bench.sized(GPT2), 2
     every = shape.turn * max(1, (WARMUP + bench.rounds) // saves)
     saving = trainer("saving", training={"save_every_steps": every, "keep_last": 1})
@@ -180,7 +182,7 @@ def measure_saving(report: Report, bench: Bench) -> None:
 
 
 def measure_experts(report: Report, bench: Bench, experts: int) -> None:
-    """A layer of experts over the dense one of as many operations, forward and backward."""
+    """A layer of experts over a dense layer of equal FLOPs, forward and backward."""
     cuda = bench.device.type == "cuda"
     tokens, width, hidden = (12 * 1024, 768, 1536) if cuda else (64, 32, 64)
 
@@ -270,7 +272,7 @@ ROWS: Sequence[Row] = (
     ),
     Row("decoding", 20, measure_decoding),
     changed("fp32"),
-    # How exact fp32 is, is a setting of the process: sides of one row have the same.
+    # The precision of fp32 is a setting of the process, so all sides of a row share it.
     against(
         "fp32_exact",
         GPT2,
@@ -295,11 +297,11 @@ ROWS: Sequence[Row] = (
         seconds=90,
     ),
 )
-"""Those worth most first: a budget leaves out the last."""
+"""The most important rows first: a small budget leaves out the last."""
 
 
 class Progress:
-    """Takes the rows one after the other, and tells how each ended, on stderr and in the report."""
+    """Measures the rows in order, and reports how each ended on stderr and in the report."""
 
     def __init__(self, report: Report, bench: Bench, budget: float, written: Path | None) -> None:
         self.report, self.bench, self.budget, self.written = report, bench, budget, written
@@ -327,7 +329,7 @@ class Progress:
         self._write()
 
     def _write(self) -> None:
-        """A benchmark that is killed leaves what it has, and says in which row that was."""
+        """Write the figures so far: a killed benchmark leaves them, and names its row."""
         raw = self.report.raw
         raw["goals"] = [] if self.bench.device.type == "cpu" else goals(raw.get("lines", []))
         if self.written:
@@ -356,12 +358,12 @@ class Progress:
         return {"outcome": outcome, "reason": reason, "seconds": round(seconds, 2)}
 
     def _clean_up(self) -> None:
-        """The next row finds memory, disk and the compiler's caches as the first did."""
-        torch._dynamo.reset()  # of many models of one class it compiles the first few only
+        """Empty memory, disk and the compiler's caches for the next row."""
+        torch._dynamo.reset()  # it compiles only a few models of one class
         gc.collect()
         if self.bench.device.type == "cuda" and not self.lost:
             torch.cuda.empty_cache()
-            # Runs that end beside each other put back what another one has set.
+            # Runs that overlap may put back each other's setting.
             torch.set_float32_matmul_precision("high")
         for folder in self.bench.folder.iterdir():
             if folder.is_dir():
@@ -369,7 +371,7 @@ class Progress:
 
 
 def lost_by(bench: Bench, row: Row) -> str:
-    """Why no row after ``row`` can be measured: a kernel that fails takes the device with it."""
+    """Why the device is unusable after ``row``, as after a failed kernel; empty if it works."""
     try:
         bench.synchronize()
     except RuntimeError as error:
@@ -378,7 +380,7 @@ def lost_by(bench: Bench, row: Row) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """What went wrong, and what that came of."""
+    """The error and its root cause in one line."""
     if is_out_of_memory(error):
         return f"out of memory: {one_line(error)}"
     root = error
@@ -388,7 +390,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def goals(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The goals with what was measured; None where it was not."""
+    """The goals with the measured values, None where there is none."""
     pace = {found["side"]: found["tokens_per_second"] for found in lines}
     bares = [value for side, value in pace.items() if side in ("bare", "bare_compiled")]
     ours = {side: pace[side] for side in OURS if side in pace}
@@ -413,7 +415,7 @@ def goals(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def measure(report: Report, bench: Bench, budget: float, written: Path | None) -> bool:
-    """Take all rows; says whether none of them failed."""
+    """Measure all rows; return whether none failed."""
     cuda = bench.device.type == "cuda"
     report.raw["dry_run"] = not cuda
     if cuda:
@@ -446,7 +448,7 @@ COLUMNS = {
 
 
 def add_tables(report: Report) -> None:
-    """For people: a table of each shape, the rows without a figure, the goals."""
+    """Add a table for each shape, for the rows without a figure, and for the goals."""
     lines = report.raw.get("lines", [])
     for shape in dict.fromkeys(found["shape"] for found in lines):
         rows = [
@@ -483,14 +485,14 @@ def benched(device: torch.device, quick: bool) -> Iterator[Bench]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         rounds = 1
         gc.collect()
-        gc.freeze()  # what is imported need not be looked through in every round
+        gc.freeze()  # collections between rounds skip what is imported
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
             rounds = 3 if quick else 6
             text = replace(text, train=text.train * REPEATS)
         else:
             torch.set_num_threads(1)
-            # A compiler may be missing, and takes a minute.
+            # A dry run needs no compiler, and does not wait a minute for one.
             compiled = partial(torch.compile, backend="eager")
             stack.enter_context(patch.object(torch, "compile", compiled))
             text = replace(text, train=text.train[:20_000], val=text.val[:5_000])

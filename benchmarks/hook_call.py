@@ -1,4 +1,4 @@
-"""What a guarded hook call costs, against stock pluggy and against calling the functions."""
+"""What a guarded hook call costs, against stock pluggy and against a plain call."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Observer:
 
 
 def caller(manager: pluggy.PluginManager, implementations: int) -> Callable[[], object]:
-    """One call of ``on_step_end`` with that many plugins registered."""
+    """A call of ``on_step_end`` with this number of plugins registered."""
     for number in range(implementations):
         manager.register(Observer(), f"plugin_{number}")
     hook = manager.hook.on_step_end

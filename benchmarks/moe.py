@@ -1,9 +1,9 @@
 """What a layer of experts costs, against a dense feed-forward and transformers' Mixtral block.
 
 One process times a forward with its backward, of all sides in turns, in fp32. The dense layer has
-as many hidden units as the experts that a token passes through have together, and so as many
-floating-point operations, but for the router's. Mixtral's block has the same sizes, and the
-implementation of its experts that is the fastest here.
+as many hidden units as the experts of one token together, and so the same number of floating-point
+operations, except for the router's. Mixtral's block has the same sizes; of the implementations of
+its experts, the fastest on this machine is taken.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ from apt_plugins.moe.router import TopKRouter
 
 TOKENS, D_MODEL, D_EXPERT, TOP_K = 2048, 256, 512, 2
 SIZES = (8, 64)
-"""The numbers of experts that the figures are about."""
+"""Numbers of experts with a figure."""
+
 MORE_SIZES = (2, 4, 16, 32)
+"""Further numbers of experts, for the plot."""
 
 IMPLEMENTATIONS = {"eager": TOKENS, "grouped_mm": TOKENS, "batched_mm": TOKENS // 8}
-"""Of Mixtral's experts, and with how many tokens each is tried: batched_mm copies the matrices of
-an expert for every token that it is sent, and its time and memory are in proportion to tokens."""
+"""Implementations of Mixtral's experts, and the number of tokens with which each is tried.
+batched_mm copies an expert's matrices for each of its tokens, so it is tried with fewer: its time
+and memory are proportional to them."""
 
 
 def ours(experts: int) -> nn.Module:
@@ -61,7 +64,7 @@ def train(layer: nn.Module, tokens: int = TOKENS) -> Callable[[], object]:
 
 
 def seconds(call: Callable[[], object], times: int = 3) -> float:
-    """The fastest of a few calls after a first one."""
+    """The time of the fastest of ``times`` calls, after one that is not timed."""
     call()
     best = float("inf")
     for _ in range(times):
@@ -72,7 +75,7 @@ def seconds(call: Callable[[], object], times: int = 3) -> float:
 
 
 def try_implementations(experts: int) -> dict[str, float]:
-    """Milliseconds for all tokens, by implementation."""
+    """Milliseconds for TOKENS tokens, by implementation."""
     return {
         name: seconds(train(mixtral(experts, name), tokens)) * 1e3 * TOKENS / tokens
         for name, tokens in IMPLEMENTATIONS.items()

@@ -1,4 +1,4 @@
-"""What each attention and feed-forward is worth: the held-out loss of one backbone.
+"""What each attention and feed-forward is worth: held-out losses with one backbone.
 
 The backbone is that of the profile's defaults, trained by APT on the embedded text. Every variant
 is trained for as many steps as multi-head attention, and again for as many as fit into the time
@@ -31,7 +31,7 @@ Losses = Mapping[tuple[str, int], Sequence[float]]
 
 @dataclass(frozen=True)
 class Variant:
-    """A model: its label in the tables, and the keys of ``model`` that differ from the defaults."""
+    """A model: its label in tables, and the keys of ``model`` that differ from the defaults."""
 
     label: str
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -61,8 +61,8 @@ class Variant:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a variant costs: its parameters with the projections of attention fused, as an export
-    has them, and the bytes of the keys and values of one token in fp32."""
+    """The cost of a variant: its parameters after fusing the projections of attention, as an export
+    does, and the bytes of one token's keys and values in fp32."""
 
     parameters: int
     kv_bytes: int
@@ -70,14 +70,14 @@ class Cost:
 
 MHA = Variant("MHA", {"attention_name": "mha"})
 DEFAULT = Variant("TVA, the default")
-"""What a profile gets that says nothing of attention."""
+"""The model of a profile without keys for attention."""
 PROJECTIONS = ("qkv_weight", "out_weight", "compress", "lift")
 SETTINGS = boot(DEFAULT.profile(1, 0)).config.model
 D_MODEL, D_FF, HEADS = SETTINGS.d_model, SETTINGS.d_ff, SETTINGS.num_heads
 
 
 def tva(label: str, **settings: Any) -> Variant:
-    """The default but for some settings of ``model.tva``."""
+    """The default with other ``settings`` of ``model.tva``."""
     return DEFAULT.but(label, tva={**SETTINGS.tva.model_dump(), **settings})
 
 
@@ -105,12 +105,12 @@ def cost(variant: Variant) -> Cost:
     kv_bytes = kernel.registry.get("attention", model.attention_name).kv_cache_bytes(
         model.d_model, model.num_heads, 1, num_kv_heads=model.num_kv_heads, bytes_per_value=4
     )
-    fused = parameters + sum(map(fused_away, built.modules()))
+    fused = parameters + sum(map(change_by_fusing, built.modules()))
     return Cost(fused, model.num_layers * kv_bytes)
 
 
-def fused_away(layer: nn.Module) -> int:
-    """By how many parameters an attention differs from the multi-head attention that it is."""
+def change_by_fusing(layer: nn.Module) -> int:
+    """The change in parameters when the projections of an attention are fused; else 0."""
     if not isinstance(layer, SelfAttention):
         return 0
     kept = sum(projection.numel() for projection in layer.projections())
@@ -118,7 +118,7 @@ def fused_away(layer: nn.Module) -> int:
 
 
 def widened(costs: Mapping[str, Cost]) -> Variant:
-    """The default with the parameters that its attention saves spent on d_ff."""
+    """The default with a larger d_ff, by the parameters that its attention saves."""
     saved = costs["mha"].parameters - costs["default"].parameters
     d_ff = D_FF + round(saved / (3 * D_MODEL * SETTINGS.num_layers))
     return DEFAULT.but(f"TVA, the default, d_ff={d_ff}", d_ff=d_ff)
@@ -150,7 +150,7 @@ def validation_loss(task: tuple[Variant, int, int]) -> float:
 def train_all(
     asked: Iterable[tuple[str, Variant, int]], seeds: int
 ) -> dict[tuple[str, int], list[float]]:
-    """Losses by (name, steps), one a seed; processes of one thread each, one a core."""
+    """Losses by (name, steps), one per seed, from one single-threaded process per core."""
     runs = {(name, steps): variant for name, variant, steps in asked}
     tasks = [
         (variant, steps, seed) for (_, steps), variant in runs.items() for seed in range(seeds)
@@ -165,7 +165,7 @@ def one_thread() -> None:
 
 
 def compare(report: Report, name: str, side: Sequence[float], peer: Sequence[float]) -> None:
-    """Record ``side`` minus ``peer``, the mean over seeds, and the range of the seeds."""
+    """Record the mean of ``side`` minus ``peer`` over the seeds, and its range."""
     differences = [a - b for a, b in zip(side, peer, strict=True)]
     report.add(
         name,
@@ -175,8 +175,8 @@ def compare(report: Report, name: str, side: Sequence[float], peer: Sequence[flo
     )
 
 
-def spelled(losses: Sequence[float]) -> str:
-    """The mean, and how far the farthest seed is from it."""
+def mean_and_spread(losses: Sequence[float]) -> str:
+    """The mean, and its distance to the farthest seed."""
     mean = statistics.mean(losses)
     return f"{mean:.4f} ± {max(abs(loss - mean) for loss in losses):.4f}"
 
@@ -222,9 +222,9 @@ def measure(report: Report, quick: bool) -> None:
                 f"{costs[name].parameters:,}",
                 costs[name].kv_bytes,
                 times.ratio(name, "mha").value,
-                spelled(losses[name, steps]),
+                mean_and_spread(losses[name, steps]),
                 in_time[name],
-                spelled(losses[name, in_time[name]]),
+                mean_and_spread(losses[name, in_time[name]]),
             ]
             for name, variant in variants.items()
         ],

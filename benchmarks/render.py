@@ -1,5 +1,5 @@
 """Write docs/performance.md, docs/figures/ and the tables of docs/reliability.md from
-benchmarks/results/*.json; --check compares."""
+benchmarks/results/*.json. --check only compares."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Standard library only, except for drawing: the page is checked where neither APT nor its
-# dependencies are installed.
+# Standard library only, except for drawing: --check runs without APT and its dependencies.
 ROOT = Path(__file__).resolve().parent.parent
 DRAWING = Path(__file__).with_name("plots.py")
 
@@ -69,7 +68,7 @@ TOOLS = {
     "soak": "Soak",
     "fuzz": "Fuzzing",
 }
-"""What looks for faults instead of measuring, by the file that keeps what it found."""
+"""Tools that look for faults instead of measuring: their titles by the name of their result."""
 
 BEGIN, END = "<!-- rendered: begin -->", "<!-- rendered: end -->"
 """The lines of docs/reliability.md that enclose its tables."""
@@ -103,7 +102,7 @@ def _measured(results: Path) -> list[Path]:
 
 
 def _found(title: str, result: Mapping[str, Any]) -> str:
-    """What one tool tried, what survived and what did not."""
+    """The section of one tool: what it tried, what survived and what did not."""
     rows = result["rows"]
     tried, unexpected = (sum(row[key] for row in rows) for key in ("tried", "unexpected"))
     seconds = f"{result['seconds']:,.0f} s"
@@ -149,7 +148,7 @@ def _found(title: str, result: Mapping[str, Any]) -> str:
 
 
 def plots(results: Path) -> dict[str, dict[str, Any]]:
-    """The plots of all results by the name of their file."""
+    """The plots of all results by file name."""
     return {
         _file_name(path.stem, plot): plot
         for path in _measured(results)
@@ -192,7 +191,7 @@ def _section(benchmark: str, result: Mapping[str, Any]) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table: the first column to the left, the others to the right."""
+    """A Markdown table with the first column aligned left, the others right."""
     lines = [columns, *([cell(value) for value in row] for row in rows)]
     head, *body = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([head, "|---|" + "---:|" * (len(columns) - 1), *body])
@@ -204,7 +203,7 @@ def cell(value: str | float) -> str:
 
 
 def _digest(plot: Mapping[str, Any]) -> str:
-    """What a figure is drawn from: its data and the code that draws it."""
+    """The digest of a plot's data and of the code that draws it."""
     data = json.dumps(plot, sort_keys=True).encode()
     return f"sha256:{hashlib.sha256(DRAWING.read_bytes() + data).hexdigest()}"
 
@@ -214,7 +213,7 @@ def _is_current(path: Path, plot: Mapping[str, Any]) -> bool:
 
 
 def figure(value: float) -> str:
-    """A number as people read it: whole and large ones without decimals, others to four digits.
+    """A number for readers: integers and large ones without decimals, others in four digits.
 
     >>> figure(1.23456), figure(12345.6), figure(3)
     ('1.235', '12,346', '3')
@@ -225,7 +224,7 @@ def figure(value: float) -> str:
 
 
 def interval(low_high: Sequence[float] | None) -> str:
-    """The two ends of an interval, or nothing where there is none."""
+    """Both ends of an interval; empty where there is none."""
     return " – ".join(figure(bound) for bound in low_high) if low_high else ""
 
 

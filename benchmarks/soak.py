@@ -1,4 +1,4 @@
-"""Does a long run with ten plugins keep its memory, its descriptors and its pace?
+"""Do memory, descriptors and pace of a long run with ten plugins stay constant?
 
 python benchmarks/soak.py --quick                     # 2,000 steps
 python benchmarks/soak.py --json benchmarks/results/soak.json
@@ -36,10 +36,10 @@ from apt_core.training import Trainer
 
 STEPS, QUICK_STEPS = 100_000, 2_000
 LOOKS, QUICK_LOOKS = 200, 40
-"""How often the process is looked at."""
+"""How often the process is measured."""
 
 WARMUP = 0.1
-"""The part of a run whose figures are not judged: pools are filled, plugins are quarantined."""
+"""The first part of a run, whose figures are not judged: pools fill, plugins are quarantined."""
 
 PROFILE: dict[str, Any] = {
     "name": "soak",
@@ -57,7 +57,7 @@ TEXT = "".join(
 
 
 def observing(*names: str) -> object:
-    """An observer with these hooks, which do nothing."""
+    """An observer that implements the hooks ``names`` and does nothing."""
     return type("Observer", (), {name: hookimpl(HOOKS[name]) for name in names})()
 
 
@@ -90,7 +90,7 @@ class Measures:
 
 
 class Keeps:
-    """Has a tensor and a number for each checkpoint."""
+    """Saves a tensor and a number in each checkpoint."""
 
     def __init__(self) -> None:
         self.seen, self.mean = 0, torch.zeros(16)
@@ -112,7 +112,7 @@ class Averages:
 
 
 class FailsNowAndThen:
-    """Each failure is another exception, with frames and a message of its own."""
+    """Raises exceptions with frames and messages of their own."""
 
     @hookimpl
     def on_evaluation_end(self, trainer: Any) -> None:
@@ -127,7 +127,7 @@ class IsQuarantined:
 
 
 class Draws:
-    """Draws random numbers and leaves state changed: both are put back."""
+    """Draws random numbers and leaves the model in eval mode: the watch undoes both."""
 
     @hookimpl
     def on_step_end(self, step: int, trainer: Any) -> None:
@@ -138,7 +138,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class Look:
-    """What was seen of the process at one moment."""
+    """One measurement of the process."""
 
     step: int
     seconds: float
@@ -150,7 +150,7 @@ class Look:
 
 
 class Looks:
-    """Looks at the process every so many steps."""
+    """Measures the process every ``every`` steps."""
 
     def __init__(self, every: int, steps: int, folder: Path) -> None:
         self.every, self.steps, self.folder = every, steps, folder
@@ -195,18 +195,20 @@ FLAT: dict[str, tuple[str, float]] = {
     "folder_mb": ("weights and states in the run's folder, MB", 0.1),
     "steps_per_s": ("steps per second", 0.0),
 }
-"""What is to be flat: in words, and how much it may surely grow over the judged part of the run. Of
-the pace a loss counts, of more than ``SLOWER`` of it."""
+"""The figures that must stay flat: a description, and the growth over the judged part of the run
+that the lower end of its interval may not exceed. The pace may fall by at most ``SLOWER``."""
 
 SLOWER = 0.1
 BLOCKS = 18
 T_95 = 2.12
-"""Student's t for the slope through as many points as there are blocks."""
+"""Student's t of the 95% interval of a slope through BLOCKS points."""
 
 
 def growth_of(steps: Sequence[float], values: Sequence[float]) -> tuple[float, float, float]:
-    """How much ``values`` grow from the first step to the last, by a line through the medians of
-    blocks (neighbours see the same moment of the machine), with the ends of its 95% interval."""
+    """The growth of ``values`` from the first step to the last, and its 95% interval (low, high).
+
+    A line is fitted to the medians of blocks, since neighbouring values are not independent.
+    """
     size = len(steps) // BLOCKS
     blocks = [slice(n * size, (n + 1) * size) for n in range(BLOCKS)]
     xs = [statistics.fmean(steps[block]) for block in blocks]
@@ -220,7 +222,7 @@ def growth_of(steps: Sequence[float], values: Sequence[float]) -> tuple[float, f
 
 
 def judged(looks: Sequence[Look]) -> list[dict[str, Any]]:
-    """A row for each figure: first and last tenth, growth, and whether that is too much."""
+    """A row for each figure: first and last tenth, growth, and whether it is too large."""
     looks = looks[int(len(looks) * WARMUP) :]
     steps = [look.step for look in looks[1:]]
     pace = [
@@ -252,7 +254,7 @@ def judged(looks: Sequence[Look]) -> list[dict[str, Any]]:
 
 
 def soak(steps: int, count: int, folder: Path) -> tuple[Trainer, Looks]:
-    """Train ``steps`` steps with ten plugins, and look at the process meanwhile."""
+    """Train ``steps`` steps with ten plugins, and measure the process ``count`` times."""
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     every = max(100, steps // 200)
     training = PROFILE["training"] | {"max_steps": steps, "save_every_steps": every}
@@ -277,7 +279,7 @@ def soak(steps: int, count: int, folder: Path) -> tuple[Trainer, Looks]:
     profile = PROFILE | {"training": training, "evaluation": evaluation, "data": data}
     profile["plugins"] = ["report"]
     trainer = Trainer(boot(profile, manager=manager), output=run)
-    # What is there already is not looked through again and again.
+    # Later collections skip the objects that exist already.
     gc.collect()
     gc.freeze()
     trainer.fit()

@@ -1,9 +1,9 @@
 """How soon is the loss of nanoGPT's recipe for a CPU reached with ``profiles/speedrun_cpu.yaml``?
 
-Both sides train on the text that comes with every Python, each in a fresh process and from reading
-the text to the last step. The recipe is nanoGPT's model in a bare loop, with as many threads as
-suit it best; the profile is run by APT's own Trainer, with all that it does by default. Neither
-evaluates while it is timed, and one function judges both.
+Both sides train on the text that comes with every Python, each in a fresh process; the time is that
+from reading the text to the last step. The recipe is nanoGPT's model in a bare loop, with the
+number of threads that is fastest for it. APT's Trainer runs the profile, with its defaults. Neither
+side evaluates while it is timed, and the same function computes both losses.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ EVALUATED_AT_ONCE = 256
 """Windows of held-out text."""
 
 Changes = Mapping[str, Any]
-"""Keys of the profile, as the command line has them, and what they are instead."""
+"""New values of the profile by dotted key."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run: ``seconds`` from reading the text to the last step, those of the steps alone, and
-    the loss on the held-out text in nats per byte."""
+    """One run: ``seconds`` from reading the text to the last step, ``training_seconds`` of the
+    steps alone, and the loss on the held-out text in nats per byte."""
 
     seconds: float
     training_seconds: float
@@ -60,7 +60,7 @@ class Outcome:
         return 1e3 * self.training_seconds / self.steps
 
     def with_steps(self, steps: int) -> Outcome:
-        """How long a run of ``steps`` would take, by the time of a step of this one."""
+        """The outcome extrapolated to ``steps`` steps by the time of a step."""
         training = self.training_seconds * steps / self.steps
         seconds = self.seconds - self.training_seconds + training
         return Outcome(seconds, training, steps, self.val_loss, self.parameters)
@@ -68,7 +68,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Ablation:
-    """The profile but for one thing."""
+    """The profile with one change."""
 
     label: str
     changes: Changes = field(default_factory=dict)
@@ -104,7 +104,7 @@ def held_out_loss(logits: Callable[[Tensor], Tensor]) -> float:
 
 
 def run_recipe(seed: int, threads: int, steps: int) -> Outcome:
-    """nanoGPT's recipe; with fewer ``steps`` than it has, its beginning."""
+    """Run nanoGPT's recipe, or the first ``steps`` of it."""
     torch.set_num_threads(threads)
     started = perf_counter()
     tokens, _ = read_text()
@@ -124,7 +124,7 @@ def run_recipe(seed: int, threads: int, steps: int) -> Outcome:
 
 
 class StopWatch:
-    """A plugin that notes when the first step begins and when the last one has ended."""
+    """A plugin that records when the first step begins and when the last one ends."""
 
     @hookimpl
     def on_training_start(self, trainer: Any) -> None:
@@ -136,7 +136,7 @@ class StopWatch:
 
 
 def run_profile(seed: int, changes: Changes, max_steps: int | None = None) -> Outcome:
-    """The profile, in APT's Trainer."""
+    """Run the profile with ``changes`` in APT's Trainer."""
     logging.getLogger("apt").setLevel(logging.WARNING)
     changes = {**changes, "training.seed": seed}
     if max_steps is not None:
@@ -154,7 +154,7 @@ def run_profile(seed: int, changes: Changes, max_steps: int | None = None) -> Ou
 
 
 def booted(changes: Changes, manager: PluginManager | None = None) -> Kernel:
-    """The profile with other values at dotted keys."""
+    """Boot the profile with ``changes``."""
     overrides = [
         Override(tuple(key.split(".")), value, "ablation") for key, value in changes.items()
     ]
@@ -166,13 +166,13 @@ def _size(model: nn.Module) -> int:
 
 
 def fresh(workers: int = 1) -> ProcessPoolExecutor:
-    """A pool whose every task has a process of its own: what is slow once is slow in each."""
+    """A pool with a new process for each task, so that each pays the costs of a first run."""
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1)
 
 
 def best_threads(tries: int) -> int:
-    """How many threads the recipe is fastest with."""
+    """The number of threads with which the recipe is fastest."""
     counts = range(1, len(os.sched_getaffinity(0)) + 1)
     with fresh() as pool:
         times = {
@@ -241,8 +241,8 @@ What helped, and what did not:
 
 
 def measure(report: Report, quick: bool) -> None:
-    """Times in turns, then the ablations' losses. With ``quick``, the beginnings of both runs are
-    timed once, and the whole is inferred from a step of each."""
+    """Time both sides in turns, then train the ablations. With ``quick``, only the first steps of
+    each side are timed, once, and its whole time is extrapolated."""
     full_steps, rounds = Recipe().steps, 1 if quick else ROUNDS
     training = booted({}).config.training
     assert training.max_steps is not None
@@ -313,8 +313,8 @@ def measure(report: Report, quick: bool) -> None:
         _ablate(report, [outcome.val_loss for outcome in own])
 
 
-def alone(ablation: Ablation) -> Changes:
-    """With one thread: as many runs at once as there are cores, of which only the loss counts."""
+def on_one_thread(ablation: Ablation) -> Changes:
+    """The changes of an ablation, and one thread: runs share the cores, as only losses count."""
     return {**ablation.changes, "hardware.num_threads": 1}
 
 
@@ -326,7 +326,7 @@ def _ablate(report: Report, base: Sequence[float]) -> None:
     seeds = range(len(base))
     with fresh(len(os.sched_getaffinity(0))) as pool:
         runs = [
-            (ablation, [pool.submit(run_profile, seed, alone(ablation)) for seed in seeds])
+            (ablation, [pool.submit(run_profile, seed, on_one_thread(ablation)) for seed in seeds])
             for ablation in ABLATIONS
         ]
         rows: list[list[str | float]] = [["the profile", statistics.mean(base), 0.0, 0.0]]

@@ -1,4 +1,4 @@
-"""What a command costs before it does anything, against importing the libraries that it needs."""
+"""What starting a command costs, against importing the libraries that it needs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ COMMANDS = {
 
 
 def process(arguments: Sequence[str], folder: str) -> Callable[[], object]:
-    """Run Python once, from an empty folder, and wait for it.
+    """A call that runs Python from an empty folder and waits for it.
 
-    Bytecode is kept between calls, as it is for whoever has started the command before: that of
-    the libraries is there anyway, and compiling ours would be a part of what is measured.
+    Bytecode is kept between calls, as between starts of an installed command; without it, the
+    figures would include compiling APT's modules.
     """
     command = [sys.executable, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": f"{folder}.pyc"}

@@ -1,7 +1,7 @@
 """What a trainer costs per step: APT, Hugging Face's and Lightning's against a bare loop.
 
-All of them train the same model, built by APT, on the same text, with the same optimizer, clipping
-and learning rate, on one thread. They take turns of a few steps within one process.
+All sides train the same model, built by APT, on the same text, with the same optimizer, clipping
+and learning rate, on one thread. They take turns of a few steps in one process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from _apt_turns import handing_over, trainer_loop
+from _apt_turns import patched_fetches, trainer_loop
 from _bare import Recipe, adamw, nanogpt_section, random_windows, train
 from _harness import Report, run
 from _turns import Loop, TurnTimings, take_turns
@@ -35,7 +35,7 @@ OBSERVERS = 10
 
 @dataclass(frozen=True)
 class Shape:
-    """A model, its batches, and how many steps make a turn; ``rounds`` of turns are timed."""
+    """A model and its batches; ``rounds`` turns of ``turn`` steps are timed."""
 
     label: str
     num_layers: int
@@ -67,7 +67,7 @@ WARMUP = 3
 
 
 class Job:
-    """What every side is to train, and the folder for what it writes."""
+    """The model, recipe and text of every side, and the folder for their output."""
 
     def __init__(self, shape: Shape, recipe: Recipe, text: str, val_text: str, folder: Path):
         self.shape, self.recipe, self.folder = shape, recipe, folder
@@ -108,7 +108,7 @@ class Job:
 
 
 class Windows(torch.utils.data.Dataset):
-    """A map-style dataset of windows of T + 1 tokens; ``fetched`` is told of every batch."""
+    """A map-style dataset of windows of T + 1 tokens; calls ``fetched`` before every batch."""
 
     def __init__(self, tokens: Tensor, length: int, fetched: Callable[[], None]) -> None:
         self.tokens, self.length, self.fetched = tokens, length, fetched
@@ -117,7 +117,7 @@ class Windows(torch.utils.data.Dataset):
         return (len(self.tokens) - 1) // self.length
 
     def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
-        """All windows of a batch in one call, which spares a loader a call for each."""
+        """All windows of a batch, which spares a DataLoader one call per window."""
         self.fetched()
         size = self.length
         return [self.tokens[index * size : (index + 1) * size + 1] for index in indices]
@@ -129,7 +129,7 @@ def collate(windows: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def cross_entropy(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """The mean in nats per token."""
+    """The mean cross-entropy in nats per token, 0-d."""
     return F.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten())
 
 
@@ -137,7 +137,7 @@ def bare(job: Job) -> Loop[nn.Module]:
     def loop(fetched: Callable[[], None]) -> nn.Module:
         torch.set_num_threads(1)
         model, recipe = job.build_model(), job.recipe
-        # APT seeds the global generator, which all of the sides share.
+        # A generator of its own: APT seeds the global one, which all sides share.
         generator = torch.Generator().manual_seed(0)
 
         def batch() -> tuple[Tensor, Tensor]:
@@ -151,7 +151,7 @@ def bare(job: Job) -> Loop[nn.Module]:
 
 
 class Observer:
-    """Follows every step and does nothing, so that only being called is timed."""
+    """Implements the hooks of a step and does nothing, so that only the calls are timed."""
 
     @hookimpl
     def on_step_start(self, step: int, batch: Sequence[Batch]) -> None:
@@ -253,7 +253,7 @@ def lightning(job: Job) -> Loop[nn.Module]:
             devices=1,
             max_steps=recipe.steps,
             gradient_clip_val=recipe.gradient_clip,
-            barebones=True,  # its mode for measuring overhead: everything that is optional is off
+            barebones=True,  # Lightning's mode for measuring overhead: no optional feature
             default_root_dir=job.folder / "lightning",
         ).fit(Task(model), loader)
         return model
@@ -262,7 +262,7 @@ def lightning(job: Job) -> Loop[nn.Module]:
 
 
 def quiet(*packages: str) -> None:
-    """Once they are imported: peers tell at length what they find unusual about a lean run."""
+    """Silence the warnings of imported peers, which the settings of these runs provoke."""
     for package in packages:
         logging.getLogger(package).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=package)
@@ -271,7 +271,7 @@ def quiet(*packages: str) -> None:
 def scheduled(
     model: nn.Module, recipe: Recipe
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """The bare loop's optimizer and learning rates, as the peers take them."""
+    """The bare loop's optimizer, and its learning rates as the scheduler that the peers expect."""
     optimizer = adamw(model, recipe)
 
     def factor(step: int) -> float:
@@ -281,7 +281,7 @@ def scheduled(
 
 
 def held_out_loss(model: nn.Module, tokens: Tensor, length: int, windows: int = 512) -> float:
-    """In nats per byte on the first windows of a text that no side has trained on."""
+    """The loss in nats per byte on the first ``windows`` windows of a held-out text."""
     cut = tokens[: windows * length + 1]
     model.eval()
     with torch.no_grad():
@@ -312,13 +312,13 @@ def encoded(text: str) -> Tensor:
 def timed(
     shape: Shape, rounds: int, sides: Sequence[str], folder: Path
 ) -> tuple[TurnTimings[nn.Module], dict[str, float]]:
-    """The times of a step, and the held-out loss of every side after all of its steps."""
+    """The times of a step, and the held-out loss of every side after its last step."""
     recipe = shape.recipe((WARMUP + rounds) * shape.turn + 1)
     text = Registry().get("dataset", "pydoc").load()
-    # One epoch lasts to the end: what happens between epochs is no part of a step.
+    # The text is long enough for one epoch: the end of an epoch is no part of a step.
     needed = (recipe.steps + 1) * recipe.batch_size * recipe.length
     job = Job(shape, recipe, text.train * -(-needed // len(text.train)), text.val, folder)
-    with handing_over():
+    with patched_fetches():
         times = take_turns(
             {name: SIDES[name](job) for name in sides},
             baseline="bare",

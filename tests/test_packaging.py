@@ -133,4 +133,4 @@ def test_the_audit_fails_on_an_advisory_and_calls_no_pin_clean_that_it_could_not
     assert advisories.report([clean, unknown]) == 0
     assert "1 of 2 pins" in capsys.readouterr().out
     assert advisories.report([clean, {"name": "b", "version": "1", "vulns": [advisory]}]) == 1
-    assert "b 1: CVE-2026-1, mended in 1.1" in capsys.readouterr().out
+    assert "b 1: CVE-2026-1, fixed in 1.1" in capsys.readouterr().out
