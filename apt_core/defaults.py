@@ -149,6 +149,14 @@ _DECLARED = (
         files=("val_path",),
     ),
     ProviderSpec(
+        kind="dataset",
+        name="hlbd",
+        factory=f"{_SOURCES}.hlbd:HLBDDataset",
+        section="data",
+        summary="HLBD: words at eight levels, each to be turned into each; a set is shipped",
+        files=("train_path", "val_path"),
+    ),
+    ProviderSpec(
         kind="optimizer",
         name="adamw",
         factory="apt_core.optim.optimizers.adamw:AdamWProvider",

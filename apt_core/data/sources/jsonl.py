@@ -27,7 +27,7 @@ class JsonLines(FileSource):
 
 def read_jsonl(reading: Reading) -> Iterator[Document]:
     """The document of each line; empty lines are left out."""
-    parse = json.JSONDecoder(object_pairs_hook=_object).decode
+    parse = json.JSONDecoder(object_pairs_hook=object_of).decode
     for number, line in reading.lines():
         if not line.strip():
             continue
@@ -52,7 +52,8 @@ def read_jsonl(reading: Reading) -> Iterator[Document]:
 _NAMES = {list: "list", str: "string", bool: "truth value", type(None): "null"}
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these members. Raises ValueError where two have one name."""
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
