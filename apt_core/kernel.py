@@ -27,6 +27,7 @@ from apt_core.kinds import Named
 from apt_core.log import of_one_run
 from apt_core.plugin_manager import PluginManager
 from apt_core.profile_check import check_profile
+from apt_core.providers.dataset import mixture_param
 from apt_core.registry import Probe, Registry
 from apt_core.schedules import Schedule
 from apt_core.secrets import SecretValues
@@ -117,7 +118,7 @@ def boot(
             probe=probe,
             strict=manager.strict,
         ),
-        schedule=Schedule(checked.config, params=active.params),
+        schedule=_schedule(checked.config, active.params),
         schedule_params=active.params,
         providers=checked.providers,
         sections=active.sections,
@@ -129,6 +130,13 @@ def boot(
         place=place,
         secrets=checked.secrets,
     )
+
+
+def _schedule(config: Config, params: Mapping[str, str]) -> Schedule:
+    """The schedule of the profile, which also moves the weights of a mixture's sources."""
+    sources = [item.name for item in config.data.mixture or ()]
+    weights = {mixture_param(name): name for name in sources}
+    return Schedule(config, params={**params, **weights}, sources=sources)
 
 
 def _read(

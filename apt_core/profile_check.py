@@ -38,6 +38,7 @@ from apt_core.provider_keys import (
     unread_paths,
     used_providers,
 )
+from apt_core.providers.dataset import mixture_param
 from apt_core.schedules import check_schedules
 from apt_core.secrets import SecretValues
 from apt_core.types import Inactive, SectionSpec
@@ -96,11 +97,12 @@ def check_profile(
             lenient=others.unknown,
         )
     config = validated.config
+    sources = [item.name for item in config.data.mixture or ()] if config is not None else []
     wrong_schedules, idle_schedules = check_schedules(
         config,
         source,
-        plugins=names,
-        params=plugins.params,
+        plugins=[*names, *sources],
+        params={**plugins.params, **{mixture_param(name): name for name in sources}},
         blocked={**plugins.left_out, **others.params},
         lenient=others.unknown,
         permanent=[n for n in names if manager.implements_where(n, lambda p: p.permanent)],
@@ -118,6 +120,7 @@ def check_profile(
         vain = written_inactive(config, source, inactive_settings, chosen)
         inactive += [item for item in vain if item.key not in reported]
         inactive += unread_paths(config, plugins.providers)
+        problems += _problems_of_mixture(config, source, names)
         problems += [*wrong, *check_providers(named, plugins.providers, source)]
         if files:
             problems += check_files(config, source, data_files(config, plugins.providers))
@@ -141,6 +144,23 @@ def check_profile(
         notices=[*validated.notices, *needless_notices],
         secrets=validated.secrets,
     )
+
+
+def _problems_of_mixture(
+    config: Config, source: Source, plugins: Collection[str]
+) -> Iterator[Problem]:
+    """Problems of the names of a mixture's sources, which schedules use as they do plugins'."""
+    seen: set[str] = set()
+    for number, item in enumerate(config.data.mixture or ()):
+        path: KeyPath = ("data", "mixture", number, "name")
+        where = source.where(path)
+        if item.name in plugins:
+            message = f"{item.name!r} is an active plugin too, so that schedules could mean either"
+            yield Problem(message, dotted(path), where, "choose another name")
+        if item.name in seen:
+            message = f"{item.name!r} names two sources"
+            yield Problem(message, dotted(path), where, "choose another name")
+        seen.add(item.name)
 
 
 def _without_masks(source: Source) -> Source:

@@ -24,9 +24,16 @@ DATA_PATHS = ("train_path", "val_path")
 def used_providers(config: Config, sections: Sequence[SectionSpec]) -> Named:
     """The providers that a checked profile uses, each with the key that names it."""
     data = config.to_dict()
-    # Where no text is named, it is a built-in one.
-    data["data"]["source"] = config.data.text_source
-    return named_providers(data, sections)
+    mixture = config.data.mixture
+    # Where no text is named, it is a built-in one; those of a mixture follow.
+    data["data"]["source"] = config.data.text_source if mixture is None else None
+    if mixture is not None:
+        data["data"]["loader"] = None
+    named = dict(named_providers(data, sections))
+    for number, item in enumerate(mixture or ()):
+        key = "loader" if item.text_source is None else "source"
+        named.setdefault(("dataset", item.dataset_name), f"data.mixture.{number}.{key}")
+    return named
 
 
 def check_providers(named: Named, known: Catalogue, source: Source) -> list[Problem]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -126,8 +126,9 @@ class Schedule:
 
     ``config`` is a :class:`~apt_core.config.Config`, a whole profile as a mapping, or only what
     stands under ``schedules``. ``params`` maps each parameter to the plugin that owns it; its
-    parameters count from the moment at which that plugin is enabled. Raises ConfigError for a
-    mapping that is not valid.
+    parameters count from the moment at which that plugin is enabled. ``sources`` are the names of
+    a mixture's sources, which are enabled as plugins are. Raises ConfigError for a mapping that is
+    not valid.
 
     >>> schedule = Schedule({"enable_moe_at_epoch": 2})
     >>> [schedule.should_enable_plugin("moe", epoch=epoch) for epoch in (1, 2, 3)]
@@ -139,6 +140,7 @@ class Schedule:
         config: Config | Mapping[str, Any],
         *,
         params: Mapping[str, str] | None = None,
+        sources: Collection[str] = (),
         horizon: Horizon | None = None,
     ) -> None:
         entries, known = _read(config)
@@ -149,6 +151,7 @@ class Schedule:
             max_steps=horizon.max_steps or known.max_steps,
         )
         self.params = dict(params or {})
+        self._sources = frozenset(sources)
         self.values: dict[str, int | float | Ramp] = {}
         self._switches: dict[str, list[Switch]] = {}
         for key, value in entries.items():
@@ -234,6 +237,14 @@ class Schedule:
             self._spans[name] = first, self._last(name, ramp, first)
         return self._spans[name]
 
+    def has_source(self, name: str) -> bool:
+        """Whether this is a source of the run's mixture."""
+        return name in self._sources
+
+    def switches_of(self, name: str) -> Sequence[Switch]:
+        """The switches of a plugin, or of a source of a mixture."""
+        return self._switches.get(name, ())
+
     def boundaries(self) -> list[Boundary]:
         """When plugins become enabled or disabled, in the order of the run.
 
@@ -241,8 +252,9 @@ class Schedule:
         """
         found = [
             Boundary(switch.plugin, switch.enables, switch.unit, switch.at)
-            for switches in self._switches.values()
+            for name, switches in self._switches.items()
             for switch in switches
+            if name not in self._sources
         ]
         steps = {b: self.horizon.first_step_from(b.at, b.unit) for b in found}
         comparable = None not in steps.values()

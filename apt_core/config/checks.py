@@ -248,6 +248,25 @@ def _sources(view: View) -> Iterator[Problem]:
         )
 
 
+def _mixture(view: View) -> Iterator[Problem]:
+    mixture = view["data.mixture"]
+    if mixture is None:
+        return
+    if not mixture:
+        yield view.problem("names no source", "data.mixture", "leave it out, or add one")
+    elif not any(item.weight for item in mixture) and not view["schedules"]:
+        yield view.problem(
+            "all weights are 0: nothing can be drawn", "data.mixture", "give a source a weight"
+        )
+    for key in ("source", "train_path", "val_path"):
+        if view[f"data.{key}"] is not None:
+            yield view.problem(
+                f"data.mixture names the sources, and data.{key} another one",
+                f"data.{key}",
+                "make it an item of data.mixture, or leave it out",
+            )
+
+
 def _ramps(view: View) -> Iterator[Problem]:
     for key, ramp in view["schedules"].items():
         if not isinstance(ramp, Ramp):
@@ -313,6 +332,7 @@ COLLECTORS: tuple[Callable[[View], Iterator[Problem]], ...] = (
     _lengths,
     _warmup,
     _sources,
+    _mixture,
     _ramps,
     _switches,
 )

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from apt_core.data.batches import BatchPlan, EvaluationPlan
-from apt_core.data.order import Order, StepPlan
+from apt_core.data.mixture import mixture_segments
+from apt_core.data.order import Order, Segment, StepPlan
 from apt_core.data.packing.choice import windows_of
 from apt_core.data.packing.rows import Windows
 from apt_core.data.store.memory import MemoryStore, in_memory
@@ -18,6 +19,7 @@ from apt_core.errors import ConfigError, Problem, ProviderError
 from apt_core.kernel import Kernel
 from apt_core.providers.dataset import DatasetProvider, SourceSection
 from apt_core.providers.tokenizer import TokenizerProvider
+from apt_core.schedules import Horizon
 
 
 @dataclass(frozen=True)
@@ -186,11 +188,16 @@ def batch_plan(kernel: Kernel, data: RunData, rank: int = 0, world_size: int = 1
             )
         )
     steps = StepPlan(data.num_windows, seq_len=config.seq_len, windows_per_step=needed)
+    segments: list[Segment] = []
+    if config.data.mixture is not None:
+        schedule = kernel.schedule.with_horizon(Horizon.of(config, steps))
+        segments = mixture_segments(schedule, config.data.mixture)
     order = Order(
         [source.name for source in data.sources],
         [len(source.train) for source in data.sources],
         steps,
         seed=training.seed,
+        segments=segments,
     )
     return BatchPlan(
         order,

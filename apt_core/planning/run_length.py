@@ -54,7 +54,7 @@ def changes_of_length(
     for name in kernel.schedule.annealed:
         plugin = kernel.schedule.params[name]
         # A ramp depends on the length only through its span.
-        if not kernel.manager.has_plugin(plugin) or len({s.span(name) for s in schedules}) == 1:
+        if not _takes_part(kernel, plugin) or len({s.span(name) for s in schedules}) == 1:
             continue
         for step in range(schedules[0].first_step_of(plugin), steps + 1):
             was, would = (schedule.get_param(name, step=step) for schedule in schedules)
@@ -64,6 +64,11 @@ def changes_of_length(
                     f"{would:.4g}"
                 )
     return ""
+
+
+def _takes_part(kernel: Kernel, name: str) -> bool:
+    """Whether this is a plugin of the run, or a source of its mixture."""
+    return kernel.manager.has_plugin(name) or kernel.schedule.has_source(name)
 
 
 def _late_switches(kernel: Kernel, schedule: Schedule, last: int) -> Iterator[InactiveKey]:
@@ -88,7 +93,7 @@ def _cut_ramps(kernel: Kernel, schedule: Schedule) -> Iterator[str]:
     enabled."""
     for name in schedule.annealed:
         plugin, ramp = schedule.params[name], schedule.values[name]
-        if not kernel.manager.has_plugin(plugin) or not isinstance(ramp, Ramp):
+        if not _takes_part(kernel, plugin) or not isinstance(ramp, Ramp):
             continue
         try:
             first, last = schedule.first_step_of(plugin), schedule.last_step_of(plugin)

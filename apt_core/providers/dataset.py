@@ -79,7 +79,7 @@ class SourceSection(Section):
 class MixtureItem(SourceSection):
     """An item of ``data.mixture``: a source of its own with its weight."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")] = Field(
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")] = Field(
         description="Names it in schedules (mixture_NAME, enable_NAME_at_step) and in figures."
     )
     weight: Annotated[float, Field(ge=0.0, le=1e6)] = Field(
@@ -89,6 +89,11 @@ class MixtureItem(SourceSection):
         default_factory=dict,
         description="Settings of its loader, where those have a section of their own.",
     )
+
+
+def mixture_param(name: str) -> str:
+    """The scheduled parameter that is the weight of the source ``name`` of a mixture."""
+    return f"mixture_{name}"
 
 
 class DataSection(SourceSection):

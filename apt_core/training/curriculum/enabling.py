@@ -92,10 +92,15 @@ class Enabling:
         told = [
             f"{name}={self._parameters.value(name):.4g}"
             for name in schedule.annealed
-            if self.manager.records[schedule.params[name]].state == "active"
+            if self._counts(schedule.params[name])
         ]
         if told:
             log.info("%s starts with %s", start, ", ".join(told))
+
+    def _counts(self, owner: str) -> bool:
+        """Whether parameters of this plugin, or source of a mixture, count now."""
+        record = self.manager.records.get(owner)
+        return self._schedule.has_source(owner) if record is None else record.state == "active"
 
     def share_quarantines(self) -> None:
         """Quarantine a plugin in every process if one process has quarantined it. The first process
