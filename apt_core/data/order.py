@@ -105,6 +105,24 @@ class Order:
         number = bisect_right(self._firsts, (epoch - 1) * self.steps.steps_per_epoch + index + 1)
         return self._mixed(number - 1, self._slots_before(epoch, index), count)
 
+    def drawn_before(self, step: int) -> Ints:
+        """The windows that each source gives in the steps of the run before ``step`` (from 1)."""
+        epoch, index = divmod(step - 1, self.steps.steps_per_epoch)
+        slot = self._slots_before(epoch + 1, index)
+        if len(self.sizes) == 1:
+            return np.array([slot], dtype=np.int64)
+        segment = max(0, bisect_right(self._firsts, step) - 1)
+        return self._given_before(segment) + self._given_in(segment, slot)
+
+    def weights(self, step: int) -> tuple[float, ...]:
+        """The weight of each source of a mixture in ``step`` (from 1) of the run."""
+        return self._segments[bisect_right(self._firsts, step) - 1].weights
+
+    @property
+    def changes(self) -> list[int]:
+        """The steps from which on the weights of a mixture are others than before."""
+        return self._firsts[1:]
+
     def _mixed(self, segment: int, first_slot: int, count: int) -> Drawn:
         cycle = _cycle(self._segments[segment].weights)
         offset = self._offset(segment)
@@ -148,11 +166,16 @@ class Order:
         """The windows that each source gave in the segments before."""
         while len(self._before) <= segment:
             last = len(self._before) - 1
-            cycle, offset = _cycle(self._segments[last].weights), self._offset(last)
-            end = self._first_slot(last + 1) - self._first_slot(last) + offset
-            given = cycle.counts * (end // CYCLE) + cycle.before[end % CYCLE]
-            self._before.append(self._before[last] + given - cycle.before[offset])
+            given = self._given_in(last, self._first_slot(last + 1))
+            self._before.append(self._before[last] + given)
         return self._before[segment]
+
+    def _given_in(self, segment: int, slot: int) -> Ints:
+        """The windows that each source gave in a segment before ``slot`` of the run."""
+        cycle, offset = _cycle(self._segments[segment].weights), self._offset(segment)
+        end = slot - self._first_slot(segment) + offset
+        given: Ints = cycle.counts * (end // CYCLE) + cycle.before[end % CYCLE]
+        return given - cycle.before[offset]
 
 
 def _stretch(first: int, count: int, size: int, key: int) -> Ints:

@@ -97,6 +97,7 @@ def check_targets(batches: list[Batch], expected: set[int]) -> None:
 def test_every_token_is_predicted_once_an_epoch(count, seq_len, batch_size, accumulate, epoch):
     plan = plan_of(concat(count, seq_len), batch_size=batch_size, accumulate=accumulate)
     check_targets([b for step in every(plan, epoch) for b in step], {*range(1, count)})
+    assert plan.sources[0].num_tokens == count - 1
 
 
 @quick
@@ -134,6 +135,7 @@ def test_packed_documents_are_predicted_once_and_apart(lengths, seq_len, prompts
                 assert len({*np.searchsorted(begins, own, side="right").tolist()}) == 1
     indices = np.arange(len(windows))
     assert windows.num_targets(indices) == len(expected)
+    assert windows.num_tokens == sum(batch.num_tokens or 0 for batch in batches)
     assert {e.document for i in indices for e in windows.extracts(i)} <= {*range(len(lengths))}
 
 

@@ -84,7 +84,9 @@ def test_each_source_of_a_mixture_is_gone_through_whole_before_it_begins_anew(
         weights = data.draw(st.lists(weight, min_size=len(sizes), max_size=len(sizes)))
         segments.append(Segment(first, tuple(weights) if any(weights) else (1.0,) * len(sizes)))
     order = order_of(sizes, segments, per_step)
-    for size, windows in zip(sizes, draws(order, range(80)), strict=True):
+    seen = draws(order, range(80))
+    assert order_of(sizes, segments, per_step).drawn_before(81).tolist() == [*map(len, seen)]
+    for size, windows in zip(sizes, seen, strict=True):
         for first in range(0, len(windows), size):
             turn = windows[first : first + size]
             assert len({*turn}) == len(turn)

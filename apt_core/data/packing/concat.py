@@ -21,7 +21,11 @@ class ConcatWindows:
     seq_len: int
 
     def __len__(self) -> int:
-        return max(0, -(-(self.part.num_tokens - 1) // self.seq_len))
+        return -(-self.num_tokens // self.seq_len)
+
+    @property
+    def num_tokens(self) -> int:
+        return max(0, self.part.num_tokens - 1)
 
     def rows(self, indices: Ints) -> Rows:
         starts = np.asarray(indices, dtype=np.int64) * self.seq_len

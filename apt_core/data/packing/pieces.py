@@ -104,6 +104,10 @@ class PieceWindows:
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    def num_tokens(self) -> int:
+        return int(self.index.lengths.sum(dtype=np.int64))
+
     def rows(self, indices: Ints) -> Rows:
         shape = (len(indices), self.seq_len)
         input_ids = np.full(shape, self.pad, dtype=np.int64)

@@ -44,6 +44,10 @@ class Windows(Protocol):
     @property
     def seq_len(self) -> int: ...
 
+    @property
+    def num_tokens(self) -> int:
+        """The positions of all windows that are not padding."""
+
     def __len__(self) -> int: ...
 
     def rows(self, indices: Ints) -> Rows:
