@@ -50,36 +50,10 @@ class ModelBuilder:
         ``model.attention_name`` for all."""
         return [self._attention_name(layer) for layer in range(self.model.num_layers)]
 
-    def build_attention(
-        self, d_model: int | None = None, num_heads: int | None = None, *, layer: int = 0
-    ) -> nn.Module:
-        """The attention of ``layer``, by default of the profile's sizes."""
-        with construction_rng(self.seed, f"blocks.{layer}.attention"):
-            built = self._attention(
-                d_model or self.model.d_model, num_heads or self.model.num_heads, layer
-            )
-        return self._initialized(built)
-
-    def build_ffn(
-        self, d_model: int | None = None, d_ff: int | None = None, *, layer: int = 0
-    ) -> nn.Module:
-        """The feed-forward of ``layer``, by default of the profile's sizes."""
-        with construction_rng(self.seed, f"blocks.{layer}.ffn"):
-            built = self._ffn(d_model or self.model.d_model, d_ff or self.model.d_ff)
-        return self._initialized(built)
-
-    def build_block(
-        self,
-        d_model: int | None = None,
-        num_heads: int | None = None,
-        d_ff: int | None = None,
-        *,
-        layer: int = 0,
-    ) -> nn.Module:
-        """Block ``layer``: attention, feed-forward and their norms, by default of the profile's
-        sizes."""
+    def build_block(self, layer: int = 0) -> nn.Module:
+        """Block ``layer``: attention, feed-forward and their norms."""
         with construction_rng(self.seed, f"blocks.{layer}"):
-            built = self._block(layer, d_model, num_heads, d_ff)
+            built = self._block(layer)
         return self._initialized(built)
 
     def build_model(self, *, initialize: bool = True) -> nn.Module:
@@ -92,7 +66,7 @@ class ModelBuilder:
                 d_model=self.model.d_model,
                 max_seq_len=self.model.max_seq_len,
                 blocks=[self._block(layer) for layer in range(self.model.num_layers)],
-                final_norm=self._norm(self.model.d_model),
+                final_norm=self._norm(),
                 position=position
                 and position.create_embedding(self.model.d_model, self.model.max_seq_len),
                 tie_embeddings=self.model.tie_embeddings,
@@ -106,23 +80,16 @@ class ModelBuilder:
         initialize_parameters(module, self.seed, num_layers=self.model.num_layers, only=only)
         return module
 
-    def _block(
-        self,
-        layer: int,
-        d_model: int | None = None,
-        num_heads: int | None = None,
-        d_ff: int | None = None,
-    ) -> nn.Module:
+    def _block(self, layer: int) -> nn.Module:
         backbone = self._backbone()
-        width = d_model or self.model.d_model
         with construction_rng(self.seed, f"blocks.{layer}.attention"):
-            attention = self._attention(width, num_heads or self.model.num_heads, layer)
+            attention = self._attention(layer)
         with construction_rng(self.seed, f"blocks.{layer}.ffn"):
-            ffn = self._ffn(width, d_ff or self.model.d_ff)
+            ffn = self._ffn()
         return backbone.create_block(
             attention=attention,
             ffn=ffn,
-            norms=[self._norm(width) for _ in range(backbone.norms_per_block)],
+            norms=[self._norm() for _ in range(backbone.norms_per_block)],
             dropout=self.model.dropout,
         )
 
@@ -130,26 +97,25 @@ class ModelBuilder:
         pattern = self.model.attention_names
         return pattern[layer % len(pattern)]
 
-    def _attention(self, d_model: int, num_heads: int, layer: int) -> nn.Module:
+    def _attention(self, layer: int) -> nn.Module:
         name = self._attention_name(layer)
         provider = cast(AttentionProvider, self._provider("attention", name))
         return provider.create_layer(
-            d_model,
-            num_heads,
+            self.model.d_model,
+            self.model.num_heads,
             max_seq_len=self.model.max_seq_len,
             dropout=self.model.dropout,
             position=self._position(),
             num_kv_heads=self.model.num_kv_heads,
         )
 
-    def _ffn(self, d_model: int, d_ff: int) -> nn.Module:
-        name = self.model.ffn_name
-        provider = cast(FeedForwardProvider, self._provider("ffn", name))
-        return provider.create_layer(d_model, d_ff, self.model.dropout)
+    def _ffn(self) -> nn.Module:
+        provider = cast(FeedForwardProvider, self._provider("ffn", self.model.ffn_name))
+        return provider.create_layer(self.model.d_model, self.model.d_ff, self.model.dropout)
 
-    def _norm(self, d_model: int) -> nn.Module:
-        name = self.model.norm_name
-        return cast(NormProvider, self._provider("norm", name)).create_layer(d_model)
+    def _norm(self) -> nn.Module:
+        provider = cast(NormProvider, self._provider("norm", self.model.norm_name))
+        return provider.create_layer(self.model.d_model)
 
     def _position(self) -> PositionProvider | None:
         name = self.model.position_name
@@ -158,11 +124,13 @@ class ModelBuilder:
     def _embedding_parts(self) -> dict[str, nn.Module]:
         """What the profile adds to the embeddings: backbones need know of no more than that."""
         parts: dict[str, nn.Module] = {}
-        width, ngram = self.model.d_model, self.model.ngram
+        ngram = self.model.ngram
         if ngram is not None:
-            parts["ngram"] = NgramEmbedding(width, ngram.orders, ngram.buckets, ngram.lr_scale)
+            parts["ngram"] = NgramEmbedding(
+                self.model.d_model, ngram.orders, ngram.buckets, ngram.lr_scale
+            )
         if self.model.embedding_norm:
-            parts["embedding_norm"] = self._norm(width)
+            parts["embedding_norm"] = self._norm()
         return parts
 
     def _backbone(self) -> BackboneProvider:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from apt_core.config import Config
 from apt_core.kernel import Kernel
 from apt_core.metric_names import of_rate
 from apt_core.modeling.lr_scale import learning_rate_scales
 from apt_core.optim.parameter_groups import parameter_groups
+from apt_core.plugin_manager import PluginManager
 from apt_core.providers.optimizer import OptimizerProvider
+from apt_core.registry import Registry
 
 PLAN = "plan"
 """The key under which a group keeps its initial settings."""
@@ -30,23 +35,33 @@ def keep_plan(optimizer: Optimizer) -> None:
 
 def build_optimizer(kernel: Kernel, model: nn.Module) -> Optimizer:
     """The profile's optimizer of ``model``, whose groups keep their peak rate as ``initial_lr``."""
-    training = kernel.config.training
-    provider: OptimizerProvider = kernel.registry.get("optimizer", training.optimizer_name)
-    groups = parameter_groups(
-        model,
-        kernel.manager,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-        scales=learning_rate_scales(
-            model, kernel.config.model.d_model if training.scale_lr_by_width else None
-        ),
-        separate_matrices=getattr(provider, "separates_matrices", False),
-    )
-    optimizer = provider.create(
-        groups, learning_rate=training.learning_rate, weight_decay=training.weight_decay
-    )
+    config = kernel.config
+    width = config.model.d_model if config.training.scale_lr_by_width else None
+    scales = learning_rate_scales(model, width)
+    optimizer = _optimizer(config, kernel.registry, model, kernel.manager, scales)
     keep_plan(optimizer)
     return optimizer
+
+
+def measured_optimizer(config: Config, registry: Registry, model: nn.Module) -> Optimizer:
+    """The profile's optimizer of ``model``, for measurements: without the groups of plugins and
+    the scales of layers, which set rates and so take neither time nor memory."""
+    return _optimizer(config, registry, model, PluginManager(), {})
+
+
+def _optimizer(
+    config: Config,
+    registry: Registry,
+    model: nn.Module,
+    plugins: PluginManager,
+    scales: Mapping[str, float],
+) -> Optimizer:
+    training = config.training
+    provider: OptimizerProvider = registry.get("optimizer", training.optimizer_name)
+    settings = {"learning_rate": training.learning_rate, "weight_decay": training.weight_decay}
+    separate = getattr(provider, "separates_matrices", False)
+    groups = parameter_groups(model, plugins, scales=scales, separate_matrices=separate, **settings)
+    return provider.create(groups, **settings)
 
 
 def learning_rates(optimizer: Optimizer, learning_rate: float, factor: float) -> dict[str, float]:

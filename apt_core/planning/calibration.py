@@ -37,10 +37,9 @@ from apt_core.modeling.costs import ModelCost, layer_flops, layers_of
 from apt_core.modeling.cross_entropy import cross_entropy_sum
 from apt_core.modeling.placement import num_threads
 from apt_core.modeling.seeds import fp32_products
-from apt_core.optim.parameter_groups import parameter_groups
+from apt_core.optim.build import measured_optimizer
 from apt_core.planning.footprint import layer_kinds
 from apt_core.planning.stages import Structure
-from apt_core.plugin_manager import PluginManager
 
 CPU_BYTES = 2**28
 """The most bytes of weights, gradients and optimizer state in a calibration on a CPU. On an
@@ -171,7 +170,7 @@ class Calibration:
             model = _narrower(config.model, divisor)
             builder = ModelBuilder(config.model_copy(update={"model": model}), self.kernel.registry)
             with torch.device("meta"):
-                layer = builder.build_block(layer=last)
+                layer = builder.build_block(last)
             if self._fits([layer]) or model.num_heads == 1:
                 break
             divisor *= 2
@@ -190,19 +189,7 @@ class Calibration:
     def _timed(self, subject: _Subject) -> Speed:
         model = _with_memory(subject.model, self.device)
         training = self.kernel.config.training
-        provider = self.kernel.registry.get("optimizer", training.optimizer_name)
-        rate, decay = training.learning_rate, training.weight_decay
-        optimizer = provider.create(
-            parameter_groups(
-                model,
-                PluginManager(),
-                learning_rate=rate,
-                weight_decay=decay,
-                separate_matrices=getattr(provider, "separates_matrices", False),
-            ),
-            learning_rate=rate,
-            weight_decay=decay,
-        )
+        optimizer = measured_optimizer(self.kernel.config, self.kernel.registry, model)
 
         def micro_batch(sequences: int, length: int) -> None:
             optimizer.zero_grad(set_to_none=True)

@@ -39,11 +39,8 @@ from apt_core.modeling.costs import layers_of
 from apt_core.modeling.cross_entropy import cross_entropy_sum
 from apt_core.modeling.modes import eval_mode
 from apt_core.modeling.structure import base_structure
-from apt_core.optim.build import decides_on_device
-from apt_core.optim.parameter_groups import parameter_groups
+from apt_core.optim.build import decides_on_device, measured_optimizer
 from apt_core.planning.gpu_operators import GPUOperators
-from apt_core.plugin_manager import PluginManager
-from apt_core.providers.optimizer import OptimizerProvider
 from apt_core.types import PluginCosts
 
 CPU = torch.device("cpu")
@@ -203,18 +200,7 @@ class Footprint:
         return nullcontext() if self._capability is None else GPUOperators(self._capability)
 
     def _step_optimizer(self, model: nn.Module) -> tuple[int, int]:
-        training = self.config.training
-        rate, decay = training.learning_rate, training.weight_decay
-        provider: OptimizerProvider = self._registry.get("optimizer", training.optimizer_name)
-        # Without plugins' groups: they set rates, which take no memory.
-        groups = parameter_groups(
-            model,
-            PluginManager(),
-            learning_rate=rate,
-            weight_decay=decay,
-            separate_matrices=provider.separates_matrices,
-        )
-        optimizer = provider.create(groups, learning_rate=rate, weight_decay=decay)
+        optimizer = measured_optimizer(self.config, self._registry, model)
         if decides_on_device(optimizer, self.device):
             optimizer.grad_scale, optimizer.found_inf = None, torch.zeros(())
         optimizer.step()

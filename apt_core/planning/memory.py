@@ -57,13 +57,6 @@ class MemoryEstimate:
         return {**asdict(self), "total": self.total}
 
 
-def memory_per_rank(
-    kernel: Kernel, world_size: int = 1, sharding: Sharding = "none"
-) -> MemoryEstimate:
-    """The memory of each of ``world_size`` processes of the profile's run."""
-    return estimate(Footprint(kernel), world_size, sharding)
-
-
 def estimate(
     footprint: Footprint,
     world_size: int = 1,

@@ -46,13 +46,13 @@ def test_a_parameter_more_changes_no_other(shelf, tiny):
     assert same(without, {name: with_compensator[name] for name in without})
 
 
-def test_a_part_alone_has_the_sizes_of_its_arguments(shelf, tiny):
+def test_a_block_alone_is_that_of_the_model(shelf, tiny):
     builder = ModelBuilder(tiny, shelf)
-    x = torch.randn(1, 3, 64)
-    assert builder.build_attention(64, 8)(x).shape == x.shape
-    assert builder.build_ffn(64, 10)(x).shape == x.shape
-    assert builder.build_block(64, 8, 10)(x).shape == x.shape
-    assert builder.build_block()(x[..., :32]).shape == (1, 3, 32)
+    model = weights(builder.build_model())
+    block = {f"blocks.1.{name}": w for name, w in weights(builder.build_block(1)).items()}
+    assert block and {name: w.shape for name, w in block.items()} == {
+        name: w.shape for name, w in model.items() if name.startswith("blocks.1.")
+    }
 
 
 class DrawsInItsConstructor(nn.Module):

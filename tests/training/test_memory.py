@@ -35,7 +35,6 @@ from apt_core.planning.gpu_operators import GPUOperators
 from apt_core.planning.memory import (
     estimate,
     fitting_batch,
-    memory_per_rank,
     out_of_memory_advice,
 )
 from apt_core.plugin_manager import PluginManager
@@ -299,7 +298,7 @@ def test_gradients_that_wait_for_more_micro_batches_are_whole_in_every_process()
 
 
 def test_a_run_on_a_cpu_also_holds_the_copy_that_a_checkpoint_is_written_from() -> None:
-    cpu = memory_per_rank(kernel_of(ema_decay=0.99))
+    cpu = estimate(Footprint(kernel_of(ema_decay=0.99)))
     tables = Footprint(kernel_of()).weights.tables
     assert cpu.snapshot == cpu.parameters - tables + cpu.optimizer + cpu.ema
     assert cpu.total == sum(v for k, v in cpu.row().items() if k in (
@@ -324,7 +323,7 @@ def test_seven_billion_parameters_are_planned_without_allocating_them() -> None:
         device="cuda",
     )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    needed = memory_per_rank(kernel, 8, "fsdp")
+    needed = estimate(Footprint(kernel), 8, "fsdp")
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert needed.parameters > 3 * 2**30 and needed.activations and needed.activations > 2**30
     assert grown < 2**29

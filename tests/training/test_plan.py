@@ -25,7 +25,8 @@ from apt_core.modeling.costs import support_notices
 from apt_core.modeling.layers import MHAProvider
 from apt_core.planning import calibration
 from apt_core.planning.calibration import measured_size
-from apt_core.planning.memory import memory_per_rank
+from apt_core.planning.footprint import Footprint
+from apt_core.planning.memory import estimate
 from apt_core.planning.plan import make_plan, print_plan
 from apt_core.plugin_manager import PluginManager
 from apt_core.providers.attention import AttentionSupport
@@ -238,7 +239,7 @@ def test_a_stage_has_the_memory_of_one_process_by_part(kernel_of) -> None:
     kernel = kernel_of(training={"ema_decay": 0.9})
     plan = make_plan(kernel)
     (stage,) = plan["stages"]
-    assert stage["memory"] == memory_per_rank(kernel).row()
+    assert stage["memory"] == estimate(Footprint(kernel)).row()
     assert stage["memory_mb"] == round(stage["memory"]["total"] / 2**20, 1)
     assert plan["notices"] == []
     text = printed(plan)
