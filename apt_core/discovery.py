@@ -34,14 +34,17 @@ DISABLE_VARIABLE = "APT_DISABLE_PLUGIN_AUTOLOAD"
 
 
 class LoadError(AptError):
-    """A listed plugin cannot be loaded; ``problem`` says why and where."""
+    """The ``plugin`` cannot be loaded; ``problem`` says why and where. The hint is by default how to
+    do without it."""
 
     exit_code = 2
 
-    def __init__(self, problem: Problem, details: str = "") -> None:
-        super().__init__(str(problem))
-        self.problem = problem
+    def __init__(
+        self, plugin: str, message: str, hint: str = "", where: str = "", details: str = ""
+    ) -> None:
+        self.problem = Problem(message, f"plugin {plugin}", where, hint or _remedy(plugin))
         self.details = details
+        super().__init__(str(self.problem))
 
 
 @dataclass(frozen=True)
@@ -134,24 +137,16 @@ def load_installed(entry: Installed) -> Any:
         dists = sorted({offer.dist for offer in entry.offers})
         one = len(dists) == 1
         offering = f"{dists[0]} offers two plugins" if one else "two distributions offer a plugin"
+        offered = sorted(offer.value for offer in entry.offers) if one else dists
         raise LoadError(
-            Problem(
-                f"{offering} of this name: "
-                + " and ".join(sorted(offer.value for offer in entry.offers) if one else dists),
-                key=f"plugin {entry.name}",
-                hint="uninstall it, or fix its entry points" if one else "uninstall one of them",
-            )
+            entry.name,
+            f"{offering} of this name: {' and '.join(offered)}",
+            "uninstall it, or fix its entry points" if one else "uninstall one of them",
         )
     point = entry.offers[0].point
     if point.pattern.match(point.value) is None:
-        raise LoadError(
-            Problem(
-                f"its entry point {point.value!r} is not MODULE or MODULE:ATTRIBUTE",
-                key=f"plugin {entry.name}",
-                where=f"entry_points.txt of {entry.dist}",
-                hint=_remedy(entry.name),
-            )
-        )
+        message = f"its entry point {point.value!r} is not MODULE or MODULE:ATTRIBUTE"
+        raise LoadError(entry.name, message, where=f"entry_points.txt of {entry.dist}")
     try:
         return point.load()
     except KeyboardInterrupt:
@@ -170,30 +165,19 @@ class _SourceLoader(SourceFileLoader):
 
 def _load_file(path: Path, name: str) -> Any:
     if path.is_dir():
-        raise LoadError(
-            Problem(
-                f"{path} is a folder: a plugin is a .py file, or a module by its dotted name",
-                key=f"plugin {name}",
-                hint=_contents(path) or _remedy(name),
-            )
-        )
+        message = f"{path} is a folder: a plugin is a .py file, or a module by its dotted name"
+        raise LoadError(name, message, _contents(path))
     if path.exists() and not path.is_file():
         message = f"{path} is not a regular file: a plugin is a .py file"
-        raise LoadError(Problem(message, key=f"plugin {name}", hint=_remedy(name)))
+        raise LoadError(name, message)
     if not path.is_file():
         neighbours = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise LoadError(
-            Problem(
-                f"there is no file {path}",
-                key=f"plugin {name}",
-                hint=did_you_mean(path.name, neighbours) or _remedy(name),
-            )
-        )
+        raise LoadError(name, f"there is no file {path}", did_you_mean(path.name, neighbours))
     module_name = file_module(name)
     loader = _SourceLoader(module_name, str(path.resolve()))
     spec = importlib.util.spec_from_file_location(module_name, path.resolve(), loader=loader)
     if spec is None or spec.loader is None:
-        raise LoadError(Problem(f"{path} is not a Python file", key=f"plugin {name}"))
+        raise LoadError(name, f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     try:
@@ -217,13 +201,8 @@ def _load_module(reference: str, name: str, installed: Mapping[str, Installed]) 
     The working directory then stays at the end of the path, for modules that the plugin imports
     later.
     """
-    unknown = LoadError(
-        Problem(
-            "no such plugin: not installed, not a module, not a .py file",
-            key=f"plugin {name}",
-            hint=did_you_mean(reference, installed) or _remedy(name),
-        )
-    )
+    message = "no such plugin: not installed, not a module, not a .py file"
+    unknown = LoadError(name, message, did_you_mean(reference, installed))
     if _top_level(reference) is None:
         with suppress(FileNotFoundError):  # the working directory was removed
             sys.path.append(os.getcwd())
@@ -242,13 +221,8 @@ def _load_module(reference: str, name: str, installed: Mapping[str, Installed]) 
         raise _import_failure(name, error, _module_file(reference)) from None
     if getattr(module, "__file__", None) is None and hasattr(module, "__path__"):
         folder = next(iter(module.__path__), "")
-        raise LoadError(
-            Problem(
-                f"{short_path(folder)} is a folder without code of its own, not a plugin",
-                key=f"plugin {name}",
-                hint=_contents(Path(folder), reference) or _remedy(name),
-            )
-        )
+        message = f"{short_path(folder)} is a folder without code of its own, not a plugin"
+        raise LoadError(name, message, _contents(Path(folder), reference))
     return module
 
 
@@ -258,10 +232,7 @@ def _import_failure(name: str, error: BaseException, home: str) -> LoadError:
         if isinstance(error, SystemExit)
         else f"it cannot be imported: {one_line(error)}"
     )
-    where = where_raised(error, home)
-    return LoadError(
-        Problem(what, key=f"plugin {name}", where=where, hint=_remedy(name)), formatted(error)
-    )
+    return LoadError(name, what, where=where_raised(error, home), details=formatted(error))
 
 
 def _contents(folder: Path, module: str = "") -> str:

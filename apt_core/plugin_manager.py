@@ -309,15 +309,11 @@ class PluginManager(pluggy.PluginManager):
         ((_, value),) = run_wrapped(plan, given, True, inner, failed, self._watching)
         return replace(request, **{attribute: value})
 
-    def attempt(
-        self, plugin: str, hook_name: str, function: Callable[[], T], *, code: Any = None
-    ) -> T | None:
+    def attempt(self, plugin: str, hook_name: str, function: Callable[[], T]) -> T | None:
         """Call ``function``, which uses a result of the hook. Returns its result, or None after an
-        error, which counts as a failure of the plugin in that hook.
-
-        ``code`` is as in :meth:`PluginFailures.fail`. Raises as a call of the hook does.
-        """
-        call = self.failures.call_for(plugin, hook_name, code)
+        error, which counts as a failure of the plugin in that hook. Raises as a call of the hook
+        does."""
+        call = self.failures.call_for(plugin, hook_name, None)
         try:
             with self._watching(call):
                 return function()

@@ -72,6 +72,11 @@ class PluginRecord:
         self.failures.append(failure)
         return failure
 
+    def row(self, *names: str) -> dict[str, Any]:
+        """Some fields for a manifest or a listing; of ``failures`` the rows."""
+        known = {"failures": self.failure_rows()}
+        return {name: known.get(name, getattr(self, name)) for name in names}
+
     def failure_rows(self) -> list[dict[str, Any]]:
         """The failures as the manifest and ``apt-hooks plugins --json`` show them."""
         return [

@@ -274,8 +274,8 @@ class TorchWatch:
     unchanged: Callable[[], bool]
     """Whether none of the likely changes has happened since :meth:`start_steps`."""
 
-    def __init__(self, model: nn.Module | None = None) -> None:
-        self.model = model
+    def __init__(self) -> None:
+        self.model: nn.Module | None = None
         self.stepping, self.checks_each_call = False, True
         self._steps = 0
         self._note(self.before())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,19 +106,10 @@ def plugins(
     if json:
         return Json(rows)
     reasons = {name: record.reason for name, record in listing.records.items()}
+    shown = itemgetter("name", "state", "version", "dist", "load_ms")
     print_table(
         ("name", "state", "version", "distribution", "load ms", "summary"),
-        [
-            (
-                r["name"],
-                r["state"],
-                r["version"],
-                r["dist"],
-                r["load_ms"],
-                _about(r, reasons[r["name"]]),
-            )
-            for r in rows
-        ],
+        [(*shown(row), _about(row, reasons[row["name"]])) for row in rows],
     )
     _warn(listing)
     return None
@@ -146,22 +138,11 @@ def show_providers(listing: Listing, kind: str, *, as_json: bool) -> Json | None
     rows = provider_rows(listing, kind or None)
     if as_json:
         return Json(rows)
-    usable = {True: "yes", False: "no", None: "?"}
-    print_table(
-        ("kind", "name", "default", "plugin", "version", "usable", "reason"),
-        [
-            (
-                r["kind"],
-                r["name"],
-                "default" if r["default"] else "",
-                r["plugin"],
-                r["version"],
-                usable[r["usable"]],
-                r["reason"],
-            )
-            for r in rows
-        ],
-    )
+    default, usable = {True: "default", False: ""}, {True: "yes", False: "no", None: "?"}
+    for row in rows:
+        row.update(default=default[row["default"]], usable=usable[row["usable"]])
+    columns = ("kind", "name", "default", "plugin", "version", "usable", "reason")
+    print_table(columns, list(map(itemgetter(*columns), rows)))
     _warn(listing)
     return None
 
@@ -273,10 +254,7 @@ def check(
     code = 0 if all(finding.ok for finding in findings) else 1
     if json:
         return Json(rows, code)
-    print_table(
-        ("result", "check", "detail"),
-        [(r["result"], r["check"], r["detail"]) for r in rows],
-    )
+    print_table(("result", "check", "detail"), [(f.result, f.check, f.detail) for f in findings])
     return code
 
 

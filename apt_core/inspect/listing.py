@@ -170,19 +170,10 @@ def hook_facts(name: str) -> dict[str, Any]:
 
 def plugin_rows(listing: Listing) -> list[dict[str, Any]]:
     """``{name, dist, version, state, priority, failures, load_ms, summary}``."""
-    return [
-        {
-            "name": record.name,
-            "dist": record.dist,
-            "version": record.version,
-            "state": record.state,
-            "priority": record.priority,
-            "failures": record.failure_rows(),
-            "load_ms": record.load_ms,
-            "summary": record.summary,
-        }
-        for record in sorted(listing.records.values(), key=lambda record: record.name)
-    ]
+    names = (
+        "name", "dist", "version", "state", "priority", "failures", "load_ms", "summary",
+    )  # fmt: skip
+    return [listing.records[name].row(*names) for name in sorted(listing.records)]
 
 
 def provider_rows(listing: Listing, kind: str | None = None) -> list[dict[str, Any]]:

@@ -25,9 +25,7 @@ def base_structure(kernel: Kernel, config: Config | None = None) -> nn.Module:
         return ModelBuilder(config or kernel.config, kernel.registry).build_model()
 
 
-def transform_of(
-    kernel: Kernel, plugin: str, structure: nn.Module, config: Config | None = None
-) -> ModelTransform | None:
+def transform_of(kernel: Kernel, plugin: str, structure: nn.Module) -> ModelTransform | None:
     """The transform that ``plugin`` makes of ``structure``, which it may change; None if it leaves
     the model unchanged.
 
@@ -39,11 +37,7 @@ def transform_of(
     manager = kernel.manager
     with torch.device("meta"):
         transform = manager.call_plugin(
-            plugin,
-            HOOK,
-            model=structure,
-            config=config or kernel.config,
-            registry=kernel.registry,
+            plugin, HOOK, model=structure, config=kernel.config, registry=kernel.registry
         )
     if transform is None:
         return None
@@ -57,13 +51,11 @@ def transform_of(
     return manager.attempt(plugin, HOOK, checked)
 
 
-def structure_after(
-    kernel: Kernel, plugins: Iterable[str], config: Config | None = None
-) -> nn.Module:
+def structure_after(kernel: Kernel, plugins: Iterable[str]) -> nn.Module:
     """The model's structure once ``plugins`` have transformed it, in this order."""
-    structure = base_structure(kernel, config)
+    structure = base_structure(kernel)
     for plugin in plugins:
-        transform = transform_of(kernel, plugin, structure, config)
+        transform = transform_of(kernel, plugin, structure)
         if transform is not None:
             structure = transform.model
     return structure

@@ -14,10 +14,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 
@@ -25,6 +24,7 @@ import torch
 
 from apt_core.config import Config
 from apt_core.parallel.child_process import apt_train_command
+from apt_core.parallel.signals import handling
 from apt_core.parallel.world import (
     POLL_SECONDS,
     STORE_VARIABLE,
@@ -158,20 +158,10 @@ class _Workers:
         self.passed = self.passed or number
         self._stop(number)
 
-    @contextmanager
-    def passing_signals(self) -> Iterator[None]:
-        """Pass signals on to the processes while the context lasts; ignored ones stay ignored."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
+    def passing_signals(self) -> AbstractContextManager[None]:
+        """Pass signals on to the processes while the context lasts."""
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-        caught = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, self._pass_on) for number in caught}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return handling(numbers, self._pass_on)
 
 
 def already_reported(text: str, rank: int) -> bool:

@@ -54,15 +54,5 @@ def run_manifest(
 
 def plugin_rows(kernel: Kernel) -> list[dict[str, Any]]:
     """The plugins that were asked for, as manifests show them."""
-    return [
-        {
-            "name": record.name,
-            "dist": record.dist,
-            "version": record.version,
-            "source_sha256": record.source_sha256,
-            "state": record.state,
-            "reason": record.reason,
-            "failures": record.failure_rows(),
-        }
-        for record in kernel.manager.records.values()
-    ]
+    names = ("name", "dist", "version", "source_sha256", "state", "reason", "failures")
+    return [record.row(*names) for record in kernel.manager.records.values()]

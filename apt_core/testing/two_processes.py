@@ -40,21 +40,13 @@ def differences(plugins: Sequence[str], overrides: Mapping[str, Any]) -> dict[st
         profile = folder / "tiny_run.yaml"
         profile.write_text(json.dumps(_profile(folder, overrides)), encoding="utf-8")
         options = [word for plugin in plugins for word in ("--plugin", plugin)]
+        options += ["-p", str(profile), "--strict"]
+
+        def run(name: str) -> str:
+            return _run([*options, "--output", str(folder / name), *runs[name]])
+
         with ThreadPoolExecutor(len(runs)) as pool:
-            told = dict(
-                zip(
-                    runs,
-                    pool.map(
-                        lambda name: _run(
-                            ["-p", str(profile), "--output", str(folder / name), "--strict"]
-                            + options
-                            + runs[name]
-                        ),
-                        runs,
-                    ),
-                    strict=True,
-                )
-            )
+            told = dict(zip(runs, pool.map(run, runs), strict=True))
         if told["one"]:
             return dict.fromkeys(SHARDINGS, f"a run of one process fails: {told['one']}")
         return {

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from apt_core.config import Config
-from apt_core.data.batches import BatchPlan
-from apt_core.runs.run_state import Progress
-from apt_core.training.stopping import Stopping
+from apt_core.training.context import RunContext
 
 
 class Due:
     """Decides whether the run ends, evaluates or saves at ``progress``."""
 
-    def __init__(
-        self,
-        config: Config,
-        plan: BatchPlan,
-        progress: Progress,
-        stopping: Stopping,
-        total_steps: int,
-    ) -> None:
-        self._progress, self._stopping = progress, stopping
-        self._steps_per_epoch, self._total_steps = plan.steps_per_epoch, total_steps
-        self._eval_freq = config.evaluation.eval_freq
-        self._save_every_steps = config.training.save_every_steps
+    def __init__(self, run: RunContext, total_steps: int) -> None:
+        self._progress, self._stopping = run.progress, run.stopping
+        self._steps_per_epoch, self._total_steps = run.parts.plan.steps_per_epoch, total_steps
+        self._eval_freq = run.config.evaluation.eval_freq
+        self._save_every_steps = run.config.training.save_every_steps
 
     def ends(self) -> bool:
         """Whether the run ends at this step."""

@@ -8,11 +8,9 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from apt_core.config import Config
 from apt_core.device import autocast
 from apt_core.errors import TrainingError
 from apt_core.hookspecs import MICRO_BATCH_HOOKS, hooks_where
-from apt_core.kernel import Kernel
 from apt_core.log import get_logger
 from apt_core.metric_names import CROSS_ENTROPY
 from apt_core.modeling.blame import usable_factor
@@ -21,16 +19,13 @@ from apt_core.modeling.modes import eval_mode
 from apt_core.modeling.seeds import ModelSeeds
 from apt_core.monitor import ProgressDisplay
 from apt_core.optim.build import learning_rates
-from apt_core.parallel.world import World
 from apt_core.plain_values import MAX_FACTOR
 from apt_core.runs.folder import RunFolder
-from apt_core.runs.run_state import Progress
 from apt_core.torch_state import TorchWatch
+from apt_core.training.context import RunContext
 from apt_core.training.curriculum.enabling import Enabling
 from apt_core.training.due import Due
 from apt_core.training.evaluating import Evaluator
-from apt_core.training.hooks import TrainerHooks
-from apt_core.training.prepare import Parts
 from apt_core.training.saving import Saving
 from apt_core.training.step.callbacks import Callbacks
 from apt_core.training.step.clock import StepClock
@@ -39,8 +34,6 @@ from apt_core.training.step.log import StepLog
 from apt_core.training.step.loss import loss_terms, without_gradients
 from apt_core.training.step.parameters import ScheduledParameters
 from apt_core.training.step.usage import Usage
-from apt_core.training.stopping import Stopping
-from apt_core.training.trained_model import TrainedModel
 
 log = get_logger("apt.training")
 
@@ -53,18 +46,12 @@ class Loop:
     """Trains from the position in ``progress`` to the end of the run."""
 
     _: KW_ONLY
-    hooks: TrainerHooks
-    kernel: Kernel
-    parts: Parts
-    world: World
-    progress: Progress
-    trained: TrainedModel
+    context: RunContext
     total_steps: int
     parameters: ScheduledParameters
     enabling: Enabling
     evaluator: Evaluator
     saving: Saving
-    stopping: Stopping
     due: Due
     folder: RunFolder
     callbacks: Callbacks
@@ -89,9 +76,11 @@ class Loop:
     """The values for the newest step's row of metrics, if a row is due."""
 
     def __post_init__(self) -> None:
-        self.config: Config = self.kernel.config
-        self.manager = self.kernel.manager
-        self.trainer = self.hooks.trainer
+        context = self.context
+        self.kernel, self.world, self.parts = context.kernel, context.world, context.parts
+        self.progress, self.trained = context.progress, context.trained
+        self.stopping, self.trainer = context.stopping, context.trainer
+        self.config, self.manager = context.config, context.manager
 
     def run(self) -> None:
         """Take the remaining steps. Raises any error that ends the run."""
@@ -180,7 +169,7 @@ class Loop:
                         trained.casts.forget()  # the backward frees the cast weights from here on
                     if logged:
                         entropy = entropy + summed.detach()
-                    for name, term in loss_terms(self.hooks, batch, output) if adding else ():
+                    for name, term in loss_terms(self.context, batch, output) if adding else ():
                         if not batch.num_targets:  # all padding: a term that is a mean would be NaN
                             summed = summed + without_gradients(term)
                             continue

@@ -10,7 +10,6 @@ from apt_core.config import Config
 from apt_core.device import gpu_name
 from apt_core.errors import ConfigError
 from apt_core.event_log import EventLog
-from apt_core.kernel import Kernel
 from apt_core.log import get_logger
 from apt_core.modeling.compilation import computes, computes_in_words
 from apt_core.parallel.world import World
@@ -19,8 +18,7 @@ from apt_core.runs import checkpoint
 from apt_core.runs.checkpoint import Checkpoint
 from apt_core.runs.finding import find_checkpoint
 from apt_core.runs.folder import RunFolder, newest_folder, now
-from apt_core.training.prepare import Parts
-from apt_core.training.trained_model import TrainedModel
+from apt_core.training.context import RunContext
 
 log = get_logger("apt.checkpoint")
 
@@ -140,17 +138,10 @@ def _set_aside_later_checkpoints(folder: RunFolder, step: int, events: EventLog)
     return later
 
 
-def log_start(
-    kernel: Kernel,
-    parts: Parts,
-    world: World,
-    trained: TrainedModel,
-    folder: RunFolder,
-    found: Checkpoint | None,
-) -> None:
+def log_start(run: RunContext, folder: RunFolder, found: Checkpoint | None) -> None:
     """Log the folder, notices, providers, model and plugins that the run starts with; ``found`` is
     the checkpoint that it continues from."""
-    events = kernel.manager.events
+    kernel, parts, world, trained = run.kernel, run.parts, run.world, run.trained
     active = [r.name for r in kernel.manager.records.values() if r.state == "active"]
     log.info("run folder: %s", folder)
     start: dict[str, Any] = {
@@ -161,7 +152,7 @@ def log_start(
     }
     if found is not None:
         path, step = short_path(str(found.path)), found.state.step
-        events.record(
+        run.events.record(
             "resumed",
             f"resumed from {path} (step {step})",
             step=step,
@@ -182,7 +173,7 @@ def log_start(
     plugins = f"plugins: {', '.join(active)}" if active else "no plugins"
     built = f"model built: {trained.num_parameters:,} parameters on {on}, {plugins}"
     if found is None:
-        events.record("started", built, step=0, log=log, **start)
+        run.events.record("started", built, step=0, log=log, **start)
     else:
         log.info("%s", built)
     compilation = trained.forward.compilation

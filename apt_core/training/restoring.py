@@ -13,7 +13,6 @@ from apt_core.kernel import Kernel
 from apt_core.log import get_logger
 from apt_core.modeling.carry import call_buffers_loaded
 from apt_core.modeling.structure import require_plugins
-from apt_core.parallel.world import World
 from apt_core.planning.run_length import changes_of_length
 from apt_core.runs.checkpoint import Checkpoint
 from apt_core.runs.checkpoint_parts import (
@@ -24,16 +23,13 @@ from apt_core.runs.checkpoint_parts import (
     model_tensors,
 )
 from apt_core.runs.resume_check import check_providers, check_resume, saved_config, saved_profile
-from apt_core.runs.run_state import Change, Progress
+from apt_core.runs.run_state import Change
 from apt_core.runs.scores import read_evaluation
 from apt_core.schedules import Horizon, Schedule
 from apt_core.secrets import with_secrets
+from apt_core.training.context import RunContext
 from apt_core.training.curriculum.switching import Switching
-from apt_core.training.hooks import TrainerHooks
-from apt_core.training.prepare import Parts
 from apt_core.training.step.usage import Usage
-from apt_core.training.stopping import Stopping
-from apt_core.training.trained_model import TrainedModel
 
 log = get_logger("apt.checkpoint")
 
@@ -49,29 +45,20 @@ class Restoring:
 
     def __init__(
         self,
-        kernel: Kernel,
-        parts: Parts,
-        world: World,
+        run: RunContext,
         schedule: Schedule,
-        progress: Progress,
-        trained: TrainedModel,
         switching: Switching,
-        stopping: Stopping,
         usage: Usage,
-        hooks: TrainerHooks,
         watched: str,
         allowed: Sequence[str],
     ) -> None:
-        self._kernel, self._config, self._manager = kernel, kernel.config, kernel.manager
-        self._parts, self._world, self._schedule = parts, world, schedule
-        self._progress, self._trained, self._switching = progress, trained, switching
-        self._stopping, self._usage, self._hooks = stopping, usage, hooks
-        self._watched, self._allowed = watched, allowed
+        self._run, self._schedule, self._switching = run, schedule, switching
+        self._usage, self._watched, self._allowed = usage, watched, allowed
 
     def restore(self, found: Checkpoint) -> None:
         """Restore the run. Raises CheckpointError or ConfigError if the checkpoint does not fit
         it."""
-        kernel, state, trained = self._kernel, found.state, self._trained
+        kernel, state, trained = self._run.kernel, found.state, self._run.trained
         # Checked first: the settings of an absent plugin would all be reported as differences.
         require_plugins(kernel, (switch.plugin for switch in state.transforms))
         self._check_global_batch(state.windows_per_step)
@@ -82,7 +69,7 @@ class Restoring:
         self._switching.replay(state.transforms)
         found.tensors("model").read_into(model_tensors(trained.model), "model")
         call_buffers_loaded(trained.model)
-        provider = kernel.registry.get("optimizer", self._config.training.optimizer_name)
+        provider = kernel.registry.get("optimizer", self._run.config.training.optimizer_name)
         load_optimizer(
             trained.model,
             trained.optimizer,
@@ -97,17 +84,19 @@ class Restoring:
         self._restore_progress(found)
         trained.guard.load(*state.nonfinite_steps)
         trained.modes.load(state.modes)
-        if not self._stopping.load(state.stopping, self._watched):
+        if not self._run.stopping.load(state.stopping, self._watched):
             kernel.notices.append(
                 "evaluations watch other held-out windows than before: patience and the best loss "
                 "begin anew"
             )
-        self._stopping.check_limits(state.step)
-        self._manager.step = state.step
+        self._run.stopping.check_limits(state.step)
+        self._run.manager.step = state.step
         records = {name: record.model_dump() for name, record in state.plugin_records.items()}
-        self._manager.failures.load_state_dict(records)
-        for plugin, own in joined_states(self._manager, state.plugins, found.plugins):
-            self._hooks.call_plugin(plugin, "apt_load_state_dict", state=own)
+        self._run.manager.failures.load_state_dict(records)
+        for plugin, own in joined_states(self._run.manager, state.plugins, found.plugins):
+            self._run.manager.call_plugin(
+                plugin, "apt_load_state_dict", trainer=self._run.trainer, state=own
+            )
         kernel.notices += _changed_plugins(kernel, found.manifest)
         if plugins := found.manifest.get("in_step"):
             kernel.notices.append(
@@ -118,37 +107,37 @@ class Restoring:
         self._note_changes(found)
         kernel.notices += [
             f"plugin {r.name} stays quarantined, as in the checkpoint: {r.reason}"
-            for r in self._manager.records.values()
+            for r in self._run.manager.records.values()
             if r.state == "quarantined"
         ]
 
     def _restore_progress(self, found: Checkpoint) -> None:
         """Restore the progress, with the scores of an evaluation made after the checkpoint."""
-        made = self._progress.transforms
+        made = self._run.progress.transforms
         for name, value in found.state.progress:
-            setattr(self._progress, name, value)
-        self._progress.transforms = made  # recorded by the replay
+            setattr(self._run.progress, name, value)
+        self._run.progress.transforms = made  # recorded by the replay
         evaluated = read_evaluation(found.path)
         if evaluated is not None and evaluated.scores:
-            self._progress.scores = {"step": found.state.step, **evaluated.scores}
+            self._run.progress.scores = {"step": found.state.step, **evaluated.scores}
         self._usage.resume(found.state.spent)
 
     def _restore_groups(self, found: Checkpoint) -> None:
         """Restore the optimizer's parameter groups. Raises ConfigError if this run's groups differ,
         and names the plugins that choose them."""
-        kernel = self._kernel
+        kernel = self._run.kernel
         try:
             load_optimizer_groups(
-                self._trained.model,
-                self._trained.optimizer,
+                self._run.trained.model,
+                self._run.trained.optimizer,
                 found.state.optimizer_groups,
                 factors=self._factors_of_rates(found),
             )
         except CheckpointError as error:
-            asked = self._config.training.optimizer_name
+            asked = self._run.config.training.optimizer_name
             used = kernel.registry.resolutions["optimizer", asked].used
             owner = kernel.registry.spec("optimizer", used).plugin
-            plugins = [call.plugin for call in self._manager.order(GROUPS_HOOK, dormant=True)]
+            plugins = [call.plugin for call in self._run.manager.order(GROUPS_HOOK, dormant=True)]
             plugins = [*dict.fromkeys([*plugins, *([owner] if owner != "core" else [])])]
             chosen = ", ".join(plugins)
             said = f"plugins that choose them: {chosen}" if plugins else "no plugin does so"
@@ -161,12 +150,12 @@ class Restoring:
     def _factors_of_rates(self, found: Checkpoint) -> tuple[float, float]:
         """Factors by which allowed changes multiply the learning rate, and that of hidden
         matrices."""
-        before, now = saved_profile(found.profile), self._config.training
+        before, now = saved_profile(found.profile), self._run.config.training
         rates = {
             "training.learning_rate": now.learning_rate,
             "training.muon.learning_rate": now.muon.learning_rate,
         }
-        changed = {key: was for key, was, _ in differences(before, self._config.to_dict())}
+        changed = {key: was for key, was, _ in differences(before, self._run.config.to_dict())}
         general, matrices = (
             rate / changed[key] if key in self._allowed and changed.get(key) else 1.0
             for key, rate in rates.items()
@@ -175,10 +164,10 @@ class Restoring:
 
     def _restore_averages(self, found: Checkpoint) -> None:
         """Restore the averages of the plugins that are active."""
-        averages, model = self._trained.averages, self._trained.model
+        averages, model = self._run.trained.averages, self._run.trained.model
         for index, saved in enumerate(found.state.averages):
             plugin = saved.plugin
-            if self._manager.has_plugin(plugin):
+            if self._run.manager.has_plugin(plugin):
                 average = averages.restore(plugin, saved.decay, saved.asked, model)
                 found.tensors(f"average-{index}").read_into(average.values, f"average of {plugin}")
             else:
@@ -190,10 +179,10 @@ class Restoring:
         """Raise ConfigError if a step takes another number of sequences than ``before``: the
         position in the text would differ.
         """
-        now = self._parts.plan.windows_per_step
+        now = self._run.parts.plan.windows_per_step
         if now == before:
             return
-        batch_size, processes = self._config.training.batch_size, self._world.size
+        batch_size, processes = self._run.config.training.batch_size, self._run.world.size
         steps, rest = divmod(before, batch_size * processes)
         raise ConfigError(
             f"a step takes {now} sequences ({batch_size} a micro-batch, {processes} "
@@ -206,7 +195,7 @@ class Restoring:
 
     def _check_precision(self, before: str) -> None:
         """Raise ConfigError if the precision differs; ``auto`` depends on the machine."""
-        now = str(self._parts.dtype or torch.float32)
+        now = str(self._run.parts.dtype or torch.float32)
         if now != before:
             value = "false" if before == "torch.float32" else "true"
             raise ConfigError(
@@ -219,7 +208,7 @@ class Restoring:
     def _check_tokens(self, found: Checkpoint) -> None:
         """Raise CheckpointError if the token ids differ from those that the weights were trained
         and evaluated on."""
-        data, state = self._parts.data, found.state
+        data, state = self._run.parts.data, found.state
         now, before = data.tokens_sha256, state.tokens_sha256
         if before == now:
             return
@@ -227,9 +216,9 @@ class Restoring:
             raise CheckpointError(
                 f"{found.path}: it was trained on another text than the profile's"
             )
-        name = self._config.data.tokenizer_name
+        name = self._run.config.data.tokenizer_name
         if not isinstance(before, Mapping):
-            self._kernel.notices.append(
+            self._run.kernel.notices.append(
                 f"the checkpoint does not say which token ids it was trained on: that tokenizer "
                 f"{name!r} still makes the same ids is not checked"
             )
@@ -243,9 +232,9 @@ class Restoring:
 
     def _check_profile(self, found: Checkpoint) -> list[str]:
         """Keys that differ from the checkpoint's profile and may. Raises ConfigError for others."""
-        kernel, state, data = self._kernel, found.state, self._parts.data
+        kernel, state, data = self._run.kernel, found.state, self._run.parts.data
         # Saved profiles hide secrets, so this run's are filled in: they may differ.
-        profile = with_secrets(saved_profile(found.profile), self._config.to_dict(secrets=True))
+        profile = with_secrets(saved_profile(found.profile), self._run.config.to_dict(secrets=True))
         before = saved_config(profile, kernel.sections, kernel.available)
 
         def another_past() -> str:
@@ -253,15 +242,15 @@ class Restoring:
                 return "the learning rate and annealed parameters depend on the length of the run"
             return changes_of_length(
                 kernel,
-                Horizon.of(before, self._parts.plan.steps),
+                Horizon.of(before, self._run.parts.plan.steps),
                 self._schedule.horizon,
-                self._parts.lr_schedule,
+                self._run.parts.lr_schedule,
                 state.step,
             )
 
         same_text = state.data_sha256 == data.sha256
         return check_resume(
-            self._config,
+            self._run.config,
             profile,
             before,
             inactive_settings=kernel.inactive_settings,
@@ -273,7 +262,7 @@ class Restoring:
 
     def _check_weights(self, found: Checkpoint) -> None:
         """Raise CheckpointError for weights that are not finite."""
-        if bad := self._trained.not_finite(everywhere=True):
+        if bad := self._run.trained.not_finite(everywhere=True):
             raise CheckpointError(
                 f"{found.path}: its weights are not finite ({listed(bad)}); name an earlier "
                 "checkpoint with --resume-from, or start a new run"
@@ -282,15 +271,15 @@ class Restoring:
     def _note_changes(self, found: Checkpoint) -> None:
         """Record the allowed changes of rates and their step: the run is no longer a function of
         its profile alone."""
-        saved, now = saved_profile(found.profile), self._config.to_dict()
+        saved, now = saved_profile(found.profile), self._run.config.to_dict()
         differing = {key: (old, new) for key, old, new in differences(saved, now)}
         for key in self._allowed:
             if key in differing:
                 before, after = differing[key]
-                step = self._progress.step
+                step = self._run.progress.step
                 change = Change(key=key, step=step, before=before, after=after)
-                self._progress.changes.append(change)
-                self._manager.events.record(
+                self._run.progress.changes.append(change)
+                self._run.events.record(
                     "changed",
                     f"{key}: {before} up to step {step}, {after} from there on",
                     step=step,
@@ -300,7 +289,7 @@ class Restoring:
                     after=after,
                 )
             else:
-                self._kernel.notices.append(f"--allow-change {key}: it is what it was")
+                self._run.kernel.notices.append(f"--allow-change {key}: it is what it was")
 
 
 def _changed_plugins(kernel: Kernel, manifest: Mapping[str, Any]) -> Iterator[str]:

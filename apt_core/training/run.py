@@ -73,7 +73,7 @@ class Run:
         self.folder.begin_manifest()
         self._manifest.write("running")
         if self._world.is_first:
-            log_start(self._kernel, loop.parts, self._world, trained, self.folder, self._found)
+            log_start(loop.context, self.folder, self._found)
         loop.usage.start()
         try:
             try:

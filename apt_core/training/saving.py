@@ -14,20 +14,16 @@ import torch
 import torch.distributed as dist
 
 from apt_core.code_source import short_path
-from apt_core.config import Config
 from apt_core.errors import StopTraining, TrainingError
 from apt_core.log import get_logger
-from apt_core.parallel.world import World
 from apt_core.runs import checkpoint
 from apt_core.runs.checkpoint import Snapshot
 from apt_core.runs.checkpoint_parts import listed
 from apt_core.runs.folder import RunFolder
-from apt_core.runs.run_state import Progress
 from apt_core.runs.scores import Evaluated, best_by_evaluation, write_evaluation
+from apt_core.training.context import RunContext
 from apt_core.training.diverging import diverged
-from apt_core.training.hooks import TrainerHooks
 from apt_core.training.snapshots import Snapshots
-from apt_core.training.trained_model import TrainedModel
 
 log = get_logger("apt.checkpoint")
 
@@ -69,36 +65,30 @@ class Saving:
 
     def __init__(
         self,
-        config: Config,
+        run: RunContext,
         folder: RunFolder,
-        world: World,
-        device: torch.device,
-        progress: Progress,
-        trained: TrainedModel,
         snapshots: Snapshots,
-        hooks: TrainerHooks,
         watched: str,
         *,
         resumed: bool,
     ) -> None:
-        self._training, self._keeps_best = config.training, config.evaluation.save_best
-        self._folder, self._world, self._progress = folder, world, progress
-        self._trained, self._snapshots, self._hooks = trained, snapshots, hooks
-        self._watched, self._events = watched, hooks.manager.events
+        self._run, self._folder = run, folder
+        self._snapshots, self._watched = snapshots, watched
+        self._training, self._keeps_best = run.config.training, run.config.evaluation.save_best
         self.saved = self._position() if resumed else None
         self._evaluated: tuple[int, Evaluated] | None = None
         self._refused: Position | None = None
         self._prunes = True
         self.failures: list[str] = [*folder.manifest.get("failed_checkpoints", [])]
         self._write: _Write | None = None
-        self._thread = writer_thread(device)
+        self._thread = writer_thread(run.parts.device)
         # Has its own group, since a checkpoint is written while the run communicates.
-        sharded = self._world.sharding == "fsdp"
+        sharded = self._run.world.sharding == "fsdp"
         self._group = dist.new_group(backend="gloo") if sharded else None
         self._best = _Best()
         self.notice = ""
         if self._keeps_best:
-            self._best, self.notice = self._world.from_first(self._best_before)
+            self._best, self.notice = self._run.world.from_first(self._best_before)
 
     def save(self) -> None:
         """Start writing a checkpoint of the present position, unless there is one. Waits only for
@@ -111,8 +101,8 @@ class Saving:
         position = self._position()
         if self.saved == position:
             return
-        self._trained.require_all_processes()
-        if bad := self._trained.not_finite(everywhere=True):
+        self._run.trained.require_all_processes()
+        if bad := self._run.trained.not_finite(everywhere=True):
             self._refused = position
             raise diverged(
                 self._training,
@@ -121,7 +111,7 @@ class Saving:
                 "saved",
             )
         snapshot = self._snapshots.take(self._evaluation_of(position[0]))
-        if self._world.is_first or self._group is not None:
+        if self._run.world.is_first or self._group is not None:
             future = self._thread.submit(self._written, snapshot)
         else:
             future = Future()
@@ -132,7 +122,7 @@ class Saving:
         """Record the watched loss of the present position and, if there are any, its scores on the
         whole held-out text. They are added to the checkpoint of the position, whether it is
         written already or later."""
-        step, before = self._progress.step, self._evaluation_of(self._progress.step)
+        step, before = self._run.progress.step, self._evaluation_of(self._run.progress.step)
         if before is not None:
             scores = scores or before.scores
         self._evaluated = step, Evaluated(self._watched, loss, scores)
@@ -142,7 +132,7 @@ class Saving:
     def is_best(self) -> bool:
         """Whether the evaluation of the present position is better than that of the best
         checkpoint on the disk. Waits for a pending write if that may decide it."""
-        found = self._evaluation_of(self._progress.step)
+        found = self._evaluation_of(self._run.progress.step)
         wanted = self._keeps_best
         if not wanted or found is None or not found.loss < self._best.loss:
             return False
@@ -160,7 +150,7 @@ class Saving:
         found = self._evaluation_of(step) or known
         if found is None:
             return
-        if self._world.is_first and found != known:
+        if self._run.world.is_first and found != known:
             path = self._folder.checkpoints / checkpoint.folder_name(step)
             try:
                 write_evaluation(path, found)
@@ -188,7 +178,7 @@ class Saving:
     def poll(self) -> None:
         """Finish the pending write if all processes have completed it; does not wait."""
         write = self._write
-        if write is not None and not self._world.any(not write.future.done()):
+        if write is not None and not self._run.world.any(not write.future.done()):
             self.finish()
 
     def finish(self) -> None:
@@ -203,17 +193,17 @@ class Saving:
             error = str(problem)
         self._write = None
         # All processes must know of a failure, since it decides when they save next.
-        error = next(filter(None, self._world.gather(error)), None)
+        error = next(filter(None, self._run.world.gather(error)), None)
         if error is not None:
             self._failed(write, error)
             return
         self.saved = write.position
         self._record(write.position[0], write.evaluated)
-        if self._world.is_first:
+        if self._run.world.is_first:
             self._record_saved(path)
             if self._prunes:
                 self._prune()
-            self._hooks.call("on_checkpoint_saved", path=path)
+            self._run.manager.hook.on_checkpoint_saved(path=path, trainer=self._run.trainer)
 
     def save_without_pruning(self) -> None:
         """Save and wait. No checkpoint is deleted, since this one may not be evaluated yet. A
@@ -229,7 +219,7 @@ class Saving:
         self.save_without_pruning()
         if self.saved != self._position():
             raise TrainingError(self.failures[-1])
-        if self._world.is_first:
+        if self._run.world.is_first:
             self._prune()
 
     def save_in_emergency(self, *, in_step: bool) -> None:
@@ -245,15 +235,15 @@ class Saving:
                 self._failed(write, str(error))
         if self._position() in (self.saved, self._refused):
             return
-        if bad := self._trained.not_finite():
+        if bad := self._run.trained.not_finite():
             self.record_unsaved(f"its weights are not finite ({listed(bad)})")
             return
-        if self._group is not None and not self._world.all_at(self._place()):
+        if self._group is not None and not self._run.world.all_at(self._place()):
             self.record_unsaved("the other processes have the rest of the model")
             return
-        if self._world.is_first or self._group is not None:
+        if self._run.world.is_first or self._group is not None:
             snapshot = self._snapshots.take(
-                self._evaluation_of(self._progress.step), emergency=True, in_step=in_step
+                self._evaluation_of(self._run.progress.step), emergency=True, in_step=in_step
             )
             path = self._thread.submit(self._written, snapshot).result()
             self._record_saved(path)
@@ -262,7 +252,7 @@ class Saving:
     def _failed(self, write: _Write, error: str) -> None:
         message = f"the checkpoint of step {write.position[0]} was not written: {error}"
         self.failures.append(message)
-        self._events.record(
+        self._run.events.record(
             "not_saved",
             f"{message}; earlier checkpoints are intact and the run goes on",
             step=write.position[0],
@@ -273,17 +263,17 @@ class Saving:
 
     def record_unsaved(self, why: str) -> None:
         """Record that a failed run has no checkpoint of its last position, and why."""
-        self._events.record(
+        self._run.events.record(
             "not_saved",
-            f"no checkpoint of step {self._progress.step}: {why}",
-            step=self._progress.step,
+            f"no checkpoint of step {self._run.progress.step}: {why}",
+            step=self._run.progress.step,
             log=log,
             level=ERROR,
             error=why,
         )
 
     def _record_saved(self, path: Path) -> None:
-        self._events.record(
+        self._run.events.record(
             "saved",
             f"checkpoint: {short_path(str(path))}",
             step=checkpoint.step_of(path),
@@ -300,10 +290,10 @@ class Saving:
         self._thread.shutdown(wait=True)
 
     def _position(self) -> Position:
-        return self._progress.step, self._progress.ended_epochs
+        return self._run.progress.step, self._run.progress.ended_epochs
 
     def _written(self, snapshot: Snapshot) -> Path:
-        return checkpoint.save(self._folder.checkpoints, snapshot, self._world, self._group)
+        return checkpoint.save(self._folder.checkpoints, snapshot, self._run.world, self._group)
 
     def _prune(self) -> None:
         best = None
@@ -311,10 +301,10 @@ class Saving:
             best = self._folder.checkpoints / checkpoint.folder_name(self._best.step)
         keep_last = self._training.keep_last
         for path in checkpoint.prune(self._folder.checkpoints, keep_last, keep=best):
-            self._events.record(
+            self._run.events.record(
                 "deleted",
                 f"deleted checkpoint {path.name}",
-                step=self._progress.step,
+                step=self._run.progress.step,
                 log=log,
                 level=DEBUG,
                 checkpoint=path.name,

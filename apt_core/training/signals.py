@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from types import FrameType
 
 from apt_core.errors import InterruptedAgain
+from apt_core.parallel.signals import handling
 
 SAME_SECONDS = 2.0
 """A process of several may get a signal from its launcher and from the launcher's sender: signals
@@ -40,23 +39,6 @@ class Interrupts:
         elif time.monotonic() >= self._same_until:
             raise InterruptedAgain(number)
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Catch SIGINT, SIGTERM and, where there is one, SIGHUP while the context lasts.
-
-        Does nothing outside the main thread, where Python cannot handle signals.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        caught = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP"):
-            caught.append(signal.SIGHUP)
-        # A signal that is ignored stays ignored, as nohup wants.
-        caught = [number for number in caught if signal.getsignal(number) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, self._handle) for number in caught}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def listening(self) -> AbstractContextManager[None]:
+        """Catch SIGINT, SIGTERM and SIGHUP while the context lasts."""
+        return handling((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), self._handle)

@@ -12,9 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from apt_core.error_text import one_line
 from apt_core.hookspecs import hooks_where
-from apt_core.kernel import Kernel
 from apt_core.log import get_logger
-from apt_core.parallel.world import World
 from apt_core.runs.checkpoint import Snapshot, inventory
 from apt_core.runs.checkpoint_parts import (
     model_tensors,
@@ -24,14 +22,11 @@ from apt_core.runs.checkpoint_parts import (
 )
 from apt_core.runs.folder import now, versions
 from apt_core.runs.manifest import plugin_rows
-from apt_core.runs.run_state import Average, Progress, RunState
+from apt_core.runs.run_state import Average, RunState
 from apt_core.runs.scores import Evaluated
-from apt_core.training.hooks import TrainerHooks
+from apt_core.training.context import RunContext
 from apt_core.training.host_copies import HostCopies
-from apt_core.training.prepare import Parts
 from apt_core.training.step.usage import Usage
-from apt_core.training.stopping import Stopping
-from apt_core.training.trained_model import TrainedModel
 
 log = get_logger("apt.checkpoint")
 
@@ -41,22 +36,9 @@ REPLAYED = hooks_where(lambda policy: policy.replayed)
 class Snapshots:
     """Takes snapshots of the run: copies that later steps do not change."""
 
-    def __init__(
-        self,
-        kernel: Kernel,
-        parts: Parts,
-        world: World,
-        progress: Progress,
-        trained: TrainedModel,
-        stopping: Stopping,
-        usage: Usage,
-        hooks: TrainerHooks,
-        watched: str,
-    ) -> None:
-        self._kernel, self._parts, self._world = kernel, parts, world
-        self._progress, self._trained = progress, trained
-        self._stopping, self._usage, self._hooks = stopping, usage, hooks
-        self._watched = watched
+    def __init__(self, run: RunContext, usage: Usage, watched: str) -> None:
+        self._run, self._usage, self._watched = run, usage, watched
+        world = run.world
         self._sharded = world.sharding == "fsdp"
         mesh = init_device_mesh("cpu", (world.size,)) if self._sharded else None
         # Replicas hold the same tensors, so the first process alone saves.
@@ -69,27 +51,29 @@ class Snapshots:
 
         In an ``emergency``, when the run fails, the state of plugins is left out if it cannot be
         read. ``in_step`` says that plugins may have seen a part of a step."""
-        kernel = self._kernel
+        kernel = self._run.kernel
         try:
-            states, plugin_tensors = split_states(self._hooks.call_each("apt_state_dict"))
+            states, plugin_tensors = split_states(
+                kernel.manager.call_each("apt_state_dict", trainer=self._run.trainer)
+            )
         except BaseException as error:  # the run is failing already: save without this
             if not emergency:
                 raise
             log.error("the checkpoint is without the state of plugins: %s", one_line(error))
             states, plugin_tensors = {}, {}
         tensors: dict[str, dict[str, Tensor]] = {}
-        if self._world.is_first or self._sharded:
-            model, optimizer = self._trained.model, self._trained.optimizer
+        if self._run.world.is_first or self._sharded:
+            model, optimizer = self._run.trained.model, self._run.trained.optimizer
             kept: dict[str, Mapping[str, Tensor]] = {
                 "model": model_tensors(model),
                 "optimizer": optimizer_tensors(model, optimizer),
-                **self._trained.averages.named,
+                **self._run.trained.averages.named,
             }
             # The previous checkpoint is written by now, so its host memory is reused.
             tensors = self._copies.of(kept)
         state = json.dumps(self._state(states, tensors).to_json(), indent=1, ensure_ascii=False)
         return Snapshot(
-            step=self._progress.step,
+            step=self._run.progress.step,
             tensors=tensors,
             plugins=plugin_tensors,
             state=state + "\n",
@@ -98,29 +82,29 @@ class Snapshots:
                 **({"in_step": self._kept_in_step()} if in_step else {}),
                 "written": now(),
                 "versions": versions(),
-                "data": self._parts.data.row(),
+                "data": self._run.parts.data.row(),
                 "providers": [row.row() for row in kernel.registry.resolutions.values()],
                 "plugins": plugin_rows(kernel),
-                "sound": self._trained.guard.in_a_row == 0,
+                "sound": self._run.trained.guard.in_a_row == 0,
             },
             evaluated=evaluated,
         )
 
     def _state(self, plugins: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> RunState:
-        parts, trained = self._parts, self._trained
+        parts, trained = self._run.parts, self._run.trained
         averages = trained.averages
         return RunState.of(
-            self._progress,
+            self._run.progress,
             windows_per_step=parts.plan.windows_per_step,
             nonfinite_steps=trained.guard.state(),
             modes=trained.modes.state(trained.model),
             spent=self._usage.spent,
-            stopping=self._stopping.state(self._watched),
+            stopping=self._run.stopping.state(self._watched),
             precision=str(parts.dtype or torch.float32),
             data_sha256=parts.data.sha256,
             tokens_sha256=parts.data.tokens_sha256,
             plugins=plugins,
-            plugin_records=self._kernel.manager.failures.state_dict(),
+            plugin_records=self._run.manager.failures.state_dict(),
             optimizer_groups=optimizer_groups(trained.model, trained.optimizer),
             averages=[
                 Average(plugin=plugin, decay=average.decay, asked=averages.asked.get(plugin))
@@ -135,7 +119,7 @@ class Snapshots:
     def _kept_in_step(self) -> list[str]:
         """Active plugins whose state is of the middle of a step. It is saved nevertheless: losing
         the weights would be worse than a resume that is not bit-exact."""
-        manager = self._kernel.manager
+        manager = self._run.manager
         kept = {call.plugin for call in manager.order("apt_state_dict")}
         moved = {call.plugin for hook in REPLAYED for call in manager.order(hook)}
         plugins = sorted(kept & moved)

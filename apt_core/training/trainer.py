@@ -38,7 +38,7 @@ from apt_core.runs.run_state import Progress
 from apt_core.schedules import Schedule
 from apt_core.torch_state import TorchWatch
 from apt_core.training.assembly import Assembly
-from apt_core.training.hooks import TrainerHooks
+from apt_core.training.context import RunContext
 from apt_core.training.opening import Opening
 from apt_core.training.prepare import Parts, prepare
 from apt_core.training.run import Run, RunResult
@@ -302,18 +302,16 @@ class Trainer:
                 parts, trained, held = self._prepare(device)
                 compilation = trained.forward.compilation
                 callbacks = Callbacks(self.manager, apart=compilation.mode is not None)
-                self._assembly = Assembly(
+                context = RunContext(
                     self.kernel,
                     self.world,
                     parts,
-                    trained,
                     self.progress,
+                    trained,
                     self.stopping,
-                    TrainerHooks(self.manager, self),
-                    callbacks,
-                    self._watch,
-                    self._console,
+                    self,
                 )
+                self._assembly = Assembly(context, callbacks, self._watch, self._console)
                 with (
                     compiler_settings(self.config, compilation),
                     closing(callbacks),

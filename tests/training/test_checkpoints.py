@@ -396,7 +396,7 @@ def test_an_interrupt_while_waiting_for_the_writer_leaves_it_alone(tmp_path, mon
             return self.future.exception()
 
     def interrupted(self: Saving) -> None:
-        if self._write is not None and self._progress.step == 4:
+        if self._write is not None and self._run.progress.step == 4:
             self._write = replace(self._write, future=Interrupted(self._write.future))
         finish(self)
 

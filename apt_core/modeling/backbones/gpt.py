@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -170,31 +171,5 @@ class GPTProvider(BackboneProvider):
     ) -> nn.Module:
         return Block(attention, ffn, norms, dropout)
 
-    def create_model(
-        self,
-        *,
-        vocab_size: int,
-        d_model: int,
-        max_seq_len: int,
-        blocks: Sequence[nn.Module],
-        final_norm: nn.Module,
-        position: nn.Module | None = None,
-        tie_embeddings: bool = False,
-        dropout: float = 0.0,
-        logits_soft_cap: float | None = None,
-        ngram: NgramEmbedding | None = None,
-        embedding_norm: nn.Module | None = None,
-    ) -> nn.Module:
-        return GPT(
-            vocab_size=vocab_size,
-            d_model=d_model,
-            max_seq_len=max_seq_len,
-            blocks=blocks,
-            final_norm=final_norm,
-            position=position,
-            tie_embeddings=tie_embeddings,
-            dropout=dropout,
-            logits_soft_cap=logits_soft_cap,
-            ngram=ngram,
-            embedding_norm=embedding_norm,
-        )
+    def create_model(self, **parts: Any) -> nn.Module:
+        return GPT(**parts)

@@ -46,11 +46,11 @@ class SelfAttention(nn.Module, ABC):
         num_heads: int,
         width: int,
         *,
-        max_seq_len: int,
-        dropout: float,
-        position: PositionProvider | None,
         num_kv_heads: int,
-        qk_norm: bool,
+        qk_norm: bool = False,
+        max_seq_len: int = 2048,
+        dropout: float = 0.0,
+        position: PositionProvider | None = None,
     ) -> None:
         super().__init__()
         self.d_model, self.num_heads, self.num_kv_heads = d_model, num_heads, num_kv_heads

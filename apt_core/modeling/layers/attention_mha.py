@@ -13,14 +13,13 @@ from apt_core.modeling.init import reset_layer
 from apt_core.modeling.layers.attention import SelfAttention, check_heads
 from apt_core.providers.attention import AttentionProvider, AttentionSupport, MHASettings
 from apt_core.providers.base import read_settings
-from apt_core.providers.position import PositionProvider
 
 
 class MultiHeadAttention(SelfAttention):
     """softmax(q kᵀ / sqrt(d_h)) v per head (Vaswani et al. 2017), without biases.
 
     With K < H key and value heads, H/K query heads share each of them (GQA, Ainslie et al. 2023);
-    K = 1 is multi-query attention (Shazeer 2019).
+    K = 1 is multi-query attention (Shazeer 2019). ``options`` are those of :class:`SelfAttention`.
     """
 
     def __init__(
@@ -28,23 +27,12 @@ class MultiHeadAttention(SelfAttention):
         d_model: int,
         num_heads: int,
         *,
-        max_seq_len: int = 2048,
-        dropout: float = 0.0,
-        position: PositionProvider | None = None,
         num_kv_heads: int | None = None,
-        qk_norm: bool = False,
+        **options: Any,
     ) -> None:
         kv_heads = check_heads(d_model, num_heads, num_kv_heads)
-        super().__init__(
-            d_model,
-            num_heads,
-            d_model // num_heads,
-            max_seq_len=max_seq_len,
-            dropout=dropout,
-            position=position,
-            num_kv_heads=kv_heads,
-            qk_norm=qk_norm,
-        )
+        width = d_model // num_heads
+        super().__init__(d_model, num_heads, width, num_kv_heads=kv_heads, **options)
         reset_layer(self)
 
     def projections(self) -> tuple[Tensor, Tensor]:
@@ -61,22 +49,5 @@ class MHAProvider(AttentionProvider):
         super().__init__(config)
         self.settings = read_settings(MHASettings, config, "model.mha")
 
-    def create_layer(
-        self,
-        d_model: int,
-        num_heads: int,
-        *,
-        max_seq_len: int = 2048,
-        dropout: float = 0.0,
-        position: PositionProvider | None = None,
-        num_kv_heads: int | None = None,
-    ) -> nn.Module:
-        return MultiHeadAttention(
-            d_model,
-            num_heads,
-            max_seq_len=max_seq_len,
-            dropout=dropout,
-            position=position,
-            num_kv_heads=num_kv_heads,
-            qk_norm=self.settings.qk_norm,
-        )
+    def create_layer(self, d_model: int, num_heads: int, **options: Any) -> nn.Module:
+        return MultiHeadAttention(d_model, num_heads, qk_norm=self.settings.qk_norm, **options)

@@ -18,7 +18,6 @@ from apt_core.modeling.layers.attention import SelfAttention, check_heads, visib
 from apt_core.modeling.layers.compensator import NormalCompensator
 from apt_core.providers.attention import AttentionProvider, AttentionSupport, TVASettings
 from apt_core.providers.base import read_settings
-from apt_core.providers.position import PositionProvider
 
 
 class TVACache(KeyValueCache):
@@ -38,7 +37,8 @@ class TVAAttention(SelfAttention):
     U are shared by the heads of the layer and start orthonormal. The layer computes it fused: V W
     is formed once a forward, so that one product gives q, k and v at width R, and W_o U gives the
     output; equal to the definition (:class:`FactoredTVAAttention`). It is exactly multi-head
-    attention with head_dim R. RoPE turns q and k after the compression.
+    attention with head_dim R. RoPE turns q and k after the compression. ``options`` are those of
+    :class:`SelfAttention`.
     """
 
     # Muon: V and U, which start orthonormal, learn better by AdamW (1.815 nats per byte after 300
@@ -51,23 +51,13 @@ class TVAAttention(SelfAttention):
         num_heads: int,
         settings: TVASettings,
         *,
-        max_seq_len: int = 2048,
-        dropout: float = 0.0,
-        position: PositionProvider | None = None,
         num_kv_heads: int | None = None,
+        **options: Any,
     ) -> None:
         kv_heads = check_heads(d_model, num_heads, num_kv_heads)
         rank = settings.rank_of(d_model // num_heads)
-        super().__init__(
-            d_model,
-            num_heads,
-            rank,
-            max_seq_len=max_seq_len,
-            dropout=dropout,
-            position=position,
-            num_kv_heads=kv_heads,
-            qk_norm=settings.qk_norm,
-        )
+        options |= {"num_kv_heads": kv_heads, "qk_norm": settings.qk_norm}
+        super().__init__(d_model, num_heads, rank, **options)
         self.rank = rank
         self.compress = nn.Parameter(torch.empty(rank, self.head_dim))
         self.lift = nn.Parameter(torch.empty(self.head_dim, rank))
@@ -159,26 +149,9 @@ class TVAProvider(AttentionProvider):
         super().__init__(config)
         self.settings = read_settings(TVASettings, config, "model.tva")
 
-    def create_layer(
-        self,
-        d_model: int,
-        num_heads: int,
-        *,
-        max_seq_len: int = 2048,
-        dropout: float = 0.0,
-        position: PositionProvider | None = None,
-        num_kv_heads: int | None = None,
-    ) -> nn.Module:
+    def create_layer(self, d_model: int, num_heads: int, **options: Any) -> nn.Module:
         layer_class = FactoredTVAAttention if self.settings.factored else self.layer_class
-        return layer_class(
-            d_model,
-            num_heads,
-            self.settings,
-            max_seq_len=max_seq_len,
-            dropout=dropout,
-            position=position,
-            num_kv_heads=num_kv_heads,
-        )
+        return layer_class(d_model, num_heads, self.settings, **options)
 
     def kv_cache_bytes(
         self,

@@ -35,10 +35,10 @@ class NormalCompensator(nn.Module):
     # Muon: each direction is learned separately, by AdamW.
     elementwise = ("normal_weight", "gate_weight", "out_weight")
 
-    def __init__(self, d_model: int, s: int, tau: float, rank: int | None = None) -> None:
+    def __init__(self, d_model: int, s: int, tau: float) -> None:
         super().__init__()
         self.d_model, self.s, self.tau = d_model, s, tau
-        self.rank = max(1, d_model // 8) if rank is None else rank
+        self.rank = max(1, d_model // 8)
         self.center = math.sqrt(1 - self.rank / d_model)
         self.spread = math.sqrt(self.rank / (2 * d_model * (d_model + 2)))
         self.basis = nn.Parameter(torch.empty(d_model, self.rank))

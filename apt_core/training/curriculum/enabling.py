@@ -6,13 +6,11 @@ from collections.abc import Callable
 from logging import WARNING
 
 from apt_core.log import get_logger
-from apt_core.parallel.world import World
-from apt_core.runs.run_state import DISABLED, Progress, TimelineEntry
+from apt_core.runs.run_state import DISABLED, TimelineEntry
 from apt_core.schedules import Schedule
+from apt_core.training.context import RunContext
 from apt_core.training.curriculum.switching import Switching
-from apt_core.training.hooks import TrainerHooks
 from apt_core.training.step.parameters import ScheduledParameters
-from apt_core.training.trained_model import TrainedModel
 
 log = get_logger("apt.training")
 
@@ -25,19 +23,14 @@ class Enabling:
 
     def __init__(
         self,
+        run: RunContext,
         schedule: Schedule,
         parameters: ScheduledParameters,
-        progress: Progress,
-        trained: TrainedModel,
         switching: Switching,
-        world: World,
-        hooks: TrainerHooks,
         record: Callable[[], None],
     ) -> None:
-        self._schedule, self._parameters, self._progress = schedule, parameters, progress
-        self._trained, self._switching = trained, switching
-        self._world, self._hooks, self._record = world, hooks, record
-        self.manager = hooks.manager
+        self._run, self._schedule, self._parameters = run, schedule, parameters
+        self._switching, self._record = switching, record
         self.scheduled: list[str] = []
         self._told: set[str] = set()
 
@@ -45,43 +38,43 @@ class Enabling:
         """Make scheduled plugins dormant, except those that a resumed run had enabled, and call
         on_plugin_enabled for those enabled at the start."""
         # Sorted, since plugins that change the model build on each other.
-        active = sorted(r.name for r in self.manager.records.values() if r.state == "active")
+        active = sorted(r.name for r in self._run.manager.records.values() if r.state == "active")
         with_schedule = dict.fromkeys(b.plugin for b in self._schedule.boundaries())
         self.scheduled = [name for name in with_schedule if name in active]
-        asleep = {name: self._progress.why_dormant(name) for name in self.scheduled}
+        asleep = {name: self._run.progress.why_dormant(name) for name in self.scheduled}
         enabled_before = [name for name, reason in asleep.items() if not reason]
         for name, reason in asleep.items():
             if reason:
-                self.manager.set_state(name, "dormant", reason)
-        self.manager.step = self._progress.step
+                self._run.manager.set_state(name, "dormant", reason)
+        self._run.manager.step = self._run.progress.step
         for name in active:
             known = name in enabled_before
             if known or (name not in with_schedule and self._switching.switch(name)):
-                self._hooks.call("on_plugin_enabled", plugin=name)
-        if self._progress.step == 0:  # a resumed run enables what is due in its first step
+                self._run.manager.hook.on_plugin_enabled(plugin=name, trainer=self._run.trainer)
+        if self._run.progress.step == 0:  # a resumed run enables what is due in its first step
             self.enable_due()
 
     def enable_due(self) -> bool:
         """Enable and disable plugins as scheduled for the next step. Returns whether one was
         enabled."""
-        progress = self._progress
+        progress = self._run.progress
         epoch, step = progress.epoch, progress.step + 1
         enabled = False
         for name in self.scheduled:
-            state = self.manager.records[name].state
+            state = self._run.manager.records[name].state
             due = self._schedule.should_enable_plugin(
                 name, epoch=epoch, step=step, tokens=progress.tokens
             )
             if due and state == "dormant" and self._switching.switch(name):
-                self.manager.set_state(name, "active")
+                self._run.manager.set_state(name, "active")
                 self._note(name, "enabled", epoch, step)
-                with self._trained.modes.starting(self._trained.model):
-                    self._hooks.call("on_plugin_enabled", plugin=name)
+                with self._run.trained.modes.starting(self._run.trained.model):
+                    self._run.manager.hook.on_plugin_enabled(plugin=name, trainer=self._run.trainer)
                 enabled = True
                 self._record()  # now, so that a run killed later shows it
             elif not due and state == "active":
-                self.manager.set_state(name, "dormant", DISABLED)
-                self._trained.averages.by_plugin.pop(name, None)  # it is not enabled again
+                self._run.manager.set_state(name, "dormant", DISABLED)
+                self._run.trained.averages.by_plugin.pop(name, None)  # it is not enabled again
                 self._note(name, "disabled", epoch, step)
         return enabled
 
@@ -99,13 +92,13 @@ class Enabling:
 
     def _counts(self, owner: str) -> bool:
         """Whether parameters of this plugin, or source of a mixture, count now."""
-        record = self.manager.records.get(owner)
+        record = self._run.manager.records.get(owner)
         return self._schedule.has_source(owner) if record is None else record.state == "active"
 
     def share_quarantines(self) -> None:
         """Quarantine a plugin in every process if one process has quarantined it. The first process
         logs failures that happened in others only."""
-        world, records = self._world, self.manager.records
+        world, records = self._run.world, self._run.manager.records
         if world.size == 1:
             return
         failures = {
@@ -122,7 +115,7 @@ class Enabling:
         for rank, (others, told) in enumerate(everyone):
             for failure, row in told.items():
                 if world.is_first and failure not in failures:
-                    self.manager.events.record(
+                    self._run.events.record(
                         "failed",
                         f"process {rank}: {failure}",
                         log=log,
@@ -134,11 +127,11 @@ class Enabling:
                 if name not in own:
                     own[name] = reason
                     there = f"{reason}, in process {rank}"
-                    self.manager.set_state(name, "quarantined", there)
-                    self.manager.events.record(
+                    self._run.manager.set_state(name, "quarantined", there)
+                    self._run.events.record(
                         "quarantined",
                         f"plugin {name} is quarantined in all processes",
-                        step=self._progress.step,
+                        step=self._run.progress.step,
                         log=log,
                         level=WARNING,
                         plugin=name,
@@ -146,7 +139,7 @@ class Enabling:
                     )
 
     def _note(self, plugin: str, event: str, epoch: int, step: int) -> None:
-        self.manager.events.record(
+        self._run.events.record(
             event,
             f"{event} {plugin} (epoch {epoch}, step {step})",
             step=step,
@@ -154,6 +147,6 @@ class Enabling:
             plugin=plugin,
             epoch=epoch,
         )
-        self._progress.timeline.append(
+        self._run.progress.timeline.append(
             TimelineEntry(plugin=plugin, event=event, epoch=epoch, step=step)
         )

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from apt_core.data.batches import Batch
 from apt_core.device import is_out_of_memory
 from apt_core.errors import ConfigError
-from apt_core.kernel import Kernel
 from apt_core.log import get_logger
 from apt_core.modeling.calling import losses_in_fp32
 from apt_core.modeling.carry import (
@@ -29,11 +28,10 @@ from apt_core.optim.averages import Averages, WeightAverage
 from apt_core.optim.build import build_optimizer
 from apt_core.parallel.world import World
 from apt_core.plugin_records import PluginRecord
-from apt_core.runs.run_state import Progress, Switch
+from apt_core.runs.run_state import Switch
+from apt_core.training.context import RunContext
 from apt_core.training.gathering import gathered_dtype
-from apt_core.training.prepare import Parts
 from apt_core.training.step.usage import Usage
-from apt_core.training.trained_model import TrainedModel
 
 log = get_logger("apt.training")
 
@@ -45,21 +43,10 @@ class Switching:
     ``making`` names the plugin while a second model exists for its switch.
     """
 
-    def __init__(
-        self,
-        kernel: Kernel,
-        parts: Parts,
-        world: World,
-        progress: Progress,
-        trained: TrainedModel,
-        usage: Usage,
-        fixed_batch: Callable[[], Batch],
-    ) -> None:
-        self._kernel, self._manager = kernel, kernel.manager
-        self._device, self._dtype, self._world = parts.device, parts.dtype, world
-        self._steps_per_epoch = parts.plan.steps_per_epoch
-        self._progress, self._trained, self._usage = progress, trained, usage
-        self._fixed_batch = fixed_batch
+    def __init__(self, run: RunContext, usage: Usage, fixed_batch: Callable[[], Batch]) -> None:
+        self._run, self._usage, self._fixed_batch = run, usage, fixed_batch
+        self._device, self._dtype = run.parts.device, run.parts.dtype
+        self._steps_per_epoch = run.parts.plan.steps_per_epoch
         self._structure: nn.Module | None = None
         self.making = ""
 
@@ -73,7 +60,7 @@ class Switching:
         return taken
 
     def _switch(self, plugin: str) -> bool:
-        manager, trained = self._manager, self._trained
+        manager, trained = self._run.manager, self._run.trained
         if not manager.implements(plugin, HOOK) or plugin in self.plugins:
             return True
         try:
@@ -90,7 +77,7 @@ class Switching:
         # The last step's gradients are not needed any more: free their memory.
         trained.optimizer.zero_grad(set_to_none=True)
         batch = self._fixed_batch().to(self._device)
-        before = fixed_loss(trained.model, batch, self._world)
+        before = fixed_loss(trained.model, batch, self._run.world)
         after = float("nan")
         others = self._others(plugin)
         try:
@@ -102,7 +89,7 @@ class Switching:
             self._restore(others)
             return False
         try:
-            after = fixed_loss(model, batch, self._world)
+            after = fixed_loss(model, batch, self._run.world)
             # Negated, so that NaN counts as beyond the tolerance.
             tolerance = max(transform.tolerance, abs(before) * rounding(trained.model, model))
             if not abs(after - before) <= tolerance:
@@ -127,19 +114,19 @@ class Switching:
         grown = [sum(p.numel() for p in m.parameters()) for m in (trained.model, model)]
         # Recorded before the model is replaced: a run that fails in between saves the new model.
         self.making = ""
-        self._progress.transforms.append(
+        self._run.progress.transforms.append(
             Switch(
                 plugin=plugin,
-                epoch=1 + self._progress.step // self._steps_per_epoch,
-                step=self._progress.step + 1,
+                epoch=1 + self._run.progress.step // self._steps_per_epoch,
+                step=self._run.progress.step + 1,
                 loss_before=before,
                 loss_after=after,
                 quarantined=[r.name for r in self._quarantined()],
             )
         )
         self._adopt(structure, model, optimizer, averages, transform)
-        switch = self._progress.transforms[-1]
-        self._manager.events.record(
+        switch = self._run.progress.transforms[-1]
+        self._run.events.record(
             "switched",
             f"{plugin} changed the model: {grown[1]:,} parameters, {grown[0]:,} before; loss of a "
             f"fixed batch {after:.6f}, {before:.6f} before ({after - before:+.1e})",
@@ -157,30 +144,30 @@ class Switching:
     def replay(self, switches: Sequence[Switch]) -> None:
         """Apply ``switches``, whose plugins are active, to the model's structure; the weights are
         loaded later. Raises CheckpointError if a plugin returns no transform now."""
-        for switch, transform in replayed(self._kernel, switches):
+        for switch, transform in replayed(self._run.kernel, switches):
             structure, model = self._make_model(transform, carry=False)
             optimizer, averages = self._make_rest(transform, model, carry=False)
             self._adopt(structure, model, optimizer, averages, transform)
-            self._progress.transforms.append(switch)
+            self._run.progress.transforms.append(switch)
 
     @property
     def plugins(self) -> list[str]:
         """The plugins that have changed the model, in order."""
-        return [switch.plugin for switch in self._progress.transforms]
+        return [switch.plugin for switch in self._run.progress.transforms]
 
     def _transform(self, plugin: str) -> ModelTransform | None:
         """The plugin's transform of a copy of the present structure."""
         if self._structure is None:
-            self._structure = base_structure(self._kernel)
-        return transform_of(self._kernel, plugin, copy.deepcopy(self._structure))
+            self._structure = base_structure(self._run.kernel)
+        return transform_of(self._run.kernel, plugin, copy.deepcopy(self._structure))
 
     def _quarantined(self) -> list[PluginRecord]:
-        records = self._manager.records.values()
+        records = self._run.manager.records.values()
         return [record for record in records if record.state == "quarantined"]
 
     def _others(self, plugin: str) -> dict[str, tuple[str, str, int]]:
         """State, reason and number of failures of all plugins but this one."""
-        records = self._manager.records.values()
+        records = self._run.manager.records.values()
         return {r.name: (r.state, r.reason, len(r.failures)) for r in records if r.name != plugin}
 
     def _refuse_if_changed(self, others: Mapping[str, tuple[str, str, int]]) -> None:
@@ -192,7 +179,7 @@ class Switching:
 
     def _restore(self, others: Mapping[str, tuple[str, str, int]]) -> None:
         """Restore the states of plugins that failed on a model that is not used."""
-        manager = self._manager
+        manager = self._run.manager
         for name, (state, reason, failures) in others.items():
             record = manager.records[name]
             if record.state != state:
@@ -205,21 +192,21 @@ class Switching:
     ) -> None:
         """Count an error in making or trying the new model as a failure of ``plugin``; raise it if
         it must end the run."""
-        if is_out_of_memory(error) or self._manager.failures.lets_through(error):
+        if is_out_of_memory(error) or self._run.manager.failures.lets_through(error):
             raise error
         self._restore(others)
         # fail() would take a ConfigError for bad input, which it is not in mid-run.
         told = RuntimeError(str(error)) if isinstance(error, ConfigError) else error
-        self._manager.failures.fail(plugin, HOOK, told)
+        self._run.manager.failures.fail(plugin, HOOK, told)
 
     def _agreed(self, plugin: str) -> bool:
         """Whether the plugin is quarantined in no process; otherwise quarantine it in all."""
-        record = self._manager.records[plugin]
+        record = self._run.manager.records[plugin]
         quarantined = record.state == "quarantined"
-        reasons = self._world.gather(record.reason if quarantined else "")
+        reasons = self._run.world.gather(record.reason if quarantined else "")
         for rank, reason in enumerate(reasons):
             if reason and record.state != "quarantined":
-                self._manager.set_state(plugin, "quarantined", f"{reason}, in process {rank}")
+                self._run.manager.set_state(plugin, "quarantined", f"{reason}, in process {rank}")
         if any(reasons):
             log.warning("the model stays as it is, without what %s would have changed", plugin)
         return not any(reasons)
@@ -228,7 +215,7 @@ class Switching:
         self, transform: ModelTransform, *, carry: bool = True
     ) -> tuple[nn.Module, nn.Module]:
         """The new structure on the meta device, and the new model with its weights."""
-        config, old = self._kernel.config, self._trained.model
+        config, old = self._run.kernel.config, self._run.trained.model
         structure = copy.deepcopy(transform.model)
         faults: list[Exception] = []
         model = materialize(
@@ -239,9 +226,9 @@ class Switching:
             seed=config.training.seed,
             num_layers=config.model.num_layers,
             device=self._device,
-            world=self._world,
+            world=self._run.world,
             gathered=lambda new: gathered_dtype(
-                self._kernel, new, self._device, self._dtype, self._world
+                self._run.kernel, new, self._device, self._dtype, self._run.world
             ),
         )
         if faults:
@@ -253,7 +240,7 @@ class Switching:
         self, transform: ModelTransform, model: nn.Module, *, carry: bool = True
     ) -> tuple[Optimizer, Averages]:
         """The optimizer and the averages of the new ``model``."""
-        kernel, trained = self._kernel, self._trained
+        kernel, trained = self._run.kernel, self._run.trained
         faults: list[Exception] = []
         optimizer = build_optimizer(kernel, model)
         if carry:
@@ -281,8 +268,8 @@ class Switching:
         transform: ModelTransform,
     ) -> None:
         self._structure = structure
-        self._trained.modes.carry(transform, self._trained.model)
-        self._trained.replace(model, optimizer, averages)
+        self._run.trained.modes.carry(transform, self._run.trained.model)
+        self._run.trained.replace(model, optimizer, averages)
         self._usage.add_flops(transform.added_flops)
 
 

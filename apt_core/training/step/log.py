@@ -9,20 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from apt_core.config import Config
-from apt_core.data.batches import BatchPlan
 from apt_core.hookspecs import MICRO_BATCH_HOOKS
 from apt_core.log import get_logger
 from apt_core.metric_names import CROSS_ENTROPY, of_memory, of_parameter, of_plugin, of_time
-from apt_core.parallel.world import World
 from apt_core.runs.folder import RunFolder
-from apt_core.runs.run_state import Progress
+from apt_core.training.context import RunContext
 from apt_core.training.diverging import void_steps
-from apt_core.training.hooks import TrainerHooks
 from apt_core.training.step.clock import StepClock
 from apt_core.training.step.parameters import ScheduledParameters
 from apt_core.training.step.usage import Usage
-from apt_core.training.trained_model import TrainedModel
 
 log = get_logger("apt.training")
 
@@ -35,23 +30,16 @@ class StepLog:
 
     def __init__(
         self,
-        config: Config,
-        plan: BatchPlan,
+        run: RunContext,
         folder: RunFolder,
-        world: World,
-        progress: Progress,
-        trained: TrainedModel,
         parameters: ScheduledParameters,
         annealed: Sequence[str],
         usage: Usage,
         clock: StepClock,
-        hooks: TrainerHooks,
     ) -> None:
-        self._training, self._debug = config.training, config.debug
-        self._plan, self._folder, self._world = plan, folder, world
-        self._progress, self._trained = progress, trained
+        self._run, self._folder, self._training = run, folder, run.config.training
         self._parameters, self._annealed = parameters, annealed
-        self._usage, self._clock, self._hooks = usage, clock, hooks
+        self._usage, self._clock = usage, clock
 
     def write(
         self,
@@ -66,9 +54,9 @@ class StepLog:
         cross-entropy and the terms of plugins. Raises TrainingError after too many non-finite
         steps in a row.
         """
-        progress = self._progress
+        progress = self._run.progress
         own = {name: share.item() for name, share in shares.items()}
-        parts = _summed(self._world.gather(own), loss.item())
+        parts = _summed(self._run.world.gather(own), loss.item())
         # If the output is not finite, every term is not finite: name the cross-entropy alone.
         bad = [name for name, value in parts.items() if not isfinite(value)]
         bad = [] if CROSS_ENTROPY in bad else bad
@@ -90,12 +78,14 @@ class StepLog:
             row["skipped_steps"] = skipped
         for name in self._annealed:
             row[of_parameter(name)] = self._parameters.value(name)
-        for plugin, metrics in self._hooks.call_each("apt_metrics"):
+        for plugin, metrics in self._run.manager.call_each(
+            "apt_metrics", trainer=self._run.trainer
+        ):
             row.update({of_plugin(plugin, name): value for name, value in metrics.items()})
         self._folder.write_metrics(row)
         progress.metrics = row
-        if self._world.is_first:
-            self._hooks.manager.hook.on_metrics(metrics=dict(row), step=progress.step)
+        if self._run.world.is_first:
+            self._run.manager.hook.on_metrics(metrics=dict(row), step=progress.step)
         if in_a_row >= self._training.max_nonfinite_steps:
             what = (
                 f"{in_a_row} steps in a row had a loss or gradient that is not finite, the last "
@@ -110,12 +100,12 @@ class StepLog:
 
         Returns the number of such steps in the whole run, and of those in a row up to now.
         """
-        skipped, in_a_row, steps = self._trained.guard.read()
+        skipped, in_a_row, steps = self._run.trained.guard.read()
         if steps:
             shown = ", ".join(map(str, steps[:MAX_DUMPS]))
             shown += f" and {len(steps) - MAX_DUMPS} more" if len(steps) > MAX_DUMPS else ""
             known = f": {', '.join(bad)} is not finite" if bad else ""
-            self._hooks.manager.events.record(
+            self._run.events.record(
                 "skipped",
                 f"not finite, and changed nothing: step {shown} ({skipped} in all){known}; see "
                 "nonfinite/",
@@ -134,9 +124,9 @@ class StepLog:
     def _memory(self) -> dict[str, float]:
         """MiB that this process holds for each part of the run, if the profile asks for it. The
         rest of ``memory_mb`` is activations, the text and libraries."""
-        if not self._debug.profile_memory:
+        if not self._run.config.debug.profile_memory:
             return {}
-        parts = self._trained.nbytes_by_part().items()
+        parts = self._run.trained.nbytes_by_part().items()
         return {of_memory(part): round(nbytes / 2**20, 3) for part, nbytes in parts}
 
     def _time(self) -> dict[str, float]:
@@ -145,7 +135,7 @@ class StepLog:
         whole = self._clock.read()
         row = {of_time(part): round(milliseconds, 3) for part, milliseconds in whole.items()}
         shares: dict[str, dict[str, float]] = {"hooks": {}, "loss_terms": {}}
-        for (hook, plugin), seconds in self._hooks.manager.plans.take_call_seconds().items():
+        for (hook, plugin), seconds in self._run.manager.plans.take_call_seconds().items():
             share = shares["loss_terms" if hook in MICRO_BATCH_HOOKS else "hooks"]
             share[plugin] = share.get(plugin, 0.0) + 1e3 * seconds / steps
         for kind, part in (("hooks", "hooks"), ("loss_terms", "forward_backward")):
@@ -161,7 +151,7 @@ class StepLog:
     def _dump(self, step: int) -> None:
         """Write the batch of a non-finite step, over all processes, to nonfinite/: its windows of
         the text and the token ids of each."""
-        folder, plan = self._folder, self._plan
+        folder, plan = self._folder, self._run.parts.plan
         # Dumps from before a resume count too.
         if sum(1 for _ in folder.path.glob("nonfinite/step-*.json")) >= MAX_DUMPS:
             return

@@ -10,16 +10,17 @@ from torch import Tensor
 
 from apt_core.data.batches import Batch
 from apt_core.metric_names import of_term
-from apt_core.training.hooks import TrainerHooks
+from apt_core.training.context import RunContext
 from apt_core.types import ModelOutput
 
 
 def loss_terms(
-    hooks: TrainerHooks, batch: Batch, output: ModelOutput | None
+    run: RunContext, batch: Batch, output: ModelOutput | None
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield ``(loss/<plugin>.<name>, 0-d tensor)`` for every term. ``output`` may be None if no
     plugin reads it."""
-    for plugin, terms in hooks.call_each("apt_loss_terms", batch=batch, output=output):
+    given = {"batch": batch, "output": output, "trainer": run.trainer}
+    for plugin, terms in run.manager.call_each("apt_loss_terms", **given):
         for name, term in terms.items():
             yield of_term(plugin, name), term
 

@@ -42,12 +42,12 @@ def counted(monkeypatch):
     switch, materialize = switching.Switching.switch, switching.materialize
 
     def counting(self, plugin):
-        trained = self._trained
+        trained = self._run.trained
         states = [state.values() for state in trained.optimizer.state.values()]
         averages = [value for each in trained.averages.all for value in each.values.values()]
         kept = [*trained.model.parameters(), *trained.model.buffers(), *averages]
         kept += [value for values in states for value in values if isinstance(value, torch.Tensor)]
-        found["kernel"], found["lasting"] = self._kernel, count_bytes(kept)
+        found["kernel"], found["lasting"] = self._run.kernel, count_bytes(kept)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             taken = switch(self, plugin)
         # Of what was there before, the profiler does not see that it goes.

@@ -99,7 +99,7 @@ def without_bias(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def restored(self: Any, found: Any) -> None:
         restore(self, found)
-        for name, buffer in self._trained.model.named_buffers():
+        for name, buffer in self._run.trained.model.named_buffers():
             if name.endswith("router.bias"):
                 buffer.zero_()
 
