@@ -189,14 +189,11 @@ def available_memory(device: torch.device) -> int:
         free, total = torch.cuda.mem_get_info(device)
         share = torch.cuda.get_per_process_memory_fraction(device)
         return int(min(free + torch.cuda.memory_reserved(device), share * total))
-    pages = Path("/proc/self/statm")
-    if not pages.exists():
+    reserved, held = _own_memory()
+    if not held:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     import resource
 
-    reserved, held = (
-        int(value) * resource.getpagesize() for value in pages.read_text().split()[:2]
-    )
     lines = Path("/proc/meminfo").read_text().splitlines()
     left = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     limits = [left * 1024 + held, *_control_group_limits()]
@@ -213,12 +210,17 @@ def held_memory(device: torch.device) -> int:
 
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
+    return _own_memory()[1]
+
+
+def _own_memory() -> tuple[int, int]:
+    """The bytes of address space that the process has reserved, and of memory that it holds; 0
+    where the system does not tell."""
     pages = Path("/proc/self/statm")
     if not pages.exists():
-        return 0
-    import resource
-
-    return int(pages.read_text().split()[1]) * resource.getpagesize()
+        return 0, 0
+    reserved, held = map(int, pages.read_text().split()[:2])
+    return reserved * os.sysconf("SC_PAGE_SIZE"), held * os.sysconf("SC_PAGE_SIZE")
 
 
 def _control_group_limits(

@@ -34,8 +34,8 @@ DISABLE_VARIABLE = "APT_DISABLE_PLUGIN_AUTOLOAD"
 
 
 class LoadError(AptError):
-    """The ``plugin`` cannot be loaded; ``problem`` says why and where. The hint is by default how to
-    do without it."""
+    """The ``plugin`` cannot be loaded; ``problem`` says why and where. By default the hint says how
+    to do without it."""
 
     exit_code = 2
 

@@ -107,7 +107,8 @@ def named_providers(data: Mapping[str, Any], sections: Iterable[SectionSpec] = (
     named: dict[tuple[str, str], str] = {}
     for kind, keys in naming_keys(sections):
         for key in reversed(keys):
-            names = [name for name in _texts(data, key) if not _is_none(kind, name)]
+            none = "none" if KINDS[kind].optional else ""
+            names = [name for name in _texts(data, key) if name != none]
             for name in names:
                 named.setdefault((kind, name), key)
             if names:
@@ -122,7 +123,3 @@ def _texts(data: Any, path: str) -> Iterator[str]:
     for item in data if isinstance(data, list | tuple) else (data,):
         if isinstance(item, str) and item:
             yield item
-
-
-def _is_none(kind: str, name: str) -> bool:
-    return KINDS[kind].optional and name == "none"

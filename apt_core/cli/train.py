@@ -156,7 +156,8 @@ def train(
     console = make_console(cast(TextIO, stream))
     # Of several processes the first one speaks for all, and each of its own errors.
     level = "ERROR" if rank else "DEBUG" if debug else "INFO"
-    arguments = _arguments(profile, plugin or (), set_ or (), strict, context.args)
+    # What a run was told, without where it is kept and in how many processes it trains.
+    arguments = _options(profile=profile, plugin=plugin, set=set_, strict=strict) + context.args
     with logging_to(console, level=level):
         kernel = boot(
             profile,
@@ -203,18 +204,6 @@ def train(
             stop_at_step=stop_at_step,
             allow_change=allow_change or (),
         )
-
-
-def _arguments(
-    profile: str, plugins: Sequence[str], assignments: Sequence[str], strict: bool, rest: list[str]
-) -> list[str]:
-    """What a run was told, without where it is kept and in how many processes it trains."""
-    words = ["--profile", profile]
-    for plugin in plugins:
-        words += ["--plugin", plugin]
-    for assignment in assignments:
-        words += ["--set", assignment]
-    return [*words, *["--strict"] * strict, *rest]
 
 
 def _options(**values: Any) -> list[str]:

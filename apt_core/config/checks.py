@@ -113,30 +113,25 @@ def _tva_rank(view: View) -> Iterator[Problem]:
     ratio, asked = view["model.tva.r"], view["model.tva.rank"]
     if width % heads:
         return
-    head, turned = width // heads, view["model.position_name"] == "rope"
-    rank = view["model.tva"].rank_in(head)
-    head_words = f"the head dimension {head} (model.d_model / model.num_heads)"
-    sizes = "model.tva.r model.num_heads model.d_model"
-    if asked is not None and rank > head:
-        yield view.problem(
-            f"{rank} is more than {head_words}", "model.tva.rank", f"choose at most {head}"
-        )
-    elif asked is not None and rank % 2 and turned:
+    settings, head = view["model.tva"], width // heads
+    rank = settings.rank_in(head)
+    keys = "model.tva.r model.num_heads model.d_model" if asked is None else "model.tva.rank"
+    if (fault := settings.rank_fault(head)) is not None:
+        message, hint = fault
+        yield view.problem(message, keys, hint)
+    elif not rank % 2 or view["model.position_name"] != "rope":
+        return
+    elif asked is not None:
         yield view.problem(
             f"the rank {rank} is odd, and {ROTATES}",
-            "model.tva.rank",
+            keys,
             "choose an even rank, or another model.position_name",
         )
-    elif asked is None and rank < 1:
+    else:
+        of = settings.WIDTH.format(head)
         yield view.problem(
-            f"a ratio of {ratio} leaves no rank of {head_words}",
-            sizes,
-            f"choose r from 1 to {head}, or set model.tva.rank",
-        )
-    elif asked is None and rank % 2 and turned:
-        yield view.problem(
-            f"model.tva.r = {ratio} gives the odd rank {rank} of {head_words}, and {ROTATES}",
-            sizes,
+            f"model.tva.r = {ratio} gives the odd rank {rank} of {of}, and {ROTATES}",
+            keys,
             "choose another r, an even model.tva.rank, or another model.position_name",
         )
 
@@ -158,20 +153,11 @@ def _mha_width(view: View) -> Iterator[Problem]:
 def _vft_rank(view: View) -> Iterator[Problem]:
     if view["model.ffn_name"] != "vft":
         return
-    width, ratio, asked = view["model.d_model"], view["model.vft.r"], view["model.vft.rank"]
-    rank = view["model.vft"].rank_in(width)
-    if asked is not None and rank > width:
-        yield view.problem(
-            f"{rank} is more than the {width} of model.d_model",
-            "model.vft.rank",
-            f"choose at most {width}",
-        )
-    elif asked is None and rank < 1:
-        yield view.problem(
-            f"a ratio of {ratio} leaves no rank of the {width} of model.d_model",
-            "model.vft.r model.d_model",
-            f"choose r from 1 to {width}, or set model.vft.rank",
-        )
+    width, _, asked = view["model.d_model"], view["model.vft.r"], view["model.vft.rank"]
+    if (fault := view["model.vft"].rank_fault(width)) is not None:
+        message, hint = fault
+        keys = "model.vft.r model.d_model" if asked is None else "model.vft.rank"
+        yield view.problem(message, keys, hint)
 
 
 def _ngram(view: View) -> Iterator[Problem]:

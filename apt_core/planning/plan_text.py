@@ -35,7 +35,8 @@ def print_plan(console: Console, plan: dict[str, Any]) -> None:
         providers.add_row(row["kind"], row["asked"], row["used"], row["reason"])
     console.print(providers)
     for row in plan["plugins"]:
-        say(f"plugin {row['name']}: {row['state']}{_because(row['reason'])}")
+        why = f" ({row['reason']})" if row["reason"] else ""
+        say(f"plugin {row['name']}: {row['state']}{why}")
     if not plan["plugins"]:
         say("plugins: none")
     for row in plan["inactive_keys"]:
@@ -244,7 +245,3 @@ def scaled(value: int, unit: str, step: int) -> str:
         return f"{value} {unit}"
     amount = value / step**power
     return f"{amount:.{max(0, 3 - len(str(int(amount))))}f} {prefixes[power]}{unit}"
-
-
-def _because(reason: str) -> str:
-    return f" ({reason})" if reason else ""

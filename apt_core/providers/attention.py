@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Protocol
 from pydantic import Field
 
 from apt_core.providers.base import Provider
+from apt_core.providers.rank import Ranked
 from apt_core.sections import Section, Size
 from apt_core.types import Inactive
 
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
     from apt_core.providers.position import PositionProvider
 
 
-class TVASettings(Section):
+class TVASettings(Ranked, Section):
     """``model.tva``: the default attention, in a space of rank R."""
 
+    SECTION: ClassVar[str] = "model.tva"
+    WIDTH: ClassVar[str] = "the head dimension {} (model.d_model / model.num_heads)"
     ATTENTIONS: ClassVar[tuple[str, ...]] = ("tva_default", "flash_v2")
     """The attentions that have these settings."""
 
@@ -41,32 +44,10 @@ class TVASettings(Section):
 
     def inactive(self) -> Iterator[Inactive]:
         """Settings that have no effect beside others."""
-        if self.rank is not None:
-            yield Inactive("model.tva.r", "model.tva.rank takes its place", ("model.tva.rank",))
+        yield from self.without_ratio()
         if self.s == 0:
             because = "model.tva.s is 0: there is no compensator"
             yield Inactive("model.tva.tau", because, ("model.tva.s",))
-
-    def rank_in(self, head_dim: int) -> int:
-        """R for heads of width ``head_dim``: 0 where the ratio leaves none, and above ``head_dim``
-        where the rank is."""
-        return head_dim // self.r if self.rank is None else self.rank
-
-    def rank_of(self, head_dim: int) -> int:
-        """:meth:`rank_in`. Raises ValueError where R would be < 1 or > d_h."""
-        rank = self.rank_in(head_dim)
-        if rank < 1:
-            raise ValueError(
-                f"model.tva.r: a ratio of {self.r} leaves no rank of heads that are {head_dim} "
-                f"wide (model.d_model / model.num_heads): choose r <= {head_dim}, or set "
-                "model.tva.rank"
-            )
-        if rank > head_dim:
-            raise ValueError(
-                f"model.tva.rank: {rank} is more than the width {head_dim} of a head "
-                "(model.d_model / model.num_heads): choose a smaller rank"
-            )
-        return rank
 
 
 class MHASettings(Section):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from apt_core.providers.base import Provider
+from apt_core.providers.rank import Ranked
 from apt_core.sections import Section, Size
 from apt_core.types import Inactive
 
@@ -16,36 +17,18 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class VFTSettings(Section):
+class VFTSettings(Ranked, Section):
     """``model.vft``: the feed-forward in a space of rank m."""
+
+    SECTION: ClassVar[str] = "model.vft"
+    WIDTH: ClassVar[str] = "the {} of model.d_model"
 
     r: Size = Field(default=4, description="Compression ratio: rank = d_model // r.")
     rank: Size | None = Field(default=None, description="The rank itself, in place of r.")
 
     def inactive(self) -> Iterator[Inactive]:
         """Settings that have no effect beside others."""
-        if self.rank is not None:
-            yield Inactive("model.vft.r", "model.vft.rank takes its place", ("model.vft.rank",))
-
-    def rank_in(self, d_model: int) -> int:
-        """m for a stream of width ``d_model``: 0 where the ratio leaves none, and above ``d_model``
-        where the rank is."""
-        return d_model // self.r if self.rank is None else self.rank
-
-    def rank_of(self, d_model: int) -> int:
-        """:meth:`rank_in`. Raises ValueError where it would be < 1 or > D."""
-        rank = self.rank_in(d_model)
-        if rank < 1:
-            raise ValueError(
-                f"model.vft.r: a ratio of {self.r} leaves no rank of model.d_model {d_model}: "
-                f"choose r <= {d_model}, or set model.vft.rank"
-            )
-        if rank > d_model:
-            raise ValueError(
-                f"model.vft.rank: {rank} is more than model.d_model {d_model}: "
-                "choose a smaller rank"
-            )
-        return rank
+        return self.without_ratio()
 
 
 class FeedForwardProvider(Provider, ABC):

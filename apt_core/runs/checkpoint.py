@@ -90,7 +90,9 @@ def save(
             path.relative_to(temporary).as_posix(): _sha256(path) for path in _files(temporary)
         }
         manifest = {"format": FORMAT, "step": snapshot.step, **snapshot.manifest, "sha256": files}
-        _write_json(temporary / "manifest.json", {**manifest, "manifest_sha256": digest(manifest)})
+        sealed = {**manifest, "manifest_sha256": digest(manifest)}
+        text = json.dumps(sealed, indent=1, ensure_ascii=False) + "\n"
+        (temporary / "manifest.json").write_text(text, encoding="utf-8")
         if snapshot.evaluated is not None:
             write_evaluation(temporary, snapshot.evaluated)
         for path in _files(temporary):
@@ -351,10 +353,6 @@ def join_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, list):
         return [join_tensors(item, tensors) for item in value]
     return value
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _sha256(path: Path) -> str:

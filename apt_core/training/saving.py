@@ -238,7 +238,9 @@ class Saving:
         if bad := self._run.trained.not_finite():
             self.record_unsaved(f"its weights are not finite ({listed(bad)})")
             return
-        if self._group is not None and not self._run.world.all_at(self._place()):
+        if self._group is not None and not self._run.world.all_at(
+            f"{self._folder} {self._position()}"
+        ):
             self.record_unsaved("the other processes have the rest of the model")
             return
         if self._run.world.is_first or self._group is not None:
@@ -280,10 +282,6 @@ class Saving:
             log=log,
             checkpoint=path.name,
         )
-
-    def _place(self) -> str:
-        """The run and position of this process as a text, to be compared with the others'."""
-        return f"{self._folder} {self._position()}"
 
     def close(self) -> None:
         """Wait for the pending write and end the thread."""

@@ -189,8 +189,8 @@ def test_the_compensator_is_exact_under_autocast():
     ("sizes", "settings", "said"),
     [
         ((30, 4), {}, "model.d_model 30 is not divisible by model.num_heads 4"),
-        ((32, 4), {"r": 16}, r"model.tva.r: a ratio of 16 leaves no rank .* choose r <= 8"),
-        ((32, 4), {"rank": 9}, "model.tva.rank: 9 is more than the width 8"),
+        ((32, 4), {"r": 16}, r"model.tva.r: a ratio of 16 leaves no rank .* choose r from 1 to 8"),
+        ((32, 4), {"rank": 9}, "model.tva.rank: 9 is more than the head dimension 8"),
         ((32, 4), {"rank": 3}, "the head width 3 is odd: choose an even width .*model.tva.r"),
         ((32, 4), {"r": 0}, "model.tva.r: must be at least 1, not 0"),
         ((32, 4), {"rankk": 4}, "model.tva.rankk: unknown key did you mean 'rank'"),

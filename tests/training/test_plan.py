@@ -399,7 +399,7 @@ def test_what_a_layer_of_the_core_refuses_is_bad_input_that_names_the_key(
     monkeypatch.setattr("apt_core.config.checks.COLLECTORS", ())
     run = apt_train("--model.tva.rank", "4096", *more)
     assert run.code == 2, run.out
-    assert run.err.startswith("error: model.tva.rank: 4096 is more than the width")
+    assert run.err.startswith("error: model.tva.rank: 4096 is more than the head dimension")
 
 
 def test_a_run_says_at_its_start_what_its_attention_does_not_claim(
