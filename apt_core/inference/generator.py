@@ -15,6 +15,7 @@ from apt_core.hook_returns import logits
 from apt_core.log import get_logger
 from apt_core.modeling.casts import KeptCasts
 from apt_core.plugin_manager import PluginManager
+from apt_core.providers.documents import Document
 from apt_core.runs.session import Session
 from apt_core.types import GenerationRequest, GenerationResult
 
@@ -30,13 +31,13 @@ def generate(
     *,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> GenerationResult:
-    """Continue ``request.prompt`` by up to ``request.max_new_tokens`` tokens with the model, the
-    tokenizer and the plugins of ``session``.
+    """Continue ``request.prompt`` by up to ``request.max_new_tokens`` tokens, or to the end of the
+    document, with the model, the tokenizer and the plugins of ``session``.
 
     The model sees the text from :func:`window_start` on, and computes in :func:`dtype_for`.
     Sampling has a generator of its own, seeded by ``request.seed``; temperature 0 takes the most
-    likely token. The host waits for the device once per token, to check that the logits are finite;
-    plugins may add waits of their own.
+    likely token. The host waits for the device once per token, to check that the logits are finite
+    and whether the text has ended; plugins may add waits of their own.
     """
     manager, tokenizer, device = session.manager, session.tokenizer, session.device
     max_seq_len, dtype = session.config.model.max_seq_len, dtype_for(session)
@@ -45,7 +46,9 @@ def generate(
     processors = _processors(session, request)
     decoder = _Decoder(session, request)
     generator = torch.Generator(device=device).manual_seed(request.seed)
-    ids = tokenizer.encode(request.prompt) or [0]
+    eos = tokenizer.special.eos
+    # An empty prompt is the place after a document.
+    ids = tokenizer.encode_prompt(Document(text=request.prompt)) or [eos or 0]
     start = len(ids)
     with session.computing(), _casts_kept(device, dtype):
         room = min(max_seq_len, start + request.max_new_tokens)
@@ -55,7 +58,11 @@ def generate(
                 break
             input_ids, logits = reader.read()
             logits = logits[: tokenizer.vocab_size]
-            if not logits.isfinite().all():
+            finite, ended = _state(logits, reader.last if reader.length > start else None, eos)
+            if ended:
+                reader.drop_last()
+                break
+            if not finite:
                 log.warning("generation stopped: the model's logits are not finite")
                 break
             for processor in processors:
@@ -65,6 +72,15 @@ def generate(
     result = GenerationResult(tokenizer.decode(ids[start:]), tuple(ids[start:]))
     manager.hook.on_generation_end(request=request, result=result, session=session)
     return result
+
+
+def _state(logits: Tensor, last: Tensor | None, eos: int | None) -> tuple[bool, bool]:
+    """Whether the logits are finite, and whether the last new token ends the document."""
+    finite = logits.isfinite().all()
+    if last is None or eos is None:
+        return bool(finite), False
+    known = torch.stack([finite, last == eos]).tolist()
+    return known[0], known[1]
 
 
 def dtype_for(session: Session) -> torch.dtype | None:
@@ -122,6 +138,20 @@ class _Reader:
             self._text = torch.cat([self._text, torch.empty_like(self._text)])
         self._text[self._length] = token
         self._length += 1
+
+    @property
+    def length(self) -> int:
+        """The number of tokens of the text."""
+        return self._length
+
+    @property
+    def last(self) -> Tensor:
+        """The last token, 0-d."""
+        return self._text[self._length - 1]
+
+    def drop_last(self) -> None:
+        """Take the last token back; nothing is read after it."""
+        self._length -= 1
 
     def ids(self) -> list[int]:
         """The whole text; waits for the device."""
