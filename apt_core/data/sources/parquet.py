@@ -11,7 +11,7 @@ from typing import Any
 from apt_core.data.sources.base import FileSource, Reader
 from apt_core.data.sources.files import INSTALL
 from apt_core.data.sources.reading import BLOCK, Reading
-from apt_core.data.sources.records import HINT, document_of, missing_fields, usable_columns
+from apt_core.data.sources.records import columns_to_read, read_record
 from apt_core.error_text import one_line
 from apt_core.providers.documents import Document
 
@@ -49,15 +49,12 @@ def read_parquet(reading: Reading) -> Iterator[Document]:
             return
         try:
             table = parquet.ParquetFile(stream, buffer_size=BLOCK, pre_buffer=False)
-            names = table.schema_arrow.names
-            used = usable_columns(reading.columns, names)
-            if not used:
-                reading.fail(missing_fields(reading.columns, names), hint=HINT)
+            used = columns_to_read(table.schema_arrow.names, reading)
             number = 0
             for batch in table.iter_batches(_rows_a_batch(table.metadata), columns=used):
                 for record in _records(batch, pyarrow):
                     number += 1
-                    document = _document(record, reading, number)
+                    document = read_record(record, reading, number)
                     if document is not None:
                         yield document
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
@@ -84,17 +81,3 @@ def _records(batch: Any, pyarrow: Any) -> Iterator[dict[str, Any]]:
     names = batch.schema.names
     for values in zip(*columns, strict=True):
         yield dict(zip(names, values, strict=True))
-
-
-def _document(record: dict[str, Any], reading: Reading, number: int) -> Document | None:
-    faults = reading.num_faults
-    for name, value in record.items():
-        if isinstance(value, bytes):
-            record[name] = reading.decoded(value, line=number)
-    if reading.num_faults > faults:
-        return None
-    try:
-        return document_of(record, reading.columns, f"{reading.where}:{number}")
-    except ValueError as error:
-        reading.fault(str(error), number)
-        return None

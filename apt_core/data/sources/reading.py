@@ -8,23 +8,18 @@ import io
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any, Literal, NoReturn
+from typing import IO, Any, Literal
 
+from apt_core.data.sources.faults import Faults
 from apt_core.data.sources.files import INSTALL, DataFile, unreadable
 from apt_core.error_text import one_line
-from apt_core.errors import ConfigError, Problem
+from apt_core.errors import ConfigError
 from apt_core.files import open_file
 from apt_core.providers.dataset import Columns
 
 BLOCK = 1 << 20
 MAX_RECORD = 1 << 26
 """Bytes of the longest line, cell or record: it is held in memory as a whole."""
-
-MAX_NAMED = 20
-"""Faults of a file that are named; the others are counted."""
-
-MAX_COUNTED = 1000
-"""With so many faults a file is not read on: it is of another kind."""
 
 ZST_WINDOW = 1 << 27
 """The most bytes of memory that a zst frame may ask for; it is what the command zstd admits."""
@@ -38,23 +33,10 @@ _BOMS = (
     (b"\xff\xfe", "UTF-16"),
     (b"\xfe\xff", "UTF-16"),
 )
-_MAGIC = (
-    (b"\x1f\x8b", "gzip, so that its name should end in .gz"),
-    (b"\x28\xb5\x2f\xfd", "Zstandard, so that its name should end in .zst"),
-    (b"PAR1", "parquet, so that its name should end in .parquet"),
-    (b"PK\x03\x04", "a zip archive (unpack it, or read zip://*.txt::FILE by fsspec)"),
-    (b"BZh", "bzip2 (unpack it)"),
-    (b"\xfd7zXZ", "xz (unpack it)"),
-    (b"%PDF", "a PDF"),
-)
 
 
-class Reading:
-    """One file while it is read: how, and what was found to be wrong with it.
-
-    ``key`` is the profile's key that led to it, ``replaced`` counts what ``errors: replace`` has
-    replaced by U+FFFD.
-    """
+class Reading(Faults):
+    """One file while it is read: how, and what was found to be wrong with it."""
 
     def __init__(
         self,
@@ -63,38 +45,8 @@ class Reading:
         columns: Columns | None = None,
         errors: Literal["strict", "replace"] = "strict",
     ) -> None:
-        self.file, self.key = file, key
-        self.columns, self.errors = columns or Columns(), errors
-        self.where = file.where
-        self.replaced = 0
-        self.num_faults = 0
-        self._problems: list[Problem] = []
-
-    def fault(self, message: str, line: int | None = None, hint: str = "") -> None:
-        """Note what is wrong with a line, to be raised at the end of the file. Raises ConfigError
-        once there are MAX_COUNTED."""
-        self.num_faults += 1
-        if self.num_faults <= MAX_NAMED:
-            where = self.where if line is None else f"{self.where}:{line}"
-            self._problems.append(Problem(message, self.key, where, hint))
-        if self.num_faults == MAX_COUNTED:
-            self.raise_faults(at_least=True)
-
-    def fail(self, message: str, line: int | None = None, hint: str = "") -> NoReturn:
-        """Raise ConfigError: what is wrong leaves nothing to read on."""
-        self.fault(message, line, hint)
-        self.raise_faults()
-        raise AssertionError
-
-    def raise_faults(self, at_least: bool = False) -> None:
-        """Raise ConfigError with all that was noted, if anything was."""
-        if more := self.num_faults - MAX_NAMED if self.num_faults > MAX_NAMED else 0:
-            number = f"at least {more:,}" if at_least else f"{more:,}"
-            self._problems.append(
-                Problem(f"{number} more lines cannot be read", self.key, self.where)
-            )
-        if self._problems:
-            raise ConfigError(self._problems)
+        super().__init__(file.where, key, columns, errors)
+        self.file = file
 
     @contextmanager
     def open(self, decompress: bool = True) -> Iterator[IO[bytes]]:
@@ -175,38 +127,6 @@ class Reading:
         text = self.decoded(line, start, number)
         return text if self.num_faults == faults else None
 
-    def decoded(self, data: bytes, offset: int = 0, line: int | None = None) -> str:
-        """``data``, which begins at byte ``offset``, as text.
-
-        What is no UTF-8, and NUL, which no text file has, is a fault, or with ``errors: replace``
-        becomes U+FFFD and is counted.
-        """
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            if self.errors == "strict":
-                self.fault(
-                    f"is not UTF-8: byte 0x{data[error.start]:02x} at offset "
-                    f"{offset + error.start:,}{_kind(data if offset == 0 else b'')}",
-                    line,
-                    "convert it to UTF-8, for instance with iconv, or set data.errors to replace",
-                )
-                return ""
-            text = data.decode("utf-8", "replace")
-            self.replaced += text.count("\ufffd") - data.count(b"\xef\xbf\xbd")
-        if "\0" in text:
-            if self.errors == "strict":
-                self.fault(
-                    f"holds a NUL byte at offset {offset + data.index(0):,}: it is binary, or "
-                    f"UTF-16{_kind(data if offset == 0 else b'')}",
-                    line,
-                    "name text files alone, convert it to UTF-8, or set data.errors to replace",
-                )
-                return ""
-            self.replaced += text.count("\0")
-            text = text.replace("\0", "\ufffd")
-        return text
-
     def text(self) -> Iterator[str]:
         """The text in blocks of about BLOCK bytes, its line ends as they are; a byte order mark
         goes. Raises ConfigError at the first byte that is no UTF-8."""
@@ -233,13 +153,6 @@ class Reading:
                     hint=f"convert it: iconv -f {name} -t UTF-8",
                 )
         return (data[3:], 3) if begins.startswith(b"\xef\xbb\xbf") else (data, 0)
-
-
-def _kind(begins: bytes) -> str:
-    for magic, kind in _MAGIC:
-        if begins.startswith(magic):
-            return f"; it looks like {kind}"
-    return ""
 
 
 def _unfinished(data: bytes) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import json
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from apt_core.data.sources.faults import Faults
 from apt_core.errors import did_you_mean
 from apt_core.providers.dataset import Columns
 from apt_core.providers.documents import Document
@@ -35,6 +37,36 @@ def document_of(record: Mapping[str, Any], columns: Columns, where: str) -> Docu
     if columns.key is not None and record.get(columns.key) is not None:
         found["key"] = record[columns.key]
     return Document.of(found, where)
+
+
+def read_record(record: dict[str, Any], faults: Faults, number: int) -> Document | None:
+    """The document of row ``number`` of a table, in which texts may be bytes of UTF-8, and messages
+    a text of JSON; None, the fault noted, where it is none."""
+    before = faults.num_faults
+    for name, value in record.items():
+        if isinstance(value, bytes | bytearray | memoryview):
+            record[name] = faults.decoded(bytes(value), line=number)
+    if faults.num_faults > before:
+        return None
+    columns = faults.columns
+    try:
+        if isinstance(messages := record.get(columns.messages), str):
+            record[columns.messages] = json.loads(messages or "null")
+        return document_of(record, columns, faults.place(number))
+    except (ValueError, RecursionError) as error:
+        faults.fault(str(error), number)
+        return None
+
+
+def columns_to_read(names: Sequence[str], faults: Faults, line: int | None = None) -> list[str]:
+    """The columns of a table to read. Raises ConfigError where it has none of the forms of a
+    document, and where one of them stands there twice."""
+    used = usable_columns(faults.columns, names)
+    if not used:
+        faults.fail(missing_fields(faults.columns, names), line, HINT)
+    if twice := [name for name in used if list(names).count(name) > 1]:
+        faults.fail(f"has the column {twice[0]!r} twice", line)
+    return used
 
 
 def usable_columns(columns: Columns, there: Collection[str]) -> list[str]:
