@@ -51,8 +51,8 @@ class Faults:
         return f"{self.where}:{line}"
 
     def fault(self, message: str, line: int | None = None, hint: str = "") -> None:
-        """Note what is wrong with a line, to be raised at the end. Raises ConfigError once there are
-        MAX_COUNTED."""
+        """Note what is wrong with a line, to be raised at the end. Raises ConfigError once there
+        are MAX_COUNTED."""
         self.num_faults += 1
         if self.num_faults <= MAX_NAMED:
             where = self.where if line is None else self.place(line)
