@@ -15,6 +15,7 @@ from apt_core.catalogue import Catalogue
 from apt_core.config import Config, InactiveKey, Source
 from apt_core.errors import Problem
 from apt_core.kinds import KINDS, Named, named_providers, naming_keys
+from apt_core.providers.dataset import SourceSection
 from apt_core.types import CORE, Inactive, SectionSpec
 
 DATA_PATHS = ("train_path", "val_path")
@@ -25,14 +26,13 @@ def used_providers(config: Config, sections: Sequence[SectionSpec]) -> Named:
     """The providers that a checked profile uses, each with the key that names it."""
     data = config.to_dict()
     mixture = config.data.mixture
-    # Where no text is named, it is a built-in one; those of a mixture follow.
+    # Where no text is named, it is a built-in one; beside a mixture none is read.
     data["data"]["source"] = config.data.text_source if mixture is None else None
-    if mixture is not None:
-        data["data"]["loader"] = None
+    data["data"]["loader"] = config.data.loader if mixture is None else None
     named = dict(named_providers(data, sections))
-    for number, item in enumerate(mixture or ()):
-        key = "loader" if item.text_source is None else "source"
-        named.setdefault(("dataset", item.dataset_name), f"data.mixture.{number}.{key}")
+    for at, item in enumerate(mixture or ()):
+        key = "source" if item.text_source else "loader"
+        named.setdefault(("dataset", item.dataset_name), f"data.mixture[{at}].{key}")
     return named
 
 
@@ -78,22 +78,27 @@ def inactive_provider_settings(
 
 
 def data_files(config: Config, known: Catalogue) -> tuple[str, ...]:
-    """The keys of ``data`` that the dataset provider says it reads as files."""
-    declared = _declared_files(config, known) or ()
-    return tuple(key for key in DATA_PATHS if key in declared)
+    """The keys that the dataset providers in use say they read as files."""
+    return tuple(
+        f"{section}.{key}"
+        for section, settings in config.data.sections()
+        for key in DATA_PATHS
+        if key in (_declared_files(settings, known) or ())
+    )
 
 
 def unread_paths(config: Config, known: Catalogue) -> Iterator[InactiveKey]:
-    """Paths that the dataset provider says it does not read."""
-    declared = _declared_files(config, known)
-    if declared is None:
-        return
-    for key in DATA_PATHS:
-        if getattr(config.data, key) is not None and key not in declared:
-            reason = f"dataset:{config.data.dataset_name} does not read it"
-            yield InactiveKey(f"data.{key}", reason)
+    """Paths that the dataset provider of their section says it does not read."""
+    for section, settings in config.data.sections():
+        declared = _declared_files(settings, known)
+        if declared is None:
+            continue
+        for key in DATA_PATHS:
+            if getattr(settings, key) is not None and key not in declared:
+                reason = f"dataset:{settings.dataset_name} does not read it"
+                yield InactiveKey(f"{section}.{key}", reason)
 
 
-def _declared_files(config: Config, known: Catalogue) -> Sequence[str] | None:
-    name = config.data.dataset_name
+def _declared_files(settings: SourceSection, known: Catalogue) -> Sequence[str] | None:
+    name = settings.dataset_name
     return next((spec.files for spec in known.specs("dataset") if spec.name == name), None)

@@ -16,7 +16,9 @@ from apt_core.config.switches import Switch, looks_like_switch, read_switch
 from apt_core.config.yaml_text import KeyPath
 from apt_core.errors import Problem, did_you_mean
 from apt_core.kinds import KINDS
+from apt_core.profile_paths import is_pattern, is_url, matches
 from apt_core.providers.attention import TVASettings
+from apt_core.providers.dataset import SourceSection
 from apt_core.sections import Ramp
 
 ROTATES = "rope turns pairs of dimensions"
@@ -38,7 +40,7 @@ class View:
             raise Unknown(key)
         value: Any = self.config
         for part in path:
-            value = getattr(value, str(part), None)
+            value = value[part] if isinstance(part, int) else getattr(value, part, None)
         return value
 
     def problem(self, message: str, keys: str, hint: str = "") -> Problem:
@@ -67,21 +69,29 @@ def find_contradictions(
 
 
 def check_files(config: Config, source: Source, files: Sequence[str]) -> list[Problem]:
-    """Data files that the profile names and that are not there.
+    """Data files that the profile names and that are not there; what a URL leads to is not asked.
 
-    ``files`` are the keys of ``data`` that the provider in use reads as files.
+    ``files`` are the keys that the providers in use read as files (``data.train_path``).
     """
-    return [
-        Problem(
-            f"there is no file {path!r}",
-            f"data.{key}",
-            source.where(f"data.{key}"),
-            "a path is looked for beside the profile that says it, then in the folder that the "
-            "command runs in; without train_path, the embedded text is used",
-        )
-        for key in files
-        if (path := getattr(config.data, key)) is not None and not os.path.exists(path)
-    ]
+    view = View(config, source, ())
+    problems = []
+    for key in files:
+        paths = view[key]
+        for path in [paths] if isinstance(paths, str) else paths or ():
+            if is_url(path) or os.path.exists(path):
+                continue
+            if not is_pattern(path):
+                message = f"there is no file {path!r}"
+            elif not matches(path):
+                message = f"no file matches {path!r}"
+            else:
+                continue
+            hint = (
+                "a path is looked for beside the profile that says it, then in the folder that the "
+                "command runs in; without train_path, the embedded text is used"
+            )
+            problems.append(Problem(message, key, source.where(key), hint))
+    return problems
 
 
 def _heads(view: View) -> Iterator[Problem]:
@@ -218,20 +228,23 @@ def _warmup(view: View) -> Iterator[Problem]:
 
 
 def _sources(view: View) -> Iterator[Problem]:
-    source, path = view["data.source"], view["data.train_path"]
-    if source is not None and path is not None:
-        yield view.problem(
-            f"data.source is {source!r} and data.train_path is {path!r}: only one can be read",
-            "data.source",
-            "leave one of them out",
-        )
-    loader = view["data.loader"]
-    if source is not None and loader not in (source, KINDS["dataset"].default):
-        yield view.problem(
-            f"data.source is {source!r} and data.loader is {loader!r}: only one provides the text",
-            "data.source",
-            "leave one of them out; null takes an inherited one back",
-        )
+    for section, _ in view.config.data.sections():
+        source, path = view[f"{section}.source"], view[f"{section}.train_path"]
+        if source is not None and path is not None:
+            yield view.problem(
+                f"{section}.source is {source!r} and {section}.train_path is {path!r}: only one "
+                "can be read",
+                f"{section}.source",
+                "leave one of them out",
+            )
+        loader = view[f"{section}.loader"]
+        if source is not None and loader not in (source, KINDS["dataset"].default):
+            yield view.problem(
+                f"{section}.source is {source!r} and {section}.loader is {loader!r}: only one "
+                "provides the text",
+                f"{section}.source",
+                "leave one of them out; null takes an inherited one back",
+            )
 
 
 def _mixture(view: View) -> Iterator[Problem]:
@@ -244,12 +257,12 @@ def _mixture(view: View) -> Iterator[Problem]:
         yield view.problem(
             "all weights are 0: nothing can be drawn", "data.mixture", "give a source a weight"
         )
-    for key in ("source", "train_path", "val_path"):
-        if view[f"data.{key}"] is not None:
+    for key, field in SourceSection.model_fields.items():
+        if view[f"data.{key}"] != field.get_default(call_default_factory=True):
             yield view.problem(
-                f"data.mixture names the sources, and data.{key} another one",
+                "nothing reads it beside data.mixture, of which each source has its own",
                 f"data.{key}",
-                "make it an item of data.mixture, or leave it out",
+                f"move it into the sources; {key}: null takes an inherited one back",
             )
 
 
@@ -318,7 +331,6 @@ COLLECTORS: tuple[Callable[[View], Iterator[Problem]], ...] = (
     _lengths,
     _warmup,
     _sources,
-    _mixture,
     _ramps,
     _switches,
 )

@@ -130,11 +130,17 @@ def _computes(kernel: Kernel, device: torch.device, world_size: int) -> dict[str
 
 def _paths(config: Config) -> list[dict[str, str]]:
     """The profile's paths as resolved, by key."""
-    named = {
-        **{f"data.{key}": getattr(config.data, key) for key in DATA_PATHS},
-        "training.checkpoint_dir": config.training.checkpoint_dir,
-    }
-    found = [{"key": key, "path": path} for key, path in named.items() if path is not None]
+    named: list[tuple[str, str | list[str] | None]] = [
+        (f"{section}.{key}", getattr(settings, key))
+        for section, settings in config.data.sections()
+        for key in DATA_PATHS
+    ]
+    named.append(("training.checkpoint_dir", config.training.checkpoint_dir))
+    found = [
+        {"key": key, "path": path}
+        for key, paths in named
+        for path in ([paths] if isinstance(paths, str) else paths or ())
+    ]
     files = [plugin.name for plugin in config.plugins if is_file_reference(plugin.name)]
     return [*({"key": "plugins", "path": path} for path in files), *found]
 

@@ -155,6 +155,13 @@ class DataSection(SourceSection):
         default=None, description="Processes that tokenise; without it, one a core."
     )
 
+    def sections(self) -> list[tuple[str, SourceSection]]:
+        """The sections that name sources, each with its key: the items of the mixture, else this
+        one."""
+        if self.mixture is None:
+            return [("data", self)]
+        return [(f"data.mixture[{at}]", item) for at, item in enumerate(self.mixture)]
+
 
 @dataclass(frozen=True)
 class TextData:

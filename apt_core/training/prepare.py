@@ -25,7 +25,7 @@ from apt_core.optim.build import build_optimizer
 from apt_core.parallel.peak import measured_peak_flops
 from apt_core.parallel.world import ALONE, World, inactive_alone
 from apt_core.planning.run_length import check_run_length
-from apt_core.profile_paths import READ
+from apt_core.profile_paths import READ, paths_of
 from apt_core.providers.lr_schedule import LRScheduleProvider
 from apt_core.providers.optimizer import OptimizerProvider
 from apt_core.providers.tokenizer import TokenizerProvider
@@ -141,8 +141,9 @@ def _shared_inputs(kernel: Kernel, dtype: torch.dtype | None, data: RunData) -> 
     registry, records = kernel.registry, kernel.manager.records
     profile = {k: part for k, part in kernel.config.to_dict().items() if k not in OWN_SECTIONS}
     # Machines may keep the data at different paths; its content is compared below.
-    for section, key in (*READ, ("training", "checkpoint_dir")):
-        del profile[section][key]
+    for key in (*READ, ("training", "checkpoint_dir")):
+        for holder, at in paths_of(profile, key):
+            holder[at] = ""
     return {
         **profile,
         "text": {"sha256": data.sha256},

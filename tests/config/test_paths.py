@@ -15,6 +15,7 @@ from apt_core.config import Config, parse_config, parse_override, read_profile, 
 from apt_core.errors import ConfigError
 from apt_core.kernel import boot
 from apt_core.profile_paths import FOUND_BESIDE, READ, WRITTEN
+from apt_core.providers.dataset import MixtureItem
 
 OBSERVER = "from apt_core import hookimpl\n\n@hookimpl\ndef on_step_end(): pass\n"
 
@@ -59,6 +60,31 @@ def test_a_path_is_beside_the_file_that_says_it_else_in_the_working_directory(wr
         assert data_of(child, override)[0] == str(here)
     assert data_of(child, "data.train_path=up/nowhere.txt")[0] == "up/nowhere.txt"
     assert parse_config({"data": {"train_path": "a.txt"}}).data.train_path == str(here)
+
+
+def test_lists_patterns_and_urls_lead_where_single_paths_do(write) -> None:
+    beside, here = write("up/texts/a.txt"), write("here/b.txt")
+    profile = write(
+        "up/p.yaml",
+        "data:\n  mixture:\n"
+        "  - {name: a, train_path: ['texts/*.txt', b.txt, 'b*.txt', 's3://x/*.txt', 'no*.txt']}\n"
+        "  - {name: b, train_path: texts, val_path: texts/a.txt}\n"
+        "  tokenizer: {path: texts/a.txt}\n",
+    )
+    data = validate(read_profile(profile)).require().data
+    up = beside.parent.parent
+    assert data.mixture[0].train_path == [
+        str(up / "texts/*.txt"),
+        str(here),
+        str(here.parent / "b*.txt"),
+        "s3://x/*.txt",
+        "no*.txt",
+    ]
+    assert (data.mixture[1].train_path, data.mixture[1].val_path) == (
+        str(up / "texts"),
+        str(beside),
+    )
+    assert data.tokenizer.path == str(beside)
 
 
 def test_a_link_is_known_by_its_own_name(write) -> None:
@@ -141,18 +167,42 @@ def test_the_plan_says_where_paths_lead(write, tmp_path, capsys) -> None:
     assert f"data.train_path: {text}" in shown and "training.checkpoint_dir: kept" in shown
 
 
+ENDS = ("_path", "_dir", "_file", "_folder", "_chat_template")
+
+
 def test_every_path_of_the_schema_is_resolved() -> None:
     def keys(model, at=()):
         for name, field in model.model_fields.items():
             if hasattr(field.annotation, "model_fields"):
                 yield from keys(field.annotation, (*at, name))
+            elif name == "mixture":
+                yield from keys(MixtureItem, (*at, name))
             else:
                 yield (*at, name)
 
-    named = {key for key in keys(Config) if key[-1].endswith(("_path", "_dir", "_file", "_folder"))}
+    named = {key for key in keys(Config) if f"_{key[-1]}".endswith(ENDS)}
     assert named == {*READ, *WRITTEN} and set(FOUND_BESIDE) - {("plugins",)} == set(READ)
 
 
 def test_a_missing_file_says_where_it_was_looked_for(write) -> None:
     with pytest.raises(ConfigError, match=r"'gone.txt' \(.*beside the profile that says it, then"):
         boot({"data": {"train_path": "gone.txt"}})
+
+
+def test_sources_of_a_mixture_are_checked_as_one_alone_is(write) -> None:
+    def told(*items):
+        with pytest.raises(ConfigError) as caught:
+            boot({"data": {"mixture": items}})
+        return [f"{problem.key}: {problem.message}" for problem in caught.value.problems]
+
+    good = {"name": "a", "source": "pydoc"}
+    assert told(good, {"name": "b", "loader": "jsnl"}) == [
+        "data.mixture[1].loader: no plugin offers dataset provider 'jsnl'"
+    ]
+    assert told({"name": "b", "loader": "csv", "train_path": "x.csv"}, good) == [
+        "data.mixture[0].train_path: there is no file 'x.csv'"
+    ]
+    kernel = boot(
+        {"data": {"mixture": [good, {"name": "b", "loader": "pydoc", "train_path": "x"}]}}
+    )
+    assert [item.key for item in kernel.inactive] == ["data.mixture[1].train_path"]

@@ -379,7 +379,9 @@ def test_missing_data_files_are_named(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     Path("here.txt").write_text("text")
     source = Source.from_dict({"data": {"train_path": "gone.txt", "val_path": "here.txt"}})
-    (problem,) = check_files(validate(source).require(), source, ("train_path", "val_path"))
+    (problem,) = check_files(
+        validate(source).require(), source, ("data.train_path", "data.val_path")
+    )
     assert problem.key == "data.train_path" and "'gone.txt'" in problem.message
 
 

@@ -89,7 +89,7 @@ def use(source: Source) -> str:
             source.where(item.key)
     if config is None:
         return "refused"
-    check_files(config, source, ("train_path", "val_path"))
+    check_files(config, source, ("data.train_path", "data.val_path"))
     again = Source.from_dict(parse_yaml(config.to_yaml(), "x").data)
     assert validate(again, SECTIONS).require() == config
     return "accepted"

@@ -15,12 +15,12 @@ from apt_core.code_source import short_path
 from apt_core.error_text import one_line
 from apt_core.errors import Problem
 from apt_core.printable import printable
+from apt_core.profile_paths import is_pattern, is_url
 
 COMPRESSIONS = (".gz", ".zst")
 
 INSTALL = 'pip install "apt-kernel[data]"'
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::|://)")
 _VALIDATORS = ("etag", "md5", "md5hash", "checksum", "mtime", "lastmodified", "updated", "modified")
 """What file systems call the mark that changes with the content of a file, in lower case."""
 
@@ -89,17 +89,6 @@ def split_suffixes(path: str) -> tuple[str, str]:
     if last in COMPRESSIONS:
         return os.path.splitext(stem)[1], last
     return last, ""
-
-
-def is_url(path: str) -> bool:
-    """Whether ``path`` is for fsspec, such as ``s3://bucket/a.txt``."""
-    return _URL.match(path) is not None
-
-
-def is_pattern(path: str) -> bool:
-    """Whether ``path`` stands for the files that match it, if there is no file of this name."""
-    # A question mark in a URL of HTTP begins its query.
-    return glob.has_magic(path.replace("?", "") if path.startswith("http") else path)
 
 
 def find_files(
