@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import os
 import runpy
 import signal
@@ -13,7 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, NoReturn
 
 import pytest
@@ -82,7 +83,12 @@ def _become_python(words: Sequence[str], call: dict[str, Any]) -> NoReturn:
         for number, source in enumerate(("p2cread", "c2pwrite", "errwrite")):
             if call[source] >= 0:
                 os.dup2(call[source], number)
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for number in [int(name) for name in os.listdir("/proc/self/fd") if int(name) > 2]:
+            with suppress(OSError):  # the one of the listing
+                os.fstat(number)
+                os.dup2(nothing, number)  # objects still have it, so a new file must not get it
+        logging.getLogger().handlers.clear()
         for each in signal.valid_signals():
             if callable(signal.getsignal(each)):
                 signal.signal(each, signal.SIG_DFL)

@@ -135,6 +135,7 @@ def test_every_block_is_a_file_or_a_console(guide: Guide) -> None:
 
 
 @pytest.mark.parametrize(("name", "section"), SECTIONS)
+@pytest.mark.usefixtures("forked")
 def test_the_commands_of_a_section_print_what_it_shows(
     shell: Callable[[str], tuple[int, str]], tmp_path: Path, name: str, section: str
 ) -> None:

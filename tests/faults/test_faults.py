@@ -17,6 +17,7 @@ from fault_matrix import FORMS, HOOKS, POLICIES, cases_of, few, positions
 MATRIX = Path(__file__).resolve().parent
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_small_part_of_the_matrix_is_as_expected(tmp_path: Path) -> None:
     """In a process of its own: it forks, which threads of other tests would not survive. A hook
     that is called in none of the scenes ends it."""

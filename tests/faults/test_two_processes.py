@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from fault_pairs import FEW, KNOWN, PAIRS
 
 
+@pytest.mark.usefixtures("forked")
 def test_both_processes_go_on_or_end_together_when_a_plugin_fails_in_one(tmp_path: Path) -> None:
     """In a process of its own: it forks, which threads of other tests would not survive."""
     command = [sys.executable, str(Path(__file__).parent), "--pairs", "--quick"]

@@ -407,6 +407,7 @@ def test_state_in_the_modules_of_a_plugin_is_found(
     assert [f for f in check_plugin(write(STEPS, "good")) if f.result != "ok"] == []
 
 
+@pytest.mark.usefixtures("forked")
 def test_what_two_processes_would_train_otherwise_is_found(write: WritePlugin) -> None:
     """What each adds to its own loss counts, and what one alone adds is not the run's."""
     plugin = write(

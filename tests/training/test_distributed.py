@@ -322,7 +322,7 @@ def with_keys(profile: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, 
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(tmp_path_factory: pytest.TempPathFactory, forks: Any) -> Runs:
     folder = tmp_path_factory.mktemp("distributed")
     (folder / "text.txt").write_text(TEXT[:LENGTH], encoding="utf-8")
     profile = with_keys(
@@ -423,14 +423,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     (folder / "worker.py").write_text(WORKER)
     (folder / "plugins.py").write_text(PLUGINS)
     paths = os.pathsep.join([str(ROOT), str(folder)])
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(folder / "worker.py"), str(folder)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )  # fmt: skip
+    with forks():
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+             str(folder / "worker.py"), str(folder)],
+            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return runs
 

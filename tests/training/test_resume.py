@@ -61,6 +61,7 @@ def test_a_broken_state_item_is_noticed(apt_train, tmp_path, monkeypatch):
     assert not whole.same_weights(second)
 
 
+@pytest.mark.usefixtures("forked")
 def test_sigkill_in_mid_epoch(apt_train, tmp_path, profile):
     whole = apt_train(*DROPOUT, "--training.save_every_steps", "2", name="whole")
     plugin = stopping_plugin(tmp_path, 5, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
@@ -84,6 +85,7 @@ def test_sigkill_in_mid_epoch(apt_train, tmp_path, profile):
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
+@pytest.mark.usefixtures("forked")
 def test_a_signal_ends_with_a_usable_checkpoint(apt_train, tmp_path, profile, number, code):
     whole = apt_train(name="whole")
     process = subprocess.Popen(
@@ -228,6 +230,7 @@ def test_resume_from_an_older_checkpoint_sets_the_newer_ones_aside(apt_train):
     assert len({row[0] for row in training_rows(second)}) == len(training_rows(second))
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(
     apt_train, tmp_path, profile
 ):
@@ -248,6 +251,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(
     assert training_rows(whole) == training_rows(second)
 
 
+@pytest.mark.usefixtures("forked")
 def test_two_runs_in_one_folder_are_refused(apt_train, tmp_path, profile):
     apt_train("--training.max_steps", "3", name="parts")
     plugin = tmp_path / "second.py"
@@ -330,6 +334,7 @@ def apt_metrics(trainer):
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGKILL"])
+@pytest.mark.usefixtures("forked")
 def test_an_epoch_that_was_not_ended_is_ended_by_the_resume(apt_train, tmp_path, profile, number):
     """The signal comes in the evaluation at the end of epoch 1, on a step that is saved too."""
     plugin = tmp_path / "endings.py"

@@ -54,7 +54,7 @@ def profile_of(folder, accumulation, bistate, dropout=0.0, distributed=False):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, forks):
     folder = tmp_path_factory.mktemp("align")
     ema, rdrop = {"momentum_start": 0.5}, {"mode": "rdrop"}
     # A process draws for itself: only where next to nothing is dropped, two are as one.
@@ -74,14 +74,15 @@ def folder(tmp_path_factory):
         ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     (folder / "worker.py").write_text(WORKER)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(folder / "worker.py"), str(folder / "jobs.json")],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )  # fmt: skip
+    with forks():
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+             str(folder / "worker.py"), str(folder / "jobs.json")],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

@@ -135,6 +135,7 @@ def test_the_hooks_command_knows_the_plugins(capsys: pytest.CaptureFixture[str])
     assert [r["plugin"] for r in rows if r["hook"] == "apt_transform_model"] == ["moe"]
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("plugin", ["align", "moe", "routing", "voter"])
 def test_the_plugins_pass_their_check(plugin: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(hooks, "apt-hooks", ["check", plugin]) == 0, capsys.readouterr().out
