@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from apt_core.config import Config
 from apt_core.data.batches import Batch
+from apt_core.data.loading import RunData
 from apt_core.device import (
     as_current_device,
     autocast,
@@ -58,6 +59,7 @@ SURFACE = {
     "registry": "the providers",
     "schedule": "when plugins are enabled, and the course of parameters",
     "device": "where the run computes",
+    "data": "the data: `data.tokenizer`, and `data.sources` with the ids of each",
     "rank": "the rank of this process, from 0",
     "world_size": "the number of the run's processes",
     "output_dir": "the run's folder",
@@ -162,6 +164,11 @@ class Trainer:
     def device(self) -> torch.device:
         """Where the run computes."""
         return self._made.parts.device
+
+    @property
+    def data(self) -> RunData:
+        """The data: ``data.tokenizer``, and ``data.sources`` with the ids of each."""
+        return self._made.parts.data
 
     @property
     def schedule(self) -> Schedule:
