@@ -104,7 +104,8 @@ def scores_of(
     scores, end = Scores(), tokenizer.special.eos
 
     def text(ids: Sequence[int]) -> str:
-        return tokenizer.decode(ids[: list(ids).index(end)] if end in ids else ids)
+        ends = [place for place, token in enumerate(ids) if token == end]
+        return tokenizer.decode(ids[: ends[0]] if ends else ids)
 
     for (task, pair), answer in zip(tasks, answers, strict=True):
         exact = list(answer[: len(pair.response)]) == list(pair.response)
