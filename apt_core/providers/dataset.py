@@ -210,6 +210,11 @@ class DatasetProvider(Provider, ABC):
         own: then ``data.val_fraction`` of :meth:`documents` is held out."""
         return None
 
+    def share_read(self) -> float | None:
+        """How much of the documents has been read since :meth:`documents` was last begun, 0 to 1;
+        None, the default, where that cannot be told. It shows how far a build is."""
+        return None
+
     def fingerprint(self) -> str | None:
         """A text that changes whenever a document may have changed, and is cheap to tell. None, the
         default, where that cannot be told: then each run reads all documents."""

@@ -81,6 +81,21 @@ def message(path, source=TextDataset, **more):
     return str(found[0])
 
 
+def test_a_source_tells_how_much_of_its_files_has_been_read():
+    """Of compressed ones too, whatever their content is; a second reading begins at 0."""
+    lines = "".join(json.dumps({"text": f"{n} " * 100}) + "\n" for n in range(2000))
+    paths = [write("a.jsonl", lines), write("b.jsonl.gz", gzip.compress(lines.encode()))]
+    source = JsonLines({"train_path": paths, "val_path": write_rows("c.jsonl", {"text": "x"})})
+    sizes = [*map(os.path.getsize, [*paths, "c.jsonl"])]
+    for _ in range(2):
+        shares = [source.share_read() for _ in source.documents()]
+        assert shares == sorted(shares) and 0 < shares[0] < 0.6
+        assert shares[1000] > 2 * shares[0]
+        assert source.share_read() == sum(sizes[:2]) / sum(sizes)
+    assert source.held_out() and [*source.held_out()] and source.share_read() == 1
+    assert PydocDataset({}).share_read() is None
+
+
 # Text
 
 

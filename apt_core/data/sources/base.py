@@ -37,6 +37,8 @@ class FileSource(DatasetProvider):
 
     suffixes: Collection[str] = ()
     replaced = 0
+    _num_bytes_read = 0
+    _reading: Reading | None = None
 
     @abstractmethod
     def reader(self, suffix: str) -> Reader:
@@ -84,6 +86,15 @@ class FileSource(DatasetProvider):
             return f"{text}; validated on the same text, so not on unseen text"
         return f"{text}; validated on {self._described('val_path')}"
 
+    def share_read(self) -> float | None:
+        """The share of the bytes of all files; of some URLs it cannot be told."""
+        keys = [key for key in ("train_path", "val_path") if getattr(self.section, key) is not None]
+        files = [file for key in keys for file in self.found(key).files]
+        if not files or any(file.size is None for file in files):
+            return None
+        read = self._num_bytes_read + (self._reading.position if self._reading else 0)
+        return min(1.0, read / max(1, sum(file.size or 0 for file in files)))
+
     def found(self, key: str) -> Found:
         """The files of ``train_path`` or ``val_path``, as they were at the first call. Raises
         ConfigError for what is not there."""
@@ -110,9 +121,12 @@ class FileSource(DatasetProvider):
     def _documents(self, key: str) -> Iterator[Document]:
         empty: list[str] = []
         files = self.found(key).files
+        if key == "train_path":
+            self._num_bytes_read = 0
         for file in files:
             section = self.section
             reading = Reading(file, self._key(key), section.columns, section.errors)
+            self._reading = reading
             has_text = False
             for document in self.reader(file.suffix)(reading):
                 if reading.num_faults:
@@ -121,6 +135,7 @@ class FileSource(DatasetProvider):
                 yield document
             reading.raise_faults()
             self.replaced += reading.replaced
+            self._num_bytes_read += file.size or 0
             if not has_text:
                 if file.named or len(files) == 1:
                     reading.fail("holds no text", hint="give a file with text in it")

@@ -47,6 +47,13 @@ class Reading(Faults):
     ) -> None:
         super().__init__(file.where, key, columns, errors)
         self.file = file
+        self._raw: IO[bytes] | None = None
+
+    @property
+    def position(self) -> int:
+        """The bytes of the file, compressed as it is, that have been read since it was opened; 0
+        where it is not open."""
+        return 0 if self._raw is None else self._raw.tell()
 
     @contextmanager
     def open(self, decompress: bool = True) -> Iterator[IO[bytes]]:
@@ -64,7 +71,7 @@ class Reading(Faults):
         try:
             self._require_unchanged()
             with _open_raw(self.file) as raw:
-                stream = raw
+                stream = self._raw = raw
                 if decompress and self.file.compression == ".gz":
                     stream = gzip.GzipFile(fileobj=raw)
                 elif zstd is not None:
@@ -88,6 +95,8 @@ class Reading(Faults):
             if self.file.filesystem is None:
                 raise
             raise ConfigError(unreadable(self.where, self.key, error)) from error
+        finally:
+            self._raw = None
 
     def _require_unchanged(self) -> None:
         if self.file.identity is not None and self.file.identity_now() != self.file.identity:
