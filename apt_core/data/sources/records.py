@@ -20,23 +20,22 @@ def document_of(record: Mapping[str, Any], columns: Columns, where: str) -> Docu
     A field that is null is not there. Raises ValueError for a record without any of these, and
     for values that are no text or no conversation.
     """
-    text = record.get(columns.text)
-    if type(text) is str and len(record) == 1:
-        return Document.of(text, where)
-    given = {
-        "messages": record.get(columns.messages),
-        "prompt": record.get(columns.prompt),
-        "response": record.get(columns.response),
-        "text": text,
-    }
-    if given["prompt"] is None or given["response"] is None:
-        given.pop("prompt"), given.pop("response")
-    found = {name: value for name, value in given.items() if value is not None}
-    if not found:
+    given: dict[str, Any] = {}
+    if (messages := record.get(columns.messages)) is not None:
+        given["messages"] = messages
+    elif (prompt := record.get(columns.prompt)) is not None and (
+        response := record.get(columns.response)
+    ) is not None:
+        given["prompt"], given["response"] = prompt, response
+    elif (text := record.get(columns.text)) is not None:
+        if type(text) is str and columns.key is None:  # the most frequent, by far
+            return Document.of(text, where)
+        given["text"] = text
+    else:
         raise ValueError(missing_fields(columns, record, record))
-    if columns.key is not None and record.get(columns.key) is not None:
-        found["key"] = record[columns.key]
-    return Document.of(found, where)
+    if columns.key is not None:
+        given["key"] = record.get(columns.key)
+    return Document.of(given, where)
 
 
 def read_record(record: dict[str, Any], faults: Faults, number: int) -> Document | None:
