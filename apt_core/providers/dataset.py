@@ -211,8 +211,8 @@ class DatasetProvider(Provider, ABC):
         return None
 
     def share_read(self) -> float | None:
-        """How much of the documents has been read since :meth:`documents` was last begun, 0 to 1;
-        None, the default, where that cannot be told. It shows how far a build is."""
+        """How much of all documents, held-out ones too, has been read since reading last began, 0
+        to 1; None, the default, where that cannot be told. It shows how far a build is."""
         return None
 
     def fingerprint(self) -> str | None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator
+from functools import cached_property
 from typing import TypeAlias
 
 from apt_core.code_source import short_path
@@ -37,7 +38,6 @@ class FileSource(DatasetProvider):
 
     suffixes: Collection[str] = ()
     replaced = 0
-    _num_bytes_read = 0
     _reading: Reading | None = None
 
     @abstractmethod
@@ -92,8 +92,13 @@ class FileSource(DatasetProvider):
         files = [file for key in keys for file in self.found(key).files]
         if not files or any(file.size is None for file in files):
             return None
-        read = self._num_bytes_read + (self._reading.position if self._reading else 0)
+        read = sum(self._read.values()) + (self._reading.position if self._reading else 0)
         return min(1.0, read / max(1, sum(file.size or 0 for file in files)))
+
+    @cached_property
+    def _read(self) -> dict[str, int]:
+        """The bytes of the files of each key that were read to their end."""
+        return {}
 
     def found(self, key: str) -> Found:
         """The files of ``train_path`` or ``val_path``, as they were at the first call. Raises
@@ -121,8 +126,9 @@ class FileSource(DatasetProvider):
     def _documents(self, key: str) -> Iterator[Document]:
         empty: list[str] = []
         files = self.found(key).files
-        if key == "train_path":
-            self._num_bytes_read = 0
+        if key in self._read:  # everything is read again
+            self._read.clear()
+        self._read[key] = 0
         for file in files:
             section = self.section
             reading = Reading(file, self._key(key), section.columns, section.errors)
@@ -135,7 +141,7 @@ class FileSource(DatasetProvider):
                 yield document
             reading.raise_faults()
             self.replaced += reading.replaced
-            self._num_bytes_read += file.size or 0
+            self._read[key] += file.size or 0
             if not has_text:
                 if file.named or len(files) == 1:
                     reading.fail("holds no text", hint="give a file with text in it")
