@@ -247,6 +247,23 @@ def _sources(view: View) -> Iterator[Problem]:
             )
 
 
+def _packing(view: View) -> Iterator[Problem]:
+    packing, padding = view["data.packing"], view["data.padding"]
+    if packing == "pad" and padding in (False, "do_not_pad"):
+        yield view.problem(
+            "data.packing is pad, and data.padding says not to pad",
+            "data.padding",
+            "leave one of them out",
+        )
+    shortest, longest = view["data.min_chars"], view["data.max_chars"]
+    if longest is not None and shortest > longest:
+        yield view.problem(
+            f"no document is longer than {shortest} and shorter than {longest} characters",
+            "data.min_chars",
+            "lower it, or raise data.max_chars",
+        )
+
+
 def _mixture(view: View) -> Iterator[Problem]:
     mixture = view["data.mixture"]
     if mixture is None:
@@ -331,6 +348,8 @@ COLLECTORS: tuple[Callable[[View], Iterator[Problem]], ...] = (
     _lengths,
     _warmup,
     _sources,
+    _packing,
+    _mixture,
     _ramps,
     _switches,
 )

@@ -20,6 +20,8 @@ from apt_core.config.yaml_text import KeyPath, dotted
 from apt_core.errors import Problem, did_you_mean
 from apt_core.types import Inactive
 
+PADDING_KEYS = ("data.truncation", "data.padding")
+
 METRICS = ("perplexity", "accuracy", "loss", "bits_per_byte")
 """The metrics that the core computes."""
 
@@ -43,13 +45,10 @@ def _wanted(value: Any) -> bool:
     return value not in (None, False)
 
 
-_FULL_WINDOWS = "text is packed into full windows, so nothing is cut or filled"
 _UNNAMED = "no active plugin is named"
 
 RULES = (
     Rule("training.amp_level", _given, "torch's autocast has no levels: see mixed_precision"),
-    Rule("data.truncation", _wanted, _FULL_WINDOWS),
-    Rule("data.padding", lambda value: value not in (None, False, "do_not_pad"), _FULL_WINDOWS),
     Rule("monitoring.wandb.enabled", _wanted, f"{_UNNAMED} wandb", "wandb"),
     Rule("monitoring.tensorboard.enabled", _wanted, f"{_UNNAMED} tensorboard", "tensorboard"),
 )
@@ -92,6 +91,7 @@ def inactive_core_settings(
         yield Inactive("model.attention_name", f"{pattern} names every layer's", (pattern,))
     yield from model.tva.inactive()
     yield from model.vft.inactive()
+    yield from _inactive_data_settings(config)
     if training.early_stopping_patience is None:
         patience = "training.early_stopping_patience"
         yield Inactive("training.early_stopping_min_delta", f"{patience} is not set", (patience,))
@@ -114,6 +114,31 @@ def inactive_core_settings(
         level = "debug.log_level"
         reason = f"what it says more is of the level DEBUG, and {level} is {config.debug.log_level}"
         yield Inactive("debug.verbose", reason, (level,))
+
+
+def _inactive_data_settings(config: Config) -> Iterator[Inactive]:
+    data = config.data
+    if not data.pads:
+        packing = "data.packing" if data.packing else "data.padding"
+        reason = (
+            f"data.packing is {data.packing}: no sequence is filled up"
+            if data.packing
+            else "documents fill whole sequences, unless data.packing or data.padding ask for "
+            "one document a sequence"
+        )
+        keys = ("data.truncation",) if packing == "data.padding" else PADDING_KEYS
+        for key in keys:
+            yield Inactive(key, reason, ("data.packing", "data.padding"))
+    if data.deduplicate != "near":
+        key = "data.deduplicate"
+        yield Inactive("data.near_threshold", f"{key} is {data.deduplicate}", (key,))
+    if data.mixture is not None:
+        key = "data.mixture"
+        for name in ("loader", "columns", "errors"):
+            yield Inactive(f"data.{name}", f"the items of {key} have their own", (key,))
+    elif data.val_path is not None:
+        key = "data.val_path"
+        yield Inactive("data.val_fraction", f"{key} is what is held out", (key,))
 
 
 def written_inactive(

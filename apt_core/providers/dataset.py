@@ -162,6 +162,13 @@ class DataSection(SourceSection):
             return [("data", self)]
         return [(f"data.mixture[{at}]", item) for at, item in enumerate(self.mixture)]
 
+    @property
+    def pads(self) -> bool:
+        """Whether each sequence has one document, and is filled up."""
+        if self.packing is not None:
+            return self.packing == "pad"
+        return self.padding in (True, "max_length", "longest")
+
 
 @dataclass(frozen=True)
 class TextData:

@@ -30,6 +30,8 @@ FREE_KEYS = (
     "training.early_stopping_patience",
     "training.early_stopping_min_delta",
     "training.save_freq",
+    "data.num_workers",
+    "data.build_workers",
     "training.save_every_steps",
     "training.keep_last",
     "training.checkpoint_dir",
@@ -46,8 +48,22 @@ FREE_KEYS = (
 HORIZON_KEYS = ("training.max_epochs", "training.max_steps", "training.max_tokens")
 """Keys of the run's length, on which the learning rate and annealed parameters depend."""
 
-TEXT_KEYS = ("data.source", "data.train_path", "data.val_path", "data.loader")
-"""Keys of data paths: their content is compared, not the paths."""
+TEXT_KEYS = (
+    "data.source",
+    "data.train_path",
+    "data.val_path",
+    "data.loader",
+    "data.columns",
+    "data.errors",
+    "data.normalize",
+    "data.min_chars",
+    "data.max_chars",
+    "data.deduplicate",
+    "data.near_threshold",
+    "data.val_fraction",
+    "data.tokenizer",
+)
+"""Keys that say where text is from and how it becomes tokens: the tokens are compared instead."""
 
 
 def _tva_rank(config: Config) -> int:
@@ -67,8 +83,8 @@ RATE_KEYS = ("training.learning_rate", "training.muon.learning_rate", "training.
 
 EFFECTS: Mapping[str, Callable[[Config], Any]] = {
     "data.max_length": lambda config: config.seq_len,
-    "data.truncation": _nothing,
-    "data.padding": _nothing,
+    # What its items read is compared as tokens.
+    "data.mixture": lambda config: [(i.name, i.weight) for i in config.data.mixture or ()],
     "model.num_kv_heads": lambda config: config.model.num_kv_heads or config.model.num_heads,
     "model.tva.r": _tva_rank,
     "model.tva.rank": _tva_rank,
@@ -150,7 +166,7 @@ def check_resume(
             reason = ""  # it opens something, and trains nothing
         elif any(f"{key}.".startswith(f"{section}.") for section in reporting):
             reason = ""
-        elif key in TEXT_KEYS:
+        elif any(f"{key}.".startswith(f"{text}.") for text in TEXT_KEYS):
             reason = "" if same_text else "another text is read there"
         elif key in allowed or (
             reason and before is not None and _same_effect(key, before, config, inactive_settings)

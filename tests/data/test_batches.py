@@ -158,13 +158,39 @@ def test_truncation_keeps_the_beginning_of_each_document():
 def test_an_index_is_kept_and_mapped(tmp_path):
     part = documents([5, 30, 2, 1, 17], prompts=True)
     made = PieceIndex.of(pack_documents(part, 8))
-    kept = PieceIndex.kept_in(tmp_path / "index", pack_documents(part, 8))
-    again = PieceIndex.kept_in(tmp_path / "index", iter(()))
+    kept = PieceIndex.kept_in(tmp_path / "index", lambda: pack_documents(part, 8))
+    again = PieceIndex.kept_in(tmp_path / "index", lambda: iter(()))
     for index in (kept, again):
         for name in ("starts", "lengths", "row_ends", "targets"):
             assert getattr(index, name).tolist() == getattr(made, name).tolist()
-    assert len(PieceIndex.kept_in(tmp_path / "none", iter(()))) == 0
+    assert len(PieceIndex.kept_in(tmp_path / "none", lambda: iter(()))) == 0
     assert {p.name for p in tmp_path.iterdir()} == {"index", "none"}
+
+
+@pytest.mark.parametrize("damage", ["starts", "row_ends", "sha256.json"])
+def test_a_damaged_index_is_made_anew(tmp_path, caplog, damage):
+    part = documents([5, 30, 2, 1, 17])
+
+    def made() -> PieceIndex:
+        return PieceIndex.kept_in(tmp_path / "index", lambda: pack_documents(part, 8))
+
+    expected = made().starts.tolist()
+    data = (tmp_path / "index" / damage).read_bytes()
+    for wrong in (data[:-8], bytes([data[0] ^ 1]) + data[1:], b""):
+        (tmp_path / "index" / damage).write_bytes(wrong)
+        assert made().starts.tolist() == expected
+        assert "is damaged and is made anew" in caplog.text
+        caplog.clear()
+        made()
+        assert not caplog.text
+    assert [p.name for p in tmp_path.iterdir()] == ["index"]
+
+
+def test_an_index_that_cannot_be_kept_is_in_memory(tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    part = documents([5, 30])
+    index = PieceIndex.kept_in(tmp_path / "file" / "index", lambda: pack_documents(part, 8))
+    assert len(index) and "is not kept" in caplog.text
 
 
 def test_longest_cuts_what_is_padding_in_the_whole_micro_batch():

@@ -7,10 +7,12 @@ nothing is to be learned are left out.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +21,18 @@ import numpy as np
 
 from apt_core.data.packing.rows import IGNORED, Extract, Ints, Rows
 from apt_core.data.store.parts import TokenPart
+from apt_core.files import write_atomically
+from apt_core.json_files import read_json
+from apt_core.log import get_logger
+
+log = get_logger("apt.data")
 
 FILES = ("starts", "lengths", "row_ends", "targets")
 DTYPES = ("<u8", "<u4", "<u8", "<u4")
 """The arrays of an index on disk."""
+
+HASHES = "sha256.json"
+"""Their hashes."""
 
 BLOCK = 1 << 16
 """The documents that are packed at a time, so that memory stays bounded."""
@@ -55,31 +65,36 @@ class PieceIndex:
         )
 
     @classmethod
-    def kept_in(cls, folder: Path, blocks: Iterable[Packed]) -> PieceIndex:
-        """The index in ``folder``, memory-mapped; made of ``blocks`` where there is none yet.
+    def kept_in(cls, folder: Path, make: Callable[[], Iterable[Packed]]) -> PieceIndex:
+        """The index in ``folder``, memory-mapped; made by ``make`` where there is none, or a
+        damaged one.
 
-        It is written under another name first, so that a reader sees a whole index or none. Raises
-        OSError where it cannot be written.
+        It is written under another name first, so that a reader sees a whole index or none; where
+        it cannot be kept it is in memory.
         """
-        if not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            making = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}."))
-            try:
-                with ExitStack() as stack:
-                    files = [stack.enter_context((making / name).open("wb")) for name in FILES]
-                    for columns in _columns(blocks):
-                        for file, column in zip(files, columns, strict=True):
-                            file.write(column.tobytes())
-                    for file in files:
-                        file.flush()
-                        os.fsync(file.fileno())
-                with suppress(OSError):  # another process was faster
-                    making.rename(folder)
-            finally:
-                shutil.rmtree(making, ignore_errors=True)
-        return cls(
-            *(_mapped(folder / name, dtype) for name, dtype in zip(FILES, DTYPES, strict=True))
-        )
+        if (found := cls._read(folder)) is not None:
+            return found
+        try:
+            _write(folder, make())
+        except OSError as error:
+            log.warning("the packing is not kept in %s: %s", folder, error)
+            return cls.of(make())
+        found = cls._read(folder)
+        return cls.of(make()) if found is None else found
+
+    @classmethod
+    def _read(cls, folder: Path) -> PieceIndex | None:
+        if not folder.exists():
+            return None
+        try:
+            hashes = read_json(folder / HASHES)
+            columns = [_mapped(folder / n, t) for n, t in zip(FILES, DTYPES, strict=True)]
+        except (OSError, ValueError):
+            hashes, columns = None, []
+        if hashes == {name: _sha256(c) for name, c in zip(FILES, columns, strict=False)}:
+            return cls(*columns)
+        log.warning("the packing in %s is damaged and is made anew", folder)
+        return None
 
     def __len__(self) -> int:
         return len(self.row_ends)
@@ -218,6 +233,38 @@ def _columns(blocks: Iterable[Packed]) -> Iterator[tuple[Ints, ...]]:
         columns = starts, lengths, row_ends + pieces, np.add.reduceat(targets, first)
         yield tuple(c.astype(dtype) for c, dtype in zip(columns, DTYPES, strict=True))
         pieces += len(starts)
+
+
+def _write(folder: Path, blocks: Iterable[Packed]) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    making = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}."))
+    try:
+        hashes = {name: hashlib.sha256() for name in FILES}
+        with ExitStack() as stack:
+            files = [stack.enter_context((making / name).open("wb")) for name in FILES]
+            for columns in _columns(blocks):
+                for name, file, column in zip(FILES, files, columns, strict=True):
+                    hashes[name].update(column)
+                    file.write(column.data)
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+        found = {name: digest.hexdigest() for name, digest in hashes.items()}
+        write_atomically(making / HASHES, json.dumps(found))
+        if folder.exists():  # a damaged one
+            folder.rename(making / "old")
+        with suppress(OSError):  # another process was faster
+            making.rename(folder)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+        shutil.rmtree(folder / "old", ignore_errors=True)
+
+
+def _sha256(column: Ints) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, len(column), BLOCK):
+        digest.update(np.ascontiguousarray(column[start : start + BLOCK]))
+    return digest.hexdigest()
 
 
 def _mapped(path: Path, dtype: str) -> Ints:
