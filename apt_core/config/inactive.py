@@ -132,11 +132,7 @@ def _inactive_data_settings(config: Config) -> Iterator[Inactive]:
     if data.deduplicate != "near":
         key = "data.deduplicate"
         yield Inactive("data.near_threshold", f"{key} is {data.deduplicate}", (key,))
-    if data.mixture is not None:
-        key = "data.mixture"
-        for name in ("loader", "columns", "errors"):
-            yield Inactive(f"data.{name}", f"the items of {key} have their own", (key,))
-    elif data.val_path is not None:
+    if data.val_path is not None:
         key = "data.val_path"
         yield Inactive("data.val_fraction", f"{key} is what is held out", (key,))
 

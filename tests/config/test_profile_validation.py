@@ -495,8 +495,6 @@ def test_sections_of_plugins_that_were_left_out_are_inactive() -> None:
     ("path", "value"),
     [
         ("training.amp_level", "O1"),
-        ("data.truncation", True),
-        ("data.padding", "max_length"),
         ("monitoring.wandb.enabled", True),
         ("monitoring.tensorboard.enabled", True),
         ("hardware.num_gpus", 4),

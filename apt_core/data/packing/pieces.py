@@ -244,7 +244,7 @@ def _write(folder: Path, blocks: Iterable[Packed]) -> None:
             files = [stack.enter_context((making / name).open("wb")) for name in FILES]
             for columns in _columns(blocks):
                 for name, file, column in zip(FILES, files, columns, strict=True):
-                    hashes[name].update(column)
+                    hashes[name].update(column.data)
                     file.write(column.data)
             for file in files:
                 file.flush()
@@ -263,7 +263,7 @@ def _write(folder: Path, blocks: Iterable[Packed]) -> None:
 def _sha256(column: Ints) -> str:
     digest = hashlib.sha256()
     for start in range(0, len(column), BLOCK):
-        digest.update(np.ascontiguousarray(column[start : start + BLOCK]))
+        digest.update(np.ascontiguousarray(column[start : start + BLOCK]).data)
     return digest.hexdigest()
 
 
