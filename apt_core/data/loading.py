@@ -15,7 +15,7 @@ from apt_core.data.order import Order, Segment, StepPlan
 from apt_core.data.packing.choice import windows_of
 from apt_core.data.packing.rows import Windows
 from apt_core.data.store.memory import MemoryStore, in_memory
-from apt_core.errors import ConfigError, Problem, ProviderError
+from apt_core.errors import CheckpointError, ConfigError, Problem, ProviderError
 from apt_core.kernel import Kernel
 from apt_core.providers.dataset import DatasetProvider, SourceSection
 from apt_core.providers.tokenizer import TokenizerProvider
@@ -109,11 +109,23 @@ def load_tokenizer(kernel: Kernel, folder: Path | None = None) -> TokenizerProvi
     """The profile's tokenizer, as it was kept in ``folder`` where there is one.
 
     Raises ConfigError if ``model.vocab_size`` is less than its ids, CheckpointError for what is
-    damaged in the folder.
+    damaged or missing in the folder.
     """
-    config = kernel.config
-    name = config.data.tokenizer_name
+    name = kernel.config.data.tokenizer_name
     tokenizer: TokenizerProvider = kernel.registry.get("tokenizer", name)
+    if folder is not None and folder.is_dir():
+        try:
+            tokenizer.load(folder)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from error
+    elif tokenizer.trainable:
+        raise CheckpointError(f"{folder}: the tokenizer {name!r}, which was trained, is not there")
+    _require_covered(kernel, tokenizer)
+    return tokenizer
+
+
+def _require_covered(kernel: Kernel, tokenizer: TokenizerProvider) -> None:
+    config, name = kernel.config, kernel.config.data.tokenizer_name
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             Problem(
@@ -123,7 +135,6 @@ def load_tokenizer(kernel: Kernel, folder: Path | None = None) -> TokenizerProvi
                 hint=f"set it to {tokenizer.vocab_size} or more",
             )
         )
-    return tokenizer
 
 
 def load_data(kernel: Kernel, tokenizer_folder: Path | None = None) -> RunData:

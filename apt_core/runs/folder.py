@@ -6,7 +6,8 @@ import json
 import platform
 import re
 import shlex
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -238,6 +239,23 @@ class RunFolder:
     def write_json(self, name: str, value: Any) -> None:
         """Write a file of its own; ``name`` may have folders in it."""
         self._write(name, json.dumps(value, ensure_ascii=False) + "\n")
+
+    def keep(self, name: str, write: Callable[[Path], None]) -> None:
+        """Keep what ``write`` writes as the folder ``name``, unless there is one; log an error if
+        the disk is full."""
+        if not self.writes or (self.path / name).exists():
+            return
+        made = self.path / f".{name}.tmp"
+        try:
+            shutil.rmtree(made, ignore_errors=True)  # of a run that was killed
+            made.mkdir()
+            write(made)
+            if any(made.iterdir()):
+                made.rename(self.path / name)
+            else:
+                made.rmdir()
+        except OSError as error:
+            log.error("%s cannot be written: %s", self.path / name, error)
 
     def _write(self, name: str, text: str) -> None:
         """Write a record, or log an error if the disk is full: a run does not end for its

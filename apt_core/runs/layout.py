@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer"
 PREFIX = "step-"
 IS_STEP = re.compile(rf"{PREFIX}\d{{1,18}}")
 

@@ -31,6 +31,7 @@ from apt_core.profile_paths import user_path
 from apt_core.runs.checkpoint import Checkpoint
 from apt_core.runs.checkpoint_parts import joined_states, listed, model_tensors, names_not_finite
 from apt_core.runs.finding import find_checkpoint, run_of
+from apt_core.runs.layout import TOKENIZER
 from apt_core.runs.resume_check import check_providers, saved_profile
 from apt_core.runs.session import Position, Session
 from apt_core.schedules import Horizon, Schedule
@@ -108,7 +109,7 @@ def _opened(
     with of_one_run(manager.failures.keep_log_error), before_the_run(), naming_authors(kernel):
         require_plugins(kernel, (switch.plugin for switch in state.transforms))
         device = settle_device(kernel)
-        tokenizer = load_tokenizer(kernel)
+        tokenizer = load_tokenizer(kernel, run_of(found.path) / TOKENIZER)
         with as_current_device(device):
             model = _built(kernel, found, device)
             check_providers(kernel, found.manifest)

@@ -16,6 +16,7 @@ from apt_core.log import get_logger
 from apt_core.modeling.blame import attributed
 from apt_core.planning.memory import out_of_memory
 from apt_core.runs.checkpoint import Checkpoint
+from apt_core.runs.layout import TOKENIZER
 from apt_core.training.curriculum.switching import Switching
 from apt_core.training.diverging import diverged, void_steps
 from apt_core.training.loop import Loop
@@ -70,6 +71,7 @@ class Run:
         complete step was written."""
         loop, trained = self.loop, self._trained
         self.folder.write_profile(self._config.to_yaml())
+        self.folder.keep(TOKENIZER, loop.parts.tokenizer.save)
         self.folder.begin_manifest()
         self._manifest.write("running")
         if self._world.is_first:
