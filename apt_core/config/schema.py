@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -17,7 +16,7 @@ from pydantic import (
 )
 
 from apt_core.config.secret_fields import dump
-from apt_core.config.yaml_text import ProfileDumper
+from apt_core.config.yaml_text import yaml_of
 from apt_core.kinds import KINDS
 from apt_core.plugin_names import MAX_PLUGINS
 from apt_core.providers.attention import MHASettings, TVASettings
@@ -421,7 +420,7 @@ class Config(Section):
     def to_yaml(self) -> str:
         """The resolved profile as YAML text, with masks in the place of its secrets; reading one
         without any gives an equal Config."""
-        return yaml.dump(self.to_dict(), Dumper=ProfileDumper, sort_keys=False, allow_unicode=True)
+        return yaml_of(self.to_dict())
 
     def _without_plugins(self) -> Config:
         """A copy with the core's placeholders back, which its serializer knows."""

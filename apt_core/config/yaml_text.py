@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -101,6 +104,17 @@ class Document:
     texts: dict[KeyPath, str | None] = field(default_factory=dict)
     bare: set[KeyPath] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
+
+
+def yaml_of(data: Mapping[str, Any]) -> str:
+    """A profile's YAML, of what JSON can hold. It is made once for several checkpoints."""
+    return _yaml_of(json.dumps(data))
+
+
+@lru_cache(maxsize=4)
+def _yaml_of(text: str) -> str:
+    data = json.loads(text)
+    return yaml.dump(data, Dumper=ProfileDumper, sort_keys=False, allow_unicode=True)
 
 
 def parse_yaml(text: str, label: str) -> Document:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
@@ -48,6 +49,12 @@ def in_present_words(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of APT, Python and the packages that decide about results."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Read once: metadata are long, and every checkpoint has the versions."""
     found = {"apt": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
