@@ -174,6 +174,16 @@ class Source:
     def _with_override(self, override: Override) -> Source:
         section: Any = self.data
         for depth, key in enumerate(override.path[:-1]):
+            name, bracket, _ = key.partition("[")
+            if bracket:
+                listed = dotted((*override.path[:depth], name))
+                problem = Problem(
+                    "the items of a list are not set one by one",
+                    key=override.key,
+                    where=override.where,
+                    hint=f"replace the list as a whole: --set {listed}=…",
+                )
+                return replace(self, problems=(*self.problems, problem))
             section = section.get(key)
             if section is None:
                 break
@@ -190,6 +200,9 @@ class Source:
         data: Any = override.value
         marks = Marks(texts={(*override.path, *path): t for path, t in override.texts.items()})
         _mark_places(data, override.path, override.where, marks.places)
+        for depth in range(1, len(override.path)):  # sections that are new with it
+            if not self.has(override.path[:depth]):
+                marks.places[override.path[:depth]] = override.where
         if override.problem is not None:
             marks.wrong[override.path] = override.problem
         for key in reversed(override.path):

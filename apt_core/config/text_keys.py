@@ -52,7 +52,9 @@ class TextKeys:
             return value
         members = list(_members(annotation))
         text = self.texts.get(path)
-        if text is not None and _is_text(members):
+        # An argument that is a list is one where the key takes either.
+        is_list = isinstance(value, list) and any(_is_list(member) for member in members)
+        if text is not None and not is_list and _is_text(members):
             self.found.add(path)
             return text
         for member in members:
@@ -95,6 +97,10 @@ def _members(annotation: Any) -> Iterator[Any]:
         yield from _members(annotation.__value__)
     elif annotation is not NoneType and annotation is not None:
         yield annotation
+
+
+def _is_list(member: Any) -> bool:
+    return _is_a(get_origin(member), Collection) and not _is_a(get_origin(member), Mapping)
 
 
 def _is_text(members: list[Any]) -> bool:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from apt_core.kinds import KINDS
 from apt_core.providers.base import Provider
@@ -17,7 +18,20 @@ from apt_core.providers.documents import Document
 from apt_core.providers.tokenizer import TokenizerSettings
 from apt_core.sections import Count, Fraction, Name, Section, Size, one_of
 
-Paths = Name | list[Name]
+
+def _paths(value: Any) -> Any:
+    """Says of both forms at once what is wrong; pydantic tells of each alone."""
+    if isinstance(value, list | tuple):
+        if not value:
+            raise PydanticCustomError("too_short", "must not be empty")
+        if not all(isinstance(item, str) for item in value):
+            raise PydanticCustomError("paths", "must be a path, or a list of paths that are text")
+    elif not isinstance(value, str):
+        raise PydanticCustomError("apt_paths", "must be a path or a list of paths")
+    return value
+
+
+Paths = Annotated[Name | list[Name], BeforeValidator(_paths)]
 """Files, folders, patterns and URLs: one, or several."""
 
 Record = Document | str | Mapping[str, Any]
