@@ -129,9 +129,9 @@ class FileSource(DatasetProvider):
         if key in self._read:  # everything is read again
             self._read.clear()
         self._read[key] = 0
+        section, name = self.section, self._key(key)
         for file in files:
-            section = self.section
-            reading = Reading(file, self._key(key), section.columns, section.errors)
+            reading = Reading(file, name, section.columns, section.errors)
             self._reading = reading
             has_text = False
             for document in self.reader(file.suffix)(reading):
@@ -147,11 +147,9 @@ class FileSource(DatasetProvider):
                     reading.fail("holds no text", hint="give a file with text in it")
                 empty.append(reading.where)
         if empty and len(empty) == len(files):
-            raise ConfigError(
-                Problem(f"none of {len(files):,} files holds text", self._key(key), empty[0])
-            )
+            raise ConfigError(Problem(f"none of {len(files):,} files holds text", name, empty[0]))
         if empty:
-            log.warning("%s: %s hold no text, such as %s", self._key(key), len(empty), empty[0])
+            log.warning("%s: %s hold no text, such as %s", name, len(empty), empty[0])
 
     def _contents(self, key: str) -> list[tuple[str, str]]:
         files = self.found(key).files

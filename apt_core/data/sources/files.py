@@ -110,7 +110,8 @@ def find_files(
         if not files and len(found.problems) == count:
             found.problems.append(_nothing_at(path, key, suffixes, found.skipped - before))
         for file in files:
-            this = file.path if file.filesystem is not None else os.path.realpath(file.path)
+            # By number and device: a file may have several names.
+            this = file.path if file.filesystem else (file.identity or ())[2:]
             if this not in seen:
                 seen.add(this)
                 found.files.append(file)
