@@ -221,7 +221,7 @@ Python = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
-def python(tmp_path: Path) -> Python:
+def python(tmp_path: Path, forked: None) -> Python:
     """Runs a script of the benchmarks, and asserts how it ends."""
 
     def call(script: Path, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:

@@ -9,6 +9,7 @@ import sysconfig
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
@@ -96,9 +97,13 @@ def _belongs(
         return True
     file = getattr(module, "__file__", None)
     tests = name.startswith((file_module(""), "test_", "conftest", "__main__"))
-    return (
-        not tests and bool(homes) and isinstance(file, str) and Path(file).resolve().parent in homes
-    )
+    return not tests and bool(homes) and isinstance(file, str) and _folder(file) in homes
+
+
+@lru_cache(maxsize=10_000)
+def _folder(file: str) -> Path:
+    """The folder of a module's file; there are thousands of modules, asked for in each run."""
+    return Path(file).resolve().parent
 
 
 def _reset(name: str, module: ModuleType) -> dict[str, Any]:

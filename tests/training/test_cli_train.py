@@ -212,13 +212,18 @@ def test_a_plan_needs_no_data_file_and_says_that_it_is_missing(apt_train):
     assert "nowhere.txt" in run.out
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_reader_that_goes_away_does_not_end_the_run(profile, tmp_path):
     folder = tmp_path / "run"
-    command = (
-        f"{sys.executable} -m apt_core train -p {profile} --output {folder} "
-        "--training.max_steps 30 | head -1"
-    )
-    subprocess.run(["bash", "-c", command], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    command = [sys.executable, "-m", "apt_core", "train", "-p", str(profile), "--output"]
+    with subprocess.Popen(
+        [*command, str(folder), "--training.max_steps", "30"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout.readline()
+        process.stdout.close()
+    assert process.returncode == 0
     assert json.loads((folder / "manifest.json").read_text())["status"] == "finished"
 
 
