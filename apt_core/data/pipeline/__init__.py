@@ -1,0 +1,2 @@
+"""What is done to documents before they are kept as tokens: normalise, filter, de-duplicate,
+split."""

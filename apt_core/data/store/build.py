@@ -1,0 +1,362 @@
+"""Builds the token store of a source, or opens the one that is there."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib
+import json
+import os
+import secrets
+import shutil
+import tempfile
+import time
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from apt_core.cache import cache_dir
+from apt_core.data.pipeline.prepare import PipelineSettings
+from apt_core.data.pipeline.split import SplitRule
+from apt_core.data.store.assemble import Assembled, Assembly, Engine, ProgressCallback
+from apt_core.data.store.chunks import ChunkEncoder, name_of
+from apt_core.data.store.format import (
+    FORMAT,
+    DamagedStoreError,
+    StoreError,
+    StoreManifest,
+    note_checked,
+    write_manifest,
+)
+from apt_core.data.store.input import SourceReader, naming, settings_row
+from apt_core.data.store.local import available_cores
+from apt_core.data.store.lock import FileLock, waiting_for
+from apt_core.data.store.reader import TokenStore
+from apt_core.errors import ConfigError
+from apt_core.log import get_logger
+from apt_core.providers.dataset import DataSection, DatasetProvider
+from apt_core.providers.tokenizer import TokenizerProvider
+
+log = get_logger("apt.data")
+
+ENGINES = {"local": "apt_core.data.store.local:run_local", "ray": "apt_core.data.store.ray:run_ray"}
+
+BUILDING = ".building-"
+PRIVATE = "private-"
+
+
+def build_store(
+    source: DatasetProvider,
+    tokenizer: TokenizerProvider,
+    settings: DataSection,
+    *,
+    engine: str = "local",
+    workers: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> TokenStore:
+    """The token store of what ``source`` yields under ``settings``, the profile's ``data``.
+
+    It is kept in the cache under a hash of all that decides its content, and opened there from then
+    on; while another process builds it, this one waits. One that is damaged is built anew. Without
+    a fingerprint of the tokenizer it ends with the last object that uses it; without one of the
+    source everything is read to know whether it has changed. ``workers`` processes encode, by
+    default ``build_workers``, or one a core.
+
+    Raises ConfigError for bad input, ProviderError for a source or tokenizer that fails, StoreError
+    where the store cannot be written, ConfigError if there is nothing to learn from.
+    """
+    build = Build(
+        source=source,
+        encoder=ChunkEncoder(
+            tokenizer,
+            PipelineSettings.of(settings),
+            SplitRule.of_fraction(settings.val_fraction),
+        ),
+        engine=_engine(engine),
+        workers=workers or settings.build_workers or available_cores(),
+        progress=progress,
+    )
+    with naming("tokenizer", tokenizer, "fingerprint()"):
+        fingerprint = tokenizer.fingerprint()
+    base = stores_folder()
+    try:
+        if base is None:
+            return build.temporary()
+        if fingerprint is None:
+            return build.private(base)
+        return build.shared(base, fingerprint)
+    except OSError as error:
+        raise StoreError(
+            f"the token store cannot be written in {base}: {error.strerror or error} (make room "
+            "there, or name another folder with APT_CACHE)"
+        ) from error
+
+
+def stores_folder() -> Path | None:
+    """The folder of token stores in the cache. None, which the log says, where there is none and
+    none can be made. Raises StoreError on a full disk."""
+    try:
+        folder = cache_dir() / "stores"
+        folder.mkdir(parents=True, exist_ok=True)
+        os.listdir(folder)
+        return folder
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreError(f"the cache has no room for token stores: {error}") from error
+        log.warning("the token store is not kept: %s", error)
+        return None
+
+
+@dataclass(frozen=True)
+class Build:
+    """A source and all that makes a store of it."""
+
+    source: DatasetProvider
+    encoder: ChunkEncoder
+    engine: Engine
+    workers: int
+    progress: ProgressCallback | None
+
+    def shared(self, base: Path, fingerprint: str) -> TokenStore:
+        """The store in ``base``, which processes and runs share. Raises OSError."""
+        with naming("dataset", self.source, "fingerprint()"):
+            of_source = self.source.fingerprint()
+        hashing = of_source is None
+        if hashing:
+            name = name_of("dataset", self.source)
+            log.info("%s has no fingerprint: all of it is read", name)
+            of_source = SourceReader(self.source, hashing=True).fingerprint_of_all()
+        key = self.key(cast("str", of_source), fingerprint)
+        found = _opened(base / key)
+        if found is not None:
+            return found
+        if not os.access(base, os.W_OK):
+            log.warning("the token store is not kept: %s cannot be written", base)
+            return self.temporary()
+        with waiting_for(base / f"{key}.lock", "the token store") as lock:
+            found = _opened(base / key, log_damage=True)
+            if found is not None:
+                return found
+            if lock.works:
+                remove_leftovers(base, key)
+            self._into(base, key, of_source if hashing else None)
+        return TokenStore.open(base / key)
+
+    def private(self, base: Path) -> TokenStore:
+        """A store that ends with the last object that uses it. Raises OSError."""
+        key = f"{PRIVATE}{os.getpid()}-{secrets.token_hex(8)}"
+        lock = FileLock(base / f"{key}.lock")
+        lock.acquire()
+        owner = PrivateFolder(base / key, lock)
+        if lock.works:
+            remove_leftovers(base, key)
+        return self._owned(base, key, owner)
+
+    def temporary(self) -> TokenStore:
+        """The same, outside of the cache."""
+        base = Path(tempfile.mkdtemp(prefix="apt-store-"))
+        return self._owned(base, PRIVATE, PrivateFolder(base))
+
+    def _owned(self, base: Path, key: str, owner: PrivateFolder) -> TokenStore:
+        try:
+            self._into(base, key)
+            return TokenStore.open(base / key, owner)
+        except BaseException:
+            owner.end()
+            raise
+
+    def key(self, of_source: str, of_tokenizer: str) -> str:
+        """A hash of all that decides what the store holds."""
+        facts = {
+            "format": FORMAT,
+            "source": [_class_name(self.source), of_source],
+            "settings": settings_row(getattr(self.source.data_section, "columns", None)),
+            "tokenizer": [_class_name(self.encoder.tokenizer), of_tokenizer],
+            "pipeline": self.encoder.settings.facts(),
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def _into(self, base: Path, key: str, expected: str | None = None) -> None:
+        """Build the store ``key``, of documents whose hash is as ``expected``, if it is given."""
+        began = time.monotonic()
+        made = base / f"{key}{BUILDING}{os.getpid()}-{secrets.token_hex(4)}"
+        made.mkdir()
+        try:
+            built, reader = self._assembled(made, expected is not None)
+            if reader.sha256 != expected:
+                raise StoreError(f"{name_of('dataset', self.source)} changed while it was read")
+            _require_learnable(built, self.source)
+            manifest = self._manifest(key, built)
+            write_manifest(made, manifest)
+            note_checked(made)
+            _flush_folder(made)
+            _replace(base / key, made)
+            _flush_folder(base)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+        counts = ", ".join(f"{count:,} {name}" for name, count in built.counts.items() if count)
+        log.info(
+            "built the token store in %.1f s: %s tokens to train on, %s to evaluate on; "
+            "documents: %s",
+            time.monotonic() - began,
+            f"{built.parts['train'].tokens:,}",
+            f"{built.parts['val'].tokens:,}",
+            counts,
+        )
+
+    def _assembled(self, folder: Path, hashing: bool) -> tuple[Assembled, SourceReader]:
+        """Make the parts in ``folder``; if the split turns out not to serve, once more."""
+        encoder = self.encoder
+        while True:
+            work = folder / f"work-{secrets.token_hex(4)}"
+            work.mkdir()
+            reader = SourceReader(self.source, hashing=hashing)
+            built = Assembly(work, reader, encoder).run(self.engine, self.workers, self.progress)
+            _require_documents(built, self.source)
+            rule = None if reader.holds_out else encoder.rule.corrected(built.seen)
+            if rule is None:
+                for path in list(work.iterdir()):
+                    if path.is_file():
+                        path.rename(folder / path.name)
+                shutil.rmtree(work)
+                return built, reader
+            shutil.rmtree(work)
+            encoder = replace_rule(encoder, rule)
+
+    def _manifest(self, key: str, built: Assembled) -> StoreManifest:
+        with naming("dataset", self.source, "describe()"):
+            description = str(self.source.describe())
+        return StoreManifest(
+            format=FORMAT,
+            key=key,
+            source=description,
+            tokenizer=self.encoder.tokenizer.get_name(),
+            vocab_size=self.encoder.tokenizer.vocab_size,
+            dtype=cast("Any", self.encoder.dtype.name),
+            settings=self.encoder.settings.row(),
+            counts=built.counts,
+            parts=built.parts,
+        )
+
+
+def replace_rule(encoder: ChunkEncoder, rule: SplitRule) -> ChunkEncoder:
+    """The same encoder with another split."""
+    return ChunkEncoder(encoder.tokenizer, encoder.settings, rule)
+
+
+class PrivateFolder:
+    """A store's folder that is deleted with this object, or at the end of the process."""
+
+    def __init__(self, folder: Path, lock: FileLock | None = None) -> None:
+        self._finalizer = weakref.finalize(self, _end_private, folder, lock, os.getpid())
+
+    def end(self) -> None:
+        """Delete it now."""
+        self._finalizer()
+
+
+def _end_private(folder: Path, lock: FileLock | None, process: int) -> None:
+    # A forked process has a copy of the object, but not the folder.
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            lock.release()
+
+
+def remove_leftovers(base: Path, key: str) -> None:
+    """Delete what builders have left that ended before they were done: of ``key``, whose lock this
+    process holds, and of all others that nobody holds."""
+    _remove_unfinished(base, key)
+    for path in base.glob("*.lock"):
+        lock = FileLock(path)
+        try:
+            if path.stem == key or not lock.acquire():
+                continue
+        except OSError:
+            continue
+        try:
+            if lock.works:
+                _remove_unfinished(base, path.stem)
+        finally:
+            lock.release()
+
+
+def _remove_unfinished(base: Path, key: str) -> None:
+    found = list(base.glob(f"{key}{BUILDING}*"))
+    if key.startswith(PRIVATE):
+        found += [base / key]
+    for path in found:
+        if path.is_dir() and not path.is_symlink():
+            log.info("%s is deleted: its builder ended before it was done", path)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _opened(folder: Path, *, log_damage: bool = False) -> TokenStore | None:
+    if not folder.exists():
+        return None
+    try:
+        return TokenStore.open(folder)
+    except DamagedStoreError as error:
+        if log_damage:
+            log.warning("the token store %s is built anew: %s", folder, error)
+        return None
+
+
+def _replace(folder: Path, made: Path) -> None:
+    """Put ``made`` in the place of ``folder``, which is damaged if it is there."""
+    if folder.exists():
+        old = made.with_name(f"{made.name}-old")
+        folder.rename(old)
+        made.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        made.rename(folder)
+
+
+def _require_documents(built: Assembled, source: DatasetProvider) -> None:
+    if built.num_kept:
+        return
+    name, counts = name_of("dataset", source), built.counts
+    if not counts["read"]:
+        raise ConfigError(f"{name} yields no document", key="data", hint="give it text to read")
+    left_out = ", ".join(
+        f"{count:,} {what.replace('_', ' ')}"
+        for what, count in counts.items()
+        if count and what not in ("read", "replaced")
+    )
+    raise ConfigError(
+        f"none of the {counts['read']:,} documents of {name} is left: {left_out}",
+        key="data",
+        hint="give it more text, or change data.min_chars and data.max_chars",
+    )
+
+
+def _require_learnable(built: Assembled, source: DatasetProvider) -> None:
+    tokens = built.parts["train"].tokens
+    if tokens < 2:
+        raise ConfigError(
+            f"the training text of {name_of('dataset', source)} has {tokens} tokens: nothing can "
+            "be learned from it",
+            key="data.train_path",
+            hint="give a longer text",
+        )
+
+
+def _engine(name: str) -> Engine:
+    if name not in ENGINES:
+        raise ConfigError(f"there is no engine {name!r}", hint=f"one of {', '.join(ENGINES)}")
+    module, _, function = ENGINES[name].partition(":")
+    return cast("Engine", getattr(importlib.import_module(module), function))
+
+
+def _class_name(provider: object) -> str:
+    return f"{type(provider).__module__}.{type(provider).__qualname__}"
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
