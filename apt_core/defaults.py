@@ -103,7 +103,7 @@ _DECLARED = (
     ProviderSpec(
         kind="dataset",
         name="text_default",
-        factory="apt_core.data.loaders.text_default:TextDataset",
+        factory=f"{_SOURCES}.text_default:TextDataset",
         section="data",
         summary="text files; by suffix JSON lines, CSV and parquet; .gz and .zst",
         files=("train_path", "val_path"),
@@ -135,7 +135,7 @@ _DECLARED = (
     ProviderSpec(
         kind="dataset",
         name="pydoc",
-        factory="apt_core.data.loaders.pydoc:PydocDataset",
+        factory=f"{_SOURCES}.pydoc:PydocDataset",
         section="data",
         summary="CPython's language reference, in every Python",
         files=("val_path",),

@@ -71,7 +71,7 @@ KINDS: Mapping[str, Kind] = {
             "dataset",
             keys=("data.loader", "data.source"),
             default="text_default",
-            methods=("load",),
+            methods=("documents",),
             fallback=False,
             section="data",
         ),

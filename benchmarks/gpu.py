@@ -38,6 +38,7 @@ from _gpu_sides import (
     trainer,
 )
 from _harness import Report, flags, interleave, new_report
+from _texts import pydoc_texts
 from apt_core.config import read_profile
 from apt_core.device import is_out_of_memory
 from apt_core.error_text import cause_of, one_line
@@ -45,7 +46,6 @@ from apt_core.inference.generator import generate
 from apt_core.kernel import boot
 from apt_core.modeling.layers import SwiGLU
 from apt_core.parallel.peak import measured_peak_flops
-from apt_core.registry import Registry
 from apt_core.testing import tiny_session
 from apt_core.types import GenerationRequest
 from apt_plugins.moe.experts import Experts
@@ -480,7 +480,7 @@ def add_tables(report: Report) -> None:
 
 @contextmanager
 def benched(device: torch.device, quick: bool) -> Iterator[Bench]:
-    text = Registry().get("dataset", "pydoc").load()
+    train, val = pydoc_texts()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         rounds = 1
@@ -489,14 +489,14 @@ def benched(device: torch.device, quick: bool) -> Iterator[Bench]:
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
             rounds = 3 if quick else 6
-            text = replace(text, train=text.train * REPEATS)
+            train *= REPEATS
         else:
             torch.set_num_threads(1)
             # A dry run needs no compiler, and does not wait a minute for one.
             compiled = partial(torch.compile, backend="eager")
             stack.enter_context(patch.object(torch, "compile", compiled))
-            text = replace(text, train=text.train[:20_000], val=text.val[:5_000])
-        yield Bench(device, folder, text.train, text.val, rounds)
+            train, val = train[:20_000], val[:5_000]
+        yield Bench(device, folder, train, val, rounds)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,7 +30,7 @@ from _bare import NanoGPT, Recipe, random_windows, train
 from _harness import Report, run
 from apt_core import hookimpl
 from apt_core.config.overrides import Override
-from apt_core.data.loaders.pydoc import PydocDataset
+from apt_core.data.loading import load_data
 from apt_core.kernel import Kernel, boot
 from apt_core.plugin_manager import PluginManager
 from apt_core.training import Trainer
@@ -76,10 +76,10 @@ class Ablation:
 
 def read_text() -> tuple[Tensor, Tensor]:
     """The ids of the training text and of the held-out text, int64, one a byte."""
-    text = PydocDataset(None).load()
+    store = load_data(boot({"data": {"source": "pydoc"}})).sources[0].store
     train_ids, val_ids = (
-        torch.from_numpy(np.frombuffer(part.encode(), dtype=np.uint8).astype(np.int64))
-        for part in (text.train, text.val)
+        torch.from_numpy(part.read(0, part.num_tokens).astype(np.int64))
+        for part in (store.part("train"), store.part("val"))
     )
     return train_ids, val_ids
 

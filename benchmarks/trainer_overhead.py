@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from _apt_turns import patched_fetches, trainer_loop
 from _bare import Recipe, adamw, nanogpt_section, random_windows, train
 from _harness import Report, run
+from _texts import pydoc_texts
 from _turns import Loop, TurnTimings, take_turns
 from apt_core import hookimpl
 from apt_core.data.batches import Batch
 from apt_core.modeling import ModelBuilder
 from apt_core.plugin_manager import PluginManager
-from apt_core.registry import Registry
 from apt_core.training import Trainer
 
 OBSERVERS = 10
@@ -314,10 +314,10 @@ def timed(
 ) -> tuple[TurnTimings[nn.Module], dict[str, float]]:
     """The times of a step, and the held-out loss of every side after its last step."""
     recipe = shape.recipe((WARMUP + rounds) * shape.turn + 1)
-    text = Registry().get("dataset", "pydoc").load()
+    train, val = pydoc_texts()
     # The text is long enough for one epoch: the end of an epoch is no part of a step.
     needed = (recipe.steps + 1) * recipe.batch_size * recipe.length
-    job = Job(shape, recipe, text.train * -(-needed // len(text.train)), text.val, folder)
+    job = Job(shape, recipe, train * -(-needed // len(train)), val, folder)
     with patched_fetches():
         times = take_turns(
             {name: SIDES[name](job) for name in sides},
@@ -326,7 +326,7 @@ def timed(
             warmup=WARMUP,
             steps=shape.turn,
         )
-    held_out = encoded(text.val)
+    held_out = encoded(val)
     losses = {
         name: held_out_loss(model, held_out, shape.length) for name, model in times.results.items()
     }

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from apt_core.config import Config
 from apt_core.data.batches import BatchPlan, EvaluationPlan
 from apt_core.data.mixture import mixture_segments
 from apt_core.data.order import Order, Segment, StepPlan
 from apt_core.data.packing.choice import windows_of
 from apt_core.data.packing.rows import Windows
-from apt_core.data.store.memory import MemoryStore, in_memory
+from apt_core.data.store.assemble import ProgressCallback
+from apt_core.data.store.build import build_store
+from apt_core.data.store.format import PARTS, PartName
+from apt_core.data.store.reader import TokenStore
 from apt_core.errors import CheckpointError, ConfigError, Problem, ProviderError
 from apt_core.kernel import Kernel
 from apt_core.providers.dataset import DatasetProvider, SourceSection
 from apt_core.providers.tokenizer import TokenizerProvider
 from apt_core.schedules import Horizon
+
+Progress = Callable[[str, DatasetProvider], ProgressCallback]
+"""Asked once for each source, by its name: what is told how far its store is."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +35,19 @@ class SourceData:
     evaluate on. The name is empty but in a mixture."""
 
     name: str
-    store: MemoryStore
+    store: TokenStore
     train: Windows
     val: Windows | None
+
+    @property
+    def description(self) -> str:
+        """One line: the source and its sizes."""
+        train, val = self.store.part("train"), self.store.part("val")
+        return (
+            f"{f'{self.name}: ' if self.name else ''}{self.store.description}: "
+            f"{train.num_tokens:,} tokens to train on, {val.num_tokens:,} held out, "
+            f"sha256 {self.store.sha256[:12]}"
+        )
 
     def row(self) -> dict[str, Any]:
         """What the manifest and checkpoints record of it."""
@@ -40,6 +57,7 @@ class SourceData:
             "description": store.description,
             "sha256": store.sha256,
             "tokens_sha256": store.tokens_sha256,
+            "counts": {what: count for what, count in store.manifest.counts.items() if count},
             "train_tokens": store.part("train").num_tokens,
             "val_tokens": store.part("val").num_tokens,
             "windows": len(self.train),
@@ -56,11 +74,7 @@ class RunData:
     @property
     def description(self) -> str:
         """One line about each source."""
-        return "; ".join(
-            f"{source.name}: {source.store.description}" if source.name
-            else source.store.description
-            for source in self.sources
-        )  # fmt: skip
+        return "; ".join(source.description for source in self.sources)
 
     @property
     def num_windows(self) -> int:
@@ -77,7 +91,7 @@ class RunData:
         """The hashes of the ids, by part."""
         return {
             part: _joined([source.store.tokens_sha256[part] for source in self.sources])
-            for part in ("train", "val")
+            for part in PARTS
         }
 
     @property
@@ -85,7 +99,7 @@ class RunData:
         """UTF-8 bytes of held-out text by token that is to be learned."""
         parts = [source.store.part("val") for source in self.sources if source.val is not None]
         num_bytes = sum(part.num_bytes for part in parts)
-        return num_bytes / max(1, sum(part.num_tokens for part in parts))
+        return num_bytes / max(1, sum(part.num_learned for part in parts))
 
     def evaluation(self, batch_size: int) -> EvaluationPlan:
         """The batches of the held-out windows of all sources."""
@@ -137,23 +151,49 @@ def _require_covered(kernel: Kernel, tokenizer: TokenizerProvider) -> None:
         )
 
 
-def load_data(kernel: Kernel, tokenizer_folder: Path | None = None) -> RunData:
-    """The data of the run. Raises ConfigError for what cannot be read or is too little,
-    ProviderError for a source that yields anything but documents."""
+def load_data(
+    kernel: Kernel,
+    *,
+    engine: str = "local",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> RunData:
+    """The data of the run, of which what is not in the cache is built by ``engine`` with
+    ``workers`` processes.
+
+    Raises ConfigError for what cannot be read or is too little, ProviderError for a source or a
+    tokenizer that fails, StoreError where a store cannot be written.
+    """
     config = kernel.config
-    tokenizer = load_tokenizer(kernel, tokenizer_folder)
+    named = [(name, source_of(kernel, section)) for name, section in named_sources(kernel)]
+    tokenizer: TokenizerProvider = kernel.registry.get("tokenizer", config.data.tokenizer_name)
+    _require_covered(kernel, tokenizer)
     found = []
-    for name, section in named_sources(kernel):
-        store = in_memory(source_of(kernel, section), tokenizer)
-        train, val = (
-            windows_of(store.part(part), config, tokenizer.special.pad) for part in ("train", "val")
+    for name, source in named:
+        store = build_store(
+            source,
+            tokenizer,
+            config.data,
+            engine=engine,
+            workers=workers,
+            progress=None if progress is None else progress(name, source),
         )
-        if not len(train):
-            raise ConfigError(_too_little(name, "train", store))
-        found.append(SourceData(name, store, train, val if len(val) else None))
+        found.append(_source_data(name, store, config, tokenizer))
     if all(source.val is None for source in found):
-        raise ConfigError(_too_little(found[0].name, "val", found[0].store))
+        raise ConfigError([_too_little(found[0], "val")])
     return RunData(tokenizer, found)
+
+
+def _source_data(
+    name: str, store: TokenStore, config: Config, tokenizer: TokenizerProvider
+) -> SourceData:
+    folder, pad = store.folder / "packing", tokenizer.special.pad
+    train = windows_of(store.part("train"), config, pad, folder / "train")
+    val = windows_of(store.part("val"), config, pad, folder / "val")
+    found = SourceData(name, store, train, val if len(val) else None)
+    if not len(train):
+        raise ConfigError([_too_little(found, "train")])
+    return found
 
 
 def named_sources(kernel: Kernel) -> list[tuple[str, SourceSection]]:
@@ -221,9 +261,9 @@ def batch_plan(kernel: Kernel, data: RunData, rank: int = 0, world_size: int = 1
     )
 
 
-def _too_little(name: str, part: str, store: MemoryStore) -> Problem:
-    tokens = store.part(part).num_tokens
-    source = f"source {name}: " if name else ""
+def _too_little(data: SourceData, part: PartName) -> Problem:
+    tokens = data.store.part(part).num_tokens
+    source = f"source {data.name}: " if data.name else ""
     if part == "train":
         message = f"{source}the training text has {tokens} tokens: nothing can be learned from it"
         return Problem(message, key="data.train_path", hint="give a longer text")

@@ -4,7 +4,7 @@ from apt_core.providers.align import AlignProvider
 from apt_core.providers.attention import AttentionProvider, AttentionSupport, DecodingCache
 from apt_core.providers.backbone import BackboneProvider
 from apt_core.providers.base import Provider
-from apt_core.providers.dataset import DatasetProvider, TextData
+from apt_core.providers.dataset import DatasetProvider
 from apt_core.providers.documents import Document, Message
 from apt_core.providers.ffn import FeedForwardProvider
 from apt_core.providers.lr_schedule import LRScheduleProvider
@@ -35,6 +35,5 @@ __all__ = [
     "RetrievedChunk",
     "RouterProvider",
     "SpecialTokens",
-    "TextData",
     "TokenizerProvider",
 ]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -184,27 +181,6 @@ class DataSection(SourceSection):
         return self.padding in (True, "max_length", "longest")
 
 
-@dataclass(frozen=True)
-class TextData:
-    """The text of a run: what to train on, what to validate on, and where it is from.
-
-    ``description`` is one line for the log and the manifest: the source, its version, its sizes.
-    """
-
-    train: str
-    val: str
-    description: str
-
-    @cached_property
-    def sha256(self) -> str:
-        """The hash of both parts; figures measured on different hashes are not comparable."""
-        digest = hashlib.sha256()
-        for part in (self.train, self.val):
-            data = part.encode("utf-8", errors="surrogatepass")
-            digest.update(len(data).to_bytes(8, "little") + data)
-        return digest.hexdigest()
-
-
 class DatasetProvider(Provider, ABC):
     """A source of documents.
 
@@ -215,16 +191,12 @@ class DatasetProvider(Provider, ABC):
 
     data_section: SourceSection = DataSection()
 
-    def load(self) -> TextData:
-        """Read everything. Raises ConfigError, naming file and place, for what cannot be read."""
-        raise NotImplementedError
-
+    @abstractmethod
     def documents(self) -> Iterator[Record]:
         """Yield the documents to train on, always in the same order and without holding all.
 
         Raises ConfigError, naming file and place, for what cannot be read.
         """
-        raise NotImplementedError
 
     def held_out(self) -> Iterator[Record] | None:
         """Yield the documents to evaluate on. None, the default, where the source has none of its

@@ -243,16 +243,17 @@ class Data(Target):
         return name, damaged(rng, text.encode(encoding, "replace")), rng.random() < 0.3
 
     def feed(self, given: Any) -> str:
-        from apt_core.data.loaders.text_default import TextDataset
-        from apt_core.data.tokenizer import ByteTokenizer
-        from apt_core.data.tokens import ids_sha256, tokenize
+        from apt_core.data.tokenizers.byte import ByteTokenizer
+
+        from apt_core.data.sources.text_default import TextDataset
+        from apt_core.data.store.build import build_store
+        from apt_core.providers.dataset import DataSection
 
         name, text, twice = given
         Path(name).write_bytes(text)
-        provider = TextDataset({"train_path": name, "val_path": name if twice else None})
-        data = provider.load()
-        for part in (data.train, data.val):
-            ids_sha256(tokenize(ByteTokenizer(), part))
+        section = DataSection(train_path=name, val_path=name if twice else None)
+        store = build_store(TextDataset(section), ByteTokenizer(), section, workers=1)
+        store.part("val").read(0, 100)
         return "accepted"
 
 

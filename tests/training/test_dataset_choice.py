@@ -3,6 +3,7 @@ no path that nothing reads goes unsaid."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,12 +11,12 @@ from pydantic import Field
 
 from apt_core import ProviderSpec, SectionSpec, hookimpl
 from apt_core.config import Section, parse_override
-from apt_core.data.loading import load_text
-from apt_core.errors import ConfigError, ProviderError
+from apt_core.data.loading import load_data
+from apt_core.errors import ConfigError
 from apt_core.kernel import Kernel, boot
 from apt_core.planning.plan import make_plan
 from apt_core.plugin_manager import PluginManager
-from apt_core.providers import DatasetProvider, TextData
+from apt_core.providers import DatasetProvider
 
 
 class Settings(Section):
@@ -23,23 +24,21 @@ class Settings(Section):
 
 
 class Words(DatasetProvider):
-    def load(self) -> TextData:
-        data = self.data_section
-        assert data is not None
-        words = f"{self.config.words} words of {data.train_path}, {data.max_length}"
-        return TextData(words, "held out", words)
+    def documents(self) -> Iterator[str]:
+        section = self.data_section
+        for number in range(40):
+            yield f"{number}: {self.config.words} words of {section.train_path}, {section.errors}"
 
 
 class OfData(DatasetProvider):
-    def load(self) -> TextData:
-        return TextData(
-            str(self.config.max_length), "held out", str(self.data_section is self.config)
-        )
+    def documents(self) -> Iterator[str]:
+        for number in range(40):
+            yield f"{number}: {self.config.errors}, {self.data_section is self.config}"
 
 
-class NoText(DatasetProvider):
-    def load(self) -> Any:
-        return ("train", "val")
+class NoDocuments(DatasetProvider):
+    def documents(self) -> Any:
+        return [("train", "val")]
 
 
 class Datasets:
@@ -53,7 +52,7 @@ class Datasets:
             ProviderSpec("dataset", "words", Words, config=Settings, section="counted"),
             ProviderSpec("dataset", "files", Words, config=Settings, files=("train_path",)),
             ProviderSpec("dataset", "of_data", OfData),
-            ProviderSpec("dataset", "no_text", NoText),
+            ProviderSpec("dataset", "no_text", NoDocuments),
         ]
 
 
@@ -62,6 +61,12 @@ def start(data: dict[str, Any], *, strict: bool = False, **profile: Any) -> Kern
     manager.register(Datasets(), "datasets")
     profile = {"data": {"max_length": 16, **data}, "hardware": {"device": "cpu"}, **profile}
     return boot(profile, manager=manager, strict=strict)
+
+
+def text_of(kernel: Kernel, part: str = "train") -> str:
+    data = load_data(kernel)
+    tokens = data.sources[0].store.part(part)  # type: ignore[arg-type]
+    return data.tokenizer.decode(tokens.read(0, tokens.num_tokens).tolist())
 
 
 def used(kernel: Kernel) -> tuple[str, str]:
@@ -74,7 +79,7 @@ def used(kernel: Kernel) -> tuple[str, str]:
 )
 def test_a_dataset_gets_its_own_section_and_sees_data(data):
     kernel = start(data, strict=True, counted={"words": 5})
-    assert load_text(kernel).train == f"5 words of {data.get('train_path')}, 16"
+    assert f": 5 words of {data.get('train_path')}, strict" in text_of(kernel)
     assert used(kernel) == ("words", "words")
 
 
@@ -92,18 +97,16 @@ def test_settings_of_a_dataset_that_is_not_used_do_nothing():
 
 
 def test_a_dataset_without_a_section_of_its_own_gets_data():
-    assert load_text(start({"loader": "of_data"})).train == "16"
-    assert load_text(start({"loader": "of_data"})).description == "True"
+    assert ": replace, True" in text_of(start({"loader": "of_data", "errors": "replace"}))
 
 
 def test_the_default_loader_without_a_path_leaves_the_choice_to_the_built_in_text(tmp_path):
     kernel = start({"loader": "text_default"}, strict=True)
-    whole = load_text(kernel)
+    text_of(kernel)
     assert used(kernel) == ("pydoc", "pydoc")
     held_out = tmp_path / "val.txt"
     held_out.write_text("a text of one's own", encoding="utf-8")
-    text = load_text(start({"val_path": str(held_out)}, strict=True))
-    assert text.val == "a text of one's own" and text.train == whole.train + whole.val
+    assert text_of(start({"val_path": str(held_out)}, strict=True), "val") == "a text of one's own"
     with pytest.raises(ConfigError, match=r"data\.val_path: there is no file 'gone.txt'"):
         start({"val_path": "gone.txt"})
 
@@ -136,5 +139,5 @@ def test_a_source_and_a_loader_are_not_both_taken():
 
 
 def test_what_is_no_text_names_the_dataset():
-    with pytest.raises(ProviderError, match=r"dataset:no_text \(plugin datasets\).*a tuple"):
-        load_text(start({"loader": "no_text"}))
+    with pytest.raises(ConfigError, match=r"NoDocuments.*is a tuple, not a document"):
+        load_data(start({"loader": "no_text"}))

@@ -8,7 +8,6 @@ import json
 import pytest
 import torch
 
-from apt_core.data.tokens import tokenize
 from apt_core.kernel import boot
 from apt_core.runs import checkpoint, scores
 from apt_core.training.prepare import _shared_inputs, prepare
@@ -54,9 +53,8 @@ OPTIONS = ("--data.tokenizer_name", "shifted", "--training.max_steps", "1")
 
 @pytest.fixture
 def keeps_ids(tmp_path, monkeypatch):
-    """Even a short text may be kept as ids."""
+    """A cache of its own."""
     monkeypatch.setenv("APT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tokenize, "__kwdefaults__", {"cache_from": 1})
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import json
 import platform
 from collections.abc import Iterator
 
-from apt_core.data.preprocess import paragraphs
 from apt_core.data.sources.text_default import TextDataset
 from apt_core.errors import ConfigError, Problem
 from apt_core.providers.documents import Document
@@ -28,7 +27,7 @@ class PydocDataset(TextDataset):
         them."""
         seen: set[str] = set()
         for topic, text in sorted(_topics().items()):
-            new = [each for each in dict.fromkeys(paragraphs(text)) if each not in seen]
+            new = [each for each in dict.fromkeys(_paragraphs(text)) if each not in seen]
             seen.update(new)
             if new:
                 yield Document(text="\n\n".join(new), where=f"pydoc_data.topics:{topic}")
@@ -58,3 +57,16 @@ def _topics() -> dict[str, str]:
             )
         ) from error
     return topics
+
+
+def _paragraphs(text: str) -> list[str]:
+    """The paragraphs of ``text``, which blank lines separate, with their indentation."""
+    blocks: list[str] = []
+    lines: list[str] = []
+    for line in [*text.splitlines(), ""]:
+        if line.strip():
+            lines.append(line.rstrip())
+        elif lines:
+            blocks.append("\n".join(lines))
+            lines = []
+    return blocks
