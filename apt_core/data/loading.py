@@ -134,11 +134,12 @@ def load_tokenizer(kernel: Kernel, folder: Path | None = None) -> TokenizerProvi
             raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from error
     elif tokenizer.trainable:
         raise CheckpointError(f"{folder}: the tokenizer {name!r}, which was trained, is not there")
-    _require_covered(kernel, tokenizer)
+    require_vocabulary(kernel, tokenizer)
     return tokenizer
 
 
-def _require_covered(kernel: Kernel, tokenizer: TokenizerProvider) -> None:
+def require_vocabulary(kernel: Kernel, tokenizer: TokenizerProvider) -> None:
+    """Raise ConfigError if ``model.vocab_size`` is less than the ids of ``tokenizer``."""
     config, name = kernel.config, kernel.config.data.tokenizer_name
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -167,7 +168,7 @@ def load_data(
     config = kernel.config
     named = [(name, source_of(kernel, section)) for name, section in named_sources(kernel)]
     tokenizer: TokenizerProvider = kernel.registry.get("tokenizer", config.data.tokenizer_name)
-    _require_covered(kernel, tokenizer)
+    require_vocabulary(kernel, tokenizer)
     found = []
     for name, source in named:
         store = build_store(

@@ -9,7 +9,7 @@ import torch
 
 from apt_core.config import Config, Source, check_files
 from apt_core.config.switches import UNITS
-from apt_core.data.loading import RunData, load_data
+from apt_core.data.loading import RunData, load_data, require_vocabulary
 from apt_core.data.order import StepPlan
 from apt_core.device import autocast_dtype
 from apt_core.error_text import one_line
@@ -79,6 +79,9 @@ def make_plan(kernel: Kernel, world_size: int | None = None) -> dict[str, Any]:
     with before_the_run(), naming_authors(kernel):
         for kind, name in kernel.providers:
             kernel.registry.get(kind, name)
+        tokenizer = kernel.registry.get("tokenizer", kernel.config.data.tokenizer_name)
+        if not tokenizer.trainable:  # else its ids are known only with the data
+            require_vocabulary(kernel, tokenizer)
         cost = model_cost(kernel)
         batch, steps = _batch(kernel, world_size)
         schedule = kernel.schedule.with_horizon(_planned_horizon(kernel.config, steps))
