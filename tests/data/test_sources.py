@@ -335,6 +335,12 @@ def test_a_csv_that_is_none_is_told_with_its_line(data, said):
     assert said in message("a.csv")
 
 
+def test_rows_of_csv_have_the_numbers_of_their_first_lines_beside_bad_ones():
+    write("a.csv", b'text\n"a\nb"\n\xff\n\n"c\n\n"\nd,e\nf\n')
+    found = [problem.where for problem in problems("a.csv")]
+    assert found == ["a.csv:4", "a.csv:9"]
+
+
 def test_parquet_gives_a_document_a_row(monkeypatch):
     write_table("a.parquet", id=list(range(5_000)), text=[f"text {n}" for n in range(5_000)])
     found = documents(ParquetTable, "a.parquet")

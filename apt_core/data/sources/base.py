@@ -160,7 +160,9 @@ class FileSource(DatasetProvider):
         found, paths = self.found(key), getattr(self.section, key)
         shown = found.files[0].where if len(found.files) == 1 else _in_words(paths)
         files = "" if len(found.files) == 1 else f"{len(found.files):,} files, "
-        text = f"{shown} ({files}{_size(found.num_bytes)})"
+        known = all(file.size is not None for file in found.files)
+        size = _size(found.num_bytes) if known else "of a size that its server does not tell"
+        text = f"{shown} ({files}{size})"
         others = ", ".join(f"{n:,} × {suffix}" for suffix, n in sorted(found.skipped.items()) if n)
         return f"{text}, skipped: {others}" if others else text
 

@@ -27,16 +27,23 @@ class CsvTable(FileSource):
 def read_csv(reading: Reading) -> Iterator[Document]:
     """The document of each row."""
     csv.field_size_limit(max(csv.field_size_limit(), MAX_RECORD))  # one limit for the process
+    taken: list[int] = []  # the numbers of the lines of a row
+
+    def lines() -> Iterator[str]:
+        for number, line in reading.lines():
+            taken.append(number)
+            yield line
+
     rows = csv.reader(
-        (line for _, line in reading.lines()),
+        lines(),
         delimiter="\t" if reading.file.suffix == ".tsv" else ",",
         strict=True,
     )
     names: list[str] = []
-    number = 1
     try:
         for row in rows:
-            first, number = number, rows.line_num + 1
+            first = taken[0]
+            taken.clear()
             if not row or not (names or any(map(str.strip, row))):
                 continue
             if not names:
@@ -51,4 +58,4 @@ def read_csv(reading: Reading) -> Iterator[Document]:
             if document is not None:
                 yield document
     except csv.Error as error:
-        reading.fail(f"is no CSV: {error}", rows.line_num)
+        reading.fail(f"is no CSV: {error}", taken[-1] if taken else None)

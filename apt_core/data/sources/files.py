@@ -182,6 +182,7 @@ def _remote_files(url: str, suffixes: Collection[str], found: Found) -> Iterator
     import fsspec
 
     filesystem, path = fsspec.core.url_to_fs(url)
+    filesystem.invalidate_cache()  # of another run in this process
     if is_pattern(url):
         matches = filesystem.glob(path, detail=True)
         for name, info in sorted(matches.items()):
