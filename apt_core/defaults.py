@@ -11,6 +11,15 @@ from dataclasses import replace
 from apt_core.kinds import KINDS
 from apt_core.types import CORE, ProviderSpec
 
+_TOKENIZERS = "apt_core.data.tokenizers"
+_TOKENIZER_SETTINGS = "apt_core.providers.tokenizer:TokenizerSettings"
+_CHAT = "data.tokenizer.chat_template"
+_TRAINED = (
+    _CHAT,
+    "data.tokenizer.vocab_size",
+    "data.tokenizer.sample_chars",
+    "data.tokenizer.sample_chars_per_document",
+)
 _LAYERS = "apt_core.modeling.layers"
 _SOURCES = "apt_core.data.sources"
 
@@ -97,8 +106,40 @@ _DECLARED = (
     ProviderSpec(
         kind="tokenizer",
         name="byte",
-        factory="apt_core.data.tokenizer:ByteTokenizer",
+        factory=f"{_TOKENIZERS}.byte:ByteTokenizer",
         summary="UTF-8 bytes, exactly 256 ids",
+        config=_TOKENIZER_SETTINGS,
+        section="data.tokenizer",
+        reads=(_CHAT,),
+    ),
+    ProviderSpec(
+        kind="tokenizer",
+        name="char",
+        factory=f"{_TOKENIZERS}.char:CharTokenizer",
+        summary="an id a character of the run's text, bytes for others",
+        config=_TOKENIZER_SETTINGS,
+        section="data.tokenizer",
+        reads=_TRAINED,
+    ),
+    ProviderSpec(
+        kind="tokenizer",
+        name="bpe",
+        factory=f"{_TOKENIZERS}.bpe:BPETokenizer",
+        summary="byte-pair encoding, learned from the run's text",
+        config=_TOKENIZER_SETTINGS,
+        section="data.tokenizer",
+        reads=_TRAINED,
+        requires=("tokenizers>=0.21",),
+    ),
+    ProviderSpec(
+        kind="tokenizer",
+        name="hf",
+        factory=f"{_TOKENIZERS}.hf:HFTokenizer",
+        summary="a tokenizer.json, or a folder of Hugging Face with its chat template",
+        config=_TOKENIZER_SETTINGS,
+        section="data.tokenizer",
+        reads=("data.tokenizer.path", _CHAT),
+        requires=("tokenizers>=0.21",),
     ),
     ProviderSpec(
         kind="dataset",

@@ -129,6 +129,11 @@ class TokenizerProvider(Provider, ABC):
         """The tokenizer's special tokens; by default it has none."""
         return SpecialTokens()
 
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja source of the template of conversations, in the form of Hugging Face."""
+        return None
+
     def segments(self, document: Document) -> list[Segment]:
         """The texts and special tokens of ``document``, in order.
 

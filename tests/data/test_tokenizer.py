@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apt_core.data.tokenizer import ByteTokenizer
+from apt_core.data.tokenizers.byte import ByteTokenizer
 
 TEXTS = ["", "plain", "中文字符", "👩‍👩‍👧 emoji", "a\x00b\r\n\u2028", "é vs e\u0301"]
 

@@ -243,10 +243,9 @@ class Data(Target):
         return name, damaged(rng, text.encode(encoding, "replace")), rng.random() < 0.3
 
     def feed(self, given: Any) -> str:
-        from apt_core.data.tokenizers.byte import ByteTokenizer
-
         from apt_core.data.sources.text_default import TextDataset
         from apt_core.data.store.build import build_store
+        from apt_core.data.tokenizers.byte import ByteTokenizer
         from apt_core.providers.dataset import DataSection
 
         name, text, twice = given

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from apt_core.data.tokenizer import ByteTokenizer
+from apt_core.data.tokenizers.byte import ByteTokenizer
 from apt_core.modeling.backbones import GPTProvider
 from apt_core.modeling.layers import RoPEProvider
 from apt_core.modeling.layers.learned import LearnedPositionProvider

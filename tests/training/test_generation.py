@@ -10,9 +10,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from apt_core import GenerationRequest, hook_returns, hookimpl
+from apt_core.data.tokenizers.byte import ByteTokenizer
 from apt_core.inference import generator
 from apt_core.inference.generator import candidates, dtype_for, generate, sample, window_start
 from apt_core.plugin_manager import PluginManager
+from apt_core.providers.tokenizer import SpecialTokens
 from apt_core.registry import Registry
 from apt_core.testing import Recorder, tiny_run, tiny_session
 from apt_core.training import evaluating
@@ -96,19 +98,24 @@ def test_every_hook_of_a_generation_gets_the_session():
     assert session.manager is run.manager
 
 
-def test_logits_processors_run_for_every_token():
-    class OnlyX:
+def test_logits_processors_run_for_every_token_until_the_text_ends():
+    class Writes:
+        def __init__(self, text):
+            self.text = text
+
         @hookimpl
         def apt_logits_processors(self):
-            def only_x(input_ids, logits):
+            def one_token(input_ids, logits):
                 allowed = torch.full_like(logits, float("-inf"))
-                allowed[ord("x")] = 0.0
+                allowed[self.text[input_ids.shape[-1] - 4]] = 0.0
                 return allowed
 
-            return [only_x]
+            return [one_token]
 
-    result, _ = continuation(OnlyX())
+    result, _ = continuation(Writes(b"xxxxxxxx"))
     assert result.text == "xxxxxxxx"
+    result, _ = continuation(Writes(b"xy\xffxxxxx"))  # the end of a document
+    assert result == GenerationResult("xy", tuple(b"xy"))
 
 
 def test_a_logits_processor_that_fails_is_dropped_and_counted():
@@ -186,8 +193,12 @@ def tokens_of(session, *, max_new_tokens=40, temperature=0.8):
     return generate(session, request).tokens
 
 
+class Endless(ByteTokenizer):
+    special = SpecialTokens()
+
+
 def lively_session():
-    session = tiny_session()
+    session = replace(tiny_session(), tokenizer=Endless())
     with torch.no_grad():
         for index, parameter in enumerate(session.model.parameters()):
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=rng(index)))

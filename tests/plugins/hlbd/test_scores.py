@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apt_core.data.store.parts import ArrayPart
-from apt_core.data.tokenizer import ByteTokenizer
+from apt_core.data.tokenizers.byte import ByteTokenizer
 from apt_core.evaluation.responses import Pair, answers, character_f1, pairs_of
 from apt_core.providers.documents import Document
 from apt_core.providers.tokenizer import Encoded
