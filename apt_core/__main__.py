@@ -12,6 +12,7 @@ from apt_core.errors import ConfigError, did_you_mean
 VERBS = {
     "train": "apt_core.cli.train:main",
     "hooks": "apt_core.cli.hooks:main",
+    "data": "apt_core.cli.data:main",
     "plugin-list": "apt_core.cli.plugin_info:main_list",
     "plugin-info": "apt_core.cli.plugin_info:main_info",
 }
