@@ -181,7 +181,7 @@ def load_data(
         )
         found.append(_source_data(name, store, config, tokenizer))
     if all(source.val is None for source in found):
-        raise ConfigError([_too_little(found[0], "val")])
+        raise ConfigError([_too_little(found[0], "val", config)])
     return RunData(tokenizer, found)
 
 
@@ -193,7 +193,7 @@ def _source_data(
     val = windows_of(store.part("val"), config, pad, folder / "val")
     found = SourceData(name, store, train, val if len(val) else None)
     if not len(train):
-        raise ConfigError([_too_little(found, "train")])
+        raise ConfigError([_too_little(found, "train", config)])
     return found
 
 
@@ -262,17 +262,22 @@ def batch_plan(kernel: Kernel, data: RunData, rank: int = 0, world_size: int = 1
     )
 
 
-def _too_little(data: SourceData, part: PartName) -> Problem:
+def _too_little(data: SourceData, part: PartName, config: Config) -> Problem:
     tokens = data.store.part(part).num_tokens
-    source = f"source {data.name}: " if data.name else ""
-    if part == "train":
-        message = f"{source}the training text has {tokens} tokens: nothing can be learned from it"
-        return Problem(message, key="data.train_path", hint="give a longer text")
-    return Problem(
-        f"{source}the validation text has {tokens} tokens: nothing can be predicted in it",
-        key="data.val_path",
-        hint="give a longer text, or leave data.val_path out to hold out a share",
+    at, section = next(
+        (at, section)
+        for at, section in config.data.sections()
+        if getattr(section, "name", "") == data.name
     )
+    if part == "train":
+        message = f"the training text has {tokens} tokens: nothing can be learned from it"
+        return Problem(message, key=f"{at}.train_path", hint="give a longer text")
+    message = f"the text to evaluate on has {tokens} tokens: nothing can be predicted in it"
+    if section.val_path is not None:
+        hint = "give a longer text, or leave val_path out to hold out a share"
+        return Problem(message, key=f"{at}.val_path", hint=hint)
+    hint = "give a longer text, hold out more of it, or name another in val_path"
+    return Problem(message, key="data.val_fraction", hint=hint)
 
 
 def _joined(hashes: Sequence[str]) -> str:

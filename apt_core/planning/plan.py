@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from apt_core.config import Config, Source, check_files
 from apt_core.config.switches import UNITS
-from apt_core.data.loading import RunData, load_data, require_vocabulary
+from apt_core.data.loading import RunData, require_vocabulary
 from apt_core.data.order import StepPlan
 from apt_core.device import autocast_dtype
-from apt_core.error_text import one_line
-from apt_core.errors import AptError
 from apt_core.kernel import Kernel, before_the_run
 from apt_core.modeling.blame import naming_authors
 from apt_core.modeling.compilation import compilation, computes
@@ -27,6 +24,7 @@ from apt_core.modeling.placement import settle_device
 from apt_core.parallel.launch import processes_for
 from apt_core.parallel.world import sharding_of
 from apt_core.planning.calibration import Calibration, Speed
+from apt_core.planning.data import planned_data
 from apt_core.planning.footprint import Footprint
 from apt_core.planning.memory import MemoryEstimate, estimate, switch_memory
 from apt_core.planning.plan_text import print_plan
@@ -39,9 +37,6 @@ from apt_core.schedules import Horizon, Schedule
 from apt_core.types import PluginCosts
 
 __all__ = ["make_plan", "print_plan", "processes"]
-
-READ_UP_TO = 64 * 2**20
-"""The most bytes of text that a plan tokenizes to find the steps of an epoch."""
 
 
 def make_plan(kernel: Kernel, world_size: int | None = None) -> dict[str, Any]:
@@ -83,7 +78,8 @@ def make_plan(kernel: Kernel, world_size: int | None = None) -> dict[str, Any]:
         if not tokenizer.trainable:  # else its ids are known only with the data
             require_vocabulary(kernel, tokenizer)
         cost = model_cost(kernel)
-        batch, steps = _batch(kernel, world_size)
+        data, data_rows = planned_data(kernel)
+        batch, steps = _batch(kernel, data, world_size)
         schedule = kernel.schedule.with_horizon(_planned_horizon(kernel.config, steps))
         lr_schedule = kernel.registry.get("lr_schedule", kernel.config.training.lr_schedule_name)
         check_run_length(kernel, schedule, lr_schedule)
@@ -104,6 +100,7 @@ def make_plan(kernel: Kernel, world_size: int | None = None) -> dict[str, Any]:
             *planning.notes,
         ],
         "missing": missing,
+        "data": data_rows,
         "model": cost.row(),
         "batch": batch,
         "calibration": planning.calibration.row(),
@@ -166,9 +163,11 @@ def processes(config: Config) -> int:
     return max(1, config.hardware.num_gpus) if config.hardware.distributed else 1
 
 
-def _batch(kernel: Kernel, world_size: int) -> tuple[dict[str, Any], StepPlan | None]:
-    """What one optimizer step takes, and how many make an epoch; those steps, where the text is at
-    hand."""
+def _batch(
+    kernel: Kernel, data: RunData | None, world_size: int
+) -> tuple[dict[str, Any], StepPlan | None]:
+    """What one optimizer step takes, and how many make an epoch; those steps, where the ``data`` is
+    at hand."""
     config, training = kernel.config, kernel.config.training
     length = config.seq_len
     sequences = training.batch_size * training.grad_accum_steps * world_size
@@ -180,7 +179,6 @@ def _batch(kernel: Kernel, world_size: int) -> tuple[dict[str, Any], StepPlan | 
         "tokens_per_epoch": None,
         "evaluated_tokens_per_epoch": None,
     }
-    data = _planned_data(kernel)
     if data is None:
         return batch, None
     steps = StepPlan(data.num_windows, seq_len=length, windows_per_step=sequences)
@@ -206,19 +204,6 @@ def _evaluated(config: Config, steps: int, windows: int) -> int:
     # At the end of the epoch the evaluation of everything replaces one of some batches.
     times = (steps - 1) // evaluation.eval_freq if evaluation.eval_freq else 0
     return times * few + windows
-
-
-def _planned_data(kernel: Kernel) -> RunData | None:
-    """The data of the run; None if it is large or cannot be read."""
-    data = kernel.config.data
-    paths = [Path(str(path)) for path in (data.train_path, data.val_path) if path]
-    if not all(path.is_file() and path.stat().st_size <= READ_UP_TO for path in paths):
-        return None
-    try:
-        return load_data(kernel)
-    except (AptError, OSError, ValueError) as error:
-        kernel.notices.append(f"data: {one_line(error)}")
-        return None
 
 
 class _Planning:

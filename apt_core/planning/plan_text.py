@@ -28,6 +28,8 @@ def print_plan(console: Console, plan: dict[str, Any]) -> None:
         say(f"missing here: {row['key']}: {row['message']}")
     for row in plan["paths"]:
         say(f"{row['key']}: {short_path(row['path'])}")
+    for row in plan["data"]:
+        say(_data(row))
     for notice in plan["notices"]:
         say(f"note: {notice}")
     providers = Table("kind", "asked", "used", "reason", box=None, header_style="bold")
@@ -166,6 +168,21 @@ def _time(plan: dict[str, Any]) -> Iterator[str]:
     if plan["computes"]["compile"]["mode"] is not None:
         what += ", not compiled: the run, which is, takes less"
     yield f"time: an estimate, {of}on {on}{elsewhere}; timed: {what}"
+
+
+def _data(row: dict[str, Any]) -> str:
+    text = f"data {row['name']}: ".replace(" :", ":") + row["description"]
+    if row["windows"] is not None:
+        return (
+            f"{text}: {row['train_tokens']:,} tokens to train on ({row['windows']:,} sequences), "
+            f"{row['val_tokens']:,} to evaluate on"
+        )
+    if row["estimated_tokens"] is None:
+        return text
+    return (
+        f"{text}: about {_count(row['estimated_tokens'])} tokens; to tokenize them, once, takes "
+        f"about {_duration(row['build_seconds'])}"
+    )
 
 
 def _batch(plan: dict[str, Any]) -> str:

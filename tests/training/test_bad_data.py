@@ -89,6 +89,7 @@ LINES = [{"text": f"line {number} of some words"} for number in range(400)]
         ("a.txt", b"", "a.txt: data.train_path: holds no text"),
         ("a.txt", b"\n \n", "a.txt: data.train_path: holds no text"),
         ("a.txt", b"a", "nothing can be learned from it"),
+        ("a.txt", b"a few words", "data.val_fraction: the text to evaluate on has 1 tokens"),
         ("a.txt", b"text of one window alone", "one optimizer step takes "),
         ("a.txt", b"\x7fELF\0\0" * 99, "a.txt: data.train_path: holds a NUL byte at offset 4: it"),
         ("a.txt", GOOD + b"\xff", f"is not UTF-8: byte 0xff at offset {len(GOOD):,} (convert"),
@@ -135,11 +136,18 @@ def test_a_path_that_leads_to_no_text_is_named(train, path, said):
     run = train(train_path=path)
     assert run.code == 2 and said in run.err and "Traceback" not in run.err
     assert half_made() == []
+    plan = train("--dry-run", train_path=path)
+    assert plan.code == 0 and said in plan.out
 
 
 @pytest.mark.parametrize(
     ("data", "code", "said"),
     [
+        (
+            {"mixture": [{"name": "a", "train_path": "text.txt", "val_path": "one.txt"}]},
+            2,
+            "data.mixture[0].val_path: the text to evaluate on has 1 tokens",
+        ),
         ({"loader": "nothing"}, 2, "yields no document"),
         ({"loader": "numbers"}, 2, "document 2 of documents() is a int, not a document"),
         ({"loader": "fails"}, 1, "KeyError: 'gone'"),
@@ -150,6 +158,7 @@ def test_a_path_that_leads_to_no_text_is_named(train, path, said):
     ],
 )  # fmt: skip
 def test_a_source_that_gives_nothing_to_train_on_is_named(train, data, code, said):
+    Path("one.txt").write_text("a", encoding="utf-8")
     run = train("--plugin", "sources.py", **data)
     assert run.code == code and said in run.err
     assert code == 1 or "Traceback" not in run.err

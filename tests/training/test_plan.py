@@ -286,12 +286,19 @@ def test_a_text_that_is_not_there_or_large_leaves_the_steps_unknown(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("a few words, " * 100, encoding="utf-8")
-    small = kernel_of(data={"train_path": str(text)})
-    assert make_plan(small)["batch"]["steps_per_epoch"] > 0
-    monkeypatch.setattr("apt_core.planning.plan.READ_UP_TO", 10)
+    small = kernel_of(data={"train_path": [str(text)]})
+    plan = make_plan(small)
+    assert plan["batch"]["steps_per_epoch"] > 0
+    (row,) = plan["data"]
+    assert row["train_tokens"] + row["val_tokens"] >= 1_300 and row["windows"] > 0
+    assert f"{row['train_tokens']:,} tokens to train on" in printed(plan)
+    monkeypatch.setattr("apt_core.planning.data.READ_UP_TO", 10)
     large = make_plan(small)
     assert large["batch"]["steps_per_epoch"] is None
     assert "an epoch" not in printed(large)
+    (row,) = large["data"]
+    assert row["windows"] is None and 1_250 <= row["estimated_tokens"] <= 1_350
+    assert "about 1.3K tokens; to tokenize them, once, takes about " in printed(large)
     text.unlink()
     assert make_plan(small)["batch"]["steps_per_epoch"] is None
 

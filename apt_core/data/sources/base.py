@@ -86,14 +86,20 @@ class FileSource(DatasetProvider):
             return f"{text}; validated on the same text, so not on unseen text"
         return f"{text}; validated on {self._described('val_path')}"
 
+    def num_bytes(self) -> int | None:
+        """The size of all files, compressed as they are; of some URLs it cannot be told."""
+        keys = [key for key in ("train_path", "val_path") if getattr(self.section, key) is not None]
+        sizes = [file.size for key in keys for file in self.found(key).files]
+        known = [size for size in sizes if size is not None]
+        return sum(known) if len(known) == len(sizes) else None
+
     def share_read(self) -> float | None:
         """The share of the bytes of all files; of some URLs it cannot be told."""
-        keys = [key for key in ("train_path", "val_path") if getattr(self.section, key) is not None]
-        files = [file for key in keys for file in self.found(key).files]
-        if not files or any(file.size is None for file in files):
+        size = self.num_bytes()
+        if not size:
             return None
         read = sum(self._read.values()) + (self._reading.position if self._reading else 0)
-        return min(1.0, read / max(1, sum(file.size or 0 for file in files)))
+        return min(1.0, read / size)
 
     @cached_property
     def _read(self) -> dict[str, int]:

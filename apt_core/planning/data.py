@@ -1,0 +1,90 @@
+"""What a plan says of the data: the tokens of small data, an estimate for the rest."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from apt_core.data.loading import RunData, load_data, named_sources, source_of
+from apt_core.data.sources.base import FileSource
+from apt_core.data.store.local import available_cores
+from apt_core.error_text import one_line
+from apt_core.errors import AptError, ConfigError
+from apt_core.kernel import Kernel
+from apt_core.providers.dataset import DatasetProvider
+from apt_core.providers.documents import Document
+from apt_core.providers.tokenizer import TokenizerProvider
+
+READ_UP_TO = 64 * 2**20
+"""The most bytes of data that a plan tokenizes to find the steps of an epoch."""
+
+SAMPLE_CHARS = 4 << 20
+SAMPLE_SECONDS = 2.0
+"""Of more data so much is tokenized, to estimate the rest."""
+
+MAX_TOLD = 20
+
+
+def planned_data(kernel: Kernel) -> tuple[RunData | None, list[dict[str, Any]]]:
+    """The data of the run, None if it is large or cannot be read; and a row about each source.
+
+    A row has ``name`` (empty but in a mixture), ``description``, ``train_tokens``, ``val_tokens``
+    and ``windows``, null for large data: then ``estimated_tokens`` are those of all documents, and
+    ``build_seconds`` the time that all cores take to tokenize them, null where nothing tells. What
+    is wrong with the data is added to the kernel's notices.
+    """
+    try:
+        sources = [(name, source_of(kernel, section)) for name, section in named_sources(kernel)]
+        if all(_is_small(source) for _, source in sources):
+            data = load_data(kernel)
+            return data, [_row(s.row() | {"name": s.name}) for s in data.sources]
+        tokenizer = kernel.registry.get("tokenizer", kernel.config.data.tokenizer_name)
+        return None, [_estimate(name, source, tokenizer) for name, source in sources]
+    except ConfigError as error:
+        kernel.notices.extend(f"data: {problem}" for problem in error.problems[:MAX_TOLD])
+    except (AptError, OSError, ValueError) as error:
+        kernel.notices.append(f"data: {one_line(error)}")
+    return None, []
+
+
+def _is_small(source: DatasetProvider) -> bool:
+    if isinstance(source, FileSource):
+        size = source.num_bytes()
+        return size is not None and size <= READ_UP_TO
+    # Of other sources a path may be anything; only a file tells its size.
+    section = source.data_section
+    for paths in (section.train_path, section.val_path):
+        for path in [paths] if isinstance(paths, str) else paths or ():
+            if not os.path.isfile(path) or os.path.getsize(path) > READ_UP_TO:
+                return False
+    return True
+
+
+def _row(known: dict[str, Any]) -> dict[str, Any]:
+    return {key: known.get(key) for key in _KEYS}
+
+
+_KEYS = (
+    *("name", "description", "train_tokens", "val_tokens", "windows"),
+    *("estimated_tokens", "build_seconds"),
+)
+
+
+def _estimate(name: str, source: DatasetProvider, tokenizer: TokenizerProvider) -> dict[str, Any]:
+    row = _row({"name": name, "description": source.describe()})
+    if not isinstance(source, FileSource) or tokenizer.trainable:
+        return row
+    began = time.perf_counter()
+    chars = tokens = 0
+    for record in source.documents():
+        document = Document.of(record)
+        tokens += len(tokenizer.encode_document(document).ids)
+        chars += document.num_chars
+        if chars >= SAMPLE_CHARS or time.perf_counter() - began >= SAMPLE_SECONDS:
+            break
+    seconds, share = time.perf_counter() - began, source.share_read()
+    if share:
+        row["estimated_tokens"] = round(tokens / share)
+        row["build_seconds"] = seconds / share / available_cores()
+    return row
