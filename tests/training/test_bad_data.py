@@ -89,7 +89,6 @@ LINES = [{"text": f"line {number} of some words"} for number in range(400)]
         ("a.txt", b"", "a.txt: data.train_path: holds no text"),
         ("a.txt", b"\n \n", "a.txt: data.train_path: holds no text"),
         ("a.txt", b"a", "nothing can be learned from it"),
-        ("a.txt", b"a few words", "data.val_fraction: the text to evaluate on has 1 tokens"),
         ("a.txt", b"text of one window alone", "one optimizer step takes "),
         ("a.txt", b"\x7fELF\0\0" * 99, "a.txt: data.train_path: holds a NUL byte at offset 4: it"),
         ("a.txt", GOOD + b"\xff", f"is not UTF-8: byte 0xff at offset {len(GOOD):,} (convert"),
@@ -144,9 +143,12 @@ def test_a_path_that_leads_to_no_text_is_named(train, path, said):
     ("data", "code", "said"),
     [
         (
-            {"mixture": [{"name": "a", "train_path": "text.txt", "val_path": "one.txt"}]},
+            {
+                "min_chars": 9,
+                "mixture": [{"name": "a", "train_path": "text.txt", "val_path": "one.txt"}],
+            },
             2,
-            "data.mixture[0].val_path: the text to evaluate on has 1 tokens",
+            "data.mixture[0].val_path: the text to evaluate on has 0 tokens",
         ),
         ({"loader": "nothing"}, 2, "yields no document"),
         ({"loader": "numbers"}, 2, "document 2 of documents() is a int, not a document"),
