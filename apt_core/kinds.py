@@ -113,7 +113,20 @@ def named_providers(data: Mapping[str, Any], sections: Iterable[SectionSpec] = (
                 named.setdefault((kind, name), key)
             if names:
                 break
+    for place, item in _mixture(data):
+        for key in ("source", "loader"):
+            if names := list(_texts(item, key)):
+                named.setdefault(("dataset", names[0]), f"{place}.{key}")
+                break
     return named
+
+
+def _mixture(data: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The sources of ``data.mixture``, each with its key."""
+    section = data.get("data")
+    mixture = section.get("mixture") if isinstance(section, Mapping) else None
+    for at, item in enumerate(mixture if isinstance(mixture, list) else ()):
+        yield f"data.mixture[{at}]", item
 
 
 def _texts(data: Any, path: str) -> Iterator[str]:

@@ -29,11 +29,9 @@ def used_providers(config: Config, sections: Sequence[SectionSpec]) -> Named:
     # Where no text is named, it is a built-in one; beside a mixture none is read.
     data["data"]["source"] = config.data.text_source if mixture is None else None
     data["data"]["loader"] = config.data.loader if mixture is None else None
-    named = dict(named_providers(data, sections))
-    for at, item in enumerate(mixture or ()):
-        key = "source" if item.text_source else "loader"
-        named.setdefault(("dataset", item.dataset_name), f"data.mixture[{at}].{key}")
-    return named
+    for item, row in zip(mixture or (), data["data"]["mixture"] or (), strict=True):
+        row["source"] = item.text_source
+    return named_providers(data, sections)
 
 
 def check_providers(named: Named, known: Catalogue, source: Source) -> list[Problem]:

@@ -54,6 +54,12 @@ TOKENS_OF_ACCESS = words_of("access api auth bearer refresh bot personal")
 QUERY_SECRETS = words_of("sig signature key x-amz-signature x-amz-credential")
 
 CREDENTIALS = re.compile(r"(://[^\s/?#:@'\"]*:)[^\s/?#'\"]+@")
+DATABASE = re.compile(
+    r"((?:\b(?:postgres(?:ql)?|mysql|mariadb|oracle|mssql|cockroachdb|redshift|snowflake|clickhouse)"
+    r"|\+(?!https?:|ssh:|file:)\w+)://[^\s/?#:@'\"]*:)[^\s'\"]+@"
+)
+"""As SQLAlchemy takes URLs: all up to the last @ is the password, escaped or not."""
+
 USER_TOKEN = re.compile(r"(https?://)[^\s/?#:@'\"]{20,}@")
 QUERY = re.compile(r"([?&;])([\w.\-]+)=([^&;\s#'\"]+)")
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
@@ -151,7 +157,9 @@ def mask_urls(text: str) -> str:
     """
     if "://" not in text:
         return text
-    text = USER_TOKEN.sub(rf"\1{MASK}@", CREDENTIALS.sub(rf"\1{MASK}@", text))
+    for credentials in (DATABASE, CREDENTIALS):
+        text = credentials.sub(rf"\1{MASK}@", text)
+    text = USER_TOKEN.sub(rf"\1{MASK}@", text)
     return QUERY.sub(_masked_query, text)
 
 
@@ -221,7 +229,8 @@ def hidden_in(value: Any, masked: Any) -> Iterator[str]:
         yield value
         if masked != MASK:
             # Of a URL the password alone may be told, too.
-            yield from (match[0][len(match[1]) : -1] for match in CREDENTIALS.finditer(value))
+            for credentials in (DATABASE, CREDENTIALS):
+                yield from (match[0][len(match[1]) : -1] for match in credentials.finditer(value))
 
 
 def redact(text: str) -> str:

@@ -234,6 +234,9 @@ def test_what_of_a_value_is_masked():
         "https://ghp_0123456789abcdefghij@github.com/a": f"https://{MASK}@github.com/a",
         "git clone ssh://git@host/a b": "ssh://git@host/a",
         "http://host:80/a@b": "http://host:80/a@b",
+        "git+https://host:80/a@b": "git+https://host:80/a@b",
+        "postgresql://ann:o/p?e#n@host/db": f"postgresql://ann:{MASK}@host/db",
+        "mysql+pymysql://ann:o@pen@host/db?a=b": f"mysql+pymysql://ann:{MASK}@host/db?a=b",
         "s3://b/a?X-Amz-Signature=12&page=2": f"s3://b/a?X-Amz-Signature={MASK}&page=2",
     }.items():
         assert expected in mask_urls(text)

@@ -1,0 +1,1 @@
+"""``dataset:sql``: the rows of a query as documents."""
