@@ -7,6 +7,7 @@ files of all sections of its page.
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import os
 import re
@@ -19,12 +20,14 @@ from pathlib import Path
 
 import pytest
 
+import apt_core.cli.data
 import apt_core.cli.hooks
 import apt_core.cli.train
 import apt_plugins.report.command
 from apt_core.cli.run_command import run_command
 from apt_core.config import profile_reference
 from apt_core.declarations import declared_by
+from apt_core.defaults import core_providers
 from apt_core.discovery import installed_plugins
 from apt_core.plugin_records import NOT_IN_EFFECT, STATES
 
@@ -35,6 +38,7 @@ BLOCK = re.compile(
 APPS = {
     "apt-train": apt_core.cli.train.app,
     "apt-hooks": apt_core.cli.hooks.app,
+    "apt-data": apt_core.cli.data.app,
     "apt-report": apt_plugins.report.command.app,
 }
 TEXT = "\n\n".join(f"Line {n} of a small text says that {n} and 1 are {n + 1}." for n in range(24))
@@ -85,7 +89,12 @@ def is_shown(expected: str, printed: str) -> bool:
     return any(pattern.search(" ".join(line.split())) for line in printed.splitlines())
 
 
-PAGES = ("plugins.md", "profiles.md", "model.md", "training.md", "curriculum.md", "scaling.md")
+PAGES = (
+    *("plugins.md", "profiles.md", "data.md", "model.md", "training.md", "curriculum.md"),
+    "scaling.md",
+)
+OWN_DATA = {"letters", "answers", "mixture"}
+"""Profiles that are trained on the data that they name."""
 GUIDES = {name: read_guide(name) for name in PAGES}
 SECTIONS = [(name, section) for name, guide in GUIDES.items() for section in guide.consoles]
 
@@ -113,7 +122,10 @@ def shell(
         if program in APPS:
             if program == "apt-train":
                 small = {"training.batch_size": "2"} if "gpt5_moe_mini" in arguments else {}
-                arguments += [f"--{key}={value}" for key, value in {**QUICK, **small}.items()]
+                keys = {**QUICK, **small}
+                if OWN_DATA.intersection(arguments):
+                    del keys["data.train_path"]
+                arguments += [f"--{key}={value}" for key, value in keys.items()]
             if arguments[:1] == ["check"]:
                 arguments += ["--nproc", "1"]  # runs of two processes have a test of their own
             importlib.invalidate_caches()
@@ -159,6 +171,75 @@ def write_files(guide: Guide, folder: Path) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+
+
+def rows_of(page: str, section: str) -> list[list[str]]:
+    """The cells of the tables of a section, without their heads."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    text = text[text.index(f"\n## {section}\n") + 4 :].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line[:1] == "|"]
+    heads = [number - 1 for number, row in enumerate(rows) if row[0].startswith("---")]
+    return [row for n, row in enumerate(rows) if n not in heads and n - 1 not in heads]
+
+
+@pytest.mark.parametrize(("section", "kind"), [("Sources", "dataset"), ("Tokenizers", "tokenizer")])
+def test_the_guide_to_data_has_every_provider_of_the_core(section: str, kind: str) -> None:
+    told = {row[0].strip("`") for row in rows_of("data.md", section)}
+    assert told == {spec.name for spec in core_providers("1") if spec.kind == kind}
+
+
+BAD_INPUT: dict[str, tuple[bytes | str, str]] = {
+    "an empty file": (b"", ""),
+    "a text of one token": (b"x", ""),
+    "a binary file": (b"ELF\0\1\2", ""),
+    "a truncated gz": (gzip.compress(b"text " * 1000)[:-20], "text.gz"),
+    "bytes that are no UTF-8": (b"ab\xff", ""),
+    "a missing column": ("id,words\n1,some\n", "text.csv"),
+    "less text than one step takes": (b"0123456789" * 10, ""),
+    "weights of a mixture that are all 0": (
+        b"",
+        "{name: a, train_path: small_text.txt, weight: 0}",
+    ),
+    "a source that yields nothing": (b"", "--plugin nothing.py --data.loader nothing"),
+    "a tokenizer with more ids than the model": (b"text " * 100, "--model.vocab_size 100"),
+}
+"""The content of a file, and its name, or other arguments."""
+
+NOTHING = """
+from apt_core import ProviderSpec, hookimpl
+from apt_core.providers import DatasetProvider
+
+
+class Nothing(DatasetProvider):
+    def documents(self):
+        return iter(())
+
+
+@hookimpl
+def apt_register_providers():
+    return [ProviderSpec("dataset", "nothing", Nothing)]
+"""
+
+
+def test_bad_data_is_refused_in_the_words_of_the_guide(
+    shell: Callable[[str], tuple[int, str]], tmp_path: Path
+) -> None:
+    (tmp_path / "nothing.py").write_text(NOTHING)
+    told = dict(row for row in rows_of("data.md", "Bad input"))
+    assert told.keys() == BAD_INPUT.keys()
+    for what, (content, more) in BAD_INPUT.items():
+        name = more if "." in more and " " not in more else "text.txt"
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        arguments = f"--data.train_path {name}"
+        if more.startswith("{"):
+            arguments = f"--set 'data.mixture=[{more}]'"
+        elif more.startswith("--"):
+            arguments = more if "plugin" in more else f"{arguments} {more}"
+        code, printed = shell(f"apt-data stats -p tiny_debug {arguments}")
+        assert code == 2 and "error: " in printed, f"{what}: {printed}"
+        assert told[what].strip("`") in printed, f"{what}: {printed}"
+    assert not [*tmp_path.glob("cache/stores/*.building-*")]
 
 
 def test_the_tables_of_keys_are_those_of_the_schema() -> None:
