@@ -56,7 +56,7 @@ def print_window(console: Console, view: Mapping[str, Any]) -> None:
 def _document_line(document: Mapping[str, Any]) -> str:
     first, position = document["first_token"], document["first_position"]
     last = document["tokens"] - 1
-    where = document["where"] or "origin not found"
+    where = printable(document["where"] or "origin not found", keep="")
     then = "" if document["next_id"] is None else ", and one that is predicted alone"
     return (
         f"document {document['document']:,} ({where}): tokens {first:,} to {first + last:,} of "

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from rich.console import Console
 
+from apt_core.cli.build_progress import BuildProgress
 from apt_core.cli.data import app
+from apt_core.providers import DatasetProvider
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Command, Outcome
@@ -158,6 +163,36 @@ def test_what_inspect_prints_is_obeyed_by_no_terminal(
     for outcome in (plain, coloured):
         assert "\\u202e\\x1b[2J\\x07 é中\\u2066" in outcome.out
         assert not {*"\u202e\x07\u2066"} & {*outcome.out} and "\x1b[2J" not in outcome.out
+
+
+def test_names_of_files_are_shown_as_what_they_are(
+    data: Callable[..., Outcome], folder: Path
+) -> None:
+    (folder / "a\x1b[2J\u202e\n.txt").write_text("words " * 100)
+    keys = {"data.train_path": "a*.txt"}
+    for words in (["inspect"], ["stats"], ["build"]):
+        outcome = data(*words, keys)
+        assert outcome.code == 0 and "a\\x1b[2J\\u202e\\n.txt" in outcome.out
+        assert "\x1b" not in outcome.out and "\u202e" not in outcome.out
+
+
+def test_a_terminal_is_shown_how_far_a_build_is() -> None:
+    class Half(DatasetProvider):
+        def documents(self) -> Iterator[str]:
+            return iter(())
+
+        def share_read(self) -> float | None:
+            return 0.5
+
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True, width=120)
+    with BuildProgress(console) as progress:
+        progress.of_source("prose", Half())(1234, 56789, 2_000_000)
+        progress.of_source("there already", Half())
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written.getvalue())
+    assert re.search(r"prose .* 1,234 documents, 56,789 tokens [\d.]+ MB/s -?[\d:-]+", shown)
+    assert "there already" not in shown
+    assert [build.built for build in progress.builds.values()] == [True, False]
 
 
 def test_inspect_finds_windows_by_step_part_and_source(data: Callable[..., Outcome]) -> None:
