@@ -19,6 +19,7 @@ from apt_core.data.store.assemble import ProgressCallback
 from apt_core.data.store.build import build_store
 from apt_core.data.store.format import PARTS, PartName
 from apt_core.data.store.reader import TokenStore
+from apt_core.data.tokenizers.corpus import train_tokenizer
 from apt_core.errors import CheckpointError, ConfigError, Problem, ProviderError
 from apt_core.kernel import Kernel
 from apt_core.providers.dataset import DatasetProvider, SourceSection
@@ -125,8 +126,7 @@ def load_tokenizer(kernel: Kernel, folder: Path | None = None) -> TokenizerProvi
     Raises ConfigError if ``model.vocab_size`` is less than its ids, CheckpointError for what is
     damaged or missing in the folder.
     """
-    name = kernel.config.data.tokenizer_name
-    tokenizer: TokenizerProvider = kernel.registry.get("tokenizer", name)
+    name, tokenizer = kernel.config.data.tokenizer_name, _tokenizer(kernel)
     if folder is not None and folder.is_dir():
         try:
             tokenizer.load(folder)
@@ -135,6 +135,18 @@ def load_tokenizer(kernel: Kernel, folder: Path | None = None) -> TokenizerProvi
     elif tokenizer.trainable:
         raise CheckpointError(f"{folder}: the tokenizer {name!r}, which was trained, is not there")
     require_vocabulary(kernel, tokenizer)
+    return tokenizer
+
+
+def _tokenizer(kernel: Kernel) -> TokenizerProvider:
+    """The profile's tokenizer, before it is trained; one that is makes as many ids as the model
+    has, unless the profile says how many."""
+    data, registry = kernel.config.data, kernel.registry
+    tokenizer: TokenizerProvider = registry.get("tokenizer", data.tokenizer_name)
+    own = registry.spec("tokenizer", data.tokenizer_name).section == "data.tokenizer"
+    if tokenizer.trainable and own and data.tokenizer.vocab_size is None:
+        settings = data.tokenizer.model_copy(update={"vocab_size": kernel.config.model.vocab_size})
+        tokenizer = registry.get("tokenizer", data.tokenizer_name, settings)
     return tokenizer
 
 
@@ -167,7 +179,9 @@ def load_data(
     """
     config = kernel.config
     named = [(name, source_of(kernel, section)) for name, section in named_sources(kernel)]
-    tokenizer: TokenizerProvider = kernel.registry.get("tokenizer", config.data.tokenizer_name)
+    tokenizer = _tokenizer(kernel)
+    if tokenizer.trainable:
+        train_tokenizer(tokenizer, [source for _, source in named], config.data)
     require_vocabulary(kernel, tokenizer)
     found = []
     for name, source in named:
