@@ -52,7 +52,7 @@ def read_parquet(reading: Reading) -> Iterator[Document]:
             used = columns_to_read(table.schema_arrow.names, reading)
             number = 0
             for batch in table.iter_batches(_rows_a_batch(table.metadata), columns=used):
-                for record in _records(batch, pyarrow):
+                for record in rows_of(batch, pyarrow):
                     number += 1
                     document = read_record(record, reading, number)
                     if document is not None:
@@ -67,7 +67,7 @@ def _rows_a_batch(metadata: Any) -> int:
     return int(min(max(1, BATCH_BYTES // max(1, widest)), 4096))
 
 
-def _records(batch: Any, pyarrow: Any) -> Iterator[dict[str, Any]]:
+def rows_of(batch: Any, pyarrow: Any) -> Iterator[dict[str, Any]]:
     """The rows, their strings as bytes: arrow does not look whether they are UTF-8."""
     columns = []
     for column in batch.columns:

@@ -1,0 +1,1 @@
+"""``dataset:hf_datasets``: documents out of Hugging Face datasets."""

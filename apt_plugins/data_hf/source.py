@@ -1,0 +1,158 @@
+"""``dataset:hf_datasets``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from apt_core import ConfigError
+from apt_core.data.sources.digests import kept_sha256
+from apt_core.data.sources.faults import Faults
+from apt_core.data.sources.files import find_files
+from apt_core.data.sources.parquet import rows_of
+from apt_core.data.sources.records import columns_to_read, read_record
+from apt_core.error_text import one_line
+from apt_core.providers import DatasetProvider, Document
+from apt_core.providers.base import read_settings
+from apt_core.providers.dataset import MixtureItem
+from apt_plugins.data_hf.loading import FORMATS, Opening
+from apt_plugins.data_hf.settings import PROVIDER, SECTION, HfSettings, wrong
+
+FORMAT = 1
+"""Counts the changes of what is made of the same rows."""
+
+BATCH_ROWS = 64
+"""Rows that are in memory at a time."""
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class Shard(Faults):
+    """The rows of a shard while they are read."""
+
+    unit = "rows"
+
+    def place(self, line: int) -> str:
+        return f"{self.where}, row {line:,}"
+
+
+class HfSource(DatasetProvider):
+    """Reads a dataset of Hugging Face: ``data.train_path`` is a folder that ``save_to_disk`` made,
+    data files or a folder of them, or a name on the hub; ``data.columns`` names its columns.
+
+    Shards are read one after the other, in their order and without a shuffle buffer. Nothing that
+    is read can run code: scripts, pickles and formats other than tables and text are refused.
+    """
+
+    name = PROVIDER
+    replaced = 0
+
+    @property
+    def settings(self) -> HfSettings:
+        return read_settings(HfSettings, self.config, SECTION)
+
+    def documents(self) -> Iterator[Document]:
+        """The rows of ``split``. Raises ConfigError with all rows of a shard that are no documents,
+        and for what cannot be opened."""
+        return self._documents(self._opening("train_path"), self.settings.split, "split")
+
+    def held_out(self) -> Iterator[Document] | None:
+        """The rows of ``val_split``, of ``data.val_path`` where it is given."""
+        settings, section = self.settings, self.data_section
+        if section.val_path is not None:
+            split = settings.val_split or settings.split
+            setting = "val_split" if settings.val_split else "split"
+            return self._documents(self._opening("val_path"), split, setting)
+        if settings.val_split is None:
+            return None
+        return self._documents(self._opening("train_path"), settings.val_split, "val_split")
+
+    def fingerprint(self) -> str | None:
+        """The hash of the files, or the commit of a dataset on the hub, with all settings that
+        decide the documents."""
+        section = self.data_section
+        facts = {
+            "format": FORMAT,
+            "columns": section.columns.model_dump(),
+            "errors": section.errors,
+            **self.settings.model_dump(include={"config", "split", "val_split"}),
+            **{key: self._content(key) for key in ("train_path", "val_path")},
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def describe(self) -> str:
+        """The dataset, its configuration, split and revision."""
+        settings = self.settings
+        parts = [settings.config, settings.split]
+        parts += [f"revision {settings.revision}"] if settings.revision else []
+        shown = ", ".join(part for part in parts if part)
+        return f"{self._opening('train_path').name} ({shown})"
+
+    @property
+    def _place(self) -> str:
+        section = self.data_section
+        return f"data.mixture.{section.name}" if isinstance(section, MixtureItem) else "data"
+
+    def _opening(self, key: str) -> Opening:
+        section, place = self.data_section, self._place
+        if problems := [*wrong(section, place)]:
+            raise ConfigError(problems)
+        settings_key = f"{place}.settings" if isinstance(section, MixtureItem) else SECTION
+        return Opening(getattr(section, key), self.settings, f"{place}.{key}", settings_key)
+
+    def _documents(self, opening: Opening, split: str, setting: str) -> Iterator[Document]:
+        section = self.data_section
+        dataset = opening.split(split, setting)
+        found = False
+        num_shards = getattr(dataset, "num_shards", 1)
+        for index in range(num_shards):
+            shard = dataset
+            where = f"{opening.name}:{split}"
+            if num_shards > 1:
+                shard = dataset.shard(num_shards=num_shards, index=index, contiguous=True)
+                where += f", shard {index}"
+            faults = Shard(where, opening.key, section.columns, section.errors)
+            for number, record in enumerate(self._records(shard, faults), 1):
+                found = True
+                document = read_record(record, faults, number)
+                if document is not None and not faults.num_faults:
+                    yield document
+            faults.raise_faults()
+            self.replaced += faults.replaced
+        if not found:
+            opening.fail(f"split {split!r} has no rows")
+
+    def _records(self, shard: Any, faults: Faults) -> Iterator[dict[str, Any]]:
+        import pyarrow
+
+        names = shard.column_names
+        used: list[str] = []
+        if names:
+            used = columns_to_read(names, faults)
+            shard = shard.select_columns(used)
+        try:
+            for table in shard.with_format("arrow").iter(batch_size=BATCH_ROWS):
+                used = used or columns_to_read(table.column_names, faults)
+                for batch in table.select(used).to_batches():
+                    yield from rows_of(batch, pyarrow)
+        except ConfigError:
+            raise
+        except Exception as error:  # files of any content
+            faults.fail(f"cannot be read: {one_line(error)}")
+
+    def _content(self, key: str) -> Any:
+        if getattr(self.data_section, key) is None:
+            return None
+        opening = self._opening(key)
+        if opening.on_hub:
+            revision = self.settings.revision
+            if revision is not None and _COMMIT.fullmatch(revision):
+                return [opening.name, revision]
+            return [opening.name, opening.commit()]
+        found = find_files(opening.paths, [*FORMATS, ".json"], opening.key)
+        if found.problems:
+            raise ConfigError(found.problems)
+        return kept_sha256(found.files, opening.key)
