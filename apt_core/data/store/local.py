@@ -239,10 +239,7 @@ class Worker:
     def work(self, chunk: bytes) -> bytes:
         """The result of a chunk. Raises what the encoder did, and WorkerLostError."""
         self.send(chunk)
-        answer = self.receive()
-        if answer[:1] == b"\0":
-            return answer[1:]
-        raise _error_of(unpack(answer[1:])[0])
+        return result_of_answer(self.receive())
 
     def send(self, message: bytes) -> None:
         """Send a message. Raises WorkerLostError."""
@@ -307,6 +304,14 @@ _COMMAND = (
 def _root() -> str:
     """The folder from which a process imports this very package."""
     return str(Path(__file__).parents[3])
+
+
+def result_of_answer(answer: bytes) -> bytes:
+    """The result that :func:`apt_core.data.store.worker.answer` has sent. Raises the error that it
+    has sent instead."""
+    if answer[:1] == b"\0":
+        return answer[1:]
+    raise _error_of(unpack(answer[1:])[0])
 
 
 def _error_of(row: dict[str, Any]) -> AptError:
