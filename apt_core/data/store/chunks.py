@@ -188,14 +188,16 @@ class ChunkEncoder:
         at = f" on {where}" if where else ""
         return ProviderError(f"{name} failed{at} ({place}): {one_line(error)}")
 
-    def _checked(self, encoded: Encoded, document: Document) -> Encoded:
+    def _checked(self, encoded: Any, document: Document) -> Encoded:
+        if not isinstance(encoded, Encoded):
+            encoded = Encoded(encoded)
         ids, learned, wrong = encoded.ids, encoded.learned, ""
         if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "ui":
             wrong = f"a {type(ids).__name__} that is no 1-D array of whole numbers"
         elif ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:
             wrong = f"ids from {ids.min()} to {ids.max()}, of a vocabulary of {self._vocab_size}"
-        elif learned is not None and (learned.dtype != np.bool_ or learned.shape != ids.shape):
-            wrong = f"marks {learned.dtype} {list(learned.shape)} of ids {list(ids.shape)}"
+        elif learned is not None and not _are_marks(learned, ids):
+            wrong = f"marks that are no array of booleans, one an id ({len(ids)})"
         if wrong:
             name = name_of("tokenizer", self.tokenizer)
             raise ConfigError(
@@ -226,6 +228,11 @@ def results_of(result: bytes, dtype: npt.DTypeLike) -> Iterator[Prepared]:
         if status == KEPT and len(signatures):
             values, at_signature = signatures[at_signature], at_signature + 1
         yield Prepared(status, digest, position, is_text, values, tuple(found))
+
+
+def _are_marks(learned: Any, ids: npt.NDArray[Any]) -> bool:
+    is_array = isinstance(learned, np.ndarray) and learned.dtype == np.bool_
+    return is_array and learned.shape == ids.shape
 
 
 def name_of(kind: str, provider: object) -> str:
