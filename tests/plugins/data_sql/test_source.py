@@ -16,7 +16,7 @@ from apt_core.kernel import boot
 from apt_core.providers import Document
 from apt_core.providers.dataset import DataSection
 from apt_core.secrets import MASK
-from apt_core.testing import TINY_PROFILE
+from apt_core.testing import TINY_PROFILE, tiny_run
 from apt_plugins.data_sql.queries import fault_of
 
 pytest.importorskip("sqlalchemy")
@@ -30,6 +30,7 @@ ORDERED = "SELECT text FROM documents ORDER BY id"
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(source, "PAUSE", 0.0)
+    monkeypatch.setenv("APT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
 
 
@@ -253,7 +254,7 @@ def test_a_listing_imports_no_driver():
 
 # PostgreSQL -------------------------------------------------------------------------------------
 
-ROWS = 4_000
+ROWS = 1_000
 
 
 @pytest.fixture
@@ -380,3 +381,54 @@ def test_the_password_is_in_no_message_profile_or_description(table, caplog):
     for text in (kernel.config.to_yaml(), mixed.config.to_yaml(), repr(kernel)):
         assert "sesame" not in text
     assert "sesame" not in caplog.text
+
+
+def files_with(text, *folders):
+    return [
+        path
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.is_file() and text.encode() in path.read_bytes()
+    ]
+
+
+def test_a_run_keeps_no_password_and_resumes_with_another_one(table, tmp_path, caplog):
+    settings = {"url": table.url(), "query": ORDERED, "version": "1"}
+    item = {"name": "rows", "loader": "sql", "settings": settings}
+    for number, data in enumerate(
+        (
+            {"data": {"loader": "sql", "build_workers": 1}, "data_sql": settings},
+            {"data": {"mixture": [item], "build_workers": 1}},
+        )
+    ):
+        training = {**TINY_PROFILE["training"], "lr_schedule_name": "constant"}
+        whole = {**TINY_PROFILE, "training": training, **data}
+        output = tmp_path / f"run{number}"
+        tiny_run(profile=whole, output=output, steps=2)
+        assert not files_with("sesame", output, tmp_path / "cache")
+        assert files_with("postgresql+psycopg://admin@", output)
+        if number == 0:
+            # The store of this version is there: the database is not asked, whatever its password.
+            changed = {**settings, "url": table.url().replace("sesame", "barley")}
+            again = {**whole, "data_sql": changed}
+            tiny_run(profile=again, output=output, steps=4, resume=True)
+    assert "sesame" not in caplog.text and "barley" not in caplog.text
+
+
+def test_a_store_is_not_left_half_made(table, tmp_path, monkeypatch):
+    plain = source.Rows.place
+    killed = []
+
+    def place(self, line):
+        if line == ROWS // 2 and not killed:
+            killed.append(line)
+            table.execute("DELETE FROM documents WHERE id = 1")
+            kill(table)
+        return plain(self, line)
+
+    monkeypatch.setattr(source.Rows, "place", place)
+    settings = {"url": table.url(), "query": ORDERED, "batch_rows": 10}
+    with pytest.raises(ConfigError, match="was lost after this row"):
+        tiny_run(profile={**profile(loader="sql", build_workers=1), "data_sql": settings})
+    left = [path.name for path in (tmp_path / "cache" / "stores").glob("*") if path.is_dir()]
+    assert left == []
