@@ -99,7 +99,7 @@ def print_stores(rows: Sequence[Mapping[str, Any]]) -> None:
         say(f"  {_left_out(row['counts'])}")
         say(f"  {row['folder']}")
         if not row["kept"]:
-            say("  it is not kept: the tokenizer has no fingerprint")
+            say("  not kept: the tokenizer has no fingerprint, or the cache cannot be written")
 
 
 def _left_out(counts: Mapping[str, int]) -> str:
