@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
+from threading import Lock
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -77,7 +78,8 @@ class Order:
     """The windows of each step, of sources with ``names`` and ``sizes`` (numbers of windows).
 
     ``segments`` are the weights of a mixture in the order of steps, the first from step 1 on; a
-    lone source needs none. Its memory does not depend on the number of windows.
+    lone source needs none. Its memory does not depend on the number of windows. Threads may
+    share it.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Order:
         self._segments = list(segments)
         self._firsts = [segment.first_step for segment in segments]
         self._before: list[Ints] = [np.zeros(len(sizes), dtype=np.int64)]
+        self._lock = Lock()  # of what is computed on demand: threads make batches ahead
 
     def step(self, epoch: int, index: int) -> Drawn:
         """The windows of step ``index`` (from 0) of ``epoch`` (from 1), over all processes. Raises
@@ -164,11 +167,12 @@ class Order:
 
     def _given_before(self, segment: int) -> Ints:
         """The windows that each source gave in the segments before."""
-        while len(self._before) <= segment:
-            last = len(self._before) - 1
-            given = self._given_in(last, self._first_slot(last + 1))
-            self._before.append(self._before[last] + given)
-        return self._before[segment]
+        with self._lock:
+            while len(self._before) <= segment:
+                last = len(self._before) - 1
+                given = self._given_in(last, self._first_slot(last + 1))
+                self._before.append(self._before[last] + given)
+            return self._before[segment]
 
     def _given_in(self, segment: int, slot: int) -> Ints:
         """The windows that each source gave in a segment before ``slot`` of the run."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -121,6 +123,23 @@ def test_any_step_is_found_without_those_before():
         assert [d.tolist() for d in fresh.step(epoch + 1, index)] == [
             d.tolist() for d in through.step(epoch + 1, index)
         ]
+
+
+def test_threads_that_ask_for_steps_at_once_get_those_of_one(monkeypatch):
+    segments = [Segment(1 + step, (1.0, 1.0 + step)) for step in range(12)]
+    alone = order_of([50, 90], segments)
+    expected = [draws(alone, range(step, step + 1)) for step in range(20)]
+    given_in = Order._given_in
+
+    def slowly(self: Order, segment: int, slot: int) -> object:
+        time.sleep(0.001)  # lets another thread go on
+        return given_in(self, segment, slot)
+
+    monkeypatch.setattr(Order, "_given_in", slowly)
+    shared = order_of([50, 90], segments)
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda step: draws(shared, range(step, step + 1)), range(20)))
+    assert made == expected
 
 
 def test_shares_are_even_within_a_few_windows():
