@@ -145,7 +145,7 @@ class RunState(Progress):
 
     ``tensors`` lists the type and shape of each tensor of the checkpoint by file and name,
     ``windows_per_step``, ``precision``, ``data_sha256`` and ``tokens_sha256`` say what the position
-    counts and on what text.
+    counts and on what text, ``windows`` how many windows an epoch has of each source.
     """
 
     windows_per_step: Annotated[int, Field(ge=1, le=2**62)]
@@ -156,6 +156,7 @@ class RunState(Progress):
     precision: Text
     data_sha256: Text
     tokens_sha256: dict[str, Text] | None = None
+    windows: list[Count] | None = None
     plugins: dict[str, Any]
     plugin_records: dict[str, Record]
     optimizer_groups: list[Group]
@@ -203,7 +204,7 @@ class RunState(Progress):
         return Progress(**{name: getattr(self, name) for name in Progress.model_fields})
 
 
-LATER = {"spent", "tokens_sha256", "changes", "tensors"}
+LATER = {"spent", "tokens_sha256", "windows", "changes", "tensors"}
 """Keys that checkpoints of earlier versions do not have."""
 
 MOST_TOLD = 3

@@ -61,11 +61,13 @@ class Restoring:
         kernel, state, trained = self._run.kernel, found.state, self._run.trained
         # Checked first: the settings of an absent plugin would all be reported as differences.
         require_plugins(kernel, (switch.plugin for switch in state.transforms))
+        self._check_order(found)
         self._check_global_batch(state.windows_per_step)
         self._check_precision(state.precision)
         changed = self._check_profile(found)
         check_providers(kernel, found.manifest)
         self._check_tokens(found)
+        self._check_windows(found)
         self._switching.replay(state.transforms)
         found.tensors("model").read_into(model_tensors(trained.model), "model")
         call_buffers_loaded(trained.model)
@@ -174,6 +176,25 @@ class Restoring:
                 log.warning(
                     "the checkpoint holds an average of plugin %s, which is not active", plugin
                 )
+
+    def _check_order(self, found: Checkpoint) -> None:
+        """Raise CheckpointError for a run of a version that drew windows in another order: its
+        position would stand for others."""
+        if found.state.windows is None:
+            raise CheckpointError(
+                f"{found.path}: it was made when windows came in another order than now, so that "
+                "what the run has seen would be seen again, and other windows never; start a new "
+                "run: leave --resume out, or go on with the version of apt that made it"
+            )
+
+    def _check_windows(self, found: Checkpoint) -> None:
+        """Raise CheckpointError if the same tokens are cut into other numbers of windows."""
+        before, now = found.state.windows, self._run.parts.plan.order.sizes
+        if before != now:
+            raise CheckpointError(
+                f"{found.path}: an epoch had {before} windows of its sources, and has {now} here: "
+                "the packing of documents has changed; start a new run"
+            )
 
     def _check_global_batch(self, before: int) -> None:
         """Raise ConfigError if a step takes another number of sequences than ``before``: the

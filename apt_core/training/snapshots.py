@@ -103,6 +103,7 @@ class Snapshots:
             precision=str(parts.dtype or torch.float32),
             data_sha256=parts.data.sha256,
             tokens_sha256=parts.data.tokens_sha256,
+            windows=parts.plan.order.sizes,
             plugins=plugins,
             plugin_records=self._run.manager.failures.state_dict(),
             optimizer_groups=optimizer_groups(trained.model, trained.optimizer),
