@@ -10,6 +10,11 @@ from typing import Any, NoReturn
 import datasets
 from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from apt_core import ConfigError
 from apt_core.data.sources.files import split_suffixes
@@ -28,6 +33,10 @@ SAVED = ("state.json", "dataset_dict.json")
 """What is in a folder of ``save_to_disk``: of one split, or of several."""
 
 _HUB = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+_UNREACHED = {"TransportError", "OfflineModeIsEnabled"}
+"""Classes of what the client of the hub raises without a network: which client depends on its
+version."""
+
 _SCRIPTS = "Dataset scripts are no longer supported"
 
 
@@ -146,16 +155,18 @@ class Opening:
                 "code",
                 hint="on the hub, the revision refs/convert/parquet may have its data as files",
             )
-        if isinstance(error, DatasetNotFoundError):
-            if "gated" in reason:
-                self.fail(
-                    f"is gated: {reason}",
-                    hint="ask for access on its page, and log in: hf auth login",
-                )
+        if isinstance(error, GatedRepoError) or "gated dataset" in reason:
+            hint = "ask for access on its page, and log in: hf auth login"
+            self.fail(f"is gated: {reason}", hint=hint)
+        if isinstance(error, RevisionNotFoundError) or reason.startswith("Revision "):
+            self.fail(f"there is no such revision: {reason}", "revision")
+        if isinstance(error, DatasetNotFoundError | RepositoryNotFoundError):
             self.fail(f"there is no such dataset: {reason}", hint="or it is private: hf auth login")
         if isinstance(error, DataFilesNotFoundError | EmptyDatasetError):
             self.fail(f"holds no data files: {reason}")
-        if isinstance(error, ConnectionError) or "Max retries" in reason:
+        if isinstance(error, ConnectionError) or _UNREACHED.intersection(
+            each.__name__ for each in type(error).__mro__
+        ):
             self.fail(
                 f"the hub cannot be reached: {reason}",
                 hint="save_to_disk keeps a dataset in a folder, which needs no network",

@@ -130,6 +130,7 @@ class HfSource(DatasetProvider):
 
         names = shard.column_names
         used: list[str] = []
+        number = 0
         if names:
             used = columns_to_read(names, faults)
             shard = shard.select_columns(used)
@@ -137,11 +138,13 @@ class HfSource(DatasetProvider):
             for table in shard.with_format("arrow").iter(batch_size=BATCH_ROWS):
                 used = used or columns_to_read(table.column_names, faults)
                 for batch in table.select(used).to_batches():
-                    yield from rows_of(batch, pyarrow)
+                    for record in rows_of(batch, pyarrow):
+                        number += 1
+                        yield record
         except ConfigError:
             raise
         except Exception as error:  # files of any content
-            faults.fail(f"cannot be read: {one_line(error)}")
+            faults.fail(f"cannot be read on: {one_line(error)}", number)
 
     def _content(self, key: str) -> Any:
         if getattr(self.data_section, key) is None:

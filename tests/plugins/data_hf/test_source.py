@@ -20,7 +20,11 @@ from apt_core.testing import TINY_PROFILE
 
 datasets = pytest.importorskip("datasets")
 
-from apt_plugins.data_hf.source import HfSource  # noqa: E402
+from huggingface_hub.errors import HfHubHTTPError  # noqa: E402
+
+from apt_plugins.data_hf.loading import Opening  # noqa: E402
+from apt_plugins.data_hf.settings import HfSettings  # noqa: E402
+from apt_plugins.data_hf.source import HfSource, Shard  # noqa: E402
 
 TEXTS = [f"text {number}" for number in range(300)]
 
@@ -142,7 +146,17 @@ def test_rows_that_are_no_documents_and_files_that_are_damaged_are_errors():
     write("a.jsonl", {"text": "a"}, {"text": None}, {"text": "c"})
     assert message("a.jsonl").startswith("a.jsonl:train, row 2: data.train_path: has no 'text'")
     Path("b.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    assert "cannot be read" in message("b.jsonl")
+    assert "cannot be read on" in message("b.jsonl")
+    rows = datasets.Dataset.from_dict({"text": TEXTS})
+
+    def lost():
+        yield from rows
+        raise OSError("the network is gone")
+
+    stream = datasets.IterableDataset.from_generator(lost)
+    source = hf("owner/name")
+    with pytest.raises(ConfigError, match=r"row 2\d\d: .*cannot be read on: .*network is gone"):
+        list(source._records(stream, Shard("owner/name:train")))
     Path("c.parquet").write_bytes(b"PAR1 and no more")
     assert "c.parquet" in message("c.parquet")
 
@@ -199,6 +213,9 @@ def test_a_dataset_on_the_hub_tells_why_it_cannot_be_read(monkeypatch):
             "Dataset scripts are no longer supported, but found name.py"
         ),
     }
+    raised["there is no such revision"] = datasets.exceptions.DatasetNotFoundError(
+        "Revision 'v1' doesn't exist for dataset 'owner/name' on the Hub."
+    )
     for said, error in raised.items():
 
         def refuse(path, config, *, revision, error=error):
@@ -214,6 +231,17 @@ def test_no_network_is_said(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     said = message("owner/name")
     assert said.startswith("owner/name: data.train_path: the hub cannot be reached")
+    with pytest.raises(ConfigError, match="the hub cannot be reached"):
+        hf("owner/name").fingerprint()
+    httpx = pytest.importorskip(_client())
+    refused = httpx.ConnectError("Name or service not known")
+    with pytest.raises(ConfigError, match="the hub cannot be reached: Name or service"):
+        Opening("owner/name", HfSettings(), "data.train_path", "data_hf")._explain(refused)
+
+
+def _client():
+    """The module of the client that huggingface_hub raises errors of."""
+    return HfHubHTTPError.__mro__[1].__module__.partition(".")[0]
 
 
 def test_the_fingerprint_is_that_of_the_content(saved):
