@@ -447,7 +447,7 @@ def test_an_isolated_broken_plugin_leaves_its_keys_inert(install: Install) -> No
 
 
 def test_what_only_a_run_finds_inactive_is_kept_once_and_refused_when_strict() -> None:
-    profile = {"data": {"padding": "longest"}}
+    profile = {"training": {"amp_level": "O1"}}
     kernel = start(profile)
     (known,) = kernel.inactive
     found = [InactiveKey(known.key, "another reason"), InactiveKey("hardware.backend", "alone")]

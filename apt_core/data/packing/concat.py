@@ -29,8 +29,9 @@ class ConcatWindows:
 
     def rows(self, indices: Ints) -> Rows:
         starts = np.asarray(indices, dtype=np.int64) * self.seq_len
-        cut = self.part.windows(starts, self.seq_len + 1).astype(np.int64)
-        input_ids, targets = cut[:, :-1], cut[:, 1:]
+        cut = self.part.windows(starts, self.seq_len + 1)
+        # Contiguous, as all batches are: a compiled model would be compiled for other strides.
+        input_ids, targets = (part.astype(np.int64) for part in (cut[:, :-1], cut[:, 1:]))
         if (ignored := self._ignored(starts)) is not None:
             targets = np.where(ignored, IGNORED, targets)
         return Rows(input_ids, targets, self._document_ids(starts))
