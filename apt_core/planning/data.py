@@ -77,7 +77,8 @@ def _estimate(name: str, source: DatasetProvider, tokenizer: TokenizerProvider) 
         return row
     began = time.perf_counter()
     chars = tokens = 0
-    for record in source.documents():
+    records = source.documents()  # kept: a file that is closed tells no position
+    for record in records:
         document = Document.of(record)
         tokens += len(tokenizer.encode_document(document).ids)
         chars += document.num_chars

@@ -293,6 +293,7 @@ def test_a_text_that_is_not_there_or_large_leaves_the_steps_unknown(
     assert row["train_tokens"] + row["val_tokens"] >= 1_300 and row["windows"] > 0
     assert f"{row['train_tokens']:,} tokens to train on" in printed(plan)
     monkeypatch.setattr("apt_core.planning.data.READ_UP_TO", 10)
+    monkeypatch.setattr("apt_core.planning.data.SAMPLE_CHARS", 10)
     large = make_plan(small)
     assert large["batch"]["steps_per_epoch"] is None
     assert "an epoch" not in printed(large)

@@ -148,6 +148,7 @@ class FileSource(DatasetProvider):
             reading.raise_faults()
             self.replaced += reading.replaced
             self._read[key] += file.size or 0
+            self._reading = None
             if not has_text:
                 if file.named or len(files) == 1:
                     reading.fail("holds no text", hint="give a file with text in it")

@@ -48,12 +48,13 @@ class Reading(Faults):
         super().__init__(file.where, key, columns, errors)
         self.file = file
         self._raw: IO[bytes] | None = None
+        self._end = 0
 
     @property
     def position(self) -> int:
-        """The bytes of the file, compressed as it is, that have been read since it was opened; 0
-        where it is not open."""
-        return 0 if self._raw is None else self._raw.tell()
+        """The bytes of the file, compressed as it is, that have been read since it was opened; all
+        of them once it was read to its end."""
+        return self._end if self._raw is None else self._raw.tell()
 
     @contextmanager
     def open(self, decompress: bool = True) -> Iterator[IO[bytes]]:
@@ -77,6 +78,7 @@ class Reading(Faults):
                 elif zstd is not None:
                     stream = io.BufferedReader(_Zst(raw, zstd), BLOCK)
                 yield stream
+                self._end = raw.tell()
             self._require_unchanged()
         except (ConfigError, GeneratorExit):
             raise
