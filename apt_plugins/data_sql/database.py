@@ -67,9 +67,12 @@ class Database:
             self.fail("is no URL of a database", hint=hint)
         self._secrets = SecretValues()
         self._secrets.add([self.url.password])
-        for name, value in self.url.query.items():
-            if is_secret_name(name) or "pass" in name.lower():
-                self._secrets.add([value] if isinstance(value, str) else value)
+        options = self.url.query.items()
+        hidden = {name for name, _ in options if is_secret_name(name) or "pass" in name.lower()}
+        for name in hidden:
+            value = self.url.query[name]
+            self._secrets.add([value] if isinstance(value, str) else value)
+        self._options = {name: value for name, value in options if name not in hidden}
         if self.url.get_backend_name() == "sqlite":
             self._require_file()
 
@@ -82,13 +85,15 @@ class Database:
 
     @property
     def place(self) -> str:
-        """The URL without the user, for what is to stay the same for another one."""
-        return self._shown()
+        """The URL without the user, for what is to stay the same for another one; with its other
+        options, of which one may be the host."""
+        return self._shown(options=self._options)
 
-    def _shown(self, username: str | None = None) -> str:
+    def _shown(self, username: str | None = None, options: Any = None) -> str:
         url = self.url
-        shown = URL.create(url.drivername, username, None, url.host, url.port, url.database)
-        return shown.render_as_string()
+        return URL.create(
+            url.drivername, username, None, url.host, url.port, url.database, options or {}
+        ).render_as_string()
 
     def fail(self, message: str, setting: str = "url", hint: str = "") -> NoReturn:
         """Raise ConfigError about one of the settings."""

@@ -22,6 +22,7 @@ from apt_plugins.data_sql.queries import fault_of
 pytest.importorskip("sqlalchemy")
 
 from apt_plugins.data_sql import source
+from apt_plugins.data_sql.database import Database
 from apt_plugins.data_sql.source import SqlSource
 
 ORDERED = "SELECT text FROM documents ORDER BY id"
@@ -207,6 +208,11 @@ def test_a_version_stands_for_the_data():
     ]
     assert len({sql(**each).fingerprint() for each in facts}) == len(facts)
     assert sql(version="1").fingerprint() == sql(version="1", batch_rows=5).fingerprint()
+    places = [
+        Database(f"postgresql://{user}@/db?host=/{host}&sslpassword={user}", "key").place
+        for user, host in (("ann:secret", "one"), ("bob:hidden", "one"), ("ann:secret", "two"))
+    ]
+    assert places[0] == places[1] != places[2]
     assert sql(version="1").describe() == f"corpus.db: {ORDERED}, version 1"
 
 
