@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from apt_core.data.sources.hlbd import task_of
 from apt_core.data.store.parts import TokenPart
 from apt_core.evaluation.responses import Pair, character_f1, pairs_of
@@ -79,16 +81,18 @@ class Scores:
 def tasks_of(
     parts: Iterable[TokenPart], tokenizer: TokenizerProvider, most: int | None
 ) -> list[tuple[Task, Pair]]:
-    """The tasks of ``parts``, each with the levels that it names; every n-th, so that there are at
-    most ``most``."""
+    """The tasks of ``parts``, each with the levels that it names: all, or ``most`` of them, drawn
+    alike in each call (every n-th could be of few levels, which follow each other in turns)."""
     found = [
         (task, pair)
         for part in parts
         for pair in pairs_of(part)
         if (task := task_of(tokenizer.decode(pair.prompt))) is not None
     ]
-    step = 1 if most is None else -(-len(found) // most) or 1
-    return found[::step]
+    if most is None or most >= len(found):
+        return found
+    drawn = np.random.default_rng(0).permutation(len(found))[:most]
+    return [found[index] for index in sorted(drawn)]
 
 
 def scores_of(

@@ -25,8 +25,8 @@ class HLBDSettings(Section):
     )
     max_tasks: Count | None = Field(
         default=None,
-        description="The most tasks to score of those that are trained, and of those that are held "
-        "out: every n-th of them. Without it all are scored.",
+        description="How many to score of the tasks that are trained, and of those that are held "
+        "out, drawn at random but always alike. Without it all are scored.",
     )
     batch_size: Size = Field(default=256, description="Prompts that are answered at a time.")
 

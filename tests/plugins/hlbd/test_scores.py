@@ -83,6 +83,10 @@ def test_prompts_with_a_response_are_the_pairs_of_a_part():
     assert [task for task, _ in tasks_of([part, part], tokenizer, None)] == [(1, 2), (1, 2)]
     assert len(tasks_of([part] * 10, tokenizer, 4)) == 4
     assert tasks_of([], tokenizer, 4) == []
+    # Of 8 documents in turns of 2 levels, 4 are not all of one of them.
+    turns = [Document(prompt=f"{1 + n % 2}>3 a", response="b") for n in range(8)]
+    drawn = tasks_of([ArrayPart.of([*map(tokenizer.encode_document, turns)])], tokenizer, 4)
+    assert len(drawn) == 4 and {task for task, _ in drawn} == {(1, 3), (2, 3)}
 
 
 def test_scores_count_exact_answers_and_shared_characters_by_task():
