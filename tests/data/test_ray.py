@@ -1,87 +1,168 @@
-"""The engine of Ray makes the store that local processes make, whatever becomes of its own."""
+"""The engine of Ray makes the bytes of local processes, also where its workers are killed."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import os
+import signal
 import socket
 import sys
-from collections.abc import Iterator
 
 import pytest
 
-from apt_core.data.store import input as chunking
+from apt_core.data.store import format as store_format
+from apt_core.data.store import local
 from apt_core.data.store.build import build_store
-from apt_core.data.tokenizers.byte import ByteTokenizer
 from apt_core.errors import ConfigError
 from apt_core.providers.dataset import DataSection, DatasetProvider
 
-TOKENIZER = """\
+MODULE = """
 import os
 import signal
 from pathlib import Path
 
-from apt_core.providers import TokenizerProvider
-
-MARK = Path({mark!r})
+from apt_core.providers.tokenizer import TokenizerProvider
 
 
-class Bytes(TokenizerProvider):
+class Mortal(TokenizerProvider):
+    '''Kills its process at the word "fatal", as often as there are files in a folder, and writes in
+    a file where it was called with "refused".'''
+
+    name = "mortal"
     vocab_size = 256
 
     def encode(self, text):
-        if "killed once" in text and os.getpid() != {builder} and not MARK.exists():
-            MARK.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+        folder = Path(self.config["folder"])
+        if os.getpid() != self.config["builder"]:
+            if "fatal" in text and (files := list(folder.glob("kill*"))):
+                files[0].unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+            (folder / f"worker-{os.getpid()}").touch()
+        if "refused" in text:
+            with open(folder / "refusals", "a") as file:
+                file.write("x")
+            raise ValueError("has no id for it")
         return list(text.encode())
 
     def decode(self, ids):
-        return bytes(ids).decode()
+        return bytes(ids).decode(errors="replace")
 
     def fingerprint(self):
-        return "bytes"
+        return "mortal"
 """
 
 
 class Lines(DatasetProvider):
-    def documents(self) -> Iterator[str]:
-        for number in range(400):
-            yield f"line {number}{' killed once' if number == 200 else ''}"
+    """Documents, one of which is given."""
 
-    def fingerprint(self) -> str:
-        return "lines"
+    name = "lines"
+
+    def __init__(self, middle: str = "fatal") -> None:
+        super().__init__()
+        self.middle = middle
+
+    def documents(self):
+        for number in range(60):
+            text = self.middle if number == 30 else f"Ünïcode {number} " * (number + 1)
+            yield {"text": text} if number % 2 else {"prompt": f"{number}?", "response": text}
+
+    def fingerprint(self):
+        return self.middle
 
 
-@pytest.mark.timeout(180)
-def test_ray_makes_the_same_bytes_though_a_process_is_killed(tmp_path, monkeypatch):
-    pytest.importorskip("ray")
-    mark = tmp_path / "mark"
-    code = TOKENIZER.format(mark=str(mark), builder=os.getpid())
-    (tmp_path / "bytes_for_ray.py").write_text(code)
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """An own cluster of two workers, as the engine starts it."""
+    pytest.importorskip("ray", reason="Ray is not installed")
+    import ray
+
+    from apt_core.data.store.ray import _connected
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        patch.delenv("RAY_ADDRESS", raising=False)
+        before = signal.getsignal(signal.SIGTERM)
+        with _connected(ray, 2):
+            yield ray
+        assert not ray.is_initialized()
+        assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "ray_parts.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(chunking, "CHUNK_DOCUMENTS", 20)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    from bytes_for_ray import Bytes  # type: ignore[import-not-found]
-
-    made = {}
-    for engine, workers in (("local", 1), ("ray", 2)):
-        monkeypatch.setenv("APT_CACHE", str(tmp_path / engine))
-        store = build_store(Lines(), Bytes(), DataSection(), engine=engine, workers=workers)
-        files = {p.name: p.read_bytes() for p in store.folder.iterdir() if p.suffix != ".json"}
-        made[engine] = store.manifest, files
-    assert mark.exists()
-    assert made["local"] == made["ray"] and len(made["ray"][1]) >= 4
+    monkeypatch.setattr(local, "START_AFTER", 1)
+    monkeypatch.setattr("apt_core.data.store.input.CHUNK_CHARS", 1500)
+    yield tmp_path
+    del sys.modules["ray_parts"]
 
 
-def test_ray_that_is_not_there_is_said(tmp_path, monkeypatch):
-    monkeypatch.setenv("APT_CACHE", str(tmp_path))
-    with monkeypatch.context() as context:
-        context.setitem(sys.modules, "ray", None)
-        with pytest.raises(ConfigError, match=r"needs Ray.*pip install \"apt-kernel\[ray\]\""):
-            build_store(Lines(), ByteTokenizer(), DataSection(), engine="ray")
-    pytest.importorskip("ray")
+def built(folder, monkeypatch, engine, source, **settings):
+    monkeypatch.setenv("APT_CACHE", str(folder / f"cache-{engine}"))
+    parts = importlib.import_module("ray_parts")
+    tokenizer = parts.Mortal({"folder": str(folder), "builder": os.getpid()})
+    section = DataSection(**settings)
+    source.data_section = section
+    return build_store(source, tokenizer, section, engine=engine, workers=2)
+
+
+def content(store):
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in store.folder.iterdir()
+        if path.is_file() and path.name != store_format.CHECKED
+    }
+
+
+def test_ray_that_is_missing_is_named(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match="needs Ray") as caught:
+        built(folder, monkeypatch, "ray", Lines())
+    assert "apt-kernel[ray]" in caught.value.problems[0].hint
+    assert not [*folder.glob("cache-ray/stores/*.building-*")]
+
+
+def test_a_cluster_that_does_not_answer_is_named(folder, monkeypatch):
+    pytest.importorskip("ray", reason="Ray is not installed")
     with socket.create_server(("127.0.0.1", 0)) as unused:
         address = f"127.0.0.1:{unused.getsockname()[1]}"
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ConfigError, match=f"cannot use the cluster at {address}: .*refused"):
-        build_store(Lines(), ByteTokenizer(), DataSection(), engine="ray")
-    assert not [*tmp_path.glob("stores/*.building-*")]
+        built(folder, monkeypatch, "ray", Lines())
+
+
+def test_ray_and_local_processes_make_the_same_bytes_also_when_a_worker_is_killed(
+    cluster, folder, monkeypatch
+):
+    expected = content(built(folder, monkeypatch, "local", Lines()))
+    used = list(folder.glob("worker-*"))
+    assert used
+    for path in used:
+        path.unlink()
+    (folder / "kill").touch()
+    store = built(folder, monkeypatch, "ray", Lines())
+    assert content(store) == expected
+    assert "train-00000.learned" in expected
+    assert not (folder / "kill").exists()
+    assert list(folder.glob("worker-*"))
+    assert cluster.is_initialized()  # it was there before
+
+
+def test_a_document_that_kills_each_worker_ends_the_build(cluster, folder, monkeypatch):
+    for number in range(9):
+        (folder / f"kill{number}").touch()
+    with pytest.raises(store_format.StoreError, match=r"lines documents\(\) \d+.*3 attempts"):
+        built(folder, monkeypatch, "ray", Lines())
+    # The first attempt and its repetitions.
+    assert len(list(folder.glob("kill*"))) == 9 - local.ATTEMPTS
+    assert [path.name for path in (folder / "cache-ray/stores").iterdir()] == []
+
+
+def test_a_tokenizer_that_refuses_a_document_is_not_asked_again(cluster, folder, monkeypatch):
+    with pytest.raises(ConfigError, match="has no id for it") as caught:
+        built(folder, monkeypatch, "ray", Lines("refused"))
+    assert caught.value.problems[0].where == "lines documents() 31"
+    # All documents at once, then one by one to find the one.
+    assert (folder / "refusals").read_text() == "xx"

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from apt_core.data.store.chunks import ChunkEncoder, name_of
+from apt_core.data.store.chunks import CHUNK_CHARS, ChunkEncoder, name_of, unpack_chunk
 from apt_core.data.store.format import StoreError
 from apt_core.data.store.frames import pack, unpack
 from apt_core.data.store.local import AHEAD, ATTEMPTS, THREADS, result_of_answer, run_local
@@ -58,7 +60,7 @@ def run_ray(
     with _connected(ray, workers) as limit:
         try:
             tasks = Tasks(ray, encoder, folder / "ray")
-            if tasks.result(tasks.start(first)) != expected:
+            if tasks.result(first, tasks.start(first)) != expected:
                 raise NotTransferableError("its ids are others there")
         except NotTransferableError as error:
             log.warning("%s is not used on Ray: %s", name_of("tokenizer", encoder.tokenizer), error)
@@ -92,7 +94,7 @@ class Tasks:
         """Begin with a chunk."""
         return self._encode.remote(self._key, self._setup, chunk)
 
-    def result(self, task: Any) -> bytes:
+    def result(self, chunk: bytes, task: Any) -> bytes:
         """The result of a chunk. Raises what the encoder raised, NotTransferableError where the
         process has no encoder, StoreError where no process brings it to an end."""
         try:
@@ -100,28 +102,32 @@ class Tasks:
         except self._ray.exceptions.RayTaskError as error:
             raise NotTransferableError(one_line(error.cause or error)) from error
         except self._ray.exceptions.RayError as error:
-            raise StoreError(f"Ray cannot encode: {one_line(error)}") from error
+            documents = unpack_chunk(chunk)[1]
+            raise StoreError(
+                f"Ray cannot encode the documents from {documents[0].where} to "
+                f"{documents[-1].where} (up to {ATTEMPTS} attempts): {one_line(error)}"
+            ) from error
         if refused:
             raise NotTransferableError(refused)
         return result_of_answer(answer)
 
     def results(self, chunks: Iterator[bytes], limit: int) -> Iterator[bytes]:
         """The results of the chunks, in their order, ``limit`` of which may be worked on."""
-        waiting: deque[Any] = deque()
+        waiting: deque[tuple[bytes, Any]] = deque()
         try:
             for chunk in chunks:
-                waiting.append(self.start(chunk))
+                waiting.append((chunk, self.start(chunk)))
                 if len(waiting) >= limit:
                     yield self._next(waiting)
             while waiting:
                 yield self._next(waiting)
         finally:
-            for task in waiting:
+            for _, task in waiting:
                 self._ray.cancel(task)
 
-    def _next(self, waiting: deque[Any]) -> bytes:
+    def _next(self, waiting: deque[tuple[bytes, Any]]) -> bytes:
         try:
-            return self.result(waiting.popleft())
+            return self.result(*waiting.popleft())
         except NotTransferableError as error:
             raise StoreError(f"a process of Ray cannot encode: {error}") from error
 
@@ -174,7 +180,7 @@ def _connected(ray: Any, workers: int) -> Iterator[int]:
     if ray.is_initialized():
         yield _limit(ray)
         return
-    address = os.environ.get("RAY_ADDRESS")
+    address, handler = os.environ.get("RAY_ADDRESS"), signal.getsignal(signal.SIGTERM)
     options: dict[str, Any] = {"address": address}
     if not address:
         options = {
@@ -182,6 +188,10 @@ def _connected(ray: Any, workers: int) -> Iterator[int]:
             "num_cpus": workers,
             "include_dashboard": False,
             "_node_ip_address": "127.0.0.1",
+            # A chunk has up to four bytes a character, as its result has a token, and marks beside.
+            "object_store_memory": (80 << 20) + workers * (1 + AHEAD) * 10 * CHUNK_CHARS,
+            # Without it a task that needs too much memory is begun again for ever.
+            "_system_config": {"task_oom_retries": ATTEMPTS - 1},
         }
     try:
         if address:
@@ -195,6 +205,9 @@ def _connected(ray: Any, workers: int) -> Iterator[int]:
         yield _limit(ray)
     finally:
         ray.shutdown()
+        # Ray has put its own in its place.
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _require_reachable(address: str) -> None:
