@@ -60,15 +60,17 @@ def write(folder, parts, vocab_size=300, dtype="uint16", **facts):
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     monkeypatch.setattr(store_format, "SHARD_TOKENS", 50)
+    monkeypatch.setattr(reader, "IN_MEMORY", 0)
 
 
 @pytest.mark.parametrize("vocab_size", [256, 300, 70_000])
 @pytest.mark.parametrize("marked", [False, True])
-@pytest.mark.parametrize("max_open", [64, 1])
+@pytest.mark.parametrize(("max_open", "in_memory"), [(64, 0), (1, 0), (1, 2**20)])
 def test_a_stored_part_answers_as_one_in_memory(
-    tmp_path, vocab_size, marked, max_open, monkeypatch
+    tmp_path, vocab_size, marked, max_open, in_memory, monkeypatch
 ):
     monkeypatch.setattr(reader, "MAX_OPEN", max_open)
+    monkeypatch.setattr(reader, "IN_MEMORY", in_memory)
     monkeypatch.setattr(reader, "SEARCHED", 2)
     dtype = {256: "uint8", 300: "uint16", 70_000: "uint32"}[vocab_size]
     given = documents(60, min(vocab_size, 65_000), marked)

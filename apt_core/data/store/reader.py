@@ -33,6 +33,10 @@ from apt_core.data.store.format import (
 MAX_OPEN = 64
 """The most files that a part keeps open."""
 
+IN_MEMORY = 4 * 2**20
+"""The most bytes of ids of a part that is read whole, since each read of a file costs as much as a
+row of it."""
+
 SEARCHED = 512
 """Ends of documents that are read at a time when one is looked for."""
 
@@ -142,12 +146,14 @@ class StoredPart:
         self._ids = ShardedArray(self._files, names("ids"), self._first_token, manifest.dtype)
         self._ends = ShardedArray(self._files, names("ends"), documents, "uint64")
         self._bits = names("learned")
+        self._whole: Ids | None = None
         self.dtype = self._ids.dtype
 
     def read(self, start: int, stop: int) -> Ids:
         """The ids from ``start`` to before ``stop``, fewer where the part ends before."""
         stop = max(start, min(stop, self.num_tokens))
-        return self._ids.read(start, stop)
+        whole = self._in_memory()
+        return self._ids.read(start, stop) if whole is None else whole[start:stop]
 
     def marks(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
         """Which tokens from ``start`` to before ``stop`` are learned, fewer where the part ends
@@ -171,7 +177,12 @@ class StoredPart:
     def windows(self, starts: npt.NDArray[np.int64], length: int) -> Ids:
         """The ``length`` ids from each of ``starts`` on, [n, length]; beyond the end of the part
         its last id is repeated. Raises ValueError for negative starts, or without any token."""
-        return self._rows(starts, length, self.dtype, self._ids.read_into, self._last_id)
+        whole = self._in_memory()
+        if whole is None:
+            return self._rows(starts, length, self.dtype, self._ids.read_into, self._last_id)
+        self._require_starts(starts)
+        index = np.asarray(starts, dtype=np.int64)[:, None] + np.arange(length)
+        return whole.take(index, mode="clip")
 
     def learned(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.bool_]:
         """Which of the ids of :meth:`windows` are learned, [n, length]; none beyond the end."""
@@ -223,6 +234,13 @@ class StoredPart:
         """Close its files, which another call opens again."""
         self._files.close()
 
+    def _in_memory(self) -> Ids | None:
+        """All ids, if they are few."""
+        if self._whole is None and self.num_tokens * self.dtype.itemsize <= IN_MEMORY:
+            self._whole = self._ids.read(0, self.num_tokens)
+            self._whole.flags.writeable = False
+        return self._whole
+
     def _last_id(self) -> int:
         return int(self._ids.read(self.num_tokens - 1, self.num_tokens)[0])
 
@@ -234,10 +252,7 @@ class StoredPart:
         fill: Callable[[npt.NDArray[Any], int], None],
         beyond: Callable[[], int],
     ) -> npt.NDArray[Any]:
-        if not self.num_tokens:
-            raise ValueError("the part has no tokens")
-        if len(starts) and int(np.min(starts)) < 0:
-            raise ValueError("windows cannot start before the part")
+        self._require_starts(starts)
         out = np.empty((len(starts), length), dtype)
         for row, start in zip(out, starts.tolist(), strict=True):
             inside = max(0, min(length, self.num_tokens - start))
@@ -245,6 +260,12 @@ class StoredPart:
             if inside < length:
                 row[inside:] = beyond()
         return out
+
+    def _require_starts(self, starts: npt.NDArray[np.int64]) -> None:
+        if not self.num_tokens:
+            raise ValueError("the part has no tokens")
+        if len(starts) and int(np.min(starts)) < 0:
+            raise ValueError("windows cannot start before the part")
 
     def _require(self, start: int, stop: int, size: int, what: str) -> None:
         if not 0 <= start <= stop <= size:
