@@ -132,6 +132,9 @@ def _inactive_data_settings(config: Config) -> Iterator[Inactive]:
     if data.deduplicate != "near":
         key = "data.deduplicate"
         yield Inactive("data.near_threshold", f"{key} is {data.deduplicate}", (key,))
+    if not any(section.has_records for _, section in data.sections()):
+        keys = ("data.train_path", "data.val_path", "data.loader", "data.source", "data.mixture")
+        yield Inactive("data.columns", "plain text has no columns", keys)
     if data.val_path is not None:
         key = "data.val_path"
         yield Inactive("data.val_fraction", f"{key} is what is held out", (key,))

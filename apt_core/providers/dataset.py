@@ -35,6 +35,11 @@ Record = Document | str | Mapping[str, Any]
 """What a source may yield; :meth:`Document.of` reads it."""
 
 
+PLAIN_SOURCES = ("pydoc", "python_source")
+PLAIN_FILES = (".txt", ".text", ".md", ".rst", ".py")
+"""Sources of the core, and suffixes of files, that have texts alone and no records."""
+
+
 class Columns(Section):
     """``data.columns``: the names under which records hold the fields of a document."""
 
@@ -85,6 +90,18 @@ class SourceSection(Section):
     def dataset_name(self) -> str:
         """The provider of the documents."""
         return self.text_source or self.loader
+
+    @property
+    def has_records(self) -> bool:
+        """Whether anything that is read may be records with columns: not the core's built-in texts,
+        and not files whose names say that they are plain text."""
+        if self.dataset_name not in (*PLAIN_SOURCES, KINDS["dataset"].default):
+            return True
+        paths: list[str] = []
+        for value in (self.train_path, self.val_path):
+            paths += [value] if isinstance(value, str) else value or []
+        names = [path.lower().removesuffix(".gz").removesuffix(".zst") for path in paths]
+        return not all(name.endswith(PLAIN_FILES) for name in names)
 
 
 class MixtureItem(SourceSection):

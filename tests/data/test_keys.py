@@ -22,6 +22,7 @@ def start(data: dict[str, Any], **sections: Any) -> Kernel:
         ({"truncation": True}, "data.truncation", "documents fill whole sequences"),
         ({"packing": "concat", "padding": "longest"}, "data.padding", "data.packing is concat"),
         ({"packing": "documents", "truncation": True}, "data.truncation", "is documents"),
+        ({"columns": {"text": "body"}}, "data.columns.text", "plain text has no columns"),
         ({"near_threshold": 0.5}, "data.near_threshold", "data.deduplicate is none"),
         ({"val_path": __file__, "val_fraction": 0.2}, "data.val_fraction", "data.val_path is what"),
     ],

@@ -87,6 +87,7 @@ VALUES = {
     "training.betas": [0.5, 0.6],
     "training.checkpoint_dir": "elsewhere",
     "data.max_length": 8,
+    "data.tokenizer.vocab_size": 300,
     "data.source": "pydoc",
     "data.padding": "longest",
     "evaluation.metrics": ["loss"],

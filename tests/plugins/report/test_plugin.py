@@ -31,7 +31,7 @@ def test_a_run_with_the_plugin_leaves_its_page(tmp_path):
     run = tiny_run(REPORT, steps=8, output=tmp_path / "run")
     html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "Loss in nats per token" in html and "Learning rate" in html
-    assert f"{run.metrics[-1]['val_loss']:.3f}" in html
+    assert f"{run.metrics[-1]['val_loss']:.4f}" in html
     assert ">finished<" in html
     assert run.manager.records["report"].failures == []
 
