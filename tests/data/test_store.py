@@ -137,6 +137,23 @@ def test_shards_hold_whole_documents_and_their_size_changes_no_hash(tmp_path, mo
         assert getattr(rows[0], name) == getattr(rows[1], name)
 
 
+def test_the_hash_of_tokens_tells_borders_and_marks(tmp_path):
+    ids = np.arange(40, dtype=np.uint16)
+    given = {
+        "one": [Encoded(ids)],
+        "two": [Encoded(ids[:20]), Encoded(ids[20:])],
+        "cut elsewhere": [Encoded(ids[:24]), Encoded(ids[24:])],
+        "marked": [Encoded(ids, ids > 9)],
+        "marked elsewhere": [Encoded(ids, ids > 10)],
+    }
+    hashes = {
+        name: read_manifest(write(tmp_path / name, {"train": part})).parts["train"].tokens_sha256
+        for name, part in {**given, "all marked": [Encoded(ids, ids >= 0)]}.items()
+    }
+    assert hashes.pop("all marked") == hashes["one"]
+    assert len({*hashes.values()}) == len(given)
+
+
 def test_marks_are_kept_only_by_shards_with_something_that_is_not_learned(tmp_path):
     plain = Encoded(np.zeros(29, np.uint16))
     all_learned = Encoded(np.zeros(29, np.uint16), np.ones(29, bool))

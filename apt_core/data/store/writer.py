@@ -76,7 +76,12 @@ class PartWriter:
         data = np.ascontiguousarray(ids, self._dtype).data.cast("B")
         self._write_marks(learned, len(ids))
         self._files["ids"].write(data)
+        # What is learned of the same ids depends on where documents end, and on the marks.
+        marks = b"" if learned is None or learned.all() else np.packbits(learned).tobytes()
+        for size in (len(ids), len(marks)):
+            self._tokens_digest.update(size.to_bytes(8, "little"))
         self._tokens_digest.update(data)
+        self._tokens_digest.update(marks)
         self._tokens += len(ids)
         self._documents += 1
         self._files["ends"].write(self._tokens.to_bytes(8, "little"))
