@@ -537,6 +537,24 @@ def test_a_damaged_store_is_built_anew_and_said_so(home, code, damage, caplog):
     assert list(home.iterdir()) == [second.folder]
 
 
+def test_a_tokenizer_whose_fingerprint_leaves_something_out_is_noticed(home, code, caplog):
+    tokenizer = code.Forgetful()
+    first = build_store(Given(*mixed(40)), tokenizer, section(), workers=1)
+    before = content(first.folder)
+    tokenizer.shift = 1
+    with caplog.at_level(logging.WARNING, "apt.data"):
+        second = build_store(Given(*mixed(40)), tokenizer, section(), workers=1)
+    assert second.folder == first.folder and content(second.folder) != before
+    assert "letters (store_parts.Forgetful) makes other ids under the same" in caplog.text
+    assert texts(second, tokenizer)[0] in {
+        tokenizer.decode(tokenizer.encode_document(Document.of(record)).ids.tolist())
+        for record in mixed(40)
+    }
+    caplog.clear()
+    build_store(Given(*mixed(40)), tokenizer, section(), workers=1)
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("limit", [0, 200, 5_000, 40_000])
 @pytest.mark.parametrize("deduplicate", ["none", "near"])
 def test_a_full_disk_is_an_error_that_leaves_nothing(home, code, limit, deduplicate):

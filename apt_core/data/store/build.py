@@ -128,14 +128,14 @@ class Build:
             log.info("%s has no fingerprint: all of it is read", name)
             of_source = SourceReader(self.source, hashing=True).fingerprint_of_all()
         key = self.key(cast("str", of_source), fingerprint)
-        found = _opened(base / key)
+        found = self._opened(base / key)
         if found is not None:
             return found
         if not os.access(base, os.W_OK):
             log.warning("the token store is not kept: %s cannot be written", base)
             return self.temporary()
         with waiting_for(base / f"{key}.lock", "the token store") as lock:
-            found = _opened(base / key, log_damage=True)
+            found = self._opened(base / key, log_damage=True)
             if found is not None:
                 return found
             if lock.works:
@@ -166,6 +166,28 @@ class Build:
             owner.end()
             raise
 
+    def _opened(self, folder: Path, *, log_damage: bool = False) -> TokenStore | None:
+        if not folder.exists():
+            return None
+        try:
+            store = TokenStore.open(folder)
+            if store.manifest.sample_sha256 == self._sample_sha256(store.manifest.sample):
+                return store
+            name = name_of("tokenizer", self.encoder.tokenizer)
+            reason = (
+                f"{name} makes other ids under the same fingerprint, which leaves something out"
+            )
+        except DamagedStoreError as error:
+            reason = str(error)
+        if log_damage:
+            log.warning("the token store %s is built anew: %s", folder, reason)
+        return None
+
+    def _sample_sha256(self, sample: str) -> str:
+        with naming("tokenizer", self.encoder.tokenizer, "encode()"):
+            ids = self.encoder.tokenizer.encode(sample)
+            return hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()
+
     def key(self, of_source: str, of_tokenizer: str) -> str:
         """A hash of all that decides what the store holds."""
         facts = {
@@ -187,7 +209,7 @@ class Build:
             if reader.sha256 != expected:
                 raise StoreError(f"{name_of('dataset', self.source)} changed while it was read")
             _require_learnable(built, self.source)
-            manifest = self._manifest(key, built)
+            manifest = self._manifest(key, built, reader.sample)
             write_manifest(made, manifest)
             note_checked(made)
             _flush_folder(made)
@@ -224,7 +246,7 @@ class Build:
             shutil.rmtree(work)
             encoder = replace_rule(encoder, rule)
 
-    def _manifest(self, key: str, built: Assembled) -> StoreManifest:
+    def _manifest(self, key: str, built: Assembled, sample: str) -> StoreManifest:
         with naming("dataset", self.source, "describe()"):
             description = str(self.source.describe())
         return StoreManifest(
@@ -235,6 +257,8 @@ class Build:
             vocab_size=self.encoder.tokenizer.vocab_size,
             dtype=cast("Any", self.encoder.dtype.name),
             settings=self.encoder.settings.row(),
+            sample=sample,
+            sample_sha256=self._sample_sha256(sample),
             counts=built.counts,
             parts=built.parts,
         )
@@ -290,17 +314,6 @@ def _remove_unfinished(base: Path, key: str) -> None:
         if path.is_dir() and not path.is_symlink():
             log.info("%s is deleted: its builder ended before it was done", path)
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _opened(folder: Path, *, log_damage: bool = False) -> TokenStore | None:
-    if not folder.exists():
-        return None
-    try:
-        return TokenStore.open(folder)
-    except DamagedStoreError as error:
-        if log_damage:
-            log.warning("the token store %s is built anew: %s", folder, error)
-        return None
 
 
 def _replace(folder: Path, made: Path) -> None:

@@ -80,7 +80,9 @@ class PartRow(Section):
 
 
 class StoreManifest(Section):
-    """``store.json``. ``counts`` says what each step of the pipeline did to how many documents."""
+    """``store.json``. ``counts`` says what each step of the pipeline did to how many documents.
+    ``sample`` is the beginning of a text, and ``sample_sha256`` the hash of its ids, by which a
+    tokenizer is known that has the same fingerprint and makes other ids."""
 
     format: int
     key: str
@@ -89,6 +91,8 @@ class StoreManifest(Section):
     vocab_size: Annotated[int, Field(ge=1, le=2**32)]
     dtype: Literal["uint8", "uint16", "uint32"]
     settings: dict[str, Any]
+    sample: str = ""
+    sample_sha256: str = ""
     counts: dict[str, Number]
     parts: dict[PartName, PartRow]
 

@@ -27,6 +27,8 @@ from apt_core.providers.documents import Document
 
 T = TypeVar("T")
 
+SAMPLE_CHARS = 2000
+
 
 @contextmanager
 def naming(kind: str, provider: object, what: str) -> Iterator[None]:
@@ -46,13 +48,15 @@ class SourceReader:
     """Reads the documents of a source: those that it holds out first, so that of two that repeat
     each other the one that is evaluated on is kept.
 
-    With ``hashing``, ``sha256`` is that of all that was read.
+    With ``hashing``, ``sha256`` is that of all that was read. ``sample`` is the beginning of the
+    first text.
     """
 
     def __init__(self, source: DatasetProvider, *, hashing: bool = False) -> None:
         self.source = source
         self.holds_out = False
         self.num_read = 0
+        self.sample = ""
         self._sizes: deque[int] = deque()
         self._digest = hashlib.sha256() if hashing else None
 
@@ -82,6 +86,7 @@ class SourceReader:
             if waiting and (side != last or size >= CHUNK_CHARS or len(waiting) >= CHUNK_DOCUMENTS):
                 yield self._packed(waiting, last)
                 waiting, size = [], 0
+            self.sample = self.sample or next(filter(None, document.parts), "")[:SAMPLE_CHARS]
             waiting.append(document)
             size, last = size + document.num_chars, side
         if waiting:
