@@ -133,8 +133,9 @@ def _inactive_data_settings(config: Config) -> Iterator[Inactive]:
         key = "data.deduplicate"
         yield Inactive("data.near_threshold", f"{key} is {data.deduplicate}", (key,))
     if not any(section.has_records for _, section in data.sections()):
-        keys = ("data.train_path", "data.val_path", "data.loader", "data.source", "data.mixture")
-        yield Inactive("data.columns", "plain text has no columns", keys)
+        names = ("train_path", "val_path", "loader", "source", "mixture")
+        because = tuple(f"data.{name}" for name in names)
+        yield Inactive("data.columns", "plain text has no columns", because)
     if data.val_path is not None:
         key = "data.val_path"
         yield Inactive("data.val_fraction", f"{key} is what is held out", (key,))
