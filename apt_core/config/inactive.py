@@ -20,8 +20,6 @@ from apt_core.config.yaml_text import KeyPath, dotted
 from apt_core.errors import Problem, did_you_mean
 from apt_core.types import Inactive
 
-PADDING_KEYS = ("data.truncation", "data.padding")
-
 METRICS = ("perplexity", "accuracy", "loss", "bits_per_byte")
 """The metrics that the core computes."""
 
@@ -119,15 +117,10 @@ def inactive_core_settings(
 def _inactive_data_settings(config: Config) -> Iterator[Inactive]:
     data = config.data
     if not data.pads:
-        packing = "data.packing" if data.packing else "data.padding"
-        reason = (
-            f"data.packing is {data.packing}: no sequence is filled up"
-            if data.packing
-            else "documents fill whole sequences, unless data.packing or data.padding ask for "
-            "one document a sequence"
-        )
-        keys = ("data.truncation",) if packing == "data.padding" else PADDING_KEYS
-        for key in keys:
+        reason = f"data.packing is {data.packing}: no sequence is filled up"
+        if data.packing is None:
+            reason = "documents fill whole sequences, unless data.packing or data.padding say pad"
+        for key in ("data.truncation", *(("data.padding",) if data.packing else ())):
             yield Inactive(key, reason, ("data.packing", "data.padding"))
     if data.deduplicate != "near":
         key = "data.deduplicate"
