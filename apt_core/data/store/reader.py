@@ -55,13 +55,18 @@ class OpenFiles:
     def read_into(self, name: str, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` with the bytes of a file from ``offset`` on. Raises DamagedStoreError for
         a file that cannot be read, or ends before."""
-        # A file that another thread drops from the open ones is closed when it is no longer used.
-        file = self._file(name)
+        self.fill(self.opened(name), name, buffer, offset)
+
+    def fill(self, file: FileIO, name: str, buffer: memoryview, offset: int) -> None:
+        """:meth:`read_into`, of a file that :meth:`opened` gave."""
+        descriptor = file.fileno()
         while len(buffer):
             try:
-                count = os.preadv(file.fileno(), [buffer], offset)
+                count = os.preadv(descriptor, [buffer], offset)
             except OSError as error:
                 raise DamagedStoreError(f"{self._folder / name}: {error.strerror}") from None
+            if count == len(buffer):
+                return
             if not count:
                 raise DamagedStoreError(f"{self._folder / name} is shorter than it was")
             buffer, offset = buffer[count:], offset + count
@@ -71,17 +76,19 @@ class OpenFiles:
         with self._lock:
             self._open.clear()
 
-    def _file(self, name: str) -> FileIO:
+    def opened(self, name: str) -> FileIO:
+        """The open file. One that another thread drops from the open ones is closed when it is no
+        longer used."""
         with self._lock:
             file = self._open.pop(name, None)
             if file is None:
-                file = self._opened(name)
+                file = self._open_file(name)
                 while len(self._open) >= MAX_OPEN:
                     self._open.popitem(last=False)
             self._open[name] = file
             return file
 
-    def _opened(self, name: str) -> FileIO:
+    def _open_file(self, name: str) -> FileIO:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             file = FileIO(os.open(self._folder / name, flags), "r")
@@ -115,6 +122,24 @@ class ShardedArray:
             if count:
                 self._files.read_into(self._names[shard], data[:count], offset)
             data, start, shard = data[count:], start + count // size, shard + 1
+
+    def read_rows(self, rows: npt.NDArray[Any], starts: npt.NDArray[np.int64]) -> None:
+        """Fill each row of a contiguous 2-D array with the items from its start on."""
+        length, size = rows.shape[1], self.dtype.itemsize
+        shards = np.searchsorted(self._starts, starts, side="right") - 1
+        within = starts + length <= self._starts[shards + 1]
+        offsets = ((starts - self._starts[shards]) * size).tolist()
+        data, width = rows.reshape(-1).view(np.uint8).data, length * size
+        files: dict[int, FileIO] = {}
+        for row, shard in enumerate(shards.tolist()):
+            buffer = data[row * width : (row + 1) * width]
+            if not within[row]:
+                self.read_into(rows[row], int(starts[row]))
+                continue
+            file = files.get(shard)
+            if file is None:
+                file = files[shard] = self._files.opened(self._names[shard])
+            self._files.fill(file, self._names[shard], buffer, offsets[row])
 
     def read(self, start: int, stop: int) -> npt.NDArray[Any]:
         """The items from ``start`` to before ``stop``."""
@@ -177,12 +202,16 @@ class StoredPart:
     def windows(self, starts: npt.NDArray[np.int64], length: int) -> Ids:
         """The ``length`` ids from each of ``starts`` on, [n, length]; beyond the end of the part
         its last id is repeated. Raises ValueError for negative starts, or without any token."""
+        starts = np.asarray(starts, dtype=np.int64)
         whole = self._in_memory()
-        if whole is None:
-            return self._rows(starts, length, self.dtype, self._ids.read_into, self._last_id)
-        self._require_starts(starts)
-        index = np.asarray(starts, dtype=np.int64)[:, None] + np.arange(length)
-        return whole.take(index, mode="clip")
+        if whole is not None:
+            self._require_starts(starts)
+            return whole.take(starts[:, None] + np.arange(length), mode="clip")
+        if len(starts) and starts.min() >= 0 and starts.max() + length <= self.num_tokens:
+            out = np.empty((len(starts), length), self.dtype)
+            self._ids.read_rows(out, starts)
+            return out
+        return self._rows(starts, length, self.dtype, self._ids.read_into, self._last_id)
 
     def learned(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.bool_]:
         """Which of the ids of :meth:`windows` are learned, [n, length]; none beyond the end."""
