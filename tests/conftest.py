@@ -58,7 +58,9 @@ class _Fork(subprocess.Popen[Any]):
         while words and words[0] in ("-P", "-u"):
             del words[0]
         options = words and words[0].startswith("-") and words[0] not in ("-c", "-m")
-        if program != sys.executable or not words or options or call["shell"]:
+        # pip starts interpreters for builds, which need a fresh one.
+        builds = words[:2] == ["-m", "pip"]
+        if program != sys.executable or not words or options or builds or call["shell"]:
             return execute(*arguments)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -109,6 +111,7 @@ def _become_python(words: Sequence[str], call: dict[str, Any]) -> NoReturn:
             exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
         elif flag == "-m":
             sys.argv = rest
+            sys.modules.pop(f"{rest[0]}.__main__", None)  # doctests have imported it
             runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
         else:
             sys.argv = words
@@ -166,4 +169,12 @@ def forks(late_imports: None) -> Callable[[], AbstractContextManager[None]]:
 def forked(forks: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     """The test is run ``with forks()``."""
     with forks():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests leave nothing in the cache of whoever runs them, and find nothing of earlier runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("APT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -96,7 +96,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(local, "START_AFTER", 1)
     monkeypatch.setattr("apt_core.data.store.input.CHUNK_CHARS", 1500)
     yield tmp_path
-    del sys.modules["ray_parts"]
+    sys.modules.pop("ray_parts", None)
 
 
 def built(folder, monkeypatch, engine, source, **settings):

@@ -11,8 +11,11 @@ from apt_core.defaults import core_providers
 from apt_core.testing.conformance import CHECKS, Check, LeftOut, checks_of
 
 CORE = {spec.key: spec for spec in core_providers("0")}
+OF_A_FILE = {"tokenizer:hf"}
+"""Needs a file, and is checked by tests of its own."""
+
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
-    *((key, {}) for key in CORE),
+    *((key, {}) for key in CORE if key not in OF_A_FILE),
     ("attention:tva_default", {"r": 1, "s": 0}),
     ("attention:tva_default", {"r": 2, "s": 3, "qk_norm": True}),
     ("attention:tva_default", {"rank": 6, "factored": True}),

@@ -15,7 +15,7 @@ from apt_core.data.order import Drawn
 from apt_core.data.packing.rows import IGNORED
 from apt_core.testing import tiny_run
 
-WINDOWS_PER_STEP, SEQ_LEN = 8, 13
+WINDOWS_PER_STEP, SEQ_LEN = 8, 14
 
 
 @pytest.fixture(autouse=True)

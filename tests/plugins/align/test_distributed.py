@@ -36,6 +36,7 @@ def profile_of(folder, accumulation, bistate, dropout=0.0, distributed=False):
         **TINY_PROFILE["training"],
         "log_every_steps": 1,
         "max_steps": 8,
+        "seed": 1,
         "grad_accum_steps": accumulation,
     }
     hardware = {**TINY_PROFILE["hardware"], "num_threads": 1, "distributed": distributed}

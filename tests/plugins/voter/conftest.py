@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from apt_core import GenerationRequest
+from apt_core.data.tokenizers.byte import ByteTokenizer
 from apt_core.inference import generate
+from apt_core.providers import SpecialTokens
 from apt_core.testing import tiny_session
+
+
+class Endless(ByteTokenizer):
+    """Without an end of documents, so that every text gets as long as it may."""
+
+    special = SpecialTokens()
 
 
 @pytest.fixture
@@ -19,6 +29,7 @@ def continuation():
         voter = () if voting is None else ("voter",)
         settings = {f"model.voting.{key}": value for key, value in (voting or {}).items()}
         session = tiny_session(*voter, *plugins, strict=False, overrides=settings)
+        session = replace(session, tokenizer=Endless())
         with torch.no_grad():
             for index, parameter in enumerate(session.model.parameters()):
                 noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))

@@ -57,7 +57,7 @@ DRAWS_NOTHING = {
 def test_two_processes_train_as_one_does(
     curriculum: Curriculum, in_children, ranks, sharding: str
 ) -> None:
-    curriculum.settings = {**IN_TWO, **DRAWS_NOTHING}
+    curriculum.settings = {**IN_TWO, **DRAWS_NOTHING, "training.seed": 1}
     alone = curriculum.train("alone", changes={"training.grad_accum_steps": 4})
     divided = {"hardware.distributed": sharding}
     together = ranks(lambda: curriculum.train("together", changes=divided))
