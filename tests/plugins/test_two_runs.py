@@ -206,10 +206,14 @@ IN_MODULES = {
     "apt_core.runs.folder_lock._HELD": "the locks of this process, for its children to let go of",
 }
 CACHES = {
-    "apt_core.data.sampler.epoch_order": "a function of its arguments, read-only",
-    "apt_core.data.sampler.place_of_last": "a function of its arguments",
+    "apt_core.config.yaml_text._yaml_of": "a function of its argument",
+    "apt_core.data.order._block": "a function of its arguments, read-only",
+    "apt_core.data.order._cycle": "a function of its argument",
+    "apt_core.data.permutation._sorted": "a function of its arguments, read-only",
     "apt_core.hook_returns._cpu": "a constant of torch, which is imported late",
     "apt_core.parallel.peak._peak": "a measurement of this machine",
+    "apt_core.runs.folder._versions": "what is installed",
+    "apt_core.testing.own_modules._folder": "where files are",
     "apt_core.plugin_state._can_be_saved": "a fact of safetensors",
     "apt_plugins.moe.cpu_threads._pool": "threads, which keep nothing from job to job",
     "apt_plugins.report.page._asset": "a file of the package",
