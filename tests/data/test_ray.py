@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import os
 import signal
 import socket
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -74,15 +77,14 @@ class Lines(DatasetProvider):
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """An own cluster of two workers, as the engine starts it."""
-    pytest.importorskip("ray", reason="Ray is not installed")
-    import ray
-
-    from apt_core.data.store.ray import _connected
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray is not installed")
+    from apt_core.data.store.ray import _connected, _imported
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         patch.delenv("RAY_ADDRESS", raising=False)
-        before = signal.getsignal(signal.SIGTERM)
+        before, ray = signal.getsignal(signal.SIGTERM), _imported()
         with _connected(ray, 2):
             yield ray
         assert not ray.is_initialized()
@@ -125,6 +127,7 @@ def test_ray_that_is_missing_is_named(folder, monkeypatch):
 
 
 def test_a_cluster_that_does_not_answer_is_named(folder, monkeypatch):
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # read at the import
     pytest.importorskip("ray", reason="Ray is not installed")
     with socket.create_server(("127.0.0.1", 0)) as unused:
         address = f"127.0.0.1:{unused.getsockname()[1]}"
@@ -166,3 +169,24 @@ def test_a_tokenizer_that_refuses_a_document_is_not_asked_again(cluster, folder,
     assert caught.value.problems[0].where == "lines documents() 31"
     # All documents at once, then one by one to find the one.
     assert (folder / "refusals").read_text() == "xx"
+
+
+def listening(name: str) -> set[str]:
+    """The addresses, as the kernel writes them, on which processes of this name listen."""
+    sockets = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if name in (process / "cmdline").read_text(errors="replace"):
+                sockets |= {os.readlink(each) for each in (process / "fd").iterdir()}
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, address, _, state, *rest = row.split()
+            if state == "0A" and f"socket:[{rest[5]}]" in sockets:
+                found.add(address.partition(":")[0])
+    return found
+
+
+def test_a_cluster_of_its_own_is_reached_from_this_machine_alone(cluster):
+    assert listening("raylet")
+    assert all(address.endswith("0100007F") for address in listening("raylet"))

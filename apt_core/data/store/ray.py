@@ -165,6 +165,9 @@ def _encoder_of(setup: bytes) -> ChunkEncoder:
 
 
 def _imported() -> Any:
+    if not os.environ.get("RAY_ADDRESS"):
+        # Read at the import. Without it Ray replaces 127.0.0.1 by an address that others reach.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
         import ray.exceptions
