@@ -19,6 +19,8 @@ from apt_core.providers import DatasetProvider
 if TYPE_CHECKING:
     from tests.cli.conftest import Command, Outcome
 
+pytest.importorskip("torch", reason="what apt-data shows is made with torch")
+
 WEIRD = "\u202e\x1b[2J\x07 é中\u2066"
 
 PROSE = {
