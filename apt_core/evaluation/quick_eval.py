@@ -72,7 +72,8 @@ def summarize(scores: Sequence[BatchScore], bytes_per_token: float) -> dict[str,
     UTF-8: loss / ln 2 / bytes per token), and ``val_accuracy`` (of the next token) where it was
     counted."""
     targets = sum(score.num_targets for score in scores)
-    mean = math.fsum(score.loss for score in scores) / targets
+    # Of no target there is no mean: a window may have nothing but a prompt.
+    mean = math.fsum(score.loss for score in scores) / targets if targets else math.nan
     figures = {
         "val_loss": mean,
         "val_ppl": math.inf if mean >= 700 else math.exp(mean),
@@ -80,5 +81,5 @@ def summarize(scores: Sequence[BatchScore], bytes_per_token: float) -> dict[str,
     }
     correct = [score.correct for score in scores if score.correct is not None]
     if correct:
-        figures["val_accuracy"] = sum(correct) / targets
+        figures["val_accuracy"] = sum(correct) / targets if targets else math.nan
     return figures

@@ -91,8 +91,13 @@ class Evaluator:
         return Evaluation(scores, watched["val_loss"])
 
     def fixed_batch(self) -> Batch:
-        """A batch of held-out text, the same in every process and throughout the run."""
-        return self._plan.batch(self._watched[0])
+        """A batch of held-out text, the same in every process and throughout the run: the first one
+        with a target."""
+        for index in (*self._watched, *range(self._plan.num_batches)):
+            batch = self._plan.batch(index)
+            if batch.num_targets:
+                break
+        return batch
 
     def sample(self) -> str:
         """A continuation of the profile's prompt; empty if the profile asks for none."""

@@ -107,7 +107,7 @@ class Loop:
                     self._save()
 
         zero = torch.zeros((), device=device)
-        scaled = 0  # the number of targets that ``scale`` is for
+        scaled = -1  # the number of targets that ``scale`` is for
         torch.set_grad_enabled(True)
         if watch is not None:
             watch.start_steps(trained.model)
@@ -152,7 +152,8 @@ class Loop:
                     together.begin()
                 if targets != scaled:
                     # DDP and FSDP average the gradients over the processes; we need their sum.
-                    scale, scaled = torch.full((), world.size / targets, device=device), targets
+                    mean = world.size / max(targets, 1)  # a step of prompts alone has no target
+                    scale, scaled = torch.full((), mean, device=device), targets
                 total = entropy = zero
                 terms = self.terms = {}
                 adding = bool(hook.apt_loss_terms.get_hookimpls())

@@ -3,6 +3,8 @@ wherever a model is called."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from apt_core.data.store.parts import ArrayPart
 from apt_core.modeling.calling import forward_batch, losses_in_fp32
 from apt_core.modeling.cross_entropy import cross_entropy_sum
 from apt_core.providers import Encoded
-from apt_core.testing import tiny_session
+from apt_core.testing import TINY_PROFILE, tiny_run, tiny_session
 
 LENGTH = 16
 
@@ -104,3 +106,26 @@ def test_a_prompt_gives_no_loss() -> None:
     assert (losses[batch.targets == IGNORED] == 0).all()
     assert (losses[batch.targets != IGNORED] > 0).all()
     assert batch.num_targets < batch.num_tokens
+
+
+def test_a_step_and_an_evaluation_without_a_target_change_nothing_and_claim_nothing(
+    tmp_path: Path,
+) -> None:
+    """Prompts that are longer than windows, one after the other: some windows have no target."""
+    rows = [{"prompt": "why? " * 12, "response": "so"}] * 40
+    text = tmp_path / "pairs.jsonl"
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = {"train_path": str(text), "val_path": str(text), "packing": "concat"}
+    run = tiny_run(
+        profile={**TINY_PROFILE, "data": data},
+        overrides={
+            "training.batch_size": 1,
+            "training.log_every_steps": 1,
+            "evaluation.eval_batches": 1,
+            "evaluation.sample_tokens": 0,
+        },
+        steps=12,
+    )
+    losses = [row["loss"] for row in run.metrics if "loss" in row]
+    assert run.result.step == 12 and 0.0 in losses and max(losses) > 1
+    assert run.result.figures["val_loss"] > 1
