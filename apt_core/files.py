@@ -77,6 +77,16 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+def flush(path: Path) -> None:
+    """Make the content of a file, or the entries of a folder, last through a crash of the machine.
+    Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def require_inside(folder: Path, path: Path) -> None:
     """Raise OSError where a link leads from ``path`` out of ``folder``: what somebody else has made
     of a folder does not decide which files are read."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from apt_core.errors import CheckpointError
-from apt_core.files import open_file, read_file
+from apt_core.files import flush, open_file, read_file
 from apt_core.json_files import MAX_BYTES
 from apt_core.log import get_logger
 from apt_core.parallel.world import ALONE, World
@@ -96,11 +95,11 @@ def save(
         if snapshot.evaluated is not None:
             write_evaluation(temporary, snapshot.evaluated)
         for path in _files(temporary):
-            _fsync(path)
+            flush(path)
         for folder in {path.parent for path in _files(temporary)}:
-            _fsync(folder)
+            flush(folder)
         _put_in_place(temporary, target)
-        _fsync(root)
+        flush(root)
         return target
 
     try:
@@ -358,11 +357,3 @@ def join_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 def _sha256(path: Path) -> str:
     with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -34,6 +34,7 @@ from apt_core.data.store.local import available_cores
 from apt_core.data.store.lock import FileLock, waiting_for
 from apt_core.data.store.reader import TokenStore
 from apt_core.errors import ConfigError
+from apt_core.files import flush
 from apt_core.log import get_logger
 from apt_core.providers.dataset import DataSection, DatasetProvider
 from apt_core.providers.tokenizer import TokenizerProvider
@@ -212,9 +213,9 @@ class Build:
             manifest = self._manifest(key, built, reader.sample)
             write_manifest(made, manifest)
             note_checked(made)
-            _flush_folder(made)
+            flush(made)
             _replace(base / key, made)
-            _flush_folder(base)
+            flush(base)
         finally:
             shutil.rmtree(made, ignore_errors=True)
         counts = ", ".join(f"{count:,} {name}" for name, count in built.counts.items() if count)
@@ -365,11 +366,3 @@ def _engine(name: str) -> Engine:
 
 def _class_name(provider: object) -> str:
     return f"{type(provider).__module__}.{type(provider).__qualname__}"
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
