@@ -9,12 +9,22 @@ from apt_core.files import read_file
 from apt_core.json_files import MAX_BYTES, read_json
 from apt_core.runs import checkpoint
 from apt_core.runs.checkpoint import Checkpoint
+from apt_core.runs.folder import newest_folder
 from apt_core.runs.layout import CHECKPOINTS, IS_STEP, checkpoints_folder, named_folder
 from apt_core.runs.resume_check import saved_profile
 from apt_core.runs.scores import best_by_evaluation
 
 TRIES = 3
 """A run that goes on may have deleted the checkpoints that were listed, but not again and again."""
+
+
+def newest_run() -> Path:
+    """The newest run below ``./runs``, where runs are kept that were given no other folder. Raises
+    ConfigError where there is none."""
+    found = newest_folder(None)
+    if found is None:
+        raise ConfigError("no run was given, and there is none in ./runs", "RUN", hint="name a run")
+    return found
 
 
 def find_checkpoint(

@@ -82,10 +82,10 @@ def _new_folder(parent: Path, name: str) -> Path:
     raise AssertionError("numbers do not end")
 
 
-def newest_folder(profile_name: str) -> Path | None:
-    """The newest default folder of this profile that has a manifest."""
-    parent = Path("runs") / _file_name(profile_name)
-    found = [path.parent for path in parent.glob("*/manifest.json")]
+def newest_folder(profile_name: str | None) -> Path | None:
+    """The newest default folder of this profile, by default of any, that has a manifest."""
+    name = "*" if profile_name is None else _file_name(profile_name)
+    found = [path.parent for path in Path("runs").glob(f"{name}/*/manifest.json")]
     return max(found, key=lambda path: _order_of(path.name), default=None)
 
 
