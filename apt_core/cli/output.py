@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
@@ -64,23 +64,39 @@ def give_up(stream: TextIO) -> None:
 
 
 @contextmanager
-def output_apart() -> Iterator[None]:
+def output_apart() -> Iterator[TextIO]:
     """While the context lasts, what is written to stdout goes to stderr, also by those who know it
-    by its descriptor (C libraries, child processes): stdout is for the answer."""
+    by its descriptor (C libraries, child processes): stdout is for the answer, and is what the
+    context gives."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     kept = os.dup(1)
+    stdout = _on(kept, sys.stdout)
     os.dup2(2, 1)
     try:
         with redirect_stdout(sys.stderr):
-            yield
+            yield stdout
     finally:
+        if stdout is not sys.stdout:
+            with suppress(OSError, ValueError):
+                stdout.close()  # whoever writes to it flushes it
         open_streams()
         sys.stderr.flush()
         if "ctypes" in sys.modules:  # as whatever has code in C brings along
             sys.modules["ctypes"].CDLL(None).fflush(None)
         os.dup2(kept, 1)
         os.close(kept)
+
+
+def _on(descriptor: int, stream: TextIO) -> TextIO:
+    """A stream like ``stream``, which is the standard output, on its duplicated descriptor; one
+    that has another or none as it is."""
+    try:
+        if stream.fileno() != 1:
+            return stream
+    except (OSError, ValueError):
+        return stream
+    return open(descriptor, "w", encoding=stream.encoding, errors="backslashreplace", closefd=False)
 
 
 def say(text: object = "", *, end: str = "\n", file: IO[str] | None = None) -> None:
@@ -98,12 +114,14 @@ def complain(text: object, *, end: str = "\n") -> None:
         give_up(sys.stderr)
 
 
-def json_text(value: Any) -> str:
-    """One JSON document; text that is not ASCII as it is, where stdout takes it."""
+def json_text(value: Any, *, indent: int | None = 2, stream: TextIO | None = None) -> str:
+    """One JSON document, on one line without ``indent``; text that is not ASCII as it is, where
+    ``stream``, by default stdout, takes it."""
     import json
 
-    unicode = (getattr(sys.stdout, "encoding", "") or "").lower().replace("-", "") == "utf8"
-    text = json.dumps(value, indent=2, ensure_ascii=not unicode, default=str)
+    encoding = getattr(stream or sys.stdout, "encoding", "") or ""
+    unicode = encoding.lower().replace("-", "") == "utf8"
+    text = json.dumps(value, indent=indent, ensure_ascii=not unicode, default=str)
     # Lone surrogates, of file names that are no UTF-8, become the escapes that JSON has for them.
     return text.encode("utf-8", errors="backslashreplace").decode()
 

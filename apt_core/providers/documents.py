@@ -15,7 +15,10 @@ ROLES = ("system", "user", "assistant", "tool")
 LEARNED_ROLE = "assistant"
 """Whose turns are learned."""
 
-FORMS = "'text', 'prompt' and 'response', or 'messages'"
+TEXT, PAIR, CONVERSATION = FORMS = ("text", "pair", "conversation")
+"""What a document may be."""
+
+_FIELDS = "'text', 'prompt' and 'response', or 'messages'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ class Document:
         if (found.text is not None) + (found.prompt is not None) + bool(found.messages) != 1 or (
             found.prompt is None
         ) != (found.response is None):
-            raise ValueError(f"has not exactly one of {FORMS}")
+            raise ValueError(f"has not exactly one of {_FIELDS}")
         return found
 
     @classmethod
@@ -80,8 +83,13 @@ class Document:
             )
         if value.get("text") is not None:
             return replace(found, text=_text(value["text"], "'text'"))
-        names = [str(name) for name in value]
-        raise ValueError(f"has neither {FORMS}; it has {', '.join(map(repr, names)) or 'nothing'}")
+        names = ", ".join(repr(str(name)) for name in value)
+        raise ValueError(f"has neither {_FIELDS}; it has {names or 'nothing'}")
+
+    @property
+    def form(self) -> str:
+        """One of FORMS."""
+        return TEXT if self.text is not None else CONVERSATION if self.messages else PAIR
 
     @property
     def parts(self) -> Sequence[str]:

@@ -1,30 +1,23 @@
-"""Finds a checkpoint by path, step or evaluation."""
+"""Finds a run by its profile or age, and a checkpoint by path, step or evaluation."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from apt_core.errors import CheckpointError, ConfigError
 from apt_core.files import read_file
 from apt_core.json_files import MAX_BYTES, read_json
+from apt_core.profile_paths import user_path
 from apt_core.runs import checkpoint
 from apt_core.runs.checkpoint import Checkpoint
-from apt_core.runs.folder import newest_folder
-from apt_core.runs.layout import CHECKPOINTS, IS_STEP, checkpoints_folder, named_folder
+from apt_core.runs.layout import CHECKPOINTS, IS_STEP, RUNS, checkpoints_folder, named_folder
 from apt_core.runs.resume_check import saved_profile
 from apt_core.runs.scores import best_by_evaluation
 
 TRIES = 3
 """A run that goes on may have deleted the checkpoints that were listed, but not again and again."""
-
-
-def newest_run() -> Path:
-    """The newest run below ``./runs``, where runs are kept that were given no other folder. Raises
-    ConfigError where there is none."""
-    found = newest_folder(None)
-    if found is None:
-        raise ConfigError("no run was given, and there is none in ./runs", "RUN", hint="name a run")
-    return found
 
 
 def find_checkpoint(
@@ -56,9 +49,63 @@ def find_checkpoint(
     return checkpoint.load(_best(root)) if best else _newest(root)
 
 
+def newest_run(folder: Path = RUNS) -> Path:
+    """The run in ``folder`` (``runs/PROFILE/TIME`` or ``runs/NAME``) that was started or resumed
+    last, of those that have a checkpoint. Raises ConfigError if there is none."""
+    found = [
+        path.parent
+        for pattern in ("*/manifest.json", "*/*/manifest.json")
+        for path in folder.glob(pattern)
+        if not IS_STEP.fullmatch(path.parent.name)
+    ]
+    for run in sorted(found, key=_since, reverse=True):
+        if _has_checkpoint(run):
+            return run
+    raise ConfigError(
+        "there is no run with a checkpoint in it",
+        where=str(folder),
+        hint="train one: apt-train -p tiny_debug; or name the folder of a run",
+    )
+
+
+def run_called(name: str | Path) -> Path:
+    """The folder that is meant by ``name``: a run, its checkpoints or one of them; for a folder of
+    runs or a profile's name (``runs/tiny_debug``, ``tiny_debug``) the :func:`newest_run` of it.
+    What is not there is returned as it is."""
+    path = user_path(name)
+    for each in (path, RUNS / path):
+        if not each.is_dir():
+            continue
+        if not (each / "manifest.json").exists() and not _has_checkpoint(each):
+            with suppress(ConfigError):
+                return newest_run(each)
+        return each
+    return path
+
+
 def run_of(path: Path) -> Path:
     """The folder of the run whose checkpoint is at ``path``, if it can be found."""
     return path.parent.parent if path.parent.name == CHECKPOINTS else path.parent
+
+
+def _since(run: Path) -> tuple[str, int]:
+    """When the run was started or resumed last, as its manifest has it, and when that was
+    written."""
+    file = run / "manifest.json"
+    since: Any = ""
+    written = 0
+    with suppress(OSError, ValueError, AttributeError):
+        written = file.stat().st_mtime_ns
+        manifest = read_json(file)
+        since = manifest.get("process", {}).get("since") or manifest.get("started")
+    return since if isinstance(since, str) else "", written
+
+
+def _has_checkpoint(run: Path) -> bool:
+    try:
+        return bool(checkpoint.list_checkpoints(_folder_of_checkpoints(run, "")))
+    except ConfigError:
+        return False
 
 
 def _folder_of_checkpoints(path: Path, key: str) -> Path:

@@ -24,7 +24,7 @@ from apt_core.json_files import json_rows, read_json, without_nan
 from apt_core.log import get_logger
 from apt_core.runs.events import EVENTS, as_row
 from apt_core.runs.folder_lock import FolderLock, process_row
-from apt_core.runs.layout import CHECKPOINTS, checkpoints_folder, named_folder
+from apt_core.runs.layout import CHECKPOINTS, RUNS, checkpoints_folder, named_folder
 from apt_core.runs.metrics import METRICS
 from apt_core.runs.rows import RowFile, is_step
 from apt_core.secrets import without_secrets
@@ -82,10 +82,10 @@ def _new_folder(parent: Path, name: str) -> Path:
     raise AssertionError("numbers do not end")
 
 
-def newest_folder(profile_name: str | None) -> Path | None:
-    """The newest default folder of this profile, by default of any, that has a manifest."""
-    name = "*" if profile_name is None else _file_name(profile_name)
-    found = [path.parent for path in Path("runs").glob(f"{name}/*/manifest.json")]
+def newest_folder(profile_name: str) -> Path | None:
+    """The newest default folder of this profile that has a manifest."""
+    parent = RUNS / _file_name(profile_name)
+    found = [path.parent for path in parent.glob("*/manifest.json")]
     return max(found, key=lambda path: _order_of(path.name), default=None)
 
 
@@ -154,7 +154,7 @@ class RunFolder:
         try:
             if output is not None:
                 return cls._of(output)
-            parent = Path("runs") / name
+            parent = RUNS / name
             path = _new_folder(parent, _time_after(parent))
             if checkpoint_dir:
                 checkpoints = _new_folder(Path(checkpoint_dir), f"{name}-{path.name}")

@@ -18,7 +18,6 @@ from apt_core.data.loading import load_tokenizer
 from apt_core.data.order import StepPlan
 from apt_core.device import as_current_device, resolve_device
 from apt_core.errors import CheckpointError, ConfigError, Problem
-from apt_core.json_files import read_json
 from apt_core.kernel import Kernel, before_the_run, boot
 from apt_core.log import get_logger, of_one_run
 from apt_core.modeling.blame import naming_authors
@@ -34,6 +33,7 @@ from apt_core.runs.finding import find_checkpoint, run_of
 from apt_core.runs.layout import TOKENIZER
 from apt_core.runs.resume_check import check_providers, saved_profile
 from apt_core.runs.session import Position, Session
+from apt_core.runs.trained_on import data_row
 from apt_core.schedules import Horizon, Schedule
 
 log = get_logger("apt.runs")
@@ -212,14 +212,7 @@ def _set(data: Any, path: KeyPath, value: Any) -> None:
 def _with_horizon(schedule: Schedule, kernel: Kernel, found: Checkpoint) -> Schedule:
     """The schedule with the length of the run, where the checkpoint, or the manifest of the run,
     says how many windows its data has."""
-    manifest: Any = found.manifest
-    if "data" not in manifest:
-        try:
-            manifest = read_json(run_of(found.path) / "manifest.json")
-        except (OSError, ValueError):
-            return schedule
-    data = manifest.get("data") if isinstance(manifest, dict) else None
-    windows = data.get("windows") if isinstance(data, dict) else None
+    windows = data_row(found.path, found.manifest).get("windows")
     if isinstance(windows, bool) or not isinstance(windows, int) or not 1 <= windows < 2**50:
         return schedule
     config = kernel.config

@@ -240,7 +240,7 @@ def test_documents_are_kept_in_order_with_marks_borders_and_counts(code):
     assert manifest.counts == {
         "read": 120, "empty": 0, "too_short": 0, "too_long": 0, "duplicates": 0,
         "near_duplicates": 0, "replaced": 0, "train": train.num_documents,
-        "val": val.num_documents,
+        "val": val.num_documents, "texts": 40, "pairs": 40, "conversations": 40,
     }  # fmt: skip
     assert (manifest.tokenizer, manifest.vocab_size, manifest.dtype) == ("letters", 263, "uint16")
     assert manifest.source == store.description == "given"

@@ -18,7 +18,7 @@ from apt_core.errors import ConfigError
 from apt_core.log import get_logger, logging_to
 from apt_core.runs import folder as run_folder
 from apt_core.runs import folder_lock
-from apt_core.runs.finding import find_checkpoint, newest_run
+from apt_core.runs.finding import find_checkpoint
 from apt_core.runs.folder import RunFolder, newest_folder
 
 
@@ -191,14 +191,3 @@ def test_the_newest_run_is_the_one_that_was_made_last_whatever_the_clock(
         assert newest_folder("mine").name == folder.path.name, number
     assert folder.path.name == "20260102-030405-13"
     assert "the clock was ahead when runs/mine/20260102-030405 was made" in caplog.text
-
-
-def test_without_a_name_the_newest_run_of_all_profiles_is_meant(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="no run was given, and there is none"):
-        newest_run()
-    for profile, time in (("b", "20260102-030405"), ("a", "20260102-030406"), ("c", "20250101-1")):
-        (tmp_path / "runs" / profile / time).mkdir(parents=True)
-        (tmp_path / "runs" / profile / time / "manifest.json").touch()
-    (tmp_path / "runs" / "d" / "20270101-000000").mkdir(parents=True)  # a run without a manifest
-    assert newest_run() == Path("runs/a/20260102-030406")

@@ -18,13 +18,18 @@ from apt_core.data.store.input import SourceReader, naming
 from apt_core.data.store.writer import PartWriter
 from apt_core.log import get_logger
 from apt_core.providers.dataset import DatasetProvider
+from apt_core.providers.documents import FORMS, TEXT
 
 log = get_logger("apt.data")
 
 LOG_SECONDS = 10.0
 
-COUNTS = ("read", *STEPS.values(), "duplicates", "near_duplicates", "replaced", *PARTS)
-"""What the manifest counts: documents, but for ``replaced``, which are characters."""
+COUNTS = (
+    *("read", *STEPS.values(), "duplicates", "near_duplicates", "replaced", *PARTS),
+    *(f"{form}s" for form in FORMS),
+)
+"""What the manifest counts: documents, but for ``replaced``, which are characters. Of those that
+are kept it tells the form."""
 
 ProgressCallback = Callable[[int, int, int], None]
 """Called now and then with the documents read, the tokens written and the bytes of text read."""
@@ -107,7 +112,9 @@ class Assembly:
             if document.signature is not None and self._seen.nearly_repeats(document.signature):
                 self._counts["near_duplicates"] += 1
                 return
-        self._tally.add(document.position, document.is_text)
+        form = FORMS[document.form]
+        self._counts[f"{form}s"] += 1
+        self._tally.add(document.position, is_text=form == TEXT)
         is_below = document.position < self._encoder.rule.below
         for piece in pieces:
             held_out = piece.side == VAL or (piece.side == BY_POSITION and is_below)

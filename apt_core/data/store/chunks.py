@@ -26,7 +26,7 @@ from apt_core.data.pipeline.split import SplitRule
 from apt_core.data.store.frames import pack, unpack
 from apt_core.error_text import one_line, where_raised
 from apt_core.errors import ConfigError, ProviderError
-from apt_core.providers.documents import Document, Message
+from apt_core.providers.documents import FORMS, Document, Message
 from apt_core.providers.tokenizer import Encoded, TokenizerProvider, token_dtype
 
 CHUNK_CHARS = 1 << 20
@@ -41,7 +41,7 @@ DOCUMENT = np.dtype(
         ("position", "<u8"),
         ("status", "u1"),
         ("pieces", "u1"),
-        ("is_text", "?"),
+        ("form", "u1"),
     ]
 )
 PIECE = np.dtype(
@@ -101,12 +101,13 @@ class Piece:
 @dataclass(frozen=True)
 class Prepared:
     """A document after all that is done without comparing it with others. ``status`` says whether
-    it is kept; ``signature`` is None unless near-duplicates are looked for."""
+    it is kept, ``form`` is its place in FORMS; ``signature`` is None unless near-duplicates are
+    looked for."""
 
     status: int
     digest: bytes
     position: int
-    is_text: bool
+    form: int
     signature: npt.NDArray[np.uint32] | None
     pieces: tuple[Piece, ...]
 
@@ -130,7 +131,7 @@ class ChunkEncoder:
         signatures: list[npt.NDArray[np.uint32]] = []
         for row, document in zip(rows, documents, strict=True):
             status, document = prepare(document, self.settings)
-            row["status"], row["is_text"] = status, document.text is not None
+            row["status"], row["form"] = status, FORMS.index(document.form)
             if status != KEPT:
                 continue
             digest = content_digest(document)
@@ -215,7 +216,7 @@ def results_of(result: bytes, dtype: npt.DTypeLike) -> Iterator[Prepared]:
     at_id = at_mark = at_piece = at_signature = 0
     # Python's own numbers: those of numpy are slow one by one.
     of_pieces = pieces.tolist()
-    for digest, position, status, count, is_text in rows.tolist():
+    for digest, position, status, count, form in rows.tolist():
         found = []
         for piece_digest, side, marked, tokens, num_bytes in of_pieces[at_piece : at_piece + count]:
             learned = None
@@ -227,7 +228,7 @@ def results_of(result: bytes, dtype: npt.DTypeLike) -> Iterator[Prepared]:
         values = None
         if status == KEPT and len(signatures):
             values, at_signature = signatures[at_signature], at_signature + 1
-        yield Prepared(status, digest, position, is_text, values, tuple(found))
+        yield Prepared(status, digest, position, form, values, tuple(found))
 
 
 def _are_marks(learned: Any, ids: npt.NDArray[Any]) -> bool:
