@@ -10,12 +10,16 @@ from apt_core.types import (
     GenerationRequest,
     GenerationResult,
     Inactive,
+    Message,
     ModelOutput,
     PluginCosts,
     PluginFailure,
     PluginInfo,
     ProviderSpec,
+    RewrittenPrompt,
     SectionSpec,
+    Source,
+    TokenLogprob,
 )
 
 __version__ = "0.1.0"
@@ -27,6 +31,7 @@ __all__ = [
     "GenerationRequest",
     "GenerationResult",
     "Inactive",
+    "Message",
     "ModelOutput",
     "PluginCosts",
     "PluginFailure",
@@ -34,8 +39,11 @@ __all__ = [
     "Priority",
     "Problem",
     "ProviderSpec",
+    "RewrittenPrompt",
     "SectionSpec",
+    "Source",
     "StopTraining",
+    "TokenLogprob",
     "__version__",
     "hookimpl",
 ]

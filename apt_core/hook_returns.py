@@ -31,7 +31,14 @@ from apt_core.plain_values import (
     within,
 )
 from apt_core.plugin_state import plain_state
-from apt_core.types import PluginCosts, ProviderSpec, SectionSpec
+from apt_core.types import (
+    Message,
+    PluginCosts,
+    ProviderSpec,
+    RewrittenPrompt,
+    SectionSpec,
+    Source,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -252,14 +259,43 @@ def state(value: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 # Generation ----------------------------------------------------------------------------------
 
 
-def prompt(value: Any, arguments: Mapping[str, Any]) -> str:
-    """text that can be encoded"""
-    if not isinstance(value, str):
-        raise TypeError(f"it returned {type_name(value)}, not str")
-    checked = text(value, "the prompt")
-    if len(checked) > MAX_TEXT:
+def prompt(value: Any, arguments: Mapping[str, Any]) -> str | tuple[Message, ...] | RewrittenPrompt:
+    """text that can be encoded, a list of Message, or a RewrittenPrompt of one of them"""
+    if not isinstance(value, RewrittenPrompt):
+        return _prompt(value)
+    sources = items_of(value.sources, "sources")
+    return RewrittenPrompt(_prompt(value.prompt), tuple(_source(source) for source in sources))
+
+
+def _prompt(value: Any) -> str | tuple[Message, ...]:
+    if isinstance(value, str):
+        checked: str | tuple[Message, ...] = text(value, "the prompt")
+        length = len(checked)
+    elif isinstance(value, list | tuple) and value:
+        checked = tuple(_message(each) for each in items_of(value, "messages"))
+        length = sum(len(each.content) for each in checked)
+    else:
+        raise TypeError(f"it returned {type_name(value)}, not text or a list of Message")
+    if length > MAX_TEXT:
         raise ValueError(f"the prompt has more than {MAX_TEXT} characters")
     return checked
+
+
+def _message(value: Any) -> Message:
+    if not isinstance(value, Message):
+        raise TypeError(f"it returned a prompt with a {type_name(value)}, not of Message")
+    return Message(text(value.role, "a role"), text(value.content, "the content of a message"))
+
+
+def _source(value: Any) -> Source:
+    if not isinstance(value, Source):
+        raise TypeError(f"a source of the prompt is a {type_name(value)}, not a Source")
+    return Source(
+        path=text(value.path, "the path of a source"),
+        first_line=count_of(value.first_line, "the first line of a source"),
+        text=text(value.text, "the text of a source"),
+        score=number(value.score, "the score of a source"),
+    )
 
 
 def functions(value: Any, arguments: Mapping[str, Any]) -> list[Callable[..., Any]]:

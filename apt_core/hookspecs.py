@@ -34,11 +34,13 @@ if TYPE_CHECKING:
         FallbackEvent,
         GenerationRequest,
         GenerationResult,
+        Message,
         ModelOutput,
         PluginCosts,
         PluginFailure,
         ProviderSource,
         ProviderSpec,
+        RewrittenPrompt,
         SectionSpec,
     )
 
@@ -661,11 +663,15 @@ def on_exception(error: BaseException, trainer: Any) -> None:
 
 
 @hookspec(stage=Stage.ENDING, returns=returns.prompt, chained=True)
-def apt_rewrite_prompt(request: GenerationRequest, session: Any) -> str | None:
+def apt_rewrite_prompt(
+    request: GenerationRequest, session: Any
+) -> str | Sequence[Message] | RewrittenPrompt | None:
     """Rewrite the prompt, for instance with retrieved passages.
 
-    When: a generation starts, by the model of ``session``. Returns: the new prompt, or None to
-    leave it; each implementation sees what the one before made of it.
+    When: a generation starts, by the model of ``session``. ``request.prompt`` is a text, or the
+    messages of a conversation. Returns: the new prompt, a text or messages, or a
+    :class:`~apt_core.RewrittenPrompt`, which has the sources that the result is to cite, too; None
+    to leave it. Each implementation sees what the one before made of it.
     Ranks: the sample at the end of a run is generated on every rank, which must get the same.
 
     Example::
@@ -674,7 +680,7 @@ def apt_rewrite_prompt(request: GenerationRequest, session: Any) -> str | None:
 
         @hookimpl
         def apt_rewrite_prompt(request):
-            return request.prompt.rstrip()
+            return request.prompt.rstrip() if isinstance(request.prompt, str) else None
     """
 
 
@@ -699,7 +705,8 @@ def apt_logits_processors(
     """Change the next-token logits.
 
     When: once per generation request. Returns: a list of callables
-    ``f(input_ids [1, T], logits [V]) -> logits [V]``, called for every token in turn; one that
+    ``f(input_ids [1, T], logits [V]) -> logits [V]``, called for every token in turn with the text
+    that the model sees, at most its context; the repetition penalty is applied after them. One that
     raises, or returns NaN, +inf or nothing to choose from, counts as a failure of the plugin and is
     dropped for the rest of the request.
 
@@ -752,7 +759,7 @@ def on_generation_end(request: GenerationRequest, result: GenerationResult, sess
 
         @hookimpl
         def on_generation_end(request, result):
-            print(f"{len(result.tokens)} tokens")
+            print(f"{len(result.token_ids)} tokens")
     """
 
 

@@ -37,7 +37,7 @@ from apt_core.plugin_objects import (
 from apt_core.plugin_records import PluginRecord
 from apt_core.process_watch import Watch
 from apt_core.requirements import unmet
-from apt_core.types import CORE, PluginInfo
+from apt_core.types import CORE, PluginInfo, RewrittenPrompt
 
 T = TypeVar("T")
 
@@ -292,8 +292,9 @@ class PluginManager(pluggy.PluginManager):
     def chain(self, hook_name: str, request: Any, attribute: str, **others: Any) -> Any:
         """Pass ``request`` along the implementations: each result becomes its ``attribute``.
 
-        Returns the last request. ``request`` is a dataclass and is not changed in place. ``others``
-        are the hook's further arguments.
+        A result may bring sources along, which are added to the request's. Returns the last
+        request. ``request`` is a dataclass and is not changed in place. ``others`` are the hook's
+        further arguments.
         """
         plan = self._plan_of(hook_name)
 
@@ -302,12 +303,12 @@ class PluginManager(pluggy.PluginManager):
             for call in plan.calls:
                 value = self._guarded(call, {"request": current, **others}, plan)
                 if value is not None:
-                    owner, current = call.plugin, replace(current, **{attribute: value})
-            return [(owner, getattr(current, attribute))]
+                    owner, current = call.plugin, _replaced(current, attribute, value)
+            return [(owner, _added_to(request, current, attribute))]
 
         given, failed = {"request": request, **others}, self.failures.raise_or_count
         ((_, value),) = run_wrapped(plan, given, True, inner, failed, self._watching)
-        return replace(request, **{attribute: value})
+        return _replaced(request, attribute, value)
 
     def attempt(self, plugin: str, hook_name: str, function: Callable[[], T]) -> T | None:
         """Call ``function``, which uses a result of the hook. Returns its result, or None after an
@@ -418,3 +419,17 @@ class PluginManager(pluggy.PluginManager):
         methods = getattr(self.hook, hook_name).get_hookimpls()
         calls = self.plans.in_order(hook_name, methods, dormant=dormant)
         return sorted(calls, key=lambda call: not call.wrapper)
+
+
+def _replaced(request: Any, attribute: str, value: Any) -> Any:
+    """``request`` with ``value`` as its ``attribute``, and with the sources that came along."""
+    if isinstance(value, RewrittenPrompt):
+        sources = (*request.sources, *value.sources)
+        return replace(request, **{attribute: value.prompt}, sources=sources)
+    return replace(request, **{attribute: value})
+
+
+def _added_to(before: Any, after: Any, attribute: str) -> Any:
+    """What makes the request ``after`` of the one ``before``, as an implementation returns it."""
+    value, sources = getattr(after, attribute), after.sources[len(before.sources) :]
+    return RewrittenPrompt(value, sources) if sources else value

@@ -176,20 +176,90 @@ class ModelOutput:
     hidden: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A passage that went into a prompt: the file ``path``, the passage's ``first_line`` there from
+    1, its ``text``, and the ``score`` by which it was chosen."""
+
+    path: str
+    first_line: int = 1
+    text: str = ""
+    score: float = 0.0
+
+
+@dataclass(frozen=True)
+class RewrittenPrompt:
+    """A prompt that ``apt_rewrite_prompt`` made, with the ``sources`` that the result is to
+    cite."""
+
+    prompt: str | Sequence[Message]
+    sources: Sequence[Source] = ()
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One generation: what the ``*_generation_*`` hooks are given."""
+    """One generation: what the ``*_generation_*`` hooks are given.
 
-    prompt: str
-    max_new_tokens: int = 128
-    temperature: float = 0.8
-    top_k: int = 40
+    ``prompt`` is a text to continue, or a conversation whose next turn is the assistant's. The next
+    token is the most likely one at ``temperature`` 0; otherwise it is drawn from the softmax of the
+    logits divided by ``temperature``, among the ``top_k`` most probable tokens (0: all), of these
+    among the fewest that have ``top_p`` of the probability together, of these among those with at
+    least ``min_p`` times the highest probability. ``repetition_penalty`` divides positive logits of
+    tokens that the text holds already, and multiplies negative ones (Keskar et al. 2019).
+
+    The text ends before the first of the strings ``stop``. ``seed`` decides every draw. With
+    ``logprobs`` n, the result has the log-probability of each token and of the n most likely ones
+    in its place; None leaves them out. ``sources`` are what the prompt was made of.
+    """
+
+    prompt: str | Sequence[Message]
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: Sequence[str] = ()
     seed: int = 0
+    logprobs: int | None = None
+    sources: Sequence[Source] = ()
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token of a result with its log-probability in nats, by the softmax of the model's own
+    logits; ``top`` are the ids and log-probabilities of the most likely tokens in its place.
+    ``text`` is the token's own text."""
+
+    token_id: int
+    text: str
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """``text`` is the continuation without the prompt; ``tokens`` its ids."""
+    """What a generation gave: ``text`` is the continuation without the prompt.
+
+    ``token_ids`` are all tokens that were generated but the end of the text, those of a stop string
+    included. ``finish_reason`` is ``stop`` (the end of the text, or a stop string), ``length``,
+    ``interrupted``, or ``not_finite`` (the model's logits were not finite). ``prompt_tokens`` is
+    the length of the prompt; the model did not see the first ``dropped_tokens`` of it, which its
+    context could not hold. ``sources`` are those of the request.
+    """
 
     text: str
-    tokens: Sequence[int]
+    token_ids: tuple[int, ...]
+    finish_reason: str = "length"
+    prompt_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    sources: tuple[Source, ...] = ()
+    dropped_tokens: int = 0

@@ -42,7 +42,7 @@ from _texts import pydoc_texts
 from apt_core.config import read_profile
 from apt_core.device import is_out_of_memory
 from apt_core.error_text import cause_of, one_line
-from apt_core.inference.generator import generate
+from apt_core.inference import generate
 from apt_core.kernel import boot
 from apt_core.modeling.layers import SwiGLU
 from apt_core.parallel.peak import measured_peak_flops

@@ -1,5 +1,6 @@
 """Generating text."""
 
-from apt_core.inference.generator import candidates, generate
+from apt_core.inference.engine import Delta, Engine, Ticket, generate
+from apt_core.inference.sampling import candidates
 
-__all__ = ["candidates", "generate"]
+__all__ = ["Delta", "Engine", "Ticket", "candidates", "generate"]

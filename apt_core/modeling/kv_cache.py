@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from torch import Tensor
 
 
@@ -53,3 +55,10 @@ class KeyValueCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"a cache of {self.length} tokens cannot be cut to {length}")
         self.length = length
+
+    def fork(self) -> KeyValueCache:
+        """A cache of its own that holds the same, to continue the text in another way."""
+        other = copy.copy(self)
+        if self._keys is not None and self._values is not None:
+            other._keys, other._values = self._keys.clone(), self._values.clone()
+        return other

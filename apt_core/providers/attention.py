@@ -61,9 +61,9 @@ class DecodingCache(Protocol):
 
     What else it does is between the layer and its cache: softmax attention appends keys and values
     (:class:`apt_core.modeling.KeyValueCache`), a recurrent layer keeps its state. A cache may offer
-    ``truncate(length)``, to forget what came after, and ``nbytes``, the memory that it takes, which
-    is then checked against ``kv_cache_bytes``. The name ``fork`` is kept for continuing a text in
-    several ways.
+    ``truncate(length)``, to forget what came after, ``fork()``, which gives a cache of its own with
+    the same content, to continue a text in several ways, and ``nbytes``, the memory that it takes,
+    which is then checked against ``kv_cache_bytes``.
     """
 
     @property

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from apt_core.errors import did_you_mean
+from apt_core.types import Message as Message
 
 ROLES = ("system", "user", "assistant", "tool")
 """Who may speak in a conversation."""
@@ -19,14 +20,6 @@ TEXT, PAIR, CONVERSATION = FORMS = ("text", "pair", "conversation")
 """What a document may be."""
 
 _FIELDS = "'text', 'prompt' and 'response', or 'messages'"
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    content: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from apt_core.data.batches import Batch, EvaluationPlan
 from apt_core.evaluation.quick_eval import BatchScore, score_batches, summarize
-from apt_core.inference.generator import generate
+from apt_core.inference import generate
 from apt_core.kernel import Kernel
 from apt_core.parallel.world import World
 from apt_core.runs.session import Session

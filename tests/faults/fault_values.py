@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from apt_core import PluginCosts, ProviderSpec, SectionSpec
+from apt_core import Message, PluginCosts, ProviderSpec, RewrittenPrompt, SectionSpec
 from apt_core.plugin_state import MAX_DEPTH, TENSOR_KEY
 
 # Values that pretend, refuse or never end ------------------------------------------------------
@@ -273,8 +273,11 @@ WRONG: dict[str, dict[str, tuple[Any, str]]] = {
         "beneath autograd": ({"a": wrapped(torch.ones(1))}, "not a plain tensor"),
     },
     "apt_rewrite_prompt": {
-        "bytes": (b"x", "bytes, not str"),
+        "bytes": (b"x", "bytes, not text"),
         "half a letter": ("caf\udce9", "surrogates"),
+        "half a letter of a message": ([Message("user", "caf\udce9")], "surrogates"),
+        "texts": (["a"], "a str, not of Message"),
+        "a source that is none": (RewrittenPrompt("a", ["b.md"]), "a str, not a Source"),
         "what pretends": (Pretending(), "TypeError"),
     },
     "apt_logits_processors": {

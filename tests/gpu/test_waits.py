@@ -45,7 +45,7 @@ def test_a_generated_token_waits_once(temperature: float, dtype: torch.dtype | N
         request = GenerationRequest("The ", max_new_tokens=tokens, temperature=temperature)
         with waits() as found:
             result = generate(session, request)
-        assert len(result.tokens) == tokens
+        assert len(result.token_ids) == tokens
         numbers.append(len(found))
     assert numbers[2] - numbers[1] == 20
 

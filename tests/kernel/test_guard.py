@@ -461,7 +461,7 @@ def test_a_value_of_the_wrong_type_fails_in_the_chain_and_not_later(
     manager.register(plugin_of(apt_rewrite_prompt=function), "bad")
     manager.register(plugin_of(apt_rewrite_prompt=lambda request: request.prompt + "c"), "c")
     assert rewrite(manager) == "xc"
-    assert failures(manager)[0].error == "TypeError: it returned int, not str"
+    assert failures(manager)[0].error == "TypeError: it returned int, not text or a list of Message"
 
 
 # Quarantine ----------------------------------------------------------------------------------

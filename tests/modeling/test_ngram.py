@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 
 from apt_core.config import parse_config
 from apt_core.errors import ConfigError
-from apt_core.inference.generator import generate
+from apt_core.inference import generate
 from apt_core.kernel import boot
 from apt_core.modeling import (
     ModelBuilder,
@@ -164,7 +164,7 @@ def test_a_window_that_moves_on_gives_the_same_text_with_and_without_caches(smal
     request = GenerationRequest(prompt="the text", max_new_tokens=30, temperature=0.0)
 
     def text():
-        return generate(session, request).tokens
+        return generate(session, request).token_ids
 
     cached = text()
     monkeypatch.setattr(type(model), "create_caches", None)

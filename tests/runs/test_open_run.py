@@ -398,7 +398,7 @@ def test_a_script_opens_a_run_without_the_trainer(small):
     from apt_core.runs import open_run
 
     session = open_run({str(small)!r})
-    print(len(generate(session, GenerationRequest("The ", max_new_tokens=5)).tokens))
+    print(len(generate(session, GenerationRequest("The ", max_new_tokens=5)).token_ids))
     assert "apt_core.training.trainer" not in sys.modules
     """
     command = [sys.executable, "-c", dedent(script)]

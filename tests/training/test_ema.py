@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from apt_core import hookimpl
-from apt_core.inference.generator import generate
+from apt_core.inference import generate
 from apt_core.optim import averages as ema
 from apt_core.optim.averages import WARMUP, WeightAverage
 from apt_core.planning.footprint import CountedAllocations

@@ -35,7 +35,7 @@ from apt_core.markers import ignored
 from apt_core.plugin_manager import PluginManager
 from apt_core.runs import checkpoint
 from apt_core.testing import TinyRun, tiny_run
-from apt_core.types import GenerationRequest
+from apt_core.types import GenerationRequest, Message, RewrittenPrompt, Source
 
 # The calls --------------------------------------------------------------------------------------
 
@@ -74,7 +74,12 @@ RIGHT: dict[str, list[tuple[Any, Any]]] = {
         ({Loud("a"): (Whole(3), Flowing(0.5), None, True), "b": UserDict(c=Loud("d"))},
          {"a": [3, 0.5, None, True], "b": {"c": "d"}}),
     ],
-    "apt_rewrite_prompt": [(Loud("text"), "text")],
+    "apt_rewrite_prompt": [
+        (Loud("text"), "text"),
+        ([Message("user", Loud("text"))], (Message("user", "text"),)),
+        (RewrittenPrompt(Loud("text"), [Source("a.md", Whole(3), "b", Flowing(0.5))]),
+         RewrittenPrompt("text", (Source("a.md", 3, "b", 0.5),))),
+    ],
     "apt_logits_processors": [(print, [print]), ((print,), [print])],
 }  # fmt: skip
 """By hook, a result and what is made of it."""

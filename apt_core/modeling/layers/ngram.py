@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, D d_model, n an order.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -146,3 +147,10 @@ class NgramCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"a cache of {self.length} tokens cannot be cut to {length}")
         self.length = length
+
+    def fork(self) -> NgramCache:
+        """A cache of its own that holds the same, to continue the texts in another way."""
+        other = copy.copy(self)
+        if self._symbols is not None:
+            other._symbols = self._symbols.clone()
+        return other

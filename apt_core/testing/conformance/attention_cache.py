@@ -26,6 +26,7 @@ def cache_checks(at: Attention) -> list[Check]:
         Check("cache", lambda: at.at_lengths(_cache)),
         Check("cache with a mask", lambda: at.at_lengths(_cache_with_mask)),
         Check("cache truncated", lambda: at.at_lengths(_truncated)),
+        Check("cache forked", lambda: at.at_lengths(_forked)),
         Check("cache bytes", lambda: at.at_lengths(_bytes)),
     ]
 
@@ -117,6 +118,27 @@ def _truncated(at: Attention) -> None:
         assert cache.length == kept, f"cut to {kept}, the cache tells a length of {cache.length}"
         again = _fed(layer, cache, *x[:, kept:].split(max(1, T // 3), 1))
         require_equal(again, whole[:, kept:], f"after a truncate of {T - 1} tokens to {kept}")
+
+
+@torch.no_grad()
+def _forked(at: Attention) -> None:
+    """A fork and the cache that it was made of continue a text in two ways."""
+    T, x, other = at.length, at.input(), at.input(seed=1)
+    layer, kept = _caching(at), T // 2
+    cache, whole = layer.create_cache(T), layer(x)
+    if not hasattr(cache, "fork"):
+        raise LeftOut("its cache has no fork")
+    _fed(layer, cache, x[:, :kept])
+    fork, unused = cache.fork(), layer.create_cache(T).fork()
+    assert (fork.length, unused.length) == (kept, 0), (
+        f"forks of caches of {kept} and 0 tokens tell lengths of {fork.length} and {unused.length}"
+    )
+    mixed = torch.cat([x[:, :kept], other[:, kept:]], 1)
+    # By turns, so that one that writes to the other's memory is seen.
+    pieces = zip(x[:, kept:].split(1, 1), other[:, kept:].split(1, 1), strict=True)
+    outputs = [(_fed(layer, cache, a), _fed(layer, fork, b)) for a, b in pieces]
+    require_equal(torch.cat([a for a, _ in outputs], 1), whole[:, kept:], "a cache that was forked")
+    require_equal(torch.cat([b for _, b in outputs], 1), layer(mixed)[:, kept:], "a fork")
 
 
 @torch.no_grad()

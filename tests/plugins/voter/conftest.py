@@ -36,6 +36,6 @@ def continuation():
                 parameter.add_(0.4 * noise)
         options = {"max_new_tokens": 24, "seed": 3, **request}
         result = generate(session, GenerationRequest("The ", **options))
-        return list(result.tokens), session.manager
+        return list(result.token_ids), session.manager
 
     return continued

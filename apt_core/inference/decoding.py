@@ -1,0 +1,154 @@
+"""Computes the logits after growing texts, with caches where the model has them.
+
+Shapes: B rows, S tokens of a window, V token ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apt_core.device import autocast
+from apt_core.log import get_logger
+from apt_core.modeling.casts import KeptCasts
+from apt_core.runs.session import Session
+
+log = get_logger("apt.inference")
+
+
+def dtype_for(session: Session) -> torch.dtype | None:
+    """The autocast dtype of a generation: the run's, or on a CPU always None (fp32)."""
+    return None if session.device.type == "cpu" else session.dtype
+
+
+def window_start(length: int, max_seq_len: int) -> int:
+    """The first position of the window that the model sees of a text of ``length`` tokens: 0 while
+    the text fits into ``max_seq_len``. Later the window moves by half its size at a time, so that
+    a cache can be used for many tokens.
+
+    >>> [window_start(length, 8) for length in (1, 8, 9, 12, 13)]
+    [0, 0, 4, 4, 8]
+    """
+    stride = max(1, max_seq_len // 2)
+    return max(0, -(-(length - max_seq_len) // stride) * stride)
+
+
+class Text:
+    """The tokens of a row, and how many more may come."""
+
+    def __init__(self, ids: Sequence[int], max_new_tokens: int) -> None:
+        self.ids, self.start = list(ids), len(ids)
+        self.most = len(ids) + max_new_tokens
+
+
+class Decoder:
+    """The logits after each of several texts, which grow one token at a time.
+
+    A text's caches are its own, so that it is computed as if it were alone.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._model, self._device = session.model, session.device
+        self._max_seq_len = session.config.model.max_seq_len
+        self._dtype, self._casts = dtype_for(session), KeptCasts(session.model)
+        self._readers: dict[Text, _Reader] = {}
+        self._told = False
+
+    def kept_casts(self) -> AbstractContextManager[object]:
+        """A context in which torch keeps the casts of weights from one autocast context to the
+        next. Computations outside of autocast are not affected."""
+        if self._dtype is None:
+            return nullcontext()
+        return torch.autocast(self._device.type, enabled=False)
+
+    def window(self, text: Text) -> Tensor:
+        """What the model sees of ``text``, int64 [1, S]."""
+        return self.tensor(text.ids[window_start(len(text.ids), self._max_seq_len) :])
+
+    def tensor(self, ids: Sequence[int]) -> Tensor:
+        """int64 [1, T] on the device."""
+        return torch.tensor([ids], dtype=torch.int64).to(self._device, non_blocking=True)
+
+    def logits(self, texts: Sequence[Text]) -> Tensor:
+        """The fp32 logits [B, V] after each of ``texts``."""
+        rows = []
+        for text in texts:
+            reader = self._readers.get(text)
+            if reader is None:
+                reader = self._readers[text] = self._reader(text)
+            rows.append(reader.read())
+        return torch.stack(rows)
+
+    def release(self, text: Text) -> None:
+        """Free the caches of ``text``."""
+        self._readers.pop(text, None)
+
+    def _reader(self, text: Text) -> _Reader:
+        """A reader of a new text: a fork of one that has read the same and no more."""
+        for known, reader in self._readers.items():
+            if known.ids == text.ids and known.most == text.most:
+                fork = reader.fork(text)
+                if fork is not None:
+                    return fork
+        return _Reader(self, text)
+
+    def new_caches(self, text: Text) -> Any:
+        """Caches with room for what will be seen of ``text``; None if the model has none."""
+        create = getattr(self._model, "create_caches", None)
+        caches = None if create is None else create(min(self._max_seq_len, text.most))
+        if caches is None and not self._told:
+            self._told = True
+            log.info("generation computes the whole text anew for every token: no cache")
+        return caches
+
+    def compute(self, input_ids: Tensor, **options: Any) -> Tensor:
+        """The fp32 logits [V] after ``input_ids`` [1, T]."""
+        with self._casts.used(self._dtype), autocast(self._device, self._dtype):
+            logits: Tensor = self._model(input_ids, **options).logits
+        return logits[0, -1].float()
+
+
+class _Reader:
+    """One text. With caches each token is computed once until the window moves; without them the
+    whole window is computed for every token."""
+
+    def __init__(self, decoder: Decoder, text: Text) -> None:
+        self._decoder, self._text = decoder, text
+        self._start = self._read = window_start(len(text.ids), decoder._max_seq_len)
+        self._caches = decoder.new_caches(text)
+        self._last: Tensor | None = None
+
+    def fork(self, text: Text) -> _Reader | None:
+        """A reader of the same tokens that ``text`` continues; None if a cache cannot be forked."""
+        if self._caches is None or self._last is None or self._read != len(text.ids):
+            return None
+        if not all(hasattr(cache, "fork") for cache in self._caches):
+            return None
+        other = object.__new__(_Reader)
+        other.__dict__.update(self.__dict__)
+        other._text, other._caches = text, [cache.fork() for cache in self._caches]
+        return other
+
+    def read(self) -> Tensor:
+        """The fp32 logits [V] after the text."""
+        text, decoder = self._text, self._decoder
+        length = len(text.ids)
+        if self._read == length and self._last is not None:
+            return self._last
+        start = window_start(length, decoder._max_seq_len)
+        if start != self._start:
+            self._start = self._read = start
+            self._caches = None if self._caches is None else decoder.new_caches(text)
+        if self._caches is not None:
+            fed = decoder.tensor(text.ids[self._read :])
+            logits = decoder.compute(fed, caches=self._caches)
+            if all(cache.length == length - start for cache in self._caches):
+                self._read, self._last = length, logits
+                return logits
+            log.warning("a cache does not hold what its layer read: computing everything anew")
+            self._caches = None
+        return decoder.compute(decoder.window(text))

@@ -1,0 +1,418 @@
+"""Generates text for many requests at once, one token of each in a step.
+
+Shapes: B rows, V token ids.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apt_core.errors import ConfigError
+from apt_core.inference.decoding import Decoder, Text, window_start
+from apt_core.inference.request_hooks import RequestHooks
+from apt_core.inference.requests import check_request
+from apt_core.inference.sampling import Sampling, choose, log_probabilities, penalized
+from apt_core.inference.stopping import GrowingText
+from apt_core.log import get_logger
+from apt_core.providers.documents import Document
+from apt_core.runs.session import Session
+from apt_core.types import GenerationRequest, GenerationResult, TokenLogprob
+
+log = get_logger("apt.inference")
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a stream adds: the ``text`` and the ``token_ids`` since the one before. The last has the
+    ``result``, whose text and tokens are those of all deltas together."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    result: GenerationResult | None = None
+
+
+OnDelta = Callable[[Delta], None]
+
+
+class Ticket:
+    """A request that was submitted to an engine. ``result`` is there once it is ``done``; ``error``
+    is what ended it where the engine's step failed."""
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self.request = request
+        self.result: GenerationResult | None = None
+        self.error: BaseException | None = None
+        self.cancelled = False
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return self.result is not None or self.error is not None
+
+    def cancel(self) -> None:
+        """End it before the next token; its result is what there is by then."""
+        self.cancelled = True
+
+
+class Engine:
+    """Generates with the model, the tokenizer and the plugins of a session.
+
+    Up to ``max_batch`` requests are worked on at once; the others wait for their turn, in the order
+    of their submission. A request's result is what it would be alone: its tokens depend on its own
+    prompt, settings and seed, up to the last bits of the logits, which may depend on the size of
+    the batch.
+
+    An engine is used by one thread. Several engines may share a session.
+    """
+
+    def __init__(self, session: Session, *, max_batch: int = 16) -> None:
+        if max_batch < 1:
+            raise ConfigError(f"is {max_batch}: at least one text must fit", key="max_batch")
+        self.session, self.max_batch = session, max_batch
+        self._decoder = Decoder(session)
+        self._waiting: deque[_Row] = deque()
+        self._active: list[_Row] = []
+        self._entered = False
+
+    # Asking ----------------------------------------------------------------------------------
+
+    def submit(self, request: GenerationRequest, on_delta: OnDelta | None = None) -> Ticket:
+        """Put ``request`` behind those that wait. ``on_delta`` is called in :meth:`step` with each
+        piece of its text.
+
+        Raises ConfigError for a request that is not valid or that the tokenizer cannot encode.
+        """
+        row = _Row(self.session, check_request(request), on_delta)
+        self._waiting.append(row)
+        return row.ticket
+
+    def run(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> list[GenerationResult]:
+        """The results of ``requests``, in their order. Once ``interrupted`` returns True, they end
+        with what they have by then. Raises what :meth:`submit` and the model raise."""
+        checked = [check_request(request) for request in requests]
+        tickets: list[Ticket] = []
+        with self.computing(), self._cancelled_on_error(tickets):
+            for request in checked:
+                tickets.append(self.submit(request))
+            self._run(tickets, interrupted)
+        results = [ticket.result for ticket in tickets]
+        return [result for result in results if result is not None]
+
+    def stream(
+        self,
+        request: GenerationRequest,
+        *,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Delta]:
+        """The text of ``request`` piece by piece. Raises as :meth:`run` does; a generator that is
+        closed before its end cancels the request."""
+        deltas: deque[Delta] = deque()
+        ticket = self.submit(request, deltas.append)
+        return self._streamed(ticket, deltas, interrupted)
+
+    def _streamed(
+        self, ticket: Ticket, deltas: deque[Delta], interrupted: Callable[[], bool]
+    ) -> Iterator[Delta]:
+        with self._cancelled_on_error([ticket]):
+            while not ticket.done:
+                if interrupted():
+                    ticket.cancel()
+                self.step()
+                while deltas:
+                    yield deltas.popleft()
+
+    def _run(self, tickets: Sequence[Ticket], interrupted: Callable[[], bool]) -> None:
+        while not all(ticket.done for ticket in tickets):
+            if interrupted():
+                for ticket in tickets:
+                    ticket.cancel()
+            self.step()
+
+    @contextmanager
+    def _cancelled_on_error(self, tickets: Sequence[Ticket]) -> Iterator[None]:
+        """Let go of ``tickets`` where what waits for them ends early."""
+        try:
+            yield
+        except BaseException:
+            for ticket in tickets:
+                ticket.cancel()
+            self._drop_cancelled()
+            raise
+
+    # Working ---------------------------------------------------------------------------------
+
+    def computing(self) -> AbstractContextManager[object]:
+        """A context for many steps: what :meth:`step` would otherwise set up and put back each
+        time. Nothing else should be computed in it."""
+        return nullcontext() if self._entered else self._computing()
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        with self.session.computing(), self._decoder.kept_casts():
+            self._entered = True
+            try:
+                yield
+            finally:
+                self._entered = False
+
+    def step(self) -> bool:
+        """Begin with what waits and fits, and add a token to every text that is worked on. Returns
+        whether there is more to do.
+
+        Where the model or a caller's ``on_delta`` raises, all texts that were worked on end with
+        that error, which is raised.
+        """
+        with self.computing():
+            self._drop_cancelled()
+            try:
+                self._take_step()
+            except BaseException as error:
+                for row in [*self._active]:
+                    row.ticket.error = error
+                    self._leave(row)
+                raise
+        return bool(self._active or self._waiting)
+
+    def _take_step(self) -> None:
+        while self._waiting and len(self._active) < self.max_batch:
+            self._active.append(self._waiting.popleft())
+            self._active[-1].begin()
+        if self._active:
+            logits = self._decoder.logits([row.text for row in self._active])
+            self._add_tokens(self._active, logits[:, : self.session.tokenizer.vocab_size])
+
+    def _drop_cancelled(self) -> None:
+        for row in [row for row in self._waiting if row.ticket.cancelled]:
+            self._waiting.remove(row)
+            row.end("interrupted")
+        for row in [row for row in self._active if row.ticket.cancelled]:
+            self._leave(row)
+            row.end("interrupted")
+
+    def _leave(self, row: _Row) -> None:
+        self._active.remove(row)
+        self._decoder.release(row.text)
+
+    def _add_tokens(self, rows: Sequence[_Row], logits: Tensor) -> None:
+        """Choose a token for each of ``rows`` by its ``logits`` [B, V], and add it."""
+        finite = logits.sum(-1).isfinite()
+        given = logits
+        if any(row.changes_logits for row in rows):
+            given = self._changed(rows, logits, finite.tolist())
+        tokens = self._chosen(rows, given)
+        tokens = tokens.where(finite, -1)
+        found, logprobs = self._read(rows, logits, tokens)
+        for row, token, known in zip([*rows], found, logprobs, strict=True):
+            reason = row.add(token, known)
+            if reason is not None:
+                self._leave(row)
+                row.end(reason)
+
+    def _changed(self, rows: Sequence[_Row], logits: Tensor, finite: Sequence[bool]) -> Tensor:
+        """``logits`` as the rows' plugins and penalties change them."""
+        changed = logits.clone()
+        for index, row in enumerate(rows):
+            if row.changes_logits and finite[index]:
+                changed[index] = row.changed(changed[index], self._decoder)
+        return changed
+
+    def _chosen(self, rows: Sequence[_Row], logits: Tensor) -> Tensor:
+        """A token for each row, int64 [B]; rows with the same settings are drawn together."""
+        groups: dict[Sampling, list[int]] = {}
+        for index, row in enumerate(rows):
+            groups.setdefault(row.sampling, []).append(index)
+        chosen: Tensor | None = None
+        for sampling, indices in groups.items():
+            draws = None
+            if not sampling.greedy:
+                uniform = [rows[index].draw() for index in indices]
+                draws = torch.tensor(uniform, dtype=torch.float64)
+                if logits.device.type == "mps":
+                    draws = draws.float()
+                draws = draws.to(logits.device, non_blocking=True)
+            if len(groups) == 1:
+                chosen = choose(logits, sampling, draws)
+                break
+            if chosen is None:
+                chosen = logits.new_zeros(len(rows), dtype=torch.int64)
+            where = torch.tensor(indices).to(logits.device, non_blocking=True)
+            chosen[where] = choose(logits[where], sampling, draws)
+        assert chosen is not None
+        decided = [(index, row.decided) for index, row in enumerate(rows)]
+        for index, token in decided:
+            if token is not None:
+                chosen[index] = token
+        return chosen
+
+    def _read(
+        self, rows: Sequence[_Row], logits: Tensor, tokens: Tensor
+    ) -> tuple[list[int], list[_Logprobs | None]]:
+        """The tokens as numbers, with the log-probabilities of rows that ask for them. Here the
+        host waits for the device."""
+        most = max((row.request.logprobs or 0 for row in rows), default=0)
+        if all(row.request.logprobs is None for row in rows):
+            return tokens.tolist(), [None] * len(rows)
+        own, values, ids = log_probabilities(logits, tokens.clamp_min(0), most)
+        wide = torch.float32 if logits.device.type == "mps" else torch.float64
+        parts = [tokens[:, None], own[:, None], values, ids]
+        packed = torch.cat([part.to(wide) for part in parts], 1).tolist()
+        found: list[_Logprobs | None] = []
+        for row, (_, logprob, *others) in zip(rows, packed, strict=True):
+            count, half = row.request.logprobs, len(others) // 2
+            if count is None:
+                found.append(None)
+                continue
+            pairs = zip(others[half:], others[:half], strict=True)
+            found.append((logprob, tuple((int(i), v) for i, v in pairs)[:count]))
+        return [int(numbers[0]) for numbers in packed], found
+
+
+_Logprobs = tuple[float, tuple[tuple[int, float], ...]]
+
+
+class _Row:
+    """A request that is worked on or waits for it."""
+
+    def __init__(
+        self, session: Session, request: GenerationRequest, on_delta: OnDelta | None
+    ) -> None:
+        self._session, self._on_delta = session, on_delta
+        asked = request
+        request = session.manager.chain("apt_rewrite_prompt", request, "prompt", session=session)
+        self.request = request
+        self.ticket = Ticket(asked)
+        self.text = Text(_ids_of(session, request), request.max_new_tokens)
+        self.sampling = Sampling.of(request)
+        self.decided: int | None = None
+        # Python promises that a seed draws the same on every machine and in every version.
+        self._random = random.Random(request.seed % (1 << 64))  # noqa: S311
+        self._ends = _ends_of(session, request)
+        self._begun = False
+        self._hooks: RequestHooks | None = None
+        self._growing: GrowingText | None = None
+        if request.stop or on_delta is not None:
+            self._growing = GrowingText(session.tokenizer, request.stop)
+        self._logprobs: list[TokenLogprob] = []
+        self._untold: list[int] = []
+
+    def begin(self) -> None:
+        """Tell the plugins, and ask them what they change."""
+        self._begun = True
+        self._session.manager.hook.on_generation_start(request=self.request, session=self._session)
+        hooks = RequestHooks(self._session, self.request)
+        self._hooks = hooks if hooks else None
+
+    def draw(self) -> float:
+        """The next uniform number of the request's seed."""
+        return self._random.random()
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether its logits have to be looked at alone."""
+        return self._hooks is not None or self.request.repetition_penalty != 1
+
+    def changed(self, logits: Tensor, decoder: Decoder) -> Tensor:
+        """Its logits [V] as plugins and the penalty change them; decides the token if a plugin
+        does."""
+        self.decided = None
+        window = decoder.window(self.text) if self._hooks is not None else None
+        if self._hooks is not None and window is not None:
+            logits = self._hooks.processed(window, logits)
+        if self.request.repetition_penalty != 1:
+            held = torch.tensor(self.text.ids).to(logits.device, non_blocking=True)
+            seen = torch.zeros_like(logits, dtype=torch.bool).index_fill_(0, held, True)
+            logits = penalized(logits, seen, self.request.repetition_penalty)
+        if self._hooks is not None and window is not None:
+            self.decided = self._hooks.chosen(window, logits)
+        return logits
+
+    def add(self, token: int, logprobs: _Logprobs | None) -> str | None:
+        """Add a token, -1 for logits that were not finite; the reason to end if there is one."""
+        if token < 0:
+            log.warning("generation stopped: the model's logits are not finite")
+            return "not_finite"
+        if token in self._ends:
+            return "stop"
+        self.text.ids.append(token)
+        if logprobs is not None:
+            own = self._session.tokenizer.decode([token])
+            self._logprobs.append(TokenLogprob(token, own, *logprobs))
+        if self._growing is not None:
+            piece = self._growing.add(token)
+            self._untold.append(token)
+            if self._growing.stopped:
+                return "stop" if not piece else self._tell(piece, "stop")
+            if piece:
+                self._tell(piece)
+        return "length" if len(self.text.ids) == self.text.most else None
+
+    def _tell(self, piece: str, reason: str | None = None) -> str | None:
+        if self._on_delta is not None:
+            self._on_delta(Delta(piece, tuple(self._untold)))
+            self._untold.clear()
+        return reason
+
+    def end(self, reason: str) -> None:
+        """Make the result, and tell plugins of it if they were told of the beginning."""
+        request, text, growing = self.request, self.text, self._growing
+        ids = tuple(text.ids[text.start :])
+        piece = "" if growing is None else growing.finish()
+        result = GenerationResult(
+            self._session.tokenizer.decode(ids) if growing is None else growing.text,
+            ids,
+            "stop" if growing is not None and growing.stopped else reason,
+            prompt_tokens=text.start,
+            logprobs=None if request.logprobs is None else tuple(self._logprobs),
+            sources=tuple(request.sources),
+            dropped_tokens=window_start(text.start, self._session.config.model.max_seq_len),
+        )
+        self.ticket.result = result
+        if self._begun:
+            self._session.manager.hook.on_generation_end(
+                request=request, result=result, session=self._session
+            )
+        if self._on_delta is not None:
+            self._on_delta(Delta(piece, tuple(self._untold), result))
+
+
+def _ids_of(session: Session, request: GenerationRequest) -> list[int]:
+    """The ids of the prompt; an empty prompt is the place after a document."""
+    tokenizer, prompt = session.tokenizer, request.prompt
+    whole: dict[str, Any] = (
+        {"text": prompt} if isinstance(prompt, str) else {"messages": tuple(prompt)}
+    )
+    try:
+        ids = tokenizer.encode_prompt(Document(**whole))
+    except ValueError as error:
+        raise ConfigError(str(error), key="prompt") from error
+    return list(ids) or [tokenizer.special.eos or 0]
+
+
+def _ends_of(session: Session, request: GenerationRequest) -> frozenset[int]:
+    """The tokens that end the text: that of a document, and in a conversation that of a turn."""
+    special = session.tokenizer.special
+    ends = {special.eos} if isinstance(request.prompt, str) else {special.eos, special.end}
+    return frozenset(token for token in ends if token is not None)
+
+
+def generate(
+    session: Session,
+    request: GenerationRequest,
+    *,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> GenerationResult:
+    """The result of one request; see :class:`Engine`."""
+    return Engine(session, max_batch=1).run([request], interrupted=interrupted)[0]
