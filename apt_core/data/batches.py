@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from apt_core.data.order import Drawn, Order
 from apt_core.data.packing.concat import ConcatWindows
-from apt_core.data.packing.rows import IGNORED, Rows, Windows, row_targets
+from apt_core.data.packing.rows import IGNORED, Rows, Windows
 from apt_core.data.store.parts import ArrayPart
 
 Ints = npt.NDArray[Any]
@@ -64,20 +64,19 @@ class Batch:
     @classmethod
     def of_rows(cls, rows: Rows) -> Batch:
         """The batch of these rows, which are not copied."""
-        num_tokens, document_ids, is_token = rows.ids.size, None, None
+        document_ids = is_token = None
         if rows.document_ids is not None:
-            tokens = rows.document_ids >= 0
-            num_tokens = int(np.count_nonzero(tokens))
             if rows.packed:
                 document_ids = torch.from_numpy(rows.document_ids)
-            elif num_tokens < tokens.size:  # one document a row needs no mask: padding comes last
-                is_token = torch.from_numpy(tokens)
+            elif rows.num_tokens < rows.ids.size:
+                # One document a row needs no mask: padding comes last.
+                is_token = torch.from_numpy(rows.document_ids >= 0)
         return cls(
             torch.from_numpy(rows.ids),
             torch.from_numpy(rows.targets),
-            row_targets(rows),
+            rows.num_targets,
             document_ids=document_ids,
-            num_tokens=num_tokens,
+            num_tokens=rows.num_tokens,
             is_token=is_token,
         )
 
@@ -201,7 +200,9 @@ class BatchPlan:
         drawn, size = self.order.step(epoch, index), self.batch_size
         count = len(drawn.windows)
         batches = [
-            self._micro_batch(Drawn(*(part[first : first + size] for part in drawn)))
+            self._micro_batch(
+                Drawn(drawn.sources[first : first + size], drawn.windows[first : first + size])
+            )
             for first in range(self.rank * size, self.rank * size + count, size * self.world_size)
         ]
         if self.world_size == 1:
@@ -213,10 +214,9 @@ class BatchPlan:
     def _micro_batch(self, drawn: Drawn) -> Batch:
         if len(drawn.windows):
             return self.batch(drawn)
-        rows = self.sources[0].rows(np.zeros(1, dtype=np.int64))
-        rows.targets = np.full_like(rows.targets, IGNORED)
-        rows.document_ids, rows.packed = np.full_like(rows.targets, -1), False
-        return Batch.of_rows(rows)
+        ids = self.sources[0].rows(np.zeros(1, dtype=np.int64)).ids
+        padding = np.full_like(ids, -1)
+        return Batch.of_rows(Rows(ids, np.full_like(ids, IGNORED), 0, 0, padding))
 
     def _rows(self, drawn: Drawn) -> Rows:
         if len(self.sources) == 1:
@@ -239,14 +239,17 @@ def _interleaved(sources: Sequence[Windows], drawn: Drawn) -> Rows:
     shape = (len(drawn.windows), sources[0].seq_len)
     input_ids, targets = np.empty(shape, np.int64), np.empty(shape, np.int64)
     document_ids, apart, packed = np.zeros(shape, np.int64), False, False
+    num_targets = num_tokens = 0
     for number in np.unique(drawn.sources).tolist():
         chosen = drawn.sources == number
         rows = sources[number].rows(drawn.windows[chosen])
         input_ids[chosen], targets[chosen] = rows.ids, rows.targets
+        num_targets, num_tokens = num_targets + rows.num_targets, num_tokens + rows.num_tokens
         if rows.document_ids is not None:
             document_ids[chosen], apart = rows.document_ids, True
             packed = packed or rows.packed
-    return Rows(input_ids, targets, document_ids if apart else None, packed)
+    documents = document_ids if apart else None
+    return Rows(input_ids, targets, num_targets, num_tokens, documents, packed)
 
 
 def cut_padding(rows: Rows) -> Rows:
@@ -259,7 +262,7 @@ def cut_padding(rows: Rows) -> Rows:
         np.ascontiguousarray(array[:, :width])
         for array in (rows.ids, rows.targets, rows.document_ids)
     )
-    return Rows(ids, targets, documents, rows.packed)
+    return replace(rows, ids=ids, targets=targets, document_ids=documents)
 
 
 class EvaluationPlan:

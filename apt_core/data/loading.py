@@ -18,7 +18,7 @@ from apt_core.data.packing.rows import Windows
 from apt_core.data.store.assemble import ProgressCallback
 from apt_core.data.store.build import build_store
 from apt_core.data.store.format import PARTS, PartName
-from apt_core.data.store.reader import TokenStore
+from apt_core.data.store.reader import IN_MEMORY, TokenStore
 from apt_core.data.tokenizers.corpus import train_tokenizer
 from apt_core.errors import CheckpointError, ConfigError, Problem, ProviderError
 from apt_core.kernel import Kernel
@@ -193,6 +193,7 @@ def load_data(
             workers=workers,
             progress=None if progress is None else progress(name, source),
         )
+        store.hold_in_memory(IN_MEMORY // len(named))
         found.append(_source_data(name, store, config, tokenizer))
     if all(source.val is None for source in found):
         raise ConfigError([_too_little(found[0], "val", config)])

@@ -67,6 +67,7 @@ def _keys(key: int, number: int) -> list[int]:
     return found
 
 
+@lru_cache(maxsize=64)
 def mixed(*parts: int) -> int:
     """One 64-bit key of several integers."""
     key = 0

@@ -220,6 +220,12 @@ def test_a_step_is_a_function_of_its_number_alone(kind):
     per_epoch = alone.steps_per_epoch
     positions = [divmod(n, per_epoch) for n in range(2 * per_epoch)]
     expected = [alone.step(epoch + 1, index) for epoch, index in positions]
+    for batch in [batch for step in expected for batch in step.batches]:
+        assert batch.num_targets == int((batch.targets != IGNORED).sum())
+        is_token = batch.is_token if batch.document_ids is None else batch.document_ids >= 0
+        tokens = batch.input_ids.numel() if is_token is None else int(is_token.sum())
+        assert batch.num_tokens == tokens
+        assert all(t.is_contiguous() for t in (batch.input_ids, batch.targets))
     state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     for num_workers in (1, 2):
         plan = plan_of(*SOURCES[kind](), batch_size=2, accumulate=4, num_workers=num_workers)

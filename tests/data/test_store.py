@@ -88,6 +88,7 @@ def test_a_stored_part_answers_as_one_in_memory(
     for length in (1, 7, 120):
         assert np.array_equal(part.windows(starts, length), expected.windows(starts, length))
         rows = part.learned(starts, length)
+        assert np.array_equal(rows, expected.learned(starts, length))
         for start in starts:
             marks = expected.marks(start, start + length)
             assert np.array_equal(rows[start][: len(marks)], marks)
@@ -95,6 +96,16 @@ def test_a_stored_part_answers_as_one_in_memory(
     for start, stop in [(0, total), (49, 51), (3, 3), (total - 2, total + 9), (total, total + 1)]:
         assert np.array_equal(part.read(start, stop), expected.read(start, stop))
         assert np.array_equal(part.marks(start, stop), expected.marks(start, stop))
+    places, lengths = np.array([0, 48, total - 3, 48]), np.array([total, 5, 3, 60])
+    for each in (part, expected):
+        found = each.stretches(places, lengths)
+        assert (found.learned is not None) == marked
+        for start, length, begin in zip(places, lengths, found.begins, strict=True):
+            here, there = slice(begin, begin + length), (start, start + length)
+            assert np.array_equal(found.ids[here], expected.read(*there))
+            if found.learned is not None:
+                assert np.array_equal(found.learned[here], expected.marks(*there))
+        assert each.stretches(places[:0], lengths[:0]).begins.tolist() == []
     for first, last in [(0, 60), (5, 40), (17, 18), (0, 0), (60, 60), (30, 30)]:
         assert np.array_equal(part.spans(first, last), expected.spans(first, last))
     assert [part.document_at(t) for t in range(total)] == [
@@ -346,7 +357,7 @@ def test_a_full_disk_leaves_the_writer_closed(tmp_path):
     assert not any(path.startswith(str(tmp_path)) for path in open_files)
 
 
-def test_reading_takes_no_memory_beside_what_is_returned(tmp_path, monkeypatch):
+def test_reading_takes_no_memory_beside_what_is_returned_and_held(tmp_path, monkeypatch):
     monkeypatch.setattr(store_format, "SHARD_TOKENS", 2**24)
     given = [Encoded(np.zeros(2**23, np.uint16)) for _ in range(6)]
     folder = write(tmp_path / "s", {"train": given})
@@ -354,17 +365,23 @@ def test_reading_takes_no_memory_beside_what_is_returned(tmp_path, monkeypatch):
         "import sys, numpy as np\n"
         "from apt_core.data.store.reader import TokenStore\n"
         "def peak(): return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
-        "part = TokenStore.open(sys.argv[1]).part('train')\n"
-        "before = peak()\n"
-        "for start in range(0, part.num_tokens - 2**14, 2**14):\n"
-        "    part.windows(np.array([start]), 2**14)\n"
-        "print(peak() - before, 'torch' in sys.modules)\n"
+        "store = TokenStore.open(sys.argv[1])\n"
+        "part, size = store.part('train'), store.part('train').num_tokens * 2\n"
+        "for limit in size - 1, size:\n"
+        "    store.hold_in_memory(limit)\n"
+        "    before = peak()\n"
+        "    for start in range(0, part.num_tokens - 2**14, 2**14):\n"
+        "        part.windows(np.array([start]), 2**14)\n"
+        "    print(peak() - before)\n"
+        "print('torch' in sys.modules)\n"
     )
     command = [sys.executable, "-c", code, str(folder)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    # Of 100 MB that are read.
-    assert int(output[0]) < 8_000
-    assert output[1] == "False"
+    read, held, torch_imported = int(output[0]), int(output[1]), output[2]
+    # Of 100 MB that are read, or held in memory.
+    assert read < 8_000
+    assert 80_000 < held < 110_000
+    assert torch_imported == "False"
 
 
 def test_a_store_in_a_folder_that_cannot_be_written_is_checked_each_time(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from pydantic import Field
 from apt_core import ProviderSpec, SectionSpec, hookimpl
 from apt_core.config import Section, parse_override
 from apt_core.data.loading import load_data
+from apt_core.data.store.format import PARTS
 from apt_core.errors import ConfigError
 from apt_core.kernel import Kernel, boot
 from apt_core.planning.plan import make_plan
@@ -67,6 +68,20 @@ def text_of(kernel: Kernel, part: str = "train") -> str:
     data = load_data(kernel)
     tokens = data.sources[0].store.part(part)  # type: ignore[arg-type]
     return data.tokenizer.decode(tokens.read(0, tokens.num_tokens).tolist())
+
+
+def test_the_stores_of_a_run_share_the_memory_that_holds_small_ones(monkeypatch):
+    def held(data: dict[str, Any], limit: int) -> list[bool]:
+        monkeypatch.setattr("apt_core.data.loading.IN_MEMORY", limit)
+        return [each.store.part("train").in_memory for each in load_data(start(data)).sources]
+
+    mixture = [{"name": name, "source": "pydoc"} for name in ("one", "two")]
+    (source,) = load_data(start({"source": "pydoc"})).sources
+    size = sum(source.store.part(name).num_tokens for name in PARTS)  # bytes are the tokens
+    assert held({"source": "pydoc"}, size) == [True]
+    assert held({"source": "pydoc"}, size - 1) == [False]
+    assert held({"mixture": mixture}, 2 * size) == [True, True]
+    assert held({"mixture": mixture}, 2 * size - 2) == [False, False]
 
 
 def used(kernel: Kernel) -> tuple[str, str]:

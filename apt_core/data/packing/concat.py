@@ -32,13 +32,20 @@ class ConcatWindows:
         cut = self.part.windows(starts, self.seq_len + 1)
         # Contiguous, as all batches are: a compiled model would be compiled for other strides.
         input_ids, targets = (part.astype(np.int64) for part in (cut[:, :-1], cut[:, 1:]))
-        if (ignored := self._ignored(starts)) is not None:
-            targets = np.where(ignored, IGNORED, targets)
-        return Rows(input_ids, targets, self._document_ids(starts))
+        num_targets = num_tokens = targets.size
+        document_ids, beyond = None, self._beyond(starts)
+        if (ignored := self._ignored(starts, beyond)) is not None:
+            targets[ignored] = IGNORED
+            num_targets -= int(np.count_nonzero(ignored))
+        if beyond:
+            last = self.part.num_tokens - 1
+            document_ids = np.where(starts[:, None] + np.arange(self.seq_len) < last, 0, -1)
+            num_tokens -= int(np.count_nonzero(document_ids))
+        return Rows(input_ids, targets, num_targets, num_tokens, document_ids)
 
     def num_targets(self, indices: Ints) -> int:
         starts = np.asarray(indices, dtype=np.int64) * self.seq_len
-        ignored = self._ignored(starts)
+        ignored = self._ignored(starts, self._beyond(starts))
         return len(starts) * self.seq_len - (0 if ignored is None else int(ignored.sum()))
 
     def extracts(self, index: int) -> list[Extract]:
@@ -54,22 +61,14 @@ class ConcatWindows:
                 found.append(Extract(first + number, inside - begin, taken))
         return found
 
-    def _document_ids(self, starts: Ints) -> Ints | None:
-        """0, and -1 for padding; None where there is none."""
-        last, length = self.part.num_tokens - 1, self.seq_len
-        if not len(starts) or int(starts.max()) + length <= last:
-            return None
-        return np.where(starts[:, None] + np.arange(length) < last, 0, -1)
+    def _beyond(self, starts: Ints) -> bool:
+        """Whether one of these windows has less than T tokens, and so padding."""
+        return len(starts) > 0 and int(starts.max()) + self.seq_len >= self.part.num_tokens
 
-    def _ignored(self, starts: Ints) -> Ints | None:
+    def _ignored(self, starts: Ints, beyond: bool) -> Ints | None:
         """Which targets are beyond the end or not to be learned; None where there is none."""
-        last, length = self.part.num_tokens - 1, self.seq_len
-        beyond = len(starts) > 0 and int(starts.max()) + length > last
-        if not beyond and not self.part.marked:
-            return None
-        ignored = starts[:, None] + np.arange(1, length + 1) > last
         if self.part.marked:
-            for row, start in enumerate(starts.tolist()):
-                marks = self.part.marks(start + 1, start + 1 + length)
-                ignored[row, : len(marks)] |= ~marks
-        return ignored
+            return ~self.part.learned(starts + 1, self.seq_len)
+        if not beyond:
+            return None
+        return starts[:, None] + np.arange(1, self.seq_len + 1) >= self.part.num_tokens

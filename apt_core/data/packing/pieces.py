@@ -101,9 +101,17 @@ class PieceIndex:
 
     def pieces(self, row: int) -> tuple[Ints, Ints]:
         """The starts and lengths of the pieces of a row, int64."""
-        first = int(self.row_ends[row - 1]) if row else 0
-        last = int(self.row_ends[row])
-        return self.starts[first:last].astype(np.int64), self.lengths[first:last].astype(np.int64)
+        starts, lengths, _ = self.pieces_of(np.array([row]))
+        return starts, lengths
+
+    def pieces_of(self, rows: Ints) -> tuple[Ints, Ints, Ints]:
+        """The starts and lengths of the pieces of ``rows`` [n], one row after the other, and the
+        number of pieces of each row [n]; int64."""
+        last = self.row_ends[rows].astype(np.int64)
+        counts = last - np.where(rows > 0, self.row_ends[rows - 1], 0).astype(np.int64)
+        pieces = np.repeat(last - np.cumsum(counts), counts)
+        pieces += np.arange(len(pieces))
+        return self.starts[pieces].astype(np.int64), self.lengths[pieces].astype(np.int64), counts
 
 
 @dataclass(frozen=True)
@@ -124,26 +132,43 @@ class PieceWindows:
         return int(self.index.lengths.sum(dtype=np.int64))
 
     def rows(self, indices: Ints) -> Rows:
+        # All positions at once: a batch may have as many pieces as tokens.
+        indices = np.asarray(indices, dtype=np.int64)
+        starts, lengths, counts = self.index.pieces_of(indices)
+        taken = self.part.stretches(starts, lengths + 1)
+        ends = np.cumsum(lengths)
+        num_tokens = int(ends[-1]) if len(ends) else 0
+        source = np.repeat(taken.begins - (ends - lengths), lengths)
+        source += np.arange(num_tokens)
+        input_ids = taken.ids[source].astype(np.int64)
+        source += 1
+        targets = taken.ids[source].astype(np.int64)
+        if taken.learned is not None:
+            targets[~taken.learned[source]] = IGNORED
+        last = np.cumsum(counts)
+        numbers = np.arange(len(lengths)) - np.repeat(last - counts, counts)
+        document_ids = np.repeat(numbers, lengths)
+
         shape = (len(indices), self.seq_len)
-        input_ids = np.full(shape, self.pad, dtype=np.int64)
-        targets = np.full(shape, IGNORED, dtype=np.int64)
-        document_ids = np.full(shape, -1, dtype=np.int64)
-        for row, index in enumerate(np.asarray(indices).tolist()):
-            at = 0
-            starts, lengths = self.index.pieces(index)
-            for number, (start, length) in enumerate(
-                zip(starts.tolist(), lengths.tolist(), strict=True)
-            ):
-                ids = self.part.read(start, start + length + 1).astype(np.int64)
-                place = slice(at, at + length)
-                input_ids[row, place], document_ids[row, place] = ids[:-1], number
-                if self.part.marked:
-                    marks = self.part.marks(start + 1, start + length + 1)
-                    targets[row, place] = np.where(marks, ids[1:], IGNORED)
-                else:
-                    targets[row, place] = ids[1:]
-                at += length
-        return Rows(input_ids, targets, document_ids, self.packed)
+        lengths_before = np.concatenate([[0], ends])
+        used = lengths_before[last] - lengths_before[last - counts]
+        filled = np.arange(self.seq_len) < used[:, None]
+
+        def in_rows(values: Ints, padding: int) -> Ints:
+            if len(values) == filled.size:
+                return values.reshape(shape)
+            found = np.full(shape, padding, dtype=np.int64)
+            found[filled] = values
+            return found
+
+        return Rows(
+            in_rows(input_ids, self.pad),
+            in_rows(targets, IGNORED),
+            self.num_targets(indices),
+            num_tokens,
+            in_rows(document_ids, -1),
+            self.packed,
+        )
 
     def num_targets(self, indices: Ints) -> int:
         return int(self.index.targets[np.asarray(indices, dtype=np.int64)].sum(dtype=np.int64))
@@ -270,4 +295,4 @@ def _sha256(column: Ints) -> str:
 def _mapped(path: Path, dtype: str) -> Ints:
     if not path.stat().st_size:  # nothing can be mapped
         return np.empty(0, dtype)
-    return np.memmap(path, dtype=dtype, mode="r")
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))

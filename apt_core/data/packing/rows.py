@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 IGNORED = -100
@@ -17,6 +16,7 @@ Ints = npt.NDArray[Any]
 @dataclass
 class Rows:
     """Windows as rows: input ``ids`` and ``targets``, int64 [n, T]; a target of -100 is ignored.
+    ``num_targets`` counts the others, ``num_tokens`` the positions that are not padding.
 
     ``document_ids`` [n, T] number the documents of a row that do not see each other, -1 at padding;
     None where a row is read as one text without padding. ``packed`` says that a row may have more
@@ -25,6 +25,8 @@ class Rows:
 
     ids: Ints
     targets: Ints
+    num_targets: int
+    num_tokens: int
     document_ids: Ints | None = None
     packed: bool = False
 
@@ -58,8 +60,3 @@ class Windows(Protocol):
 
     def extracts(self, index: int) -> list[Extract]:
         """What the window is made of."""
-
-
-def row_targets(rows: Rows) -> int:
-    """The number of targets in ``rows``."""
-    return int(np.count_nonzero(rows.targets != IGNORED))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,15 @@ from apt_core.providers.tokenizer import Encoded
 
 Ints = npt.NDArray[Any]
 Marks = npt.NDArray[np.bool_]
+
+
+class Stretches(NamedTuple):
+    """Stretches of a part: arrays that hold their ids and, where the part is marked, which of them
+    are to be learned, and where in these arrays each stretch begins, int64 [n]."""
+
+    ids: Ints
+    learned: Marks | None
+    begins: Ints
 
 
 class TokenPart(Protocol):
@@ -41,6 +50,14 @@ class TokenPart(Protocol):
     def windows(self, starts: Ints, length: int) -> Ints:
         """The ``length`` ids from each of ``starts`` [n] on, [n, length]; beyond the end the last
         one is repeated."""
+
+    def learned(self, starts: Ints, length: int) -> Marks:
+        """Which of the ids of :meth:`windows` are to be learned, [n, length]; none beyond the
+        end."""
+
+    def stretches(self, starts: Ints, lengths: Ints) -> Stretches:
+        """The ids of the stretches that begin at ``starts`` and are ``lengths`` long, both
+        int64 [n], all within the part."""
 
     def spans(self, first: int, last: int) -> Ints:
         """The first token of each of the documents ``first`` to ``last``, and the end of the last
@@ -108,8 +125,14 @@ class ArrayPart:
         return self._learned[start:stop]
 
     def windows(self, starts: Ints, length: int) -> Ints:
-        index = np.asarray(starts, dtype=np.int64)[:, None] + np.arange(length)
-        return self._ids[np.minimum(index, len(self._ids) - 1)]
+        return windows_in(self._ids, np.asarray(starts, dtype=np.int64), length)
+
+    def learned(self, starts: Ints, length: int) -> Marks:
+        learned = np.ones(len(self._ids), dtype=bool) if self._learned is None else self._learned
+        return learned_in(learned, np.asarray(starts, dtype=np.int64), length)
+
+    def stretches(self, starts: Ints, lengths: Ints) -> Stretches:
+        return Stretches(self._ids, self._learned, starts)
 
     def spans(self, first: int, last: int) -> Ints:
         before = self._ends[first - 1 : first] if first else np.zeros(1, np.uint64)
@@ -117,3 +140,31 @@ class ArrayPart:
 
     def document_at(self, token: int) -> int:
         return int(np.searchsorted(self._ends, token, side="right"))
+
+
+def windows_in(ids: Ints, starts: Ints, length: int) -> Ints:
+    """The ``length`` of ``ids``, 1-D and contiguous, from each of ``starts`` [n], int64, on,
+    [n, length]; beyond the end the last one is repeated. Raises ValueError for negative starts, or
+    without any id."""
+    places = len(ids) - length + 1
+    if len(starts) and starts.max() < places and starts.min() >= 0:
+        # Rows of a view are copied whole, and not id by id.
+        return np.ndarray((places, length), ids.dtype, ids, 0, ids.strides * 2)[starts]
+    require_starts(starts, len(ids))
+    return ids.take(starts[:, None] + np.arange(length), mode="clip")
+
+
+def learned_in(learned: Marks, starts: Ints, length: int) -> Marks:
+    """:func:`windows_in` of which ids are to be learned: none beyond the end."""
+    found: Marks = windows_in(learned, starts, length)
+    for row in np.flatnonzero(starts + length > len(learned)):
+        found[row, max(0, len(learned) - int(starts[row])) :] = False
+    return found
+
+
+def require_starts(starts: Ints, num_tokens: int) -> None:
+    """Raise ValueError for windows that cannot start at ``starts`` in a part of so many tokens."""
+    if not num_tokens:
+        raise ValueError("the part has no tokens")
+    if len(starts) and int(starts.min()) < 0:
+        raise ValueError("windows cannot start before the part")

@@ -1,7 +1,7 @@
 """Reads token stores: any window, document or mark, without holding what is not asked for.
 
-Everything is read at its place (pread): what was read is in the system's cache of files, and not in
-the memory of the process.
+A small store is held in memory from its first use on. All else is read at its place (pread): what
+was read is in the system's cache of files, and not in the memory of the process.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from apt_core.data.store.format import (
     file_name,
     read_manifest,
 )
+from apt_core.data.store.parts import Ints, Stretches, learned_in, require_starts, windows_in
 
 MAX_OPEN = 64
 """The most files that a part keeps open."""
 
-IN_MEMORY = 4 * 2**20
-"""The most bytes of ids of a part that is read whole, since each read of a file costs as much as a
-row of it."""
+IN_MEMORY = 128 * 2**20
+"""The most bytes of a store that is held in memory, since to read a row of a file costs several
+times what it costs to copy one. Of a run that has several stores, each has a share of it."""
 
 SEARCHED = 512
 """Ends of documents that are read at a time when one is looked for."""
@@ -130,16 +131,22 @@ class ShardedArray:
         within = starts + length <= self._starts[shards + 1]
         offsets = ((starts - self._starts[shards]) * size).tolist()
         data, width = rows.reshape(-1).view(np.uint8).data, length * size
-        files: dict[int, FileIO] = {}
+        files: dict[int, tuple[FileIO, int]] = {}
         for row, shard in enumerate(shards.tolist()):
-            buffer = data[row * width : (row + 1) * width]
             if not within[row]:
                 self.read_into(rows[row], int(starts[row]))
                 continue
-            file = files.get(shard)
-            if file is None:
-                file = files[shard] = self._files.opened(self._names[shard])
-            self._files.fill(file, self._names[shard], buffer, offsets[row])
+            if shard not in files:
+                file = self._files.opened(self._names[shard])
+                files[shard] = file, file.fileno()
+            file, descriptor = files[shard]
+            buffer, offset = data[row * width : (row + 1) * width], offsets[row]
+            try:
+                whole = os.preadv(descriptor, (buffer,), offset) == width
+            except OSError:
+                whole = False
+            if not whole:  # once more, to read the rest or to say what is wrong
+                self._files.fill(file, self._names[shard], buffer, offset)
 
     def read(self, start: int, stop: int) -> npt.NDArray[Any]:
         """The items from ``start`` to before ``stop``."""
@@ -155,6 +162,7 @@ class StoredPart:
         self, folder: Path, name: str, manifest: StoreManifest, row: PartRow, owner: object = None
     ) -> None:
         self._owner = owner
+        self.in_memory = False
         self.num_tokens, self.num_documents = row.tokens, row.documents
         self.num_learned, self.num_bytes = row.learned, row.bytes
         self.tokens_sha256, self.documents_sha256 = row.tokens_sha256, row.documents_sha256
@@ -171,19 +179,26 @@ class StoredPart:
         self._ids = ShardedArray(self._files, names("ids"), self._first_token, manifest.dtype)
         self._ends = ShardedArray(self._files, names("ends"), documents, "uint64")
         self._bits = names("learned")
-        self._whole: Ids | None = None
+        self._held: tuple[Ids, npt.NDArray[np.bool_] | None] | None = None
+        self._lock = threading.Lock()
         self.dtype = self._ids.dtype
 
     def read(self, start: int, stop: int) -> Ids:
         """The ids from ``start`` to before ``stop``, fewer where the part ends before."""
         stop = max(start, min(stop, self.num_tokens))
-        whole = self._in_memory()
-        return self._ids.read(start, stop) if whole is None else whole[start:stop]
+        held = self._all()
+        return self._ids.read(start, stop) if held is None else held[0][start:stop]
 
     def marks(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
         """Which tokens from ``start`` to before ``stop`` are learned, fewer where the part ends
         before."""
         stop = max(start, min(stop, self.num_tokens))
+        held = self._all()
+        if held is not None and held[1] is not None:
+            return held[1][start:stop]
+        return self._read_marks(start, stop)
+
+    def _read_marks(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
         out = np.ones(stop - start, np.bool_)
         shard = self._ids.shard_of(start)
         while start < stop:
@@ -203,10 +218,9 @@ class StoredPart:
         """The ``length`` ids from each of ``starts`` on, [n, length]; beyond the end of the part
         its last id is repeated. Raises ValueError for negative starts, or without any token."""
         starts = np.asarray(starts, dtype=np.int64)
-        whole = self._in_memory()
-        if whole is not None:
-            self._require_starts(starts)
-            return whole.take(starts[:, None] + np.arange(length), mode="clip")
+        held = self._all()
+        if held is not None:
+            return windows_in(held[0], starts, length)
         if len(starts) and starts.min() >= 0 and starts.max() + length <= self.num_tokens:
             out = np.empty((len(starts), length), self.dtype)
             self._ids.read_rows(out, starts)
@@ -215,11 +229,30 @@ class StoredPart:
 
     def learned(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.bool_]:
         """Which of the ids of :meth:`windows` are learned, [n, length]; none beyond the end."""
+        starts = np.asarray(starts, dtype=np.int64)
+        held = self._all()
+        if held is not None and held[1] is not None:
+            return learned_in(held[1], starts, length)
 
         def fill(out: npt.NDArray[Any], start: int) -> None:
-            out[:] = self.marks(start, start + len(out))
+            out[:] = self._read_marks(start, start + len(out))
 
         return self._rows(starts, length, np.dtype(np.bool_), fill, lambda: False)
+
+    def stretches(self, starts: Ints, lengths: Ints) -> Stretches:
+        """See :meth:`TokenPart.stretches`."""
+        held = self._all()
+        if held is not None:
+            return Stretches(*held, starts)
+        ends = np.cumsum(lengths)
+        ids = np.empty(int(ends[-1]) if len(ends) else 0, self.dtype)
+        learned = np.empty(len(ids), np.bool_) if self.marked else None
+        begins = ends - lengths
+        for start, begin, end in zip(starts.tolist(), begins.tolist(), ends.tolist(), strict=True):
+            self._ids.read_into(ids[begin:end], start)
+            if learned is not None:
+                learned[begin:end] = self._read_marks(start, start + end - begin)
+        return Stretches(ids, learned, begins)
 
     def span(self, document: int) -> tuple[int, int]:
         """Where a document begins, and where the next one does. Raises ValueError for none."""
@@ -263,12 +296,23 @@ class StoredPart:
         """Close its files, which another call opens again."""
         self._files.close()
 
-    def _in_memory(self) -> Ids | None:
-        """All ids, if they are few."""
-        if self._whole is None and self.num_tokens * self.dtype.itemsize <= IN_MEMORY:
-            self._whole = self._ids.read(0, self.num_tokens)
-            self._whole.flags.writeable = False
-        return self._whole
+    @property
+    def held_bytes(self) -> int:
+        """The memory that it takes in memory."""
+        return self.num_tokens * (self.dtype.itemsize + self.marked)
+
+    def _all(self) -> tuple[Ids, npt.NDArray[np.bool_] | None] | None:
+        """All ids, and which are learned where it is marked, if it is held in memory."""
+        if self._held is None and self.in_memory:
+            with self._lock:  # threads that make batches ahead begin at the same time
+                if self._held is None:
+                    ids = self._ids.read(0, self.num_tokens)
+                    learned = self._read_marks(0, self.num_tokens) if self.marked else None
+                    for array in (ids, learned):
+                        if array is not None:
+                            array.flags.writeable = False
+                    self._held = ids, learned
+        return self._held
 
     def _last_id(self) -> int:
         return int(self._ids.read(self.num_tokens - 1, self.num_tokens)[0])
@@ -281,7 +325,7 @@ class StoredPart:
         fill: Callable[[npt.NDArray[Any], int], None],
         beyond: Callable[[], int],
     ) -> npt.NDArray[Any]:
-        self._require_starts(starts)
+        require_starts(starts, self.num_tokens)
         out = np.empty((len(starts), length), dtype)
         for row, start in zip(out, starts.tolist(), strict=True):
             inside = max(0, min(length, self.num_tokens - start))
@@ -289,12 +333,6 @@ class StoredPart:
             if inside < length:
                 row[inside:] = beyond()
         return out
-
-    def _require_starts(self, starts: npt.NDArray[np.int64]) -> None:
-        if not self.num_tokens:
-            raise ValueError("the part has no tokens")
-        if len(starts) and int(np.min(starts)) < 0:
-            raise ValueError("windows cannot start before the part")
 
     def _require(self, start: int, stop: int, size: int, what: str) -> None:
         if not 0 <= start <= stop <= size:
@@ -310,6 +348,13 @@ class TokenStore:
             name: StoredPart(folder, name, manifest, row, owner)
             for name, row in manifest.parts.items()
         }
+        self.hold_in_memory(IN_MEMORY)
+
+    def hold_in_memory(self, limit: int) -> None:
+        """Hold it in memory from its first use on if that takes at most ``limit`` bytes."""
+        held = sum(part.held_bytes for part in self._parts.values()) <= limit
+        for part in self._parts.values():
+            part.in_memory = held
 
     @classmethod
     def open(cls, folder: str | Path, owner: object = None) -> TokenStore:
