@@ -35,7 +35,9 @@ def test_the_newest_run_is_that_which_was_started_or_resumed_last_and_has_a_chec
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"runs: there is no run with a checkpoint in it.*apt-train"):
+    with pytest.raises(
+        ConfigError, match=r"runs: there is no run with a checkpoint in it.*apt-train"
+    ):
         newest_run()
     old = make_run("runs/small/20260101-000000", "2026-03-01T00:00:00Z")
     named = make_run("runs/mine", "2026-02-01T00:00:00Z", checkpoints="elsewhere")
