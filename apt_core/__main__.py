@@ -13,6 +13,7 @@ VERBS = {
     "train": "apt_core.cli.train:main",
     "hooks": "apt_core.cli.hooks:main",
     "data": "apt_core.cli.data:main",
+    "eval": "apt_core.cli.eval:main",
     "plugin-list": "apt_core.cli.plugin_info:main_list",
     "plugin-info": "apt_core.cli.plugin_info:main_info",
 }

@@ -22,6 +22,7 @@ _TRAINED = (
 )
 _LAYERS = "apt_core.modeling.layers"
 _SOURCES = "apt_core.data.sources"
+_TASKS = "apt_core.evaluation.tasks"
 
 _ADAM = ("training.betas", "training.eps")
 _DECAY = ("training.warmup_steps", "training.min_lr_ratio")
@@ -241,6 +242,42 @@ _DECLARED = (
         factory="apt_core.optim.lr_schedules:ConstantProvider",
         reads=("training.warmup_steps",),
         summary="linear warm-up, then constant",
+    ),
+    ProviderSpec(
+        kind="task",
+        name="held_out",
+        factory=f"{_TASKS}.held_out:HeldOutTask",
+        summary="bits per byte and perplexity of the run's held-out documents",
+    ),
+    ProviderSpec(
+        kind="task",
+        name="reasoning_quality",
+        factory=f"{_TASKS}.held_out:ReasoningQuality",
+        summary="final answers to the run's held-out prompts",
+    ),
+    ProviderSpec(
+        kind="task",
+        name="completion",
+        factory=f"{_TASKS}.shipped:completion",
+        summary="which of four words ends a sentence",
+    ),
+    ProviderSpec(
+        kind="task",
+        name="arithmetic",
+        factory=f"{_TASKS}.shipped:Arithmetic",
+        summary="sums, differences and products, made on the fly",
+    ),
+    ProviderSpec(
+        kind="task",
+        name="brackets",
+        factory=f"{_TASKS}.shipped:Brackets",
+        summary="rows of brackets that are to be closed, made on the fly",
+    ),
+    ProviderSpec(
+        kind="task",
+        name="json",
+        factory=f"{_TASKS}.shipped:json_objects",
+        summary="facts of a sentence as a JSON object",
     ),
 )
 

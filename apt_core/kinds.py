@@ -82,6 +82,7 @@ KINDS: Mapping[str, Kind] = {
             default="cosine",
             methods=("factor",),
         ),
+        Kind("task", methods=("items",), fallback=False),
     )
 }
 """Every kind by its name, in the order in which listings show them."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from apt_core.config import Config
 from apt_core.data.batches import BatchPlan, EvaluationPlan
@@ -18,13 +18,13 @@ from apt_core.data.packing.rows import Windows
 from apt_core.data.store.assemble import ProgressCallback
 from apt_core.data.store.build import build_store
 from apt_core.data.store.format import PARTS, PartName
-from apt_core.data.store.lock import StopCheck, never_stop
 from apt_core.data.store.reader import IN_MEMORY, TokenStore
 from apt_core.data.tokenizers.corpus import train_tokenizer
 from apt_core.errors import CheckpointError, ConfigError, Problem, ProviderError
 from apt_core.kernel import Kernel
 from apt_core.providers.dataset import DatasetProvider, SourceSection
 from apt_core.providers.tokenizer import TokenizerProvider
+from apt_core.registry import Registry
 from apt_core.schedules import Horizon
 
 Progress = Callable[[str, DatasetProvider], ProgressCallback]
@@ -86,7 +86,7 @@ class RunData:
     @cached_property
     def sha256(self) -> str:
         """The hash of the documents; figures measured on different ones are not comparable."""
-        return _joined([source.store.sha256 for source in self.sources])
+        return stores_sha256([source.store for source in self.sources])
 
     @cached_property
     def tokens_sha256(self) -> dict[str, str]:
@@ -105,8 +105,8 @@ class RunData:
 
     def evaluation(self, batch_size: int) -> EvaluationPlan:
         """The batches of the held-out windows of all sources."""
-        held_out = {source.name: source.val for source in self.sources if source.val is not None}
-        return EvaluationPlan([*held_out.values()], batch_size=batch_size, names=[*held_out])
+        windows = [source.val for source in self.sources if source.val is not None]
+        return EvaluationPlan(windows, batch_size=batch_size)
 
     def row(self) -> dict[str, Any]:
         """What the manifest and checkpoints record of the data."""
@@ -171,11 +171,9 @@ def load_data(
     engine: str = "local",
     workers: int | None = None,
     progress: Progress | None = None,
-    check_stop: StopCheck = never_stop,
 ) -> RunData:
     """The data of the run, of which what is not in the cache is built by ``engine`` with
-    ``workers`` processes. What ``check_stop`` raises ends the build, or the wait for another
-    process that builds.
+    ``workers`` processes.
 
     Raises ConfigError for what cannot be read or is too little, ProviderError for a source or a
     tokenizer that fails, StoreError where a store cannot be written.
@@ -184,7 +182,7 @@ def load_data(
     named = [(name, source_of(kernel, section)) for name, section in named_sources(kernel)]
     tokenizer = _tokenizer(kernel)
     if tokenizer.trainable:
-        train_tokenizer(tokenizer, [source for _, source in named], config.data, check_stop)
+        train_tokenizer(tokenizer, [source for _, source in named], config.data)
     require_vocabulary(kernel, tokenizer)
     found = []
     for name, source in named:
@@ -195,7 +193,6 @@ def load_data(
             engine=engine,
             workers=workers,
             progress=None if progress is None else progress(name, source),
-            check_stop=check_stop,
         )
         store.hold_in_memory(IN_MEMORY // len(named))
         found.append(_source_data(name, store, config, tokenizer))
@@ -216,19 +213,34 @@ def _source_data(
     return found
 
 
-def named_sources(kernel: Kernel) -> list[tuple[str, SourceSection]]:
+class Profiled(Protocol):
+    """A profile with the providers that it names: a kernel, or a session."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def registry(self) -> Registry: ...
+
+
+def stores_sha256(stores: Sequence[TokenStore]) -> str:
+    """The hash of the documents of all ``stores``."""
+    return _joined([store.sha256 for store in stores])
+
+
+def named_sources(profiled: Profiled) -> list[tuple[str, SourceSection]]:
     """The sources of the profile by name, which is empty but in a mixture."""
-    data = kernel.config.data
+    data = profiled.config.data
     if data.mixture is None:
         return [("", data)]
     return [(item.name, item) for item in data.mixture]
 
 
-def source_of(kernel: Kernel, section: SourceSection) -> DatasetProvider:
+def source_of(profiled: Profiled, section: SourceSection) -> DatasetProvider:
     """The provider that reads what ``section`` names. Raises ConfigError, ProviderError."""
-    registry, name = kernel.registry, section.dataset_name
+    registry, name = profiled.registry, section.dataset_name
     settings: Any = None
-    if section is not kernel.config.data:
+    if section is not profiled.config.data:
         own = registry.spec("dataset", name).section
         settings = section if own in ("", "data") else getattr(section, "settings", None)
     provider = registry.get("dataset", name, settings)

@@ -1,4 +1,4 @@
-"""The summed cross-entropy of training and evaluation."""
+"""The cross-entropy of training and evaluation."""
 
 from __future__ import annotations
 
@@ -21,6 +21,19 @@ def cross_entropy_sum(output: ModelOutput, targets: Tensor) -> Tensor:
         summed: Tensor = _InParts.apply(logits, expected)
         return summed
     return F.cross_entropy(logits.float(), expected, ignore_index=IGNORED, reduction="sum")
+
+
+def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy of each of ``targets`` [B, T] by ``logits`` [B, T, V], in nats and fp32,
+    0 for ignored ones; [B*T]. It has no gradient."""
+    rows, expected = logits.flatten(0, 1), targets.flatten()
+    size = _rows_of_a_part(rows)
+    return torch.cat(
+        [
+            F.cross_entropy(part.float(), some, ignore_index=IGNORED, reduction="none")
+            for part, some in zip(rows.split(size), expected.split(size), strict=True)
+        ]
+    )
 
 
 PART_BYTES = 2**26

@@ -13,6 +13,16 @@ from apt_core.providers.optimizer import OptimizerProvider
 from apt_core.providers.position import PositionProvider
 from apt_core.providers.retrieval import RetrievalProvider, RetrievedChunk
 from apt_core.providers.router import RouterProvider
+from apt_core.providers.task import (
+    Choice,
+    ChoiceTask,
+    EncodedPassage,
+    Passage,
+    PassageTask,
+    Question,
+    QuestionTask,
+    TaskProvider,
+)
 from apt_core.providers.tokenizer import Encoded, SpecialTokens, TokenizerProvider
 
 __all__ = [
@@ -20,20 +30,28 @@ __all__ = [
     "AttentionProvider",
     "AttentionSupport",
     "BackboneProvider",
+    "Choice",
+    "ChoiceTask",
     "DatasetProvider",
     "DecodingCache",
     "Document",
     "Encoded",
+    "EncodedPassage",
     "FeedForwardProvider",
     "LRScheduleProvider",
     "Message",
     "NormProvider",
     "OptimizerProvider",
+    "Passage",
+    "PassageTask",
     "PositionProvider",
     "Provider",
+    "Question",
+    "QuestionTask",
     "RetrievalProvider",
     "RetrievedChunk",
     "RouterProvider",
     "SpecialTokens",
+    "TaskProvider",
     "TokenizerProvider",
 ]

@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from apt_core.data.batches import BatchPlan
 from apt_core.data.loading import RunData, batch_plan, load_data
-from apt_core.data.store.lock import StopCheck, never_stop
 from apt_core.device import autocast_dtype, reset_peak_memory
 from apt_core.kernel import Kernel, before_the_run
 from apt_core.log import get_logger
@@ -65,25 +64,17 @@ class Parts:
         return self.data.tokenizer
 
 
-def prepare(
-    kernel: Kernel,
-    device: torch.device,
-    world: World = ALONE,
-    check_stop: StopCheck = never_stop,
-) -> tuple[Parts, Built]:
-    """Build the parts of a run and its model. What ``check_stop`` raises ends the build of its
-    data.
+def prepare(kernel: Kernel, device: torch.device, world: World = ALONE) -> tuple[Parts, Built]:
+    """Build the parts of a run and its model.
 
     Raises ConfigError for inconsistent input; an error of a plugin's provider is raised as one that
     names the plugin.
     """
     with before_the_run(), naming_authors(kernel):
-        return _prepare(kernel, device, world, check_stop)
+        return _prepare(kernel, device, world)
 
 
-def _prepare(
-    kernel: Kernel, device: torch.device, world: World, check_stop: StopCheck
-) -> tuple[Parts, Built]:
+def _prepare(kernel: Kernel, device: torch.device, world: World) -> tuple[Parts, Built]:
     config, registry = kernel.config, kernel.registry
     training = config.training
     if world.size == 1:
@@ -92,7 +83,7 @@ def _prepare(
     # Measured before the model takes memory.
     measured_peak_flops(device, dtype or torch.float32)
     reset_peak_memory(device)  # of the measurement and of earlier runs
-    data = load_data(kernel, check_stop=check_stop)
+    data = load_data(kernel)
     log.info("data: %s", data.description)
     plan = batch_plan(kernel, data, world.rank, world.size)
     schedule = kernel.schedule.with_horizon(Horizon.of(config, plan.steps))

@@ -94,6 +94,7 @@ def python(code: str, *arguments: str, folder: Path) -> list[Any]:
         "apt_core.testing",
         "apt_core.testing.fixtures",
         "apt_core.cli.data",
+        "apt_core.cli.eval",
         "apt_core.cli.hooks",
         "apt_core.cli.train",
         "apt_core.cli.plugin_info",

@@ -17,6 +17,7 @@ from apt_core.modeling.layers import RoPEProvider
 from apt_core.modeling.layers.learned import LearnedPositionProvider
 from apt_core.optim.lr_schedules import CosineProvider
 from apt_core.optim.optimizers.adamw import AdamWProvider
+from apt_core.providers import Question, QuestionTask
 from apt_core.providers.position import PositionProvider
 from apt_core.testing.conformance import CHECKS, checks_of
 from apt_core.types import ModelOutput
@@ -411,6 +412,42 @@ def falls_to_zero(factor, calls, step, total, warmup):
 @schedule("pure")
 def counts_its_calls(factor, calls, step, total, warmup):
     return factor * (1 - 1e-12 * calls)
+
+
+class Answers(QuestionTask):
+    """A task without faults."""
+
+    def items(self):
+        return [Question(f"{self.seed}", "0"), Question("b", "1")]
+
+
+def task(check: str) -> Callable[[type], type]:
+    def note(provider: type) -> type:
+        ROWS.append(("task", provider, check))
+        return provider
+
+    return note
+
+
+@task("items")
+class IsEmpty(Answers):
+    def items(self):
+        return []
+
+
+@task("seed")
+class Counts(Answers):
+    calls = 0
+
+    def items(self):
+        self.calls += 1
+        return [Question(f"{self.calls}", "")]
+
+
+@task("metrics")
+class SaysOther(Answers):
+    def score(self, item, text):
+        return {"exact": 1.0}
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from apt_core.testing.conformance.lr_schedule import lr_schedule_checks
 from apt_core.testing.conformance.norm import norm_checks
 from apt_core.testing.conformance.optimizer import optimizer_checks
 from apt_core.testing.conformance.position import position_checks
+from apt_core.testing.conformance.task import task_checks
 from apt_core.testing.conformance.tokenizer import tokenizer_checks
 
 CHECKS: dict[str, Callable[[Any], list[Check]]] = {
@@ -31,6 +32,7 @@ CHECKS: dict[str, Callable[[Any], list[Check]]] = {
     "tokenizer": tokenizer_checks,
     "optimizer": optimizer_checks,
     "lr_schedule": lr_schedule_checks,
+    "task": task_checks,
 }
 
 
