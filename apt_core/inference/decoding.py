@@ -5,16 +5,19 @@ Shapes: B rows, S tokens of a window, V token ids.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apt_core.device import autocast
+from apt_core.inference.slots import Slots
+from apt_core.inference.texts import Text, window_start
 from apt_core.log import get_logger
 from apt_core.modeling.casts import KeptCasts
+from apt_core.modeling.row_decoding import Products
 from apt_core.runs.session import Session
 
 log = get_logger("apt.inference")
@@ -25,30 +28,12 @@ def dtype_for(session: Session) -> torch.dtype | None:
     return None if session.device.type == "cpu" else session.dtype
 
 
-def window_start(length: int, max_seq_len: int) -> int:
-    """The first position of the window that the model sees of a text of ``length`` tokens: 0 while
-    the text fits into ``max_seq_len``. Later the window moves by half its size at a time, so that
-    a cache can be used for many tokens.
-
-    >>> [window_start(length, 8) for length in (1, 8, 9, 12, 13)]
-    [0, 0, 4, 4, 8]
-    """
-    stride = max(1, max_seq_len // 2)
-    return max(0, -(-(length - max_seq_len) // stride) * stride)
-
-
-class Text:
-    """The tokens of a row, and how many more may come."""
-
-    def __init__(self, ids: Sequence[int], max_new_tokens: int) -> None:
-        self.ids, self.start = list(ids), len(ids)
-        self.most = len(ids) + max_new_tokens
-
-
 class Decoder:
     """The logits after each of several texts, which grow one token at a time.
 
-    A text's caches are its own, so that it is computed as if it were alone.
+    A model whose layers all take part in decoding rows computes the texts together
+    (:class:`~apt_core.inference.slots.Slots`). Any other computes one text after the other, with
+    the caches that it makes.
     """
 
     def __init__(self, session: Session) -> None:
@@ -56,7 +41,31 @@ class Decoder:
         self._max_seq_len = session.config.model.max_seq_len
         self._dtype, self._casts = dtype_for(session), KeptCasts(session.model)
         self._readers: dict[Text, _Reader] = {}
+        self._slots: Slots | None = None
+        self._made_of: Any = None
         self._told = False
+
+    def __len__(self) -> int:
+        """How many texts are worked on."""
+        return len(self._readers) + (0 if self._slots is None else len(self._slots))
+
+    def refresh(self) -> None:
+        """Look, where no text is worked on, whether the model is still the one that weights were
+        folded of and caches computed with."""
+        if len(self):
+            return
+        made_of = _state_of(self._model)
+        if self._made_of == made_of:
+            return
+        self._made_of, self._slots = made_of, None
+        computed = None
+        # A model that makes no caches is not to be computed with any.
+        if hasattr(self._model, "rows") and self._has_caches():
+            computed = self._model.rows(Products(self._dtype))
+        if computed is not None:
+            self._slots = Slots(
+                self._model, computed, device=self._device, max_seq_len=self._max_seq_len
+            )
 
     def kept_casts(self) -> AbstractContextManager[object]:
         """A context in which torch keeps the casts of weights from one autocast context to the
@@ -75,6 +84,9 @@ class Decoder:
 
     def logits(self, texts: Sequence[Text]) -> Tensor:
         """The fp32 logits [B, V] after each of ``texts``."""
+        if self._slots is not None:
+            with self._computing():
+                return self._slots.logits(texts).float()
         rows = []
         for text in texts:
             reader = self._readers.get(text)
@@ -83,9 +95,19 @@ class Decoder:
             rows.append(reader.read())
         return torch.stack(rows)
 
-    def release(self, text: Text) -> None:
-        """Free the caches of ``text``."""
+    def release(self, text: Text, *, spoiled: bool = False) -> None:
+        """Free the caches of ``text``, which are ``spoiled`` if its logits were not finite."""
+        if self._slots is not None:
+            self._slots.release(text, spoiled=spoiled)
         self._readers.pop(text, None)
+
+    @contextmanager
+    def _in_dtype(self) -> Iterator[None]:
+        with self._casts.used(self._dtype), autocast(self._device, self._dtype):
+            yield
+
+    def _computing(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._dtype is None else self._in_dtype()
 
     def _reader(self, text: Text) -> _Reader:
         """A reader of a new text: a fork of one that has read the same and no more."""
@@ -95,6 +117,10 @@ class Decoder:
                 if fork is not None:
                     return fork
         return _Reader(self, text)
+
+    def _has_caches(self) -> bool:
+        create = getattr(self._model, "create_caches", None)
+        return create is not None and create(1) is not None
 
     def new_caches(self, text: Text) -> Any:
         """Caches with room for what will be seen of ``text``; None if the model has none."""
@@ -107,7 +133,7 @@ class Decoder:
 
     def compute(self, input_ids: Tensor, **options: Any) -> Tensor:
         """The fp32 logits [V] after ``input_ids`` [1, T]."""
-        with self._casts.used(self._dtype), autocast(self._device, self._dtype):
+        with self._computing():
             logits: Tensor = self._model(input_ids, **options).logits
         return logits[0, -1].float()
 
@@ -152,3 +178,17 @@ class _Reader:
             log.warning("a cache does not hold what its layer read: computing everything anew")
             self._caches = None
         return decoder.compute(decoder.window(text))
+
+
+def _state_of(model: nn.Module) -> Any:
+    """What changes if a weight of ``model`` is written to or replaced, or a hook is registered."""
+    tensors = [
+        (id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+        for tensor in (*model.parameters(), *model.buffers())
+    ]
+    hooked = [
+        (id(module), len(own["_forward_hooks"]), len(own["_forward_pre_hooks"]), "forward" in own)
+        for module in model.modules()
+        for own in (module.__dict__,)
+    ]
+    return tensors, hooked

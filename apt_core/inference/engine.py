@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from apt_core.errors import ConfigError
-from apt_core.inference.decoding import Decoder, Text, window_start
+from apt_core.generation_requests import check_request
+from apt_core.inference.decoding import Decoder
 from apt_core.inference.request_hooks import RequestHooks
-from apt_core.inference.requests import check_request
 from apt_core.inference.sampling import Sampling, choose, log_probabilities, penalized
 from apt_core.inference.stopping import GrowingText
+from apt_core.inference.texts import Text, window_start
 from apt_core.log import get_logger
 from apt_core.providers.documents import Document
 from apt_core.runs.session import Session
@@ -187,6 +188,8 @@ class Engine:
         return bool(self._active or self._waiting)
 
     def _take_step(self) -> None:
+        if not self._active and self._waiting:
+            self._decoder.refresh()
         while self._waiting and len(self._active) < self.max_batch:
             self._active.append(self._waiting.popleft())
             self._active[-1].begin()
@@ -202,9 +205,9 @@ class Engine:
             self._leave(row)
             row.end("interrupted")
 
-    def _leave(self, row: _Row) -> None:
+    def _leave(self, row: _Row, *, spoiled: bool = False) -> None:
         self._active.remove(row)
-        self._decoder.release(row.text)
+        self._decoder.release(row.text, spoiled=spoiled)
 
     def _add_tokens(self, rows: Sequence[_Row], logits: Tensor) -> None:
         """Choose a token for each of ``rows`` by its ``logits`` [B, V], and add it."""
@@ -218,7 +221,7 @@ class Engine:
         for row, token, known in zip([*rows], found, logprobs, strict=True):
             reason = row.add(token, known)
             if reason is not None:
-                self._leave(row)
+                self._leave(row, spoiled=reason == "not_finite")
                 row.end(reason)
 
     def _changed(self, rows: Sequence[_Row], logits: Tensor, finite: Sequence[bool]) -> Tensor:
@@ -402,9 +405,12 @@ def _ids_of(session: Session, request: GenerationRequest) -> list[int]:
 
 
 def _ends_of(session: Session, request: GenerationRequest) -> frozenset[int]:
-    """The tokens that end the text: that of a document, and in a conversation that of a turn."""
+    """The tokens that end the text: that of a document, and in a conversation also that of a turn
+    and those with which another one begins."""
     special = session.tokenizer.special
-    ends = {special.eos} if isinstance(request.prompt, str) else {special.eos, special.end}
+    ends = {special.eos}
+    if not isinstance(request.prompt, str):
+        ends |= {special.end, *special.roles.values()}
     return frozenset(token for token in ends if token is not None)
 
 

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from apt_core import GenerationRequest, hook_returns, hookimpl
 from apt_core.data.tokenizers.byte import ByteTokenizer
 from apt_core.inference import decoding, generate
-from apt_core.inference.decoding import dtype_for, window_start
+from apt_core.inference.decoding import dtype_for
 from apt_core.inference.sampling import Sampling, choose
+from apt_core.inference.texts import window_start
 from apt_core.plugin_manager import PluginManager
 from apt_core.providers.tokenizer import SpecialTokens
 from apt_core.registry import Registry
@@ -290,7 +291,7 @@ def test_a_temperature_next_to_zero_takes_the_most_likely_token():
 
 
 class Seen(TorchDispatchMode):
-    """Counts the casts of matrices, and notes in which type each product is computed."""
+    """Counts the casts of weights, and notes in which type each product is computed."""
 
     def __init__(self):
         super().__init__()
@@ -298,7 +299,7 @@ class Seen(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
-        self.casts += name == "_to_copy" and args[0].dim() == 2
+        self.casts += name == "_to_copy" and args[0].dim() == 2 and len(args[0]) > 4
         if name in ("mm", "addmm", "bmm"):
             self.products.add(args[-1].dtype)
         return function(*args, **(kwargs or {}))

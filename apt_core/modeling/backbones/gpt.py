@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,14 @@ from torch import Tensor, nn
 from apt_core.log import get_logger
 from apt_core.modeling.init import embedding_std, normal_
 from apt_core.modeling.layers.ngram import NgramEmbedding
+from apt_core.modeling.row_decoding import (
+    Function,
+    Products,
+    RowCache,
+    RowStep,
+    function_of,
+    takes_part,
+)
 from apt_core.providers.attention import DecodingCache
 from apt_core.providers.backbone import BackboneProvider
 from apt_core.types import ModelOutput
@@ -50,8 +59,81 @@ class Block(nn.Module):
         x = x + self._drop(self.attention(normed, mask=mask, positions=positions, cache=cache))
         return x + self._drop(self.ffn(self.ffn_norm(x)))
 
+    def rows(self, products: Products) -> BlockRows | None:
+        """The block for decoding rows; None if its attention takes no part in that."""
+        if not (takes_part(self, "rows") and takes_part(self.attention, "decode")):
+            return None
+        return BlockRows(
+            function_of(self.attention_norm, products),
+            self.attention.decode,
+            RowCache(self.attention.prepare_rows(products)),
+            function_of(self.ffn_norm, products),
+            function_of(self.ffn, products),
+        )
+
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+@dataclass(frozen=True)
+class BlockRows:
+    """A :class:`Block` for decoding rows: the functions of its parts, and its cache."""
+
+    attention_norm: Function
+    attention: Callable[[Tensor, RowStep, RowCache], Tensor]
+    cache: RowCache
+    ffn_norm: Function
+    ffn: Function
+
+    def __call__(self, x: Tensor, step: RowStep) -> Tensor:
+        """x [N, D] to [N, D]."""
+        x = x + self.attention(self.attention_norm(x), step, self.cache)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class GPTRows:
+    """A :class:`GPT` for decoding rows; ``reach`` is how many ids before a token it asks for."""
+
+    def __init__(self, model: GPT, blocks: Sequence[BlockRows], products: Products) -> None:
+        self._model, self._blocks = model, blocks
+        self.caches = [block.cache for block in blocks]
+        self.reach = 0 if model.ngram is None else model.ngram.reach
+        self._final_norm = function_of(model.final_norm, products)
+        self._embedding_norm: Function | None = None
+        if model.embedding_norm is not None:
+            self._embedding_norm = function_of(model.embedding_norm, products)
+        self._project = products.of(model.output_weight)
+
+    def hidden(self, input_ids: Tensor, step: RowStep) -> Tensor:
+        """The states [N, D] before the final norm of the new tokens int64 [B, T] of a step."""
+        model = self._model
+        x = F.embedding(input_ids, model.embedding.weight)
+        if model.ngram is not None:
+            x = x + model.ngram(input_ids, positions=step.positions, cache=_Context(step))
+        if model.position is not None:
+            x = x + model.position(step.positions)
+        x = x.flatten(0, 1)
+        if self._embedding_norm is not None:
+            x = self._embedding_norm(x)
+        for block in self._blocks:
+            x = block(x, step)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits [n, V] of states [n, D] of :meth:`hidden`."""
+        return self._model.capped(self._project(self._final_norm(hidden)))
+
+
+class _Context:
+    """The ids before those of a step, in the place of a cache of n-grams."""
+
+    def __init__(self, step: RowStep) -> None:
+        self._step = step
+
+    def append(self, symbols: Tensor) -> Tensor:
+        """The ids [B, reach + T], of which ``symbols`` are the last T, as symbols."""
+        assert self._step.context is not None
+        return self._step.context
 
 
 class Head(nn.Linear):
@@ -154,11 +236,34 @@ class GPT(nn.Module):
             cache = None if caches is None else caches[index]
             x = block(x, mask=mask, positions=positions, cache=cache)
         hidden = self.final_norm(x)
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        logits = F.linear(hidden, weight)
-        if self.logits_soft_cap is not None:
-            logits = self.logits_soft_cap * torch.tanh(logits / self.logits_soft_cap)
-        return ModelOutput(logits, hidden)
+        return ModelOutput(self.capped(F.linear(hidden, self.output_weight)), hidden)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The matrix [V, D] of the projection to logits."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """``logits`` with the soft cap, if there is one."""
+        if self.logits_soft_cap is None:
+            return logits
+        return self.logits_soft_cap * torch.tanh(logits / self.logits_soft_cap)
+
+    def rows(self, products: Products) -> GPTRows | None:
+        """The model for decoding rows of texts; None if a part of it takes no part in that, or
+        waits for its calls by a hook."""
+        others = [self.embedding, self.head]
+        if not takes_part(self, "rows"):
+            return None
+        if not all(part is None or takes_part(part, "forward") for part in others):
+            return None
+        blocks = []
+        for block in self.blocks:
+            made = block.rows(products) if hasattr(block, "rows") else None
+            if made is None:
+                return None
+            blocks.append(made)
+        return GPTRows(self, blocks, products)
 
 
 class GPTProvider(BackboneProvider):

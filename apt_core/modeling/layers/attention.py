@@ -7,6 +7,7 @@ which a head attends, N = H + 2K.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from apt_core.modeling.init import normal_, write_std
 from apt_core.modeling.kv_cache import KeyValueCache
+from apt_core.modeling.layers.rope import turned
+from apt_core.modeling.row_decoding import Function, Products, RowCache, RowStep
 from apt_core.providers.position import PositionProvider
 
 QK_NORM_EPS = 1e-8
@@ -28,6 +31,20 @@ uniform. With it TVA was .012 nats per byte better than with 1 on the default mo
 QK_NORM_SCALE = 1.5
 """The initial scales of QK-norm, which make scores of order 2. The scales learn slowly: from 1
 attention stays too uniform, and from 2 it starts too narrow."""
+
+
+@dataclass(frozen=True)
+class RowWeights:
+    """What decoding needs of the weights of an attention: the matrices of its two projections, the
+    scales of QK-norm, and the functions of the projections where they are plain products;
+    ``compensator`` has those of TVA's."""
+
+    qkv: Tensor
+    out: Tensor
+    qk_scales: Tensor | None
+    project: Function | None
+    read_out: Function | None
+    compensator: Tensor | None = None
 
 
 class SelfAttention(nn.Module, ABC):
@@ -121,12 +138,8 @@ class SelfAttention(nn.Module, ABC):
         qkv_weight, out_weight = self.projections_for(cache)
         q_heads, kv_heads = self.num_heads, self.num_kv_heads
         qk, v = self.project(x, qkv_weight).split([q_heads + kv_heads, kv_heads], dim=2)
-        if self.q_norm is not None and self.k_norm is not None:
-            scales = [
-                self.q_norm.weight.expand(q_heads, -1),
-                self.k_norm.weight.expand(kv_heads, -1),
-            ]
-            qk = F.rms_norm(qk, (self.width,), eps=QK_NORM_EPS) * torch.cat(scales)
+        if self.q_norm is not None:
+            qk = F.rms_norm(qk, (self.width,), eps=QK_NORM_EPS) * self._qk_scales()
         if self.rotary is not None:
             if positions is None and start:
                 positions = torch.arange(start, start + length, device=x.device)
@@ -138,13 +151,81 @@ class SelfAttention(nn.Module, ABC):
             k, v = cache.append(k, v)
         return self.read_out(self.attend(q, k, v, mask).transpose(1, 2), out_weight)
 
+    def prepare_rows(self, products: Products) -> RowWeights:
+        """What :meth:`decode` needs of the weights, formed once for many steps."""
+        qkv_weight, out_weight = self.projections()
+        scales = None if self.q_norm is None else self._qk_scales()
+        project: Function | None = None
+        read_out: Function | None = None
+        if type(self).project is SelfAttention.project:
+            project = products.of(qkv_weight)
+        if type(self).read_out is SelfAttention.read_out:
+            read_out = products.of(out_weight)
+        return RowWeights(qkv_weight, out_weight, scales, project, read_out)
+
+    def _qk_scales(self) -> Tensor:
+        """The scales of QK-norm [H+K, R]."""
+        assert self.q_norm is not None and self.k_norm is not None
+        return torch.cat(
+            [
+                self.q_norm.weight.expand(self.num_heads, -1),
+                self.k_norm.weight.expand(self.num_kv_heads, -1),
+            ]
+        )
+
+    def decode(self, x: Tensor, step: RowStep, cache: RowCache) -> Tensor:
+        """x [N, D] of the new tokens of a step's rows to [N, D]; ``cache.prepared`` is what
+        :meth:`prepare_rows` has made."""
+        weights: RowWeights = cache.prepared
+        if weights.project is None:
+            packed = self.project(x, weights.qkv)
+        else:
+            packed = weights.project(x).view(len(x), -1, self.width)
+        heads = self.num_heads + self.num_kv_heads
+        qk, v = packed[:, :heads], packed[:, heads:]
+        if weights.qk_scales is not None:
+            qk = F.rms_norm(qk, (self.width,), eps=QK_NORM_EPS) * weights.qk_scales
+        if self.rotary is not None:
+            qk = turned(self.rotary, qk, step)
+        if qk.dtype != v.dtype:
+            qk = qk.to(v.dtype)
+        k, v = cache.update(step, qk[:, self.num_heads :], v)
+        q = qk[:, : self.num_heads].view(step.batch, step.length, self.num_heads, self.width)
+        mixed = self._attend_rows(q.transpose(1, 2), k, v, step).transpose(1, 2)
+        mixed = mixed.reshape(len(x), self.num_heads, self.width)
+        if weights.read_out is None:
+            return self.read_out(mixed, weights.out)
+        return weights.read_out(mixed.flatten(1))
+
+    def _attend_rows(self, q: Tensor, k: Tensor, v: Tensor, step: RowStep) -> Tensor:
+        """:meth:`attend` for rows that may have different lengths."""
+        if type(self).attend is SelfAttention.attend:
+            causal = step.whole and step.length > 1
+            return F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=None if causal else step.added_mask(q.dtype),
+                is_causal=causal,
+                enable_gqa=self.num_kv_heads != self.num_heads,
+            )
+        if step.length == 1 or not step.masked:
+            return self.attend(q, k, v, step.mask() if step.masked else None)
+        # Another kernel takes the last query to see every key, so each row has its own keys.
+        rows = []
+        for row, places in enumerate(step.places.tolist()):
+            keys = slice(0, places[-1] + 1)
+            one = slice(row, row + 1)
+            rows.append(self.attend(q[one], k[one, :, keys], v[one, :, keys], None))
+        return torch.cat(rows)
+
     def project(self, x: Tensor, qkv_weight: Tensor) -> Tensor:
-        """x [B, T, D] to queries, keys and values [B, T, N, R]."""
-        return F.linear(x, qkv_weight).unflatten(2, (-1, self.width))
+        """x [..., D] to queries, keys and values [..., N, R]."""
+        return F.linear(x, qkv_weight).unflatten(-1, (-1, self.width))
 
     def read_out(self, mixed: Tensor, out_weight: Tensor) -> Tensor:
-        """The heads' outputs [B, T, H, R] to [B, T, D]."""
-        return F.linear(mixed.flatten(2), out_weight)
+        """The heads' outputs [..., H, R] to [..., D]."""
+        return F.linear(mixed.flatten(-2), out_weight)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q [B, H, T, R], k and v [B, K, S, R] to [B, H, T, R]; the last query sees every key.

@@ -6,6 +6,7 @@ its rank.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from apt_core.modeling.init import orthonormal_, reset_layer
 from apt_core.modeling.kv_cache import KeyValueCache
-from apt_core.modeling.layers.attention import SelfAttention, check_heads, visible
+from apt_core.modeling.layers.attention import RowWeights, SelfAttention, check_heads, visible
 from apt_core.modeling.layers.compensator import NormalCompensator
+from apt_core.modeling.row_decoding import Products, RowCache, RowStep
 from apt_core.providers.attention import AttentionProvider, AttentionSupport, TVASettings
 from apt_core.providers.base import read_settings
 
@@ -113,6 +115,17 @@ class TVAAttention(SelfAttention):
             cache.compensator_reads = self.compensator.reads()
         return y + self.compensator(x, cache.compensator_reads)
 
+    def prepare_rows(self, products: Products) -> RowWeights:
+        weights = super().prepare_rows(products)
+        reads = None if self.compensator is None else self.compensator.reads()
+        return replace(weights, compensator=reads)
+
+    def decode(self, x: Tensor, step: RowStep, cache: RowCache) -> Tensor:
+        y = super().decode(x, step, cache)
+        if self.compensator is None:
+            return y
+        return y + self.compensator(x, cache.prepared.compensator)
+
 
 class FactoredTVAAttention(TVAAttention):
     """TVA by its definition, step by step: slow, the reference for the fused layer."""
@@ -121,10 +134,10 @@ class FactoredTVAAttention(TVAAttention):
         return self.qkv_weight, self.out_weight
 
     def project(self, x: Tensor, qkv_weight: Tensor) -> Tensor:
-        return F.linear(x, qkv_weight).unflatten(2, (-1, self.head_dim)) @ self.compress.T
+        return F.linear(x, qkv_weight).unflatten(-1, (-1, self.head_dim)) @ self.compress.T
 
     def read_out(self, mixed: Tensor, out_weight: Tensor) -> Tensor:
-        return F.linear((mixed @ self.lift.T).flatten(2), out_weight)
+        return F.linear((mixed @ self.lift.T).flatten(-2), out_weight)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         groups = self.num_heads // self.num_kv_heads

@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt_core.modeling.init import normal_, reset_layer, write_std
+from apt_core.modeling.row_decoding import Function, Products
 from apt_core.providers.ffn import FeedForwardProvider
 
 
 class FeedForward(nn.Module, ABC):
-    """y = hidden(x) Dᵀ without biases, dropout on the hidden units; tokens do not mix.
+    """y = h(x) Dᵀ without biases, dropout on the hidden units h; tokens do not mix.
 
-    A subclass says what the hidden units are, of ``up.weight`` [F, D] and, if it is ``gated``,
-    ``gate.weight`` [F, D]; D is ``down.weight`` [D, F].
+    With a subclass's :meth:`activated` f: h = f(x Uᵀ), or f(x Gᵀ) * (x Uᵀ) if it is ``gated``. U is
+    ``up.weight`` [F, D], G ``gate.weight`` [F, D], D ``down.weight`` [D, F].
     """
 
     gated: ClassVar[bool] = False
@@ -50,16 +51,29 @@ class FeedForward(nn.Module, ABC):
             return False
         return True
 
+    @staticmethod
     @abstractmethod
-    def hidden(self, x: Tensor) -> Tensor:
-        """x [B, T, D] to the hidden units [B, T, F]."""
+    def activated(x: Tensor) -> Tensor:
+        """What the units [..., F] make of their inputs, one by one."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D] to [B, T, D]."""
-        hidden = self.hidden(x)
+        if self.gated:
+            hidden = self.activated(self.gate(x)) * self.up(x)
+        else:
+            hidden = self.activated(self.up(x))
         if self.dropout:
             hidden = F.dropout(hidden, self.dropout, self.training)
         return self.down(hidden)
+
+    def decoding(self, products: Products) -> Function:
+        """The layer as a function of x [N, D], for many calls with the same weights."""
+        up, down = products.of(self.up.weight), products.of(self.down.weight)
+        activated = self.activated
+        if not self.gated:
+            return lambda x: down(activated(up(x)))
+        gate = products.of(self.gate.weight)
+        return lambda x: down(activated(gate(x)) * up(x))
 
 
 class SwiGLU(FeedForward):
@@ -72,8 +86,9 @@ class SwiGLU(FeedForward):
     gated = True
     reads_stream = ("gate.weight", "up.weight")
 
-    def hidden(self, x: Tensor) -> Tensor:
-        return F.silu(self.gate(x)) * self.up(x)
+    @staticmethod
+    def activated(x: Tensor) -> Tensor:
+        return F.silu(x)
 
 
 class GELU(FeedForward):
@@ -83,15 +98,17 @@ class GELU(FeedForward):
     up to 5e-4 off and slower on CPUs.
     """
 
-    def hidden(self, x: Tensor) -> Tensor:
-        return F.gelu(self.up(x))
+    @staticmethod
+    def activated(x: Tensor) -> Tensor:
+        return F.gelu(x)
 
 
 class SquaredReLU(FeedForward):
     """y = max(x Uᵀ, 0)² Dᵀ (So et al. 2021, Primer), without biases."""
 
-    def hidden(self, x: Tensor) -> Tensor:
-        positive = F.relu(self.up(x))
+    @staticmethod
+    def activated(x: Tensor) -> Tensor:
+        positive = F.relu(x)
         # The backward of square() takes a power: a product is faster on CPUs.
         return positive * positive
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apt_core.modeling.row_decoding import Function, Products
 from apt_core.providers.norm import NormProvider
 
 EPS = 1e-8
@@ -25,6 +26,22 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, _as_wide(self.weight, x), self.eps)
+
+    def decoding(self, products: Products) -> Function:
+        """The layer as a function of x [N, D], for many calls with the same weights."""
+        shape, weight, size = self.normalized_shape, self.weight, self.weight.numel()
+        eps = EPS if self.eps is None else self.eps
+        if weight.device.type != "cpu" or weight.dtype != torch.float32:
+            return lambda x: F.rms_norm(x, shape, _as_wide(weight, x), eps)
+        epsilon = torch.tensor(eps)
+
+        # Half the time of F.rms_norm for a few tokens on a CPU, where that is not fused.
+        def normalized(x: Tensor) -> Tensor:
+            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            scale = torch.addcmul(epsilon, length, length, value=1 / size).rsqrt_()
+            return (x * scale).mul_(weight)
+
+        return normalized
 
 
 class LayerNorm(nn.LayerNorm):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apt_core.modeling.row_decoding import RowStep, takes_part
 from apt_core.providers.base import read_settings
 from apt_core.providers.position import PositionProvider, RoPESettings
 
@@ -88,6 +89,16 @@ class Rotary(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A copy may get other tables.
         return {**self.__dict__, "_cast": None}
+
+
+def turned(rotary: nn.Module, x: Tensor, step: RowStep) -> Tensor:
+    """x [N, H, R] of the new tokens of a step's rows, turned by their places."""
+    if type(rotary) is not Rotary or not takes_part(rotary, "forward"):
+        rows: Tensor = rotary(x.unflatten(0, (step.batch, step.length)), step.positions)
+        return rows.flatten(0, 1)
+    key = rotary.head_dim, rotary.theta, x.dtype
+    cos, sin = step.tables(key, *rotary._tables(x.dtype))
+    return torch.addcmul(x * cos, x.roll(rotary.head_dim // 2, dims=-1), sin)
 
 
 def _same(before: Sequence[Any], now: Sequence[Any]) -> bool:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt_core.modeling.init import normal_, orthonormal_, reset_layer, write_std
+from apt_core.modeling.row_decoding import Function, Products
 from apt_core.providers.base import read_settings
 from apt_core.providers.ffn import FeedForwardProvider, VFTSettings
 
@@ -66,6 +67,18 @@ class VFT(nn.Module):
         if self.dropout:
             hidden = F.dropout(hidden, self.dropout, self.training)
         return F.linear(self.down(hidden), self.lift)
+
+    def decoding(self, products: Products) -> Function:
+        """The layer as a function of x [N, D], for many calls with the same weights."""
+        compress, lift = products.of(self.compress), products.of(self.lift)
+        gate, up = products.of(self.gate.weight), products.of(self.up.weight)
+        down = products.of(self.down.weight)
+
+        def computed(x: Tensor) -> Tensor:
+            z = compress(x)
+            return lift(down(F.silu(gate(z)) * up(z)))
+
+        return computed
 
     def fused_weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """(gate [F, D], up [F, D], down [D, F]) of the SwiGLU, or Llama's MLP, that is equal."""

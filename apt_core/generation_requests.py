@@ -1,4 +1,4 @@
-"""What a generation may be asked for."""
+"""What a generation may be asked for. Nothing here imports torch."""
 
 from __future__ import annotations
 

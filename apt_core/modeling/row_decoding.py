@@ -1,0 +1,236 @@
+"""Decoding many texts of different lengths together: a step of them, and the caches of layers.
+
+A model, block or layer that takes part has a method ``decode`` beside its ``forward``; see
+:class:`~apt_core.providers.attention.AttentionProvider`. Texts are the rows of a batch; each has a
+slot in the caches, where the keys and values of its tokens stand from place 0 on.
+
+Shapes: B rows, T new tokens a row, N = B*T, S the places that are looked at, D d_model, H query
+heads, K key and value heads, R the width at which a head attends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apt_core.modeling.masks import Tokens
+
+FIRST_LENGTH = 64
+"""The places that a cache has at first; it grows by doubling."""
+
+Function = Callable[[Tensor], Tensor]
+
+
+class RowStep:
+    """What every layer needs of a step: T new tokens for each of the rows in slots ``first`` to
+    ``first`` + B.
+
+    ``places`` int64 [B, T] are the tokens' places in their texts, ``positions`` the same, but at
+    most ``last``, which padding may be beyond. ``span`` is the number of places that are looked at,
+    ``context`` int64 [B, reach + T] has the symbols (ids plus 1) of the tokens and of those before
+    them, 0 where a text begins, if the model asks for that. ``tokens`` marks padding, which stands
+    after a row's tokens; None: there is none. ``mask`` tells whether rows see different places;
+    otherwise all tokens see the ``span`` up to themselves.
+    """
+
+    def __init__(
+        self,
+        places: Tensor,
+        *,
+        first: int,
+        span: int,
+        mask: bool,
+        last: int,
+        context: Tensor | None = None,
+        tokens: Tokens | None = None,
+    ) -> None:
+        self.batch, self.length = places.shape
+        self.places, self.first, self.span, self.masked = places, first, span, mask
+        self.context, self.tokens = context, tokens
+        self.positions = places if span <= last + 1 else places.clamp_max(last)
+        self._mask: Tensor | None = None
+        self._added: Tensor | None = None
+        self._indices: dict[tuple[int, int], Tensor] = {}
+        self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def whole(self) -> bool:
+        """Whether each row's tokens are all that it has: causal attention needs no mask then."""
+        return self.length == self.span and not self.masked
+
+    def mask(self) -> Tensor | None:
+        """Which places are seen, boolean [B, 1, T, S]; None: all of the span."""
+        if self._mask is None and (self.masked or self.length > 1):
+            seen = torch.arange(self.span, device=self.places.device)
+            self._mask = (seen <= self.places[:, :, None])[:, None]
+        return self._mask
+
+    def added_mask(self, dtype: torch.dtype) -> Tensor | None:
+        """:meth:`mask` as what is added to scores."""
+        mask = self.mask()
+        if mask is None:
+            return None
+        if self._added is None or self._added.dtype != dtype:
+            zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+            self._added = zeros.masked_fill_(~mask, float("-inf"))
+        return self._added
+
+    def indices(self, heads: int, room: int) -> Tensor:
+        """Where the new tokens stand among all places of a cache with ``room`` for each head of a
+        slot, int64 [N*heads]."""
+        found = self._indices.get((heads, room))
+        if found is None:
+            device = self.places.device
+            slots = torch.arange(self.first, self.first + self.batch, device=device)
+            firsts = (slots[:, None] * heads + torch.arange(heads, device=device)) * room
+            found = (firsts[:, None, :] + self.places[:, :, None]).flatten()
+            self._indices[heads, room] = found
+        return found
+
+    def tables(self, key: Any, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of two tables [max_seq_len, 1, R] for the new tokens, [N, 1, R], looked up once
+        for all layers with the same ``key``."""
+        found = self._tables.get(key)
+        if found is None:
+            positions = self.positions.flatten()
+            found = self._tables[key] = cos[positions], sin[positions]
+        return found
+
+
+class RowCache:
+    """Keys and values of one layer for rows of texts, and what the layer has ``prepared`` of its
+    weights for decoding, valid until they change."""
+
+    def __init__(self, prepared: Any) -> None:
+        self.prepared = prepared
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def update(self, step: RowStep, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add ``key`` and ``value`` [N, K, R]; return those of the step's rows, views
+        [B, K, S, R]."""
+        keys, values = self._with_room(step, key, value)
+        heads, room = keys.shape[1], keys.shape[2]
+        indices = step.indices(heads, room)
+        keys.view(-1, keys.shape[3]).index_copy_(0, indices, key.reshape(-1, keys.shape[3]))
+        values.view(-1, values.shape[3]).index_copy_(0, indices, value.reshape(-1, values.shape[3]))
+        rows = slice(step.first, step.first + step.batch)
+        return keys[rows, :, : step.span], values[rows, :, : step.span]
+
+    def _with_room(self, step: RowStep, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        rows, length = step.first + step.batch, step.span
+        keys, values = self._keys, self._values
+        if keys is None or values is None or keys.dtype != key.dtype:
+            held_rows, held_length = 0, 0
+        elif rows <= keys.shape[0] and length <= keys.shape[2]:
+            return keys, values
+        else:
+            held_rows, _, held_length, _ = keys.shape
+        rows = max(held_rows, rows if not held_rows else doubled(held_rows, rows))
+        length = max(held_length, doubled(FIRST_LENGTH, length))
+        self._keys = _grown(keys, key, rows, length)
+        self._values = _grown(values, value, rows, length)
+        return self._keys, self._values
+
+    def copy(self, source: int, to: int, length: int) -> None:
+        """Copy the first ``length`` places of one slot to another."""
+        if self._keys is None or self._values is None:
+            return
+        if to >= len(self._keys):
+            rows = doubled(len(self._keys), to + 1)
+            self._keys = _grown(self._keys, self._keys[:, :, 0], rows, self._keys.shape[2])
+            self._values = _grown(self._values, self._values[:, :, 0], rows, self._values.shape[2])
+        for held in (self._keys, self._values):
+            held[to, :, :length] = held[source, :, :length]
+
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Exchange the first ``length`` places of two slots."""
+        if self._keys is None or self._values is None:
+            return
+        for held in (self._keys, self._values):
+            kept = held[one, :, :length].clone()
+            held[one, :, :length] = held[other, :, :length]
+            held[other, :, :length] = kept
+
+    def erase(self, slot: int) -> None:
+        """Write zeros over all of a slot."""
+        for held in (self._keys, self._values):
+            if held is not None and slot < len(held):
+                held[slot].zero_()
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of keys and values."""
+        held = [part for part in (self._keys, self._values) if part is not None]
+        return sum(part.numel() * part.element_size() for part in held)
+
+    def clear(self) -> None:
+        """Free keys and values."""
+        self._keys = self._values = None
+
+
+def doubled(size: int, least: int) -> int:
+    """``size`` doubled until it is at least ``least``.
+
+    >>> [doubled(64, length) for length in (1, 64, 65, 300)]
+    [64, 64, 128, 512]
+    """
+    while size < least:
+        size *= 2
+    return size
+
+
+def _grown(held: Tensor | None, new: Tensor, rows: int, length: int) -> Tensor:
+    """A larger copy of ``held`` [rows, K, places, R], or an empty one for tensors as ``new``
+    [N, K, R]. Places that nothing was written to are 0, since a masked NaN would still count."""
+    made = new.new_zeros(rows, new.shape[1], length, new.shape[2])
+    if held is not None and held.dtype == made.dtype:
+        made[: held.shape[0], :, : held.shape[2]] = held
+    return made
+
+
+class Products:
+    """Makes the functions that multiply by a weight, once for many steps. ``dtype`` is the type of
+    autocast in which they will be called, None for none: weights are cast to it here."""
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype
+
+    def of(self, weight: Tensor) -> Function:
+        """x [N, D] to x Wᵀ [N, F], for ``weight`` W [F, D]."""
+        linear = torch.nn.functional.linear
+        cast = weight if self.dtype is None else weight.detach().to(self.dtype)
+        return lambda x: linear(x, cast)
+
+
+CALLED = ("forward", "create_cache", "create_caches")
+"""Methods beside which a layer's ``decode`` is valid: one who replaces them means another layer."""
+
+
+def takes_part(module: nn.Module, method: str) -> bool:
+    """Whether ``module`` may be computed by its ``method`` in place of its ``forward``: no class
+    derived from the one with the method has another forward, nobody has replaced that of the
+    object, and no hook waits for a call of it."""
+    own = module.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or any(name in own for name in CALLED):
+        return False
+    for of_class in type(module).__mro__:
+        if method in vars(of_class):
+            return True
+        if any(name in vars(of_class) for name in CALLED):
+            return False
+    return False
+
+
+def function_of(module: nn.Module, products: Products) -> Function:
+    """A function of x [N, D] that computes a norm or a feed-forward ``module``: what its
+    ``decoding(products)`` gives, or calls of the module, as x [1, N, D]."""
+    parts = [part for part in module.modules() if part is not module]
+    plain = all(takes_part(part, "forward") for part in parts)
+    if plain and takes_part(module, "decoding"):
+        made: Function = module.decoding(products)
+        return made
+    return lambda x: module(x[None])[0]
