@@ -300,7 +300,7 @@ def test_templates_that_cannot_serve_say_why(tokenizers, folder, tmp_path):
         )
     with pytest.raises(ConfigError, match="the chat template cannot be read"):
         ChatTemplate("{% for %}")
-    with pytest.raises(ConfigError, match=r"data\.tokenizer\.chat_template: cannot read"):
+    with pytest.raises(ConfigError, match=r"none: data\.tokenizer\.chat_template: cannot be read"):
         ByteTokenizer({"chat_template": str(tmp_path / "none")}).encode_document(CHAT)
     alone = HFTokenizer({"path": str(folder / "tokenizer.json")})
     assert alone.encode("ab") == hf.encode("ab")
@@ -314,6 +314,77 @@ def test_templates_that_cannot_serve_say_why(tokenizers, folder, tmp_path):
     )
 
 
+def model(folder, vocabulary, config=None, unknown="a"):
+    """A folder of Hugging Face with a tokenizer of whole words."""
+    folder.mkdir()
+    words = {"type": "WordLevel", "vocab": vocabulary, "unk_token": unknown}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": words}))
+    text = config if isinstance(config, str) else json.dumps(config or {})
+    (folder / "tokenizer_config.json").write_text(text)
+    return folder
+
+
+DOUBLED = "{% set n = namespace(x=START) %}{% for i in range(60) %}{% set n.x = STEP %}{% endfor %}"
+
+HOSTILE = {
+    "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}": "turns",
+    "{% macro f(n) %}{% if n %}{{ f(n-1) ~ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}": "turns",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "recursion",
+    "{% for i in range(99999) %}" + "static " * 1000 + "{% endfor %}": "characters",
+    DOUBLED.replace("START", "'a'").replace("STEP", "n.x + n.x"): "characters",
+    DOUBLED.replace("START", "'a'").replace("STEP", "n.x ~ n.x"): "characters",
+    DOUBLED.replace("START", "['a']").replace("STEP", "n.x + n.x"): "items",
+    DOUBLED.replace("START", "['a']").replace("STEP", "[n.x, n.x]") + "{{ n.x }}": "characters",
+    DOUBLED.replace("START", "['a']").replace("STEP", "[n.x, n.x]")
+    + "{{ '' ~ n.x }}": "characters",
+    DOUBLED.replace("START", "['a']").replace("STEP", "[n.x, n.x]") + "{{ '%s' % n.x }}": (
+        "characters"
+    ),
+    DOUBLED.replace("START", "7").replace("STEP", "n.x * n.x"): "bits",
+    "{{ 'x' * 10000000000 }}": "characters",
+    "{{ messages * 10000000000 }}": "items",
+    "{{ 9**99999 }}": "power",
+    "{{ 'a'.ljust(9999999999) }}": "characters",
+    "{{ 'a'|center(9999999999) }}": "characters",
+    "{{ ('a' * 100000)|replace('a', 'a' * 100000) }}": "characters",
+    "{{ (['a' * 100000] * 100000)|join }}": "characters",
+    "{{ 'a'.join(['a' * 100000] * 100000) }}": "characters",
+    "{{ '{:9999999999}'.format('a') }}": "fills a text",
+    "{{ '{:{}}'.format('a', 9999999999) }}": "width that it computes",
+    "{{ '%9999999999s' % 'a' }}": "fills a text",
+    "{{ 'a'.translate({97: 'b' * 1000}) }}": "translate",
+    "{{ lipsum(n=100000) }}": "lipsum",
+}
+
+
+def test_chat_templates_have_no_reach_and_bounded_work():
+    for source, message in HOSTILE.items():
+        with pytest.raises(ValueError, match=f"the chat template refuses it: .*{message}"):
+            ChatTemplate(source).prompt(CHAT.messages)
+    escapes = ("messages.__class__", "''.format.__globals__", "'{0.__class__}'.format(messages)")
+    for escape in escapes:  # is nothing to a template, or refused
+        try:
+            assert ChatTemplate(f"{{{{ {escape} }}}}").prompt(CHAT.messages) == ""
+        except ValueError as error:
+            assert "unsafe" in str(error)
+    for source in ("{{ " + "(" * 500 + "1" + ")" * 500 + " }}", "{% for i in x %}" * 30):
+        with pytest.raises(ConfigError, match=r"nested too deep|cannot be read"):
+            ChatTemplate(source)
+
+
+def test_chat_templates_may_do_what_templates_do():
+    used = (
+        "{%- set ns = namespace(n=0) -%}{%- for m in messages -%}{%- set ns.n = ns.n + 1 -%}"
+        "{{ loop.index }}{{ m['role'] | upper }}:{{ m.content.strip().replace('a', 'b') + '.' }}"
+        "{%- if loop.index > 90 %}{% break %}{% endif -%}{%- endfor -%}"
+        "{{ ns.n }} {{ messages | map(attribute='role') | unique | join(',') }} "
+        "{{ messages[0] | tojson }} {{ 'a%sb' | format(3) }} {{ '{:>3}'.format(7) }} {{ '%d' % 5 }}"
+    )
+    messages = Document.of({"messages": [{"role": "user", "content": " a é "}]}).messages
+    expected = '1USER:b é.1 user {"role": "user", "content": " a é "} a3b   7 5'
+    assert ChatTemplate(used).prompt(messages) == expected
+
+
 def test_tokenizers_that_cannot_be_read_say_why(tmp_path):
     (tmp_path / "text.json").write_text("no JSON")
     (tmp_path / "bytes.json").write_bytes(b"\xff")
@@ -323,11 +394,26 @@ def test_tokenizers_that_cannot_be_read_say_why(tmp_path):
         (tmp_path, "does not exist"),
         (tmp_path / "text.json", "is no tokenizer.json"),
         (tmp_path / "bytes.json", "cannot read"),
+        (model(tmp_path / "empty", {}), "vocabulary of its tokenizer.json is empty"),
+        (model(tmp_path / "deep", {"a": 0}, "[" * 9999), "nested too deep"),
+        (model(tmp_path / "list", {"a": 0}, {"added_tokens_decoder": [1]}), "no mapping of ids"),
+        (model(tmp_path / "no", {"a": 0}, {"added_tokens_decoder": {"x": 1}}), "no mapping of ids"),
+        (model(tmp_path / "x", {"a": 0}, {"added_tokens_decoder": {"x": {"content": "b"}}}), "'x'"),
+        (model(tmp_path / "odd", {"a": 0}, {"chat_template": 3}), "chat_template is no text"),
+        (model(tmp_path / "map", {"a": 0}, [1]), "is no JSON object"),
     ]:
         setting = {} if given_path is None else {"path": str(given_path)}
         with pytest.raises(ConfigError, match=f"data.tokenizer.path: .*{message}") as raised:
             HFTokenizer(setting).vocab_size  # noqa: B018
         assert len(raised.value.problems) == 1
+    refuses = HFTokenizer({"path": str(model(tmp_path / "unk", {"a": 0}, unknown="b"))})
+    for encode in (refuses.encode_document, lambda document: refuses.encode_documents([document])):
+        with pytest.raises(ValueError, match=r"tokenizer.json \(WordLevel\) refuses a text: .*UNK"):
+            encode(Document(text="c"))
+    with (tmp_path / "huge.json").open("wb") as file:
+        file.truncate(3 << 30)
+    with pytest.raises(ConfigError, match="larger than"):
+        HFTokenizer({"path": str(tmp_path / "huge.json")}).vocab_size  # noqa: B018
     for made, name in ((CharTokenizer(), "characters.json"), (BPETokenizer(), "tokenizer.json")):
         with pytest.raises(OSError):
             made.load(tmp_path)

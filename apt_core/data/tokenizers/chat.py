@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import re
-from collections.abc import Mapping, Sequence
-from datetime import datetime
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from apt_core.errors import ConfigError
@@ -22,6 +20,9 @@ CHAT_TEMPLATE = (
 )
 """What the core's own tokenizers make of a conversation, for those who read it as a template."""
 
+MAX_TEMPLATE = 1 << 20
+"""The most bytes of a template."""
+
 Piece = tuple[str, bool]
 """A text, and whether it is to be learned."""
 
@@ -35,7 +36,8 @@ class ChatTemplate:
     """A Jinja template in the form of Hugging Face: it is given ``messages``,
     ``add_generation_prompt`` and the texts of special tokens, ``tokens`` (``bos_token``, …).
 
-    It runs in a sandbox. Raises ConfigError where it cannot be parsed or Jinja is missing.
+    It runs in a sandbox, within bounds of work and memory. Raises ConfigError where it cannot be
+    parsed or Jinja is missing.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str] | None = None) -> None:
@@ -48,9 +50,11 @@ class ChatTemplate:
     def read(cls, path: str, tokens: Mapping[str, str] | None = None) -> ChatTemplate:
         """The template in a file. Raises ConfigError for one that cannot be read."""
         try:
-            return cls(read_file(Path(path)).decode("utf-8"), tokens)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read {path}: {error}", key=_KEY) from error
+            return cls(read_file(path, MAX_TEMPLATE).decode("utf-8"), tokens)
+        except OSError as error:
+            raise ConfigError(f"cannot be read: {error.strerror}", key=_KEY, where=path) from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"is not UTF-8: {error}", key=_KEY, where=path) from error
 
     def pieces(self, messages: Sequence[Message]) -> list[Piece]:
         """The text of a conversation. To be learned is what the template puts into ``generation``
@@ -90,16 +94,18 @@ class ChatTemplate:
                 raise ValueError("has U+FDD0 or U+FDD1, which are no characters")
         turns = [{"role": each.role, "content": each.content} for each in messages]
         try:
-            rendered: str = self._compiled.render(
-                messages=turns,
-                tools=None,
-                documents=None,
-                add_generation_prompt=generate,
-                **self._tokens,
+            return self._compiled(
+                {
+                    "messages": turns,
+                    "tools": None,
+                    "documents": None,
+                    "add_generation_prompt": generate,
+                    **self._tokens,
+                }
             )
         except Exception as error:
-            raise ValueError(f"the chat template refuses it: {error}") from error
-        return rendered
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"the chat template refuses it: {reason}") from error
 
 
 class Escaped:
@@ -130,41 +136,21 @@ def _marked(text: str) -> list[Piece]:
     return [piece for piece in pieces if piece[0]]
 
 
-def _compiled(source: str) -> Any:
+def _compiled(source: str) -> Callable[[Mapping[str, Any]], str]:
+    """What renders a template."""
     try:
         import jinja2
-        from jinja2 import nodes
-        from jinja2.ext import Extension, loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
         raise ConfigError(
             "chat templates need jinja2", key=_KEY, hint='pip install "apt-kernel[data]"'
         ) from error
+    from apt_core.data.tokenizers.sandbox import BoundedEnvironment
 
-    class Generation(Extension):
-        tags = {"generation"}  # noqa: RUF012  jinja2 declares it so
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("_wrapped"), [], [], body).set_lineno(line)
-
-        def _wrapped(self, caller: Any) -> str:
-            return f"{_BEGIN}{caller()}{_END}"
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment = BoundedEnvironment((_BEGIN, _END))
     try:
-        return environment.from_string(source)
-    except jinja2.TemplateError as error:
+        template = environment.from_string(source)
+    except RecursionError:
+        raise ConfigError("the chat template is nested too deep", key=_KEY) from None
+    except (jinja2.TemplateError, SyntaxError) as error:  # of Jinja's parser, then of Python's
         raise ConfigError(f"the chat template cannot be read: {error}", key=_KEY) from error
+    return functools.partial(environment.rendered, template)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from apt_core.data.tokenizers.base import without_derived
-from apt_core.data.tokenizers.chat import ChatTemplate
+from apt_core.data.tokenizers.chat import MAX_TEMPLATE, ChatTemplate
 from apt_core.errors import ConfigError
 from apt_core.files import read_file, write_atomically
+from apt_core.json_files import MAX_BYTES, parse_json
 from apt_core.providers.base import read_settings
 from apt_core.providers.documents import Document
 from apt_core.providers.tokenizer import (
@@ -51,10 +53,12 @@ class HFFiles:
         template = config.pop("chat_template", None)
         template = _mapping(path / "chat_template.json").get("chat_template", template)
         if isinstance(template, list):
-            by_name = {each["name"]: each["template"] for each in template}
-            template = by_name.get("default")
+            named = [each for each in template if isinstance(each, dict)]
+            template = next((e.get("template") for e in named if e.get("name") == "default"), None)
         if (path / "chat_template.jinja").is_file():
-            template = _text(path / "chat_template.jinja")
+            template = _text(path / "chat_template.jinja", MAX_TEMPLATE)
+        if template is not None and not isinstance(template, str):
+            raise ValueError("its chat_template is no text")
         return cls(_text(path / "tokenizer.json"), config, template)
 
     def write(self, folder: Path) -> None:
@@ -137,11 +141,18 @@ class HFTokenizer(TokenizerProvider):
         made.no_truncation()
         made.no_padding()
         # As transformers does: what the configuration names is a token in any case.
-        declared = self._files.config.get("added_tokens_decoder", {})
-        for _, entry in sorted(declared.items(), key=lambda item: int(item[0])):
-            if made.token_to_id(entry["content"]) is None:
-                made.add_tokens([tokenizers.AddedToken(**_token_options(entry))])
+        try:
+            for options in _declared_tokens(self._files.config):
+                if made.token_to_id(options["content"]) is None:
+                    made.add_tokens([tokenizers.AddedToken(**options)])
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"the added_tokens_decoder of its tokenizer_config.json cannot be read: {error}",
+                key=_KEY,
+            ) from error
         made.add_special_tokens(list(dict.fromkeys(self._files.tokens.values())))
+        if not made.get_vocab_size():
+            raise ConfigError("the vocabulary of its tokenizer.json is empty", key=_KEY)
         return made
 
     @cached_property
@@ -188,7 +199,18 @@ class HFTokenizer(TokenizerProvider):
 
     def _encoded(self, text: str) -> Any:
         text.encode("utf-8")  # a lone surrogate is a ValueError here, a TypeError there
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        with self._refusals():
+            return self._tokenizer.encode(text, add_special_tokens=False)
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Say of texts that the model of tokenizer.json cannot encode whose fault that is."""
+        tokenizer = self._tokenizer
+        try:
+            yield
+        except Exception as error:  # of any type, and no more than a text
+            model = type(tokenizer.model).__name__
+            raise ValueError(f"its tokenizer.json ({model}) refuses a text: {error}") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         found: str = self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
@@ -213,7 +235,8 @@ class HFTokenizer(TokenizerProvider):
             text.encode("utf-8")
         bos = [] if self.special.bos is None else [self.special.bos]
         eos = [] if self.special.eos is None else [self.special.eos]
-        batch = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        with self._refusals():
+            batch = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
         return [
             self.encode_document(document)
             if document.text is None
@@ -254,14 +277,14 @@ class HFTokenizer(TokenizerProvider):
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _text(path: Path) -> str:
-    return read_file(path).decode("utf-8")
+def _text(path: Path, limit: int = MAX_BYTES) -> str:
+    return read_file(path, limit).decode("utf-8")
 
 
 def _mapping(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    found = json.loads(_text(path))
+    found = parse_json(_text(path))
     if not isinstance(found, dict):
         raise ValueError(f"{path.name} is no JSON object")
     return found
@@ -272,6 +295,16 @@ def _token_text(token: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _token_options(entry: dict[str, Any]) -> dict[str, Any]:
+def _declared_tokens(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The options of the tokens that ``added_tokens_decoder`` declares, in the order of their ids.
+    Raises ValueError for what declares none."""
+    declared = config.get("added_tokens_decoder", {})
+    if not isinstance(declared, dict) or not all(
+        isinstance(entry, dict) and _token_text(entry) is not None for entry in declared.values()
+    ):
+        raise ValueError("it is no mapping of ids to tokens with their content")
     names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-    return {name: entry[name] for name in names if name in entry}
+    return [
+        {name: entry[name] for name in names if name in entry}
+        for _, entry in sorted(declared.items(), key=lambda item: int(item[0]))
+    ]
