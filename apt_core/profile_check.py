@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 from apt_core.activation import Activated
+from apt_core.catalogue import Catalogue
 from apt_core.config import (
     Config,
     InactiveKey,
@@ -38,6 +39,7 @@ from apt_core.provider_keys import (
     unread_paths,
     used_providers,
 )
+from apt_core.providers.base import SettingsError, read_settings
 from apt_core.providers.dataset import mixture_param
 from apt_core.schedules import check_schedules
 from apt_core.secrets import SecretValues
@@ -121,6 +123,7 @@ def check_profile(
         inactive += [item for item in vain if item.key not in reported]
         inactive += unread_paths(config, plugins.providers)
         problems += _problems_of_mixture(config, source, names)
+        problems += _problems_of_sources(config, source, sections, plugins.providers)
         problems += [*wrong, *check_providers(named, plugins.providers, source)]
         if files:
             problems += check_files(config, source, data_files(config, plugins.providers))
@@ -161,6 +164,29 @@ def _problems_of_mixture(
             message = f"{item.name!r} names two sources"
             yield Problem(message, dotted(path), where, "choose another name")
         seen.add(item.name)
+
+
+def _problems_of_sources(
+    config: Config, source: Source, sections: Sequence[SectionSpec], known: Catalogue
+) -> Iterator[Problem]:
+    """Problems of the settings of a mixture's sources, which are those of their providers'
+    sections."""
+    specs = {spec.name: spec for spec in known.specs("dataset")}
+    models = {each.path: each.model for each in sections}
+    for number, item in enumerate(config.data.mixture or ()):
+        spec = specs.get(item.dataset_name)
+        if spec is None or not item.settings:
+            continue
+        path: KeyPath = ("data", "mixture", number, "settings")
+        where, model = source.where(path), models.get(spec.section)
+        if spec.section in ("", "data"):
+            message = f"nothing reads it: dataset:{spec.name} has no settings of its own"
+            yield Problem(message, dotted(path), where, "leave it out")
+        elif model is not None:
+            try:
+                read_settings(model, item.settings, dotted(path))
+            except SettingsError as error:
+                yield from (replace(problem, where=where) for problem in error.problems)
 
 
 def _without_masks(source: Source) -> Source:

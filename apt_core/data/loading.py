@@ -251,6 +251,7 @@ def source_of(profiled: Profiled, section: SourceSection) -> DatasetProvider:
             "DatasetProvider"
         )
     provider.data_section = section
+    provider.data_key = next(key for key, each in kernel.config.data.sections() if each is section)
     return provider
 
 
@@ -265,7 +266,7 @@ def batch_plan(kernel: Kernel, data: RunData, rank: int = 0, world_size: int = 1
             Problem(
                 f"the training text has {tokens:,} tokens, which is {data.num_windows:,} windows "
                 f"of {config.seq_len}; one optimizer step takes {needed}",
-                key="data.train_path",
+                key="data.train_path" if config.data.mixture is None else "data.mixture",
                 hint="give more text, or lower training.batch_size, training.grad_accum_steps or "
                 "data.max_length",
             )

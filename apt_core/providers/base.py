@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from apt_core.errors import did_you_mean
+from apt_core.errors import Problem, did_you_mean
 from apt_core.section_errors import in_words
-from apt_core.sections import Section
 
-Settings = TypeVar("Settings", bound=Section)
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class Provider:
@@ -61,6 +60,14 @@ class Provider:
         return read_setting(self.config, key, default)
 
 
+class SettingsError(ValueError):
+    """Settings that a provider cannot have: ``problems`` names each with its key."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = list(problems)
+        super().__init__("; ".join(map(str, self.problems)))
+
+
 def read_setting(config: Any, key: str, default: Any) -> Any:
     """Read ``key`` from a mapping, an object with attributes, or None.
 
@@ -79,8 +86,8 @@ def read_settings(model: type[Settings], config: Any, section: str) -> Settings:
     """The settings ``model`` from itself, a mapping, an object with its attributes, or None (its
     defaults).
 
-    Raises ValueError, naming each key of the profile's ``section``, for a key of a mapping that is
-    unknown and for values that are refused.
+    Raises SettingsError, naming each key of the profile's ``section``, for a key of a mapping that
+    is unknown and for values that are refused.
     """
     if isinstance(config, model):
         return config
@@ -94,17 +101,15 @@ def read_settings(model: type[Settings], config: Any, section: str) -> Settings:
     )
     unknown = [key for key in given if key not in names]
     if unknown:
-        raise ValueError(
-            "; ".join(
-                f"{section}.{key}: unknown key {did_you_mean(key, names)}".rstrip()
-                for key in unknown
-            )
+        raise SettingsError(
+            Problem("unknown key", f"{section}.{key}", hint=did_you_mean(key, names))
+            for key in unknown
         )
     try:
         return model.model_validate(given)
     except ValidationError as error:
-        told = [
-            f"{'.'.join(map(str, (section, *details['loc'])))}: {in_words(details)[0]}"
+        raise SettingsError(
+            Problem(message, ".".join(map(str, (section, *details["loc"]))), hint=hint)
             for details in error.errors(include_url=False)
-        ]
-        raise ValueError("; ".join(told)) from None
+            for message, hint in [in_words(details)]
+        ) from None

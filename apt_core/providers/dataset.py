@@ -203,10 +203,12 @@ class DatasetProvider(Provider, ABC):
 
     ``config`` is the section that its ``ProviderSpec`` names, else the one that names the source:
     the profile's ``data``, or an item of ``data.mixture``. ``data_section`` is the latter in either
-    case, set before anything is asked.
+    case, and ``data_key`` its key in the profile, such as ``data.mixture[1]``; both are set before
+    anything is asked.
     """
 
     data_section: SourceSection = DataSection()
+    data_key: str = "data"
 
     @abstractmethod
     def documents(self) -> Iterator[Record]:

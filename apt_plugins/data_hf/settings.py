@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from apt_core import Problem
-from apt_core.providers.base import read_settings
-from apt_core.providers.dataset import MixtureItem, SourceSection
+from apt_core.providers.dataset import SourceSection
 from apt_core.sections import Name, Section
 
 if TYPE_CHECKING:
@@ -51,11 +50,5 @@ def wrong(section: SourceSection, place: str) -> Iterator[Problem]:
 def contradictions(config: Config) -> Iterator[Problem]:
     """Problems of the sources that the profile uses, those of its mixture included."""
     for place, section in config.data.sections():
-        if section.dataset_name != PROVIDER:
-            continue
-        yield from wrong(section, place)
-        if isinstance(section, MixtureItem):
-            try:
-                read_settings(HfSettings, section.settings, f"{place}.settings")
-            except ValueError as error:
-                yield Problem(str(error), place)
+        if section.dataset_name == PROVIDER:
+            yield from wrong(section, place)

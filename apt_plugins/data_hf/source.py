@@ -10,14 +10,12 @@ from typing import Any
 
 from apt_core import ConfigError
 from apt_core.data.sources.digests import kept_sha256
-from apt_core.data.sources.faults import Faults
 from apt_core.data.sources.files import find_files
 from apt_core.data.sources.parquet import rows_of
-from apt_core.data.sources.records import columns_to_read, read_record
+from apt_core.data.sources.records import columns_to_read
+from apt_core.data.sources.rows import RowFaults, RowSource
 from apt_core.error_text import one_line
-from apt_core.providers import DatasetProvider, Document
-from apt_core.providers.base import read_settings
-from apt_core.providers.dataset import MixtureItem
+from apt_core.providers import Document
 from apt_plugins.data_hf.loading import FORMATS, Opening
 from apt_plugins.data_hf.settings import PROVIDER, SECTION, HfSettings, wrong
 
@@ -30,16 +28,7 @@ BATCH_ROWS = 64
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-class Shard(Faults):
-    """The rows of a shard while they are read."""
-
-    unit = "rows"
-
-    def place(self, line: int) -> str:
-        return f"{self.where}, row {line:,}"
-
-
-class HfSource(DatasetProvider):
+class HfSource(RowSource[HfSettings]):
     """Reads a dataset of Hugging Face: ``data.train_path`` is a folder that ``save_to_disk`` made,
     data files or a folder of them, or a name on the hub; ``data.columns`` names its columns.
 
@@ -48,11 +37,8 @@ class HfSource(DatasetProvider):
     """
 
     name = PROVIDER
-    replaced = 0
-
-    @property
-    def settings(self) -> HfSettings:
-        return read_settings(HfSettings, self.config, SECTION)
+    model = HfSettings
+    section = SECTION
 
     def documents(self) -> Iterator[Document]:
         """The rows of ``split``. Raises ConfigError with all rows of a shard that are no documents,
@@ -73,12 +59,9 @@ class HfSource(DatasetProvider):
     def fingerprint(self) -> str | None:
         """The hash of the files, or the commit of a dataset on the hub, with all settings that
         decide the documents."""
-        section = self.data_section
         facts = {
             "format": FORMAT,
-            "columns": section.columns.model_dump(),
-            "errors": section.errors,
-            **self.settings.model_dump(include={"config", "split", "val_split"}),
+            **self.decisive("config", "split", "val_split"),
             **{key: self._content(key) for key in ("train_path", "val_path")},
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -91,17 +74,12 @@ class HfSource(DatasetProvider):
         shown = ", ".join(part for part in parts if part)
         return f"{self._opening('train_path').name} ({shown})"
 
-    @property
-    def _place(self) -> str:
-        section = self.data_section
-        return f"data.mixture.{section.name}" if isinstance(section, MixtureItem) else "data"
-
     def _opening(self, key: str) -> Opening:
-        section, place = self.data_section, self._place
-        if problems := [*wrong(section, place)]:
+        section = self.data_section
+        if problems := [*wrong(section, self.data_key)]:
             raise ConfigError(problems)
-        settings_key = f"{place}.settings" if isinstance(section, MixtureItem) else SECTION
-        return Opening(getattr(section, key), self.settings, f"{place}.{key}", settings_key)
+        key_of_paths = f"{self.data_key}.{key}"
+        return Opening(getattr(section, key), self.settings, key_of_paths, self.settings_key)
 
     def _documents(self, opening: Opening, split: str, setting: str) -> Iterator[Document]:
         section = self.data_section
@@ -114,18 +92,14 @@ class HfSource(DatasetProvider):
             if num_shards > 1:
                 shard = dataset.shard(num_shards=num_shards, index=index, contiguous=True)
                 where += f", shard {index}"
-            faults = Shard(where, opening.key, section.columns, section.errors)
-            for number, record in enumerate(self._records(shard, faults), 1):
+            faults = RowFaults(where, opening.key, section.columns, section.errors)
+            for document in self.documents_of(self._records(shard, faults), faults):
                 found = True
-                document = read_record(record, faults, number)
-                if document is not None and not faults.num_faults:
-                    yield document
-            faults.raise_faults()
-            self.replaced += faults.replaced
+                yield document
         if not found:
             opening.fail(f"split {split!r} has no rows")
 
-    def _records(self, shard: Any, faults: Faults) -> Iterator[dict[str, Any]]:
+    def _records(self, shard: Any, faults: RowFaults) -> Iterator[tuple[int, dict[str, Any]]]:
         import pyarrow
 
         names = shard.column_names
@@ -140,7 +114,7 @@ class HfSource(DatasetProvider):
                 for batch in table.select(used).to_batches():
                     for record in rows_of(batch, pyarrow):
                         number += 1
-                        yield record
+                        yield number, record
         except ConfigError:
             raise
         except Exception as error:  # files of any content

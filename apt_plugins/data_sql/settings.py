@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from pydantic import Field, SecretStr
 
@@ -78,12 +79,9 @@ def contradictions(config: Config) -> Iterator[Problem]:
     for place, section in config.data.sections():
         if section.dataset_name != PROVIDER:
             continue
-        if not isinstance(section, MixtureItem):
-            settings: Any = config.section(SECTION)
-            yield from wrong(settings)
-            continue
-        key = f"{place}.settings"
-        try:
-            yield from wrong(read_settings(SqlSettings, section.settings, key), key)
-        except ValueError as error:
-            yield Problem(str(error), place)
+        key, given = SECTION, cast("Any", config.section(SECTION))
+        if isinstance(section, MixtureItem):
+            key, given = f"{place}.settings", section.settings
+        # What is wrong with one of the settings of an item is told of all sources alike.
+        with suppress(ValueError):
+            yield from wrong(read_settings(SqlSettings, given, key), key)

@@ -10,11 +10,10 @@ from typing import Any
 
 from apt_core import ConfigError, Problem
 from apt_core.data.sources.faults import Faults
-from apt_core.data.sources.records import columns_to_read, read_record
+from apt_core.data.sources.records import columns_to_read
+from apt_core.data.sources.rows import RowFaults, RowSource
 from apt_core.log import get_logger
-from apt_core.providers import DatasetProvider, Document
-from apt_core.providers.base import read_settings
-from apt_core.providers.dataset import MixtureItem
+from apt_core.providers import Document
 from apt_plugins.data_sql.database import ConnectionLostError, Database
 from apt_plugins.data_sql.settings import PROVIDER, SECTION, SqlSettings, wrong
 
@@ -30,13 +29,8 @@ SHOWN_CHARACTERS = 100
 """Characters of a query in the line that describes it."""
 
 
-class Rows(Faults):
+class Rows(RowFaults):
     """The rows of a query while they are read."""
-
-    unit = "rows"
-
-    def place(self, line: int) -> str:
-        return f"{self.where}, row {line:,}"
 
     def fault(self, message: str, line: int | None = None, hint: str = "") -> None:
         if not hint and "(null)" in message:
@@ -46,7 +40,7 @@ class Rows(Faults):
         super().fault(message, line, hint)
 
 
-class SqlSource(DatasetProvider):
+class SqlSource(RowSource[SqlSettings]):
     """Reads the rows of a query by a cursor of the server, so that memory does not grow with their
     number, in a transaction that only reads, where the database has one.
 
@@ -55,11 +49,8 @@ class SqlSource(DatasetProvider):
     """
 
     name = PROVIDER
-    replaced = 0
-
-    @property
-    def settings(self) -> SqlSettings:
-        return read_settings(SqlSettings, self.config, SECTION)
+    model = SqlSettings
+    section = SECTION
 
     def documents(self) -> Iterator[Document]:
         """The rows of ``query``. Raises ConfigError with all rows that are no documents, and for a
@@ -80,9 +71,7 @@ class SqlSource(DatasetProvider):
         facts = {
             "format": FORMAT,
             "database": self._database.place,
-            "columns": self.data_section.columns.model_dump(),
-            "errors": self.data_section.errors,
-            **settings.model_dump(include={"query", "val_query", "version"}),
+            **self.decisive("query", "val_query", "version"),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -96,31 +85,20 @@ class SqlSource(DatasetProvider):
         return f"{self._database.where}: {query}{version}"
 
     @property
-    def _key(self) -> str:
-        section = self.data_section
-        if isinstance(section, MixtureItem):
-            return f"data.mixture.{section.name}.settings"
-        return SECTION
-
-    @property
     def _database(self) -> Database:
-        settings, key = self.settings, self._key
+        settings, key = self.settings, self.settings_key
         if problems := [*wrong(settings, key)]:
             raise ConfigError(problems)
         return Database(settings.url.get_secret_value(), key)
 
     def _documents(self, setting: str) -> Iterator[Document]:
         database, section = self._database, self.data_section
-        key = f"{self._key}.{setting}"
+        key, found = f"{self.settings_key}.{setting}", False
         faults = Rows(database.where, key, section.columns, section.errors)
-        number = 0
-        for number, record in self._records(database, setting, faults):
-            document = read_record(record, faults, number)
-            if document is not None and not faults.num_faults:
-                yield document
-        faults.raise_faults()
-        self.replaced += faults.replaced
-        if not number:
+        for document in self.documents_of(self._records(database, setting, faults), faults):
+            found = True
+            yield document
+        if not found:
             raise ConfigError(Problem("gives no rows", key, database.where))
 
     def _records(

@@ -355,7 +355,10 @@ BAD_INPUT = {
     "nothing": ([], {}, ConfigError, r"dataset:given \(.*Given\) yields no document"),
     "one empty text": ([""], {}, ConfigError, "none of the 1 documents .*: 1 empty"),
     "all filtered": (["a", "b", " "], {"min_chars": 9}, ConfigError, "left: 1 empty, 2 too short"),
-    "one token": (["a"], {}, ConfigError, "training text of dataset:given .* has 0 tokens"),
+    "one token": (["a"], {}, ConfigError, "data.train_path: the training text of .* has 0"),
+    "prompts": (
+        [{"messages": [{"role": "user", "content": "hello"}]}] * 2, {}, ConfigError,
+        r"data.train_path: .* has \d+ tokens, none of which is to be learned .*responses"),
     "no document": (["a", 7], {}, ConfigError, r"given .*: document 2 of documents\(\) is a int"),
     "no text": ([{"x": 1}], {}, ConfigError, "document 1 .* it has 'x'"),
     "unknown role": (

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from apt_core.data.loading import load_data
 from apt_core.errors import ConfigError
 from apt_core.kernel import Kernel, boot
 
@@ -57,6 +58,23 @@ def test_what_pads_reads_truncation(data):
 def test_what_cannot_be_meant_is_refused(data, message):
     with pytest.raises(ConfigError, match=message):
         start(data)
+
+
+def test_a_source_of_a_mixture_is_named_by_one_key_wherever_something_is_wrong(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("a")
+    (tmp_path / "bad.jsonl").write_text("{}")
+    items = [
+        ({"train_path": str(tmp_path / "empty.txt")}, r"data\.mixture\[1\]\.train_path: holds no"),
+        ({"train_path": str(tmp_path / "short.txt")}, r"data\.mixture\[1\]\.train_path: the train"),
+        ({"train_path": str(tmp_path / "bad.jsonl")}, r"data\.mixture\[1\]\.train_path: has no"),
+        ({"train_path": str(tmp_path / "none")}, r"data\.mixture\[1\]\.train_path: there is no"),
+        ({"weight": "3"}, r"data\.mixture\[1\]\.weight: must be"),
+        ({"settings": {"x": 1}}, r"data\.mixture\[1\]\.settings: nothing reads it"),
+    ]
+    for item, message in items:
+        with pytest.raises(ConfigError, match=message):
+            load_data(start({"mixture": [MIXTURE[0], {"name": "given", **item}]}))
 
 
 def test_schedules_of_a_mixture_are_checked_by_its_names():

@@ -755,8 +755,9 @@ def test_a_source_says_what_it_reads():
     assert [document.text for document in source.held_out()] == ["text"]
     assert TextDataset({"train_path": "a.txt"}).held_out() is None
     item = TextDataset(MixtureItem(name="web", train_path="gone.txt"))
+    item.data_key = "data.mixture[2]"
     with pytest.raises(
-        ConfigError, match=r"gone.txt: data\.mixture\.web\.train_path: cannot be read"
+        ConfigError, match=r"gone.txt: data\.mixture\[2\]\.train_path: cannot be read"
     ):
         list(item.documents())
 

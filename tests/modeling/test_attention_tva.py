@@ -193,7 +193,7 @@ def test_the_compensator_is_exact_under_autocast():
         ((32, 4), {"rank": 9}, "model.tva.rank: 9 is more than the head dimension 8"),
         ((32, 4), {"rank": 3}, "the head width 3 is odd: choose an even width .*model.tva.r"),
         ((32, 4), {"r": 0}, "model.tva.r: must be at least 1, not 0"),
-        ((32, 4), {"rankk": 4}, "model.tva.rankk: unknown key did you mean 'rank'"),
+        ((32, 4), {"rankk": 4}, "model.tva.rankk: unknown key .did you mean 'rank'"),
     ],
 )
 def test_sizes_that_cannot_be_built_name_setting_and_remedy(sizes, settings, said):

@@ -17,7 +17,7 @@ from apt_core.errors import ConfigError, Problem
 from apt_core.log import get_logger
 from apt_core.printable import printable
 from apt_core.providers.base import read_settings
-from apt_core.providers.dataset import DataSection, DatasetProvider, MixtureItem, SourceSection
+from apt_core.providers.dataset import DataSection, DatasetProvider, SourceSection
 from apt_core.providers.documents import Document
 
 log = get_logger("apt.data")
@@ -174,9 +174,7 @@ class FileSource(DatasetProvider):
         return f"{text}, skipped: {others}" if others else text
 
     def _key(self, key: str) -> str:
-        section = self.section
-        within = f"data.mixture.{section.name}" if isinstance(section, MixtureItem) else "data"
-        return f"{within}.{key}"
+        return f"{self.data_key}.{key}"
 
 
 def _in_words(paths: str | list[str]) -> str:

@@ -209,8 +209,10 @@ class Build:
             built, reader = self._assembled(made, expected is not None)
             if reader.sha256 != expected:
                 raise StoreError(f"{name_of('dataset', self.source)} changed while it was read")
-            _require_learnable(built, self.source)
-            manifest = self._manifest(key, built, reader.sample)
+            with naming("dataset", self.source, "describe()"):
+                description = str(self.source.describe())
+            _require_learnable(built, self.source.data_key, description)
+            manifest = self._manifest(key, built, reader.sample, description)
             write_manifest(made, manifest)
             note_checked(made)
             flush(made)
@@ -247,9 +249,7 @@ class Build:
             shutil.rmtree(work)
             encoder = replace_rule(encoder, rule)
 
-    def _manifest(self, key: str, built: Assembled, sample: str) -> StoreManifest:
-        with naming("dataset", self.source, "describe()"):
-            description = str(self.source.describe())
+    def _manifest(self, key: str, built: Assembled, sample: str, description: str) -> StoreManifest:
         return StoreManifest(
             format=FORMAT,
             key=key,
@@ -333,7 +333,9 @@ def _require_documents(built: Assembled, source: DatasetProvider) -> None:
         return
     name, counts = name_of("dataset", source), built.counts
     if not counts["read"]:
-        raise ConfigError(f"{name} yields no document", key="data", hint="give it text to read")
+        raise ConfigError(
+            f"{name} yields no document", key=source.data_key, hint="give it text to read"
+        )
     left_out = ", ".join(
         f"{count:,} {what.replace('_', ' ')}"
         for what, count in counts.items()
@@ -341,19 +343,26 @@ def _require_documents(built: Assembled, source: DatasetProvider) -> None:
     )
     raise ConfigError(
         f"none of the {counts['read']:,} documents of {name} is left: {left_out}",
-        key="data",
+        key=source.data_key,
         hint="give it more text, or change data.min_chars and data.max_chars",
     )
 
 
-def _require_learnable(built: Assembled, source: DatasetProvider) -> None:
-    tokens = built.parts["train"].tokens
-    if tokens < 2:
+def _require_learnable(built: Assembled, key: str, description: str) -> None:
+    part = built.parts["train"]
+    text = f"the training text of {description}"
+    if part.tokens < 2:
         raise ConfigError(
-            f"the training text of {name_of('dataset', source)} has {tokens} tokens: nothing can "
-            "be learned from it",
-            key="data.train_path",
+            f"{text} has {part.tokens} tokens: nothing can be learned from it",
+            key=f"{key}.train_path",
             hint="give a longer text",
+        )
+    if not part.learned:
+        raise ConfigError(
+            f"{text} has {part.tokens:,} tokens, none of which is to be learned",
+            key=f"{key}.train_path",
+            hint="give responses, or conversations in which the assistant speaks; a chat template "
+            "has to write what it says",
         )
 
 

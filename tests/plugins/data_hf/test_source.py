@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from apt_core.data.loading import named_sources, source_of
+from apt_core.data.sources.rows import RowFaults
 from apt_core.errors import ConfigError
 from apt_core.kernel import boot
 from apt_core.providers.dataset import DataSection
@@ -24,7 +25,7 @@ from huggingface_hub.errors import HfHubHTTPError  # noqa: E402
 
 from apt_plugins.data_hf.loading import Opening  # noqa: E402
 from apt_plugins.data_hf.settings import HfSettings  # noqa: E402
-from apt_plugins.data_hf.source import HfSource, Shard  # noqa: E402
+from apt_plugins.data_hf.source import HfSource  # noqa: E402
 
 TEXTS = [f"text {number}" for number in range(300)]
 
@@ -156,7 +157,7 @@ def test_rows_that_are_no_documents_and_files_that_are_damaged_are_errors():
     stream = datasets.IterableDataset.from_generator(lost)
     source = hf("owner/name")
     with pytest.raises(ConfigError, match=r"row 2\d\d: .*cannot be read on: .*network is gone"):
-        list(source._records(stream, Shard("owner/name:train")))
+        list(source._records(stream, RowFaults("owner/name:train")))
     Path("c.parquet").write_bytes(b"PAR1 and no more")
     assert "c.parquet" in message("c.parquet")
 
@@ -272,8 +273,8 @@ def test_a_profile_names_the_source_alone_and_in_a_mixture(saved):
     with pytest.raises(ConfigError) as caught:
         boot({**TINY_PROFILE, "data": {"mixture": mixture}})
     assert [problem.key for problem in caught.value.problems] == [
+        "data.mixture[0].settings.splitt",
         "data.mixture[0].train_path",
-        "data.mixture[0]",
     ]
 
 

@@ -248,8 +248,8 @@ def test_mistakes_are_found_before_anything_is_built():
     with pytest.raises(ConfigError) as caught:
         boot(profile(mixture=items), plugins=["data_sql"], files=False)
     keys = [problem.key for problem in caught.value.problems]
-    assert keys == ["data.mixture[0]", "data.mixture[1].settings.query"]
-    assert "settings.querry: unknown key did you mean 'query'?" in str(caught.value)
+    assert keys == ["data.mixture[0].settings.querry", "data.mixture[1].settings.query"]
+    assert "settings.querry: unknown key (did you mean 'query'?)" in str(caught.value)
 
 
 def test_a_listing_imports_no_driver():
