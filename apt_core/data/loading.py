@@ -251,7 +251,8 @@ def source_of(profiled: Profiled, section: SourceSection) -> DatasetProvider:
             "DatasetProvider"
         )
     provider.data_section = section
-    provider.data_key = next(key for key, each in kernel.config.data.sections() if each is section)
+    sections = profiled.config.data.sections()
+    provider.data_key = next(key for key, each in sections if each is section)
     return provider
 
 
