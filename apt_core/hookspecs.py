@@ -434,8 +434,8 @@ def apt_metrics(trainer: Any) -> Mapping[str, float]:
 
     When: each log interval. Returns: ``{name: number}``; they are written to ``metrics.jsonl``
     and passed to ``on_metrics`` as ``<plugin>/<name>``; of a plugin that is called ``loss``,
-    ``memory``, ``plugin``, ``schedule`` or ``time`` as metrics of the core are, or has a slash in
-    its name, as ``plugin/<plugin>/<name>``.
+    ``memory``, ``plugin``, ``schedule``, ``task`` or ``time`` as metrics of the core are, or has a
+    slash in its name, as ``plugin/<plugin>/<name>``.
     Ranks: every one asks; what the first says is written.
 
     Example::
@@ -455,7 +455,8 @@ def on_metrics(metrics: Mapping[str, float], step: int) -> None:
     Training rows have ``epoch tokens loss lr grad_norm tokens_per_s mfu memory_mb``, the parts of
     the loss (``loss/cross_entropy``, and ``loss/<plugin>.<name>`` of each term) and, in
     milliseconds, where the time of a step went (``time/…``); evaluation rows ``val_loss val_ppl
-    val_bpb val_tokens``. ``val_loss`` compares with ``loss/cross_entropy``.
+    val_bpb val_tokens``, and ``task/<task>/<metric>`` of the profile's tasks. ``val_loss`` compares
+    with ``loss/cross_entropy``.
 
     Example::
 
@@ -488,7 +489,7 @@ def on_evaluation_start(trainer: Any) -> None:
 @hookspec(stage=Stage.RUN, copies=("metrics",), may_last=True)
 def on_evaluation_end(trainer: Any, metrics: Mapping[str, float]) -> None:
     """The held-out text was scored: ``val_loss`` (nats per token), ``val_ppl``, ``val_bpb``, and on
-    how many targets (``val_tokens``).
+    how many targets (``val_tokens``); and the profile's tasks: ``task/<task>/<metric>``.
 
     Ranks: every one, with the same figures; ``on_metrics`` has them on the first rank only.
 

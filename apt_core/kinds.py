@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from apt_core.task_names import is_task_file
 from apt_core.types import SectionSpec
 
 
@@ -82,7 +83,7 @@ KINDS: Mapping[str, Kind] = {
             default="cosine",
             methods=("factor",),
         ),
-        Kind("task", methods=("items",), fallback=False),
+        Kind("task", keys=("evaluation.tasks",), methods=("items",), fallback=False),
     )
 }
 """Every kind by its name, in the order in which listings show them."""
@@ -110,6 +111,8 @@ def named_providers(data: Mapping[str, Any], sections: Iterable[SectionSpec] = (
         for key in reversed(keys):
             none = "none" if KINDS[kind].optional else ""
             names = [name for name in _texts(data, key) if name != none]
+            if kind == "task":
+                names = [name for name in names if not is_task_file(name)]
             for name in names:
                 named.setdefault((kind, name), key)
             if names:

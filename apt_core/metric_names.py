@@ -6,9 +6,10 @@ CROSS_ENTROPY = "loss/cross_entropy"
 """The loss without the terms of plugins, which is what the held-out loss compares with. The name of
 a term has a dot, so that none is called this."""
 
-LOSS, LR, MEMORY, PLUGIN, SCHEDULE, TIME = "loss", "lr", "memory", "plugin", "schedule", "time"
+LOSS, LR, MEMORY, PLUGIN = "loss", "lr", "memory", "plugin"
+SCHEDULE, TASK, TIME = "schedule", "task", "time"
 
-OWN_GROUPS = frozenset({LOSS, LR, MEMORY, PLUGIN, SCHEDULE, TIME})
+OWN_GROUPS = frozenset({LOSS, LR, MEMORY, PLUGIN, SCHEDULE, TASK, TIME})
 """What stands before the first slash in names that the core makes; a plugin may be called so."""
 
 
@@ -52,6 +53,15 @@ def of_memory(part: str) -> str:
 def of_parameter(name: str) -> str:
     """The value of a scheduled parameter."""
     return f"{SCHEDULE}/{name}"
+
+
+def of_task(task: str, metric: str) -> str:
+    """A metric of a task on which the model is scored while it is trained.
+
+    >>> of_task("arithmetic", "number_match")
+    'task/arithmetic/number_match'
+    """
+    return f"{TASK}/{task}/{metric}"
 
 
 def of_time(*parts: str) -> str:

@@ -19,6 +19,7 @@ from apt_core.config import (
     Source,
     Validated,
     check_files,
+    check_task_files,
     inactive_core_settings,
     refusal,
     validate,
@@ -127,6 +128,7 @@ def check_profile(
         problems += [*wrong, *check_providers(named, plugins.providers, source)]
         if files:
             problems += check_files(config, source, data_files(config, plugins.providers))
+            problems += check_task_files(config, source)
         # The list as it took effect, with what the command line added and left out.
         requests = [PluginRequest.model_validate(wanted.as_profile()) for wanted in plugins.wanted]
         config = config.model_copy(update={"plugins": tuple(requests)})

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from apt_core.errors import Problem
+from apt_core.task_names import is_task_file
 
 Key = tuple[str, ...]
 
@@ -36,7 +37,10 @@ WRITTEN: tuple[Key, ...] = (
     ("monitoring", "tensorboard", "log_dir"),
 )
 PLUGINS: Key = ("plugins",)
-FOUND_BESIDE = (*READ, PLUGINS)
+TASKS: Key = ("evaluation", "tasks")
+"""Some of which are files."""
+
+FOUND_BESIDE = (*READ, PLUGINS, TASKS)
 """Keys whose paths depend on where the profile lies that says them."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::|://)")
@@ -51,6 +55,9 @@ def resolve_paths(data: dict[str, Any], folder_of: Callable[[Key], Path | None])
     for key in READ:
         for holder, at in paths_of(data, key):
             holder[at] = found_path(holder[at], folder_of(key))
+    for holder, at in paths_of(data, TASKS):
+        if is_task_file(holder[at]):
+            holder[at] = found_path(holder[at], folder_of(TASKS))
     for key in WRITTEN:
         for holder, at in paths_of(data, key):
             holder[at] = os.path.expanduser(holder[at])

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from apt_core.config.checks import check_files
+from apt_core.config.checks import check_files, check_task_files
 from apt_core.config.inactive import inactive_core_settings, refusal, written_inactive
 from apt_core.config.json_schema import json_schema
 from apt_core.config.loader import core_text, list_profiles, read_profile
@@ -27,6 +27,7 @@ __all__ = [
     "Source",
     "Validated",
     "check_files",
+    "check_task_files",
     "core_text",
     "inactive_core_settings",
     "json_schema",

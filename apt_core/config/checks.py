@@ -20,6 +20,7 @@ from apt_core.profile_paths import is_pattern, is_url, matches
 from apt_core.providers.attention import TVASettings
 from apt_core.providers.dataset import SourceSection
 from apt_core.sections import Ramp
+from apt_core.task_names import is_task_file
 
 ROTATES = "rope turns pairs of dimensions"
 
@@ -92,6 +93,20 @@ def check_files(config: Config, source: Source, files: Sequence[str]) -> list[Pr
             )
             problems.append(Problem(message, key, source.where(key), hint))
     return problems
+
+
+def check_task_files(config: Config, source: Source) -> list[Problem]:
+    """Files of tasks that the profile names and that are not there."""
+    key = "evaluation.tasks"
+    hint = (
+        "a path is looked for beside the profile that says it, then in the folder that the command "
+        "runs in"
+    )
+    return [
+        Problem(f"there is no file {name!r}", key, source.where(key), hint)
+        for name in config.evaluation.tasks
+        if is_task_file(name) and not os.path.exists(name)
+    ]
 
 
 def _heads(view: View) -> Iterator[Problem]:

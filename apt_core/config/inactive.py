@@ -20,7 +20,7 @@ from apt_core.config.yaml_text import KeyPath, dotted
 from apt_core.errors import Problem, did_you_mean
 from apt_core.types import Inactive
 
-METRICS = ("perplexity", "accuracy", "loss", "bits_per_byte")
+METRICS = ("perplexity", "accuracy", "loss", "bits_per_byte", "reasoning_quality")
 """The metrics that the core computes."""
 
 
@@ -108,6 +108,10 @@ def inactive_core_settings(
         tokens = "evaluation.sample_tokens"
         for key in ("evaluation.sample_prompt", "evaluation.sample_temperature"):
             yield Inactive(key, f"{tokens} is 0: no sample is shown", (tokens,))
+    evaluation = config.evaluation
+    if not evaluation.tasks and "reasoning_quality" not in evaluation.metrics:
+        keys = ("evaluation.tasks", "evaluation.metrics")
+        yield Inactive("evaluation.task_items", "evaluation.tasks names none", keys)
     if config.debug.log_level != "DEBUG":
         level = "debug.log_level"
         reason = f"what it says more is of the level DEBUG, and {level} is {config.debug.log_level}"

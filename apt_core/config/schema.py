@@ -261,8 +261,22 @@ class EvaluationSection(Section):
         description="Held-out stretches that an evaluation of a running training looks at; each "
         "has as many windows as an optimizer step.",
     )
+    tasks: Names = Field(
+        default=(),
+        description="Tasks on which the model is scored at each evaluation: by name, or files "
+        "(.yaml).",
+    )
+    task_items: Count = Field(
+        default=100,
+        description="The most items of a task that such an evaluation looks at, spread over all.",
+    )
     save_best: bool = Field(
-        default=False, description="Keep the checkpoint with the lowest validation loss."
+        default=False, description="Keep the checkpoint that is the best by best_by."
+    )
+    best_by: Name = Field(
+        default="val_loss",
+        description="The figure of evaluations by which a checkpoint is the best, as rows of "
+        "metrics call it: val_loss, val_accuracy, val_reasoning_quality, task/NAME/METRIC.",
     )
     sample_tokens: Annotated[int, Field(ge=0, le=2**20)] = Field(
         default=200, description="Length of the continuation shown at the end; 0 shows none."

@@ -9,8 +9,9 @@ from typing import Protocol
 from apt_core.errors import ConfigError, Problem, ProviderError
 from apt_core.evaluation.tasks.file import read_task
 from apt_core.profile_paths import user_path
-from apt_core.providers.task import TaskProvider, is_task_file
+from apt_core.providers.task import TaskProvider
 from apt_core.registry import Registry
+from apt_core.task_names import is_task_file
 
 
 class Registering(Protocol):

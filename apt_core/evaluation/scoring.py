@@ -11,7 +11,7 @@ from typing import Any
 
 from apt_core.data.store.input import naming
 from apt_core.errors import ConfigError, ProviderError
-from apt_core.evaluation.found import Found
+from apt_core.evaluation.found import Asking, Found
 from apt_core.evaluation.metrics import Figure, figure_of
 from apt_core.evaluation.tasks.choices import score_choices
 from apt_core.evaluation.tasks.passages import score_passages
@@ -26,19 +26,10 @@ from apt_core.providers.task import (
     Question,
     QuestionTask,
     TaskProvider,
+    prompt_ids,
 )
+from apt_core.providers.tokenizer import TokenizerProvider
 from apt_core.runs.session import Session
-
-Advance = Callable[[float], None]
-"""Told which share of a task is done."""
-
-
-def _never() -> bool:
-    return False
-
-
-def _nobody(share: float) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -51,6 +42,10 @@ class Scoring:
     stride: int | None = None
     seed: int = 0
     limit: int | None = None
+
+    def asking(self, advance: Callable[[float], None] = lambda share: None) -> Asking:
+        """How items are asked by it."""
+        return Asking(self.batch_size, self.stride, advance=advance)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,22 +79,27 @@ KINDS: tuple[tuple[type[TaskProvider], tuple[type, ...], Callable[..., Found | N
 
 
 def items_of(
-    name: str, task: TaskProvider, scoring: Scoring, held_out: HeldOutText | None = None
+    name: str,
+    task: TaskProvider,
+    scoring: Scoring,
+    held_out: HeldOutText | None = None,
+    key: str = "--tasks",
 ) -> Items:
-    """The items of a task, once it was told the seed and the held-out text.
+    """The items of a task, once it was told the seed and the held-out text; ``key`` is what asks
+    for it.
 
     Raises ConfigError for a task without items, ProviderError for one that fails or has items of
     another kind.
     """
     if task.needs_held_out and held_out is None:
-        raise ConfigError(f"the task {name} needs the data of a run", "--tasks")
+        raise ConfigError(f"the task {name} needs the data of a run", key)
     task.seed, task.held_out = scoring.seed, held_out
     with naming("task", task, "items()"):
         items = task.items()
         items = items if isinstance(items, Sequence) else list(items)
     if not items:
         what = "the run's held-out documents have none" if task.needs_held_out else ""
-        raise ConfigError(f"the task {name} has no items", "--tasks", hint=what)
+        raise ConfigError(f"the task {name} has no items", key, hint=what)
     limit = min(len(items), scoring.limit or len(items))
     chosen = [items[index * len(items) // limit] for index in range(limit)]
     _, kinds, _ = _kind_of(name, task)
@@ -110,39 +110,25 @@ def items_of(
     return Items(name, task, chosen, len(items), _sha256(task, items))
 
 
-def find(
-    session: Session,
-    items: Items,
-    scoring: Scoring,
-    *,
-    interrupted: Callable[[], bool] = _never,
-    advance: Advance = _nobody,
-) -> Found | None:
-    """What the model of ``session`` makes of the chosen items; None once ``interrupted()`` is true.
-    Raises ProviderError for a task that fails."""
-    _, _, score = _kind_of(items.name, items.task)
-    return score(
-        session,
-        items.task,
-        items.chosen,
-        batch_size=scoring.batch_size,
-        stride=scoring.stride,
-        interrupted=interrupted,
-        advance=advance,
-    )
+def check_template(items: Items, tokenizer: TokenizerProvider, key: str = "--tasks") -> None:
+    """Raise ConfigError for a task whose prompts the tokenizer cannot encode."""
+    try:
+        prompt_ids(tokenizer, "", items.task.template)
+    except ValueError as error:
+        raise ConfigError(f"the task {items.name}: {error}", key) from None
 
 
-def score(
-    session: Session,
-    items: Items,
-    scoring: Scoring,
-    *,
-    interrupted: Callable[[], bool] = _never,
-    advance: Advance = _nobody,
-) -> TaskScore | None:
-    """The score of the model of ``session`` on these items; None once ``interrupted()`` is true."""
+def find(session: Session, items: Items, asking: Asking) -> Found | None:
+    """What the model of ``session`` makes of the chosen items; None once it was interrupted. Raises
+    ProviderError for a task that fails."""
+    _, _, score_items = _kind_of(items.name, items.task)
+    return score_items(session, items.task, items.chosen, asking)
+
+
+def score(session: Session, items: Items, asking: Asking) -> TaskScore | None:
+    """The score of the model of ``session`` on these items; None and errors as of :func:`find`."""
     began = time.monotonic()
-    found = find(session, items, scoring, interrupted=interrupted, advance=advance)
+    found = find(session, items, asking)
     if found is None:
         return None
     figures = {name: figure_of(name, sums) for name, sums in found.sums.items()}

@@ -14,7 +14,14 @@ from apt_core.evaluation.finding import find_tasks
 from apt_core.evaluation.held_out import HeldOut, open_held_out
 from apt_core.evaluation.metrics import Figure, difference_figure
 from apt_core.evaluation.records import score_row
-from apt_core.evaluation.scoring import Items, Scoring, TaskScore, items_of, score
+from apt_core.evaluation.scoring import (
+    Items,
+    Scoring,
+    TaskScore,
+    check_template,
+    items_of,
+    score,
+)
 from apt_core.evaluation.tasks.held_out import TextTask
 from apt_core.files import read_file
 from apt_core.profile_paths import user_path
@@ -90,12 +97,7 @@ def score_run(
         )
     found, rows = {}, []
     for items in _items(session, asked):
-        result = score(
-            session,
-            items,
-            asked.scoring,
-            advance=partial(advance, items.name),
-        )
+        result = score(session, items, asked.scoring.asking(partial(advance, items.name)))
         assert result is not None
         found[items.name] = result
         rows.append(score_row(result, session, asked.scoring, opening.weights))
@@ -120,7 +122,10 @@ def _items(session: Session, asked: Asked) -> list[Items]:
     held_out: HeldOut | None = None
     if any(task.needs_held_out for task in tasks.values()):
         held_out = open_held_out(session)
-    return [items_of(name, task, asked.scoring, held_out) for name, task in tasks.items()]
+    found = [items_of(name, task, asked.scoring, held_out) for name, task in tasks.items()]
+    for items in found:
+        check_template(items, session.tokenizer)
+    return found
 
 
 def _texts(paths: Sequence[Path]) -> Iterator[str]:

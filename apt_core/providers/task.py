@@ -20,18 +20,6 @@ Template = Literal["text", "response", "chat"]
 """How a prompt is given to the model: as it is; as a prompt that a response follows, which pairs
 are trained as; or as the turn of a user, by the tokenizer's template."""
 
-TASK_SUFFIXES = (".yaml", ".yml")
-"""The endings by which the name of a task is known to be a file."""
-
-
-def is_task_file(name: str) -> bool:
-    """Whether ``name`` is that of a file with a task, and not of a provider.
-
-    >>> is_task_file("mine/capitals.yaml"), is_task_file("arithmetic")
-    (True, False)
-    """
-    return name.endswith(TASK_SUFFIXES)
-
 
 @dataclass(frozen=True, slots=True)
 class Passage:

@@ -26,7 +26,7 @@ VOLATILE = ("tokens_per_s", "mfu", "memory_mb", "time/")
 TIME = "spent"
 """The part of a checkpoint's state that depends on the machine."""
 
-OWN = ("loss/", "schedule/")
+OWN = ("loss/", "schedule/", "task/")
 """Beginnings of the names of metrics with a slash that are of the training; others are of plugins,
 and need not be functions of it."""
 

@@ -23,18 +23,27 @@ EVALUATION = "evaluation.json"
 class Evaluated:
     """What an evaluation of a checkpoint's weights gave.
 
-    ``loss`` is that on the windows that ``watched`` names: losses compare where it is the same.
-    ``scores`` are those on the whole held-out text, empty where only a part was looked at.
+    ``loss`` is that on the watched windows. ``watched`` names these, and the figure by which a
+    checkpoint is the best, where that is another than the loss: evaluations compare where it is the
+    same. ``scores`` are those on the whole held-out text, empty where only a part was looked at.
+    The best checkpoint has the least ``badness``: what was ``judged``, else the loss.
     """
 
     watched: str
     loss: float
     scores: dict[str, float] = field(default_factory=dict)
+    judged: float | None = None
+
+    @property
+    def badness(self) -> float:
+        return self.loss if self.judged is None else self.judged
 
 
 def write_evaluation(path: Path, evaluated: Evaluated) -> None:
     """Put what an evaluation gave into the checkpoint at ``path``. Raises OSError."""
     record = without_nan(asdict(evaluated))
+    if evaluated.judged is None:
+        del record["judged"]
     text = json.dumps({**record, "sha256": digest(record)}, indent=1)
     write_atomically(path / EVALUATION, text)
 
@@ -51,7 +60,13 @@ def read_evaluation(path: Path) -> Evaluated | None:
         raise CheckpointError(f"{path / EVALUATION}: the file is damaged (its own sha256)")
     try:
         scores = {name: _number(value) for name, value in record["scores"].items()}
-        return Evaluated(str(record["watched"]), _number(record["loss"]), scores)
+        judged = record.get("judged")
+        return Evaluated(
+            str(record["watched"]),
+            _number(record["loss"]),
+            scores,
+            None if judged is None else _number(judged),
+        )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise CheckpointError(f"{path / EVALUATION}: not what an evaluation gave") from None
 
@@ -65,15 +80,14 @@ def _number(value: Any) -> float:
 
 
 def best_by_evaluation(root: Path, watched: str = "") -> tuple[Path, float] | None:
-    """The checkpoint below ``root`` of the lowest loss on the windows that ``watched`` names, by
-    default those of the newest evaluation; the first of equals, with that loss. None where none was
-    evaluated on them."""
+    """The best checkpoint below ``root`` by what ``watched`` names, by default that of the newest
+    evaluation; the first of equals, with its badness. None where none was evaluated by it."""
     there = evaluations(root)
     watched = watched or (there[-1][1].watched if there else "")
     found = [
-        (path, evaluated.loss)
+        (path, evaluated.badness)
         for path, evaluated in there
-        if evaluated.watched == watched and isfinite(evaluated.loss)
+        if evaluated.watched == watched and isfinite(evaluated.badness)
     ]
     return min(found, key=lambda pair: pair[1], default=None)
 

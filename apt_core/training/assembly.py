@@ -94,7 +94,7 @@ class Assembly:
             world, config, progress.step, context.events, evaluation=due.evaluates_again()
         )
         snapshots = Snapshots(context, usage, watched)
-        saving = Saving(context, folder, snapshots, watched, resumed=resumed)
+        saving = Saving(context, folder, snapshots, self._evaluator.ranked_by, resumed=resumed)
         context.kernel.notices += filter(None, [saving.notice])
         manifest = ManifestWriter(context, folder, saving)
         clock = StepClock(self.parts.device)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import nan
 
 from apt_core.data.batches import Batch, EvaluationPlan
 from apt_core.evaluation.quick_eval import BatchScore, score_batches, summarize
@@ -15,6 +16,7 @@ from apt_core.parallel.world import World
 from apt_core.runs.session import Session
 from apt_core.training.prepare import Parts
 from apt_core.training.stopping import Stopping
+from apt_core.training.tasks import TaskScores, better_of
 from apt_core.training.trained_model import TrainedModel
 from apt_core.types import GenerationRequest
 
@@ -22,11 +24,15 @@ from apt_core.types import GenerationRequest
 @dataclass(frozen=True)
 class Evaluation:
     """``scores`` by name, with ``val_tokens``, the number of scored targets, which shows whether
-    all windows or only the watched ones were scored. ``watched_loss`` is the loss on the watched
-    windows alone, so that the two kinds of evaluations can be compared."""
+    all windows or only the watched ones were scored, and those of tasks. ``watched_loss`` is the
+    loss on the watched windows alone, so that the two kinds of evaluations can be compared.
+    ``judged`` is what the best checkpoint has the least of, where that is not this loss. ``times``
+    are the milliseconds of tasks."""
 
     scores: dict[str, float]
     watched_loss: float
+    judged: float | None = None
+    times: dict[str, float] = field(default_factory=dict)
 
 
 class Evaluator:
@@ -34,7 +40,8 @@ class Evaluator:
 
     The watched windows are a function of the held-out ids, ``evaluation.eval_batches`` and the
     windows of an optimizer step, none of which a resume may change. They do not depend on how a
-    step is cut into micro-batches or divided among processes. ``watched`` is their sha256.
+    step is cut into micro-batches or divided among processes. ``watched`` is their sha256;
+    ``ranked_by`` names the figure by which a checkpoint is the best, on them or of a task.
     ``session`` returns the present session of the run, for a sample.
     """
 
@@ -55,6 +62,14 @@ class Evaluator:
         self._watched = [i for windows in stretches for i in self._plan.batches_of(windows)]
         self.watched = _identity(self._plan, stretches)
         self._accuracy = "accuracy" in settings.metrics
+        self._tasks = TaskScores(kernel, parts.tasks, world)
+        self._best_by = settings.best_by
+        self._better = better_of(kernel, parts.tasks)[settings.best_by]
+        self.ranked_by = self.watched
+        if self._best_by != "val_loss":
+            of = {name: task.items.sha256 for task in parts.tasks for name in task.better}
+            limit = f" {settings.task_items}" if self._best_by in of else ""
+            self.ranked_by = f"{self._best_by} {of.get(self._best_by, self.watched)}{limit}"
 
     def evaluate(self, *, everything: bool) -> Evaluation | None:
         """Score the watched windows, or ``everything``; None if the run was stopped meanwhile.
@@ -78,7 +93,10 @@ class Evaluator:
                 accuracy=self._accuracy,
                 interrupted=lambda: self._stopping.interrupted,
             )
-        if scored is None:
+            tasks = None
+            if scored is not None:
+                tasks = self._tasks.score(self._session(), lambda: self._stopping.interrupted)
+        if scored is None or tasks is None:
             return None
         by_index: dict[int, BatchScore] = {}
         for share in world.gather(dict(zip(own, scored, strict=True))):
@@ -88,7 +106,18 @@ class Evaluator:
         every = [by_index[index] for index in sorted(by_index)]
         scores = summarize(every, bytes_per_token)
         scores["val_tokens"] = sum(score.num_targets for score in every)
-        return Evaluation(scores, watched["val_loss"])
+        scores |= tasks.scores
+        return Evaluation(
+            scores, watched["val_loss"], self._judged({**watched, **tasks.scores}), tasks.times
+        )
+
+    def _judged(self, watched: Mapping[str, float]) -> float | None:
+        """What the best checkpoint has the least of; None for the loss. A task that has failed is
+        never better."""
+        if self._best_by == "val_loss":
+            return None
+        value = watched.get(self._best_by, nan)
+        return 0.0 - value if self._better == "higher" else value
 
     def fixed_batch(self) -> Batch:
         """A batch of held-out text, the same in every process and throughout the run: the first one

@@ -301,9 +301,11 @@ class Loop:
             progress.scores = {"step": progress.step, **scores}
         if progress.step > 0:
             self.stopping.judge(evaluation.watched_loss, progress.step, final=final)
-            self.saving.note_evaluation(evaluation.watched_loss, dict(scores) if everything else {})
+            self.saving.note_evaluation(
+                evaluation.watched_loss, dict(scores) if everything else {}, evaluation.judged
+            )
         position = {"step": progress.step, "epoch": progress.epoch, "tokens": progress.tokens}
-        row = {**position, **scores}
+        row = {**position, **scores, **evaluation.times}
         progress.metrics = {**progress.metrics, **scores, "val_step": progress.step}
         self.folder.write_metrics(row)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from apt_core.optim.build import build_optimizer
 from apt_core.parallel.peak import measured_peak_flops
 from apt_core.parallel.world import ALONE, World, inactive_alone
 from apt_core.planning.run_length import check_run_length
-from apt_core.profile_paths import READ, paths_of
+from apt_core.profile_paths import READ, TASKS, paths_of
 from apt_core.providers.lr_schedule import LRScheduleProvider
 from apt_core.providers.optimizer import OptimizerProvider
 from apt_core.providers.tokenizer import TokenizerProvider
@@ -34,6 +35,7 @@ from apt_core.schedules import Horizon
 from apt_core.training.curriculum.rehearsal import rehearse
 from apt_core.training.gathering import gathered_dtype
 from apt_core.training.step.forward import Forward
+from apt_core.training.tasks import RunTask, load_tasks
 
 log = get_logger("apt.training")
 
@@ -50,13 +52,14 @@ class Built:
 @dataclass(frozen=True)
 class Parts:
     """The parts of a run that never change: its data with the tokenizer, the division into batches,
-    learning-rate schedule, device and precision."""
+    learning-rate schedule, device and precision, and the tasks that its model is scored on."""
 
     device: torch.device
     dtype: torch.dtype | None
     plan: BatchPlan
     data: RunData
     lr_schedule: LRScheduleProvider
+    tasks: Sequence[RunTask] = ()
 
     @property
     def tokenizer(self) -> TokenizerProvider:
@@ -85,6 +88,7 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> tuple[Parts,
     reset_peak_memory(device)  # of the measurement and of earlier runs
     data = load_data(kernel)
     log.info("data: %s", data.description)
+    tasks = load_tasks(kernel, data)
     plan = batch_plan(kernel, data, world.rank, world.size)
     schedule = kernel.schedule.with_horizon(Horizon.of(config, plan.steps))
     lr_schedule = registry.get("lr_schedule", training.lr_schedule_name)
@@ -98,13 +102,14 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> tuple[Parts,
     kernel.notices += support_notices(kernel, device)
     optimizer = build_optimizer(kernel, model)
     _note_unknown_roles(kernel, model)
-    world.require_alike(_shared_inputs(kernel, dtype, data))
+    world.require_alike(_shared_inputs(kernel, dtype, data, tasks))
     parts = Parts(
         device=device,
         dtype=dtype,
         plan=plan,
         data=data,
         lr_schedule=lr_schedule,
+        tasks=tasks,
     )
     return parts, Built(model, optimizer, loop_forward(kernel, model, device, world))
 
@@ -136,18 +141,21 @@ OWN_SECTIONS = ("name", "version", "description", "monitoring", "hardware", "deb
 """Sections of the profile that may differ between the processes of a run."""
 
 
-def _shared_inputs(kernel: Kernel, dtype: torch.dtype | None, data: RunData) -> dict[str, Any]:
+def _shared_inputs(
+    kernel: Kernel, dtype: torch.dtype | None, data: RunData, tasks: Sequence[RunTask]
+) -> dict[str, Any]:
     """All inputs of a run that must be equal in its processes."""
     registry, records = kernel.registry, kernel.manager.records
     profile = {k: part for k, part in kernel.config.to_dict().items() if k not in OWN_SECTIONS}
     # Machines may keep the data at different paths; its content is compared below.
-    for key in (*READ, ("training", "checkpoint_dir")):
+    for key in (*READ, TASKS, ("training", "checkpoint_dir")):
         for holder, at in paths_of(profile, key):
             holder[at] = ""
     return {
         **profile,
         "text": {"sha256": data.sha256},
         "tokens": data.tokens_sha256,
+        "tasks": {task.items.name: task.items.sha256 for task in tasks},
         "providers": {row.kind: row.used for row in registry.resolutions.values()},
         "plugins": {
             r.name: f"{r.version} {r.source_sha256}"

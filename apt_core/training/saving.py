@@ -49,15 +49,15 @@ def writer_thread(device: torch.device) -> ThreadPoolExecutor:
 
 @dataclass(frozen=True)
 class _Best:
-    """The checkpoint on the disk that is kept as the best, with its watched loss."""
+    """The checkpoint on the disk that is kept as the best, with its badness."""
 
     step: int | None = None
-    loss: float = inf
+    badness: float = inf
 
 
 class Saving:
-    """Writes snapshots of the run, one at a time, on a thread. ``watched`` identifies the held-out
-    windows by whose loss checkpoints are compared.
+    """Writes snapshots of the run, one at a time, on a thread. ``watched`` identifies by what
+    checkpoints are compared: on which held-out windows, or by which other figure.
 
     The first process writes; with a sharded model every process writes its shards. If the profile
     asks for it, the best evaluated checkpoint is kept; one whose write failed does not count.
@@ -118,14 +118,16 @@ class Saving:
             future.set_result(self._folder.checkpoints / checkpoint.folder_name(snapshot.step))
         self._write = _Write(position, snapshot.evaluated, future)
 
-    def note_evaluation(self, loss: float, scores: dict[str, float]) -> None:
-        """Record the watched loss of the present position and, if there are any, its scores on the
-        whole held-out text. They are added to the checkpoint of the position, whether it is
-        written already or later."""
+    def note_evaluation(
+        self, loss: float, scores: dict[str, float], judged: float | None = None
+    ) -> None:
+        """Record the watched loss of the present position, what is ``judged`` in its place, and, if
+        there are any, its scores on the whole held-out text. They are added to the checkpoint of
+        the position, whether it is written already or later."""
         step, before = self._run.progress.step, self._evaluation_of(self._run.progress.step)
         if before is not None:
             scores = scores or before.scores
-        self._evaluated = step, Evaluated(self._watched, loss, scores)
+        self._evaluated = step, Evaluated(self._watched, loss, scores, judged)
         if self._write is None and self.saved is not None and self.saved[0] == step:
             self._record(step)
 
@@ -134,10 +136,10 @@ class Saving:
         checkpoint on the disk. Waits for a pending write if that may decide it."""
         found = self._evaluation_of(self._run.progress.step)
         wanted = self._keeps_best
-        if not wanted or found is None or not found.loss < self._best.loss:
+        if not wanted or found is None or not found.badness < self._best.badness:
             return False
         self.finish()
-        return found.loss < self._best.loss
+        return found.badness < self._best.badness
 
     def _evaluation_of(self, step: int) -> Evaluated | None:
         if self._evaluated is None or self._evaluated[0] != step:
@@ -156,13 +158,13 @@ class Saving:
                 write_evaluation(path, found)
             except OSError as error:
                 log.error("the evaluation of step %d is not kept with it: %s", step, error)
-        if self._keeps_best and found.loss < self._best.loss:
-            self._best = _Best(step, found.loss)
+        if self._keeps_best and found.badness < self._best.badness:
+            self._best = _Best(step, found.badness)
 
     def _best_before(self) -> tuple[_Best, str]:
         """The best checkpoint in the folder, and a notice. If all of them were evaluated on other
-        windows, the best of these is kept until the first one on the new windows replaces it; the
-        notice says so."""
+        windows or by another figure, the best of these is kept until the first one on the new ones
+        replaces it; the notice says so."""
         root, watched = self._folder.checkpoints, self._watched
         best = best_by_evaluation(root, watched)
         if best is not None:
@@ -172,7 +174,8 @@ class Saving:
             return _Best(), ""
         return _Best(checkpoint.step_of(best[0])), (
             f"{best[0].name} is the best checkpoint on the held-out windows that were watched "
-            "before: it is kept until one is the best on the new ones"
+            "before, or by another evaluation.best_by: it is kept until one is the best on those "
+            "of now"
         )
 
     def poll(self) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from apt_core.code_source import short_path
 from apt_core.errors import DivergedError
 from apt_core.kernel import Kernel
+from apt_core.metric_names import TASK
 from apt_core.monitor import duration, rate
 from apt_core.plugin_records import PluginRecord
 from apt_core.printable import printable
 from apt_core.runs.checkpoint import list_checkpoints, step_of
-from apt_core.runs.finding import has_checkpoint
 from apt_core.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def summary_lines(result: RunResult, kernel: Kernel) -> list[str]:
             f"{figures['val_bpb']:.3f} bits per byte{started}, "
             f"perplexity {figures['val_ppl']:.2f}"
         )
+    lines += _task_lines(figures)
     used = [
         f"{row.kind}:{row.used}" + (f" (asked: {row.asked}; {row.reason})" if row.reason else "")
         for row in kernel.registry.resolutions.values()
@@ -74,10 +76,18 @@ def summary_lines(result: RunResult, kernel: Kernel) -> list[str]:
     if result.sample:
         sample = kernel.config.evaluation.sample_prompt + result.sample
         lines += ["sample:", f"  {printable(sample)}"]
-    folder = short_path(str(result.folder))
-    lines.append(f"run folder: {folder}")
-    if has_checkpoint(result.folder):
-        lines.append(f"talk to it: apt-chat {shlex.quote(folder)}")
+    lines.append(f"run folder: {short_path(str(result.folder))}")
+    return lines
+
+
+def _task_lines(figures: Mapping[str, float]) -> list[str]:
+    """One line for each figure of a task, with what it was at the start."""
+    lines = []
+    for name, value in figures.items():
+        if name.startswith((f"{TASK}/", "val_reasoning")) and not name.endswith("_start"):
+            start = figures.get(f"{name}_start")
+            before = "" if start is None else f" (at the start: {start:.3f})"
+            lines.append(f"{name}: {value:.3f}{before}")
     return lines
 
 

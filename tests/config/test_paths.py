@@ -181,7 +181,21 @@ def test_every_path_of_the_schema_is_resolved() -> None:
                 yield (*at, name)
 
     named = {key for key in keys(Config) if f"_{key[-1]}".endswith(ENDS)}
-    assert named == {*READ, *WRITTEN} and set(FOUND_BESIDE) - {("plugins",)} == set(READ)
+    assert named == {*READ, *WRITTEN}
+    assert set(FOUND_BESIDE) - {("plugins",), ("evaluation", "tasks")} == set(READ)
+
+
+def test_files_of_tasks_are_looked_for_beside_the_profile(write, tmp_path) -> None:
+    task = write("up/mine.yaml", "kind: passages\nitems: [a]")
+    write("here/arithmetic", "no task: a name is no file")
+    profile = write("up/p.yaml", "evaluation: {tasks: [mine.yaml, arithmetic]}")
+    assert boot(str(profile)).config.evaluation.tasks == (str(task), "arithmetic")
+    profile.write_text("evaluation: {tasks: [gone.yaml, arithmetik]}")
+    with pytest.raises(ConfigError) as caught:
+        boot(str(profile))
+    second, first = caught.value.problems
+    assert "there is no file 'gone.yaml'" in str(first) and "p.yaml:1" in str(first)
+    assert "did you mean 'arithmetic'?" in str(second)
 
 
 def test_a_missing_file_says_where_it_was_looked_for(write) -> None:

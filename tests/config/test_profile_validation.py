@@ -498,7 +498,7 @@ def test_sections_of_plugins_that_were_left_out_are_inactive() -> None:
         ("monitoring.wandb.enabled", True),
         ("monitoring.tensorboard.enabled", True),
         ("hardware.num_gpus", 4),
-        ("evaluation.metrics", ["reasoning_quality"]),
+        ("evaluation.metrics", ["reasoning"]),
     ],
 )
 def test_a_key_that_does_nothing_is_named_with_the_reason(path: str, value: Any) -> None:

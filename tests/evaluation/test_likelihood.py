@@ -57,7 +57,7 @@ BY_HAND = {
 def test_perplexity_by_sliding_windows_is_that_computed_by_hand(table, stride, batch_size):
     probabilities = [n / (n + 1) for n in BY_HAND[stride]]
     scoring = Scoring(batch_size=batch_size, stride=stride)
-    found = score(table, items_of("text", TextTask(["a" * 9]), scoring), scoring)
+    found = score(table, items_of("text", TextTask(["a" * 9]), scoring), scoring.asking())
     assert found.figures["perplexity"].value == pytest.approx(prod(probabilities) ** (-1 / 9))
     bits = -log(prod(probabilities)) / log(2) / 9
     assert found.figures["bits_per_byte"].value == pytest.approx(bits)
@@ -125,7 +125,7 @@ class Learned(PassageTask):
 
 
 def test_only_what_is_learned_of_a_document_counts(table):
-    found = score(table, items_of("learned", Learned(), Scoring()), Scoring())
+    found = score(table, items_of("learned", Learned(), Scoring()), Scoring().asking())
     losses = -log(3 / 4) - log(4 / 5), -log(1 / 2) - log(2 / 3)
     assert found.found.units == "documents"
     assert found.figures["perplexity"].value == pytest.approx(exp(sum(losses) / 4))
@@ -143,7 +143,7 @@ class Choices(ChoiceTask):
 
 
 def test_choices_are_those_of_the_highest_likelihood(table):
-    found = score(table, items_of("choices", Choices(), Scoring()), Scoring())
+    found = score(table, items_of("choices", Choices(), Scoring()), Scoring().asking())
     assert found.found.sums["accuracy"][:, 0].tolist() == [1, 0, 1, 1]
     assert found.found.sums["accuracy_per_byte"][:, 0].tolist() == [0, 1, 1, 1]
     assert found.found.too_long == 1

@@ -13,6 +13,7 @@ from apt_core.data.sources.hlbd import SHIPPED
 from apt_core.errors import ConfigError, ProviderError
 from apt_core.evaluation import validators
 from apt_core.evaluation.finding import find_tasks
+from apt_core.evaluation.found import Asking
 from apt_core.evaluation.scoring import Scoring, items_of, score
 from apt_core.evaluation.tasks import questions
 from apt_core.evaluation.tasks.file import read_task
@@ -160,7 +161,7 @@ def test_a_plugins_task_is_scored_and_its_failures_are_named(monkeypatch):
     monkeypatch.setattr(questions, "Engine", Said)
     session = tiny_session(Plugin())
     task = find_tasks(session, ["reverse"], "--tasks")["reverse"]
-    found = score(session, items_of("reverse", task, Scoring(batch_size=1)), Scoring())
+    found = score(session, items_of("reverse", task, Scoring(batch_size=1)), Scoring().asking())
     assert found.figures["exact_match"].value == 1.0 and found.found.too_long == 1
     limited = items_of("reverse", task, Scoring(limit=2))
     assert [item.prompt for item in limited.chosen] == ["abc", "火山"] and limited.total == 3
@@ -172,7 +173,7 @@ def test_a_plugins_task_is_scored_and_its_failures_are_named(monkeypatch):
     ):
         task.fault = fault
         with pytest.raises(ProviderError, match=message):
-            score(session, items_of("reverse", task, Scoring()), Scoring())
+            score(session, items_of("reverse", task, Scoring()), Scoring().asking())
     with pytest.raises(ProviderError, match="is a Nothing, not a TaskProvider"):
         find_tasks(session, ["nothing"], "--tasks")
 
@@ -196,9 +197,9 @@ def test_a_generation_that_is_interrupted_ends_the_task():
     session = tiny_session()
     task = find_tasks(session, ["arithmetic"], "--tasks")["arithmetic"]
     items = items_of("arithmetic", task, Scoring(limit=3))
-    assert score(session, items, Scoring(), interrupted=lambda: True) is None
-    whole = score(session, items, Scoring(batch_size=2))
-    one = score(replace(session), items, Scoring(batch_size=1))
+    assert score(session, items, Asking(interrupted=lambda: True)) is None
+    whole = score(session, items, Scoring(batch_size=2).asking())
+    one = score(replace(session), items, Scoring(batch_size=1).asking())
     assert whole.found.sums["number_match"].tolist() == one.found.sums["number_match"].tolist()
 
 

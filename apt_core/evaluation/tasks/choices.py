@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from apt_core.evaluation.found import Found
+from apt_core.evaluation.found import Asking, Found
 from apt_core.evaluation.likelihood import encode_pair, num_too_long, precision_of, predict
 from apt_core.providers.task import Choice, TaskProvider
 from apt_core.runs.session import Session
@@ -18,11 +18,7 @@ def score_choices(
     session: Session,
     task: TaskProvider,
     items: Sequence[Choice],
-    *,
-    batch_size: int,
-    stride: int | None,
-    interrupted: Callable[[], bool],
-    advance: Callable[[float], None],
+    asking: Asking,
 ) -> Found | None:
     """Whether the answer is the likeliest choice, and whether it is so a byte; of equals the first
     is taken. What is longer than the context is seen from its end: the beginning of the prompt is
@@ -38,7 +34,11 @@ def score_choices(
             for choice in item.choices
         ]
         predicted = predict(
-            session, stretches, stride=stride, batch_size=batch_size, interrupted=interrupted
+            session,
+            stretches,
+            stride=asking.stride,
+            batch_size=asking.batch_size,
+            interrupted=asking.interrupted,
         )
         if predicted is None:
             return None
@@ -50,7 +50,7 @@ def score_choices(
             sizes = np.array([max(1, len(choice.encode("utf-8"))) for choice in item.choices])
             right.append(float(likelihoods.argmax() == item.answer))
             right_per_byte.append(float((likelihoods / sizes).argmax() == item.answer))
-        advance(min(1.0, (first + CHUNK_ITEMS) / len(items)))
+        asking.advance(min(1.0, (first + CHUNK_ITEMS) / len(items)))
     return Found(
         {
             name: np.stack([np.array(values), np.ones(len(values))], axis=1)

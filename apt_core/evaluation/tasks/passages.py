@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from apt_core.evaluation.found import Found
+from apt_core.evaluation.found import Asking, Found
 from apt_core.evaluation.intervals import Sums
 from apt_core.evaluation.likelihood import (
     Stretch,
@@ -28,22 +28,18 @@ def score_passages(
     session: Session,
     task: TaskProvider,
     items: Sequence[Passage | EncodedPassage],
-    *,
-    batch_size: int,
-    stride: int | None,
-    interrupted: Callable[[], bool],
-    advance: Callable[[float], None],
+    asking: Asking,
 ) -> Found | None:
     """The losses of ``items`` with their tokens and bytes, by document; of a single document by
     windows of ``stride`` tokens, to each of which belong as many of its bytes as of its tokens."""
     context = session.config.model.max_seq_len
-    stride = default_stride(context) if stride is None else stride
+    stride = asking.stride or default_stride(context)
     tokens: list[Sums] = []
     sizes: list[Sums] = []
     done = too_long = 0
 
     def advance_chunk(share: float) -> None:
-        advance((done + share * len(chunk)) / len(items))
+        asking.advance((done + share * len(chunk)) / len(items))
 
     for chunk in _chunks(session, items):
         stretches = [stretch for stretch, _, _ in chunk]
@@ -51,8 +47,8 @@ def score_passages(
             session,
             stretches,
             stride=stride,
-            batch_size=batch_size,
-            interrupted=interrupted,
+            batch_size=asking.batch_size,
+            interrupted=asking.interrupted,
             advance=advance_chunk,
         )
         if predicted is None:
