@@ -734,7 +734,9 @@ def apt_decoder(request: GenerationRequest, session: Any) -> Any:
     When: once per generation request. Returns: an object with
     ``choose(input_ids [1, T], logits [V]) -> int | None``; the first result wins. Where ``choose``
     returns None, this token is left to plain sampling; if it raises, it counts as a failure of the
-    plugin and plain sampling takes over for the rest of the request.
+    plugin and plain sampling takes over for the rest of the request. A ``choose`` with a parameter
+    ``branches`` can look ahead: ``branches(logits, length, seeds)`` continues the text in as many
+    ways, from copies of its caches (:class:`apt_core.inference.Branches`).
 
     Example::
 

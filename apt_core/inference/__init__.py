@@ -1,6 +1,7 @@
 """Generating text."""
 
+from apt_core.inference.branches import Branch, Branches
 from apt_core.inference.engine import Delta, Engine, Ticket, generate
 from apt_core.inference.sampling import candidates
 
-__all__ = ["Delta", "Engine", "Ticket", "candidates", "generate"]
+__all__ = ["Branch", "Branches", "Delta", "Engine", "Ticket", "candidates", "generate"]

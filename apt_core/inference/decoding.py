@@ -17,7 +17,7 @@ from apt_core.inference.slots import Slots
 from apt_core.inference.texts import Text, window_start
 from apt_core.log import get_logger
 from apt_core.modeling.casts import KeptCasts
-from apt_core.modeling.row_decoding import Products
+from apt_core.modeling.row_decoding import Int8Products, Products
 from apt_core.runs.session import Session
 
 log = get_logger("apt.inference")
@@ -36,7 +36,8 @@ class Decoder:
     the caches that it makes.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, *, int8: bool = False) -> None:
+        self._int8 = int8
         self._model, self._device = session.model, session.device
         self._max_seq_len = session.config.model.max_seq_len
         self._dtype, self._casts = dtype_for(session), KeptCasts(session.model)
@@ -61,7 +62,10 @@ class Decoder:
         computed = None
         # A model that makes no caches is not to be computed with any.
         if hasattr(self._model, "rows") and self._has_caches():
-            computed = self._model.rows(Products(self._dtype))
+            products = Int8Products(self._dtype) if self._int8 else Products(self._dtype)
+            computed = self._model.rows(products)
+            if isinstance(products, Int8Products):
+                log.info("int8 weights in %d of %d products", products.used, products.number)
         if computed is not None:
             self._slots = Slots(
                 self._model, computed, device=self._device, max_seq_len=self._max_seq_len
@@ -95,10 +99,27 @@ class Decoder:
             rows.append(reader.read())
         return torch.stack(rows)
 
-    def release(self, text: Text, *, spoiled: bool = False) -> None:
-        """Free the caches of ``text``, which are ``spoiled`` if its logits were not finite."""
+    def room(self, text: Text) -> int:
+        """How many guesses after ``text`` :meth:`verified` takes."""
+        return 0 if self._slots is None else self._slots.room(text)
+
+    def verified(self, texts: Sequence[Text], guesses: Sequence[Sequence[int]]) -> list[Tensor]:
+        """For each of ``texts``, which are all, the fp32 logits [1 + k, V] after it and after each
+        of its k tokens of ``guesses``; then :meth:`truncate` it."""
+        assert self._slots is not None
+        with self._computing():
+            return [logits.float() for logits in self._slots.verified(texts, guesses)]
+
+    def truncate(self, text: Text) -> None:
+        """Forget guesses that were not appended to ``text``."""
+        assert self._slots is not None
+        self._slots.truncate(text)
+
+    def release(self, text: Text, *, spoiled: bool = False, keep: bool = True) -> None:
+        """Free the caches of ``text``, which are ``spoiled`` if its logits were not finite; with
+        ``keep``, a later text that begins with it may use them."""
         if self._slots is not None:
-            self._slots.release(text, spoiled=spoiled)
+            self._slots.release(text, spoiled=spoiled, keep=keep)
         self._readers.pop(text, None)
 
     @contextmanager
@@ -110,9 +131,9 @@ class Decoder:
         return nullcontext() if self._dtype is None else self._in_dtype()
 
     def _reader(self, text: Text) -> _Reader:
-        """A reader of a new text: a fork of one that has read the same and no more."""
+        """A reader of a new text: a fork of one that has read its beginning and no more."""
         for known, reader in self._readers.items():
-            if known.ids == text.ids and known.most == text.most:
+            if known.most >= text.most and text.ids[: len(known.ids)] == known.ids:
                 fork = reader.fork(text)
                 if fork is not None:
                     return fork
@@ -149,8 +170,9 @@ class _Reader:
         self._last: Tensor | None = None
 
     def fork(self, text: Text) -> _Reader | None:
-        """A reader of the same tokens that ``text`` continues; None if a cache cannot be forked."""
-        if self._caches is None or self._last is None or self._read != len(text.ids):
+        """A reader of ``text``, which begins with all that this one has read; None if a cache
+        cannot be forked."""
+        if self._caches is None or self._last is None or self._read != len(self._text.ids):
             return None
         if not all(hasattr(cache, "fork") for cache in self._caches):
             return None

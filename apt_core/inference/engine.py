@@ -5,7 +5,9 @@ Shapes: B rows, V token ids.
 
 from __future__ import annotations
 
+import math
 import random
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,7 +19,9 @@ from torch import Tensor
 
 from apt_core.errors import ConfigError
 from apt_core.generation_requests import check_request
+from apt_core.inference.branches import Branches
 from apt_core.inference.decoding import Decoder
+from apt_core.inference.lookup import LOOKUPS, TIE, Guesses, Lookup, Payoff
 from apt_core.inference.request_hooks import RequestHooks
 from apt_core.inference.sampling import Sampling, choose, log_probabilities, penalized
 from apt_core.inference.stopping import GrowingText
@@ -71,14 +75,30 @@ class Engine:
     prompt, settings and seed, up to the last bits of the logits, which may depend on the size of
     the batch.
 
+    With ``lookup``, texts whose tokens are the most likely ones are also continued by guesses from
+    what they have said before, several tokens a step; ``auto`` does so where it is faster. It
+    changes no token (:data:`apt_core.inference.lookup.TIE`). ``int8`` rounds weights to 8 bits
+    where that is faster on this CPU, which changes results a little; there is no look-up then.
+
     An engine is used by one thread. Several engines may share a session.
     """
 
-    def __init__(self, session: Session, *, max_batch: int = 16) -> None:
+    def __init__(
+        self,
+        session: Session,
+        *,
+        max_batch: int = 16,
+        lookup: Lookup = "auto",
+        int8: bool = False,
+    ) -> None:
+        """Raises ConfigError for settings that are not valid."""
         if max_batch < 1:
             raise ConfigError(f"is {max_batch}: at least one text must fit", key="max_batch")
+        if lookup not in LOOKUPS:
+            raise ConfigError(f"is {lookup!r}", key="lookup", hint=f"one of {', '.join(LOOKUPS)}")
         self.session, self.max_batch = session, max_batch
-        self._decoder = Decoder(session)
+        self.lookup = Payoff("never" if int8 else lookup)
+        self._decoder = Decoder(session, int8=int8)
         self._waiting: deque[_Row] = deque()
         self._active: list[_Row] = []
         self._entered = False
@@ -193,9 +213,64 @@ class Engine:
         while self._waiting and len(self._active) < self.max_batch:
             self._active.append(self._waiting.popleft())
             self._active[-1].begin()
-        if self._active:
-            logits = self._decoder.logits([row.text for row in self._active])
-            self._add_tokens(self._active, logits[:, : self.session.tokenizer.vocab_size])
+        rows, start = [*self._active], time.perf_counter()
+        if not rows:
+            return
+        guesses = self._guesses(rows) if self.lookup.wanted else []
+        if any(guesses):
+            before = sum(len(row.text.ids) for row in rows)
+            kept = self._add_guessed(rows, guesses)
+            added = sum(len(row.text.ids) for row in rows) - before
+            seconds = time.perf_counter() - start
+            guessed = sum(map(len, guesses))
+            self.lookup.guessed_step(seconds, added, guessed=guessed, kept=kept)
+            return
+        one_each = all(row.begun for row in rows)
+        logits = self._decoder.logits([row.text for row in rows])
+        self._add_tokens(rows, logits[:, : self.session.tokenizer.vocab_size])
+        if one_each:
+            self.lookup.plain_step(time.perf_counter() - start, len(rows))
+
+    def _guesses(self, rows: Sequence[_Row]) -> list[list[int]]:
+        """Guesses of the next tokens of each row; empty where a text is not ready for them."""
+        rooms = [self._decoder.room(row.text) for row in rows]
+        if not all(rooms):
+            return []
+        return [row.guessed(room) for row, room in zip(rows, rooms, strict=True)]
+
+    def _add_guessed(self, rows: Sequence[_Row], guesses: Sequence[list[int]]) -> int:
+        """Verify ``guesses`` and add tokens to ``rows``; how many guesses were right."""
+        size = self.session.tokenizer.vocab_size
+        verified = self._decoder.verified([row.text for row in rows], guesses)
+        others = [row for row, guess in zip(rows, guesses, strict=True) if not guess]
+        firsts = [logits[0, :size] for logits, guess in zip(verified, guesses, strict=True)
+                  if not guess]  # fmt: skip
+        likely = [_likely(logits[:, :size])
+                  for logits, guess in zip(verified, guesses, strict=True) if guess]  # fmt: skip
+        known = torch.cat(likely).tolist()
+        kept = 0
+        for row in others:
+            self._decoder.truncate(row.text)
+        for row, guess in zip(rows, guesses, strict=True):
+            if not guess:
+                continue
+            reason = None
+            of_row, known = known[: len(guess) + 1], known[len(guess) + 1 :]
+            for (token, margin), guessed in zip(of_row, [*guess, -1], strict=True):
+                if not TIE <= margin < math.inf:  # or it is NaN
+                    row.guess_less()
+                    break
+                reason = row.add(int(token), None)
+                if reason is not None or int(token) != guessed:
+                    break
+                kept += 1
+            self._decoder.truncate(row.text)
+            if reason is not None:
+                self._leave(row)
+                row.end(reason)
+        if others:
+            self._add_tokens(others, torch.stack(firsts))
+        return kept
 
     def _drop_cancelled(self) -> None:
         for row in [row for row in self._waiting if row.ticket.cancelled]:
@@ -283,6 +358,14 @@ class Engine:
         return [int(numbers[0]) for numbers in packed], found
 
 
+def _likely(logits: Tensor) -> Tensor:
+    """Of logits [T, V]: the most likely token of each, and how far its logit is above the next one;
+    float64 [T, 2]."""
+    values, ids = logits.topk(2)
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    return torch.stack([ids[:, 0].to(wide), (values[:, 0] - values[:, 1]).to(wide)], dim=1)
+
+
 _Logprobs = tuple[float, tuple[tuple[int, float], ...]]
 
 
@@ -303,7 +386,9 @@ class _Row:
         # Python promises that a seed draws the same on every machine and in every version.
         self._random = random.Random(request.seed % (1 << 64))  # noqa: S311
         self._ends = _ends_of(session, request)
-        self._begun = False
+        self._asked_plugins = self.begun = False
+        self._guesses = Guesses()
+        self._guess_from = 0
         self._hooks: RequestHooks | None = None
         self._growing: GrowingText | None = None
         if request.stop or on_delta is not None:
@@ -313,7 +398,7 @@ class _Row:
 
     def begin(self) -> None:
         """Tell the plugins, and ask them what they change."""
-        self._begun = True
+        self._asked_plugins = True
         self._session.manager.hook.on_generation_start(request=self.request, session=self._session)
         hooks = RequestHooks(self._session, self.request)
         self._hooks = hooks if hooks else None
@@ -321,6 +406,18 @@ class _Row:
     def draw(self) -> float:
         """The next uniform number of the request's seed."""
         return self._random.random()
+
+    def guessed(self, room: int) -> list[int]:
+        """A guess of its next tokens, at most ``room``; empty unless the most likely token is taken
+        whatever comes."""
+        plain = self.sampling.greedy and not self.changes_logits and self.request.logprobs is None
+        if not plain or len(self.text.ids) < self._guess_from:
+            return []
+        return self._guesses.of(self.text.ids, min(room, self.text.most - len(self.text.ids) - 1))
+
+    def guess_less(self) -> None:
+        """Guess nothing for the next token, whose logits are to be computed alone."""
+        self._guess_from = len(self.text.ids) + 1
 
     @property
     def changes_logits(self) -> bool:
@@ -339,11 +436,14 @@ class _Row:
             seen = torch.zeros_like(logits, dtype=torch.bool).index_fill_(0, held, True)
             logits = penalized(logits, seen, self.request.repetition_penalty)
         if self._hooks is not None and window is not None:
-            self.decided = self._hooks.chosen(window, logits)
+            size = self._session.tokenizer.vocab_size
+            branches = Branches(decoder, self.text, self.sampling, self._ends, size)
+            self.decided = self._hooks.chosen(window, logits, branches)
         return logits
 
     def add(self, token: int, logprobs: _Logprobs | None) -> str | None:
         """Add a token, -1 for logits that were not finite; the reason to end if there is one."""
+        self.begun = True
         if token < 0:
             log.warning("generation stopped: the model's logits are not finite")
             return "not_finite"
@@ -383,7 +483,7 @@ class _Row:
             dropped_tokens=window_start(text.start, self._session.config.model.max_seq_len),
         )
         self.ticket.result = result
-        if self._begun:
+        if self._asked_plugins:
             self._session.manager.hook.on_generation_end(
                 request=request, result=result, session=self._session
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from apt_core.hook_returns import logits
+from apt_core.inference.branches import Branches
 from apt_core.plugin_manager import PluginManager
 from apt_core.runs.session import Session
 from apt_core.types import GenerationRequest
@@ -29,6 +31,7 @@ class RequestHooks:
             for function in functions
         ]
         self._decoder = session.manager.call_first("apt_decoder", **given)
+        self._takes_branches = self._decoder is not None and _takes_branches(self._decoder[1])
 
     def __bool__(self) -> bool:
         """Whether any plugin takes part."""
@@ -40,15 +43,16 @@ class RequestHooks:
             given = processor(input_ids, given)
         return given
 
-    def chosen(self, input_ids: Tensor, given: Tensor) -> int | None:
-        """The token of the decoder; None if there is none, or if it leaves this token to
-        sampling or fails."""
+    def chosen(self, input_ids: Tensor, given: Tensor, branches: Branches) -> int | None:
+        """The token of the decoder, which is handed ``branches`` if it takes them; None if there is
+        none, or if it leaves this token to sampling or fails."""
         if self._decoder is None:
             return None
         plugin, decoder = self._decoder
 
         def choose() -> tuple[int | None]:
-            token = decoder.choose(input_ids, given.clone())
+            more = {"branches": branches} if self._takes_branches else {}
+            token = decoder.choose(input_ids, given.clone(), **more)
             if token is None:
                 return (None,)
             token = operator.index(token)
@@ -61,6 +65,14 @@ class RequestHooks:
             self._decoder = None
             return None
         return answer[0]
+
+
+def _takes_branches(decoder: Any) -> bool:
+    """Whether a decoder's ``choose`` has a parameter ``branches``."""
+    try:
+        return "branches" in inspect.signature(decoder.choose).parameters
+    except (TypeError, ValueError):  # not every callable tells its parameters
+        return False
 
 
 def _guarded(manager: PluginManager, plugin: str, function: Any) -> Processor:

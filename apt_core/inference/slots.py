@@ -90,6 +90,11 @@ class Slots:
         self._rows.append(row)
         self._slot_of[text] = slot
 
+    def _known_of(self, text: Text) -> int:
+        """How many tokens of the beginning of ``text`` some cache holds."""
+        held = [*self._finished.values(), *(row.held_ids for row in self._rows)]
+        return max((common_length(ids, text.ids) for ids in held), default=0)
+
     def _make_room(self, slot: int) -> None:
         """Move the finished text in ``slot``, or forget it."""
         ids = self._finished.pop(slot)
@@ -113,9 +118,9 @@ class Slots:
         if others is not None:
             self._finished[one] = others
 
-    def release(self, text: Text, *, spoiled: bool = False) -> None:
-        """Free the slot of ``text``; its caches are kept until they are in the way, unless they are
-        ``spoiled``, by what is not finite."""
+    def release(self, text: Text, *, spoiled: bool = False, keep: bool = True) -> None:
+        """Free the slot of ``text``. Its caches are kept until they are in the way if ``keep`` says
+        so, and if they are not ``spoiled`` by what is not finite."""
         slot, last = self._slot_of.pop(text, None), len(self._rows) - 1
         if slot is None:  # it ends before its first step
             return
@@ -130,7 +135,7 @@ class Slots:
                 cache.swap(slot, last, max(row.held, moved.held))
             self._slot_of[moved.text] = slot
         self._rows.pop()
-        if row.held:
+        if row.held and keep:
             self._finished[last] = row.held_ids
         while len(self._finished) > KEPT:
             del self._finished[next(iter(self._finished))]
@@ -138,28 +143,30 @@ class Slots:
     # Steps -----------------------------------------------------------------------------------
 
     def logits(self, texts: Sequence[Text]) -> Tensor:
-        """The logits [B, V] after each of ``texts``, which are all that are worked on."""
+        """The logits [B, V] after each of ``texts``: all that are worked on, or those that were
+        added last."""
         similar = self._add_new(texts)
-        parts = [self._unread_logits(0)]
+        first = min(self._slot_of[text] for text in texts if text in self._slot_of)
+        parts = [self._unread_logits(first)]
         if similar:
-            first = len(self._rows)
+            later = len(self._rows)
             for text in similar:
                 self.add(text)
-            parts.append(self._unread_logits(first))
+            parts.append(self._unread_logits(later))
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)
-        order = [self._slot_of[text] for text in texts]
+        order = [self._slot_of[text] - first for text in texts]
         return logits if order == list(range(len(order))) else logits[order]
 
     def _add_new(self, texts: Sequence[Text]) -> list[Text]:
-        """Add the new ones of ``texts``, but for those that begin as another new one does: these
-        can share its computation once it is done."""
+        """Add the new ones of ``texts``, but for those of which another new one will have computed
+        more than is known now: these can share it once it is done."""
         new: list[Text] = []
         similar: list[Text] = []
         for text in texts:
             if text in self._slot_of:
                 continue
             shared = max((common_length(text.ids, other.ids) for other in new), default=0)
-            if shared >= LEAST_SHARED and 2 * shared >= len(text.ids):
+            if shared >= LEAST_SHARED and 2 * (shared - self._known_of(text)) >= len(text.ids):
                 similar.append(text)
             else:
                 new.append(text)
@@ -193,8 +200,14 @@ class Slots:
         row.held = min(row.held, len(text.ids) - 1 - row.start)
 
     def room(self, text: Text) -> int:
-        """How many more tokens the window of ``text`` takes."""
-        return self._max_seq_len - (len(text.ids) - self._rows[self._slot_of[text]].start)
+        """How many guesses after ``text`` may be verified: 0 if more than its last token is
+        unread."""
+        slot = self._slot_of.get(text)
+        if slot is None:
+            return 0
+        row = self._rows[slot]
+        length = len(text.ids) - row.start
+        return max(0, self._max_seq_len - length) if length - row.held == 1 else 0
 
     def _unread(self, row: _Row) -> list[int]:
         start = window_start(len(row.text.ids), self._max_seq_len)

@@ -10,6 +10,7 @@ heads, K key and value heads, R the width at which a head attends.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -53,13 +54,11 @@ class RowStep:
         self.positions = places if span <= last + 1 else places.clamp_max(last)
         self._mask: Tensor | None = None
         self._added: Tensor | None = None
+        self.size, self.end = self.batch * self.length, first + self.batch
+        # Whether each row's tokens are all that it has: causal attention needs no mask then.
+        self.whole = self.length == span and not mask
         self._indices: dict[tuple[int, int], Tensor] = {}
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def whole(self) -> bool:
-        """Whether each row's tokens are all that it has: causal attention needs no mask then."""
-        return self.length == self.span and not self.masked
 
     def mask(self) -> Tensor | None:
         """Which places are seen, boolean [B, 1, T, S]; None: all of the span."""
@@ -90,13 +89,12 @@ class RowStep:
             self._indices[heads, room] = found
         return found
 
-    def tables(self, key: Any, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of two tables [max_seq_len, 1, R] for the new tokens, [N, 1, R], looked up once
-        for all layers with the same ``key``."""
+    def tables(self, key: Any, made: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Any:
+        """What ``made`` gives of the positions [N] of the new tokens, made once for all layers with
+        the same ``key``."""
         found = self._tables.get(key)
         if found is None:
-            positions = self.positions.flatten()
-            found = self._tables[key] = cos[positions], sin[positions]
+            found = self._tables[key] = made(self.positions.flatten())
         return found
 
 
@@ -108,68 +106,77 @@ class RowCache:
         self.prepared = prepared
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
+        self._rows = self._room = 0
 
     def update(self, step: RowStep, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add ``key`` and ``value`` [N, K, R]; return those of the step's rows, views
         [B, K, S, R]."""
-        keys, values = self._with_room(step, key, value)
-        heads, room = keys.shape[1], keys.shape[2]
-        indices = step.indices(heads, room)
-        keys.view(-1, keys.shape[3]).index_copy_(0, indices, key.reshape(-1, keys.shape[3]))
-        values.view(-1, values.shape[3]).index_copy_(0, indices, value.reshape(-1, values.shape[3]))
-        rows = slice(step.first, step.first + step.batch)
-        return keys[rows, :, : step.span], values[rows, :, : step.span]
+        keys, values = self._keys, self._values
+        if (
+            keys is None
+            or values is None
+            or step.end > self._rows
+            or step.span > self._room
+            or keys.dtype != key.dtype
+        ):
+            keys, values = self._with_room(step, key, value)
+        indices = step.indices(self._heads, self._room)
+        self._flat_keys.index_copy_(0, indices, key.reshape(-1, self._widths[0]))
+        self._flat_values.index_copy_(0, indices, value.reshape(-1, self._widths[1]))
+        if step.first or step.end != self._rows:
+            keys, values = keys[step.first : step.end], values[step.first : step.end]
+        return keys.narrow(2, 0, step.span), values.narrow(2, 0, step.span)
 
     def _with_room(self, step: RowStep, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        rows, length = step.first + step.batch, step.span
+        """Keys and values with room for the step, in the types of what is added."""
         keys, values = self._keys, self._values
         if keys is None or values is None or keys.dtype != key.dtype:
-            held_rows, held_length = 0, 0
-        elif rows <= keys.shape[0] and length <= keys.shape[2]:
-            return keys, values
+            keys = values = None
+            rows, length = step.end, doubled(FIRST_LENGTH, step.span)
         else:
-            held_rows, _, held_length, _ = keys.shape
-        rows = max(held_rows, rows if not held_rows else doubled(held_rows, rows))
-        length = max(held_length, doubled(FIRST_LENGTH, length))
-        self._keys = _grown(keys, key, rows, length)
-        self._values = _grown(values, value, rows, length)
-        return self._keys, self._values
+            rows = self._rows if step.end <= self._rows else doubled(self._rows, step.end)
+            length = self._room if step.span <= self._room else doubled(self._room, step.span)
+        return self._hold(_grown(keys, key, rows, length), _grown(values, value, rows, length))
+
+    def _hold(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self._keys, self._values = keys, values
+        self._rows, self._heads, self._room, width = keys.shape
+        self._widths = width, values.shape[3]
+        self._flat_keys = keys.view(-1, width)
+        self._flat_values = values.view(-1, values.shape[3])
+        return keys, values
 
     def copy(self, source: int, to: int, length: int) -> None:
         """Copy the first ``length`` places of one slot to another."""
-        if self._keys is None or self._values is None:
+        if not self._both:
             return
-        if to >= len(self._keys):
-            rows = doubled(len(self._keys), to + 1)
-            self._keys = _grown(self._keys, self._keys[:, :, 0], rows, self._keys.shape[2])
-            self._values = _grown(self._values, self._values[:, :, 0], rows, self._values.shape[2])
-        for held in (self._keys, self._values):
+        if to >= self._rows:
+            rows = doubled(self._rows, to + 1)
+            self._hold(*(_grown(held, held[:, :, 0], rows, self._room) for held in self._both))
+        for held in self._both:
             held[to, :, :length] = held[source, :, :length]
 
     def swap(self, one: int, other: int, length: int) -> None:
         """Exchange the first ``length`` places of two slots."""
-        if self._keys is None or self._values is None:
-            return
-        for held in (self._keys, self._values):
+        for held in self._both:
             kept = held[one, :, :length].clone()
             held[one, :, :length] = held[other, :, :length]
             held[other, :, :length] = kept
 
     def erase(self, slot: int) -> None:
         """Write zeros over all of a slot."""
-        for held in (self._keys, self._values):
-            if held is not None and slot < len(held):
+        for held in self._both:
+            if slot < len(held):
                 held[slot].zero_()
 
     @property
     def nbytes(self) -> int:
         """The bytes of keys and values."""
-        held = [part for part in (self._keys, self._values) if part is not None]
-        return sum(part.numel() * part.element_size() for part in held)
+        return sum(part.numel() * part.element_size() for part in self._both)
 
-    def clear(self) -> None:
-        """Free keys and values."""
-        self._keys = self._values = None
+    @property
+    def _both(self) -> list[Tensor]:
+        return [part for part in (self._keys, self._values) if part is not None]
 
 
 def doubled(size: int, least: int) -> int:
@@ -204,6 +211,58 @@ class Products:
         linear = torch.nn.functional.linear
         cast = weight if self.dtype is None else weight.detach().to(self.dtype)
         return lambda x: linear(x, cast)
+
+
+class Int8Products(Products):
+    """Products with weights of 8 bits and one scale a row of the weight, where torch computes these
+    faster on this CPU: a weight is a quarter as large, and a token waits for little else.
+
+    x is rounded to bf16 for it. ``used`` of ``number`` products are computed so.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        super().__init__(dtype)
+        self.used = self.number = 0
+        self._faster: dict[torch.Size, bool] = {}
+
+    def of(self, weight: Tensor) -> Function:
+        """x [N, D] to about x Wᵀ [N, F], for ``weight`` W [F, D]."""
+        plain = super().of(weight)
+        self.number += 1
+        if self.dtype is not None or weight.device.type != "cpu" or weight.dtype != torch.float32:
+            return plain
+        scales = weight.detach().abs().amax(1).clamp_min(1e-30) / 127
+        rounded = (weight.detach() / scales[:, None]).round().to(torch.int8).contiguous()
+        ones = torch.ones_like(scales, dtype=torch.bfloat16)
+
+        def product(x: Tensor) -> Tensor:
+            # The scales are applied in fp32: the kernel's are bf16.
+            return torch._weight_int8pack_mm(x.bfloat16(), rounded, ones).float() * scales
+
+        if weight.shape not in self._faster:
+            self._faster[weight.shape] = _faster(product, plain, weight.shape[1])
+        if not self._faster[weight.shape]:
+            return plain
+        self.used += 1
+        return product
+
+
+def _faster(one: Function, other: Function, width: int) -> bool:
+    """Whether ``one`` is the faster function of x [1, ``width``], where it can be computed."""
+    x = torch.ones(1, width)
+
+    def seconds(function: Function) -> float:
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            function(x)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    try:
+        return seconds(one) < seconds(other)
+    except RuntimeError:  # the kernel takes no such shape
+        return False
 
 
 CALLED = ("forward", "create_cache", "create_caches")

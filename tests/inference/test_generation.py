@@ -266,14 +266,14 @@ class Waits(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_token_waits_for_the_device_once(temperature):
+def test_a_token_waits_for_the_device_at_most_once(temperature):
     session = lively_session()
     numbers = []
     for tokens in (10, 30):
         with Waits() as waits:
             tokens_of(session, max_new_tokens=tokens, temperature=temperature)
         numbers.append(waits.number)
-    assert numbers[1] - numbers[0] == 20
+    assert 0 < numbers[1] - numbers[0] <= 20  # fewer where guesses are right
 
 
 def test_a_processor_waits_for_the_device_once_more():

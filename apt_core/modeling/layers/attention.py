@@ -7,6 +7,7 @@ which a head attends, N = H + 2K.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from apt_core.modeling.init import normal_, write_std
 from apt_core.modeling.kv_cache import KeyValueCache
-from apt_core.modeling.layers.rope import turned
+from apt_core.modeling.layers.rope import turning
 from apt_core.modeling.row_decoding import Function, Products, RowCache, RowStep
 from apt_core.providers.position import PositionProvider
 
@@ -36,14 +37,15 @@ attention stays too uniform, and from 2 it starts too narrow."""
 @dataclass(frozen=True)
 class RowWeights:
     """What decoding needs of the weights of an attention: the matrices of its two projections, the
-    scales of QK-norm, and the functions of the projections where they are plain products;
-    ``compensator`` has those of TVA's."""
+    scales of QK-norm, the functions of the projections where they are plain products, and the
+    function that turns queries and keys; ``compensator`` has the matrix of TVA's."""
 
     qkv: Tensor
     out: Tensor
     qk_scales: Tensor | None
     project: Function | None
     read_out: Function | None
+    turn: Callable[[Tensor, RowStep], Tensor] | None
     compensator: Tensor | None = None
 
 
@@ -161,7 +163,11 @@ class SelfAttention(nn.Module, ABC):
             project = products.of(qkv_weight)
         if type(self).read_out is SelfAttention.read_out:
             read_out = products.of(out_weight)
-        return RowWeights(qkv_weight, out_weight, scales, project, read_out)
+        heads = self.num_heads + self.num_kv_heads
+        turn = None
+        if self.rotary is not None:
+            turn = turning(self.rotary, heads, heads + self.num_kv_heads)
+        return RowWeights(qkv_weight, out_weight, scales, project, read_out, turn)
 
     def _qk_scales(self) -> Tensor:
         """The scales of QK-norm [H+K, R]."""
@@ -177,25 +183,28 @@ class SelfAttention(nn.Module, ABC):
         """x [N, D] of the new tokens of a step's rows to [N, D]; ``cache.prepared`` is what
         :meth:`prepare_rows` has made."""
         weights: RowWeights = cache.prepared
+        q_heads, kv_heads, width, size = self.num_heads, self.num_kv_heads, self.width, step.size
         if weights.project is None:
             packed = self.project(x, weights.qkv)
         else:
-            packed = weights.project(x).view(len(x), -1, self.width)
-        heads = self.num_heads + self.num_kv_heads
-        qk, v = packed[:, :heads], packed[:, heads:]
+            packed = weights.project(x).view(size, -1, width)
         if weights.qk_scales is not None:
-            qk = F.rms_norm(qk, (self.width,), eps=QK_NORM_EPS) * weights.qk_scales
-        if self.rotary is not None:
-            qk = turned(self.rotary, qk, step)
-        if qk.dtype != v.dtype:
-            qk = qk.to(v.dtype)
-        k, v = cache.update(step, qk[:, self.num_heads :], v)
-        q = qk[:, : self.num_heads].view(step.batch, step.length, self.num_heads, self.width)
-        mixed = self._attend_rows(q.transpose(1, 2), k, v, step).transpose(1, 2)
-        mixed = mixed.reshape(len(x), self.num_heads, self.width)
+            qk, v = packed.split((q_heads + kv_heads, kv_heads), 1)
+            qk = F.rms_norm(qk, (width,), eps=QK_NORM_EPS) * weights.qk_scales
+            packed = torch.cat([qk.to(v.dtype), v], 1)
+        if weights.turn is not None:
+            packed = weights.turn(packed, step)
+        q, k, v = packed.split((q_heads, kv_heads, kv_heads), 1)
+        k, v = cache.update(step, k, v)
+        if step.length == 1:
+            q = q.unsqueeze(2)
+            mixed = self._attend_rows(q, k, v, step)
+        else:
+            q = q.unflatten(0, (step.batch, step.length)).transpose(1, 2)
+            mixed = self._attend_rows(q, k, v, step).transpose(1, 2)
         if weights.read_out is None:
-            return self.read_out(mixed, weights.out)
-        return weights.read_out(mixed.flatten(1))
+            return self.read_out(mixed.reshape(size, q_heads, width), weights.out)
+        return weights.read_out(mixed.reshape(size, q_heads * width))
 
     def _attend_rows(self, q: Tensor, k: Tensor, v: Tensor, step: RowStep) -> Tensor:
         """:meth:`attend` for rows that may have different lengths."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,14 +92,33 @@ class Rotary(nn.Module):
         return {**self.__dict__, "_cast": None}
 
 
-def turned(rotary: nn.Module, x: Tensor, step: RowStep) -> Tensor:
-    """x [N, H, R] of the new tokens of a step's rows, turned by their places."""
+def turning(rotary: nn.Module, turned: int, heads: int) -> Callable[[Tensor, RowStep], Tensor]:
+    """A function of x [N, heads, R], the new tokens of a step's rows, that turns the first
+    ``turned`` heads by the tokens' positions."""
     if type(rotary) is not Rotary or not takes_part(rotary, "forward"):
-        rows: Tensor = rotary(x.unflatten(0, (step.batch, step.length)), step.positions)
-        return rows.flatten(0, 1)
-    key = rotary.head_dim, rotary.theta, x.dtype
-    cos, sin = step.tables(key, *rotary._tables(x.dtype))
-    return torch.addcmul(x * cos, x.roll(rotary.head_dim // 2, dims=-1), sin)
+        return lambda x, step: _turned_by(rotary, x, turned, step)
+    half, others = rotary.head_dim // 2, heads - turned
+
+    def made(dtype: torch.dtype, positions: Tensor) -> tuple[Tensor, Tensor]:
+        # The other heads are turned by nothing, which is less work than to take them apart.
+        cos, sin = (table[positions] for table in rotary._tables(dtype))
+        shape = (-1, others, -1)
+        return (
+            torch.cat([cos.expand(-1, turned, -1), torch.ones_like(cos).expand(shape)], dim=1),
+            torch.cat([sin.expand(-1, turned, -1), torch.zeros_like(sin).expand(shape)], dim=1),
+        )
+
+    def all_turned(x: Tensor, step: RowStep) -> Tensor:
+        key = rotary.head_dim, rotary.theta, turned, heads, x.dtype
+        cos, sin = step.tables(key, partial(made, x.dtype))
+        return torch.addcmul(x * cos, x.roll(half, -1), sin)
+
+    return all_turned
+
+
+def _turned_by(rotary: nn.Module, x: Tensor, turned: int, step: RowStep) -> Tensor:
+    rows = x[:, :turned].unflatten(0, (step.batch, step.length))
+    return torch.cat([rotary(rows, step.positions).flatten(0, 1), x[:, turned:]], dim=1)
 
 
 def _same(before: Sequence[Any], now: Sequence[Any]) -> bool:

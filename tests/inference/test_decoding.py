@@ -1,0 +1,287 @@
+"""Decoding with caches, in batches and by look-up gives the tokens of computing everything anew."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from apt_core import GenerationRequest, hookimpl
+from apt_core.inference import Engine
+from apt_core.inference.lookup import TRIAL, Guesses, Payoff
+from apt_core.inference.texts import window_start
+from apt_core.modeling.layers import TVAAttention
+from apt_plugins.moe.experts import Experts
+from apt_plugins.moe.layer import MoELayer
+from apt_plugins.moe.router import TopKRouter
+
+PROMPTS = ["The ", "", "ab ab ab ab ", "Line 3 of a small text: 3 apples and 4 pears", "字é", "ab"]
+
+LAYERS = {
+    "tva": {},
+    "tva with a compensator": {"model.tva.s": 4},
+    "tva with qk_norm, of grouped queries": {"model.tva.qk_norm": True, "model.num_kv_heads": 1},
+    "factored tva": {"model.tva.factored": True},
+    "mha": {"model.attention_name": "mha"},
+    "mha of grouped queries with qk_norm": {
+        "model.attention_name": "mha",
+        "model.num_kv_heads": 2,
+        "model.mha.qk_norm": True,
+    },
+    "learned positions": {"model.position_name": "learned"},
+    "n-grams": {"model.ngram.orders": [2, 3], "model.ngram.buckets": [64, 64]},
+    "soft cap, layernorm and vft": {
+        "model.logits_soft_cap": 5.0,
+        "model.norm_name": "layernorm",
+        "model.ffn_name": "vft",
+    },
+    "gelu": {"model.ffn_name": "gelu", "model.tie_embeddings": False},
+    "experts": {},
+}
+SHAPE = {"model.num_heads": 4, "model.num_layers": 2, "model.max_seq_len": 32}
+
+
+def made(lively, name):
+    session = lively(overrides={**SHAPE, **LAYERS[name]})
+    if name == "experts":
+        for block in session.model.blocks:
+            experts = MoELayer(
+                TopKRouter(16, 4, 2), Experts(4, 16, 8, "swiglu"), top_k=2, granularity=1
+            )
+            generator = torch.Generator().manual_seed(5)
+            with torch.no_grad():
+                for parameter in experts.parameters():
+                    parameter.normal_(generator=generator).mul_(0.5)
+            block.ffn = experts.eval()
+    return session
+
+
+@torch.no_grad()
+def anew(session, prompt, tokens):
+    """The most likely tokens, each by a forward of all that the model sees."""
+    model, ids = session.model.eval(), session.tokenizer.encode(prompt) or [0]
+    start, most = len(ids), session.config.model.max_seq_len
+    for _ in range(tokens):
+        window = ids[window_start(len(ids), most) :]
+        logits = model(torch.tensor([window])).logits[0, -1]
+        ids.append(int(logits.argmax()))
+    return tuple(ids[start:])
+
+
+def greedy(prompts, tokens):
+    return [
+        GenerationRequest(prompt, max_new_tokens=tokens[n % len(tokens)], temperature=0.0)
+        for n, prompt in enumerate(prompts)
+    ]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_batches_caches_and_guesses_change_no_greedy_token(lively, name):
+    session = made(lively, name)
+    # Some texts grow beyond the context, some end early, so that slots change owners.
+    requests = greedy(PROMPTS, (44, 5, 30))
+    expected = [anew(session, r.prompt, r.max_new_tokens) for r in requests]
+    assert len({token for tokens in expected for token in tokens}) > 10
+    for engine in (
+        Engine(session, max_batch=4, lookup="never"),
+        Engine(session, max_batch=1, lookup="never"),
+        Engine(session, max_batch=3, lookup="always"),
+    ):
+        for _ in range(2):  # the second time from what caches still hold
+            assert [result.token_ids for result in engine.run(requests)] == expected
+        assert engine._decoder._slots is not None and len(engine._decoder) == 0
+
+
+class Stateful(nn.Module):
+    """A sum of all that came before, with a cache of its own kind."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, width) / width)
+
+    def create_cache(self, max_length):
+        class Sum:
+            length, total = 0, 0.0
+
+        return Sum()
+
+    def forward(self, x, *, mask=None, positions=None, cache=None):
+        total = x.cumsum(1)
+        if cache is not None:
+            total = total + cache.total
+            cache.total, cache.length = total[:, -1:], cache.length + x.shape[1]
+        return torch.tanh(total @ self.weight)
+
+
+class NoCache(Stateful):
+    create_cache = None
+
+    def forward(self, x, *, mask=None, positions=None, cache=None):
+        return super().forward(x)
+
+
+class OwnForward(TVAAttention):
+    """One who changes the forward gets it called."""
+
+    def forward(self, x, **options):
+        return 2.0 * super().forward(x, **options)
+
+
+class OwnKernel(TVAAttention):
+    """Another kernel is used for rows of any length."""
+
+    def attend(self, q, k, v, mask):
+        return 0.5 * super().attend(q, k, v, mask)
+
+
+@pytest.mark.parametrize("kind", [Stateful, NoCache, OwnForward, OwnKernel])
+def test_an_attention_of_somebody_else_is_decoded_as_it_computes(lively, kind):
+    session = made(lively, "tva")
+    for block in session.model.blocks:
+        if issubclass(kind, TVAAttention):
+            block.attention.__class__ = kind
+        else:
+            torch.manual_seed(3)
+            block.attention = kind(16)
+    requests = greedy(PROMPTS[:4], (40, 7))
+    expected = [anew(session, r.prompt, r.max_new_tokens) for r in requests]
+    engine = Engine(session, max_batch=3)
+    assert [result.token_ids for result in engine.run(requests)] == expected
+    assert (engine._decoder._slots is not None) == (kind is OwnKernel)
+
+
+def test_a_hook_of_a_module_is_called_for_every_token(lively):
+    session, request = made(lively, "tva"), greedy(["The "], (9,))
+    engine = Engine(session)
+    expected = engine.run(request)
+    for module in session.model.modules():
+        calls = []
+        handle = module.register_forward_hook(lambda *given, calls=calls: calls.append(1))
+        assert engine.run(request) == expected
+        handle.remove()
+        assert len(calls) >= 9 or isinstance(module, nn.ModuleList), module
+
+
+def test_an_engine_notices_that_weights_have_changed(lively):
+    session, request = made(lively, "tva"), greedy(["The "], (9,))
+    engine = Engine(session)
+    first = engine.run(request)
+    attention = session.model.blocks[0].attention
+    for change in (
+        lambda: attention.qkv_weight.mul_(-1.0),
+        lambda: setattr(attention, "out_weight", nn.Parameter(-3.0 * attention.out_weight)),
+    ):
+        with torch.no_grad():
+            change()
+        changed = engine.run(request)
+        assert changed == Engine(session).run(request) != first
+        first = changed
+
+
+def test_what_is_not_finite_in_a_slot_hurts_no_later_text(lively):
+    session = lively(overrides={**SHAPE, "model.tie_embeddings": False})
+    requests = greedy(["ab" * 12, "cd"], (6,))
+    expected = Engine(session).run(requests)
+    engine = Engine(session, max_batch=2)
+    said = {token for result in expected for token in result.token_ids}
+    bad = next(token for token in range(ord("A"), 128) if token not in said)
+    with torch.no_grad():
+        session.model.embedding.weight[bad] = float("nan")
+    found = engine.run(greedy([chr(bad) * 28, "ab" * 12], (6,)))
+    assert [each.finish_reason for each in found] == ["not_finite", "length"]
+    assert found[1].token_ids == expected[0].token_ids
+    assert [r.token_ids for r in engine.run(requests)] == [r.token_ids for r in expected]
+
+
+def test_caches_grow_with_the_texts_and_are_shared(lively):
+    session = lively(overrides={**SHAPE, "model.max_seq_len": 256})
+    engine = Engine(session, lookup="never")
+    sizes = []
+    for tokens in (20, 100):
+        engine.run([GenerationRequest("ab", max_new_tokens=tokens)])
+        sizes.append(engine._decoder._slots.nbytes)
+    heads, width = 4, session.model.blocks[0].attention.rank
+    # The second time with a slot for the first text, which is kept.
+    assert sizes == [2 * 2 * heads * places * width * 4 for places in (64, 2 * 128)]
+    read = []
+    slots = engine._decoder._slots
+    reading = slots._read
+    slots._read = lambda first, feeds, **o: read.append(feeds) or reading(first, feeds, **o)
+    prompt = "a conversation of some turns: "
+    for text in (prompt, prompt + "and another", "samples of one prompt"):
+        engine.run([GenerationRequest(text, max_new_tokens=1, seed=seed) for seed in range(3)])
+    fed = [[len(feed) for feed in feeds] for feeds in read]
+    # A new prompt is computed once, and of its copies the last token; of a known one what is new.
+    assert fed == [[len(prompt)], [1, 1], [11, 11, 11], [21], [1, 1]]
+
+
+def test_guesses_are_what_came_after_the_same_tokens_before():
+    guesses = Guesses()
+    ids = [1, 2, 3, 4, 5, 1, 2, 3]
+    assert guesses.of(ids, 3) == [4, 5, 1]
+    assert guesses.of([*ids, 9], 3) == []
+    assert guesses.of([*ids, 9, 4, 5, 1, 2, 3], 8) == [9, 4, 5, 1, 2, 3]
+
+
+def test_look_up_stops_where_it_does_not_pay_and_is_tried_again():
+    for speed, pays in ((3.0, True), (0.9, False)):
+        payoff = Payoff("auto")
+        assert not payoff.wanted
+        payoff.plain_step(1.0, 1)
+        for _ in range(TRIAL):
+            assert payoff.wanted
+            payoff.guessed_step(2.0, round(2 * speed), guessed=8, kept=1)
+        assert payoff.wanted == pays
+        for _ in range(200):
+            payoff.plain_step(1.0, 1)
+        assert payoff.wanted
+    assert Payoff("always").wanted and not Payoff("never").wanted
+
+
+def test_int8_weights_are_used_where_they_are_faster_and_change_little(lively, caplog, monkeypatch):
+    from apt_core.modeling import row_decoding
+
+    monkeypatch.setattr(row_decoding, "_faster", lambda *functions: True)
+    caplog.set_level("INFO", "apt.inference")
+    session = lively(overrides={"model.d_model": 64, "model.d_ff": 64})
+    request = GenerationRequest("The ", max_new_tokens=6, temperature=0.0, logprobs=1)
+    (plain,) = Engine(session).run([request])
+    (rounded,) = Engine(session, int8=True).run([request])
+    assert "int8 weights in 6 of 6 products" in caplog.text
+    assert plain.logprobs != rounded.logprobs
+    assert rounded.logprobs[0].logprob == pytest.approx(plain.logprobs[0].logprob, abs=0.2)
+
+
+def test_a_decoder_may_look_ahead_without_a_trace(lively):
+    class Looks:
+        def __init__(self):
+            self.found = []
+
+        @hookimpl
+        def apt_decoder(self):
+            return self
+
+        def choose(self, input_ids, logits, branches):
+            self.found.append((input_ids, branches(logits, 5, range(3))))
+
+    for name in ("tva", "mha"):
+        session = made(lively, name)
+        if name == "mha":  # without slots
+            session.model.blocks[0].attention.register_forward_hook(lambda *given: None)
+        requests = [
+            GenerationRequest(p, max_new_tokens=8, temperature=8.0, seed=n)
+            for n, p in enumerate(PROMPTS)
+        ]
+        expected = Engine(session).run(requests)
+        session.manager.register(looks := Looks(), f"looks_{name}")
+        assert Engine(session).run(requests) == expected
+        input_ids, branches = looks.found[0]
+        assert [len(branch.token_ids) for branch in branches] == [5, 5, 5]
+        assert len({branch.token_ids for branch in branches}) == 3
+        with torch.no_grad():
+            for branch in branches:
+                text = torch.tensor([[*input_ids[0].tolist(), *branch.token_ids]])
+                logprobs = session.model(text).logits[0].log_softmax(-1)[-6:-1]
+                own = logprobs.gather(1, torch.tensor(branch.token_ids)[:, None])[:, 0]
+                torch.testing.assert_close(own, torch.tensor(branch.logprobs), atol=1e-4, rtol=0)
+        session.manager.unregister(looks)
