@@ -121,8 +121,9 @@ class ProcessLostError(AptError):
     """Another process of the run has ended, or does not answer."""
 
 
-class InterruptedAgain(KeyboardInterrupt):
-    """A second signal ends the run at once; ``exit_code`` is 128 + its number."""
+class Interrupted(KeyboardInterrupt):
+    """A signal ends the run at once: the second one, or one that comes before there is anything to
+    save. ``exit_code`` is 128 + its number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"signal {number}")

@@ -6,8 +6,9 @@ T is ``seq_len``, B the number of windows in a micro-batch.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from apt_core.data.order import Drawn, Order
 from apt_core.data.packing.concat import ConcatWindows
 from apt_core.data.packing.rows import IGNORED, Rows, Windows
+from apt_core.data.store.format import DamagedStoreError
 from apt_core.data.store.parts import ArrayPart
 
 Ints = npt.NDArray[Any]
@@ -222,27 +224,40 @@ class BatchPlan:
         if len(self.sources) == 1:
             rows = self.sources[0].rows(drawn.windows)
         else:
-            rows = _interleaved(self.sources, drawn)
+            rows = _interleaved(self.sources, self.order.names, drawn)
         return cut_padding(rows) if self._longest else rows
 
     def _num_targets(self, drawn: Drawn) -> int:
         if len(self.sources) == 1:
             return self.sources[0].num_targets(drawn.windows)
-        return sum(
-            windows.num_targets(drawn.windows[drawn.sources == number])
-            for number, windows in enumerate(self.sources)
-        )
+        total = 0
+        for number, windows in enumerate(self.sources):
+            with _naming(self.order.names[number]):
+                total += windows.num_targets(drawn.windows[drawn.sources == number])
+        return total
 
 
-def _interleaved(sources: Sequence[Windows], drawn: Drawn) -> Rows:
-    """The rows of windows of several sources, in the order of ``drawn``."""
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Say of which source of a mixture a store is damaged."""
+    try:
+        yield
+    except DamagedStoreError as error:
+        if not source:
+            raise
+        raise DamagedStoreError(f"data.mixture, source {source}: {error}") from error
+
+
+def _interleaved(sources: Sequence[Windows], names: Sequence[str], drawn: Drawn) -> Rows:
+    """The rows of windows of several sources with ``names``, in the order of ``drawn``."""
     shape = (len(drawn.windows), sources[0].seq_len)
     input_ids, targets = np.empty(shape, np.int64), np.empty(shape, np.int64)
     document_ids, apart, packed = np.zeros(shape, np.int64), False, False
     num_targets = num_tokens = 0
     for number in np.unique(drawn.sources).tolist():
         chosen = drawn.sources == number
-        rows = sources[number].rows(drawn.windows[chosen])
+        with _naming(names[number]):
+            rows = sources[number].rows(drawn.windows[chosen])
         input_ids[chosen], targets[chosen] = rows.ids, rows.targets
         num_targets, num_tokens = num_targets + rows.num_targets, num_tokens + rows.num_tokens
         if rows.document_ids is not None:
@@ -267,10 +282,13 @@ def cut_padding(rows: Rows) -> Rows:
 
 class EvaluationPlan:
     """Batches of ``batch_size`` consecutive windows, those of one source after the other; the last
-    batch may be smaller."""
+    batch may be smaller. Several sources have ``names``."""
 
-    def __init__(self, sources: Sequence[Windows], *, batch_size: int) -> None:
+    def __init__(
+        self, sources: Sequence[Windows], *, batch_size: int, names: Sequence[str] = ()
+    ) -> None:
         self.sources, self.batch_size = sources, batch_size
+        self._names = names or [""] * len(sources)
         self.seq_len = sources[0].seq_len
         self._ends = np.cumsum([len(windows) for windows in sources])
         self.num_windows = int(self._ends[-1])
@@ -295,7 +313,7 @@ class EvaluationPlan:
             return self.sources[0].rows(numbers)
         sources = np.searchsorted(self._ends, numbers, side="right")
         before = np.concatenate([[0], self._ends[:-1]])
-        return _interleaved(self.sources, Drawn(sources, numbers - before[sources]))
+        return _interleaved(self.sources, self._names, Drawn(sources, numbers - before[sources]))
 
     def batch(self, index: int) -> Batch:
         first = index * self.batch_size

@@ -18,6 +18,7 @@ from apt_core.data.packing.rows import Windows
 from apt_core.data.store.assemble import ProgressCallback
 from apt_core.data.store.build import build_store
 from apt_core.data.store.format import PARTS, PartName
+from apt_core.data.store.lock import StopCheck, never_stop
 from apt_core.data.store.reader import IN_MEMORY, TokenStore
 from apt_core.data.tokenizers.corpus import train_tokenizer
 from apt_core.errors import CheckpointError, ConfigError, Problem, ProviderError
@@ -105,8 +106,8 @@ class RunData:
 
     def evaluation(self, batch_size: int) -> EvaluationPlan:
         """The batches of the held-out windows of all sources."""
-        windows = [source.val for source in self.sources if source.val is not None]
-        return EvaluationPlan(windows, batch_size=batch_size)
+        held_out = {source.name: source.val for source in self.sources if source.val is not None}
+        return EvaluationPlan([*held_out.values()], batch_size=batch_size, names=[*held_out])
 
     def row(self) -> dict[str, Any]:
         """What the manifest and checkpoints record of the data."""
@@ -171,9 +172,11 @@ def load_data(
     engine: str = "local",
     workers: int | None = None,
     progress: Progress | None = None,
+    check_stop: StopCheck = never_stop,
 ) -> RunData:
     """The data of the run, of which what is not in the cache is built by ``engine`` with
-    ``workers`` processes.
+    ``workers`` processes. What ``check_stop`` raises ends the build, or the wait for another
+    process that builds.
 
     Raises ConfigError for what cannot be read or is too little, ProviderError for a source or a
     tokenizer that fails, StoreError where a store cannot be written.
@@ -182,7 +185,7 @@ def load_data(
     named = [(name, source_of(kernel, section)) for name, section in named_sources(kernel)]
     tokenizer = _tokenizer(kernel)
     if tokenizer.trainable:
-        train_tokenizer(tokenizer, [source for _, source in named], config.data)
+        train_tokenizer(tokenizer, [source for _, source in named], config.data, check_stop)
     require_vocabulary(kernel, tokenizer)
     found = []
     for name, source in named:
@@ -193,6 +196,7 @@ def load_data(
             engine=engine,
             workers=workers,
             progress=None if progress is None else progress(name, source),
+            check_stop=check_stop,
         )
         store.hold_in_memory(IN_MEMORY // len(named))
         found.append(_source_data(name, store, config, tokenizer))

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from apt_core.data.batches import BatchPlan
 from apt_core.data.loading import RunData, batch_plan, load_data
+from apt_core.data.store.lock import StopCheck, never_stop
 from apt_core.device import autocast_dtype, reset_peak_memory
 from apt_core.kernel import Kernel, before_the_run
 from apt_core.log import get_logger
@@ -67,17 +68,25 @@ class Parts:
         return self.data.tokenizer
 
 
-def prepare(kernel: Kernel, device: torch.device, world: World = ALONE) -> tuple[Parts, Built]:
-    """Build the parts of a run and its model.
+def prepare(
+    kernel: Kernel,
+    device: torch.device,
+    world: World = ALONE,
+    check_stop: StopCheck = never_stop,
+) -> tuple[Parts, Built]:
+    """Build the parts of a run and its model. What ``check_stop`` raises ends the build of its
+    data.
 
     Raises ConfigError for inconsistent input; an error of a plugin's provider is raised as one that
     names the plugin.
     """
     with before_the_run(), naming_authors(kernel):
-        return _prepare(kernel, device, world)
+        return _prepare(kernel, device, world, check_stop)
 
 
-def _prepare(kernel: Kernel, device: torch.device, world: World) -> tuple[Parts, Built]:
+def _prepare(
+    kernel: Kernel, device: torch.device, world: World, check_stop: StopCheck
+) -> tuple[Parts, Built]:
     config, registry = kernel.config, kernel.registry
     training = config.training
     if world.size == 1:
@@ -86,7 +95,7 @@ def _prepare(kernel: Kernel, device: torch.device, world: World) -> tuple[Parts,
     # Measured before the model takes memory.
     measured_peak_flops(device, dtype or torch.float32)
     reset_peak_memory(device)  # of the measurement and of earlier runs
-    data = load_data(kernel)
+    data = load_data(kernel, check_stop=check_stop)
     log.info("data: %s", data.description)
     tasks = load_tasks(kernel, data)
     plan = batch_plan(kernel, data, world.rank, world.size)

@@ -7,7 +7,7 @@ import time
 from contextlib import AbstractContextManager
 from types import FrameType
 
-from apt_core.errors import InterruptedAgain
+from apt_core.errors import Interrupted
 from apt_core.parallel.signals import handling
 
 SAME_SECONDS = 2.0
@@ -32,12 +32,19 @@ class Interrupts:
         """128 + the signal's number (130 for SIGINT, 143 for SIGTERM), or 0 without one."""
         return 0 if self.received is None else 128 + int(self.received)
 
+    def require_none(self) -> None:
+        """Raise the KeyboardInterrupt of the signal, if one was received: for what comes before the
+        first step, where there is nothing to save. Who started the processes of a run signals them
+        when one of them has failed."""
+        if self.received is not None:
+            raise Interrupted(self.received)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received = signal.Signals(number)
             self._same_until = time.monotonic() + self._same_seconds
         elif time.monotonic() >= self._same_until:
-            raise InterruptedAgain(number)
+            raise Interrupted(number)
 
     def listening(self) -> AbstractContextManager[None]:
         """Catch SIGINT, SIGTERM and SIGHUP while the context lasts."""

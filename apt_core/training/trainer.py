@@ -343,7 +343,9 @@ class Trainer:
         held = held_memory(device)
         try:
             with self._watching_providers():
-                parts, built = prepare(self.kernel, device, self.world)
+                parts, built = prepare(
+                    self.kernel, device, self.world, self.stopping.interrupts.require_none
+                )
         except Exception as error:
             if not is_out_of_memory(error) or isinstance(error, PluginError):
                 raise

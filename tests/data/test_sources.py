@@ -10,6 +10,7 @@ import io
 import json
 import os
 import threading
+import time
 import tracemalloc
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -714,8 +715,7 @@ def test_a_fingerprint_changes_with_the_content_and_with_how_it_is_read_alone(mo
 def test_a_file_is_hashed_once(monkeypatch):
     write("d/a.txt", "one")
     write("d/b.txt", "two")
-    for name in ("d/a.txt", "d/b.txt"):
-        os.utime(name, (1e9, 1e9))
+    monkeypatch.setattr(digests.time, "time", lambda: time.time_ns() / 1e9 + digests.SETTLED)
     hashed = []
     real = digests._sha256
     monkeypatch.setattr(
@@ -730,7 +730,15 @@ def test_a_file_is_hashed_once(monkeypatch):
     assert hashed == ["d/a.txt", "d/b.txt"]
     assert fingerprint() == first and hashed == []
     write("d/b.txt", "2")
-    assert fingerprint() != first and hashed == ["d/b.txt"]
+    second = fingerprint()
+    assert second != first and hashed == ["d/b.txt"]
+    # Size and time as they were, long after.
+    status = os.stat("d/a.txt")
+    with open("d/a.txt", "r+b") as file:
+        file.write(b"ONE")
+    os.utime("d/a.txt", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert os.stat("d/a.txt").st_mtime_ns == status.st_mtime_ns
+    assert fingerprint() != second and hashed == ["d/a.txt"]
     (kept,) = (digests._folder()).iterdir()
     for damage in ("{", "[]", '{"a": 3}', "\0"):
         kept.write_text(damage)

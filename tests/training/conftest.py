@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,23 +162,23 @@ def killer() -> type[Killer]:
     return Killer
 
 
-def _ranks(train: Callable[[], object]) -> list[Callable[[], None]]:
-    """``train`` as each of two processes of one run calls it."""
+def _ranks(train: Callable[[], object], processes: int = 2) -> list[Callable[[], None]]:
+    """``train`` as each of the processes of one run calls it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
 
     def rank(number: str) -> None:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        os.environ.update(WORLD_SIZE="2", RANK=number, LOCAL_RANK=number)
+        os.environ.update(WORLD_SIZE=str(processes), RANK=number, LOCAL_RANK=number)
         train()
 
-    return [lambda: rank("0"), lambda: rank("1")]
+    return [partial(rank, str(number)) for number in range(processes)]
 
 
 @pytest.fixture
-def ranks() -> Callable[[Callable[[], object]], list[Callable[[], None]]]:
-    """For ``in_children``: a run in two processes."""
+def ranks() -> Callable[..., list[Callable[[], None]]]:
+    """For ``in_children``: a run in two processes, or as many as asked."""
     return _ranks
 
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import threading
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from apt_core import AptError, hookimpl
 from apt_core.cache import cache_dir
 from apt_core.cli.run_command import run_command
 from apt_core.cli.train import app as train
+from apt_core.data.store.format import DamagedStoreError
 from apt_core.runs import open_run
 from apt_core.testing import TINY_PROFILE, TinyRun, tiny_run
 from apt_plugins.report.command import app as report
@@ -24,8 +29,8 @@ WORDS = ["apples", "pears", "make", "pieces", "of", "fruit", "and", "some", "mor
 
 SETTINGS = {
     "model.max_seq_len": 32,
-    "training.batch_size": 3,
-    "training.grad_accum_steps": 2,
+    "training.batch_size": 2,
+    "training.grad_accum_steps": 4,
     "training.log_every_steps": 1,
     "training.keep_last": 0,
     "training.save_every_steps": 1,
@@ -44,8 +49,8 @@ def text(number: int, length: int) -> str:
 
 def write_data(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
-    texts = [{"text": text(n, 2 + n % 5)} for n in range(24)]
-    pairs = [{"prompt": text(n, 1 + n % 2), "response": text(n + 3, 1 + n % 3)} for n in range(24)]
+    texts = [{"text": text(n, 2 + n % 5)} for n in range(44)]
+    pairs = [{"prompt": text(n, 1 + n % 2), "response": text(n + 3, 1 + n % 3)} for n in range(44)]
     for name, records in (("texts", texts), ("pairs", pairs)):
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
@@ -103,6 +108,10 @@ class Trial:
     def looks(self, name: str) -> Looks:
         return Looks(self.folder / f"{name}.seen")
 
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        lines = (self.folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
     def seen(self, name: str) -> dict[str, Any]:
         files = sorted((self.folder / f"{name}.seen").iterdir())
         return {file.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
@@ -154,25 +163,45 @@ def test_a_run_that_is_killed_sees_what_it_would_have_seen(
     assert not [t for t in threading.enumerate() if t.name.startswith("apt-batches")]
 
 
-@pytest.mark.parametrize("kind", ["documents", "mixture"])
-def test_two_processes_share_out_what_one_sees(
-    trials, in_children, differences, killer, ranks, kind
+@pytest.mark.parametrize("kind", ["concat", "documents", "pad", "mixture"])
+def test_a_run_that_is_killed_goes_on_in_another_number_of_processes(
+    trials, in_children, killer, ranks, kind
 ):
-    trial, settings = trials[kind], {"training.grad_accum_steps": 1, "hardware.distributed": "ddp"}
-    looks = trial.looks("two")
-
-    def run(*plugins: Any, **options: Any) -> None:
-        trial.train("two", looks, *plugins, changes={**settings, "data.num_workers": 1}, **options)
-
-    kills = killer(3, micro=1)
-    assert in_children(*ranks(lambda: run(kills))) == [-signal.SIGKILL] * 2
-    assert in_children(*ranks(lambda: run(resume=True))) == [0, 0]
-    two, whole = trial.seen("two"), trial.seen("whole")
-    for step in range(1, len(whole) + 1):
-        shares = [two[f"{step:03d}-{rank}.json"] for rank in (0, 1)]
-        together = [batch for share in shares for batch in share]
-        taken = [b for b in together if any(t != -100 for row in b[1] for t in row)]
-        assert taken == whole[f"{step:03d}-0.json"]
+    """In one process, from step 3 on in two, from step 6 on in four, and from step 8 on in one
+    again: together they see in each step what a run in one process does, and learn the same."""
+    trial = trials[kind]
+    parts = ((1, 2, 0), (2, 5, 1), (4, 7, 0), (1, None, 1))
+    for processes, killed, workers in parts:
+        looks, last = trial.looks(f"in-{processes}"), killed is None
+        plugins = [looks] if last else [looks, killer(killed, micro=1)]
+        changes = {
+            "training.grad_accum_steps": 4 // processes,
+            "data.num_workers": workers,
+            "hardware.distributed": processes > 1,
+        }
+        options = {"changes": changes, "resume": killed != 2}
+        run = partial(trial.train, "moving", *plugins, **options)
+        expected = [0 if last else -signal.SIGKILL] * processes
+        assert in_children(*ranks(run, processes)) == expected
+    whole, steps = trial.seen("whole"), {1: [1, 2, 3], 2: [3, 4, 5, 6], 4: [6, 7, 8]}
+    assert len(whole) > 8
+    for processes, taken_in in steps.items():
+        seen = trial.seen(f"in-{processes}")
+        for step in taken_in:
+            shares = [seen[f"{step:03d}-{rank}.json"] for rank in range(processes)]
+            # Micro-batch i is that of process i % processes; one of padding has no target.
+            turns = [batch for turn in zip_longest(*shares) for batch in turn if batch is not None]
+            taken = [b for b in turns if any(t != -100 for row in b[1] for t in row)]
+            assert taken == whole[f"{step:03d}-0.json"], (processes, step)
+    alone = trial.seen("in-1")
+    assert alone == {name: whole[name] for name in alone} and len(alone) == len(whole) - 4
+    rows = [[row for row in trial.rows(name) if "loss" in row] for name in ("whole", "moving")]
+    for key in ("step", "epoch", "tokens"):
+        assert [row[key] for row in rows[0]] == [row[key] for row in rows[1]]
+    for key in ("loss", "grad_norm"):  # fp32, added in another order
+        assert [row[key] for row in rows[1]] == pytest.approx([r[key] for r in rows[0]], rel=1e-5)
+    one, other = (open_run(trial.folder / n, plugins="no:looks").model for n in ("whole", "moving"))
+    torch.testing.assert_close(other.state_dict(), one.state_dict(), rtol=1e-4, atol=1e-6)
 
 
 REFUSED = {
@@ -262,6 +291,33 @@ def test_threads_end_with_a_run_that_fails(trials):
     with pytest.raises(AptError, match="boom"):
         trials["mixture"].train("fails", Fails(), changes={"data.num_workers": 2})
     assert not [t for t in threading.enumerate() if t.name.startswith("apt-batches")]
+
+
+class Damages:
+    """Takes away the end of what the store of a source has, in the middle of a run."""
+
+    @hookimpl
+    def on_step_end(self, step: int, trainer: Any) -> None:
+        if step == 3:
+            source = next(s for s in trainer.data.sources if s.name == "pairs")
+            for path in source.store.folder.glob("train-*.ids"):
+                os.truncate(path, 1)
+
+
+def test_a_store_that_is_damaged_in_mid_run_is_named_with_its_source(trials, monkeypatch):
+    """In a thread that makes batches too; all that was learned is saved."""
+    monkeypatch.setattr("apt_core.data.loading.IN_MEMORY", 0)
+    trial, damages = trials["mixture"], Damages()
+    told = r"data\.mixture, source pairs: .*train-00000\.ids is shorter than it was"
+    for workers in (0, 1):
+        name = f"damaged-{workers}"
+        with pytest.raises(DamagedStoreError, match=told):
+            trial.train(name, damages, changes={"data.num_workers": workers})
+        trial.train(name, damages, trial.looks(name), resume=True)  # built anew
+        missing = sorted(trial.seen("whole").keys() - trial.seen(name).keys())
+        assert f"{missing[-1][:3]}" >= "003"
+        assert trial.seen(name).items() <= trial.seen("whole").items()
+        assert trial.rows(name)[-1]["step"] == trial.rows("whole")[-1]["step"]
 
 
 def test_two_runs_in_one_process_have_data_of_their_own(trials):

@@ -19,6 +19,28 @@ from apt_core.planning.plan import make_plan
 from apt_core.plugin_manager import PluginManager
 from apt_core.providers import DatasetProvider
 
+ENDLESS = """
+import os, signal
+from apt_core import ProviderSpec, hookimpl
+from apt_core.providers import DatasetProvider
+
+class Endless(DatasetProvider):
+    name = "endless"
+
+    def documents(self):
+        for number in range(10**9):
+            if number == 100:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield f"document {number}"
+
+    def fingerprint(self):
+        return "endless"
+
+@hookimpl
+def apt_register_providers():
+    return [ProviderSpec("dataset", "endless", Endless)]
+"""
+
 
 class Settings(Section):
     words: int = Field(default=3, description="How many words.")
@@ -156,3 +178,16 @@ def test_a_source_and_a_loader_are_not_both_taken():
 def test_what_is_no_text_names_the_dataset():
     with pytest.raises(ConfigError, match=r"NoDocuments.*is a tuple, not a document"):
         load_data(start({"loader": "no_text"}))
+
+
+def test_a_signal_ends_the_build_of_the_data(apt_train, tmp_path, monkeypatch):
+    """At once, since there is nothing to save yet, for a trained tokenizer and for a store."""
+    monkeypatch.setenv("APT_CACHE", str(tmp_path / "cache"))
+    plugin = tmp_path / "endless.py"
+    plugin.write_text(ENDLESS, encoding="utf-8")
+    words = ["--plugin", str(plugin), "--data.loader", "endless"]
+    for more in (["--data.tokenizer_name", "char"], []):
+        done = apt_train(*words, *more)
+        assert (done.code, done.err) == (143, "interrupted\n")
+        assert not done.folder.exists()
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]

@@ -22,6 +22,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from apt_core.cache import cache_dir
 from apt_core.cli import train as cli_train
 from apt_core.errors import TrainingError
 from apt_core.parallel.launch import already_reported, launch
@@ -467,3 +468,53 @@ def test_a_process_that_is_terminated_with_the_others_still_says_why_it_ends(
     finally:
         signal.signal(signal.SIGTERM, before)
     assert ended == []
+
+
+SLOW = """
+import os, time
+from pathlib import Path
+from apt_core import ProviderSpec, hookimpl
+from apt_core.parallel import liveness
+from apt_core.providers import DatasetProvider
+
+liveness.BEAT_SECONDS, liveness.SILENT_SECONDS = 0.2, 1.5
+
+class Slow(DatasetProvider):
+    "The process that reads it first takes longer than the others may be silent, and fails."
+    name = "slow"
+
+    def documents(self):
+        try:
+            (Path(__file__).parent / "first").touch(exist_ok=False)
+        except FileExistsError:
+            while True:
+                time.sleep(0.05)
+                yield "for ever"
+        yield "a document"
+        time.sleep(3)
+        yield 17
+
+    def fingerprint(self):
+        return "slow"
+
+@hookimpl
+def apt_register_providers():
+    return [ProviderSpec("dataset", "slow", Slow)]
+"""
+
+
+@pytest.mark.usefixtures("forked")
+def test_a_store_that_one_process_cannot_build_ends_those_that_wait_for_it(
+    arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """The next one begins to build it, and is told to stop. Until then they wait, for longer than
+    a process may be silent."""
+    slow = tmp_path / "slow.py"
+    slow.write_text(SLOW, encoding="utf-8")
+    done = train(arguments("--plugin", str(slow), "--data.loader", "slow", *TWO))
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error:") == 1
+    assert "document 2 of documents() is a int, not a document" in done.stderr
+    assert "killed" not in done.stdout + done.stderr
+    assert not (tmp_path / "run").exists()
+    assert not list((cache_dir() / "stores").glob("*.building-*"))

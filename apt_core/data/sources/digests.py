@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -27,7 +28,8 @@ a second write leaves size and time as they are."""
 def kept_sha256(files: Sequence[DataFile], key: str) -> list[str]:
     """The sha256 of the bytes of each file, compressed as they are.
 
-    One that was hashed before is not read again while its identity is the same. Where the cache
+    One that was hashed before is not read again while its identity is the same, and, of a local
+    file, the time of its last change, which no program can set. Where the cache
     cannot be written, the log says so. Raises ConfigError, with the profile's ``key``, for what
     cannot be read.
     """
@@ -37,14 +39,14 @@ def kept_sha256(files: Sequence[DataFile], key: str) -> list[str]:
     hashes: list[str] = []
     kept: dict[str, list[Any]] = {}
     for path, file in zip(paths, files, strict=True):
-        identity = None if file.identity is None else list(file.identity)
+        identity = _marks(file)
         entry = known.get(path)
         if identity is not None and entry is not None and entry[0] == identity:
             digest = entry[1]
         else:
             digest = _sha256(file, key)
         hashes.append(digest)
-        if identity is not None and _is_settled(file, began):
+        if identity is not None and _is_settled(identity, file, began):
             kept[path] = [identity, digest]
     if kept != known:
         _write(name, kept)
@@ -59,10 +61,22 @@ def _sha256(file: DataFile, key: str) -> str:
     return digest.hexdigest()
 
 
-def _is_settled(file: DataFile, now: float) -> bool:
-    if file.filesystem is not None or file.identity is None:
+def _marks(file: DataFile) -> list[int | str] | None:
+    """What tells that a file is the one that was hashed, or None where nothing does."""
+    if file.identity is None:
+        return None
+    if file.filesystem is not None:
+        return list(file.identity)
+    try:
+        return [*file.identity, os.stat(file.path).st_ctime_ns]
+    except OSError:
+        return None  # which reading it will say
+
+
+def _is_settled(marks: list[int | str], file: DataFile, now: float) -> bool:
+    if file.filesystem is not None:
         return True
-    return now - int(file.identity[1]) / 1e9 > SETTLED
+    return now - max(int(marks[1]), int(marks[-1])) / 1e9 > SETTLED
 
 
 def _folder() -> Path:

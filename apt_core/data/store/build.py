@@ -31,7 +31,7 @@ from apt_core.data.store.format import (
 )
 from apt_core.data.store.input import SourceReader, naming, settings_row
 from apt_core.data.store.local import available_cores
-from apt_core.data.store.lock import FileLock, waiting_for
+from apt_core.data.store.lock import FileLock, StopCheck, never_stop, waiting_for
 from apt_core.data.store.reader import TokenStore
 from apt_core.errors import ConfigError
 from apt_core.files import flush
@@ -55,6 +55,7 @@ def build_store(
     engine: str = "local",
     workers: int | None = None,
     progress: ProgressCallback | None = None,
+    check_stop: StopCheck = never_stop,
 ) -> TokenStore:
     """The token store of what ``source`` yields under ``settings``, the profile's ``data``.
 
@@ -62,7 +63,7 @@ def build_store(
     on; while another process builds it, this one waits. One that is damaged is built anew. Without
     a fingerprint of the tokenizer it ends with the last object that uses it; without one of the
     source everything is read to know whether it has changed. ``workers`` processes encode, by
-    default ``build_workers``, or one a core.
+    default ``build_workers``, or one a core. What ``check_stop`` raises ends the build or the wait.
 
     Raises ConfigError for bad input, ProviderError for a source or tokenizer that fails, StoreError
     where the store cannot be written, ConfigError if there is nothing to learn from.
@@ -77,6 +78,7 @@ def build_store(
         engine=_engine(engine),
         workers=workers or settings.build_workers or available_cores(),
         progress=progress,
+        check_stop=check_stop,
     )
     with naming("tokenizer", tokenizer, "fingerprint()"):
         fingerprint = tokenizer.fingerprint()
@@ -118,6 +120,7 @@ class Build:
     engine: Engine
     workers: int
     progress: ProgressCallback | None
+    check_stop: StopCheck = never_stop
 
     def shared(self, base: Path, fingerprint: str) -> TokenStore:
         """The store in ``base``, which processes and runs share. Raises OSError."""
@@ -127,7 +130,8 @@ class Build:
         if hashing:
             name = name_of("dataset", self.source)
             log.info("%s has no fingerprint: all of it is read", name)
-            of_source = SourceReader(self.source, hashing=True).fingerprint_of_all()
+            reader = SourceReader(self.source, hashing=True, check_stop=self.check_stop)
+            of_source = reader.fingerprint_of_all()
         key = self.key(cast("str", of_source), fingerprint)
         found = self._opened(base / key)
         if found is not None:
@@ -135,7 +139,7 @@ class Build:
         if not os.access(base, os.W_OK):
             log.warning("the token store is not kept: %s cannot be written", base)
             return self.temporary()
-        with waiting_for(base / f"{key}.lock", "the token store") as lock:
+        with waiting_for(base / f"{key}.lock", "the token store", self.check_stop) as lock:
             found = self._opened(base / key, log_damage=True)
             if found is not None:
                 return found
@@ -236,7 +240,7 @@ class Build:
         while True:
             work = folder / f"work-{secrets.token_hex(4)}"
             work.mkdir()
-            reader = SourceReader(self.source, hashing=hashing)
+            reader = SourceReader(self.source, hashing=hashing, check_stop=self.check_stop)
             built = Assembly(work, reader, encoder).run(self.engine, self.workers, self.progress)
             _require_documents(built, self.source)
             rule = None if reader.holds_out else encoder.rule.corrected(built.seen)

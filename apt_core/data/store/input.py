@@ -20,6 +20,7 @@ from apt_core.data.store.chunks import (
     name_of,
     pack_chunk,
 )
+from apt_core.data.store.lock import StopCheck, never_stop
 from apt_core.error_text import one_line, where_raised
 from apt_core.errors import AptError, ConfigError, ProviderError
 from apt_core.providers.dataset import DatasetProvider
@@ -49,11 +50,17 @@ class SourceReader:
     each other the one that is evaluated on is kept.
 
     With ``hashing``, ``sha256`` is that of all that was read. ``sample`` is the beginning of the
-    first text.
+    first text. ``check_stop`` is called at each document.
     """
 
-    def __init__(self, source: DatasetProvider, *, hashing: bool = False) -> None:
-        self.source = source
+    def __init__(
+        self,
+        source: DatasetProvider,
+        *,
+        hashing: bool = False,
+        check_stop: StopCheck = never_stop,
+    ) -> None:
+        self.source, self._check_stop = source, check_stop
         self.holds_out = False
         self.num_read = 0
         self.sample = ""
@@ -137,6 +144,7 @@ class SourceReader:
                 record: Any = next(records, _END)
             if record is _END:
                 return
+            self._check_stop()
             where = f"{self.source.get_name()} {name}() {number}"
             try:
                 document = Document.of(record, where)

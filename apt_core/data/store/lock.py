@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,6 +16,14 @@ log = get_logger("apt.data")
 RETRY_SECONDS = 0.05
 FIRST_SECONDS = 0.2
 LOG_SECONDS = 10.0
+
+StopCheck = Callable[[], None]
+"""Called often while something is made or waited for; it raises what is to end that."""
+
+
+def never_stop() -> None:
+    """The check of who cannot be asked to stop."""
+
 
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
@@ -83,13 +91,15 @@ class FileLock:
 
 
 @contextmanager
-def waiting_for(path: Path, what: str) -> Iterator[FileLock]:
+def waiting_for(path: Path, what: str, check_stop: StopCheck = never_stop) -> Iterator[FileLock]:
     """Hold the lock of ``path`` in the context. While another process has it, this one waits for
-    what it makes, ``what``, and says so. Raises OSError."""
+    what it makes, ``what``, and says so. Raises OSError, and what ``check_stop`` raises, which is
+    called while this waits."""
     lock = FileLock(path)
     since = said = time.monotonic()
     waited = False
     while not lock.acquire():
+        check_stop()
         now = time.monotonic()
         if now - said >= (LOG_SECONDS if waited else FIRST_SECONDS):
             log.info("waiting for %s, which %s makes (%.0f s)", what, lock.holder(), now - since)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from apt_core.cache import cache_dir
 from apt_core.data.store.input import SourceReader
-from apt_core.data.store.lock import waiting_for
+from apt_core.data.store.lock import StopCheck, never_stop, waiting_for
 from apt_core.errors import ConfigError
 from apt_core.log import get_logger
 from apt_core.providers.dataset import DataSection, DatasetProvider
@@ -24,14 +24,18 @@ log = get_logger("apt.data")
 
 
 def train_tokenizer(
-    tokenizer: TokenizerProvider, sources: Sequence[DatasetProvider], data: DataSection
+    tokenizer: TokenizerProvider,
+    sources: Sequence[DatasetProvider],
+    data: DataSection,
+    check_stop: StopCheck = never_stop,
 ) -> None:
     """Let ``tokenizer``, a trainable one, learn its vocabulary from ``sources``, or take what it
     has learned from them before.
 
     Each source gives an equal share of ``data.tokenizer.sample_chars``: its first documents, of
     each the first ``sample_chars_per_document``. Where a source has no fingerprint the result is
-    not kept. Raises what the sources raise.
+    not kept. Raises what the sources raise, and what ``check_stop`` does while they
+    are read or another process trains.
     """
     key = _key(tokenizer, sources, data)
     try:
@@ -42,21 +46,24 @@ def train_tokenizer(
         log.warning("the tokenizer is not kept: %s", error)
         base = None
     if base is None:
-        _train(tokenizer, sources, data)
+        _train(tokenizer, sources, data, check_stop)
         return
     folder = base / f"{key}"
     if _loaded(tokenizer, folder):
         return
-    with waiting_for(base / f"{key}.lock", "the tokenizer"):
+    with waiting_for(base / f"{key}.lock", "the tokenizer", check_stop):
         if not _loaded(tokenizer, folder):
-            _train(tokenizer, sources, data)
+            _train(tokenizer, sources, data, check_stop)
             _keep(tokenizer, folder)
 
 
 def _train(
-    tokenizer: TokenizerProvider, sources: Sequence[DatasetProvider], data: DataSection
+    tokenizer: TokenizerProvider,
+    sources: Sequence[DatasetProvider],
+    data: DataSection,
+    check_stop: StopCheck,
 ) -> None:
-    began, sample = time.monotonic(), _Sample(sources, data)
+    began, sample = time.monotonic(), _Sample(sources, data, check_stop)
     name = tokenizer.get_name()
     log.info("the tokenizer %s is trained on the run's documents", name)
     tokenizer.train(sample)
@@ -78,15 +85,17 @@ def _train(
 class _Sample:
     """The texts to learn from; ``num_chars`` counts their characters."""
 
-    def __init__(self, sources: Sequence[DatasetProvider], data: DataSection) -> None:
-        self._sources, self._data = sources, data
+    def __init__(
+        self, sources: Sequence[DatasetProvider], data: DataSection, check_stop: StopCheck
+    ) -> None:
+        self._sources, self._data, self._check_stop = sources, data, check_stop
         self.num_chars = 0
 
     def __iter__(self) -> Iterator[str]:
         settings, form = self._data.tokenizer, self._data.normalize
         for source in self._sources:
             room = -(-settings.sample_chars // len(self._sources))
-            for _, document in SourceReader(source).documents():
+            for _, document in SourceReader(source, check_stop=self._check_stop).documents():
                 left = min(room, settings.sample_chars_per_document)
                 for part in document.parts:
                     text = part[:left] if form == "none" else unicodedata.normalize(form, part)
