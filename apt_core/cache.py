@@ -12,7 +12,9 @@ def cache_dir() -> Path:
     Raises OSError where that is in a home directory and none is known.
     """
     chosen = os.environ.get("APT_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # which the standard tells to ignore
+        base = "~/.cache"
     path = os.path.expanduser(chosen or os.path.join(base, "apt"))
     if path.startswith("~"):
         raise OSError(f"no home directory is known for {path}; APT_CACHE names another place")

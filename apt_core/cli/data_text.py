@@ -97,8 +97,9 @@ def print_stores(rows: Sequence[Mapping[str, Any]]) -> None:
             of = row[part]
             say(f"  {part}: {of['documents']:,} documents, {of['tokens']:,} tokens")
         say(f"  {_left_out(row['counts'])}")
-        say(f"  {row['folder']}")
-        if not row["kept"]:
+        if row["kept"]:
+            say(f"  {row['folder']}")
+        else:
             say("  not kept: the tokenizer has no fingerprint, or the cache cannot be written")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from apt_core.config.loader import LOCAL_FOLDER, SUFFIXES, read_profile
-from apt_core.config.yaml_text import Document, KeyPath, ProfileDumper, parse_yaml
+from apt_core.config.yaml_text import KeyPath, ParsedYaml, ProfileDumper, parse_yaml
 from apt_core.errors import ConfigError, Problem
 from apt_core.plugin_names import name_of
 from apt_core.profile_paths import unrecordable, user_path
@@ -96,7 +96,7 @@ def _is_edit(original: str, edited: str, wanted: Sequence[Any]) -> bool:
     return kept and [name for name, _ in listed] == wanted and before.data == after.data
 
 
-def _take_listed(document: Document) -> Iterator[tuple[str, Any]]:
+def _take_listed(document: ParsedYaml) -> Iterator[tuple[str, Any]]:
     """The names in a document's list as they are written, with their items. Takes the list out."""
     for index, item in enumerate(document.data.pop("plugins", None) or []):
         at: KeyPath = ("plugins", index)

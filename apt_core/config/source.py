@@ -12,7 +12,14 @@ from pydantic import BaseModel
 
 from apt_core.config.overrides import MAX_OVERRIDES, Override
 from apt_core.config.text_keys import TextKeys
-from apt_core.config.yaml_text import MAX_DEPTH, MAX_NODES, Document, KeyPath, dotted, is_encodable
+from apt_core.config.yaml_text import (
+    MAX_DEPTH,
+    MAX_NODES,
+    KeyPath,
+    ParsedYaml,
+    dotted,
+    is_encodable,
+)
 from apt_core.errors import ConfigError, Problem
 from apt_core.plugin_names import name_of
 from apt_core.profile_paths import FOUND_BESIDE
@@ -236,7 +243,9 @@ class Source:
         return replace(self, data=data)
 
 
-def from_document(document: Document, name: str, label: str, folder: Path | None = None) -> Source:
+def from_document(
+    document: ParsedYaml, name: str, label: str, folder: Path | None = None
+) -> Source:
     """A source from a parsed file whose data is a mapping."""
     places = {path: f"{label}:{line}" for path, line in document.lines.items()}
     places[()] = label

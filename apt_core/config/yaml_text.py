@@ -92,7 +92,7 @@ for _class in (ProfileLoader, ProfileDumper):
 
 
 @dataclass
-class Document:
+class ParsedYaml:
     """A parsed text: its ``data``, the line of every path, and problems that do not stop parsing.
 
     ``texts`` holds the spelling of each scalar (None for a null, a list or a mapping), ``bare`` the
@@ -117,7 +117,7 @@ def _yaml_of(text: str) -> str:
     return yaml.dump(data, Dumper=ProfileDumper, sort_keys=False, allow_unicode=True)
 
 
-def parse_yaml(text: str, label: str) -> Document:
+def parse_yaml(text: str, label: str) -> ParsedYaml:
     """Parse one YAML document. ``label`` names the text in messages.
 
     Raises ConfigError for a syntax error (with line and column), a recursive or exploding alias,
@@ -158,11 +158,11 @@ class _Builder:
 
     def __init__(self, label: str) -> None:
         self.label = label
-        self.result = Document()
+        self.result = ParsedYaml()
         self.count = 0
         self.open: list[int] = []
 
-    def document(self, node: yaml.Node | None) -> Document:
+    def document(self, node: yaml.Node | None) -> ParsedYaml:
         if node is not None:
             self.result.data = self.build(node, ())
         return self.result

@@ -55,7 +55,7 @@ class Document:
         elif isinstance(value, Mapping):
             found = cls._of_mapping(value, where)
         else:
-            raise ValueError(f"is a {type(value).__name__}, not a document")
+            raise ValueError(f"is {_kind_of(value)}, not a document")
         if (found.text is not None) + (found.prompt is not None) + bool(found.messages) != 1 or (
             found.prompt is None
         ) != (found.response is None):
@@ -122,7 +122,7 @@ class Document:
 
 def _messages(value: Any) -> Iterator[Message]:
     if not isinstance(value, Iterable) or isinstance(value, str | Mapping):
-        raise ValueError(f"'messages' is a {type(value).__name__}, not a list")
+        raise ValueError(f"'messages' is {_kind_of(value)}, not a list")
     found = list(value)
     if not found:
         raise ValueError("'messages' is empty")
@@ -138,9 +138,14 @@ def _messages(value: Any) -> Iterator[Message]:
         yield Message(role, _text(message["content"], f"message {number}"))
 
 
+def _kind_of(value: Any) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{what} is a {type(value).__name__}, not a string")
+        raise ValueError(f"{what} is {_kind_of(value)}, not a string")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

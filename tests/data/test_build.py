@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -359,7 +360,7 @@ BAD_INPUT = {
     "prompts": (
         [{"messages": [{"role": "user", "content": "hello"}]}] * 2, {}, ConfigError,
         r"data.train_path: .* has \d+ tokens, none of which is to be learned .*responses"),
-    "no document": (["a", 7], {}, ConfigError, r"given .*: document 2 of documents\(\) is a int"),
+    "no document": (["a", 7], {}, ConfigError, r"given .*: document 2 of documents\(\) is an int"),
     "no text": ([{"x": 1}], {}, ConfigError, "document 1 .* it has 'x'"),
     "unknown role": (
         [{"messages": [{"role": "boss", "content": ""}]}], {}, ConfigError, "unknown role 'boss'"),
@@ -525,8 +526,9 @@ def test_a_cache_that_cannot_be_used_is_said_and_the_run_goes_on(
         lambda folder: (folder / "train-00000.ids").write_bytes(
             b"x" * (folder / "train-00000.ids").stat().st_size
         ),
+        lambda folder: (shutil.rmtree(folder), folder.write_text("a file")),
     ],
-    ids=["no manifest", "other manifest", "truncated", "other content"],
+    ids=["no manifest", "other manifest", "truncated", "other content", "a file"],
 )
 def test_a_damaged_store_is_built_anew_and_said_so(home, code, damage, caplog):
     first = build_store(Given(*mixed(40)), code.Letters(), section(), workers=1)
@@ -538,6 +540,10 @@ def test_a_damaged_store_is_built_anew_and_said_so(home, code, damage, caplog):
     assert "is built anew: " in caplog.text
     assert second.folder == first.folder and content(second.folder) == whole
     assert list(home.iterdir()) == [second.folder]
+    shutil.rmtree(second.folder)
+    second.folder.symlink_to("nowhere")
+    third = build_store(Given(*mixed(40)), code.Letters(), section(), workers=1)
+    assert content(third.folder) == whole and list(home.iterdir()) == [third.folder]
 
 
 def test_a_tokenizer_whose_fingerprint_leaves_something_out_is_noticed(home, code, caplog):

@@ -219,7 +219,7 @@ def test_json_lines_give_texts_prompts_with_responses_and_conversations():
 def test_columns_name_the_fields_of_records():
     names = {"text": "content", "prompt": "q", "response": "a", "messages": "chat", "key": "id"}
     write_rows("a.jsonl", {"content": "x", "id": 7}, {"q": "1", "a": "2"}, {"chat": [], "q": "1"})
-    with pytest.raises(ConfigError, match=r"a.jsonl:3: .*'messages' is empty"):
+    with pytest.raises(ConfigError, match=r"a.jsonl:3: .*'chat' is empty"):
         documents(JsonLines, "a.jsonl", columns=names)
     write_rows("a.jsonl", {"content": "x", "id": 7, "key": "no"}, {"q": "1", "a": "2"})
     found = documents(JsonLines, "a.jsonl", columns=names)
@@ -227,6 +227,16 @@ def test_columns_name_the_fields_of_records():
         (("x",), "7"),
         (("1", "2"), None),
     ]
+    write_rows("a.jsonl", {"content": 3, "id": 7})
+    with pytest.raises(ConfigError, match=r"a.jsonl:1: .*: 'content' is an int, not a string"):
+        documents(JsonLines, "a.jsonl", columns=names)
+    write_rows("a.jsonl", {"content": "x", "idd": 7})
+    missing = "has no 'id', which data.columns.key names: did you mean 'idd'"
+    with pytest.raises(ConfigError, match=f"a.jsonl: data.train_path: {missing}"):
+        documents(JsonLines, "a.jsonl", columns=names)
+    write("a.csv", "content,idd\nx,7\n")
+    with pytest.raises(ConfigError, match=f"a.csv:1: data.train_path: {missing}"):
+        documents(CsvTable, "a.csv", columns=names)
     write_rows("a.jsonl", {"txet": "x", "b": None})
     assert message("a.jsonl").startswith(
         "a.jsonl:1: data.train_path: has no 'text', no 'prompt' with 'response', and no "
@@ -243,17 +253,18 @@ def test_columns_name_the_fields_of_records():
         (b'["text"]', "holds a JSON list, not an object"),
         (b"3", "holds a JSON number, not an object"),
         (b"{}", "it has nothing"),
-        (b'{"text": 3}', "'text' is a int, not a string"),
+        (b'{"text": 3}', "'text' is an int, not a string"),
         (b'{"text": ["a"]}', "'text' is a list, not a string"),
         (b'{"text": null}', "it has 'text' (null)"),
         (b'{"prompt": "q"}', "it has 'prompt'"),
-        (b'{"prompt": "q", "response": 1}', "'response' is a int, not a string"),
+        (b'{"prompt": "q", "response": 1}', "'response' is an int, not a string"),
         (b'{"text": "a", "text": "b"}', "has 'text' twice"),
         (b'{"text": "a", "more": {"x": 1, "x": 2}}', "has 'x' twice"),
         (b'{"text": "\\ud800"}', "lone surrogate"),
         (b'{"text": "a\xff"}', "is not UTF-8: byte 0xff at offset 28"),
         (b'{"text": "a\0"}', "holds a NUL byte at offset 28"),
         (b'{"text": ' + b"[" * 100_000, "is nested too deep"),
+        (b'{"text": "a", "n": ' + b"9" * 9999 + b"}", "holds a number of more than 1,000 digits"),
         (b'{"text": ' + b"9" * 5_000 + b"}", "digits"),
         (b'{"messages": []}', "'messages' is empty"),
         (b'{"messages": "hello"}', "'messages' is a str, not a list"),
@@ -293,7 +304,7 @@ def test_a_line_without_end_takes_no_memory(monkeypatch):
     assert peak < 16 << 20
     assert [str(problem).split(" (")[0] for problem in found] == [
         "a.jsonl:1: data.train_path: is longer than 1 MiB",
-        "a.jsonl:2: data.train_path: 'text' is a int, not a string",
+        "a.jsonl:2: data.train_path: 'text' is an int, not a string",
     ]
 
 
@@ -325,7 +336,7 @@ def test_a_csv_gives_a_document_a_row():
         ("id,txt\n1,a\n", "a.csv:1: data.train_path: has no 'text'"),
         ("text,id\na,1\nb\n", "a.csv:3: data.train_path: has 1 cells, the first row 2"),
         ("text,text\na,b\n", "a.csv:1: data.train_path: has the column 'text' twice"),
-        ('text\n"open\n', "a.csv:2: data.train_path: is no CSV: unexpected end of data"),
+        ('text\n"open\n', "a.csv:2: data.train_path: is no CSV: unexpected end of data in the row"),
         ('text\n"a"b\n', "a.csv:2: data.train_path: is no CSV"),
         ("messages\n[{}]\n", "a.csv:2: data.train_path: message 1 has no 'role' and 'content'"),
         (b"text\n\xff\n", "a.csv:2: data.train_path: is not UTF-8: byte 0xff at offset 5"),
@@ -364,7 +375,7 @@ def test_parquet_gives_a_document_a_row(monkeypatch):
     ("columns", "said"),
     [
         ({"body": ["a"]}, "a.parquet: data.train_path: has no 'text'"),
-        ({"text": [1]}, "a.parquet:1: data.train_path: 'text' is a int, not a string"),
+        ({"text": [1]}, "a.parquet:1: data.train_path: 'text' is an int, not a string"),
         ({"text": ["a", None]}, "a.parquet:2: data.train_path: has no 'text'"),
         ({"text": [b"a", b"\xff"]}, "a.parquet:2: data.train_path: is not UTF-8: byte 0xff"),
         ({"messages": [[{"role": "me", "content": ""}]]}, "a.parquet:1: data.train_path: message"),

@@ -58,4 +58,5 @@ def read_csv(reading: Reading) -> Iterator[Document]:
             if document is not None:
                 yield document
     except csv.Error as error:
-        reading.fail(f"is no CSV: {error}", taken[-1] if taken else None)
+        begins = f" in the row that begins in line {taken[0]:,}" if taken else ""
+        reading.fail(f"is no CSV: {error}{begins}", taken[-1] if taken else None)

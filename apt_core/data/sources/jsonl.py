@@ -8,10 +8,13 @@ from typing import Any
 
 from apt_core.data.sources.base import FileSource, Reader
 from apt_core.data.sources.reading import Reading
-from apt_core.data.sources.records import HINT, document_of
+from apt_core.data.sources.records import HINT, document_of, missing_key
 from apt_core.providers.documents import Document
 
 JSON_LINES = (".jsonl", ".ndjson")
+
+MAX_NAMES = 1000
+"""So many names of fields are kept to suggest one."""
 
 
 class JsonLines(FileSource):
@@ -26,8 +29,11 @@ class JsonLines(FileSource):
 
 
 def read_jsonl(reading: Reading) -> Iterator[Document]:
-    """The document of each line; empty lines are left out."""
-    parse = json.JSONDecoder(object_pairs_hook=object_of).decode
+    """The document of each line; empty lines are left out. Some records may have no key, but not
+    all."""
+    key, names = reading.columns.key, dict[str, None]()
+    keyed = key is None
+    parse = json.JSONDecoder(object_pairs_hook=object_of, parse_int=_number).decode
     for number, line in reading.lines():
         if not line.strip():
             continue
@@ -43,13 +49,30 @@ def read_jsonl(reading: Reading) -> Iterator[Document]:
             reading.fault(f"is not JSON: {error.msg} at column {column:,}", number)
         except RecursionError:
             reading.fault("is nested too deep", number)
+        except _LongNumberError:
+            reading.fault("holds a number of more than 1,000 digits", number)
         except ValueError as error:
             reading.fault(str(error), number, HINT if "has no" in str(error) else "")
         else:
+            keyed = keyed or key in record
+            if not keyed and len(names) < MAX_NAMES:
+                names.update(dict.fromkeys(record))
             yield document
+    if names and not keyed and not reading.num_faults:
+        reading.fail(missing_key(reading.columns, names))
 
 
 _NAMES = {list: "list", str: "string", bool: "truth value", type(None): "null"}
+
+
+class _LongNumberError(Exception):
+    """A number that takes long to read, and that no document has."""
+
+
+def _number(digits: str) -> int:
+    if len(digits) > 1000:
+        raise _LongNumberError
+    return int(digits)
 
 
 def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

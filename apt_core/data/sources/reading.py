@@ -12,7 +12,6 @@ from typing import IO, Any, Literal
 
 from apt_core.data.sources.faults import Faults
 from apt_core.data.sources.files import INSTALL, DataFile, unreadable
-from apt_core.error_text import one_line
 from apt_core.errors import ConfigError
 from apt_core.files import open_file
 from apt_core.providers.dataset import Columns
@@ -90,7 +89,7 @@ class Reading(Faults):
                 hint="fetch or compress it again",
             )
         except damaged as error:
-            self.fail(f"is damaged: {one_line(error)}", hint="fetch or compress it again")
+            self.fail(f"is damaged: {error}", hint="fetch or compress it again")
         except OSError as error:
             raise ConfigError(unreadable(self.where, self.key, error)) from error
         except Exception as error:

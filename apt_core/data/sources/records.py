@@ -35,7 +35,10 @@ def document_of(record: Mapping[str, Any], columns: Columns, where: str) -> Docu
         raise ValueError(missing_fields(columns, record, record))
     if columns.key is not None:
         given["key"] = record.get(columns.key)
-    return Document.of(given, where)
+    try:
+        return Document.of(given, where)
+    except ValueError as error:
+        raise ValueError(_in_terms_of(columns, str(error))) from None
 
 
 def read_record(record: dict[str, Any], faults: Faults, number: int) -> Document | None:
@@ -63,6 +66,8 @@ def columns_to_read(names: Sequence[str], faults: Faults, line: int | None = Non
     used = usable_columns(faults.columns, names)
     if not used:
         faults.fail(missing_fields(faults.columns, names), line, HINT)
+    if faults.columns.key is not None and faults.columns.key not in names:
+        faults.fail(missing_key(faults.columns, names), line)
     if twice := [name for name in used if list(names).count(name) > 1]:
         faults.fail(f"has the column {twice[0]!r} twice", line)
     return used
@@ -78,6 +83,20 @@ def usable_columns(columns: Columns, there: Collection[str]) -> list[str]:
     if names and columns.key is not None and columns.key in there:
         names.append(columns.key)
     return list(dict.fromkeys(names))
+
+
+def missing_key(columns: Columns, there: Collection[str]) -> str:
+    """That the key is not among the names that are ``there``."""
+    assert columns.key is not None
+    hint = did_you_mean(columns.key, there)
+    return f"has no {columns.key!r}, which data.columns.key names{f': {hint}' if hint else ''}"
+
+
+def _in_terms_of(columns: Columns, message: str) -> str:
+    """``message`` about a field, with the name that it has in the record."""
+    field = message.split("'")[1] if message.startswith("'") else ""
+    name = getattr(columns, field, field)
+    return message.replace(repr(field), repr(name), 1) if field else message
 
 
 def missing_fields(

@@ -322,14 +322,18 @@ def _remove_unfinished(base: Path, key: str) -> None:
 
 
 def _replace(folder: Path, made: Path) -> None:
-    """Put ``made`` in the place of ``folder``, which is damaged if it is there."""
-    if folder.exists():
-        old = made.with_name(f"{made.name}-old")
-        folder.rename(old)
+    """Put ``made`` in the place of ``folder``: of a damaged store, or of a file or link, if
+    something is there."""
+    if not os.path.lexists(folder):
         made.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        return
+    old = made.with_name(f"{made.name}-old")
+    folder.rename(old)
+    made.rename(folder)
+    if old.is_symlink() or not old.is_dir():
+        old.unlink()
     else:
-        made.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _require_documents(built: Assembled, source: DatasetProvider) -> None:

@@ -26,6 +26,7 @@ from apt_core.data.pipeline.split import SplitRule
 from apt_core.data.store.frames import pack, unpack
 from apt_core.error_text import one_line, where_raised
 from apt_core.errors import ConfigError, ProviderError
+from apt_core.providers.base import Provider
 from apt_core.providers.documents import FORMS, Document, Message
 from apt_core.providers.tokenizer import Encoded, TokenizerProvider, token_dtype
 
@@ -236,11 +237,11 @@ def _are_marks(learned: Any, ids: npt.NDArray[Any]) -> bool:
     return is_array and learned.shape == ids.shape
 
 
-def name_of(kind: str, provider: object) -> str:
+def name_of(kind: str, provider: Provider) -> str:
     """A provider in a message: its kind and name, and the class."""
     cls = type(provider)
     try:
-        name = str(provider.get_name())  # type: ignore[attr-defined]
+        name = str(provider.get_name())
     except Exception:
         name = cls.__name__
     return f"{kind}:{name} ({cls.__module__}.{cls.__qualname__})"

@@ -23,6 +23,7 @@ from apt_core.data.store.chunks import (
 from apt_core.data.store.lock import StopCheck, never_stop
 from apt_core.error_text import one_line, where_raised
 from apt_core.errors import AptError, ConfigError, ProviderError
+from apt_core.providers.base import Provider
 from apt_core.providers.dataset import DatasetProvider
 from apt_core.providers.documents import Document
 
@@ -32,7 +33,7 @@ SAMPLE_CHARS = 2000
 
 
 @contextmanager
-def naming(kind: str, provider: object, what: str) -> Iterator[None]:
+def naming(kind: str, provider: Provider, what: str) -> Iterator[None]:
     """Give errors of a provider its name. Those that are written for a person stay as they are."""
     try:
         yield

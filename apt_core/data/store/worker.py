@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import BinaryIO
 
 
@@ -52,14 +53,14 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         send(answers, answer(encoder, chunk))
 
 
-def answer(encoder: object, chunk: bytes) -> bytes:
+def answer(encoder: Callable[[bytes], bytes], chunk: bytes) -> bytes:
     """The result of a chunk, after one byte that says whether it is one or an error."""
     from apt_core.data.store.frames import pack
     from apt_core.error_text import one_line
     from apt_core.errors import ConfigError, ProviderError
 
     try:
-        return b"\0" + encoder(chunk)  # type: ignore[operator]
+        return b"\0" + encoder(chunk)
     except ConfigError as error:
         rows = [[p.message, p.key, p.where, p.hint] for p in error.problems]
         return b"\1" + pack({"problems": rows})

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from apt_core.config.yaml_text import Document, dotted, parse_yaml
+from apt_core.config.yaml_text import ParsedYaml, dotted, parse_yaml
 from apt_core.data.sources.hlbd import task_of
 from apt_core.errors import ConfigError, Problem, did_you_mean
 from apt_core.evaluation.validators import (
@@ -246,7 +246,7 @@ def read_task(path: Path) -> TaskProvider:
 
 
 class _Reading:
-    def __init__(self, path: Path, label: str, document: Document) -> None:
+    def __init__(self, path: Path, label: str, document: ParsedYaml) -> None:
         self._path, self._label, self._document = path, label, document
         self._problems = [*document.problems]
 

@@ -132,7 +132,7 @@ def test_every_row_that_is_no_document_is_an_error():
     null, number, binary = problems()
     assert (null.where, null.key) == ("corpus.db, row 2", "data_sql.query")
     assert "'text' (null)" in null.message and "IS NOT NULL" in null.hint
-    assert "is a int, not a string" in number.message and "CAST" in number.hint
+    assert "is an int, not a string" in number.message and "CAST" in number.hint
     assert "is not UTF-8: byte 0xff at offset 0" in binary.message
 
     many = problems("SELECT NULL AS text FROM documents AS a, documents AS b ORDER BY 1")
