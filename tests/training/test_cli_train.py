@@ -216,14 +216,16 @@ def test_a_plan_needs_no_data_file_and_says_that_it_is_missing(apt_train):
 def test_a_reader_that_goes_away_does_not_end_the_run(profile, tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "apt_core", "train", "-p", str(profile), "--output"]
-    with subprocess.Popen(
-        [*command, str(folder), "--training.max_steps", "30"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-    ) as process:
-        assert process.stdout.readline()
-        process.stdout.close()
-    assert process.returncode == 0
+    reader, writer = os.pipe()
+    os.close(reader)  # before the first line, so that no line can be written
+    with open(writer, "w") as stdout:
+        done = subprocess.run(
+            [*command, str(folder), "--training.max_steps", "3"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+        )
+    assert done.returncode == 0, done.stderr
     assert json.loads((folder / "manifest.json").read_text())["status"] == "finished"
 
 
