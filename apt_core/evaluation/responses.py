@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from apt_core.data.store.parts import TokenPart
+from apt_core.inference.decoding import Decoder
+from apt_core.inference.texts import Text
 from apt_core.modeling.modes import eval_mode
 
 
@@ -49,61 +51,37 @@ def answers(
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> list[list[int]]:
     """What ``model`` answers to the prompt of each of ``pairs``: in turn the most likely of the
-    first ``vocab_size`` ids, as many as the longest response of its batch has.
+    first ``vocab_size`` ids, as many as its response has; ``batch_size`` are worked on at once.
 
     An answer ends early where ``max_seq_len`` is reached; the answer to a prompt that leaves no
     room is empty. ``precision`` makes the context in which forwards are computed. The modes of
     modules are restored at the end.
     """
     found: list[list[int]] = [[] for _ in pairs]
-    # Prompts of one length need no padding.
-    order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i].prompt), len(pairs[i].response)))
+    decoder = Decoder(model, device=device, max_seq_len=max_seq_len)
     with eval_mode(model):
-        for batch in _batches(order, pairs, batch_size):
-            prompts = torch.tensor([list(pairs[i].prompt) for i in batch], device=device)
-            room = max_seq_len - prompts.shape[1]
-            length = min(room, max(len(pairs[i].response) for i in batch))
-            if length <= 0:
+        decoder.refresh()
+        # Those of one length together, so that little is padding.
+        order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].prompt), reverse=True)
+        active: dict[int, Text] = {}
+        while order or active:
+            while order and len(active) < batch_size:
+                index = order.pop()
+                prompt = pairs[index].prompt
+                length = min(max_seq_len - len(prompt), len(pairs[index].response))
+                if length > 0:
+                    active[index] = Text(prompt, length)
+            if not active:
                 continue
             with precision():
-                rows = _continued(model, prompts, length, vocab_size)
-            for i, row in zip(batch, rows.tolist(), strict=True):
-                found[i] = row
+                logits = decoder.logits([*active.values()])
+            likely = logits[:, :vocab_size].argmax(-1).tolist()
+            for (index, text), token in zip([*active.items()], likely, strict=True):
+                text.ids.append(token)
+                if len(text.ids) == text.most:
+                    found[index] = text.ids[text.start :]
+                    decoder.release(active.pop(index), keep=False)
     return found
-
-
-def _batches(
-    order: Sequence[int], pairs: Sequence[Pair], batch_size: int
-) -> Iterator[Sequence[int]]:
-    start = 0
-    while start < len(order):
-        length, stop = len(pairs[order[start]].prompt), start
-        while stop < min(len(order), start + batch_size):
-            if len(pairs[order[stop]].prompt) != length:
-                break
-            stop += 1
-        yield order[start:stop]
-        start = stop
-
-
-def _continued(model: nn.Module, prompts: Tensor, length: int, vocab_size: int) -> Tensor:
-    """The ``length`` tokens after ``prompts`` [B, P], int64 [B, length]."""
-    create: Callable[[int], Any] | None = getattr(model, "create_caches", None)
-    total = prompts.shape[1] + length
-    caches = None if create is None else create(total)
-    text, unread = prompts, prompts
-    while text.shape[1] < total:
-        if caches is None:
-            logits = model(text).logits
-        else:
-            logits = model(unread, caches=caches).logits
-            if any(cache.length != text.shape[1] for cache in caches):
-                # A cache does not hold what its layer read.
-                caches = None
-                continue
-        unread = logits[:, -1:, :vocab_size].argmax(-1)
-        text = torch.cat([text, unread], dim=1)
-    return text[:, prompts.shape[1] :]
 
 
 def character_f1(answer: str, response: str) -> float:

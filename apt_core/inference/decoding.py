@@ -36,11 +36,18 @@ class Decoder:
     the caches that it makes.
     """
 
-    def __init__(self, session: Session, *, int8: bool = False) -> None:
-        self._int8 = int8
-        self._model, self._device = session.model, session.device
-        self._max_seq_len = session.config.model.max_seq_len
-        self._dtype, self._casts = dtype_for(session), KeptCasts(session.model)
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        device: torch.device,
+        max_seq_len: int,
+        dtype: torch.dtype | None = None,
+        int8: bool = False,
+    ) -> None:
+        """``dtype`` is the type in which the model is computed by autocast, None for none."""
+        self._model, self._device, self._max_seq_len = model, device, max_seq_len
+        self._dtype, self._casts, self._int8 = dtype, KeptCasts(model), int8
         self._readers: dict[Text, _Reader] = {}
         self._slots: Slots | None = None
         self._made_of: Any = None
@@ -52,7 +59,7 @@ class Decoder:
 
     def refresh(self) -> None:
         """Look, where no text is worked on, whether the model is still the one that weights were
-        folded of and caches computed with."""
+        folded of and caches computed with. To be called before the first text."""
         if len(self):
             return
         made_of = _state_of(self._model)

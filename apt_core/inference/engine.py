@@ -20,7 +20,7 @@ from torch import Tensor
 from apt_core.errors import ConfigError
 from apt_core.generation_requests import check_request
 from apt_core.inference.branches import Branches
-from apt_core.inference.decoding import Decoder
+from apt_core.inference.decoding import Decoder, dtype_for
 from apt_core.inference.lookup import LOOKUPS, TIE, Guesses, Lookup, Payoff
 from apt_core.inference.request_hooks import RequestHooks
 from apt_core.inference.sampling import Sampling, choose, log_probabilities, penalized
@@ -98,7 +98,13 @@ class Engine:
             raise ConfigError(f"is {lookup!r}", key="lookup", hint=f"one of {', '.join(LOOKUPS)}")
         self.session, self.max_batch = session, max_batch
         self.lookup = Payoff("never" if int8 else lookup)
-        self._decoder = Decoder(session, int8=int8)
+        self._decoder = Decoder(
+            session.model,
+            device=session.device,
+            max_seq_len=session.config.model.max_seq_len,
+            dtype=dtype_for(session),
+            int8=int8,
+        )
         self._waiting: deque[_Row] = deque()
         self._active: list[_Row] = []
         self._entered = False

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from apt_core import GenerationRequest, hook_returns, hookimpl
 from apt_core.data.tokenizers.byte import ByteTokenizer
-from apt_core.inference import decoding, generate
+from apt_core.inference import engine, generate
 from apt_core.inference.decoding import dtype_for
 from apt_core.inference.sampling import Sampling, choose
 from apt_core.inference.texts import window_start
@@ -307,7 +307,7 @@ class Seen(TorchDispatchMode):
 
 def test_a_type_to_compute_in_is_of_the_model_alone_and_its_weights_are_cast_once(monkeypatch):
     session, types, casts = lively_session(), [], []
-    monkeypatch.setattr(decoding, "dtype_for", lambda session: torch.bfloat16)
+    monkeypatch.setattr(engine, "dtype_for", lambda session: torch.bfloat16)
 
     class Multiplies:
         @hookimpl

@@ -173,7 +173,6 @@ MAY_CALL = {
     "apt_core/modeling/calling.py": "is the one way",
     "apt_core/testing/conformance/backbone.py": "calls it in each way that the contract has",
     "apt_core/hook_returns.py": "checks what a hook gave as a model",
-    "apt_core/evaluation/responses.py": "answers prompts of one length, without padding",
 }
 
 

@@ -1,0 +1,338 @@
+"""Generation on a CPU, against transformers' Llama with the same weights.
+
+TVA is exactly multi-head attention with narrow heads, so the models of each size compute the same:
+APT's engine, and LlamaForCausalLM.generate with its default and its static cache, greedily, in
+fp32. Both sides continue the same prompt and must give the same tokens. One process times them in
+turns.
+
+The share of the memory's bandwidth is the bytes of all weights that a token needs, times the tokens
+per second, over the bandwidth of the fastest of three large reads in the same run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from _harness import Report, interleave, run
+from apt_core import GenerationRequest
+from apt_core.data.tokenizers.base import CoreTokenizer
+from apt_core.inference import Engine
+from apt_core.runs import Session
+from apt_core.testing import tiny_session
+
+VOCABULARY, CONTEXT, PROMPT = 4096, 1024, 32
+LONG_PROMPT = 256
+"""Tokens of the prompt whose first token is waited for."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model: about ``name`` parameters as Llama counts them."""
+
+    name: str
+    d_model: int
+    num_heads: int
+    num_layers: int
+    d_ff: int
+    tokens: int
+    threads: int | None
+
+
+SIZES = (
+    Size("1M", 96, 6, 6, 256, tokens=96, threads=1),
+    Size("14M", 320, 10, 12, 896, tokens=48, threads=None),
+    Size("60M", 640, 10, 13, 2048, tokens=24, threads=None),
+)
+"""``threads`` None is all; a model of 1 M has too little work for two."""
+
+
+class Characters(CoreTokenizer):
+    """An id for each character, and no end of documents."""
+
+    name = "characters"
+
+    @property
+    def vocab_size(self) -> int:
+        return VOCABULARY
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) for character in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
+
+
+def session_of(size: Size, threads: int) -> Session:
+    shape = {
+        "d_model": size.d_model,
+        "num_heads": size.num_heads,
+        "num_layers": size.num_layers,
+        "d_ff": size.d_ff,
+        "max_seq_len": CONTEXT,
+        "vocab_size": VOCABULARY,
+    }
+    overrides = {f"model.{key}": value for key, value in shape.items()}
+    session = tiny_session(overrides={**overrides, "hardware.num_threads": threads})
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in session.model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise, alpha=0.02)
+    return replace(session, tokenizer=Characters())
+
+
+@torch.no_grad()
+def llama_of(size: Size, model: Any) -> LlamaForCausalLM:
+    """Llama with the weights of ``model``, those of TVA fused."""
+    first = model.blocks[0].attention
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=size.d_model,
+        intermediate_size=size.d_ff,
+        num_hidden_layers=size.num_layers,
+        num_attention_heads=size.num_heads,
+        head_dim=first.width,
+        max_position_embeddings=CONTEXT,
+        rms_norm_eps=model.final_norm.eps,
+        rope_theta=first.rotary.theta,
+        tie_word_embeddings=model.head is None,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    llama = LlamaForCausalLM(config).eval()
+    inner = llama.model
+    pairs: list[tuple[nn.Module, Tensor]] = [
+        (inner.embed_tokens, model.embedding.weight),
+        (inner.norm, model.final_norm.weight),
+    ]
+    if model.head is not None:
+        pairs.append((llama.lm_head, model.head.weight))
+    for block, layer in zip(model.blocks, inner.layers, strict=True):
+        qkv, out = block.attention.projections()
+        attention, mlp = layer.self_attn, layer.mlp
+        pairs += zip((attention.q_proj, attention.k_proj, attention.v_proj), qkv.chunk(3))
+        pairs += [
+            (attention.o_proj, out),
+            (layer.input_layernorm, block.attention_norm.weight),
+            (layer.post_attention_layernorm, block.ffn_norm.weight),
+            (mlp.gate_proj, block.ffn.gate.weight),
+            (mlp.up_proj, block.ffn.up.weight),
+            (mlp.down_proj, block.ffn.down.weight),
+        ]
+    for module, weight in pairs:
+        module.weight.copy_(weight)
+    return llama
+
+
+def prompts(batch: int, length: int) -> list[str]:
+    """Texts of one length, which differ."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(32, 127, (batch, length), generator=generator).tolist()
+    return ["".join(map(chr, row)) for row in ids]
+
+
+def ours(engine: Engine, texts: Sequence[str], tokens: int) -> Callable[[], list[list[int]]]:
+    requests = [GenerationRequest(t, max_new_tokens=tokens, temperature=0.0) for t in texts]
+    return lambda: [list(result.token_ids) for result in engine.run(requests)]
+
+
+def theirs(
+    llama: LlamaForCausalLM, texts: Sequence[str], tokens: int, threads: int, **options: Any
+) -> Callable[[], list[list[int]]]:
+    ids = torch.tensor([[ord(character) for character in text] for text in texts])
+
+    @torch.no_grad()
+    def generated() -> list[list[int]]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        found = llama.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            **options,
+        )
+        torch.set_num_threads(before)
+        rows: list[list[int]] = found[:, ids.shape[1] :].tolist()
+        return rows
+
+    return generated
+
+
+def bandwidth(threads: int) -> float:
+    """Bytes per second of the fastest of three large reads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    matrix, vector = torch.ones(8192, 8192), torch.ones(8192)
+    copy = torch.empty_like(matrix)
+    best = 0.0
+    for read, factor in (
+        (lambda: matrix.sum(), 1),
+        (lambda: matrix @ vector, 1),
+        (lambda: copy.copy_(matrix), 2),
+    ):
+        for _ in range(6):
+            started = time.perf_counter()
+            read()
+            best = max(best, factor * matrix.nbytes / (time.perf_counter() - started))
+    torch.set_num_threads(before)
+    return best
+
+
+def weight_bytes(llama: LlamaForCausalLM) -> int:
+    """What a token reads: all weights, of the embedding only where it is the projection too."""
+    tied = llama.config.tie_word_embeddings
+    unread = 0 if tied else llama.model.embed_tokens.weight.nbytes
+    return sum(parameter.nbytes for parameter in llama.parameters()) - unread
+
+
+def measure_size(report: Report, size: Size, rounds: int) -> list[list[str | float]]:
+    threads = size.threads or torch.get_num_threads()
+    session = session_of(size, threads)
+    llama = llama_of(size, session.model)
+    rows: list[list[str | float]] = []
+    for batch in (1, 16):
+        engine = Engine(session, max_batch=batch, lookup="never")
+        texts = prompts(batch, PROMPT)
+        sides = {
+            "apt": ours(engine, texts, size.tokens),
+            "llama": theirs(llama, texts, size.tokens, threads),
+            "llama_static": theirs(
+                llama, texts, size.tokens, threads, cache_implementation="static"
+            ),
+        }
+        equal = agreement(sides["apt"](), sides["llama"]())
+        times = interleave(sides, baseline="apt", rounds=rounds, calls=1, warmup=1)
+        for peer in ("llama", "llama_static"):
+            report.ratio(f"{peer}_over_apt_{size.name}_batch{batch}", times, peer, over="apt")
+        if batch == 1:
+            report.noise(f"apt_over_apt_{size.name}", times)
+        speeds = [batch * size.tokens / times.median(side) * 1e9 for side in sides]
+        rows.append([f"{size.name}, batch {batch}", *speeds, f"{equal:.1%}"])
+        if batch == 1:
+            first_token(report, size, session, llama, threads, rounds)
+            if size is SIZES[-1]:
+                share_of_bandwidth(report, size, llama, threads, times.samples["apt"])
+                faster_ways(report, size, session, threads, rounds)
+    return rows
+
+
+def agreement(one: list[list[int]], other: list[list[int]]) -> float:
+    """The share of texts that are equal token for token. Raises ValueError where a text differs from
+    its first tokens on, which rounding does not explain."""
+    for a, b in zip(one, other, strict=True):
+        if a[:4] != b[:4]:
+            raise ValueError(f"the models do not compute the same: {a[:8]}, {b[:8]}")
+    return sum(a == b for a, b in zip(one, other, strict=True)) / len(one)
+
+
+def first_token(
+    report: Report,
+    size: Size,
+    session: Session,
+    llama: LlamaForCausalLM,
+    threads: int,
+    rounds: int,
+) -> None:
+    text = prompts(1, LONG_PROMPT)
+
+    def fresh() -> object:  # nothing of an earlier round is known
+        return ours(Engine(session, max_batch=1), text, 1)()
+
+    sides = {"apt": fresh, "llama": theirs(llama, text, 1, threads)}
+    times = interleave(sides, baseline="apt", rounds=rounds, calls=1, warmup=1)
+    report.ratio(f"first_token_llama_over_apt_{size.name}", times, "llama", over="apt")
+    report.add(f"first_token_{size.name}_ms", round(times.median("apt") / 1e6, 2))
+
+
+def share_of_bandwidth(
+    report: Report, size: Size, llama: LlamaForCausalLM, threads: int, samples: Sequence[float]
+) -> None:
+    """By the fastest round, as the bandwidth is that of the fastest read."""
+    tokens_per_second = size.tokens / min(samples) * 1e9
+    read = bandwidth(threads)
+    report.add("bandwidth_GB_per_s", round(read / 1e9, 2))
+    share = weight_bytes(llama) * tokens_per_second / read
+    report.add(f"share_of_bandwidth_{size.name}", round(share, 3))
+
+
+def faster_ways(report: Report, size: Size, session: Session, threads: int, rounds: int) -> None:
+    """Look-up and int8 weights, on a text that repeats itself."""
+    text, tokens = ["the same again. " * 8], 4 * size.tokens
+    engines = {
+        "plain": Engine(session, max_batch=1, lookup="never"),
+        "lookup": Engine(session, max_batch=1),
+        "int8": Engine(session, max_batch=1, int8=True),
+    }
+    sides = {name: ours(engine, text, tokens) for name, engine in engines.items()}
+    if sides["plain"]() != sides["lookup"]():
+        raise ValueError("look-up has changed the text")
+    times = interleave(sides, baseline="plain", rounds=max(2, rounds // 3), calls=1, warmup=1)
+    for name in ("lookup", "int8"):
+        report.ratio(f"plain_over_{name}_{size.name}", times, "plain", over=name)
+    payoff = engines["lookup"].lookup
+    kept = payoff.kept_tokens / max(1, payoff.guessed_tokens)
+    report.add(f"lookup_guesses_kept_{size.name}", round(kept, 3))
+
+
+def cache_bytes(report: Report) -> None:
+    for size in SIZES:
+        tva, mha = (
+            session_of_attention(size, name).registry.get("attention", name)
+            for name in ("tva_default", "mha")
+        )
+        sizes = [
+            provider.kv_cache_bytes(size.d_model, size.num_heads, 1, bytes_per_value=4)
+            for provider in (tva, mha)
+        ]
+        report.add(f"kv_bytes_mha_over_tva_{size.name}", sizes[1] / sizes[0])
+        report.add(f"kv_bytes_per_token_{size.name}", sizes[0] * size.num_layers)
+
+
+def session_of_attention(size: Size, name: str) -> Session:
+    return tiny_session(
+        overrides={
+            "model.d_model": size.d_model,
+            "model.num_heads": size.num_heads,
+            "model.attention_name": name,
+        }
+    )
+
+
+def measure(report: Report, quick: bool) -> None:
+    torch.manual_seed(0)
+    transformers.logging.set_verbosity_error()
+    report.machine["threads"] = torch.get_num_threads()
+    rows: list[list[str | float]] = []
+    for size in SIZES[:1] if quick else SIZES:
+        rows += measure_size(report, size, 2 if quick else 12)
+    cache_bytes(report)
+    report.table(
+        "Tokens per second",
+        ["model", "APT", "Llama, default cache", "Llama, static cache", "equal texts"],
+        rows,
+    )
+    report.note(
+        f"Greedy, fp32, a prompt of {PROMPT} tokens, {VOCABULARY:,} ids; the first token after "
+        f"{LONG_PROMPT}. The model of 1 M is computed by one thread on both sides, which is faster "
+        "for both. llama.cpp is not among the peers: it needs an exported model, and APT exports "
+        "none yet."
+    )
+
+
+if __name__ == "__main__":
+    run(
+        "How fast is generation on a CPU, against transformers' Llama with the same weights?",
+        measure,
+        packages=["torch", "transformers"],
+    )
