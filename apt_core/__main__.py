@@ -14,6 +14,8 @@ VERBS = {
     "hooks": "apt_core.cli.hooks:main",
     "data": "apt_core.cli.data:main",
     "eval": "apt_core.cli.eval:main",
+    "generate": "apt_core.cli.generate:main",
+    "chat": "apt_core.cli.chat:main",
     "plugin-list": "apt_core.cli.plugin_info:main_list",
     "plugin-info": "apt_core.cli.plugin_info:main_info",
 }

@@ -79,7 +79,14 @@ def test_the_commands_name_functions_that_exist_and_none_is_called_apt(
     wheel: zipfile.ZipFile,
 ) -> None:
     commands = _entry_points(wheel, "console_scripts")
-    assert {"apt-train", "apt-hooks", "apt-data", "apt-eval"} <= commands.keys()
+    assert {
+        "apt-train",
+        "apt-hooks",
+        "apt-data",
+        "apt-eval",
+        "apt-generate",
+        "apt-chat",
+    } <= commands.keys()
     assert "apt" not in commands
     for target in commands.values():
         module, _, function = target.partition(":")

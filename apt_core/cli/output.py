@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+KEPT = "\n\t\u200c\u200d"
+"""Characters of a model's text that a terminal gets as they are, beside those that are printable:
+writing systems that join letters need them."""
+
+
 @dataclass(frozen=True)
 class Json:
     """What a command answers with ``--json``: printed when nothing else can be any more."""

@@ -27,7 +27,9 @@ def run_command(app: typer.Typer, prog: str, args: Sequence[str] | None = None) 
     """Run a typer app; returns the exit code.
 
     0 fine, 1 the run failed, 2 bad input, 128 + its number after a signal. Errors go to stderr,
-    without a traceback unless ``--debug`` is among the arguments.
+    without a traceback unless ``--debug`` is among the arguments. With ``--json`` all that is
+    printed goes there, apart from the answer; a command of a class with ``keeps_apart``, which
+    writes its answer part by part, sees to that itself.
     """
     # pydantic asks every installed distribution for plugins of its own: that takes as long as a
     # listing, and one that is damaged ends it.
@@ -60,10 +62,11 @@ def show_versions() -> int:
 def _invoke(command: Any, prog: str, args: list[str]) -> int:
     import typer
 
+    apart = "--json" in args and not getattr(command, "keeps_apart", False)
     # Not main(): it turns Ctrl-C and a reader that went away into exits of its own.
     try:
         with (
-            output_apart() if "--json" in args else nullcontext(),
+            output_apart() if apart else nullcontext(),
             command.make_context(prog, list(args)) as context,
         ):
             result = command.invoke(context)

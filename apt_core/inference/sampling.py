@@ -57,6 +57,8 @@ def choose(logits: Tensor, sampling: Sampling, draws: Tensor | None) -> Tensor:
     below = cumulated[:, -1] * (1 - 4 * torch.finfo(exact).eps)
     wanted = torch.minimum(draws.to(exact) * cumulated[:, -1], below)
     places = torch.searchsorted(cumulated, wanted[:, None], right=True)
+    # Beyond the last one where the logits are not finite, which the caller sees.
+    places = places.clamp_max(cumulated.shape[-1] - 1)
     return places[:, 0] if ids is None else ids.gather(1, places)[:, 0]
 
 

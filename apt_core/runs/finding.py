@@ -59,7 +59,7 @@ def newest_run(folder: Path = RUNS) -> Path:
         if not IS_STEP.fullmatch(path.parent.name)
     ]
     for run in sorted(found, key=_since, reverse=True):
-        if _has_checkpoint(run):
+        if has_checkpoint(run):
             return run
     raise ConfigError(
         "there is no run with a checkpoint in it",
@@ -76,11 +76,19 @@ def run_called(name: str | Path) -> Path:
     for each in (path, RUNS / path):
         if not each.is_dir():
             continue
-        if not (each / "manifest.json").exists() and not _has_checkpoint(each):
+        if not (each / "manifest.json").exists() and not has_checkpoint(each):
             with suppress(ConfigError):
                 return newest_run(each)
         return each
     return path
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Whether there is a checkpoint of the run in the folder ``run``, intact or not."""
+    try:
+        return bool(checkpoint.list_checkpoints(_folder_of_checkpoints(run, "")))
+    except ConfigError:
+        return False
 
 
 def run_of(path: Path) -> Path:
@@ -99,13 +107,6 @@ def _since(run: Path) -> tuple[str, int]:
         manifest = read_json(file)
         since = manifest.get("process", {}).get("since") or manifest.get("started")
     return since if isinstance(since, str) else "", written
-
-
-def _has_checkpoint(run: Path) -> bool:
-    try:
-        return bool(checkpoint.list_checkpoints(_folder_of_checkpoints(run, "")))
-    except ConfigError:
-        return False
 
 
 def _folder_of_checkpoints(path: Path, key: str) -> Path:

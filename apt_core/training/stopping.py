@@ -9,8 +9,8 @@ from math import inf, isfinite
 from apt_core.config import Config
 from apt_core.error_text import shown
 from apt_core.monitor import duration
+from apt_core.parallel.signals import Interrupts
 from apt_core.runs.run_state import StoppingState
-from apt_core.training.signals import Interrupts
 
 
 class Stopping:

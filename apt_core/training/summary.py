@@ -14,6 +14,7 @@ from apt_core.monitor import duration, rate
 from apt_core.plugin_records import PluginRecord
 from apt_core.printable import printable
 from apt_core.runs.checkpoint import list_checkpoints, step_of
+from apt_core.runs.finding import has_checkpoint
 from apt_core.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -76,7 +77,10 @@ def summary_lines(result: RunResult, kernel: Kernel) -> list[str]:
     if result.sample:
         sample = kernel.config.evaluation.sample_prompt + result.sample
         lines += ["sample:", f"  {printable(sample)}"]
-    lines.append(f"run folder: {short_path(str(result.folder))}")
+    folder = short_path(str(result.folder))
+    lines.append(f"run folder: {folder}")
+    if has_checkpoint(result.folder):
+        lines.append(f"talk to it: apt-chat {shlex.quote(folder)}")
     return lines
 
 

@@ -22,6 +22,7 @@ import pytest
 
 import apt_core.cli.data
 import apt_core.cli.eval
+import apt_core.cli.generate
 import apt_core.cli.hooks
 import apt_core.cli.train
 import apt_plugins.report.command
@@ -41,6 +42,7 @@ APPS = {
     "apt-hooks": apt_core.cli.hooks.app,
     "apt-data": apt_core.cli.data.app,
     "apt-eval": apt_core.cli.eval.app,
+    "apt-generate": apt_core.cli.generate.app,
     "apt-report": apt_plugins.report.command.app,
 }
 TEXT = "\n\n".join(f"Line {n} of a small text says that {n} and 1 are {n + 1}." for n in range(24))
@@ -93,7 +95,7 @@ def is_shown(expected: str, printed: str) -> bool:
 
 PAGES = (
     *("plugins.md", "profiles.md", "data.md", "model.md", "training.md", "curriculum.md"),
-    *("scaling.md", "evaluation.md"),
+    *("scaling.md", "generation.md", "evaluation.md"),
 )
 OWN_DATA = {"letters", "answers", "mixture"}
 """Profiles that are trained on the data that they name."""

@@ -199,9 +199,12 @@ def test_all_faults_of_a_request_are_told_at_once(session):
                 generate(session, replace(GenerationRequest("a"), **{field: value}))
 
 
-def test_logits_that_are_not_finite_end_their_own_text_alone(lively):
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.0}, {}, {"top_k": 4}, {"top_k": 4, "top_p": 0.5, "min_p": 0.1}]
+)
+def test_logits_that_are_not_finite_end_their_own_text_alone(lively, settings):
     session = lively(overrides={"model.tie_embeddings": False})
-    requests = [GenerationRequest(p, max_new_tokens=6, temperature=0.0) for p in ("ab", "X", "cd")]
+    requests = [GenerationRequest(p, max_new_tokens=6, **settings) for p in ("ab", "X", "cd")]
     alone = [generate(session, request) for request in requests]
     with torch.no_grad():
         session.model.embedding.weight[ord("X")] = float("nan")

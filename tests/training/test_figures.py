@@ -53,6 +53,7 @@ def test_losses_of_an_interrupted_run_come_with_their_step(tmp_path: Path) -> No
     rows = {row["step"]: row for row in run.metrics if "loss" in row}
     assert figures["loss"] == rows[EPOCH]["loss"]
     assert f"held-out text after step {EPOCH}: loss" in summary(run)
+    assert summary(run).endswith(f"\ntalk to it: apt-chat {tmp_path / 'run'}")
     whole = tiny_run(overrides=changes, steps=5)
     assert (whole.result.figures["loss_step"], whole.result.figures["val_step"]) == (5, 5)
     assert "held-out text: loss" in summary(whole)

@@ -26,10 +26,10 @@ from apt_core.cache import cache_dir
 from apt_core.cli import train as cli_train
 from apt_core.errors import TrainingError
 from apt_core.parallel.launch import already_reported, launch
+from apt_core.parallel.signals import Interrupts
 from apt_core.parallel.world import STORE_VARIABLE, shared_store
 from apt_core.runs.checkpoint import load, newest_intact
 from apt_core.runs.tensor_files import SavedTensors
-from apt_core.training.signals import Interrupts
 
 ROOT = Path(__file__).parents[2]
 # As the console script: without the working directory on the import path.
