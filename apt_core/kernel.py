@@ -64,6 +64,8 @@ class Kernel:
     notices: list[str] = field(default_factory=list)
     place: Mapping[str, str] = field(default_factory=dict)
     secrets: SecretValues = field(default_factory=SecretValues, repr=False)
+    builder: Sequence[str] = ()
+    """The command of a process that builds the data of this profile, where there is one."""
 
     def add_inactive(self, found: Iterable[InactiveKey]) -> None:
         """Add inactive keys that only the run could find. Raises ConfigError under ``--strict``."""

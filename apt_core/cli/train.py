@@ -179,6 +179,10 @@ def train(
 
             arguments += _options(nproc=nproc)
             device, _ = resolve_device(kernel.config.hardware.device)
+            if kernel.config.data.begin_early:
+                from apt_core.data.loading import load_data
+
+                load_data(kernel)  # both runs are to find the same
             steps, deterministic = stop_at_step or VERIFIED_STEPS, device.type == "cuda"
             return verify(console, arguments, output, steps, deterministic=deterministic)
         if (processes := 1 if inside else nproc or _processes_wanted(kernel)) > 1:
@@ -193,6 +197,11 @@ def train(
                 debug=debug,
             )
             return launch(processes, arguments)
+        if kernel.config.data.begin_early:
+            from apt_core.data.early import builder_command
+
+            words = _options(profile=profile, plugin=plugin, set=set_) + context.args
+            kernel.builder = builder_command(words)
         arguments += _options(nproc=kernel.place["WORLD_SIZE"] if inside else None)
         return run(
             kernel,

@@ -242,6 +242,34 @@ def _warmup(view: View) -> Iterator[Problem]:
         )
 
 
+def _begins_early(view: View) -> Iterator[Problem]:
+    """What a run needs whose length cannot depend on the data."""
+    config, key = view.config, "data.begin_early"
+    if not view[key]:
+        return
+    if view["training.max_steps"] is None:
+        yield view.problem(
+            "needs training.max_steps: how many windows an epoch has is not known at the start",
+            key,
+            "say how long the run is, or leave it out",
+        )
+    if config.data.mixture is not None:
+        yield view.problem("goes without data.mixture", key, "build the data first: apt-data build")
+    if config.data.packing != "concat":
+        yield view.problem(
+            "needs data.packing: concat: the others choose windows by all documents",
+            key,
+            "set data.packing to concat, or leave it out",
+        )
+    for name, value in config.schedules.items():
+        if name.endswith("_at_epoch") or getattr(value, "by", "") == "epoch":
+            yield view.problem(
+                f"counts by epoch, of which a run with {key} has one",
+                f"schedules.{name}",
+                "count by step or by token",
+            )
+
+
 def _sources(view: View) -> Iterator[Problem]:
     for section, _ in view.config.data.sections():
         source, path = view[f"{section}.source"], view[f"{section}.train_path"]
@@ -362,6 +390,7 @@ COLLECTORS: tuple[Callable[[View], Iterator[Problem]], ...] = (
     _pattern,
     _lengths,
     _warmup,
+    _begins_early,
     _sources,
     _packing,
     _mixture,

@@ -133,6 +133,11 @@ def _inactive_data_settings(config: Config) -> Iterator[Inactive]:
         names = ("train_path", "val_path", "loader", "source", "mixture")
         because = tuple(f"data.{name}" for name in names)
         yield Inactive("data.columns", "plain text has no columns", because)
+    if data.begin_early:
+        key = "data.begin_early"
+        for name in ("max_epochs", "save_freq"):
+            reason = f"{key} is set: the run is one epoch of training.max_steps"
+            yield Inactive(f"training.{name}", reason, (key,))
     if data.val_path is not None:
         key = "data.val_path"
         yield Inactive("data.val_fraction", f"{key} is what is held out", (key,))

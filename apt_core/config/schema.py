@@ -400,6 +400,11 @@ class Config(Section):
         return config
 
     @property
+    def max_epochs(self) -> int:
+        """The epochs of the run; one that begins before its data is built has a single one."""
+        return 1 if self.data.begin_early else self.training.max_epochs
+
+    @property
     def seq_len(self) -> int:
         """The tokens of a training sequence."""
         return self.data.max_length or self.model.max_seq_len

@@ -177,7 +177,8 @@ class BatchPlan:
         while self._ahead and self._ahead[0][0] != number:  # another position was asked for
             self._ahead.popleft()[1].cancel()
         first = self._ahead[-1][0] + 1 if self._ahead else number
-        for later in range(first, number + self._num_workers + 1):
+        end = max(number + 1, int(min(number + self._num_workers + 1, self.order.known_steps)))
+        for later in range(first, end):
             position = divmod(later, self.steps_per_epoch)
             future = self._pool.submit(self._step, position[0] + 1, position[1])
             self._ahead.append((later, future))
@@ -189,6 +190,11 @@ class BatchPlan:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
             self._ahead.clear()
+
+    def grow(self, windows: Windows) -> None:
+        """Draw from these windows of the only source, which has more of them, from the next step
+        on."""
+        self.sources = [windows]
 
     def drawn(self, epoch: int, index: int) -> Drawn:
         """The windows of a step, over all processes."""

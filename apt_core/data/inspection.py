@@ -66,8 +66,15 @@ def _chosen(
             f"there are {', '.join(names)}" if names != [""] else "the profile has no data.mixture"
         )
         raise ConfigError(f"there is no source {chosen.source!r}", hint=hint)
-    if chosen.part == "train" and chosen.window is None:
+    early = kernel.config.data.begin_early
+    if chosen.part == "train" and chosen.window is None and (chosen.step or not early):
         step = chosen.step or 1
+        if early:
+            raise ConfigError(
+                "which windows a step sees depends on when the run looked for them",
+                key="data.begin_early",
+                hint="--window shows those of the store; events.jsonl of the run has its looks",
+            )
         plan = batch_plan(kernel, data, 0, chosen.processes)
         last = Horizon.of(kernel.config, plan.steps).last("step")
         if last is not None and step > last:
@@ -171,6 +178,7 @@ def data_figures(
     config = kernel.config
     plan = batch_plan(kernel, data, 0, processes)
     last = Horizon.of(config, plan.steps).last("step")
+    per_epoch = -(-data.num_windows // plan.windows_per_step)
     mixture = None
     if len(data.sources) > 1:
         mixture = mixture_figures(plan.order, last, steps)
@@ -179,9 +187,9 @@ def data_figures(
         "vocab_size": data.tokenizer.vocab_size,
         "seq_len": config.seq_len,
         "windows_per_step": plan.windows_per_step,
-        "steps_per_epoch": plan.steps_per_epoch,
+        "steps_per_epoch": per_epoch,
         "steps": last,
-        "epochs": None if last is None else last / plan.steps_per_epoch,
+        "epochs": None if last is None else last / per_epoch,
         "sources": [_source_figures(kernel, data, source) for source in data.sources],
         "mixture": mixture,
     }

@@ -11,22 +11,28 @@ from typing import Any, Protocol
 
 from apt_core.config import Config
 from apt_core.data.batches import BatchPlan, EvaluationPlan
+from apt_core.data.early import Builder, Found, GrowingData
+from apt_core.data.growing import GrowingOrder
 from apt_core.data.mixture import mixture_segments
 from apt_core.data.order import Order, Segment, StepPlan
 from apt_core.data.packing.choice import windows_of
+from apt_core.data.packing.concat import ConcatWindows
 from apt_core.data.packing.rows import Windows
 from apt_core.data.store.assemble import ProgressCallback
-from apt_core.data.store.build import build_store
+from apt_core.data.store.build import build_store, growing_store
 from apt_core.data.store.format import PARTS, PartName
 from apt_core.data.store.lock import StopCheck, never_stop
-from apt_core.data.store.reader import IN_MEMORY, TokenStore
+from apt_core.data.store.reader import IN_MEMORY, StoredPart, TokenStore
 from apt_core.data.tokenizers.corpus import train_tokenizer
 from apt_core.errors import CheckpointError, ConfigError, Problem, ProviderError
 from apt_core.kernel import Kernel
+from apt_core.log import get_logger
 from apt_core.providers.dataset import DatasetProvider, SourceSection
 from apt_core.providers.tokenizer import TokenizerProvider
 from apt_core.registry import Registry
 from apt_core.schedules import Horizon
+
+log = get_logger("apt.data")
 
 Progress = Callable[[str, DatasetProvider], ProgressCallback]
 """Asked once for each source, by its name: what is told how far its store is."""
@@ -42,14 +48,35 @@ class SourceData:
     train: Windows
     val: Windows | None
 
+    early: bool = False
+    """Whether the run began, or might have begun, with the first shards of the store."""
+
+    @property
+    def held_out(self) -> StoredPart:
+        """What is evaluated on."""
+        return self.store.held_out if self.early else self.store.part("val")
+
+    @property
+    def sha256(self) -> str:
+        """The hash of what is known from the start on, by which the data is recognised."""
+        return self.store.begun_sha256 if self.early else self.store.sha256
+
+    @property
+    def tokens_sha256(self) -> dict[str, str]:
+        """The hashes of the ids, by part; the same."""
+        begun = self.store.manifest.begun if self.early else None
+        if begun is None:
+            return self.store.tokens_sha256
+        return {"train": begun.train_sha256, "val": begun.tokens_sha256}
+
     @property
     def description(self) -> str:
         """One line: the source and its sizes."""
-        train, val = self.store.part("train"), self.store.part("val")
+        so_far = " so far" if self.early and not self.store.manifest.counts else ""
         return (
             f"{f'{self.name}: ' if self.name else ''}{self.store.description}: "
-            f"{train.num_tokens:,} tokens to train on, {val.num_tokens:,} held out, "
-            f"sha256 {self.store.sha256[:12]}"
+            f"{self.store.part('train').num_tokens:,} tokens to train on{so_far}, "
+            f"{self.held_out.num_tokens:,} held out, sha256 {self.sha256[:12]}"
         )
 
     def row(self) -> dict[str, Any]:
@@ -58,11 +85,11 @@ class SourceData:
         return {
             **({"name": self.name} if self.name else {}),
             "description": store.description,
-            "sha256": store.sha256,
-            "tokens_sha256": store.tokens_sha256,
+            "sha256": self.sha256,
+            "tokens_sha256": self.tokens_sha256,
             "counts": {what: count for what, count in store.manifest.counts.items() if count},
             "train_tokens": store.part("train").num_tokens,
-            "val_tokens": store.part("val").num_tokens,
+            "val_tokens": self.held_out.num_tokens,
             "windows": len(self.train),
         }
 
@@ -72,7 +99,13 @@ class RunData:
     """The data of a run: its tokenizer and its sources, of which there is one but in a mixture."""
 
     tokenizer: TokenizerProvider
-    sources: Sequence[SourceData]
+    sources: list[SourceData]
+    growing: GrowingData | None = None
+
+    def close(self) -> None:
+        """End what builds the data in the background."""
+        if self.growing is not None:
+            self.growing.close()
 
     @property
     def description(self) -> str:
@@ -87,20 +120,19 @@ class RunData:
     @cached_property
     def sha256(self) -> str:
         """The hash of the documents; figures measured on different ones are not comparable."""
-        return stores_sha256([source.store for source in self.sources])
+        return _joined([source.sha256 for source in self.sources])
 
     @cached_property
     def tokens_sha256(self) -> dict[str, str]:
         """The hashes of the ids, by part."""
         return {
-            part: _joined([source.store.tokens_sha256[part] for source in self.sources])
-            for part in PARTS
+            part: _joined([source.tokens_sha256[part] for source in self.sources]) for part in PARTS
         }
 
     @property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes of held-out text by token that is to be learned."""
-        parts = [source.store.part("val") for source in self.sources if source.val is not None]
+        parts = [source.held_out for source in self.sources if source.val is not None]
         num_bytes = sum(part.num_bytes for part in parts)
         return num_bytes / max(1, sum(part.num_learned for part in parts))
 
@@ -173,10 +205,13 @@ def load_data(
     workers: int | None = None,
     progress: Progress | None = None,
     check_stop: StopCheck = never_stop,
+    begin_early: bool = False,
 ) -> RunData:
     """The data of the run, of which what is not in the cache is built by ``engine`` with
     ``workers`` processes. What ``check_stop`` raises ends the build, or the wait for another
-    process that builds.
+    process that builds. With ``begin_early``, for a profile that asks for it, the data may be
+    ``growing``: it is built by the kernel's ``builder`` or by another process, which this one then
+    does not wait for.
 
     Raises ConfigError for what cannot be read or is too little, ProviderError for a source or a
     tokenizer that fails, StoreError where a store cannot be written.
@@ -187,6 +222,8 @@ def load_data(
     if tokenizer.trainable:
         train_tokenizer(tokenizer, [source for _, source in named], config.data, check_stop)
     require_vocabulary(kernel, tokenizer)
+    if begin_early:
+        return _early_data(kernel, named[0][1], tokenizer, check_stop)
     found = []
     for name, source in named:
         store = build_store(
@@ -203,6 +240,39 @@ def load_data(
     if all(source.val is None for source in found):
         raise ConfigError([_too_little(found[0], "val", config)])
     return RunData(tokenizer, found)
+
+
+def _early_data(
+    kernel: Kernel, source: DatasetProvider, tokenizer: TokenizerProvider, check_stop: StopCheck
+) -> RunData:
+    """What is there of the data as soon as a shard is; all of it where no other process builds."""
+    config, first = kernel.config, kernel.place.get("LOCAL_RANK", "0") == "0"
+    store, growing, found = growing_store(source, tokenizer, config.data), None, None
+    if store is not None:
+        known, builder = store.newest(), None
+        needed = (known is None or not known.whole) and not store.is_being_built()
+        if needed and first and kernel.builder:
+            builder = Builder(kernel.builder)
+        growing = GrowingData(config.seq_len, store, builder)
+        try:
+            found = growing.wait(check_stop, patient=not first)
+        except BaseException:
+            growing.close()
+            raise
+    if growing is None or found is None:
+        log.info("all data is built before the run begins: no other process builds it")
+        whole = build_store(source, tokenizer, config.data, check_stop=check_stop)
+        found = Found.of(whole, config.seq_len, whole=True)
+        growing = GrowingData(config.seq_len, found=found)
+    return RunData(tokenizer, [early_source(found, config)], growing)
+
+
+def early_source(found: Found, config: Config) -> SourceData:
+    """The source of a run that began early, as far as it is there."""
+    store = found.store
+    train = ConcatWindows(store.part("train"), config.seq_len)
+    val = ConcatWindows(store.held_out, config.seq_len)
+    return SourceData("", store, train, val, early=True)
 
 
 def _source_data(
@@ -227,9 +297,10 @@ class Profiled(Protocol):
     def registry(self) -> Registry: ...
 
 
-def stores_sha256(stores: Sequence[TokenStore]) -> str:
-    """The hash of the documents of all ``stores``."""
-    return _joined([store.sha256 for store in stores])
+def stores_sha256(stores: Sequence[TokenStore], *, early: bool) -> str:
+    """The hash of the documents of all ``stores``, as a run that begins ``early`` knows them, or
+    another."""
+    return _joined([store.begun_sha256 if early else store.sha256 for store in stores])
 
 
 def named_sources(profiled: Profiled) -> list[tuple[str, SourceSection]]:
@@ -265,7 +336,7 @@ def batch_plan(kernel: Kernel, data: RunData, rank: int = 0, world_size: int = 1
     fill the windows of one step."""
     training, config = kernel.config.training, kernel.config
     needed = training.batch_size * training.grad_accum_steps * world_size
-    if data.num_windows < needed:
+    if data.num_windows < needed and data.growing is None:
         tokens = sum(source.store.part("train").num_tokens for source in data.sources)
         raise ConfigError(
             Problem(
@@ -276,18 +347,22 @@ def batch_plan(kernel: Kernel, data: RunData, rank: int = 0, world_size: int = 1
                 "data.max_length",
             )
         )
-    steps = StepPlan(data.num_windows, seq_len=config.seq_len, windows_per_step=needed)
+    steps = step_plan(config, data.num_windows, needed)
     segments: list[Segment] = []
     if config.data.mixture is not None:
         schedule = kernel.schedule.with_horizon(Horizon.of(config, steps))
         segments = mixture_segments(schedule, config.data.mixture)
-    order = Order(
-        [source.name for source in data.sources],
-        [len(source.train) for source in data.sources],
-        steps,
-        seed=training.seed,
-        segments=segments,
-    )
+    order: Order
+    if data.growing is not None:
+        order = GrowingOrder(steps, seed=training.seed)
+    else:
+        order = Order(
+            [source.name for source in data.sources],
+            [len(source.train) for source in data.sources],
+            steps,
+            seed=training.seed,
+            segments=segments,
+        )
     return BatchPlan(
         order,
         [source.train for source in data.sources],
@@ -297,6 +372,14 @@ def batch_plan(kernel: Kernel, data: RunData, rank: int = 0, world_size: int = 1
         longest=config.data.padding in (True, "longest"),
         num_workers=config.data.num_workers,
     )
+
+
+def step_plan(config: Config, num_windows: int, windows_per_step: int) -> StepPlan:
+    """The steps of the run with ``num_windows`` in an epoch. One that begins early counts as one
+    epoch of ``training.max_steps``, since nothing tells how many windows there will be."""
+    if config.data.begin_early:
+        num_windows = (config.training.max_steps or 0) * windows_per_step
+    return StepPlan(num_windows, seq_len=config.seq_len, windows_per_step=windows_per_step)
 
 
 def _too_little(data: SourceData, part: PartName, config: Config) -> Problem:

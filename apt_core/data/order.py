@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
+from math import inf
 from threading import Lock
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -104,7 +105,9 @@ class Order:
         count, first = self.steps.step_windows(index), self.steps.windows_before(index)
         if len(self.sizes) == 1:
             key = mixed(self._keys[0], epoch - 1)
-            return Drawn(np.zeros(count, np.int64), _stretch(first, count, self.sizes[0], key))
+            return Drawn(
+                np.zeros(count, np.int64), windows_in_order(first, count, self.sizes[0], key)
+            )
         number = bisect_right(self._firsts, (epoch - 1) * self.steps.steps_per_epoch + index + 1)
         return self._mixed(number - 1, self._slots_before(epoch, index), count)
 
@@ -116,6 +119,11 @@ class Order:
             return np.array([slot], dtype=np.int64)
         segment = max(0, bisect_right(self._firsts, step) - 1)
         return self._given_before(segment) + self._given_in(segment, slot)
+
+    @property
+    def known_steps(self) -> float:
+        """The steps whose windows are known."""
+        return inf
 
     def weights(self, step: int) -> tuple[float, ...]:
         """The weight of each source of a mixture in ``step`` (from 1) of the run."""
@@ -182,7 +190,7 @@ class Order:
         return given - cycle.before[offset]
 
 
-def _stretch(first: int, count: int, size: int, key: int) -> Ints:
+def windows_in_order(first: int, count: int, size: int, key: int) -> Ints:
     """The permutation that ``key`` chooses, at the places ``first`` to ``first + count``."""
     block, within = divmod(first, BLOCK)
     if within + count <= BLOCK:

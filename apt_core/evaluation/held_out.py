@@ -23,12 +23,17 @@ log = get_logger("apt.evaluation")
 
 
 class HeldOut:
-    """The documents of ``stores`` that are held out; ``sha256`` is that of all their documents."""
+    """The documents of ``stores`` that are held out, of a run that begins ``early`` those that are
+    from its start on; ``sha256`` is that of all their documents."""
 
-    def __init__(self, stores: Sequence[TokenStore], tokenizer: TokenizerProvider) -> None:
+    def __init__(
+        self, stores: Sequence[TokenStore], tokenizer: TokenizerProvider, *, early: bool = False
+    ) -> None:
         self.tokenizer = tokenizer
-        self.sha256 = stores_sha256(stores)
-        self._parts: list[TokenPart] = [store.part("val") for store in stores]
+        self.sha256 = stores_sha256(stores, early=early)
+        self._parts: list[TokenPart] = [
+            store.held_out if early else store.part("val") for store in stores
+        ]
 
     def passages(self) -> Sequence[EncodedPassage]:
         """Every document, with what is learned of it; each is read when it is asked for."""
@@ -81,7 +86,7 @@ def open_held_out(session: Session) -> HeldOut:
         build_store(source_of(session, section), session.tokenizer, session.config.data)
         for _, section in named_sources(session)
     ]
-    held_out = HeldOut(stores, session.tokenizer)
+    held_out = HeldOut(stores, session.tokenizer, early=session.config.data.begin_early)
     if held_out.sha256 != (_recorded(session) or held_out.sha256):
         log.warning("the documents of the run have changed since: other ones may be held out now")
     return held_out

@@ -8,7 +8,7 @@ import torch
 
 from apt_core.config import Config, Source, check_files
 from apt_core.config.switches import UNITS
-from apt_core.data.loading import RunData, require_vocabulary
+from apt_core.data.loading import RunData, require_vocabulary, step_plan
 from apt_core.data.order import StepPlan
 from apt_core.device import autocast_dtype
 from apt_core.kernel import Kernel, before_the_run
@@ -181,7 +181,7 @@ def _batch(
     }
     if data is None:
         return batch, None
-    steps = StepPlan(data.num_windows, seq_len=length, windows_per_step=sequences)
+    steps = step_plan(config, data.num_windows, sequences)
     evaluated = _evaluated(config, steps.steps_per_epoch, data.evaluation(1).num_windows)
     batch["steps_per_epoch"] = steps.steps_per_epoch
     batch["tokens_per_epoch"] = steps.num_windows * length

@@ -179,6 +179,11 @@ class DataSection(SourceSection):
     num_workers: Annotated[int, Field(ge=0, le=64)] = Field(
         default=0, description="Threads that make batches ahead of the step that takes them."
     )
+    begin_early: bool = Field(
+        default=False,
+        description="Begin to train on the first shards while the others are still being built. It "
+        "needs training.max_steps and packing concat, and goes without a mixture.",
+    )
     build_workers: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         default=None, description="Processes that tokenise; without it, one a core."
     )

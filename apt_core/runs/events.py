@@ -34,6 +34,8 @@ KINDS = {
     "skipped": "`count` steps since the last row, the first of them `steps`, were not finite and "
     "changed nothing; `total` so far",
     "epoch_ended": "`epoch` ended",
+    "looked": "a run that began before its data was built found windows, from the next step on: "
+    "`look`, the `number` of them before",
     "saved": "`checkpoint` is complete",
     "deleted": "`checkpoint` was deleted for newer ones",
     "set_aside": "`checkpoint`, of a step after the one that a resume went on from, is now `name`",

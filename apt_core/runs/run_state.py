@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from apt_core.data.looks import Look
+
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Number = int | float
 Scalar = bool | int | float | str
@@ -117,8 +119,8 @@ class Progress(_Part):
     ``metrics`` is the newest row of a step, with the scores of an evaluation since; ``scores`` are
     those of the newest evaluation of the whole held-out text, with their ``step``, and
     ``start_scores`` those before the first step. ``timeline`` says when plugins were enabled and
-    disabled, ``transforms`` which of them changed the model, in order, and ``changes`` which
-    settings a resume was told to change.
+    disabled, ``transforms`` which of them changed the model, in order, ``changes`` which
+    settings a resume was told to change, and ``looks`` which data a run knew that began early.
     """
 
     step: Count = 0
@@ -131,6 +133,7 @@ class Progress(_Part):
     timeline: list[TimelineEntry] = []
     transforms: list[Switch] = []
     changes: list[Change] = []
+    looks: list[Look] = []
 
     def why_dormant(self, plugin: str) -> str:
         """Why ``plugin``, which has a schedule, is not enabled; "" where it is."""
@@ -204,7 +207,7 @@ class RunState(Progress):
         return Progress(**{name: getattr(self, name) for name in Progress.model_fields})
 
 
-LATER = {"spent", "tokens_sha256", "windows", "changes", "tensors"}
+LATER = {"spent", "tokens_sha256", "windows", "changes", "looks", "tensors"}
 """Keys that checkpoints of earlier versions do not have."""
 
 MOST_TOLD = 3

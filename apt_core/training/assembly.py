@@ -18,6 +18,7 @@ from apt_core.training.curriculum.enabling import Enabling
 from apt_core.training.curriculum.switching import Switching
 from apt_core.training.due import Due
 from apt_core.training.evaluating import Evaluator
+from apt_core.training.looking import Looking
 from apt_core.training.loop import Loop
 from apt_core.training.manifest_writer import ManifestWriter
 from apt_core.training.opening import Opening
@@ -82,11 +83,15 @@ class Assembly:
         context, usage, watched = self._context, self._usage, self._evaluator.watched
         config, world, progress = context.config, context.world, context.progress
         found = opening.checkpoint(world, config)
+        early = config.data.begin_early
+        recorded = world.from_first(opening.recorded) if early else []
+        looking = Looking(context, recorded)
         if found is not None:
             with before_the_run(), naming_authors(context.kernel):
                 Restoring(context, self.schedule, self._switching, usage, watched, allowed).restore(
                     found
                 )
+            looking.restore()
         self.parameters.begin(progress.step)
         due = Due(context, self._total_steps)
         resumed = opening.resumes(world) and found is not None
@@ -118,8 +123,9 @@ class Assembly:
             display=ProgressDisplay(
                 self._console,
                 context.stopping.last_step(self._total_steps),
-                config.training.max_epochs,
+                config.max_epochs,
                 config.training.max_seconds,
             ),
+            looking=looking,
         )
         return Run(loop, self._switching, manifest, held=held, found=found)

@@ -26,6 +26,7 @@ from apt_core.training.context import RunContext
 from apt_core.training.curriculum.enabling import Enabling
 from apt_core.training.due import Due
 from apt_core.training.evaluating import Evaluator
+from apt_core.training.looking import Looking
 from apt_core.training.saving import Saving
 from apt_core.training.step.callbacks import Callbacks
 from apt_core.training.step.clock import StepClock
@@ -60,6 +61,7 @@ class Loop:
     usage: Usage
     step_log: StepLog
     display: ProgressDisplay
+    looking: Looking
 
     in_step: bool = field(default=False, init=False)
     """Whether some of the hooks of the present step were called, but not all."""
@@ -111,7 +113,7 @@ class Loop:
         torch.set_grad_enabled(True)
         if watch is not None:
             watch.start_steps(trained.model)
-        for epoch in range(first_epoch + 1, training.max_epochs + 1):
+        for epoch in range(first_epoch + 1, self.config.max_epochs + 1):
             if due.ends():
                 return
             progress.epoch = epoch
@@ -125,6 +127,8 @@ class Loop:
                 if due.ends():
                     return
                 step = progress.step + 1
+                if step > plan.order.known_steps and not self.looking.look(step):
+                    return
                 logged = step % training.log_every_steps == 0 or step == self.total_steps
                 self.manager.step = step
                 self.parameters.begin(step)
@@ -262,7 +266,7 @@ class Loop:
         of_step = "" if metrics.get("step") == step else f" (step {metrics.get('step')})"
         self.manager.events.record(
             "epoch_ended",
-            f"Epoch {epoch}/{training.max_epochs}: "
+            f"Epoch {epoch}/{self.config.max_epochs}: "
             f"loss={metrics.get(CROSS_ENTROPY, float('nan')):.3f}{of_step}  held out: "
             f"loss={scores['val_loss']:.3f} ppl={scores['val_ppl']:.2f} "
             f"bits/byte={scores['val_bpb']:.3f}",

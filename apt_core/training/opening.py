@@ -16,6 +16,7 @@ from apt_core.parallel.world import World
 from apt_core.profile_paths import user_path
 from apt_core.runs import checkpoint
 from apt_core.runs.checkpoint import Checkpoint
+from apt_core.runs.events import Event, read_events
 from apt_core.runs.finding import find_checkpoint
 from apt_core.runs.folder import RunFolder, newest_folder, now
 from apt_core.training.context import RunContext
@@ -47,6 +48,14 @@ class Opening:
         if path is None or self._found is not None:
             return self._found
         return checkpoint.load(path, verify=False)  # the first process has verified it
+
+    def recorded(self) -> list[Event]:
+        """All that happened in an earlier part of the run, in this folder, also in steps that are
+        taken again."""
+        if self._folder is None:
+            return []
+        history = read_events(self._folder.path)
+        return [*history.lost, *history.events]
 
     def resumes(self, world: World) -> bool:
         """Whether the run continues in the folder of an earlier one."""

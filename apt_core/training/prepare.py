@@ -95,7 +95,8 @@ def _prepare(
     # Measured before the model takes memory.
     measured_peak_flops(device, dtype or torch.float32)
     reset_peak_memory(device)  # of the measurement and of earlier runs
-    data = load_data(kernel, check_stop=check_stop)
+    early = config.data.begin_early
+    data = load_data(kernel, check_stop=check_stop, begin_early=early)
     log.info("data: %s", data.description)
     tasks = load_tasks(kernel, data)
     plan = batch_plan(kernel, data, world.rank, world.size)

@@ -189,7 +189,7 @@ class Restoring:
 
     def _check_windows(self, found: Checkpoint) -> None:
         """Raise CheckpointError if the same tokens are cut into other numbers of windows."""
-        before, now = found.state.windows, self._run.parts.plan.order.sizes
+        before, now = found.state.windows, list(self._run.parts.plan.order.sizes)
         if before != now:
             raise CheckpointError(
                 f"{found.path}: an epoch had {before} windows of its sources, and has {now} here: "

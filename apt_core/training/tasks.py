@@ -59,7 +59,11 @@ def load_tasks(kernel: Kernel, data: RunData) -> list[RunTask]:
     ``evaluation.best_by``; ProviderError for a task that cannot be used.
     """
     evaluation = kernel.config.evaluation
-    held_out = HeldOut([source.store for source in data.sources], data.tokenizer)
+    held_out = HeldOut(
+        [source.store for source in data.sources],
+        data.tokenizer,
+        early=data.growing is not None,
+    )
     scoring = Scoring(limit=evaluation.task_items)
     found = [
         RunTask(

@@ -321,6 +321,7 @@ class Trainer:
                 self._assembly = Assembly(context, callbacks, self._watch, self._console)
                 with (
                     compiler_settings(self.config, compilation),
+                    closing(parts.data),
                     closing(parts.plan),
                     closing(callbacks),
                     closing(self._opening),

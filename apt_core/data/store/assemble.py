@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from apt_core.data.pipeline.dedup import SeenDocuments
 from apt_core.data.pipeline.prepare import KEPT, STEPS
 from apt_core.data.pipeline.split import BY_POSITION, VAL, SplitTally
 from apt_core.data.store.chunks import ChunkEncoder, Prepared, results_of
-from apt_core.data.store.format import PARTS, PartName, PartRow
+from apt_core.data.store.format import PARTS, Begun, PartName, PartRow
 from apt_core.data.store.input import SourceReader, naming
 from apt_core.data.store.writer import PartWriter
 from apt_core.log import get_logger
@@ -24,12 +24,19 @@ log = get_logger("apt.data")
 
 LOG_SECONDS = 10.0
 
+LEAST_TOKENS = 2
+"""The fewest held-out tokens in which something can be predicted."""
+
 COUNTS = (
     *("read", *STEPS.values(), "duplicates", "near_duplicates", "replaced", *PARTS),
     *(f"{form}s" for form in FORMS),
 )
 """What the manifest counts: documents, but for ``replaced``, which are characters. Of those that
 are kept it tells the form."""
+
+Publisher = Callable[[Path, Mapping[PartName, PartWriter], Begun], None]
+"""Called with the folder, the writers of the parts and what was held out at the first call,
+whenever a shard to train on is whole and nothing can void it any more."""
 
 ProgressCallback = Callable[[int, int, int], None]
 """Called now and then with the documents read, the tokens written and the bytes of text read."""
@@ -49,6 +56,7 @@ class Assembled:
     """What was made of a source in a folder."""
 
     parts: dict[PartName, PartRow]
+    begun: Begun | None
     counts: dict[str, int]
     seen: SplitTally
 
@@ -61,7 +69,15 @@ class Assembled:
 class Assembly:
     """Writes the parts of a store into ``folder``, of what ``reader`` reads."""
 
-    def __init__(self, folder: Path, reader: SourceReader, encoder: ChunkEncoder) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        reader: SourceReader,
+        encoder: ChunkEncoder,
+        publish: Publisher | None = None,
+    ) -> None:
+        self._publish = publish
+        self._begun: Begun | None = None
         self._reader, self._encoder = reader, encoder
         self._folder = folder
         self._counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
@@ -94,7 +110,7 @@ class Assembly:
                 self._seen.close()
         counts = self._counts | {str(name): row.documents for name, row in parts.items()}
         counts["replaced"] = int(getattr(self._reader.source, "replaced", 0) - replaced)
-        return Assembled(parts, counts, self._tally)
+        return Assembled(parts, self._begun, counts, self._tally)
 
     def _add(self, document: Prepared) -> None:
         self._counts["read"] += 1
@@ -119,7 +135,25 @@ class Assembly:
         for piece in pieces:
             held_out = piece.side == VAL or (piece.side == BY_POSITION and is_below)
             writer = self._writers["val" if held_out else "train"]
+            if writer.ends_shard(len(piece.ids)):
+                writer.end_shard()
+                if not held_out:
+                    self._offer()
             writer.add(piece.ids, piece.learned, piece.num_bytes, piece.digest)
+
+    def _offer(self) -> None:
+        """Publish what is whole, if the split will not be corrected and something is held out."""
+        by_rule = not self._reader.holds_out
+        if by_rule and self._encoder.rule.corrected(self._tally) is not None:
+            return
+        if self._writers["val"].num_tokens < LEAST_TOKENS:
+            return
+        if self._begun is None:
+            known = self._writers["val"].row_so_far().model_dump(exclude={"shards"})
+            train = self._writers["train"].at_border.tokens_sha256
+            self._begun = Begun(**known, train_sha256=train)
+        if self._publish is not None:
+            self._publish(self._folder, self._writers, self._begun)
 
 
 class Report:

@@ -12,9 +12,11 @@ import shutil
 import tempfile
 import time
 import weakref
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from apt_core.cache import cache_dir
 from apt_core.data.pipeline.prepare import PipelineSettings
@@ -23,7 +25,10 @@ from apt_core.data.store.assemble import Assembled, Assembly, Engine, ProgressCa
 from apt_core.data.store.chunks import ChunkEncoder, name_of
 from apt_core.data.store.format import (
     FORMAT,
+    Begun,
     DamagedStoreError,
+    PartName,
+    PartRow,
     StoreError,
     StoreManifest,
     note_checked,
@@ -33,6 +38,7 @@ from apt_core.data.store.input import SourceReader, naming, settings_row
 from apt_core.data.store.local import available_cores
 from apt_core.data.store.lock import FileLock, StopCheck, never_stop, waiting_for
 from apt_core.data.store.reader import TokenStore
+from apt_core.data.store.writer import PartWriter, link_shard
 from apt_core.errors import ConfigError
 from apt_core.files import flush
 from apt_core.log import get_logger
@@ -43,8 +49,25 @@ log = get_logger("apt.data")
 
 ENGINES = {"local": "apt_core.data.store.local:run_local", "ray": "apt_core.data.store.ray:run_ray"}
 
-BUILDING = ".building-"
+BUILDING, EARLY = ".building-", ".early"
 PRIVATE = "private-"
+
+
+def growing_store(
+    source: DatasetProvider, tokenizer: TokenizerProvider, settings: DataSection
+) -> GrowingStore | None:
+    """The store that :func:`build_store` makes, as far as it is there. None where it is not shared,
+    so that no other process can be building it: without a cache, or without a fingerprint of the
+    source or of the tokenizer. Raises ProviderError, ConfigError."""
+    build = Build(source, _encoder(tokenizer, settings), _engine("local"), 1, None)
+    with naming("tokenizer", tokenizer, "fingerprint()"):
+        of_tokenizer = tokenizer.fingerprint()
+    with naming("dataset", source, "fingerprint()"):
+        of_source = source.fingerprint()
+    base = stores_folder()
+    if base is None or of_tokenizer is None or of_source is None:
+        return None
+    return GrowingStore(build, base, build.key(of_source, of_tokenizer))
 
 
 def build_store(
@@ -70,11 +93,7 @@ def build_store(
     """
     build = Build(
         source=source,
-        encoder=ChunkEncoder(
-            tokenizer,
-            PipelineSettings.of(settings),
-            SplitRule.of_fraction(settings.val_fraction),
-        ),
+        encoder=_encoder(tokenizer, settings),
         engine=_engine(engine),
         workers=workers or settings.build_workers or available_cores(),
         progress=progress,
@@ -94,6 +113,11 @@ def build_store(
             f"the token store cannot be written in {base}: {error.strerror or error} (make room "
             "there, or name another folder with APT_CACHE)"
         ) from error
+
+
+def _encoder(tokenizer: TokenizerProvider, settings: DataSection) -> ChunkEncoder:
+    rule = SplitRule.of_fraction(settings.val_fraction)
+    return ChunkEncoder(tokenizer, PipelineSettings.of(settings), rule)
 
 
 def stores_folder() -> Path | None:
@@ -133,14 +157,14 @@ class Build:
             reader = SourceReader(self.source, hashing=True, check_stop=self.check_stop)
             of_source = reader.fingerprint_of_all()
         key = self.key(cast("str", of_source), fingerprint)
-        found = self._opened(base / key)
+        found = self.opened(base / key)
         if found is not None:
             return found
         if not os.access(base, os.W_OK):
             log.warning("the token store is not kept: %s cannot be written", base)
             return self.temporary()
         with waiting_for(base / f"{key}.lock", "the token store", self.check_stop) as lock:
-            found = self._opened(base / key, log_damage=True)
+            found = self.opened(base / key, log_damage=True)
             if found is not None:
                 return found
             if lock.works:
@@ -171,7 +195,8 @@ class Build:
             owner.end()
             raise
 
-    def _opened(self, folder: Path, *, log_damage: bool = False) -> TokenStore | None:
+    def opened(self, folder: Path, *, log_damage: bool = False) -> TokenStore | None:
+        """The store in ``folder``, if it is there and right."""
         if not folder.exists():
             return None
         try:
@@ -210,18 +235,21 @@ class Build:
         made = base / f"{key}{BUILDING}{os.getpid()}-{secrets.token_hex(4)}"
         made.mkdir()
         try:
-            built, reader = self._assembled(made, expected is not None)
+            published = None if key.startswith(PRIVATE) or expected else base
+            built, reader = self._assembled(made, key, published, hashing=expected is not None)
             if reader.sha256 != expected:
                 raise StoreError(f"{name_of('dataset', self.source)} changed while it was read")
-            with naming("dataset", self.source, "describe()"):
-                description = str(self.source.describe())
+            description = self.description()
             _require_learnable(built, self.source.data_key, description)
-            manifest = self._manifest(key, built, reader.sample, description)
+            manifest = self.manifest(
+                key, built.parts, built.counts, reader.sample, built.begun, description
+            )
             write_manifest(made, manifest)
             note_checked(made)
             flush(made)
             _replace(base / key, made)
             flush(base)
+            remove_early(base / f"{key}{EARLY}")
         finally:
             shutil.rmtree(made, ignore_errors=True)
         counts = ", ".join(f"{count:,} {name}" for name, count in built.counts.items() if count)
@@ -234,14 +262,20 @@ class Build:
             counts,
         )
 
-    def _assembled(self, folder: Path, hashing: bool) -> tuple[Assembled, SourceReader]:
-        """Make the parts in ``folder``; if the split turns out not to serve, once more."""
+    def _assembled(
+        self, folder: Path, key: str, base: Path | None, *, hashing: bool
+    ) -> tuple[Assembled, SourceReader]:
+        """Make the parts in ``folder``; if the split turns out not to serve, once more. With
+        ``base``, whole shards are published there meanwhile."""
         encoder = self.encoder
         while True:
             work = folder / f"work-{secrets.token_hex(4)}"
             work.mkdir()
             reader = SourceReader(self.source, hashing=hashing, check_stop=self.check_stop)
-            built = Assembly(work, reader, encoder).run(self.engine, self.workers, self.progress)
+            early = None if base is None else EarlyStore(base, key, self, reader)
+            publish = None if early is None else early.publish
+            assembly = Assembly(work, reader, encoder, publish)
+            built = assembly.run(self.engine, self.workers, self.progress)
             _require_documents(built, self.source)
             rule = None if reader.holds_out else encoder.rule.corrected(built.seen)
             if rule is None:
@@ -253,7 +287,21 @@ class Build:
             shutil.rmtree(work)
             encoder = replace_rule(encoder, rule)
 
-    def _manifest(self, key: str, built: Assembled, sample: str, description: str) -> StoreManifest:
+    def description(self) -> str:
+        """One line about the source. Raises ProviderError."""
+        with naming("dataset", self.source, "describe()"):
+            return str(self.source.describe())
+
+    def manifest(
+        self,
+        key: str,
+        parts: dict[PartName, PartRow],
+        counts: dict[str, int],
+        sample: str,
+        begun: Begun | None,
+        description: str,
+    ) -> StoreManifest:
+        """What a store of these parts says of itself."""
         return StoreManifest(
             format=FORMAT,
             key=key,
@@ -264,14 +312,112 @@ class Build:
             settings=self.encoder.settings.row(),
             sample=sample,
             sample_sha256=self._sample_sha256(sample),
-            counts=built.counts,
-            parts=built.parts,
+            counts=counts,
+            parts=parts,
+            begun=begun,
         )
 
 
 def replace_rule(encoder: ChunkEncoder, rule: SplitRule) -> ChunkEncoder:
     """The same encoder with another split."""
     return ChunkEncoder(encoder.tokenizer, encoder.settings, rule)
+
+
+class Known(NamedTuple):
+    """A store as far as it is there: all of it, if it is ``whole``, or some of its first shards and
+    what is evaluated on from the start."""
+
+    store: TokenStore
+    whole: bool
+
+
+@dataclass(frozen=True)
+class GrowingStore:
+    """The store ``key`` in ``base``, which some process may still be building."""
+
+    build: Build
+    base: Path
+    key: str
+
+    def newest(self) -> Known | None:
+        """What is there of it now."""
+        whole = self.build.opened(self.base / self.key)
+        if whole is not None:
+            return Known(whole, True)
+        folder = self.base / f"{self.key}{EARLY}"
+        try:
+            return Known(TokenStore.open(folder, ReadFolder(folder)), False)
+        except (DamagedStoreError, OSError):
+            return None
+
+    def is_being_built(self) -> bool:
+        """Whether a process builds it now."""
+        try:
+            lock = FileLock(self.base / f"{self.key}.lock")
+            free = lock.acquire()
+        except OSError:
+            return False
+        if free:
+            lock.release()
+        return not free
+
+
+class ReadFolder:
+    """Keeps a folder of an early store from being deleted while this object lives. Raises
+    OSError."""
+
+    def __init__(self, folder: Path) -> None:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+
+
+def remove_early(folder: Path) -> None:
+    """Delete the folder of an early store, unless a run reads it."""
+    import fcntl
+
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+class EarlyStore:
+    """What of a store is whole while the rest is being built, as a store of its own: all whole
+    shards to train on, and what was held out when the first of them was whole."""
+
+    def __init__(self, base: Path, key: str, build: Build, reader: SourceReader) -> None:
+        self._folder, self._key = base / f"{key}{EARLY}", key
+        self._build, self._reader = build, reader
+        self._held_out: PartRow | None = None
+        self._linked = 0
+
+    def publish(self, work: Path, writers: Mapping[PartName, PartWriter], begun: Begun) -> None:
+        """Add the shards that are whole now. Raises OSError."""
+        folder, train = self._folder, writers["train"].at_border
+        # That of a builder that has ended may be read: the same files take the place of its own.
+        folder.mkdir(exist_ok=True)
+        if self._held_out is None:
+            made = work / "held_out"
+            made.mkdir()
+            self._held_out = writers["val"].copy_into(made)
+            for path in made.iterdir():
+                path.replace(folder / path.name)
+            made.rmdir()
+        for number in range(self._linked, len(train.shards)):
+            link_shard(work, folder, "train", number, train.shards[number])
+        self._linked = len(train.shards)
+        parts: dict[PartName, PartRow] = {"train": train, "val": self._held_out}
+        sample, source = self._reader.sample, self._build.description()
+        manifest = self._build.manifest(self._key, parts, {}, sample, begun, source)
+        write_manifest(folder, manifest)
+        note_checked(folder)
+        log.debug("%d shards of the token store can be trained on", self._linked)
 
 
 class PrivateFolder:
@@ -297,6 +443,9 @@ def remove_leftovers(base: Path, key: str) -> None:
     """Delete what builders have left that ended before they were done: of ``key``, whose lock this
     process holds, and of all others that nobody holds."""
     _remove_unfinished(base, key)
+    for path in base.glob(f"*{EARLY}"):
+        if not (base / f"{path.stem}.lock").exists():
+            remove_early(path)
     for path in base.glob("*.lock"):
         lock = FileLock(path)
         try:
@@ -312,6 +461,7 @@ def remove_leftovers(base: Path, key: str) -> None:
 
 
 def _remove_unfinished(base: Path, key: str) -> None:
+    remove_early(base / f"{key}{EARLY}")
     found = list(base.glob(f"{key}{BUILDING}*"))
     if key.startswith(PRIVATE):
         found += [base / key]

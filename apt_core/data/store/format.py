@@ -27,7 +27,7 @@ from apt_core.sections import Section
 
 log = get_logger("apt.data")
 
-FORMAT = 1
+FORMAT = 2
 """The version of all this. A store of another one is built anew."""
 
 MANIFEST = "store.json"
@@ -38,6 +38,10 @@ MAX_MANIFEST = 16 << 20
 
 SHARD_TOKENS = 1 << 25
 """The most tokens of a shard, unless a single document has more."""
+
+FIRST_SHARD_TOKENS = 1 << 20
+"""Those of the first one. Each has twice as many as the one before, so that a run may begin soon
+without making many small files."""
 
 BLOCK = 1 << 22
 
@@ -79,8 +83,23 @@ class PartRow(Section):
     shards: list[ShardRow]
 
 
+class Begun(Section):
+    """What of the part ``val`` was held out when a shard of ``train`` was first published: what
+    runs evaluate on that begin then. ``train_sha256`` is the hash of the ids to train on until
+    then, the others are of the ids that were held out and of what their documents say."""
+
+    tokens: Number
+    documents: Number
+    learned: Number
+    bytes: Number
+    tokens_sha256: Hash
+    documents_sha256: Hash
+    train_sha256: Hash
+
+
 class StoreManifest(Section):
     """``store.json``. ``counts`` says what each step of the pipeline did to how many documents.
+    ``begun`` is None where no shard was whole before the end.
     ``sample`` is the beginning of a text, and ``sample_sha256`` the hash of its ids, by which a
     tokenizer is known that has the same fingerprint and makes other ids."""
 
@@ -95,6 +114,24 @@ class StoreManifest(Section):
     sample_sha256: str = ""
     counts: dict[str, Number]
     parts: dict[PartName, PartRow]
+    begun: Begun | None = None
+
+
+def cut_row(row: PartRow, begun: Begun) -> PartRow:
+    """The row of the part of ``row`` that was there when training could begin."""
+    tokens, documents, shards = begun.tokens, begun.documents, []
+    for shard in row.shards:
+        kept = {"tokens": min(tokens, shard.tokens), "documents": min(documents, shard.documents)}
+        if kept["tokens"]:
+            shards.append(shard.model_copy(update=kept))
+        tokens, documents = tokens - kept["tokens"], documents - kept["documents"]
+    known = begun.model_dump(exclude={"train_sha256"})
+    return PartRow(**known, shards=shards)
+
+
+def shard_tokens(number: int) -> int:
+    """The most tokens of a shard, by its number from 0, unless a single document has more."""
+    return min(SHARD_TOKENS, FIRST_SHARD_TOKENS << min(number, 32))
 
 
 def write_manifest(folder: Path, manifest: StoreManifest) -> None:

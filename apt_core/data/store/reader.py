@@ -26,6 +26,7 @@ from apt_core.data.store.format import (
     PartRow,
     StoreManifest,
     check_files,
+    cut_row,
     file_name,
     read_manifest,
 )
@@ -343,12 +344,31 @@ class TokenStore:
     """A token store on disk. It and its parts keep ``owner``, with which the folder may end."""
 
     def __init__(self, folder: Path, manifest: StoreManifest, owner: object = None) -> None:
-        self.folder, self.manifest = folder, manifest
+        self.folder, self.manifest, self._owner = folder, manifest, owner
         self._parts = {
             name: StoredPart(folder, name, manifest, row, owner)
             for name, row in manifest.parts.items()
         }
         self.hold_in_memory(IN_MEMORY)
+
+    @property
+    def begun_sha256(self) -> str:
+        """A hash of what the documents say by which a run knows the store that may begin before it
+        is whole."""
+        begun = self.manifest.begun
+        if begun is None:
+            return self.sha256
+        known = f"early {begun.train_sha256} {begun.documents_sha256}"
+        return hashlib.sha256(known.encode()).hexdigest()
+
+    @property
+    def held_out(self) -> StoredPart:
+        """What of the part ``val`` was there when a run could begin with the first shards."""
+        begun = self.manifest.begun
+        if begun is None:
+            return self._parts["val"]
+        row = cut_row(self.manifest.parts["val"], begun)
+        return StoredPart(self.folder, "val", self.manifest, row, self._owner)
 
     def hold_in_memory(self, limit: int) -> None:
         """Hold it in memory from its first use on if that takes at most ``limit`` bytes."""

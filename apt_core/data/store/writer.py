@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +29,18 @@ class ShardFile:
         self._file.write(data)
         self._digest.update(data)
 
+    def copy_to(self, path: Path, more: bytes = b"") -> str:
+        """Write what it has so far, and ``more``, to another file; the sha256 of it."""
+        self._file.flush()
+        digest = self._digest.copy()
+        digest.update(more)
+        with ShardFile(path)._file as copy, Path(self._file.name).open("rb") as file:
+            shutil.copyfileobj(file, copy, 1 << 20)
+            copy.write(more)
+            copy.flush()
+            os.fsync(copy.fileno())
+        return digest.hexdigest()
+
     def close(self) -> str:
         """Bring everything onto the disk; the sha256 of it. Raises OSError."""
         self._file.flush()
@@ -45,8 +58,8 @@ class ShardFile:
 class PartWriter:
     """Writes the documents of a part of a store, in order.
 
-    Memory is bounded by the largest document. Raises OSError, after which :meth:`abandon` is all
-    that may be called.
+    Memory is bounded by the largest document. ``at_border`` is the row of its whole shards.
+    Raises OSError, after which :meth:`abandon` is all that may be called.
     """
 
     def __init__(self, folder: Path, name: str, dtype: npt.DTypeLike) -> None:
@@ -59,6 +72,7 @@ class PartWriter:
         self.num_tokens = self.num_documents = self.num_learned = self.num_bytes = 0
         self._tokens_digest = hashlib.sha256(f"{self._dtype.itemsize}:".encode())
         self._documents_digest = hashlib.sha256()
+        self.at_border = self._row([])
 
     def add(
         self,
@@ -69,8 +83,8 @@ class PartWriter:
     ) -> None:
         """Append a document: its ids, those to be learned (None for all), the bytes of its learned
         text and the digest of its content."""
-        if self._tokens and self._tokens + len(ids) > store_format.SHARD_TOKENS:
-            self._end_shard()
+        if self.ends_shard(len(ids)):
+            self.end_shard()
         if not self._files:
             self._files = {suffix: self._open(suffix) for suffix in ("ids", "ends")}
         data = np.ascontiguousarray(ids, self._dtype).data.cast("B")
@@ -94,7 +108,14 @@ class PartWriter:
     def close(self) -> PartRow:
         """End the last shard; what the manifest says of the part."""
         if self._files:
-            self._end_shard()
+            self.end_shard()
+        return self._row(self._shards)
+
+    def row_so_far(self) -> PartRow:
+        """What was added so far, without its shards."""
+        return self._row([])
+
+    def _row(self, shards: list[ShardRow]) -> PartRow:
         return PartRow(
             tokens=self.num_tokens,
             documents=self.num_documents,
@@ -102,8 +123,36 @@ class PartWriter:
             bytes=self.num_bytes,
             tokens_sha256=self._tokens_digest.hexdigest(),
             documents_sha256=self._documents_digest.hexdigest(),
-            shards=self._shards,
+            shards=list(shards),
         )
+
+    def ends_shard(self, tokens: int) -> bool:
+        """Whether a document of so many tokens begins another shard."""
+        limit = store_format.shard_tokens(len(self._shards))
+        return bool(self._tokens) and self._tokens + tokens > limit
+
+    def copy_into(self, folder: Path) -> PartRow:
+        """Put all that was added so far into ``folder``, as a part of its own: whole shards as
+        links, the one at hand as a copy."""
+        shards = list(self._shards)
+        for number, shard in enumerate(shards):
+            link_shard(self._folder, folder, self._name, number, shard)
+        if self._files:
+            bits = np.packbits(self._bits, bitorder="little").tobytes()
+            hashes = {
+                suffix: file.copy_to(
+                    folder / file_name(self._name, len(shards), suffix),
+                    bits if suffix == "learned" else b"",
+                )
+                for suffix, file in self._files.items()
+            }
+            shards.append(self._shard_row(hashes))
+        return self._row(shards)
+
+    def _shard_row(self, hashes: dict[str, str]) -> ShardRow:
+        marked = "learned" in self._files
+        row = {"tokens": self._tokens, "documents": self._documents, "marked": marked}
+        return ShardRow.model_validate({**row, "sha256": hashes})
 
     def abandon(self) -> None:
         """Close the files of the shard at hand."""
@@ -133,13 +182,24 @@ class PartWriter:
             self._files["learned"].write(np.packbits(bits[:whole], bitorder="little").data)
         self._bits = bits[whole:]
 
-    def _end_shard(self) -> None:
+    def end_shard(self) -> None:
+        """End the shard at hand."""
         marked = "learned" in self._files
         if marked and len(self._bits):
             self._files["learned"].write(np.packbits(self._bits, bitorder="little").data)
         hashes = {suffix: file.close() for suffix, file in self._files.items()}
-        row = {"tokens": self._tokens, "documents": self._documents, "marked": marked}
-        self._shards.append(ShardRow.model_validate({**row, "sha256": hashes}))
+        self._shards.append(self._shard_row(hashes))
+        self.at_border = self._row(self._shards)
         self._files = {}
         self._tokens = self._documents = 0
         self._bits = np.empty(0, np.bool_)
+
+
+def link_shard(source: Path, target: Path, part: str, number: int, shard: ShardRow) -> None:
+    """Put the files of a whole shard into another folder too, in place of those of their names."""
+    for suffix in shard.sha256:
+        name = file_name(part, number, suffix)
+        made = target / f"{name}.linked"
+        made.unlink(missing_ok=True)
+        os.link(source / name, made)
+        made.replace(target / name)
