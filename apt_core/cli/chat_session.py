@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -118,6 +120,10 @@ class Chat:
 
     def completions(self, line: str) -> Iterable[str]:
         """The lines that ``line`` may become."""
+        command, _, begin = line.partition(" ")
+        if command in ("/save", "/load") and line != command:
+            found = sorted(glob.glob(f"{glob.escape(begin)}*"))
+            return [f"{command} {path}{os.sep if os.path.isdir(path) else ''}" for path in found]
         if line.startswith("/set "):
             return [f"/set {key} " for key in (*FIELDS, FORMAT)]
         return [f"/{name}" + (" " if takes else "") for name, (takes, *_) in self._commands.items()]
@@ -179,6 +185,8 @@ class Chat:
         if result is not None and reason == "not_finite":
             raise AptError("the model's logits are not finite: it cannot answer")
         self.conversation.answer(answer.text, "" if reason == "stop" else reason)
+        if not answer.text and self._input.interactive:
+            say_aside("(an empty answer)")
         if interrupted:
             say_aside("(stopped)")
         if result is None:
@@ -324,8 +332,8 @@ class _Answer:
 
     def __exit__(self, *error: Any) -> None:
         try:
-            if self._text and not self._text.endswith("\n"):
-                self._write("\n")
+            if self._text or error[0] is None:
+                self._write("" if self._text.endswith("\n") else "\n")
         finally:
             self._apart.__exit__(*error)
 

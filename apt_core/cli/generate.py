@@ -32,6 +32,7 @@ from apt_core.cli.sampling_options import (
     stop_strings,
 )
 from apt_core.errors import AptError, ConfigError, Problem
+from apt_core.json_files import without_nan
 from apt_core.printable import printable
 from apt_core.types import GenerationRequest, GenerationResult
 
@@ -211,7 +212,7 @@ class Writer:
         """Write the whole text of ``request``, number ``sample`` of its prompt from 0."""
         if self._json:
             row = result_row(request, result, sample)
-            self._write(json_text(row, indent=None, stream=self._stdout) + "\n")
+            self._write(json_text(without_nan(row), indent=None, stream=self._stdout) + "\n")
             return
         self.begin(request)
         self.add(result.text)
@@ -349,7 +350,8 @@ class Count:
         if not sys.stderr.isatty() or not self._texts:
             return
         seconds = time.monotonic() - self._began
-        full = f"; {self._full} reached --max-new-tokens" if self._full else ""
+        cut = "cut at --max-new-tokens"
+        full = f"; {cut if self._texts == 1 else f'{self._full} {cut}'}" if self._full else ""
         complain(
             f"{self._tokens:,} tokens in {seconds:.1f} s, "
             f"{self._tokens / max(seconds, 1e-9):,.0f} tokens/s{full}"

@@ -44,7 +44,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug 
 
 def chosen_run(run: str | None) -> Path:
     """The folder of ``run``, or of the newest run; says on stderr which one is taken where that was
-    not named. Raises ConfigError if there is none."""
+    not named. Raises ConfigError if there is none, or no checkpoint in it."""
     from apt_core.code_source import short_path
     from apt_core.profile_paths import user_path
     from apt_core.runs.finding import newest_run, run_called

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from apt_core.errors import CheckpointError, ConfigError
+from apt_core.errors import CheckpointError, ConfigError, did_you_mean
 from apt_core.files import read_file
 from apt_core.json_files import MAX_BYTES, read_json
 from apt_core.profile_paths import user_path
@@ -33,7 +33,7 @@ def find_checkpoint(
         raise ConfigError("there is no such checkpoint or run folder", key, str(path))
     if not path.is_dir():
         raise ConfigError("is a file: a checkpoint is a folder", key, str(path))
-    if IS_STEP.fullmatch(path.name) or (path / "state.json").exists():
+    if _is_checkpoint(path):
         if best:
             hint = "give the folder of the run"
             raise ConfigError("is one checkpoint: it has no best", key, str(path), hint)
@@ -71,16 +71,27 @@ def newest_run(folder: Path = RUNS) -> Path:
 def run_called(name: str | Path) -> Path:
     """The folder that is meant by ``name``: a run, its checkpoints or one of them; for a folder of
     runs or a profile's name (``runs/tiny_debug``, ``tiny_debug``) the :func:`newest_run` of it.
-    What is not there is returned as it is."""
+
+    Raises ConfigError where there is no checkpoint.
+    """
     path = user_path(name)
     for each in (path, RUNS / path):
-        if not each.is_dir():
-            continue
-        if not (each / "manifest.json").exists() and not has_checkpoint(each):
-            with suppress(ConfigError):
-                return newest_run(each)
-        return each
-    return path
+        if _is_checkpoint(each) or has_checkpoint(each):
+            return each
+        with suppress(ConfigError):
+            return newest_run(each)
+    if not path.exists():
+        there = [str(each) for each in (*RUNS.glob("*"), *RUNS.glob("*/*"))]
+        near = did_you_mean(str(path), [*there, *(Path(each).name for each in there)])
+        raise ConfigError("there is no such run", "RUN", str(path), near)
+    if not path.is_dir():
+        raise ConfigError("is a file: a run is a folder", "RUN", str(path))
+    raise ConfigError(
+        "there is no checkpoint in this folder",
+        "RUN",
+        str(path),
+        "give the folder of a run, such as runs/PROFILE/TIME, once it has saved one",
+    )
 
 
 def has_checkpoint(run: Path) -> bool:
@@ -107,6 +118,12 @@ def _since(run: Path) -> tuple[str, int]:
         manifest = read_json(file)
         since = manifest.get("process", {}).get("since") or manifest.get("started")
     return since if isinstance(since, str) else "", written
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.is_dir() and (
+        IS_STEP.fullmatch(path.name) is not None or (path / "state.json").exists()
+    )
 
 
 def _folder_of_checkpoints(path: Path, key: str) -> Path:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import typer
 
 from apt_core.cli.run_command import run_command
+
+if TYPE_CHECKING:
+    from tests.cli.terminal import Terminal
 
 
 @dataclass(frozen=True)
@@ -97,3 +100,19 @@ def plugin(folder: Path) -> str:
     """The path of a plugin that declares a bit of everything."""
     (folder / "sample.py").write_text(PLUGIN)
     return "sample.py"
+
+
+@pytest.fixture
+def terminal(folder: Path, forked: None) -> Iterator[Callable[..., Terminal]]:
+    """``terminal("chat", RUN)``: the command in a terminal of its own, in the test's folder."""
+    from tests.cli.terminal import Terminal
+
+    opened: list[Terminal] = []
+
+    def start(*arguments: object) -> Terminal:
+        opened.append(Terminal(*arguments, folder=folder))
+        return opened[-1]
+
+    yield start
+    for each in opened:
+        each.close()

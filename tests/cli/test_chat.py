@@ -5,14 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
-import pty
 import re
-import select
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,76 +18,11 @@ pytest.importorskip("torch", reason="an answer is computed with torch")
 
 from apt_core.cli.chat import app
 from tests.cli.speaking import speaking_run
+from tests.cli.terminal import MORE, PROMPT, SECONDS
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Command, Outcome
-
-SECONDS = 120
-"""How long a terminal is waited for at the most."""
-
-SCRIPT = """
-import fcntl, sys, termios
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C and a hangup are for whoever has the terminal
-from apt_core.cli.chat import main
-main(sys.argv[1:])
-"""
-
-PROMPT = r"(?:^|\n)> $"
-MORE = r"\n\. $"
-
-
-class Terminal:
-    """A command in a terminal of its own."""
-
-    def __init__(self, *arguments: object, folder: Path) -> None:
-        self._ours, theirs = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, *map(str, arguments)],
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            cwd=folder,
-            env={**os.environ, "TERM": "dumb", "COLUMNS": "200"},
-            start_new_session=True,
-        )
-        os.close(theirs)
-
-    def until(self, pattern: str) -> str:
-        """What it prints up to the first match of ``pattern``."""
-        printed = b""
-        end = time.monotonic() + SECONDS
-        while True:
-            text = printed.decode(errors="replace").replace("\r\n", "\n")
-            if re.search(pattern, text):
-                return text
-            ready, _, _ = select.select([self._ours], [], [], max(0.0, end - time.monotonic()))
-            assert ready, f"no {pattern!r} in {text!r}"
-            try:
-                printed += os.read(self._ours, 1 << 16)
-            except OSError:  # the other end is closed
-                assert pattern == "", f"no {pattern!r} in {text!r}"
-                return text
-
-    def say(self, text: str, pattern: str = PROMPT) -> str:
-        """Type a line, and return what is printed then up to the next prompt, without either."""
-        os.write(self._ours, f"{text}\n".encode())
-        printed = self.until(pattern)
-        return re.sub(pattern, "", printed.partition("\n")[2])
-
-    def press(self, key: bytes, pattern: str = PROMPT) -> str:
-        os.write(self._ours, key)
-        return self.until(pattern)
-
-    def hang_up(self) -> None:
-        os.close(self._ours)
-        self._ours = -1
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-        if self._ours >= 0:
-            os.close(self._ours)
+    from tests.cli.terminal import Terminal
 
 
 @pytest.fixture(scope="module")
@@ -99,24 +30,11 @@ def parrot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return speaking_run(tmp_path_factory.mktemp("parrot"))
 
 
-@pytest.fixture
-def terminal(folder: Path, forked: None) -> Iterator[Callable[..., Terminal]]:
-    opened: list[Terminal] = []
-
-    def start(*arguments: object) -> Terminal:
-        opened.append(Terminal(*arguments, folder=folder))
-        return opened[-1]
-
-    yield start
-    for each in opened:
-        each.close()
-
-
 def test_a_conversation_at_a_terminal(
     terminal: Callable[..., Terminal], parrot: Path, folder: Path
 ) -> None:
     """Remembered, taken back, answered again, stopped, kept and loaded."""
-    chat = terminal(parrot, "--seed", "5")
+    chat = terminal("chat", parrot, "--seed", "5")
     begin = chat.until(PROMPT)
     assert "a context of 512 tokens" in begin and "/help lists the commands" in begin
     # Three turns are remembered.
@@ -137,14 +55,14 @@ def test_a_conversation_at_a_terminal(
     assert chat.say("/system be true") == ""
     assert chat.say("c").startswith("[11] s:be true|u:red|")
     # Ctrl-C stops an answer, which stays, and not the session; at the prompt it ends nothing.
-    os.write(chat._ours, b"count\n")
+    os.write(chat.ours, b"count\n")
     chat.until("count\n0 1 2 3 ")
     assert chat.press(b"\x03").endswith("\n(stopped)\n> ")
     history = chat.say("/history")
     assert history.startswith("system: be true\nuser: red\nassistant: [5] u:red\nuser: grün 字\n")
     stopped = re.search(r"assistant \(interrupted\): (0 1 2 3 .*)$", history, re.S)
     assert stopped is not None
-    os.write(chat._ours, b"half a l")
+    os.write(chat.ours, b"half a l")
     chat.until("half a l")
     assert "(Ctrl-D or /exit ends)" in chat.press(b"\x03")
     # Kept, forgotten, loaded.
@@ -184,8 +102,9 @@ def test_a_conversation_at_a_terminal(
     assert "/retry " in chat.say("/help")
     # A tab completes commands.
     assert chat.press(b"/hist\t\n").startswith("/history")
+    assert "5 turns" in chat.press(b"/lo\tkep\t\n")
     # Ctrl-D ends.
-    os.write(chat._ours, b"\x04")
+    os.write(chat.ours, b"\x04")
     chat.until("")
     assert chat.process.wait(SECONDS) == 0
 
@@ -194,10 +113,10 @@ def test_a_terminal_that_is_closed_ends_it_cleanly(
     terminal: Callable[..., Terminal], parrot: Path, folder: Path
 ) -> None:
     (folder / "kept.json").write_text('{"messages": []}')
-    waiting, answering = terminal(parrot), terminal(parrot, "--load", "kept.json")
+    waiting, answering = terminal("chat", parrot), terminal("chat", parrot, "--load", "kept.json")
     waiting.until(PROMPT)
     answering.until(PROMPT)
-    os.write(answering._ours, b"count\n")
+    os.write(answering.ours, b"count\n")
     answering.until("0 1 2 3 ")
     for each in (waiting, answering):
         each.hang_up()
@@ -278,7 +197,7 @@ def test_an_answer_that_cannot_be_given_leaves_the_conversation_as_it_was(
     terminal: Callable[..., Terminal], parrot: Path, folder: Path
 ) -> None:
     (folder / "loud.py").write_text(LOUD)
-    chat = terminal(parrot, "--plugin", "loud.py", "--plugin", "no:parrot", "--stop", "~")
+    chat = terminal("chat", parrot, "--plugin", "loud.py", "--plugin", "no:parrot", "--stop", "~")
     chat.until(PROMPT)
     printed = chat.say("say nothing")
     assert "printed by a plugin" in printed

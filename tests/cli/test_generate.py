@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,9 +24,11 @@ from apt_core.inference import generate
 from apt_core.runs import open_run
 from apt_core.testing import tiny_run
 from tests.cli.speaking import KEYS, speaking_run
+from tests.cli.terminal import SECONDS
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Command, Outcome
+    from tests.cli.terminal import Terminal
 
 Generate = Callable[..., "Outcome"]
 
@@ -221,12 +224,12 @@ def test_what_is_wrong_is_said_at_once_before_anything_is_opened(
         ([run, "a", "--step", "9"], "there is no checkpoint of step 9 (there are those of steps"),
         ([run, "a\udcff"], "lone surrogate"),
         ([run, "a", "--plugin", "nix.py"], "nix.py"),
-        ([folder / "empty", "a"], "no intact checkpoint"),
+        ([folder / "empty", "a"], "there is no checkpoint in this folder"),
     ]
     for arguments, expected in cases:
         done = said(*arguments)
         assert expected in done.err and not done.out, (arguments, done)
-        assert done.code == (1 if "intact" in expected else 2)
+        assert done.code == 2
     typed(b"\xff\xfe")
     assert "standard input: is UTF-16" in said(run).err
 
@@ -241,6 +244,39 @@ def test_a_run_whose_plugin_is_gone_names_it_and_the_way_on(
     assert refused.code == 2 and "parrot" in refused.err and "no:parrot" in refused.err
     done = said(run, "a", "--plugin", "no:parrot", "--max-new-tokens", "3", "--json")
     assert len(rows(done)[0]["token_ids"]) == 3
+
+
+def test_a_terminal_sees_the_prompt_and_the_text_while_it_is_made(
+    parrot: Path, terminal: Callable[..., Terminal]
+) -> None:
+    counting = terminal("generate", parrot, "count", "--max-new-tokens", "100000")
+    counting.until("^count0 1 2 3 ")
+    counting.press(b"\x03", r"\n[\d,]+ tokens in [\d.]+ s, [\d,]+ tokens/s\n$")
+    assert counting.process.wait(SECONDS) == 130
+    typed = terminal("generate", parrot, "\x1b[2Jbell\x07\u200d", "--max-new-tokens", "9")
+    shown = typed.until(r"tokens/s; cut at --max-new-tokens\n")
+    assert shown.startswith(r"\x1b[2Jbell\x07" + "\u200d[0] \\x1b[2Jb")
+    assert typed.process.wait(SECONDS) == 0
+    nothing = terminal("generate", parrot)
+    assert "no prompt was given" in nothing.until(r"begins a new document\)\n")
+    assert nothing.process.wait(SECONDS) == 2
+
+
+def test_checkpoints_that_cannot_be_used_are_refused_with_the_reason(
+    said: Generate, parrot: Path, folder: Path
+) -> None:
+    (newest,) = (parrot / "checkpoints").iterdir()
+    manifest = json.loads((newest / "manifest.json").read_text(encoding="utf-8"))
+    other = Path(shutil.copytree(newest, folder / newest.name))
+    (other / "manifest.json").write_text(json.dumps({**manifest, "format": 9}), encoding="utf-8")
+    done = said(other, "a")
+    assert done.code == 1 and "checkpoint format 9, this version reads 1" in done.err
+    overrides = {**KEYS, "data.tokenizer_name": "char", "model.vocab_size": 264}
+    tiny_run(steps=1, overrides=overrides, output=folder / "letters")
+    assert said("letters/checkpoints", "a", "--max-new-tokens", "1").code == 0
+    shutil.rmtree(folder / "letters" / "tokenizer")
+    done = said("letters/checkpoints", "a")
+    assert done.code == 1 and "the tokenizer 'char', which was trained, is not there" in done.err
 
 
 def first_bytes(process: subprocess.Popen[bytes], count: int) -> bytes:

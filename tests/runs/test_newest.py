@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,18 @@ def test_the_newest_run_is_that_which_was_started_or_resumed_last_and_has_a_chec
         "mine": named,
         "runs/mine/elsewhere": named / "elsewhere",
         "runs/mine/elsewhere/step-00000001": named / "elsewhere" / "step-00000001",
-        "runs/small/20260401-000000": Path("runs/small/20260401-000000"),
-        "nothing": Path("nothing"),
     }.items():
         assert run_called(name) == expected, name
+    Path("small").mkdir()  # something else of the same name
+    assert run_called("small") == old
+    Path("file").touch()
+    for name, expected_error in {
+        "runs/small/20260401-000000": "there is no checkpoint in this folder (give the folder of",
+        "runs/smal": "there is no such run (did you mean 'runs/small'?)",
+        "file": "is a file: a run is a folder",
+    }.items():
+        with pytest.raises(ConfigError, match=re.escape(f"{name}: RUN: {expected_error}")):
+            run_called(name)
 
 
 def test_what_a_run_was_trained_on_is_told_by_its_checkpoint_or_its_manifest(
