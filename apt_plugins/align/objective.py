@@ -96,13 +96,13 @@ def info_nce(
 ) -> Tensor:
     """The contrast of hidden states [B, T, D] projected on ``vein`` [D, m]: 0-d, nats per token.
 
-    ``counts`` [N] says which tokens count. Of more than ``max_tokens`` tokens, that many are used,
-    evenly spaced.
+    ``counts`` [N] says which tokens count. Of more than ``max_tokens`` that count, that many are
+    used, evenly spaced among them.
     """
     live, stable = live.flatten(0, 1), stable.flatten(0, 1)
     if len(live) > max_tokens:
-        taken = torch.arange(max_tokens, device=live.device) * len(live) // max_tokens
-        live, stable, counts = live[taken], stable[taken], counts[taken]
+        taken, counts = _spread(counts, max_tokens)
+        live, stable = live[taken], stable[taken]
     wide = torch.promote_types(live.dtype, torch.float32)
     vein = vein.detach().to(wide)
     a = F.normalize(live.to(wide) @ vein, dim=-1)
@@ -110,6 +110,17 @@ def info_nce(
     cosines = a @ s.T / tau
     loss = _diagonal_cross_entropy(cosines, counts)
     return (loss + _diagonal_cross_entropy(cosines.T, counts)) / 2 if mutual else loss
+
+
+def _spread(counts: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """``number`` places among the N of ``counts`` [N], evenly spaced among those that count, and
+    which of them count: all, or the first ones if fewer places count. Both [number], found without
+    waiting for the device."""
+    reached = counts.cumsum(0)
+    total, wanted = reached[-1], torch.arange(number, device=counts.device)
+    ranks = torch.where(total > number, wanted * total // number, wanted)
+    places = torch.searchsorted(reached, ranks + 1).clamp_max(len(counts) - 1)
+    return places, wanted < total
 
 
 def _diagonal_cross_entropy(scores: Tensor, counts: Tensor) -> Tensor:

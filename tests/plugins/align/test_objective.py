@@ -173,11 +173,37 @@ def test_the_contrast_takes_a_bounded_number_of_tokens_evenly(two_states):
     live, stable, targets, vein = two_states(batch=3, length=8)
     counts = (targets != IGNORED).flatten()
     few = info_nce(live.hidden, stable.hidden, counts, vein, 0.2, max_tokens=6)
-    taken = torch.arange(0, 24, 4)
+    places = counts.nonzero().flatten()
+    taken = places[torch.arange(6) * len(places) // 6]
     picked = [hidden.flatten(0, 1)[taken].unsqueeze(0) for hidden in (live.hidden, stable.hidden)]
     expected = info_nce(*picked, counts[taken], vein, 0.2)
     assert few.item() == expected.item()
     assert few.item() != info_nce(live.hidden, stable.hidden, counts, vein, 0.2).item()
+
+
+@pytest.mark.parametrize("length", [8, 30])
+def test_padding_leaves_the_tokens_of_the_contrast_as_they_are(two_states, length):
+    """Whether fewer tokens count than are taken, as many, or more."""
+    live, stable, targets, vein = two_states(batch=3, length=8)
+    counts = targets != IGNORED
+    number = int(counts.sum())
+
+    def padded(hidden):
+        return F.pad(hidden, (0, 0, 0, length))
+
+    for most in (number - 7, number, number + 2):
+        few = info_nce(
+            live.hidden, stable.hidden, counts.flatten(), vein, 0.2, max_tokens=most, mutual=True
+        )
+        wide = F.pad(counts, (0, length)).flatten()
+        hidden = padded(live.hidden), padded(stable.hidden)
+        again = info_nce(*hidden, wide, vein, 0.2, max_tokens=most, mutual=True)
+        assert again.item() == pytest.approx(few.item(), rel=1e-12)
+        gradients = [
+            torch.autograd.grad(term, [live.hidden, stable.hidden], retain_graph=True)
+            for term in (few, again)
+        ]
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 
 def test_only_the_span_of_the_vein_matters(two_states):
