@@ -63,6 +63,21 @@ class Batch:
         if padded and self.document_ids is None and self.is_token is None:
             raise ValueError("num_tokens tells of padding: document_ids or is_token must say where")
 
+    @property
+    def token_count(self) -> int:
+        """The number of positions that are not padding."""
+        return self.num_targets if self.num_tokens is None else self.num_tokens
+
+    def token_mask(self) -> Tensor:
+        """Which positions are not padding, bool [B, T]; they need not have a target."""
+        if self.num_tokens is None:
+            return self.targets != IGNORED
+        if self.document_ids is not None:
+            return self.document_ids >= 0
+        if self.is_token is not None:
+            return self.is_token
+        return torch.ones_like(self.targets, dtype=torch.bool)
+
     @classmethod
     def of_rows(cls, rows: Rows) -> Batch:
         """The batch of these rows, which are not copied."""

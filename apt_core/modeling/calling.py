@@ -42,17 +42,9 @@ def forward_batch(forward: Callable[..., Result], model: nn.Module, batch: Batch
 
 def _tokens(batch: Batch) -> Tokens | None:
     """The positions that are not padding; None if the batch has no padding."""
-    number = batch.num_tokens
-    if number is None:
-        if batch.num_targets == batch.targets.numel():
-            return None
-        return Tokens(batch.targets != IGNORED, batch.num_targets)
-    if number == batch.targets.numel():
+    if batch.token_count == batch.targets.numel():
         return None
-    if batch.document_ids is not None:
-        return Tokens(batch.document_ids >= 0, number)
-    assert batch.is_token is not None
-    return Tokens(batch.is_token, number)
+    return Tokens(batch.token_mask(), batch.token_count)
 
 
 def _rows(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

@@ -2,22 +2,22 @@
 
 L layers, G granularity, E experts, K of them per token, N tokens of a micro-batch. A layer has G
 groups of E experts, and experts are compared within a group. Everything is computed for all layers
-together and counts only tokens that have a target. Only :func:`figures` waits for the device.
+together and counts tokens and not padding: a token of a prompt takes a place as any other does,
+though it has no target. Only :func:`figures` waits for the device.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from apt_core.data.packing.rows import IGNORED
-
 if TYPE_CHECKING:
+    from apt_core.data.batches import Batch
     from apt_plugins.moe.layer import MoELayer
     from apt_plugins.moe.settings import MoeSettings
 
@@ -26,25 +26,24 @@ Layers = Sequence["MoELayer"]
 QUANTILES = {"min": 0.0, "p25": 0.25, "p50": 0.5, "p75": 0.75, "max": 1.0}
 
 
-def losses(layers: Layers, batch: Any, settings: MoeSettings) -> dict[str, Tensor]:
+def losses(layers: Layers, batch: Batch, settings: MoeSettings) -> dict[str, Tensor]:
     """The loss terms of the last forward of ``layers``, which was of ``batch``; also counts its
     loads.
 
     ``balance``: weight * E * Σ f_i P_i, the mean over layers and groups (Fedus et al.,
     arXiv:2101.03961): f_i is the share of assignments to expert i, P_i its mean probability. With
     an even load it equals the weight. ``z``: weight * the mean of logsumexp(logits)² (Zoph et al.,
-    arXiv:2202.08906). Both are means over the tokens that have a target. A weight of 0 drops the
-    term.
+    arXiv:2202.08906). Both are means over tokens. A weight of 0 drops the term.
     """
-    if not batch.num_targets:
+    if not batch.token_count:
         return {}
-    mask = (batch.targets != IGNORED).flatten()
+    mask = batch.token_mask().flatten()
     counts = count(layers, mask)
     groups, experts = layers[0].granularity, layers[0].num_experts
-    token_weights = mask.to(counts.dtype) / batch.num_targets
+    token_weights = mask.to(counts.dtype) / batch.token_count
     terms = {}
     if settings.balance_loss:
-        shares = counts / (batch.num_targets * layers[0].top_k)
+        shares = counts / (batch.token_count * layers[0].top_k)
         # Layer by layer: stacking the probabilities would double their memory.
         means = [token_weights @ layer.router.probabilities.to(counts.dtype) for layer in layers]
         scale = settings.balance_loss * experts / (len(layers) * groups)

@@ -156,7 +156,7 @@ class Counting:
         self.seen.append([layer.load.sum().item() for layer in layers])
 
 
-def test_a_step_counts_its_own_target_tokens_in_all_micro_batches():
+def test_a_step_counts_its_own_tokens_in_all_micro_batches():
     counting = Counting()
     run = tiny_run(MOE, counting, overrides={**SETTINGS, "training.grad_accum_steps": 2}, steps=5)
     assert run.result.step == 5

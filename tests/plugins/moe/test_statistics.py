@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from apt_core.data.batches import Batch
 from apt_core.data.packing.rows import IGNORED
 from apt_plugins.moe import statistics
 from apt_plugins.moe.settings import MoeSettings
@@ -42,10 +43,20 @@ def stub_layer(*, capacity=None, seed=0, groups=GROUPS, experts=EXPERTS, tokens=
     )
 
 
-def stub_batch(padded=0):
+def stub_batch(padded=0, prompt=0):
+    """The first ``prompt`` tokens have no target, the last ``padded`` positions no token."""
     targets = torch.arange(TOKENS).reshape(SHAPE)
+    is_token = torch.ones(SHAPE, dtype=torch.bool)
     targets.view(-1)[TOKENS - padded :] = IGNORED
-    return SimpleNamespace(targets=targets, num_targets=TOKENS - padded)
+    targets.view(-1)[:prompt] = IGNORED
+    is_token.view(-1)[TOKENS - padded :] = False
+    return Batch(
+        torch.zeros_like(targets),
+        targets,
+        max(0, TOKENS - padded - prompt),
+        num_tokens=TOKENS - padded,
+        is_token=is_token,
+    )
 
 
 @pytest.fixture
@@ -56,17 +67,18 @@ def layers():
 SETTINGS = MoeSettings(balance_loss=0.5, z_loss=0.25)
 
 
-def test_loads_and_drops_are_those_of_target_tokens_and_add_up(layers):
+def test_loads_and_drops_are_those_of_tokens_and_add_up(layers):
+    """Those of prompts too, which take places of experts."""
     statistics.start_counting(layers)
-    batches = [stub_batch(padded=7), stub_batch()]
+    batches = [stub_batch(padded=7), stub_batch(), stub_batch(padded=3, prompt=9)]
     for batch in batches:
         statistics.losses(layers, batch, SETTINGS)
     for layer in layers:
         load, dropped = [0] * (GROUPS * EXPERTS), 0
         for batch in batches:
-            for token, target in enumerate(batch.targets.flatten().tolist()):
+            for token, counted in enumerate(batch.is_token.flatten().tolist()):
                 for slot in range(GROUPS * TOP_K):
-                    if target != IGNORED:
+                    if counted:
                         load[int(layer.indices[token, slot])] += 1
                         dropped += not layer.kept[token, slot]
         assert layer.load.tolist() == load
@@ -75,9 +87,9 @@ def test_loads_and_drops_are_those_of_target_tokens_and_add_up(layers):
     assert not any(layer.load.any() or layer.dropped for layer in layers)
 
 
-@pytest.mark.parametrize("padded", [0, 7])
-def test_the_losses_are_their_formulas(layers, padded):
-    batch = stub_batch(padded)
+@pytest.mark.parametrize(("padded", "prompt"), [(0, 0), (7, 0), (7, 5)])
+def test_the_losses_are_their_formulas(layers, padded, prompt):
+    batch = stub_batch(padded, prompt)
     terms = statistics.losses(layers, batch, SETTINGS)
     balance = z = 0.0
     counted = range(TOKENS - padded)
@@ -96,8 +108,8 @@ def test_the_losses_are_their_formulas(layers, padded):
     assert terms["z"].item() == pytest.approx(0.25 * z / (LAYERS * GROUPS), rel=1e-5)
 
 
-def test_gradients_reach_the_router_from_tokens_with_a_target_alone(layers):
-    terms = statistics.losses(layers, stub_batch(padded=7), SETTINGS)
+def test_gradients_reach_the_router_from_tokens_alone(layers):
+    terms = statistics.losses(layers, stub_batch(padded=7, prompt=3), SETTINGS)
     (terms["balance"] + terms["z"]).backward()
     for layer in layers:
         for tensor in (layer.router.probabilities, layer.router.logits):
@@ -143,9 +155,8 @@ def test_nothing_in_a_step_waits_for_the_device():
     with FakeTensorMode(allow_non_fake_inputs=True):
         layers = [stub_layer(capacity=1.0)]
         statistics.start_counting(layers)
-        batch = SimpleNamespace(
-            targets=torch.zeros(SHAPE, dtype=torch.int64), num_targets=TOKENS - 1
-        )
+        ids = torch.zeros(SHAPE, dtype=torch.int64)
+        batch = Batch(ids, ids, TOKENS - 1)
         terms = statistics.losses(layers, batch, SETTINGS)
         assert set(terms) == {"balance", "z"}
 
