@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +65,16 @@ def score_batches(
         BatchScore(loss, int(right) if accuracy else None, count)
         for (loss, right), count in zip(rows, targets, strict=True)
     ]
+
+
+def told_shares(scores: Mapping[str, float]) -> list[str]:
+    """What people are told of those ``scores`` that are shares and were asked for."""
+    told = []
+    if "val_accuracy" in scores:
+        told.append(f"accuracy {scores['val_accuracy']:.1%}")
+    if "val_reasoning_quality" in scores:
+        told.append(f"reasoning quality {scores['val_reasoning_quality']:.1%}")
+    return told
 
 
 def summarize(scores: Sequence[BatchScore], bytes_per_token: float) -> dict[str, float]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from apt_core.device import autocast
 from apt_core.errors import TrainingError
+from apt_core.evaluation.quick_eval import told_shares
 from apt_core.hookspecs import MICRO_BATCH_HOOKS, hooks_where
 from apt_core.log import get_logger
 from apt_core.metric_names import CROSS_ENTROPY
@@ -269,7 +270,7 @@ class Loop:
             f"Epoch {epoch}/{self.config.max_epochs}: "
             f"loss={metrics.get(CROSS_ENTROPY, float('nan')):.3f}{of_step}  held out: "
             f"loss={scores['val_loss']:.3f} ppl={scores['val_ppl']:.2f} "
-            f"bits/byte={scores['val_bpb']:.3f}",
+            f"bits/byte={scores['val_bpb']:.3f}" + "".join(f", {t}" for t in told_shares(scores)),
             step=step,
             log=log,
             epoch=epoch,

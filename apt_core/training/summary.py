@@ -60,12 +60,15 @@ def summary_lines(result: RunResult, kernel: Kernel) -> list[str]:
             started = (
                 f" (at the start: {figures['val_loss_start']:.3f}, {figures['val_bpb_start']:.3f})"
             )
+        accuracy = ""
+        if "val_accuracy" in figures:
+            accuracy = f", accuracy {figures['val_accuracy']:.1%}"
         step = figures.get("val_step", result.step)
         when = "" if step == result.step else f" after step {step}"
         lines.append(
             f"held-out text{when}: loss {figures['val_loss']:.3f} nats per token, "
             f"{figures['val_bpb']:.3f} bits per byte{started}, "
-            f"perplexity {figures['val_ppl']:.2f}"
+            f"perplexity {figures['val_ppl']:.2f}{accuracy}"
         )
     lines += _task_lines(figures)
     used = [

@@ -12,12 +12,12 @@ from apt_core import ProviderSpec, hookimpl
 from apt_core.data.sources.hlbd import SHIPPED
 from apt_core.errors import ConfigError, ProviderError
 from apt_core.evaluation import validators
+from apt_core.evaluation.final_answers import final_answer
 from apt_core.evaluation.finding import find_tasks
 from apt_core.evaluation.found import Asking
 from apt_core.evaluation.scoring import Scoring, items_of, score
 from apt_core.evaluation.tasks import questions
 from apt_core.evaluation.tasks.file import read_task
-from apt_core.evaluation.tasks.held_out import final_answer
 from apt_core.providers.task import Choice, Passage, Question, QuestionTask
 from apt_core.testing import tiny_session
 from apt_core.types import GenerationResult, Message

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 
-from apt_core.evaluation.validators import exact_match, normalized
+from apt_core.evaluation.final_answers import final_answer
+from apt_core.evaluation.validators import exact_match
 from apt_core.providers.task import (
     EncodedPassage,
     Passage,
@@ -46,8 +46,7 @@ class TextTask(PassageTask):
 
 class ReasoningQuality(QuestionTask):
     """``task:reasoning_quality``: answers the held-out prompts, and compares the final answer with
-    that of the response: what stands after the last ``####`` or ``answer is``, else the last line.
-    """
+    that of the response (:func:`~apt_core.evaluation.final_answers.final_answer`)."""
 
     name = "reasoning_quality"
     needs_held_out = True
@@ -64,20 +63,3 @@ class ReasoningQuality(QuestionTask):
     def score(self, item: Question, text: str) -> dict[str, float]:
         given, expected = (final_answer(each) for each in (text, item.answer))
         return {"exact_match": exact_match(given, expected, ("strip",))}
-
-
-_MARK = re.compile(r"####|\b(?:final )?answer(?: is|:)", re.IGNORECASE)
-
-
-def final_answer(text: str) -> str:
-    """What ``text`` comes to: what stands after its last mark (``####``, ``answer is``,
-    ``answer:``), else its last line; without case, the full stop, and spaces around it.
-
-    >>> final_answer("2 and 2 make 4.\\n#### 4"), final_answer("So the answer is Four.")
-    ('4', 'four')
-    """
-    marks = [*_MARK.finditer(text)]
-    rest = text[marks[-1].end() :] if marks else text
-    lines = [line for line in rest.strip().splitlines() if line.strip()]
-    line = (lines[0] if marks else lines[-1]) if lines else ""
-    return normalized(line, ("strip", "case", "spaces")).rstrip(".")
