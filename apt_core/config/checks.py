@@ -89,7 +89,7 @@ def check_files(config: Config, source: Source, files: Sequence[str]) -> list[Pr
                 continue
             hint = (
                 "a path is looked for beside the profile that says it, then in the folder that the "
-                "command runs in; without train_path, the embedded text is used"
+                f"command runs in; {_without(key)}"
             )
             problems.append(Problem(message, key, source.where(key), hint))
     return problems
@@ -107,6 +107,13 @@ def check_task_files(config: Config, source: Source) -> list[Problem]:
         for name in config.evaluation.tasks
         if is_task_file(name) and not os.path.exists(name)
     ]
+
+
+def _without(key: str) -> str:
+    """What a run does without the path at ``key``."""
+    if key.endswith("val_path"):
+        return "without val_path, a share of train_path is held out"
+    return "without train_path, the embedded text is used"
 
 
 def _heads(view: View) -> Iterator[Problem]:

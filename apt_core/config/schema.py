@@ -137,7 +137,9 @@ class TrainingSection(Section):
         default=None, description="Stop after this many optimizer steps, if that comes earlier."
     )
     max_tokens: Count | None = Field(
-        default=None, description="Stop after this many target tokens, if that comes earlier."
+        default=None,
+        description="Stop after sequences of this many tokens, if that comes earlier; prompts "
+        "and padding count.",
     )
     max_seconds: Annotated[float, Field(gt=0, le=1e9)] | None = Field(
         default=None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -239,7 +239,32 @@ def load_data(
         found.append(_source_data(name, store, config, tokenizer))
     if all(source.val is None for source in found):
         raise ConfigError([_too_little(found[0], "val", config)])
-    return RunData(tokenizer, found)
+    data = RunData(tokenizer, found)
+    if config.data.pads and config.data.truncation:
+        kernel.notices += [notice for source in found for notice in _cut(source, config)]
+    return data
+
+
+def _cut(data: SourceData, config: Config) -> Iterator[str]:
+    """What ``data.truncation`` leaves out."""
+    for part, windows, what in (
+        (data.store.part("train"), data.train, "to train on"),
+        (data.store.part("val"), data.val, "to evaluate on"),
+    ):
+        if windows is None:
+            continue
+        # Of a document all tokens but the first are predicted.
+        lost = part.num_tokens - part.num_documents - windows.num_tokens
+        if lost <= 0:
+            continue
+        told = f"{f'{data.name}: ' if data.name else ''}data.truncation leaves out {lost:,} of "
+        told += f"{part.num_tokens:,} tokens {what}"
+        if documents := part.num_documents - len(windows):
+            told += (
+                f", with them {documents:,} of {part.num_documents:,} documents, of whose first "
+                f"{config.seq_len:,} tokens nothing is learned"
+            )
+        yield told
 
 
 def _early_data(

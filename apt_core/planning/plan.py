@@ -78,7 +78,9 @@ def make_plan(kernel: Kernel, world_size: int | None = None) -> dict[str, Any]:
         if not tokenizer.trainable:  # else its ids are known only with the data
             require_vocabulary(kernel, tokenizer)
         cost = model_cost(kernel)
-        data, data_rows = planned_data(kernel)
+        # What is missing is told already.
+        files = {row["key"] for row in missing if row["key"].endswith(DATA_PATHS)}
+        data, data_rows = (None, []) if files else planned_data(kernel)
         batch, steps = _batch(kernel, data, world_size)
         schedule = kernel.schedule.with_horizon(_planned_horizon(kernel.config, steps))
         lr_schedule = kernel.registry.get("lr_schedule", kernel.config.training.lr_schedule_name)

@@ -115,7 +115,8 @@ WAITING, DISABLED = "waits for its schedule", "disabled by its schedule"
 class Progress(_Part):
     """How far a run has come, and what happened on the way.
 
-    ``step`` counts the optimizer steps taken, ``epoch`` from 1, ``tokens`` the target tokens seen.
+    ``step`` counts the optimizer steps taken, ``epoch`` from 1, ``tokens`` those of the
+    windows that were trained on: all their positions, padding too.
     ``metrics`` is the newest row of a step, with the scores of an evaluation since; ``scores`` are
     those of the newest evaluation of the whole held-out text, with their ``step``, and
     ``start_scores`` those before the first step. ``timeline`` says when plugins were enabled and

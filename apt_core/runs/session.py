@@ -25,7 +25,7 @@ from apt_core.schedules import Schedule
 @dataclass(frozen=True)
 class Position:
     """Where a run is: ``step`` optimizer steps were taken, the last of them in ``epoch`` (from 1),
-    and ``tokens`` target tokens were trained on."""
+    and windows of ``tokens`` positions were trained on."""
 
     step: int = 0
     epoch: int = 1

@@ -65,7 +65,7 @@ SURFACE = {
     "output_dir": "the run's folder",
     "step": "optimizer steps taken",
     "epoch": "the present epoch, from 1",
-    "tokens": "target tokens seen",
+    "tokens": "tokens of the windows that were trained on: all positions, padding too",
     "metrics": "the newest row of a step, with the scores of an evaluation since (of `val_step`)",
     "step_void": "whether the newest step was not finite and so changed nothing: a bool, or a 0-d "
     "tensor of 1.0 or 0.0 where it is known on the device only",

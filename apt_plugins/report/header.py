@@ -97,7 +97,7 @@ def _tiles(run: Run) -> list[Tile]:
         tiles.append(Tile("training loss", number(round(value, 4)), detail))
     tiles.append(Tile("steps", number(steps)))
     if (tokens := figure("tokens")) is not None:
-        tiles.append(Tile("target tokens", size(tokens), _exact(tokens)))
+        tiles.append(Tile("tokens", size(tokens), _exact(tokens)))
     if (seconds := figure("seconds")) is not None:
         part = figure("part_seconds")
         since = "" if part is None else f"{duration(part)} since the last resume"
