@@ -112,9 +112,7 @@ def _state(seed: int) -> nn.Module:
     return model
 
 
-def counted(
-    model: nn.Module, batch: Batch
-) -> tuple[Tensor, ModelOutput, list[tuple[Tensor, ...]]]:
+def counted(model: nn.Module, batch: Batch) -> tuple[Tensor, ModelOutput, list[tuple[Tensor, ...]]]:
     """The summed loss of ``batch``, the output, and what is left in the layers of experts."""
     output = forward_batch(model, model, batch)
     entropy = cross_entropy_sum(output, batch.targets)
