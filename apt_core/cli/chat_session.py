@@ -17,7 +17,7 @@ from apt_core.cli.output import KEPT, make_console, output_apart, say
 from apt_core.cli.sampling_options import FIELDS, check_settings, settings_of, stop_strings
 from apt_core.code_source import short_path
 from apt_core.error_text import one_line
-from apt_core.errors import AptError, ConfigError, InterruptedAgain, did_you_mean
+from apt_core.errors import AptError, ConfigError, Interrupted, did_you_mean
 from apt_core.inference.chat import ChatFormat, Conversation, Prompt, Said, fitting, format_called
 from apt_core.log import TolerantStream
 from apt_core.parallel.signals import Interrupts, handling
@@ -77,7 +77,7 @@ class Chat:
         """Talk until the input ends, after a ``notice``. In a script, the first error ends it; at a
         terminal it is shown.
 
-        Raises InterruptedAgain for a signal that asks the process to end.
+        Raises Interrupted for a signal that asks the process to end.
         """
         with _ending():
             if self._input.interactive:
@@ -93,7 +93,7 @@ class Chat:
                             say()  # Ctrl-D leaves the cursor where it is
                         break
                     self.take(text)
-                except (InterruptedAgain, OSError):  # nobody takes the output any more
+                except (Interrupted, OSError):  # nobody takes the output any more
                     raise
                 except KeyboardInterrupt:
                     say_aside("\n(Ctrl-D or /exit ends)")
@@ -145,7 +145,7 @@ class Chat:
             with (
                 interrupts.listening(),
                 _Answer(stripped=self.format.stripped) as answer,
-                suppress(InterruptedAgain),  # what was said stays
+                suppress(Interrupted),  # what was said stays
             ):
                 for delta in self._engine.stream(request, interrupted=lambda: bool(interrupts)):
                     answer.add(delta.text)
@@ -153,7 +153,7 @@ class Chat:
         finally:
             self._answers += 1
             if interrupts.received not in (None, signal.SIGINT):
-                raise InterruptedAgain(interrupts.exit_code - 128)
+                raise Interrupted(interrupts.exit_code - 128)
         if interrupts and not answer.text:
             return False
         self._keep(answer, interrupted=bool(interrupts))
@@ -206,7 +206,7 @@ class Chat:
         """Put the conversation back to what was ``said`` if the context fails."""
         try:
             yield
-        except InterruptedAgain:
+        except Interrupted:
             raise
         except BaseException:
             self.conversation.said[:] = said
@@ -395,10 +395,10 @@ def say_aside(text: str) -> None:
 
 @contextmanager
 def _ending() -> Iterator[None]:
-    """While the context lasts, the signals that ask a process to end raise InterruptedAgain."""
+    """While the context lasts, the signals that ask a process to end raise Interrupted."""
 
     def end(number: int, _: object) -> None:
-        raise InterruptedAgain(number)
+        raise Interrupted(number)
 
     with handling((signal.SIGTERM, signal.SIGHUP), end):
         yield
