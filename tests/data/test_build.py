@@ -580,6 +580,31 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(home, code, limit, deduplic
     build_store(source, code.Letters(), settings, workers=1)
 
 
+def test_a_disk_that_fills_up_while_building_leaves_nothing(
+    home, code, small_disk, monkeypatch, tmp_path
+):
+    """Whichever file meets the full disk: those of the store, of what was seen, of the workers."""
+    records = [f"{number}: " + f"{number % 7} words " * 400 for number in range(150)]
+    source, settings = Given(*records), section(deduplicate="exact")
+    monkeypatch.setenv("APT_CACHE", str(small_disk))
+    stores, ballast = small_disk / "stores", small_disk / "ballast"
+    stores.mkdir()
+    for free in (0, 2, 8, 32, 64, 128):
+        with ballast.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+            while True:
+                file.write(bytes(4096))
+        os.truncate(ballast, ballast.stat().st_size - free * 4096)
+        for workers in (1, 2):
+            with pytest.raises(StoreError, match=r"No space|is full|no room"):
+                build_store(source, code.Letters(), settings, workers=workers)
+            assert not any(path.is_dir() for path in stores.iterdir())
+        ballast.unlink()
+    built = build_store(source, code.Letters(), settings, workers=2)
+    monkeypatch.setenv("APT_CACHE", str(tmp_path / "roomy"))
+    roomy = build_store(source, code.Letters(), settings, workers=1)
+    assert content(built.folder) == content(roomy.folder)
+
+
 PROGRAM = """
 import logging
 import sys
