@@ -122,6 +122,44 @@ train(small, small.loss, batch, recipe)
 assert small.loss(inputs, targets) < 0.2
 """
 
+LOADING = """
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+from apt_core.data.packing.concat import ConcatWindows
+from apt_core.data.tokenizers.byte import ByteTokenizer
+
+data.BATCH, data.SEQ_LEN = 4, 64
+folder = Path(tempfile.mkdtemp())
+assert len(data.write_corpus(folder / "text.jsonl", 100_000)) > 2
+with data.own_cache():
+    store = data.store_of(folder / "text.jsonl", ByteTokenizer())
+    data.start(folder / "text.jsonl")
+    part = store.part("train")
+    rows = data.saved_rows(part, folder / "rows")
+    ids = part.read(0, part.num_tokens)
+    known = {ids[at : at + 65].tobytes() for at in range(0, len(ids) - 64, 65)}
+    sides = data.forms_of_datasets(rows)
+    assert set(data.DOCUMENTED) < set(sides)
+    for name, call in sides.items():
+        seen = []
+        for _ in range(3):
+            inputs, targets = call()
+            assert inputs.shape == targets.shape == (4, 64) and inputs.dtype == torch.int64, name
+            taken = torch.cat([inputs, targets[:, -1:]], 1).numpy().astype(np.uint8)
+            seen += [row.tobytes() for row in taken]
+        assert set(seen) <= known and len(set(seen)) > 6 and seen != list(known)[:12], name
+    batch = data.batches_of(data.plan_of(ConcatWindows(part, 64), 4))()
+    assert batch.input_ids.shape == (4, 64) and batch.num_targets == 256
+    assert data.seek_seconds() > 0
+"""
+
 LEAKS = """
 from soak import Look, judged
 
@@ -237,6 +275,20 @@ def python(tmp_path: Path, forked: None) -> Python:
         return ended
 
     return call
+
+
+def test_the_sides_of_the_data_benchmark_deliver_the_same_text(
+    python: Python, tmp_path: Path
+) -> None:
+    pytest.importorskip("datasets", reason="datasets is the peer")
+    script = tmp_path / "loading.py"
+    script.write_text(LOADING)
+    (printed,) = python(script).stdout.splitlines()
+    figures = json.loads(printed)
+    assert set(figures) == {
+        *("start_seconds", "resident_mb", "resident_of_imports_mb", "unshared_mb")
+    }
+    assert 0 < figures["unshared_mb"] < figures["resident_mb"] + figures["resident_of_imports_mb"]
 
 
 def test_a_benchmark_says_what_has_to_be_installed(python: Python, tmp_path: Path) -> None:
