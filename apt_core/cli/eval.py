@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from apt_core.evaluation.several import Asked, Difference, Opening, RunScores
+    from apt_core.evaluation.several import Difference, RunScores
 
 WEIGHTS = ("last", "best", "average")
 
@@ -71,6 +73,21 @@ def evaluate(
         int | None, typer.Option(min=1, help="The most items of a task, spread over all.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of what a task draws.")] = 0,
+    lm_eval: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK",
+            help="Score by a task of lm-evaluation-harness in place of APT's own; repeatable, "
+            "comma lists allowed.",
+        ),
+    ] = None,
+    include_path: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A folder with tasks of lm-eval, whose YAML may name code that it runs; "
+            "repeatable."
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show tracebacks and debug messages.")
@@ -83,13 +100,25 @@ def evaluate(
     if weights not in WEIGHTS:
         hint = did_you_mean(weights, WEIGHTS) or f"one of {', '.join(WEIGHTS)}"
         raise ConfigError(f"is {weights!r}", "--weights", hint=hint)
-    names = [name.strip() for given in tasks or () for name in given.split(",") if name.strip()]
-    if tasks and not names:
-        raise ConfigError("names no task", "--tasks")
+    names, harness = _names(tasks, "--tasks"), _names(lm_eval, "--lm-eval")
+    if harness and (names or text):
+        raise ConfigError("--lm-eval goes without --tasks and --text")
+    if include_path and not harness:
+        raise ConfigError("--include-path goes with --lm-eval")
+    if harness and find_spec("lm_eval") is None:
+        message = "--lm-eval needs lm-evaluation-harness, which is not installed"
+        raise ConfigError(message, hint='pip install "apt-kernel[lm_eval]"')
 
     from apt_core.evaluation.scoring import Scoring
-    from apt_core.evaluation.several import Asked, Opening, differences
+    from apt_core.evaluation.several import (
+        Asked,
+        Opening,
+        differences,
+        score_run,
+        score_run_by_harness,
+    )
     from apt_core.log import TolerantStream, logging_to
+    from apt_core.profile_paths import user_path
     from apt_core.runs.finding import newest_run, run_called
 
     paths = [run_called(each) for each in run or ()] or [newest_run()]
@@ -97,7 +126,16 @@ def evaluate(
     opening = Opening(step, cast(Any, weights), device, plugin or ())
     console = make_console(cast(TextIO, TolerantStream(sys.stderr)))
     with logging_to(console, level="DEBUG" if debug else "WARNING"):
-        runs = [*_scored(paths, Asked(names, text or (), scoring), opening, console)]
+        score: Callable[..., RunScores]
+        if harness:
+            os.environ.setdefault("TQDM_DISABLE", "1")  # there is one display of progress
+            from apt_core.evaluation.lm_eval_model import HarnessTasks
+
+            of_harness = HarnessTasks(harness, [user_path(path) for path in include_path or ()])
+            score = partial(score_run_by_harness, tasks=of_harness, scoring=scoring)
+        else:
+            score = partial(score_run, asked=Asked(names, text or (), scoring))
+        runs = [*_scored(paths, partial(score, opening=opening), console)]
     found = [*differences(runs)]
     if json:
         return Json(_as_json(runs, found))
@@ -105,18 +143,25 @@ def evaluate(
     return None
 
 
+def _names(given: Sequence[str] | None, key: str) -> list[str]:
+    """The names in the values of an option, each of which may be a comma list."""
+    names = [name.strip() for text in given or () for name in text.split(",") if name.strip()]
+    if given and not names:
+        raise ConfigError("names no task", key)
+    return names
+
+
 def _scored(
-    paths: Sequence[Path], asked: Asked, opening: Opening, console: Console
+    paths: Sequence[Path], score: Callable[..., RunScores], console: Console
 ) -> Iterator[RunScores]:
     """The scores of each run, which are kept in its folder."""
     from apt_core.errors import CheckpointError
-    from apt_core.evaluation.several import score_run
     from apt_core.runs.task_scores import add_scores
 
     with _progress(console) as advance:
         for path in paths:
             label = f"{path.name}: " if len(paths) > 1 else ""
-            scores = score_run(path, asked, opening, partial(advance, label))
+            scores = score(path, advance=partial(advance, label))
             try:
                 add_scores(scores.folder, scores.rows)
             except (OSError, CheckpointError) as error:
@@ -181,16 +226,16 @@ def _print(runs: Sequence[RunScores], found: Sequence[Difference]) -> None:
     for number, name in enumerate(names):
         columns += [name, "difference"] if number else [name]
     rows: list[list[object]] = []
-    for task in dict.fromkeys(task for run in runs for task in run.scores):
-        metrics = [run.scores[task].figures for run in runs if task in run.scores]
+    for task in dict.fromkeys(task for run in runs for task in run.figures):
+        metrics = [run.figures[task] for run in runs if task in run.figures]
         for metric in metrics[0]:
             row: list[object] = [task, metric]
             for number, run in enumerate(runs):
-                score = run.scores.get(task)
-                row.append("" if score is None else shown(score.figures[metric]))
+                figure = run.figures.get(task, {}).get(metric)
+                row.append("" if figure is None else shown(figure))
                 if number:
-                    figure = less.get((number, task, metric))
-                    row.append("" if figure is None else shown(figure, signed=True))
+                    difference = less.get((number, task, metric))
+                    row.append("" if difference is None else shown(difference, signed=True))
             rows.append(row)
     print_table(columns, rows)
     for line in dict.fromkeys(_notes(runs)):
@@ -202,9 +247,10 @@ def _notes(runs: Sequence[RunScores]) -> Iterator[str]:
     for run in runs:
         for row in run.rows:
             of = f" of {row['total']:,}" if row["items"] < row["total"] else ""
-            cut = f", {row['too_long']:,} of them longer than it" if row["too_long"] else ""
+            cut = f", {row['too_long']:,} of them longer than it" if row.get("too_long") else ""
             methods = {figure["method"] for figure in row["metrics"].values()} - {""}
-            made = f"; 95 % by {' and '.join(sorted(methods))} over {row['units']}"
+            units = row.get("units", "items")
+            made = f"; 95 % by {' and '.join(sorted(methods))} over {units}"
             yield (
                 f"{row['task']}: items {row['items']:,}{of}, context {row['context']:,} tokens"
                 f"{cut}, stride {row['stride']:,}, batch size {row['batch_size']}, "

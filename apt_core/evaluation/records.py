@@ -18,10 +18,7 @@ def score_row(score: TaskScore, session: Session, scoring: Scoring, weights: str
     return {
         "task": items.name,
         "metrics": {name: asdict(figure) for name, figure in score.figures.items()},
-        "time": now(),
-        "checkpoint": session.checkpoint.name if session.checkpoint is not None else "",
-        "step": session.position.step,
-        "weights": weights,
+        **of_session(session, weights),
         "task_sha256": items.sha256,
         "asked": items.task.asked(),
         "items": len(items.chosen),
@@ -29,11 +26,21 @@ def score_row(score: TaskScore, session: Session, scoring: Scoring, weights: str
         "units": found.units,
         "too_long": found.too_long,
         "precision": found.precision,
-        "device": str(session.device),
         "batch_size": scoring.batch_size,
         "context": context,
         "stride": scoring.stride or default_stride(context),
         "seconds": round(score.seconds, 3),
+    }
+
+
+def of_session(session: Session, weights: str) -> dict[str, Any]:
+    """What every row has: which weights were scored, when, and by what."""
+    return {
+        "time": now(),
+        "checkpoint": session.checkpoint.name if session.checkpoint is not None else "",
+        "step": session.position.step,
+        "weights": weights,
+        "device": str(session.device),
         "versions": versions(),
     }
 

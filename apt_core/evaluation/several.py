@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apt_core.errors import ConfigError
 from apt_core.evaluation.finding import find_tasks
 from apt_core.evaluation.held_out import HeldOut, open_held_out
 from apt_core.evaluation.metrics import Figure, difference_figure
-from apt_core.evaluation.records import score_row
+from apt_core.evaluation.records import of_session, score_row
 from apt_core.evaluation.scoring import (
     Items,
     Scoring,
@@ -29,6 +29,9 @@ from apt_core.providers.task import TaskProvider
 from apt_core.runs.finding import run_of
 from apt_core.runs.opened import Weights, open_run
 from apt_core.runs.session import Session
+
+if TYPE_CHECKING:
+    from apt_core.evaluation.lm_eval_model import HarnessTasks
 
 MAX_TEXT = 1 << 30
 """The most bytes of a text that is predicted."""
@@ -56,14 +59,15 @@ class Opening:
 
 @dataclass(frozen=True, eq=False)
 class RunScores:
-    """The scores of the run at ``path``, by task, and the rows for its ``scores.json`` in
-    ``folder``."""
+    """The ``figures`` of the run at ``path``, by task and metric, and the rows for its
+    ``scores.json`` in ``folder``; ``scores`` are those of APT's own tasks."""
 
     path: Path
     folder: Path
     step: int
-    scores: Mapping[str, TaskScore]
+    figures: Mapping[str, Mapping[str, Figure]]
     rows: Sequence[Mapping[str, Any]]
+    scores: Mapping[str, TaskScore] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,20 +92,48 @@ def score_run(
     Raises ConfigError for what is not there or does not fit, CheckpointError for a checkpoint that
     is not to be used, ProviderError for a task that fails.
     """
-    session = open_run(path, opening.step, opening.weights, opening.device, opening.plugins)
-    stride, context = asked.scoring.stride, session.config.model.max_seq_len
-    if stride is not None and stride > context:
-        hint = f"give 1 to {context}"
-        raise ConfigError(
-            f"is {stride}, more than the context of {context} tokens", "--stride", str(path), hint
-        )
+    session = _opened(path, asked.scoring, opening)
     found, rows = {}, []
     for items in _items(session, asked):
         result = score(session, items, asked.scoring.asking(partial(advance, items.name)))
         assert result is not None
         found[items.name] = result
         rows.append(score_row(result, session, asked.scoring, opening.weights))
-    return RunScores(path, _folder(path, session), session.position.step, found, rows)
+    figures = {name: each.figures for name, each in found.items()}
+    return RunScores(path, _folder(path, session), session.position.step, figures, rows, found)
+
+
+def score_run_by_harness(
+    path: Path,
+    tasks: HarnessTasks,
+    scoring: Scoring,
+    opening: Opening,
+    advance: Callable[[str, float], None] = lambda task, share: None,
+) -> RunScores:
+    """The scores of one run on ``tasks`` of lm-evaluation-harness; raises as :func:`score_run`
+    does."""
+    session = _opened(path, scoring, opening)
+    asking = scoring.asking(partial(advance, "lm-eval"))
+    figures, rows = {}, []
+    for name, found, more in tasks.score(session, asking, scoring.limit):
+        name = f"lm_eval/{name}"
+        figures[name] = found
+        metrics = {metric: asdict(figure) for metric, figure in found.items()}
+        rows.append(
+            {"task": name, "metrics": metrics, **of_session(session, opening.weights), **more}
+        )
+    return RunScores(path, _folder(path, session), session.position.step, figures, rows)
+
+
+def _opened(path: Path, scoring: Scoring, opening: Opening) -> Session:
+    session = open_run(path, opening.step, opening.weights, opening.device, opening.plugins)
+    stride, context = scoring.stride, session.config.model.max_seq_len
+    if stride is not None and stride > context:
+        hint = f"give 1 to {context}"
+        raise ConfigError(
+            f"is {stride}, more than the context of {context} tokens", "--stride", str(path), hint
+        )
+    return session
 
 
 def _folder(path: Path, session: Session) -> Path:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -126,3 +130,45 @@ def test_data_and_scores_that_are_not_what_they_were_are_told(runs: Path, comman
     assert "the documents of the run have changed since" in outcome.err
     assert "warning: the scores are not kept" in outcome.err
     assert (runs / "runs/long/scores.json").read_text() == "{"
+
+
+def test_the_harness_is_asked_for_by_name(
+    runs: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arguments, message in (
+        (["--lm-eval", "a", "--tasks", "completion"], "--lm-eval goes without --tasks and --text"),
+        (["--include-path", "a"], "--include-path goes with --lm-eval"),
+        (["--lm-eval", ","], "--lm-eval: names no task"),
+    ):
+        outcome = command(app, *arguments, prog="apt-eval")
+        assert (outcome.code, outcome.out) == (2, "") and message in outcome.err
+    monkeypatch.setattr("apt_core.cli.eval.find_spec", lambda name: None)
+    outcome = command(app, "--lm-eval", "a", prog="apt-eval")
+    assert outcome.code == 2 and 'pip install "apt-kernel[lm_eval]"' in outcome.err
+
+    module = ModuleType("apt_core.evaluation.lm_eval_model")
+    module.HarnessTasks = Harness  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("apt_core.cli.eval.find_spec", lambda name: module)
+    outcome = command(app, "long", "--lm-eval", "a,b", "--limit", "2", prog="apt-eval")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "lm_eval/a  acc     0.500 [0.400, 0.600]" in outcome.out
+    kept = json.loads((runs / "runs/long/scores.json").read_text())["scores"]
+    assert [row["task"] for row in kept] == ["lm_eval/a", "lm_eval/b"]
+    assert kept[0]["weights"] == "last" and kept[0]["stride"] == 8 and kept[0]["step"] == 20
+
+
+class Harness:
+    """In the place of the harness, which takes long to import."""
+
+    def __init__(self, names: list[str], include: list[Path]) -> None:
+        assert include == []
+        self.names = names
+
+    def score(self, session: Any, asking: Any, limit: int) -> Iterator[Any]:
+        from apt_core.evaluation.metrics import Figure
+
+        more = {"items": limit, "total": 9, "context": 16, "stride": 8, "batch_size": 16}
+        for name in self.names:
+            figures = {"acc": Figure(0.5, 0.4, 0.6, "normal")}
+            yield name, figures, {**more, "precision": "float32"}
