@@ -6,7 +6,7 @@ import os
 import time
 from typing import Any
 
-from apt_core.data.loading import RunData, load_data, named_sources, source_of
+from apt_core.data.loading import RunData, batch_plan, load_data, named_sources, source_of
 from apt_core.data.sources.base import FileSource
 from apt_core.data.store.local import available_cores
 from apt_core.error_text import one_line
@@ -38,6 +38,7 @@ def planned_data(kernel: Kernel) -> tuple[RunData | None, list[dict[str, Any]]]:
         sources = [(name, source_of(kernel, section)) for name, section in named_sources(kernel)]
         if all(_is_small(source) for _, source in sources):
             data = load_data(kernel)
+            _note_order(kernel, data)
             return data, [_row(s.row() | {"name": s.name}) for s in data.sources]
         tokenizer = kernel.registry.get("tokenizer", kernel.config.data.tokenizer_name)
         return None, [_estimate(name, source, tokenizer) for name, source in sources]
@@ -46,6 +47,15 @@ def planned_data(kernel: Kernel) -> tuple[RunData | None, list[dict[str, Any]]]:
     except (AptError, OSError, ValueError) as error:
         kernel.notices.append(f"data: {one_line(error)}")
     return None, []
+
+
+def _note_order(kernel: Kernel, data: RunData) -> None:
+    """Add to the kernel's notices what keeps the windows of ``data`` from being drawn: too few, or
+    weights of a mixture that come to be negative or all 0."""
+    try:
+        batch_plan(kernel, data)
+    except ConfigError as error:
+        kernel.notices.extend(f"data: {problem}" for problem in error.problems)
 
 
 def _is_small(source: DatasetProvider) -> bool:

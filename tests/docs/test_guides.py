@@ -199,6 +199,10 @@ BAD_INPUT: dict[str, tuple[bytes | str, str]] = {
     "a truncated gz": (gzip.compress(b"text " * 1000)[:-20], "text.gz"),
     "bytes that are no UTF-8": (b"ab\xff", ""),
     "a missing column": ("id,words\n1,some\n", "text.csv"),
+    "documents of which nothing is learned": (
+        '{"messages": [{"role": "user", "content": "hello"}]}\n',
+        "text.jsonl",
+    ),
     "less text than one step takes": (b"0123456789" * 10, ""),
     "weights of a mixture that are all 0": (
         b"",

@@ -304,6 +304,20 @@ def test_a_text_that_is_not_there_or_large_leaves_the_steps_unknown(
     assert make_plan(small)["batch"]["steps_per_epoch"] is None
 
 
+def test_a_plan_says_that_nothing_could_be_drawn_from_a_mixture(kernel_of, tmp_path) -> None:
+    (tmp_path / "text.txt").write_text("a few words, " * 100, encoding="utf-8")
+    item = {"name": "one", "train_path": str(tmp_path / "text.txt")}
+    for schedule, message in {
+        "mixture_one": "data: data.mixture: all weights are 0 from step 1 on",
+        "enable_one_at_step": "data: data.mixture: all weights are 0 from step 1 on",
+    }.items():
+        value = 0 if schedule == "mixture_one" else 3
+        kernel = kernel_of(data={"mixture": [item]}, schedules={schedule: value})
+        assert any(message in notice for notice in make_plan(kernel)["notices"]), schedule
+    short = kernel_of(data={"mixture": [item]}, training={"batch_size": 1000})
+    assert any("one optimizer step takes 1000" in n for n in make_plan(short)["notices"])
+
+
 # For people
 
 
