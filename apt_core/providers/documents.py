@@ -28,7 +28,9 @@ class Document:
     with ``response``, and ``messages``.
 
     ``where`` says where it was read, as ``file.jsonl:17``. Documents of one ``key`` stand on one
-    side of the split into training and validation; without a key their content decides.
+    side of the split into training and validation; without a key their content decides. A text that
+    comes in pieces ``begins`` with the first and ``ends`` with the last of them: the others have no
+    bos and no eos.
 
     >>> Document.of({"prompt": "2 + 2 =", "response": "4"}).content
     '["2 + 2 =","4"]'
@@ -40,6 +42,8 @@ class Document:
     messages: tuple[Message, ...] = ()
     where: str = ""
     key: str | None = None
+    begins: bool = True
+    ends: bool = True
 
     @classmethod
     def of(cls, value: Document | str | Mapping[str, Any], where: str = "") -> Document:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -137,14 +137,16 @@ class TokenizerProvider(Provider, ABC):
     def segments(self, document: Document) -> list[Segment]:
         """The texts and special tokens of ``document``, in order.
 
-        All of a text is learned; of a prompt and response, the response and the eos after it; of a
-        conversation, the contents of the assistant's turns and their ends. Raises ValueError for a
-        conversation, where the tokenizer has no tokens for its turns.
+        All of a text is learned, with bos and eos where it begins and ends; of a prompt and
+        response, the response and the eos after it; of a conversation, the contents of the
+        assistant's turns and their ends. Raises ValueError for a conversation, where the tokenizer
+        has no tokens for its turns.
         """
         special = self.special
-        found: list[tuple[str | int | None, bool]] = [(special.bos, document.text is not None)]
+        bos = special.bos if document.begins else None
+        found: list[tuple[str | int | None, bool]] = [(bos, document.text is not None)]
         if document.text is not None:
-            found += [(document.text, True), (special.eos, True)]
+            found += [(document.text, True), (special.eos if document.ends else None, True)]
         elif document.prompt is not None and document.response is not None:
             found += [(document.prompt + BETWEEN, False)]
             found += [(document.response, True), (special.eos, True)]
@@ -182,13 +184,13 @@ class TokenizerProvider(Provider, ABC):
         """The ids after which the model is to go on: a text without eos; a prompt up to its
         response; a conversation, whose last turn is not the assistant's, with the beginning of the
         assistant's. Raises what :meth:`segments` does."""
-        segments = self.segments(document)
         if document.text is not None:
-            segments = segments[: len(segments) - (self.special.eos is not None)]
-        elif document.messages:
+            document = replace(document, ends=False)
+        segments = self.segments(document)
+        if document.messages:
             segments = segments[: len(segments) - (self.special.eos is not None)]
             segments.append((self._role(LEARNED_ROLE), False))
-        else:
+        elif document.text is None:
             segments = [segment for segment in segments if not segment[1]]
         found: list[int] = []
         for each, _ in segments:

@@ -113,8 +113,8 @@ def test_the_end_of_a_text_is_held_out_at_a_border(text, fraction, held_out):
     assert (train + val, val) == (text, held_out)
 
 
-def tally(texts=(), others=()):
-    seen = SplitTally()
+def tally(texts=(), others=(), all_too_long=False):
+    seen = SplitTally(all_too_long=all_too_long)
     for is_text, positions in ((True, texts), (False, others)):
         for position in positions:
             seen.add(position, is_text)
@@ -134,8 +134,8 @@ def test_a_split_serves_unless_a_side_is_empty_or_documents_are_few():
     few = rule.corrected(tally(texts=[end]))
     assert few.inside and few.below == rule.below
     assert list(few.pieces(Document(text="a" * 10))) == [
-        (TRAIN, Document(text="a" * 9)),
-        (VAL, Document(text="a")),
+        (TRAIN, Document(text="a" * 9, ends=False)),
+        (VAL, Document(text="a", begins=False)),
     ]
     assert list(few.pieces(Document(text="x"))) == [(VAL, Document(text="x"))]
     pairs = rule.corrected(tally(others=[end - 5, end]))
@@ -144,6 +144,13 @@ def test_a_split_serves_unless_a_side_is_empty_or_documents_are_few():
     assert list(few.pieces(pair)) == [(BY_POSITION, pair)]
     both = rule.corrected(tally(texts=[0], others=[end - 5, end]))
     assert both.inside and both.below == end - 4
+    # With a limit, a text gives up at most a twentieth of it.
+    bounded = SplitRule.of_fraction(0.1, 100).corrected(tally(texts=[end]))
+    assert [len(part.text) for _, part in bounded.pieces(Document(text="a" * 1000))] == [995, 5]
+    # Where all that was to be held out is too long, the first position is held out all the same.
+    long = SplitRule.of_fraction(0.1, 100).corrected(tally(texts=range(30), all_too_long=True))
+    assert (long.below, long.most) == (1, None)
+    assert long.corrected(tally(texts=range(30))) is None
     # A corrected rule serves.
     for seen in (tally(texts=range(30)), tally([end]), tally(others=[end]), tally([0], [5, 6])):
         assert rule.corrected(seen).corrected(seen) is None

@@ -109,18 +109,20 @@ def test_a_text_is_one_document_with_its_line_ends_and_without_a_byte_order_mark
 @pytest.mark.parametrize(
     ("content", "cut"),
     [
-        ("x" * 40_000 + "\n\n" + "y" * 5_000 + "\n" + "z" * 40_000, 40_002),
-        ("x" * 40_000 + "\r\n\r\n" + "y" * 40_000, 40_004),
-        ("x\n\n" + "y" * 50_000 + "\n" + "z" * 40_000, 50_004),
+        ("x" * 40_000 + " word" + "\n" + "z" * 40_000, 40_000),
+        ("x" * 40_000 + ". \n" + "y" * 5_000 + "\n" + "z" * 40_000, 45_003),
+        ("x" * 40_000 + ".\r\n" + "y" * 40_000, 40_003),
+        ("x" * 40_000 + "\n\n  " + "y" * 40_000, 40_000),
         ("中" * 70_000, 65_536),
         ("x" * 65_535 + "\r\n" + "y" * 9, 65_535),
     ],
-    ids=["blank line", "blank line of CRLF", "line end", "character", "between CR and LF"],
+    ids=["space", "line end", "CRLF", "blank line", "character", "between CR and LF"],
 )
 def test_a_long_text_is_cut_where_it_hurts_least(content, cut):
     write("a.txt", content)
     found = documents(TextDataset, "a.txt")
     assert [document.text for document in found] == [content[:cut], content[cut:]]
+    assert [(each.begins, each.ends) for each in found] == [(True, False), (False, True)]
     lines = content[:cut].count("\n")
     assert found[1].where == (f"a.txt:{lines + 1}" if lines else "a.txt")
 
@@ -133,6 +135,18 @@ def test_pieces_of_a_text_are_all_of_it_wherever_its_blocks_end(block, monkeypat
     found = texts(write("a.txt", content))
     assert "".join(found) == content
     assert len(found) > 5 and max(map(len, found)) <= 100
+
+
+def test_blank_ends_of_a_long_text_stay_with_it(monkeypatch):
+    monkeypatch.setattr(text_default, "MAX_CHARS", 20)
+    write("a.txt", "\n" * 25 + "word " * 9 + "\n" * 25)
+    found = documents(TextDataset, "a.txt")
+    assert all(each.text.strip() for each in found)
+    assert [each.begins for each in found] == [True] + [False] * (len(found) - 1)
+    assert [each.ends for each in found] == [False] * (len(found) - 1) + [True]
+    # Only so many of them are held in memory.
+    write("a.txt", "\n" * 500 + "word")
+    assert max(len(each.text) for each in documents(TextDataset, "a.txt")) <= 60
 
 
 @pytest.mark.parametrize("data", [b"", b"\xef\xbb\xbf", b" \n\r\n\t"], ids=["", "mark", "blank"])

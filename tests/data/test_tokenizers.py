@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from apt_core.data.sources import text_default
 from apt_core.data.tokenizers.bpe import BPETokenizer
 from apt_core.data.tokenizers.byte import ByteTokenizer
 from apt_core.data.tokenizers.char import CharTokenizer
@@ -17,6 +18,7 @@ from apt_core.data.tokenizers.hf import HFTokenizer
 from apt_core.data.tokenizers.words import pieces_of
 from apt_core.errors import ConfigError
 from apt_core.providers import Document
+from apt_core.providers.dataset import DataSection
 from apt_core.providers.tokenizer import SPECIAL_NAMES
 
 CORPUS = [
@@ -171,6 +173,76 @@ def test_what_is_saved_or_pickled_makes_the_same_ids(tokenizers, tmp_path):
                 tokenizer.encode_document(CHAT).ids.tolist()
             )
     assert len({tokenizer.fingerprint() for tokenizer in tokenizers.values()}) == 4
+
+
+def test_a_kept_tokenizer_does_not_need_the_file_of_its_template(tokenizers, folder, tmp_path):
+    path = tmp_path / "own.jinja"
+    for name, tokenizer in tokenizers.items():
+        path.write_text("{% for m in messages %}!{{ m.content }}{% endfor %}")
+        given = {"path": str(folder), "vocab_size": SIZE, "chat_template": str(path)}
+        made = type(tokenizer)(given)
+        if made.trainable:
+            made.train(CORPUS * 3)
+        place = tmp_path / name
+        place.mkdir()
+        made.save(place)
+        ids, template = made.encode_document(CHAT).ids.tolist(), made.chat_template
+        assert template == path.read_text() != tokenizer.chat_template
+        for gone in (False, True):
+            path.unlink() if gone else path.write_text("changed")
+            loaded = type(tokenizer)(given)
+            loaded.load(place)
+            assert loaded.chat_template == template
+            assert loaded.encode_document(CHAT).ids.tolist() == ids
+            assert loaded.fingerprint() == made.fingerprint()
+
+
+SPLITS = {
+    # As GPT-2, Llama 3 and BERT split words.
+    "gpt2": r"'s|'t|'re| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "llama3": r"'s|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+",
+    "bert": r"\s+",
+}
+
+
+def test_pieces_of_a_text_have_the_ids_of_the_whole(tokenizers, tmp_path, monkeypatch):
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    prose = "".join(f"Line {n} ends, of “prose”.\n\n  - it's {n * 77}  \n" for n in range(90))
+    code = "".join(f"    if x[{n}]:\r\n\treturn {n} +  y{n}\r\n\r\n" for n in range(90))
+    kanji = "".join(f"第{n}行、中文。\n" for n in range(90))
+    others = {}
+    for name, pattern in SPLITS.items():
+        made = Tokenizer(models.BPE())
+        split = pre_tokenizers.Split(Regex(pattern), "removed" if name == "bert" else "isolated")
+        level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        made.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+        made.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet,
+                                      special_tokens=["<s>"], show_progress=False)  # fmt: skip
+        made.train_from_iterator([prose, code, kanji], trainer)
+        place = tmp_path / name
+        place.mkdir()
+        made.save(str(place / "tokenizer.json"))
+        config = {"bos_token": "<s>", "add_bos_token": True, "eos_token": "<s>"}
+        (place / "tokenizer_config.json").write_text(json.dumps(config))
+        others[name] = HFTokenizer({"path": str(place)})
+
+    monkeypatch.setattr(text_default, "MAX_CHARS", 100)
+    for text in (prose, code, kanji):
+        path = tmp_path / "text.txt"
+        path.write_bytes(text.encode())
+        source = text_default.TextDataset(DataSection(train_path=str(path)))
+        documents = list(source.documents())
+        assert len(documents) > 5
+        for name, tokenizer in {**tokenizers, **others}.items():
+            pieces = [each.ids for each in tokenizer.encode_documents(documents)]
+            whole = tokenizer.encode_document(Document(text=text)).ids
+            assert np.concatenate(pieces).tolist() == whole.tolist(), name
+            each = [tokenizer.encode_document(document).ids for document in documents]
+            assert np.concatenate(each).tolist() == whole.tolist(), name
 
 
 def test_a_fingerprint_is_of_all_that_decides_the_ids(tokenizers, folder, tmp_path):

@@ -19,29 +19,33 @@ WHOLE = 1 << 64
 @dataclass(frozen=True)
 class SplitRule:
     """Documents whose split position is less than ``below`` are held out. With ``inside``, the last
-    ``fraction`` of each text is, and only prompts and conversations go by position."""
+    ``fraction`` of each text is, and only prompts and conversations go by position. ``most`` bounds
+    the characters that are held out: of more, those of the least positions are."""
 
     below: int
     fraction: float = 0.0
     inside: bool = False
+    most: int | None = None
 
     @classmethod
-    def of_fraction(cls, fraction: float) -> SplitRule:
+    def of_fraction(cls, fraction: float, most: int | None = None) -> SplitRule:
         """Hold out about ``fraction`` of the documents, chosen by their position."""
-        return cls(round(fraction * WHOLE), fraction)
+        return cls(round(fraction * WHOLE), fraction, most=most)
 
     def corrected(self, seen: SplitTally) -> SplitRule | None:
         """The rule by which a corpus is to be split after all, or None where this one serves.
 
-        A split that leaves one side empty gives it the document at that end; few documents are
-        split inside their texts.
+        A split that leaves one side empty gives it the document at that end, whatever its length;
+        few documents are split inside their texts.
         """
         inside = self.inside or (seen.num_documents < FEW_DOCUMENTS and seen.num_texts > 0)
         positions = seen.others if inside else [*seen.texts, *seen.others]
-        below = self.below
+        below, most = self.below, self.most
+        if seen.all_too_long and inside == self.inside:
+            below, most = 0, None
         if positions:
             below = min(max(below, min(positions) + 1), max(positions))
-        found = replace(self, below=below, inside=inside)
+        found = replace(self, below=below, inside=inside, most=most)
         return None if found == self else found
 
     def pieces(self, document: Document) -> Iterator[tuple[int, Document]]:
@@ -49,20 +53,27 @@ class SplitRule:
         if not self.inside or document.text is None:
             yield BY_POSITION, document
             return
-        for side, text in zip((TRAIN, VAL), hold_out(document.text, self.fraction), strict=True):
-            if text:
-                yield side, replace(document, text=text)
+        fraction = self.fraction
+        if self.most is not None and document.text:
+            fraction = min(fraction, max(1, self.most // FEW_DOCUMENTS) / len(document.text))
+        train, val = hold_out(document.text, fraction)
+        if train:
+            yield TRAIN, replace(document, text=train, ends=document.ends and not val)
+        if val:
+            yield VAL, replace(document, text=val, begins=document.begins and not train)
 
 
 @dataclass
 class SplitTally:
     """What was kept of a corpus: how many texts and other documents, and the least and the greatest
-    of the split positions of each."""
+    of the split positions of each. ``all_too_long`` says that of what was to be held out nothing
+    has as few characters as it may."""
 
     num_texts: int = 0
     num_documents: int = 0
     texts: list[int] = field(default_factory=list)
     others: list[int] = field(default_factory=list)
+    all_too_long: bool = False
 
     def add(self, position: int, is_text: bool) -> None:
         """Count a document that is kept."""

@@ -43,6 +43,7 @@ DOCUMENT = np.dtype(
         ("status", "u1"),
         ("pieces", "u1"),
         ("form", "u1"),
+        ("chars", "<u8"),
     ]
 )
 PIECE = np.dtype(
@@ -59,7 +60,8 @@ def pack_chunk(documents: Iterable[Document], side: int) -> bytes:
         texts += encoded
         sizes = [len(each) for each in encoded]
         roles = [message.role for message in document.messages]
-        rows.append([sizes, document.text is not None, roles, document.where, document.key])
+        ends = [document.begins, document.ends]
+        rows.append([sizes, document.text is not None, roles, document.where, document.key, *ends])
     return pack({"side": side, "documents": rows}, [b"".join(texts)])
 
 
@@ -67,13 +69,13 @@ def unpack_chunk(chunk: bytes) -> tuple[int, list[Document]]:
     """The side and the documents of a chunk."""
     header, (block,) = unpack(chunk)
     found, start = [], 0
-    for sizes, is_text, roles, where, key in header["documents"]:
+    for sizes, is_text, roles, where, key, begins, ends in header["documents"]:
         parts = []
         for size in sizes:
             parts.append(str(block[start : start + size], "utf-8"))
             start += size
         if is_text:
-            found.append(Document(text=parts[0], where=where, key=key))
+            found.append(Document(parts[0], where=where, key=key, begins=begins, ends=ends))
         elif roles:
             turns = tuple(map(Message, roles, parts))
             found.append(Document(messages=turns, where=where, key=key))
@@ -109,6 +111,7 @@ class Prepared:
     digest: bytes
     position: int
     form: int
+    num_chars: int
     signature: npt.NDArray[np.uint32] | None
     pieces: tuple[Piece, ...]
 
@@ -133,6 +136,7 @@ class ChunkEncoder:
         for row, document in zip(rows, documents, strict=True):
             status, document = prepare(document, self.settings)
             row["status"], row["form"] = status, FORMS.index(document.form)
+            row["chars"] = document.num_chars
             if status != KEPT:
                 continue
             digest = content_digest(document)
@@ -217,7 +221,7 @@ def results_of(result: bytes, dtype: npt.DTypeLike) -> Iterator[Prepared]:
     at_id = at_mark = at_piece = at_signature = 0
     # Python's own numbers: those of numpy are slow one by one.
     of_pieces = pieces.tolist()
-    for digest, position, status, count, form in rows.tolist():
+    for digest, position, status, count, form, chars in rows.tolist():
         found = []
         for piece_digest, side, marked, tokens, num_bytes in of_pieces[at_piece : at_piece + count]:
             learned = None
@@ -229,7 +233,7 @@ def results_of(result: bytes, dtype: npt.DTypeLike) -> Iterator[Prepared]:
         values = None
         if status == KEPT and len(signatures):
             values, at_signature = signatures[at_signature], at_signature + 1
-        yield Prepared(status, digest, position, form, values, tuple(found))
+        yield Prepared(status, digest, position, form, chars, values, tuple(found))
 
 
 def _are_marks(learned: Any, ids: npt.NDArray[Any]) -> bool:

@@ -159,7 +159,8 @@ class SourceReader:
             if self._digest is not None:
                 self._require_text(document)
                 key = "" if document.key is None else f"k{document.key}"
-                self._digest.update(content_digest(document) + name.encode())
+                ends = bytes([document.begins, document.ends])
+                self._digest.update(content_digest(document) + name.encode() + ends)
                 self._digest.update(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest())
             yield document
 

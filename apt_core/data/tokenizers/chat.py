@@ -23,6 +23,9 @@ CHAT_TEMPLATE = (
 MAX_TEMPLATE = 1 << 20
 """The most bytes of a template."""
 
+TEMPLATE_FILE = "chat_template.jinja"
+"""In the folder of a tokenizer: its template."""
+
 Piece = tuple[str, bool]
 """A text, and whether it is to be learned."""
 

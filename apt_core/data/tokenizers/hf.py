@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from apt_core.data.tokenizers.base import without_derived
-from apt_core.data.tokenizers.chat import MAX_TEMPLATE, ChatTemplate
+from apt_core.data.tokenizers.chat import MAX_TEMPLATE, TEMPLATE_FILE, ChatTemplate
 from apt_core.errors import ConfigError
 from apt_core.files import read_file, write_atomically
 from apt_core.json_files import MAX_BYTES, parse_json
@@ -55,8 +55,8 @@ class HFFiles:
         if isinstance(template, list):
             named = [each for each in template if isinstance(each, dict)]
             template = next((e.get("template") for e in named if e.get("name") == "default"), None)
-        if (path / "chat_template.jinja").is_file():
-            template = _text(path / "chat_template.jinja", MAX_TEMPLATE)
+        if (path / TEMPLATE_FILE).is_file():
+            template = _text(path / TEMPLATE_FILE, MAX_TEMPLATE)
         if template is not None and not isinstance(template, str):
             raise ValueError("its chat_template is no text")
         return cls(_text(path / "tokenizer.json"), config, template)
@@ -67,7 +67,7 @@ class HFFiles:
         config = json.dumps(self.config, indent=1, ensure_ascii=False)
         write_atomically(folder / "tokenizer_config.json", config + "\n")
         if self.template is not None:
-            write_atomically(folder / "chat_template.jinja", self.template)
+            write_atomically(folder / TEMPLATE_FILE, self.template)
 
     @property
     def tokens(self) -> dict[str, str]:
@@ -158,7 +158,7 @@ class HFTokenizer(TokenizerProvider):
     @cached_property
     def _template(self) -> ChatTemplate | None:
         path = self.settings.chat_template
-        if path is not None:
+        if path is not None and self._kept is None:
             return ChatTemplate.read(path, self._files.tokens)
         source = self._files.template
         return None if source is None else ChatTemplate(source, self._files.tokens)
@@ -237,10 +237,15 @@ class HFTokenizer(TokenizerProvider):
         eos = [] if self.special.eos is None else [self.special.eos]
         with self._refusals():
             batch = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+
+        def around(document: Document, ids: list[int]) -> Encoded:
+            before, after = bos if document.begins else [], eos if document.ends else []
+            return Encoded(self._array([*before, *ids, *after]))
+
         return [
             self.encode_document(document)
             if document.text is None
-            else Encoded(self._array([*bos, *next(batch).ids, *eos]))
+            else around(document, next(batch).ids)
             for document in documents
         ]
 
@@ -261,7 +266,7 @@ class HFTokenizer(TokenizerProvider):
         return np.array(ids, dtype=token_dtype(self.vocab_size))
 
     def save(self, folder: Path) -> None:
-        self._files.write(folder)
+        replace(self._files, template=self.chat_template).write(folder)
 
     def load(self, folder: Path) -> None:
         self._kept = HFFiles.read(folder)
