@@ -15,7 +15,7 @@ from apt_core.data.tokenizers.char import CharTokenizer
 from apt_core.data.tokenizers.corpus import train_tokenizer
 from apt_core.errors import CheckpointError, ConfigError
 from apt_core.kernel import boot
-from apt_core.providers import DatasetProvider
+from apt_core.providers import DatasetProvider, Document, Message
 from apt_core.providers.dataset import DataSection
 from apt_core.runs import open_run
 from apt_core.testing import TINY_PROFILE, tiny_run
@@ -65,6 +65,12 @@ def test_it_is_trained_once_for_all_runs(cache, caplog):
     assert trained(other, normalize="NFC").characters == "é"
     assert len(trained(Few(), tokenizer={"vocab_size": 266}).characters) == 3
     assert len([*(cache / "tokenizers").iterdir()]) == 4
+    # So is another template, which is kept with it, although its file has the same name.
+    template = cache / "own.jinja"
+    for said in ("{{ messages[0].content }}", "{{ messages[-1].content }}"):
+        template.write_text(said)
+        for _ in range(2):
+            assert trained(Few(), tokenizer={"chat_template": str(template)}).chat_template == said
     # A damaged one is trained anew.
     (kept / "characters.json").write_text("{")
     caplog.clear()
@@ -95,23 +101,34 @@ def test_the_sample_is_bounded():
         trained(source)
 
 
-@pytest.mark.parametrize("name", ["char", "bpe"])
+@pytest.mark.parametrize("name", ["byte", "char", "bpe"])
 def test_a_run_keeps_it_and_is_opened_without_its_data(tmp_path, cache, name):
     if name == "bpe":
         pytest.importorskip("tokenizers")
     text = tmp_path / "text.txt"
     text.write_text("Ein Text über Größen, 数据 и данные. " * 60, encoding="utf-8")
-    profile = {**TINY_PROFILE, "data": {"train_path": str(text), "tokenizer_name": name}}
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}!{{ m.content }}{% endfor %}")
+    data = {"train_path": str(text), "tokenizer_name": name,
+            "tokenizer": {"chat_template": str(template)}}  # fmt: skip
+    profile = {**TINY_PROFILE, "data": data}
     overrides = {"model.vocab_size": 320, "evaluation.sample_tokens": 4}
     output = tmp_path / "run"
     run = tiny_run(profile=profile, overrides=overrides, steps=2, output=output)
     assert run.result.status == "finished"
     text.unlink()
-    shutil.rmtree(cache)
+    template.unlink()
+    shutil.rmtree(cache, ignore_errors=True)
     tokenizer = open_run(output).tokenizer
+    asked = Document(messages=(Message("user", "was?"),))
+    assert tokenizer.decode(tokenizer.encode_prompt(asked)) == "!was?"
     assert tokenizer.decode(tokenizer.encode("über 数据 \U0001f600")) == "über 数据 \U0001f600"
+    if name == "byte":
+        return
     assert len(tokenizer.encode("данные")) <= 6
-    (kept,) = (path for path in (output / "tokenizer").iterdir() if "config" not in path.name)
+    (kept,) = (output / "tokenizer").glob(
+        {"char": "characters.json", "bpe": "tokenizer.json"}[name]
+    )
     kept.write_text(json.dumps({"model": {}}))
     with pytest.raises(CheckpointError, match="tokenizer cannot be read"):
         open_run(output)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from apt_core.data.tokenizers.chat import CHAT_TEMPLATE, ChatTemplate, Escaped
+from apt_core.data.tokenizers.chat import CHAT_TEMPLATE, TEMPLATE_FILE, ChatTemplate, Escaped
+from apt_core.files import read_file, write_atomically
 from apt_core.providers.base import read_settings
 from apt_core.providers.documents import LEARNED_ROLE, Document
 from apt_core.providers.tokenizer import (
@@ -22,11 +24,13 @@ class CoreTokenizer(TokenizerProvider):
     """Base class of ``byte``, ``char`` and ``bpe``: conversations are turns between the special
     tokens of SPECIAL_NAMES, or what the template of ``data.tokenizer.chat_template`` makes of them,
     in which the names of special tokens stand for these. Text never becomes a special token.
+    What is saved has that template, so that its file is not needed again.
     """
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         self.settings = read_settings(TokenizerSettings, config, "data.tokenizer")
+        self._kept_template: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return without_derived(self)
@@ -37,9 +41,20 @@ class CoreTokenizer(TokenizerProvider):
 
     @cached_property
     def _template(self) -> ChatTemplate | None:
-        path = self.settings.chat_template
+        path, kept = self.settings.chat_template, self._kept_template
         names = {"eos_token": SPECIAL_NAMES[0], "pad_token": SPECIAL_NAMES[1]}
+        if kept is not None:
+            return ChatTemplate(kept, names)
         return None if path is None else ChatTemplate.read(path, names)
+
+    def save(self, folder: Path) -> None:
+        if self._template is not None:
+            write_atomically(folder / TEMPLATE_FILE, self._template.source)
+
+    def load(self, folder: Path) -> None:
+        path = folder / TEMPLATE_FILE
+        self._kept_template = read_file(path).decode("utf-8") if path.is_file() else None
+        self.__dict__ = without_derived(self)
 
     @cached_property
     def _escaped(self) -> Escaped:

@@ -125,6 +125,7 @@ class BPETokenizer(CoreTokenizer):
         return b"".join([texts[int(token)] for token in ids]).decode("utf-8", errors="replace")
 
     def save(self, folder: Path) -> None:
+        super().save(folder)
         made = self._backend(self._vocab, self._merges)
         made.add_special_tokens(list(SPECIAL_NAMES))
         write_atomically(folder / FILE, made.to_str() + "\n")
@@ -143,6 +144,7 @@ class BPETokenizer(CoreTokenizer):
             self._take(json.loads(read_file(path).decode("utf-8"))["model"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} has no byte-pair model: {error}") from error
+        super().load(folder)
 
     def fingerprint(self) -> str | None:
         # A subclass may encode in another way.

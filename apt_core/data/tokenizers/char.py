@@ -76,6 +76,7 @@ class CharTokenizer(CoreTokenizer):
         return b"".join([texts[int(token)] for token in ids]).decode("utf-8", errors="replace")
 
     def save(self, folder: Path) -> None:
+        super().save(folder)
         text = json.dumps({"version": 1, "characters": self.characters}, ensure_ascii=False)
         write_atomically(folder / "characters.json", text + "\n")
 
@@ -86,6 +87,7 @@ class CharTokenizer(CoreTokenizer):
         if not isinstance(characters, str) or len(set(characters)) != len(characters):
             raise ValueError(f"{path} is no list of characters")
         self._take(characters)
+        super().load(folder)
 
     def fingerprint(self) -> str | None:
         if type(self) is not CharTokenizer:

@@ -16,6 +16,7 @@ from apt_core.cache import cache_dir
 from apt_core.data.store.input import SourceReader
 from apt_core.data.store.lock import StopCheck, never_stop, waiting_for
 from apt_core.errors import ConfigError
+from apt_core.files import read_file
 from apt_core.log import get_logger
 from apt_core.providers.dataset import DataSection, DatasetProvider
 from apt_core.providers.tokenizer import TokenizerProvider
@@ -116,6 +117,7 @@ def _key(
         f"{kind.__module__}.{kind.__qualname__}",
         tokenizer.get_version(),
         getattr(tokenizer, "settings", data.tokenizer).model_dump(mode="json"),
+        _content(data.tokenizer.chat_template),
         data.normalize,
         unicodedata.unidata_version if data.normalize != "none" else "",
     ]
@@ -126,6 +128,14 @@ def _key(
         columns = source.data_section.columns.model_dump(mode="json")
         facts.append([type(source).__qualname__, fingerprint, columns])
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _content(path: str | None) -> str:
+    """The hash of a file, empty where there is none: who needs it says so."""
+    try:
+        return "" if path is None else hashlib.sha256(read_file(Path(path))).hexdigest()
+    except OSError:
+        return ""
 
 
 def _loaded(tokenizer: TokenizerProvider, folder: Path) -> bool:
