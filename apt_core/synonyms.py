@@ -78,6 +78,8 @@ _NAMES: Mapping[str, str] = {
     "data.num_workers": "dataloader_num_workers num_data_workers",
     "data.packing": "pack packed sample_packing",
     "data.val_fraction": "val_split validation_split eval_split test_size val_ratio split",
+    "data.max_val_chars": "max_eval_samples max_val_samples max_val_tokens val_tokens eval_tokens "
+    "val_size",
     "data.deduplicate": "dedup deduplication",
     "data.loader": "data_loader dataloader reader format data_format file_format dataset_format",
     "data.columns": "text_column text_field dataset_text_field text_key prompt_column fields",

@@ -140,7 +140,8 @@ def _inactive_data_settings(config: Config) -> Iterator[Inactive]:
             yield Inactive(f"training.{name}", reason, (key,))
     if data.val_path is not None:
         key = "data.val_path"
-        yield Inactive("data.val_fraction", f"{key} is what is held out", (key,))
+        for name in ("val_fraction", "max_val_chars"):
+            yield Inactive(f"data.{name}", f"{key} is what is held out", (key,))
 
 
 def written_inactive(

@@ -306,7 +306,8 @@ def _source_data(
     folder, pad = store.folder / "packing", tokenizer.special.pad
     train = windows_of(store.part("train"), config, pad, folder / "train")
     val = windows_of(store.part("val"), config, pad, folder / "val")
-    found = SourceData(name, store, train, val if len(val) else None)
+    some = len(val) and store.part("val").num_learned
+    found = SourceData(name, store, train, val if some else None)
     if not len(train):
         raise ConfigError([_too_little(found, "train", config)])
     return found

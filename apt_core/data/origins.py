@@ -58,7 +58,7 @@ def _candidates(
 ) -> Iterator[Document]:
     """The documents as the pipeline makes them, but for those of the ``other`` side; and the halves
     into which it cuts few ones."""
-    rule = SplitRule(0, settings.val_fraction, inside=True)
+    rule = SplitRule(0, settings.val_fraction, inside=True, most=settings.max_val_chars)
     for side, document in reader.documents():
         max_chars -= document.num_chars
         if max_chars < 0:

@@ -151,6 +151,11 @@ class DataSection(SourceSection):
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         default=0.1, description="The share of documents that is held out, chosen by their hash."
     )
+    max_val_chars: Count | None = Field(
+        default=2_000_000,
+        description="The most characters that are held out of a source; the rest of the share is "
+        "trained on. null holds out the whole share.",
+    )
     max_length: Size | None = Field(
         default=None, description="Tokens per training sequence; without it, model.max_seq_len."
     )

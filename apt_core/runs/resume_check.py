@@ -61,6 +61,7 @@ TEXT_KEYS = (
     "data.deduplicate",
     "data.near_threshold",
     "data.val_fraction",
+    "data.max_val_chars",
     "data.tokenizer",
 )
 """Keys that say where text is from and how it becomes tokens: the tokens are compared instead."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from apt_core.data.batches import Batch, EvaluationPlan
 from apt_core.evaluation.quick_eval import BatchScore, score_batches, summarize
 from apt_core.inference import generate
 from apt_core.kernel import Kernel
+from apt_core.log import get_logger
+from apt_core.monitor import duration
 from apt_core.parallel.world import World
 from apt_core.runs.session import Session
 from apt_core.training.prepare import Parts
@@ -19,6 +22,11 @@ from apt_core.training.stopping import Stopping
 from apt_core.training.tasks import TaskScores, better_of
 from apt_core.training.trained_model import TrainedModel
 from apt_core.types import GenerationRequest
+
+log = get_logger("apt.training")
+
+LOG_SECONDS = 10.0
+"""Between lines of the log on an evaluation that takes longer."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,7 @@ class Evaluator:
         with self._weights():
             scored = score_batches(
                 self._trained.model,
-                (self._plan.batch(index) for index in own),
+                self._batches(own),
                 self._trained.forward.sums,
                 device=parts.device,
                 dtype=parts.dtype,
@@ -118,6 +126,21 @@ class Evaluator:
             return None
         value = watched.get(self._best_by, nan)
         return 0.0 - value if self._better == "higher" else value
+
+    def _batches(self, indices: Sequence[int]) -> Iterator[Batch]:
+        """The batches of these numbers; the log says how far a long evaluation is."""
+        began = said = time.monotonic()
+        for done, index in enumerate(indices):
+            now = time.monotonic()
+            if done and now - said >= LOG_SECONDS:
+                said = now
+                log.info(
+                    "evaluating on held-out text: %.0f%% of %s sequences, %s left",
+                    100 * done / len(indices),
+                    f"{len(indices) * self._plan.batch_size:,}",
+                    duration((now - began) / done * (len(indices) - done)),
+                )
+            yield self._plan.batch(index)
 
     def fixed_batch(self) -> Batch:
         """A batch of held-out text, the same in every process and throughout the run: the first one

@@ -270,7 +270,9 @@ class Loop:
             f"Epoch {epoch}/{self.config.max_epochs}: "
             f"loss={metrics.get(CROSS_ENTROPY, float('nan')):.3f}{of_step}  held out: "
             f"loss={scores['val_loss']:.3f} ppl={scores['val_ppl']:.2f} "
-            f"bits/byte={scores['val_bpb']:.3f}" + "".join(f", {t}" for t in told_shares(scores)),
+            f"bits/byte={scores['val_bpb']:.3f}"
+            + "".join(f", {t}" for t in told_shares(scores))
+            + f" on {scores['val_tokens']:,} tokens",
             step=step,
             log=log,
             epoch=epoch,

@@ -58,7 +58,8 @@ def summary_lines(result: RunResult, kernel: Kernel) -> list[str]:
         started = ""
         if "val_bpb_start" in figures:
             started = (
-                f" (at the start: {figures['val_loss_start']:.3f}, {figures['val_bpb_start']:.3f})"
+                f" (at the start, on {figures['val_tokens_start']:,} tokens: "
+                f"{figures['val_loss_start']:.3f}, {figures['val_bpb_start']:.3f})"
             )
         accuracy = ""
         if "val_accuracy" in figures:
@@ -68,7 +69,7 @@ def summary_lines(result: RunResult, kernel: Kernel) -> list[str]:
         lines.append(
             f"held-out text{when}: loss {figures['val_loss']:.3f} nats per token, "
             f"{figures['val_bpb']:.3f} bits per byte{started}, "
-            f"perplexity {figures['val_ppl']:.2f}{accuracy}"
+            f"perplexity {figures['val_ppl']:.2f}{accuracy}, on {figures['val_tokens']:,} tokens"
         )
     lines += _task_lines(figures)
     used = [

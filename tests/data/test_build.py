@@ -291,6 +291,61 @@ def test_documents_of_one_key_are_on_one_side_and_few_are_split_inside(code):
     assert [store.part(part).num_documents for part in ("train", "val")] == [1, 1]
 
 
+def test_a_piece_of_a_text_has_an_end_only_where_the_text_ends(home, code):
+    tokenizer, eos = code.Letters(), 256
+
+    def ids(store, part):
+        found = store.part(part)
+        return [found.read(*found.span(n)).tolist() for n in range(found.num_documents)]
+
+    pieces = [
+        Document("ab", begins=True, ends=False),
+        Document("cd", begins=False, ends=False),
+        Document("ef", begins=False),
+    ]
+    source = Given(*pieces, held_out=pieces[:1])
+    store = build_store(source, tokenizer, section(), workers=1)
+    assert ids(store, "train") == [[*b"ab"], [*b"cd"], [*b"ef", eos]]
+    assert ids(store, "val") == [[*b"ab"]]
+    lone = build_store(Given("a" * 90 + "b" * 10, fingerprint="l"), tokenizer, section())
+    assert ids(lone, "train") == [[*b"a" * 90]]
+    assert ids(lone, "val") == [[*b"b" * 10, eos]]
+    # Sources that are known by their documents alone are told apart by it.
+    folders = {
+        build_store(Given(each, fingerprint=None), tokenizer, section()).folder
+        for each in (Document("a" * 99), Document("a" * 99, ends=False))
+    }
+    assert len(folders) == 2
+
+
+def test_what_is_held_out_has_a_limit(home, code):
+    tokenizer = code.Letters()
+    records = [f"{number:03} " + "x" * 96 for number in range(400)]
+    settings = {"val_fraction": 0.3}
+
+    def held_out(*records, workers=1, **more):
+        given = section(**settings, **more)
+        store = build_store(Given(*records, fingerprint=None), tokenizer, given, workers=workers)
+        parts = [texts(store, tokenizer, part) for part in ("train", "val")]
+        wanted = [r if isinstance(r, str) else r["text"] for r in records]
+        assert sorted(parts[0] + parts[1]) == sorted(wanted)
+        return parts[1]
+
+    whole, some = held_out(*records, max_val_chars=None), held_out(*records, max_val_chars=1234)
+    assert 90 < len(whole) < 150 and len(some) == 12
+    assert set(some) < set(whole) and some == sorted(some)
+    # Neither their order, nor who tokenises them, nor what else is held out decides.
+    assert set(held_out(*records[::-1], max_val_chars=1234)) == set(some)
+    assert held_out(*records, workers=2, max_val_chars=1234) == some
+    assert set(held_out(*records, max_val_chars=500)) < set(some)
+    assert held_out(*records) == whole
+    # Documents of one key stay together; one is held out even if it is too long.
+    keyed = [{"text": record, "key": record[:2]} for record in records]
+    found = held_out(*keyed, max_val_chars=2000)
+    assert len(found) == 20 and len({text[:2] for text in found}) == 2
+    assert len(held_out(*keyed, max_val_chars=50)) == 10
+
+
 @pytest.mark.parametrize("deduplicate", ["none", "near"])
 def test_workers_and_chunks_change_no_byte(home, code, deduplicate, monkeypatch):
     """Nor do they import torch, which takes each of them seconds."""
@@ -695,7 +750,7 @@ def test_a_build_that_is_ended_leaves_no_store_and_no_process(
     program = start(workers)
     until(lambda: len(children_of(program.pid)) == (0 if workers == 1 else workers))
     children = children_of(program.pid)
-    until(lambda: len(list(home.glob("*.building-*/work-*/*.ids"))) == 2)
+    until(lambda: len(list(home.glob("*.building-*/work-*/*.ids"))) == 1)
     os.killpg(program.pid, number) if number == signal.SIGINT else program.send_signal(number)
     program.communicate(timeout=60)
     until(lambda: not any(os.path.exists(f"/proc/{child}") for child in children))

@@ -3,7 +3,9 @@ run or of what came since a resume."""
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -54,10 +56,29 @@ def test_losses_of_an_interrupted_run_come_with_their_step(tmp_path: Path) -> No
     assert figures["loss"] == rows[EPOCH]["loss"]
     assert f"held-out text after step {EPOCH}: loss" in summary(run)
     assert summary(run).endswith(f"\ntalk to it: apt-chat {tmp_path / 'run'}")
-    whole = tiny_run(overrides=changes, steps=5)
+    whole = tiny_run(overrides={**changes, "evaluation.eval_batches": 1}, steps=5)
     assert (whole.result.figures["loss_step"], whole.result.figures["val_step"]) == (5, 5)
-    assert "held-out text: loss" in summary(whole)
+    told = summary(whole)
+    assert "held-out text: loss" in told
+    counts = [whole.result.figures[name] for name in ("val_tokens_start", "val_tokens")]
+    assert f"(at the start, on {counts[0]:,} tokens: " in told
+    assert f", on {counts[1]:,} tokens\n" in told and counts[0] < counts[1]
     assert "since the resume" not in summary(whole)
+
+
+def test_a_long_evaluation_says_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("apt_core.training.evaluating.LOG_SECONDS", 0.0)
+    caplog.set_level(logging.INFO)
+    tiny_run(overrides=QUIET, steps=1)
+    said = r"evaluating on held-out text: \d+% of [0-9,]+ sequences, \d+:\d\d left"
+    lines = [line for line in caplog.messages if line.startswith("evaluating on")]
+    assert lines and all(re.fullmatch(said, line) for line in lines)
+    caplog.clear()
+    monkeypatch.setattr("apt_core.training.evaluating.LOG_SECONDS", 1e9)
+    tiny_run(overrides=QUIET, steps=1)
+    assert "evaluating on" not in caplog.text
 
 
 def test_the_loss_that_is_told_at_an_epochs_end_says_its_step(tmp_path: Path) -> None:
@@ -67,6 +88,7 @@ def test_the_loss_that_is_told_at_an_epochs_end_says_its_step(tmp_path: Path) ->
         tiny_run(overrides=changes, output=folder, stop_at_step=EPOCH)
         (line,) = [x for x in (folder / "log.txt").read_text().splitlines() if "Epoch 1/" in x]
         assert line.partition("loss=")[2][5:].startswith(said)
+        assert re.search(r" bits/byte=[0-9.]+ on [0-9,]+ tokens$", line)
 
 
 def test_scores_that_hooks_see_say_their_step() -> None:

@@ -27,6 +27,7 @@ class PipelineSettings:
     deduplicate: Literal["none", "exact", "near"] = "none"
     near_threshold: float = 0.8
     val_fraction: float = 0.1
+    max_val_chars: int | None = 2_000_000
 
     @classmethod
     def of(cls, section: DataSection) -> PipelineSettings:
@@ -38,6 +39,7 @@ class PipelineSettings:
             deduplicate=section.deduplicate,
             near_threshold=section.near_threshold,
             val_fraction=section.val_fraction,
+            max_val_chars=section.max_val_chars,
         )
 
     def row(self) -> dict[str, Any]:

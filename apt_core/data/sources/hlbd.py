@@ -1,4 +1,5 @@
-"""``dataset:hlbd``: concepts at several levels, and the tasks of turning one level into another."""
+"""``dataset:hlbd``: hierarchical language bootstrapping data (HLBD), which is concepts at several
+levels, and the tasks of turning one level into another."""
 
 from __future__ import annotations
 

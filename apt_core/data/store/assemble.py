@@ -11,9 +11,10 @@ from typing import Any, Protocol
 
 from apt_core.data.pipeline.dedup import SeenDocuments
 from apt_core.data.pipeline.prepare import KEPT, STEPS
-from apt_core.data.pipeline.split import BY_POSITION, VAL, SplitTally
+from apt_core.data.pipeline.split import BY_POSITION, TRAIN, VAL, SplitTally
 from apt_core.data.store.chunks import ChunkEncoder, Prepared, results_of
 from apt_core.data.store.format import PARTS, Begun, PartName, PartRow
+from apt_core.data.store.held_out import HeldOut
 from apt_core.data.store.input import SourceReader, naming
 from apt_core.data.store.writer import PartWriter
 from apt_core.log import get_logger
@@ -82,6 +83,7 @@ class Assembly:
         self._folder = folder
         self._counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
         self._tally = SplitTally()
+        self._held_out = HeldOut(encoder.rule.most or 0)
         self._writers = {name: PartWriter(folder, name, encoder.dtype) for name in PARTS}
         settings = encoder.settings
         near = settings.near_threshold if settings.deduplicate == "near" else None
@@ -102,6 +104,8 @@ class Assembly:
                         self._add(document)
                     tokens = sum(writer.num_tokens for writer in self._writers.values())
                     report(self._counts["read"], tokens, self._reader.next_size())
+            self._tally.all_too_long = self._held_out.all_too_long
+            self._settle()
             parts = {name: writer.close() for name, writer in self._writers.items()}
         finally:
             for writer in self._writers.values():
@@ -117,8 +121,7 @@ class Assembly:
         if document.status != KEPT:
             self._counts[STEPS[document.status]] += 1
             return
-        pieces = [piece for piece in document.pieces if len(piece.ids)]
-        if not pieces:
+        if not any(len(piece.ids) for piece in document.pieces):
             self._counts["empty"] += 1
             return
         if self._seen is not None:
@@ -131,9 +134,21 @@ class Assembly:
         form = FORMS[document.form]
         self._counts[f"{form}s"] += 1
         self._tally.add(document.position, is_text=form == TEXT)
-        is_below = document.position < self._encoder.rule.below
-        for piece in pieces:
-            held_out = piece.side == VAL or (piece.side == BY_POSITION and is_below)
+        if document.pieces[0].side != BY_POSITION or document.position >= self._encoder.rule.below:
+            self._write(document, TRAIN)
+            return
+        if self._encoder.rule.most is None:
+            self._write(document, VAL)
+            return
+        for each in self._held_out.add(document):
+            self._write(each, TRAIN)
+
+    def _write(self, document: Prepared, side: int) -> None:
+        """Append the pieces of a document, each to the part of its side, by default ``side``."""
+        for piece in document.pieces:
+            if not len(piece.ids):
+                continue
+            held_out = (piece.side or side) == VAL
             writer = self._writers["val" if held_out else "train"]
             if writer.ends_shard(len(piece.ids)):
                 writer.end_shard()
@@ -141,8 +156,15 @@ class Assembly:
                     self._offer()
             writer.add(piece.ids, piece.learned, piece.num_bytes, piece.digest)
 
+    def _settle(self) -> None:
+        """Write what is held out so far, which stays so."""
+        for document in self._held_out.settle():
+            self._write(document, VAL)
+
     def _offer(self) -> None:
         """Publish what is whole, if the split will not be corrected and something is held out."""
+        if self._begun is None:
+            self._settle()
         by_rule = not self._reader.holds_out
         if by_rule and self._encoder.rule.corrected(self._tally) is not None:
             return

@@ -116,7 +116,7 @@ def build_store(
 
 
 def _encoder(tokenizer: TokenizerProvider, settings: DataSection) -> ChunkEncoder:
-    rule = SplitRule.of_fraction(settings.val_fraction)
+    rule = SplitRule.of_fraction(settings.val_fraction, settings.max_val_chars)
     return ChunkEncoder(tokenizer, PipelineSettings.of(settings), rule)
 
 
