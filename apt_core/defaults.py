@@ -195,7 +195,7 @@ _DECLARED = (
         name="hlbd",
         factory=f"{_SOURCES}.hlbd:HLBDDataset",
         section="data",
-        summary="HLBD: words at eight levels, each to be turned into each; a set is shipped",
+        summary="hierarchical language bootstrapping data: words at eight levels; a set is shipped",
         files=("train_path", "val_path"),
     ),
     ProviderSpec(

@@ -1,4 +1,4 @@
-"""Scores the HLBD tasks of a run, trained and held-out ones apart."""
+"""Scores the tasks of level to level (HLBD) of a run, trained and held-out ones apart."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from apt_plugins.hlbd.scores import Scores
 
 PLUGIN = PluginInfo(
-    summary="exact match and character F1 of HLBD tasks, by the levels given and asked for",
+    summary="exact match and character F1 of the tasks of the dataset hlbd, by their levels",
     version="1.0.0",
 )
 
