@@ -80,6 +80,7 @@ class Plugin:
             tasks = tasks_of(
                 [store.part(part) for store in stores], data.tokenizer, settings.max_tasks
             )
+            log.info("%s: %s prompts are answered", side.replace("_", " "), f"{len(tasks):,}")
             given = answers(
                 trainer.model,
                 [pair for _, pair in tasks],
