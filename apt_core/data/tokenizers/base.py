@@ -8,7 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from apt_core.data.tokenizers.chat import CHAT_TEMPLATE, TEMPLATE_FILE, ChatTemplate, Escaped
+from apt_core.data.tokenizers.chat import (
+    CHAT_TEMPLATE,
+    MAX_TEMPLATE,
+    TEMPLATE_FILE,
+    ChatTemplate,
+    Escaped,
+)
 from apt_core.files import read_file, write_atomically
 from apt_core.providers.base import read_settings
 from apt_core.providers.documents import LEARNED_ROLE, Document
@@ -53,7 +59,8 @@ class CoreTokenizer(TokenizerProvider):
 
     def load(self, folder: Path) -> None:
         path = folder / TEMPLATE_FILE
-        self._kept_template = read_file(path).decode("utf-8") if path.is_file() else None
+        kept = read_file(path, MAX_TEMPLATE).decode("utf-8") if path.is_file() else None
+        self._kept_template = kept
         self.__dict__ = without_derived(self)
 
     @cached_property

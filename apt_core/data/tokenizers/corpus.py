@@ -15,6 +15,7 @@ from pathlib import Path
 from apt_core.cache import cache_dir
 from apt_core.data.store.input import SourceReader
 from apt_core.data.store.lock import StopCheck, never_stop, waiting_for
+from apt_core.data.tokenizers.chat import MAX_TEMPLATE
 from apt_core.errors import ConfigError
 from apt_core.files import read_file
 from apt_core.log import get_logger
@@ -133,7 +134,7 @@ def _key(
 def _content(path: str | None) -> str:
     """The hash of a file, empty where there is none: who needs it says so."""
     try:
-        return "" if path is None else hashlib.sha256(read_file(Path(path))).hexdigest()
+        return "" if path is None else hashlib.sha256(read_file(path, MAX_TEMPLATE)).hexdigest()
     except OSError:
         return ""
 
