@@ -346,6 +346,28 @@ def test_what_is_held_out_has_a_limit(home, code):
     assert len(held_out(*keyed, max_val_chars=50)) == 10
 
 
+def test_what_a_run_may_be_evaluated_on_already_stays_held_out(home, code, monkeypatch):
+    tokenizer = code.Letters()
+    records = [
+        {"text": f"{number:03} " + "x" * 96, "key": str(number % 150)} for number in range(400)
+    ]
+    settings = section(val_fraction=0.3, max_val_chars=3000)
+    monkeypatch.setattr(store_format, "shard_tokens", lambda number: 3000)
+    begun = build_store(Given(*records), tokenizer, settings, workers=1)
+    first = begun.manifest.begun.documents
+    found = texts(begun, tokenizer, "val")
+    assert 5 < first < len(found) and found[:first] == sorted(found[:first])
+    monkeypatch.setattr(store_format, "shard_tokens", lambda number: 10**6)
+    later = build_store(Given(*records, fingerprint="later"), tokenizer, settings, workers=1)
+    assert later.manifest.begun is None and set(found) != set(texts(later, tokenizer, "val"))
+    # All of a key stay on the side that was shown.
+    keys = [
+        {int(text[:3]) % 150 for text in texts(begun, tokenizer, part)} for part in ("train", "val")
+    ]
+    assert not keys[0] & keys[1]
+    assert sum(begun.part(part).num_documents for part in ("train", "val")) == 400
+
+
 @pytest.mark.parametrize("deduplicate", ["none", "near"])
 def test_workers_and_chunks_change_no_byte(home, code, deduplicate, monkeypatch):
     """Nor do they import torch, which takes each of them seconds."""

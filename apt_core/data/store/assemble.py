@@ -137,7 +137,7 @@ class Assembly:
         if document.pieces[0].side != BY_POSITION or document.position >= self._encoder.rule.below:
             self._write(document, TRAIN)
             return
-        if self._encoder.rule.most is None:
+        if self._encoder.rule.most is None or self._held_out.is_settled(document):
             self._write(document, VAL)
             return
         for each in self._held_out.add(document):

@@ -27,7 +27,7 @@ class HeldOut:
     def add(self, document: Prepared) -> list[Prepared]:
         """Take a document; those, it may be one of them, that are not held out after all."""
         position = document.position
-        if self._below is not None and position >= self._below and position not in self._settled:
+        if self._below is not None and position >= self._below:
             return [document]
         if position not in self._groups:
             heapq.heappush(self._positions, -position)
@@ -46,14 +46,15 @@ class HeldOut:
         self._num_chars += document.num_chars
         left_out: list[Prepared] = []
         while self._num_chars > self._most and self._positions:
-            below = -heapq.heappop(self._positions)
-            if below in self._settled:  # the others of its key are held out for good
-                continue
-            self._below = below
-            group = [each for _, each in self._groups.pop(below)]
+            self._below = -heapq.heappop(self._positions)
+            group = [each for _, each in self._groups.pop(self._below)]
             self._num_chars -= sum(each.num_chars for each in group)
             left_out += group
         return left_out
+
+    def is_settled(self, document: Prepared) -> bool:
+        """Whether others of its position are held out for good, and it with them."""
+        return document.position in self._settled
 
     @property
     def all_too_long(self) -> bool:
