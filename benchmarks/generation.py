@@ -119,8 +119,11 @@ def llama_of(size: Size, model: Any) -> LlamaForCausalLM:
     for block, layer in zip(model.blocks, inner.layers, strict=True):
         qkv, out = block.attention.projections()
         attention, mlp = layer.self_attn, layer.mlp
-        pairs += zip((attention.q_proj, attention.k_proj, attention.v_proj), qkv.chunk(3))
+        q, k, v = qkv.chunk(3)
         pairs += [
+            (attention.q_proj, q),
+            (attention.k_proj, k),
+            (attention.v_proj, v),
             (attention.o_proj, out),
             (layer.input_layernorm, block.attention_norm.weight),
             (layer.post_attention_layernorm, block.ffn_norm.weight),
@@ -228,8 +231,8 @@ def measure_size(report: Report, size: Size, rounds: int) -> list[list[str | flo
 
 
 def agreement(one: list[list[int]], other: list[list[int]]) -> float:
-    """The share of texts that are equal token for token. Raises ValueError where a text differs from
-    its first tokens on, which rounding does not explain."""
+    """The share of texts that are equal token for token. Raises ValueError where a text differs in
+    its first tokens, which rounding does not explain."""
     for a, b in zip(one, other, strict=True):
         if a[:4] != b[:4]:
             raise ValueError(f"the models do not compute the same: {a[:8]}, {b[:8]}")
