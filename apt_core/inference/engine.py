@@ -292,13 +292,11 @@ class Engine:
 
     def _add_tokens(self, rows: Sequence[_Row], logits: Tensor) -> None:
         """Choose a token for each of ``rows`` by its ``logits`` [B, V], and add it."""
-        finite = logits.sum(-1).isfinite()
-        given = logits
+        # A sum is not finite if one of its terms is not.
+        sums, given = logits.sum(-1), logits
         if any(row.changes_logits for row in rows):
-            given = self._changed(rows, logits, finite.tolist())
-        tokens = self._chosen(rows, given)
-        tokens = tokens.where(finite, -1)
-        found, logprobs = self._read(rows, logits, tokens)
+            given = self._changed(rows, logits, sums.isfinite().tolist())
+        found, logprobs = self._read(rows, logits, sums, self._chosen(rows, given))
         for row, token, known in zip([*rows], found, logprobs, strict=True):
             reason = row.add(token, known)
             if reason is not None:
@@ -342,26 +340,28 @@ class Engine:
         return chosen
 
     def _read(
-        self, rows: Sequence[_Row], logits: Tensor, tokens: Tensor
+        self, rows: Sequence[_Row], logits: Tensor, sums: Tensor, tokens: Tensor
     ) -> tuple[list[int], list[_Logprobs | None]]:
-        """The tokens as numbers, with the log-probabilities of rows that ask for them. Here the
-        host waits for the device."""
-        most = max((row.request.logprobs or 0 for row in rows), default=0)
-        if all(row.request.logprobs is None for row in rows):
-            return tokens.tolist(), [None] * len(rows)
-        own, values, ids = log_probabilities(logits, tokens.clamp_min(0), most)
+        """The ``tokens`` as numbers, -1 where ``sums`` of the logits are not finite, with the
+        log-probabilities of rows that ask for them. Here the host waits for the device."""
         wide = torch.float32 if logits.device.type == "mps" else torch.float64
-        parts = [tokens[:, None], own[:, None], values, ids]
+        parts = [sums[:, None], tokens[:, None]]
+        asked = [row.request.logprobs for row in rows]
+        most = max((count for count in asked if count is not None), default=None)
+        if most is not None:
+            own, values, ids = log_probabilities(logits, tokens, most)
+            parts += [own[:, None], values, ids]
         packed = torch.cat([part.to(wide) for part in parts], 1).tolist()
-        found: list[_Logprobs | None] = []
-        for row, (_, logprob, *others) in zip(rows, packed, strict=True):
-            count, half = row.request.logprobs, len(others) // 2
-            if count is None:
-                found.append(None)
-                continue
+        found = [int(token) if math.isfinite(total) else -1 for total, token, *_ in packed]
+        if most is None:
+            return found, [None] * len(rows)
+        logprobs: list[_Logprobs | None] = []
+        for count, (_, _, logprob, *others) in zip(asked, packed, strict=True):
+            half = len(others) // 2
             pairs = zip(others[half:], others[:half], strict=True)
-            found.append((logprob, tuple((int(i), v) for i, v in pairs)[:count]))
-        return [int(numbers[0]) for numbers in packed], found
+            top = tuple((int(i), v) for i, v in pairs)[:count]
+            logprobs.append(None if count is None else (logprob, top))
+        return found, logprobs
 
 
 def _likely(logits: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put ``model`` and all its modules into eval mode while the context lasts, then restore the
     mode of each module."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    if any(training for _, training in modes):
+        model.eval()
     try:
         yield
     finally:

@@ -78,8 +78,8 @@ class RowStep:
         return self._added
 
     def indices(self, heads: int, room: int) -> Tensor:
-        """Where the new tokens stand among all places of a cache with ``room`` for each head of a
-        slot, int64 [N*heads]."""
+        """Where the new tokens stand among all places of a cache with ``room`` for each head
+        of a slot, int64 [N*heads]."""
         found = self._indices.get((heads, room))
         if found is None:
             device = self.places.device
@@ -100,83 +100,79 @@ class RowStep:
 
 class RowCache:
     """Keys and values of one layer for rows of texts, and what the layer has ``prepared`` of its
-    weights for decoding, valid until they change."""
+    weights for decoding, valid until they change.
+
+    Keys and values stand in one tensor, so that a step writes once: the heads of a slot are first
+    those of the keys, then those of the values.
+    """
 
     def __init__(self, prepared: Any) -> None:
         self.prepared = prepared
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        self._held: Tensor | None = None
         self._rows = self._room = 0
 
-    def update(self, step: RowStep, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add ``key`` and ``value`` [N, K, R]; return those of the step's rows, views
+    def update(self, step: RowStep, new: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the keys and values ``new`` [N, 2K, R]; return those of the step's rows, views
         [B, K, S, R]."""
-        keys, values = self._keys, self._values
+        held = self._held
         if (
-            keys is None
-            or values is None
+            held is None
             or step.end > self._rows
             or step.span > self._room
-            or keys.dtype != key.dtype
+            or held.dtype != new.dtype
         ):
-            keys, values = self._with_room(step, key, value)
-        indices = step.indices(self._heads, self._room)
-        self._flat_keys.index_copy_(0, indices, key.reshape(-1, self._widths[0]))
-        self._flat_values.index_copy_(0, indices, value.reshape(-1, self._widths[1]))
+            held = self._with_room(step, new)
+        heads, width = self._heads, self._width
+        self._flat.index_copy_(0, step.indices(heads, self._room), new.reshape(-1, width))
         if step.first or step.end != self._rows:
-            keys, values = keys[step.first : step.end], values[step.first : step.end]
-        return keys.narrow(2, 0, step.span), values.narrow(2, 0, step.span)
+            held = held[step.first : step.end]
+        keys, values = held.narrow(2, 0, step.span).chunk(2, 1)
+        return keys, values
 
-    def _with_room(self, step: RowStep, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values with room for the step, in the types of what is added."""
-        keys, values = self._keys, self._values
-        if keys is None or values is None or keys.dtype != key.dtype:
-            keys = values = None
+    def _with_room(self, step: RowStep, new: Tensor) -> Tensor:
+        """Keys and values with room for the step, in the type of what is added."""
+        held = self._held
+        if held is None or held.dtype != new.dtype:
+            held = None
             rows, length = step.end, doubled(FIRST_LENGTH, step.span)
         else:
             rows = self._rows if step.end <= self._rows else doubled(self._rows, step.end)
             length = self._room if step.span <= self._room else doubled(self._room, step.span)
-        return self._hold(_grown(keys, key, rows, length), _grown(values, value, rows, length))
+        return self._hold(_grown(held, new, rows, length))
 
-    def _hold(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        self._keys, self._values = keys, values
-        self._rows, self._heads, self._room, width = keys.shape
-        self._widths = width, values.shape[3]
-        self._flat_keys = keys.view(-1, width)
-        self._flat_values = values.view(-1, values.shape[3])
-        return keys, values
+    def _hold(self, held: Tensor) -> Tensor:
+        self._held = held
+        self._rows, self._heads, self._room, self._width = held.shape
+        self._flat = held.view(-1, self._width)
+        return held
 
     def copy(self, source: int, to: int, length: int) -> None:
         """Copy the first ``length`` places of one slot to another."""
-        if not self._both:
+        held = self._held
+        if held is None:
             return
         if to >= self._rows:
             rows = doubled(self._rows, to + 1)
-            self._hold(*(_grown(held, held[:, :, 0], rows, self._room) for held in self._both))
-        for held in self._both:
-            held[to, :, :length] = held[source, :, :length]
+            held = self._hold(_grown(held, held[:, :, 0], rows, self._room))
+        held[to, :, :length] = held[source, :, :length]
 
     def swap(self, one: int, other: int, length: int) -> None:
         """Exchange the first ``length`` places of two slots."""
-        for held in self._both:
+        held = self._held
+        if held is not None:
             kept = held[one, :, :length].clone()
             held[one, :, :length] = held[other, :, :length]
             held[other, :, :length] = kept
 
     def erase(self, slot: int) -> None:
         """Write zeros over all of a slot."""
-        for held in self._both:
-            if slot < len(held):
-                held[slot].zero_()
+        if self._held is not None and slot < self._rows:
+            self._held[slot].zero_()
 
     @property
     def nbytes(self) -> int:
         """The bytes of keys and values."""
-        return sum(part.numel() * part.element_size() for part in self._both)
-
-    @property
-    def _both(self) -> list[Tensor]:
-        return [part for part in (self._keys, self._values) if part is not None]
+        return 0 if self._held is None else self._held.nbytes
 
 
 def doubled(size: int, least: int) -> int:
@@ -191,10 +187,10 @@ def doubled(size: int, least: int) -> int:
 
 
 def _grown(held: Tensor | None, new: Tensor, rows: int, length: int) -> Tensor:
-    """A larger copy of ``held`` [rows, K, places, R], or an empty one for tensors as ``new``
-    [N, K, R]. Places that nothing was written to are 0, since a masked NaN would still count."""
+    """A larger copy of ``held`` [rows, 2K, places, R], or an empty one for tensors as ``new``
+    [N, 2K, R]. Places that nothing was written to are 0, since a masked NaN would still count."""
     made = new.new_zeros(rows, new.shape[1], length, new.shape[2])
-    if held is not None and held.dtype == made.dtype:
+    if held is not None:
         made[: held.shape[0], :, : held.shape[2]] = held
     return made
 

@@ -194,8 +194,8 @@ class SelfAttention(nn.Module, ABC):
             packed = torch.cat([qk.to(v.dtype), v], 1)
         if weights.turn is not None:
             packed = weights.turn(packed, step)
-        q, k, v = packed.split((q_heads, kv_heads, kv_heads), 1)
-        k, v = cache.update(step, k, v)
+        q, kv = packed.split((q_heads, 2 * kv_heads), 1)
+        k, v = cache.update(step, kv)
         if step.length == 1:
             q = q.unsqueeze(2)
             mixed = self._attend_rows(q, k, v, step)
