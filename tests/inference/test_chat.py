@@ -85,7 +85,7 @@ def test_what_is_no_conversation_is_refused_and_not_replaced(tmp_path: Path) -> 
         "not a list": b'{"messages": "text"}',
         "has no 'role' and 'content'": b'{"messages": [{"role": "user"}]}',
         "unknown role 'usr'": b'{"messages": [{"role": "usr", "content": ""}]}',
-        "is a int, not a string": b'{"messages": [{"role": "user", "content": 3}]}',
+        "int, not a string": b'{"messages": [{"role": "user", "content": 3}]}',
         "lone surrogate": b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
         "nested too deep": b"[" * 100_000,
         "Expecting": b"",
@@ -134,6 +134,25 @@ def test_each_format_shows_the_model_what_it_knows() -> None:
     pair = FORMATS["pairs"].render(found.messages())
     ids = ByteTokenizer().encode_prompt(Document(prompt="three", response="four"))
     assert isinstance(pair, str) and ByteTokenizer().encode(pair) == ids
+
+
+@pytest.mark.parametrize("name", ["template", "dialogue", "text"])
+def test_a_prompt_goes_on_from_the_one_before_and_its_answer(name: str) -> None:
+    """So that the caches of the turns before serve again."""
+    tokenizer, found = ByteTokenizer(), Conversation("be kind")
+    before: list[int] = []
+    for turn in range(3):
+        found.ask(f"frage {turn} é")
+        ids = ids_of(tokenizer, FORMATS[name].render(found.messages()))
+        assert ids[: len(before)] == before
+        answer = f" antwort {turn}"
+        before = [*ids, *tokenizer.encode(answer)]
+        found.answer(answer.strip() if FORMATS[name].stripped else answer)
+
+
+def ids_of(tokenizer: TokenizerProvider, prompt: Any) -> list[int]:
+    text = isinstance(prompt, str)
+    return tokenizer.encode_prompt(Document(text=prompt) if text else Document(messages=prompt))
 
 
 def test_the_first_turns_are_left_out_until_the_rest_fits() -> None:
