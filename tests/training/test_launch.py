@@ -514,7 +514,7 @@ def test_a_store_that_one_process_cannot_build_ends_those_that_wait_for_it(
     done = train(arguments("--plugin", str(slow), "--data.loader", "slow", *TWO))
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("error:") == 1
-    assert "document 2 of documents() is a int, not a document" in done.stderr
+    assert "document 2 of documents() is an int, not a document" in done.stderr
     assert "killed" not in done.stdout + done.stderr
     assert not (tmp_path / "run").exists()
     assert not list((cache_dir() / "stores").glob("*.building-*"))
