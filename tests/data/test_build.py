@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import importlib
 import logging
@@ -23,6 +25,7 @@ from apt_core.data.store import assemble, chunks, local
 from apt_core.data.store import format as store_format
 from apt_core.data.store.build import build_store
 from apt_core.data.store.format import StoreError
+from apt_core.data.store.lock import is_locked, waiting_for
 from apt_core.errors import ConfigError, ProviderError
 from apt_core.providers import Document
 from apt_core.providers.dataset import DataSection, DatasetProvider
@@ -366,6 +369,31 @@ def test_what_a_run_may_be_evaluated_on_already_stays_held_out(home, code, monke
     ]
     assert not keys[0] & keys[1]
     assert sum(begun.part(part).num_documents for part in ("train", "val")) == 400
+
+
+def test_a_file_system_without_links_changes_no_byte(home, code, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(store_format, "shard_tokens", lambda number: 3000)
+    records = [f"{number:03} " + "x" * 96 for number in range(200)]
+    store = build_store(Given(*records), code.Letters(), section(), workers=1)
+    whole = content(store.folder)
+    shutil.rmtree(store.folder)
+    monkeypatch.setattr(os, "link", refuse)
+    again = build_store(Given(*records), code.Letters(), section(), workers=1)
+    assert again.manifest.begun is not None and content(again.folder) == whole
+
+
+def test_who_asks_whether_a_store_is_being_built_does_not_build_it(tmp_path):
+    lock = tmp_path / "key.lock"
+    assert not is_locked(lock) and not lock.exists()
+    with waiting_for(lock, "a store"):
+        assert is_locked(lock)
+    lock.touch()
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # as another one who asks
+        assert not is_locked(lock)
 
 
 @pytest.mark.parametrize("deduplicate", ["none", "near"])

@@ -36,7 +36,7 @@ from apt_core.data.store.format import (
 )
 from apt_core.data.store.input import SourceReader, naming, settings_row
 from apt_core.data.store.local import available_cores
-from apt_core.data.store.lock import FileLock, StopCheck, never_stop, waiting_for
+from apt_core.data.store.lock import FileLock, StopCheck, is_locked, never_stop, waiting_for
 from apt_core.data.store.reader import TokenStore
 from apt_core.data.store.writer import PartWriter, link_shard
 from apt_core.errors import ConfigError
@@ -352,14 +352,7 @@ class GrowingStore:
 
     def is_being_built(self) -> bool:
         """Whether a process builds it now."""
-        try:
-            lock = FileLock(self.base / f"{self.key}.lock")
-            free = lock.acquire()
-        except OSError:
-            return False
-        if free:
-            lock.release()
-        return not free
+        return is_locked(self.base / f"{self.key}.lock")
 
 
 class ReadFolder:

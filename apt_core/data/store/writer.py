@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -14,6 +15,8 @@ import numpy.typing as npt
 
 from apt_core.data.store import format as store_format
 from apt_core.data.store.format import PartRow, ShardRow, file_name
+
+WITHOUT_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
 
 
 class ShardFile:
@@ -196,10 +199,16 @@ class PartWriter:
 
 
 def link_shard(source: Path, target: Path, part: str, number: int, shard: ShardRow) -> None:
-    """Put the files of a whole shard into another folder too, in place of those of their names."""
+    """Put the files of a whole shard into another folder too, in place of those of their names; as
+    copies where the file system has no links."""
     for suffix in shard.sha256:
         name = file_name(part, number, suffix)
         made = target / f"{name}.linked"
         made.unlink(missing_ok=True)
-        os.link(source / name, made)
+        try:
+            os.link(source / name, made)
+        except OSError as error:
+            if error.errno not in WITHOUT_LINKS:
+                raise
+            shutil.copyfile(source / name, made)
         made.replace(target / name)
