@@ -94,6 +94,7 @@ class Looking:
     def _next(self, step: int) -> Look | None:
         order = self._order
         while True:
+            self._run.stopping.check_limits(step - 1)
             found, more, stops = self._everywhere()
             if stops:
                 self._run.stopping.agreed = True

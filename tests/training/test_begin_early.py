@@ -273,6 +273,14 @@ def test_a_run_ends_with_the_build_and_goes_on_with_the_next_one(trial, monkeypa
         trial.train("run", resume=True)
 
 
+def test_a_run_that_waits_for_the_windows_of_a_step_keeps_to_its_limits(trial):
+    trial.start()
+    many = {"training.batch_size": 500, "training.max_seconds": 0.1}
+    result = trial.train("waits", changes=many).result
+    assert (result.status, result.step) == ("stopped", 0)
+    assert "training.max_seconds" in result.reason
+
+
 @pytest.mark.parametrize(
     ("changes", "schedules", "message"),
     [
