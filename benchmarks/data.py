@@ -245,10 +245,12 @@ to make tensors of its tables is left to the user."""
 
 
 def measure_batches(report: Report, quick: bool, store: TokenStore, folder: Path) -> None:
+    from apt_core.data.loading import IN_MEMORY  # imports torch
+
     part = store.part("train")
     rows = saved_rows(part, folder)
+    store.hold_in_memory(IN_MEMORY)
     unheld = TokenStore.open(store.folder)
-    unheld.hold_in_memory(0)
     loader = batches_of(plan_of(ConcatWindows(part, SEQ_LEN)))
     from_files = batches_of(plan_of(ConcatWindows(unheld.part("train"), SEQ_LEN)))
     with closing(unheld):

@@ -22,7 +22,7 @@ from apt_core.data.store.assemble import ProgressCallback
 from apt_core.data.store.build import build_store, growing_store
 from apt_core.data.store.format import PARTS, PartName
 from apt_core.data.store.lock import StopCheck, never_stop
-from apt_core.data.store.reader import IN_MEMORY, StoredPart, TokenStore
+from apt_core.data.store.reader import StoredPart, TokenStore
 from apt_core.data.tokenizers.corpus import train_tokenizer
 from apt_core.errors import CheckpointError, ConfigError, Problem, ProviderError
 from apt_core.kernel import Kernel
@@ -33,6 +33,10 @@ from apt_core.registry import Registry
 from apt_core.schedules import Horizon
 
 log = get_logger("apt.data")
+
+IN_MEMORY = 128 * 2**20
+"""The most bytes of small stores that each process of a run holds in memory. Of several stores each
+has a share of it."""
 
 Progress = Callable[[str, DatasetProvider], ProgressCallback]
 """Asked once for each source, by its name: what is told how far its store is."""
@@ -295,6 +299,7 @@ def _early_data(
 def early_source(found: Found, config: Config) -> SourceData:
     """The source of a run that began early, as far as it is there."""
     store = found.store
+    store.hold_in_memory(IN_MEMORY)
     train = ConcatWindows(store.part("train"), config.seq_len)
     val = ConcatWindows(store.held_out, config.seq_len)
     return SourceData("", store, train, val, early=True)

@@ -60,7 +60,6 @@ def write(folder, parts, vocab_size=300, dtype="uint16", **facts):
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     monkeypatch.setattr(store_format, "SHARD_TOKENS", 50)
-    monkeypatch.setattr(reader, "IN_MEMORY", 0)
 
 
 @pytest.mark.parametrize("vocab_size", [256, 300, 70_000])
@@ -70,11 +69,11 @@ def test_a_stored_part_answers_as_one_in_memory(
     tmp_path, vocab_size, marked, max_open, in_memory, monkeypatch
 ):
     monkeypatch.setattr(reader, "MAX_OPEN", max_open)
-    monkeypatch.setattr(reader, "IN_MEMORY", in_memory)
     monkeypatch.setattr(reader, "SEARCHED", 2)
     dtype = {256: "uint8", 300: "uint16", 70_000: "uint32"}[vocab_size]
     given = documents(60, min(vocab_size, 65_000), marked)
     store = TokenStore.open(write(tmp_path / "s", {"train": given}, vocab_size, dtype))
+    store.hold_in_memory(in_memory)
     part = store.part("train")
     expected = ArrayPart.of(given)
     total = expected.num_tokens
@@ -112,6 +111,8 @@ def test_a_stored_part_answers_as_one_in_memory(
         expected.document_at(t) for t in range(total)
     ]
     assert part.span(7) == tuple(expected.spans(7, 8).tolist())
+    store.close()  # and begin again
+    assert np.array_equal(part.read(0, total), expected.read(0, total))
     # The part without documents.
     val = store.part("val")
     assert (val.num_tokens, val.num_documents, val.marked) == (0, 0, False)
@@ -364,23 +365,26 @@ def test_reading_takes_no_memory_beside_what_is_returned_and_held(tmp_path, monk
     code = (
         "import sys, numpy as np\n"
         "from apt_core.data.store.reader import TokenStore\n"
-        "def peak(): return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
+        "def read(what): return int(open('/proc/self/status').read().split(what)[1].split()[0])\n"
         "store = TokenStore.open(sys.argv[1])\n"
         "part, size = store.part('train'), store.part('train').num_tokens * 2\n"
         "for limit in size - 1, size:\n"
         "    store.hold_in_memory(limit)\n"
-        "    before = peak()\n"
+        "    before = read('VmHWM:')\n"
         "    for start in range(0, part.num_tokens - 2**14, 2**14):\n"
         "        part.windows(np.array([start]), 2**14)\n"
-        "    print(peak() - before)\n"
+        "    print(read('VmHWM:') - before)\n"
+        "before = read('VmRSS:')\n"
+        "store.close()\n"
+        "print(before - read('VmRSS:'))\n"
         "print('torch' in sys.modules)\n"
     )
     command = [sys.executable, "-c", code, str(folder)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    read, held, torch_imported = int(output[0]), int(output[1]), output[2]
+    (read, held, freed), torch_imported = map(int, output[:3]), output[3]
     # Of 100 MB that are read, or held in memory.
     assert read < 8_000
-    assert 80_000 < held < 110_000
+    assert 80_000 < held < 110_000 and freed > 80_000
     assert torch_imported == "False"
 
 

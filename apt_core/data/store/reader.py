@@ -1,7 +1,7 @@
 """Reads token stores: any window, document or mark, without holding what is not asked for.
 
-A small store is held in memory from its first use on. All else is read at its place (pread): what
-was read is in the system's cache of files, and not in the memory of the process.
+What is read is read at its place (pread): it is in the system's cache of files, and not in the
+memory of the process, unless a run asks for a small store to be held there.
 """
 
 from __future__ import annotations
@@ -34,10 +34,6 @@ from apt_core.data.store.parts import Ints, Stretches, learned_in, require_start
 
 MAX_OPEN = 64
 """The most files that a part keeps open."""
-
-IN_MEMORY = 128 * 2**20
-"""The most bytes of a store that is held in memory, since to read a row of a file costs several
-times what it costs to copy one. Of a run that has several stores, each has a share of it."""
 
 SEARCHED = 512
 """Ends of documents that are read at a time when one is looked for."""
@@ -294,8 +290,9 @@ class StoredPart:
         return low + int(np.searchsorted(self._ends.read(low, high), wanted, side="right"))
 
     def close(self) -> None:
-        """Close its files, which another call opens again."""
+        """Close its files and free its memory; another call opens and takes them again."""
         self._files.close()
+        self._held = None
 
     @property
     def held_bytes(self) -> int:
@@ -349,7 +346,6 @@ class TokenStore:
             name: StoredPart(folder, name, manifest, row, owner)
             for name, row in manifest.parts.items()
         }
-        self.hold_in_memory(IN_MEMORY)
 
     @property
     def begun_sha256(self) -> str:
@@ -371,7 +367,8 @@ class TokenStore:
         return StoredPart(self.folder, "val", self.manifest, row, self._owner)
 
     def hold_in_memory(self, limit: int) -> None:
-        """Hold it in memory from its first use on if that takes at most ``limit`` bytes."""
+        """Hold each part in memory from its first use on until :meth:`close`, if both take at most
+        ``limit`` bytes: to read a row of a file costs several times what it costs to copy one."""
         held = sum(part.held_bytes for part in self._parts.values()) <= limit
         for part in self._parts.values():
             part.in_memory = held
@@ -406,6 +403,6 @@ class TokenStore:
         return self._parts[name]
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files and free the memory."""
         for part in self._parts.values():
             part.close()
