@@ -41,7 +41,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="Tasks by name, or files of tasks (.yaml); repeatable, comma lists allowed. "
-            "Default: held_out. apt-hooks list --kind task names them."
+            "Default: held_out. apt-hooks providers task lists them."
         ),
     ] = None,
     text: Annotated[

@@ -6,7 +6,7 @@ import json
 import logging
 from typing import TYPE_CHECKING, Any
 
-from apt_core import PluginInfo, SectionSpec, hookimpl
+from apt_core import PluginInfo, ProviderSpec, SectionSpec, hookimpl
 from apt_plugins.hlbd.settings import HLBDSettings, contradictions, settings_of, source_names
 
 if TYPE_CHECKING:
@@ -35,6 +35,18 @@ class Plugin:
     @hookimpl
     def apt_register_config(self) -> list[SectionSpec]:
         return [SectionSpec("hlbd", HLBDSettings, check=contradictions)]
+
+    @hookimpl
+    def apt_register_providers(self) -> list[ProviderSpec]:
+        return [
+            ProviderSpec(
+                kind="task",
+                name="hlbd",
+                factory="apt_plugins.hlbd.task:HLBDTask",
+                version=PLUGIN.version,
+                summary="the run's held-out HLBD tasks",
+            )
+        ]
 
     @hookimpl
     def on_epoch_end(self, epoch: int, trainer: Any) -> None:

@@ -70,6 +70,7 @@ FAULTS = {
     "kind: questions\nitems: [{prompt: a}]\nvalidators: [exakt]": "validators[0]: must be",
     "kind: questions\nitems: [{prompt: a}]\ntemperature: -1": "temperature: must be at least 0",
     "kind: passages\nitems_file: none.jsonl": "items_file: none.jsonl: No such file",
+    'kind: passages\nitems_file: "a\\0b"': "it has a null byte",
     "kind: passages\nitems_file: ../out.jsonl": "leads out of its folder",
     "kind: passages\nitems_file: /etc/passwd": "it is to be in the folder of the task",
     "kind: passages\nitems_file: out.jsonl": "leads out of its folder",

@@ -229,7 +229,7 @@ def run(app: Any, command: str, line: list[str]) -> str:
 class Data(Target):
     """Texts to train on, and JSON lines."""
 
-    name, share = "data", 845
+    name, share = "data", 800
 
     def make(self, rng: random.Random) -> Any:
         name = rng.choice(["t.txt", "t.jsonl", "t.ndjson", "t", "t.JSONL", "\u0442.txt"])
@@ -283,6 +283,51 @@ EXTRAS = ("", "raise ValueError('\\x1b[2J')", "import no_such_module", "__file__
           "# -*- coding: no-such -*-", "__class__ = 3", "PLUGIN = 10 ** 400",
           "class Meta(type):\n    def __getattribute__(c, n): raise KeyError(n)\n"
           "class on_step_end(metaclass=Meta): pass")  # fmt: skip
+
+
+class Tasks(Target):
+    """Files of tasks with their items, and the scores that a run keeps."""
+
+    name, share = "tasks", 45
+    trees: tuple[dict[str, Any], ...] = (
+        {"kind": "passages", "items": ["a", {"text": "b"}], "template": "text"},
+        {"kind": "choices", "items": [{"prompt": "a", "choices": ["b", "c"], "answer": 1}]},
+        {"kind": "questions", "items_file": "rows.jsonl", "validators": ["json", "balanced"],
+         "keys": {"a": "string"}, "stop": ["x"], "num_samples": 2, "temperature": 0.5},
+    )  # fmt: skip
+    scores: ClassVar[dict[str, Any]] = {
+        "version": 1,
+        "scores": [{"task": "a", "metrics": {"b": {"value": 0.5, "low": None}}, "step": 3}],
+    }
+
+    def make(self, rng: random.Random) -> Any:
+        tree = mutated(rng, rng.choice(self.trees), most=4)
+        text = json.dumps(tree).encode()  # YAML too, and of any depth
+        rows = [mutated(rng, {"prompt": "a", "answer": "b"}) for _ in range(rng.randrange(4))]
+        lines = "\n".join(map(json.dumps, rows)).encode()
+        scores = json.dumps(mutated(rng, self.scores)).encode()
+        return [text, lines, scores] if rng.random() < 0.5 else [
+            damaged(rng, each) if rng.random() < 0.5 else each for each in (text, lines, scores)
+        ]  # fmt: skip
+
+    def feed(self, given: Any) -> str:
+        from apt_core.evaluation.scoring import Scoring, items_of
+        from apt_core.evaluation.tasks.file import read_task
+        from apt_core.runs.task_scores import add_scores, read_scores
+
+        text, lines, scores = given
+        Path("mine.yaml").write_bytes(text)
+        Path("rows.jsonl").write_bytes(lines)
+        Path("scores.json").write_bytes(scores)
+        with contextlib.suppress(AptError):
+            before = len(read_scores(Path()))
+            add_scores(Path(), [{"task": "b", "metrics": {}}])
+            assert len(read_scores(Path())) == before + 1
+        task = read_task(Path("mine.yaml"))
+        for item in items_of("mine", task, Scoring(limit=3)).chosen:
+            if hasattr(task, "score"):
+                assert task.score(item, "{}").keys() == task.metrics.keys()
+        return "accepted"
 
 
 class Plugins(Target):
@@ -456,7 +501,7 @@ def seal(folder: Path) -> None:
 
 TARGETS: dict[str, type[Target]] = {
     target.name: target
-    for target in (ProfileTree, ProfileText, Commands, Data, Plugins, Reports, Checkpoints)
+    for target in (ProfileTree, ProfileText, Commands, Data, Tasks, Plugins, Reports, Checkpoints)
 }
 
 DECLARED = (AptError, ConfigError)

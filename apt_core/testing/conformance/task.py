@@ -16,7 +16,7 @@ from apt_core.providers.task import (
     Question,
     QuestionTask,
 )
-from apt_core.testing.conformance.checks import Check
+from apt_core.testing.conformance.checks import Check, LeftOut
 
 KINDS: tuple[tuple[type, tuple[type, ...]], ...] = (
     (PassageTask, (Passage, EncodedPassage)),
@@ -70,6 +70,8 @@ def _builds(task: Any) -> None:
 def _items(task: Any) -> None:
     """There are some, of the kind of the task."""
     items, kinds = _asked(task, 0), _kind(task)[1]
+    if not items and task.needs_held_out:
+        raise LeftOut("it makes no item of the documents of this check")
     assert items, "it has no items"
     wrong = [item for item in items if not isinstance(item, kinds)]
     assert not wrong, f"an item is a {type(wrong[0]).__name__}, not one of {kinds}"

@@ -7,7 +7,9 @@ import json
 import pytest
 
 from apt_core import ConfigError
+from apt_core.providers import Question
 from apt_core.testing import TINY_PROFILE, tiny_run
+from apt_plugins.hlbd.task import HLBDTask
 
 WORDS = {
     "sun": ("1f", "sole"), "moon": ("2q", "luna"), "fire": ("3x", "fuoco"), "sea": ("4k", "mare"),
@@ -55,6 +57,19 @@ def test_the_tasks_of_both_sides_are_scored_apart(samples, tmp_path):
     rows = [row for row in run.metrics if "hlbd/trained_exact_match" in row]
     assert [row["epoch"] for row in rows] == [3]
     assert 0 <= rows[0]["hlbd/held_out_character_f1"] <= 1
+
+
+def test_held_out_tasks_are_a_task_of_evaluations(samples, tmp_path):
+    changes = {"evaluation.tasks": ["hlbd"], "evaluation.best_by": "task/hlbd/character_f1"}
+    run = tiny_run("hlbd", profile=profile(samples), overrides=changes, steps=2)
+    figures = run.result.figures
+    names = [f"task/hlbd/{name}" for name in ("exact_match", "character_f1", "level_form")]
+    assert all(0 <= figures[name] <= 1 for name in names)
+    task = HLBDTask()
+    item = Question("1>5 火\n", "fire")
+    right = {"exact_match": 1.0, "character_f1": 1.0, "level_form": 1.0}
+    assert task.score(item, "fire") == right
+    assert task.score(item, "火") == dict.fromkeys(right, 0.0)
 
 
 def test_a_profile_without_such_a_source_is_refused(samples):
