@@ -29,6 +29,7 @@ from apt_core.runs import Session
 from apt_core.testing import tiny_session
 
 VOCABULARY, CONTEXT, PROMPT = 4096, 1024, 32
+BATCHES = (1, 16)
 LONG_PROMPT = 256
 """Tokens of the prompt whose first token is waited for."""
 
@@ -204,7 +205,7 @@ def measure_size(report: Report, size: Size, rounds: int) -> list[list[str | flo
     session = session_of(size, threads)
     llama = llama_of(size, session.model)
     rows: list[list[str | float]] = []
-    for batch in (1, 16):
+    for batch in BATCHES:
         engine = Engine(session, max_batch=batch, lookup="never")
         texts = prompts(batch, PROMPT)
         sides = {
@@ -318,7 +319,7 @@ def measure(report: Report, quick: bool) -> None:
     report.machine["threads"] = torch.get_num_threads()
     rows: list[list[str | float]] = []
     for size in SIZES[:1] if quick else SIZES:
-        rows += measure_size(report, size, 2 if quick else 12)
+        rows += measure_size(report, size, 2 if quick else 8)
     cache_bytes(report)
     report.table(
         "Tokens per second",

@@ -195,18 +195,64 @@ def _grown(held: Tensor | None, new: Tensor, rows: int, length: int) -> Tensor:
     return made
 
 
+MOST_COPIED = 2**30
+"""Bytes of weights that are copied into faster layouts at most."""
+
+LEAST_PACKED = 2**17
+"""Elements of a weight from which oneDNN's layout is faster for several tokens."""
+
+
 class Products:
     """Makes the functions that multiply by a weight, once for many steps. ``dtype`` is the type of
-    autocast in which they will be called, None for none: weights are cast to it here."""
+    autocast in which they will be called, None for none: weights are cast to it here.
+
+    On a CPU in fp32, weights are also copied into layouts in which few tokens are multiplied
+    faster, up to MOST_COPIED bytes in all. Measured on Zen 4 with one thread, against F.linear: one
+    token by a transposed copy of a [2048, 640] weight takes 0.6 of the time (but 3 times as long
+    where the weight is [640, 2048]), and 5 to 16 tokens by oneDNN's layout 0.3 to 0.6. The layout
+    is a function of the shape, so that results are the same each time.
+    """
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
-        self.dtype = dtype
+        self.dtype, self.copied = dtype, 0
 
     def of(self, weight: Tensor) -> Function:
         """x [N, D] to x Wᵀ [N, F], for ``weight`` W [F, D]."""
         linear = torch.nn.functional.linear
-        cast = weight if self.dtype is None else weight.detach().to(self.dtype)
-        return lambda x: linear(x, cast)
+        if self.dtype is not None:
+            cast = weight.detach().to(self.dtype)
+            return lambda x: linear(x, cast)
+        wide = weight.shape[0] > weight.shape[1]
+        packs = weight.numel() >= LEAST_PACKED and _has_packed_products()
+        copied = weight.nbytes * (wide + packs)
+        on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+        if not on_cpu or self.copied + copied > MOST_COPIED:
+            return lambda x: linear(x, weight)
+        self.copied += copied
+        own = weight.detach()
+        transposed = own.t().contiguous() if wide else None
+        packed: Tensor | None = None
+
+        def product(x: Tensor) -> Tensor:
+            nonlocal packed
+            if x.shape[0] == 1:
+                return linear(x, own) if transposed is None else torch.mm(x, transposed)
+            if not packs:
+                return linear(x, own)
+            if packed is None:
+                packed = torch.ops.mkldnn._reorder_linear_weight(own.contiguous(), 16)
+            found: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+            return found
+
+        return product
+
+
+def _has_packed_products() -> bool:
+    """Whether this torch has oneDNN's products with packed weights, as its compiler uses them."""
+    names = ("_reorder_linear_weight", "_linear_pointwise")
+    return torch.backends.mkldnn.is_available() and all(
+        hasattr(torch.ops.mkldnn, name) for name in names
+    )
 
 
 class Int8Products(Products):
@@ -223,8 +269,8 @@ class Int8Products(Products):
 
     def of(self, weight: Tensor) -> Function:
         """x [N, D] to about x Wᵀ [N, F], for ``weight`` W [F, D]."""
-        plain = super().of(weight)
         self.number += 1
+        plain = super().of(weight)
         if self.dtype is not None or weight.device.type != "cpu" or weight.dtype != torch.float32:
             return plain
         scales = weight.detach().abs().amax(1).clamp_min(1e-30) / 127
