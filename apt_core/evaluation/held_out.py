@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import overload
+from typing import TypeVar, overload
 
 from apt_core.data.loading import named_sources, source_of, stores_sha256
 from apt_core.data.store.build import build_store
 from apt_core.data.store.parts import TokenPart
 from apt_core.data.store.reader import TokenStore
-from apt_core.evaluation.responses import pairs_of
+from apt_core.evaluation.responses import pair_at, pair_documents
 from apt_core.json_files import read_json
 from apt_core.log import get_logger
 from apt_core.providers.task import EncodedPassage, Question
@@ -37,42 +37,54 @@ class HeldOut:
 
     def passages(self) -> Sequence[EncodedPassage]:
         """Every document, with what is learned of it; each is read when it is asked for."""
-        return _Passages(self._parts, self.tokenizer)
+        counts = [part.num_documents for part in self._parts]
+        return _Lazily(counts, lambda part, number: self._passage(self._parts[part], number))
 
-    def pairs(self) -> Iterable[Question]:
-        """The documents that are a prompt and a response, as texts."""
-        decode = self.tokenizer.decode
-        for part in self._parts:
-            for pair in pairs_of(part):
-                yield Question(decode(pair.prompt), decode(pair.response))
+    def pairs(self) -> Sequence[Question]:
+        """The documents that are a prompt and a response, as texts; each is read when it is asked
+        for."""
+        pairs = [pair_documents(part) for part in self._parts]
+
+        def question(part: int, number: int) -> Question:
+            pair = pair_at(self._parts[part], int(pairs[part][number]))
+            decode = self.tokenizer.decode
+            return Question(decode(pair.prompt), decode(pair.response))
+
+        return _Lazily([len(documents) for documents in pairs], question)
+
+    def _passage(self, part: TokenPart, document: int) -> EncodedPassage:
+        start, stop = (int(each) for each in part.spans(document, document + 1))
+        ids = part.read(start, stop).tolist()
+        learned = part.marks(start, stop).tolist() if part.marked else None
+        kept = ids if learned is None else [i for i, it in zip(ids, learned, strict=True) if it]
+        num_bytes = len(self.tokenizer.decode(kept).encode("utf-8"))
+        return EncodedPassage(tuple(ids), None if learned is None else tuple(learned), num_bytes)
 
 
-class _Passages(Sequence[EncodedPassage]):
-    def __init__(self, parts: Sequence[TokenPart], tokenizer: TokenizerProvider) -> None:
-        self._parts, self._tokenizer = parts, tokenizer
-        self._ends = [*accumulate(part.num_documents for part in parts)]
+Item = TypeVar("Item")
+
+
+class _Lazily(Sequence[Item]):
+    """Items of several parts, one part after the other: of each ``counts`` has how many, and
+    ``read`` makes one of the number of its part and its own there."""
+
+    def __init__(self, counts: Sequence[int], read: Callable[[int, int], Item]) -> None:
+        self._counts, self._ends, self._read = counts, [*accumulate(counts)], read
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     @overload
-    def __getitem__(self, index: int) -> EncodedPassage: ...
+    def __getitem__(self, index: int) -> Item: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[EncodedPassage]: ...
-    def __getitem__(self, index: int | slice) -> EncodedPassage | Sequence[EncodedPassage]:
+    def __getitem__(self, index: slice) -> Sequence[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
             raise IndexError(index)
-        number = bisect.bisect_right(self._ends, index)
-        part = self._parts[number]
-        document = index - (self._ends[number] - part.num_documents)
-        start, stop = (int(each) for each in part.spans(document, document + 1))
-        ids = part.read(start, stop).tolist()
-        learned = part.marks(start, stop).tolist() if part.marked else None
-        kept = ids if learned is None else [i for i, it in zip(ids, learned, strict=True) if it]
-        num_bytes = len(self._tokenizer.decode(kept).encode("utf-8"))
-        return EncodedPassage(tuple(ids), None if learned is None else tuple(learned), num_bytes)
+        part = bisect.bisect_right(self._ends, index)
+        return self._read(part, index - (self._ends[part] - self._counts[part]))
 
 
 def open_held_out(session: Session) -> HeldOut:

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -25,18 +27,39 @@ class Pair:
     response: Sequence[int]
 
 
+BLOCK = 1 << 14
+"""The documents whose marks are looked at at a time."""
+
+
 def pairs_of(part: TokenPart) -> Iterator[Pair]:
-    """The pairs among the documents of ``part``: those that are learned from a token on which is
-    not the first. Conversations, of which several stretches are learned, are left out."""
-    if not part.marked:
-        return
-    for document in range(part.num_documents):
-        start, stop = (int(each) for each in part.spans(document, document + 1))
-        learned = part.marks(start, stop)
-        first = int(learned.argmax())
-        if first and learned[first:].all():
-            ids = part.read(start, stop).tolist()
-            yield Pair(ids[:first], ids[first:])
+    """The pairs among the documents of ``part``; see :func:`pair_documents`."""
+    for document in pair_documents(part).tolist():
+        yield pair_at(part, document)
+
+
+def pair_documents(part: TokenPart) -> npt.NDArray[np.int64]:
+    """The numbers of the documents of ``part`` that are pairs: those that are learned from a token
+    on which is not the first. Conversations, of which several stretches are learned, are none."""
+    found = [np.empty(0, np.int64)]
+    for first in range(0, part.num_documents if part.marked else 0, BLOCK):
+        spans = part.spans(first, min(first + BLOCK, part.num_documents)).astype(np.int64)
+        learned = part.marks(int(spans[0]), int(spans[-1]))
+        starts, lasts = spans[:-1] - spans[0], spans[1:] - spans[0] - 1
+        filled = np.flatnonzero(lasts >= starts)
+        starts, lasts = starts[filled], lasts[filled]
+        # How often learning begins, up to each token.
+        begins = np.concatenate([[0], np.cumsum(~learned[:-1] & learned[1:])])
+        once = begins[lasts] - begins[starts] == 1
+        found.append(first + filled[once & ~learned[starts] & learned[lasts]])
+    return np.concatenate(found)
+
+
+def pair_at(part: TokenPart, document: int) -> Pair:
+    """The pair that a document of :func:`pair_documents` is."""
+    start, stop = (int(each) for each in part.spans(document, document + 1))
+    first = int(part.marks(start, stop).argmax())
+    ids = part.read(start, stop).tolist()
+    return Pair(ids[:first], ids[first:])
 
 
 @torch.no_grad()

@@ -65,11 +65,11 @@ class HeldOutText(Protocol):
     def sha256(self) -> str:
         """The hash of the documents."""
 
-    def passages(self) -> Iterable[EncodedPassage]:
-        """Every document."""
+    def passages(self) -> Sequence[EncodedPassage]:
+        """Every document, each read when it is asked for."""
 
-    def pairs(self) -> Iterable[Question]:
-        """Those that are a prompt and a response."""
+    def pairs(self) -> Sequence[Question]:
+        """Those that are a prompt and a response, likewise."""
 
 
 class TaskProvider(Provider, ABC):

@@ -89,7 +89,7 @@ def _plugin_of(kernel: Kernel, names: Sequence[str], name: str) -> str:
 def _reasoning(kernel: Kernel, scoring: Scoring, held_out: HeldOut) -> Iterator[RunTask]:
     key, name = "evaluation.metrics", REASONING
     task = find_tasks(kernel, [name], key)[name]
-    if next(iter(held_out.pairs()), None) is None:
+    if not held_out.pairs():
         reason = f"{name}: the held-out text has no prompts with responses"
         kernel.add_inactive([InactiveKey(key, reason)])
         return

@@ -110,7 +110,7 @@ def test_what_cannot_be_scored_is_refused(runs: Path, command: Command) -> None:
         (["--text", "missing.txt"], 2, "missing.txt: --text: No such file"),
         (["--step", "5"], 2, "there is no checkpoint of step 5"),
         (["--batch-size", "0"], 2, "--batch-size"),
-        (["nowhere"], 2, "there is no such checkpoint or run folder"),
+        (["nowhere"], 2, "nowhere: RUN: there is no such run"),
         (["empty"], 1, "no intact checkpoint in empty: there are none"),
     ]
     for arguments, code, message in cases:

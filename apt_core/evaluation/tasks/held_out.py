@@ -54,7 +54,7 @@ class ReasoningQuality(QuestionTask):
 
     def items(self) -> Iterable[Question]:
         assert self.held_out is not None
-        return [*self.held_out.pairs()]
+        return self.held_out.pairs()
 
     def fingerprint(self) -> str | None:
         assert self.held_out is not None

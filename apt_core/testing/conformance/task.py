@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
@@ -33,10 +33,10 @@ class _HeldOut:
     tokenizer = ByteTokenizer()
     sha256 = "0" * 64
 
-    def passages(self) -> Iterable[EncodedPassage]:
+    def passages(self) -> Sequence[EncodedPassage]:
         return [EncodedPassage((97, 98), None, 2)]
 
-    def pairs(self) -> Iterable[Question]:
+    def pairs(self) -> Sequence[Question]:
         return [Question("1 and 1 make\n", "2")]
 
 

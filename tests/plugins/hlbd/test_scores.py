@@ -7,6 +7,7 @@ import torch
 
 from apt_core.data.store.parts import ArrayPart
 from apt_core.data.tokenizers.byte import ByteTokenizer
+from apt_core.evaluation import responses
 from apt_core.evaluation.responses import Pair, answers, character_f1, pairs_of
 from apt_core.providers.documents import Document
 from apt_core.providers.tokenizer import Encoded
@@ -67,7 +68,7 @@ def test_an_answer_has_ids_of_the_tokenizer_alone():
     assert max(found[0]) < 3
 
 
-def test_prompts_with_a_response_are_the_pairs_of_a_part():
+def test_prompts_with_a_response_are_the_pairs_of_a_part(monkeypatch):
     tokenizer = Marked()
     documents = [
         Document(prompt="1>2 a", response="b"),
@@ -80,6 +81,14 @@ def test_prompts_with_a_response_are_the_pairs_of_a_part():
     assert [bytes(each.prompt) for each in pairs] == [b"1>2 a\n", b"no task\n"]
     assert pairs[0].response == [ord("b"), 255]
     assert list(pairs_of(ArrayPart.of([tokenizer.encode_document(documents[1])]))) == []
+    marks = ["011", "", "0", "1", "01", "0101", "010", "100", "001"]
+    ends = torch.tensor([len(each) for each in marks]).cumsum(0).numpy()
+    learned = torch.tensor([each == "1" for each in "".join(marks)]).numpy()
+    several = ArrayPart(torch.arange(len(learned)).numpy(), ends, learned)
+    for block in (1, 2, 4, 100):
+        monkeypatch.setattr(responses, "BLOCK", block)
+        assert responses.pair_documents(several).tolist() == [0, 4, 8]
+    assert responses.pair_at(several, 8) == Pair([17, 18], [19])
     assert [task for task, _ in tasks_of([part, part], tokenizer, None)] == [(1, 2), (1, 2)]
     assert len(tasks_of([part] * 10, tokenizer, 4)) == 4
     assert tasks_of([], tokenizer, 4) == []
