@@ -67,6 +67,15 @@ class Terminal:
         os.write(self.ours, key)
         return self.until(pattern)
 
+    def wait_for_idle(self) -> None:
+        """Wait until it sleeps. Python's readline does not hear a signal that comes between a key
+        and its waiting for the next one."""
+        end = time.monotonic() + SECONDS
+        stat = Path(f"/proc/{self.process.pid}/stat")
+        while stat.read_text().rpartition(")")[2].split()[0] != "S":
+            assert time.monotonic() < end
+            time.sleep(0.001)
+
     def hang_up(self) -> None:
         os.close(self.ours)
         self.ours = -1

@@ -64,6 +64,7 @@ def test_a_conversation_at_a_terminal(
     assert stopped is not None
     os.write(chat.ours, b"half a l")
     chat.until("half a l")
+    chat.wait_for_idle()
     assert "(Ctrl-D or /exit ends)" in chat.press(b"\x03")
     # Kept, forgotten, loaded.
     assert chat.say("/save kept.json") == "kept in kept.json"
