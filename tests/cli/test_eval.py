@@ -111,7 +111,7 @@ def test_what_cannot_be_scored_is_refused(runs: Path, command: Command) -> None:
         (["--step", "5"], 2, "there is no checkpoint of step 5"),
         (["--batch-size", "0"], 2, "--batch-size"),
         (["nowhere"], 2, "nowhere: RUN: there is no such run"),
-        (["empty"], 1, "no intact checkpoint in empty: there are none"),
+        (["empty"], 2, "there is no checkpoint in this folder"),
     ]
     for arguments, code, message in cases:
         outcome = command(app, *arguments, prog="apt-eval")
