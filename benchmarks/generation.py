@@ -45,12 +45,13 @@ class Size:
     d_ff: int
     tokens: int
     threads: int | None
+    rounds: int
 
 
 SIZES = (
-    Size("1M", 96, 6, 6, 256, tokens=96, threads=1),
-    Size("14M", 320, 10, 12, 896, tokens=48, threads=None),
-    Size("60M", 640, 10, 13, 2048, tokens=24, threads=None),
+    Size("1M", 96, 6, 6, 256, tokens=96, threads=1, rounds=8),
+    Size("14M", 320, 10, 12, 896, tokens=48, threads=None, rounds=5),
+    Size("60M", 640, 10, 13, 2048, tokens=24, threads=None, rounds=3),
 )
 """``threads`` None is all; a model of 1 M has too little work for two."""
 
@@ -207,13 +208,11 @@ def measure_size(report: Report, size: Size, rounds: int) -> list[list[str | flo
     rows: list[list[str | float]] = []
     for batch in BATCHES:
         engine = Engine(session, max_batch=batch, lookup="never")
-        texts = prompts(batch, PROMPT)
+        texts, tokens = prompts(batch, PROMPT), size.tokens if batch == 1 else size.tokens // 2
         sides = {
-            "apt": ours(engine, texts, size.tokens),
-            "llama": theirs(llama, texts, size.tokens, threads),
-            "llama_static": theirs(
-                llama, texts, size.tokens, threads, cache_implementation="static"
-            ),
+            "apt": ours(engine, texts, tokens),
+            "llama": theirs(llama, texts, tokens, threads),
+            "llama_static": theirs(llama, texts, tokens, threads, cache_implementation="static"),
         }
         equal = agreement(sides["apt"](), sides["llama"]())
         times = interleave(sides, baseline="apt", rounds=rounds, calls=1, warmup=1)
@@ -221,7 +220,7 @@ def measure_size(report: Report, size: Size, rounds: int) -> list[list[str | flo
             report.ratio(f"{peer}_over_apt_{size.name}_batch{batch}", times, peer, over="apt")
         if batch == 1:
             report.noise(f"apt_over_apt_{size.name}", times)
-        speeds = [batch * size.tokens / times.median(side) * 1e9 for side in sides]
+        speeds = [batch * tokens / times.median(side) * 1e9 for side in sides]
         rows.append([f"{size.name}, batch {batch}", *speeds, f"{equal:.1%}"])
         if batch == 1:
             first_token(report, size, session, llama, threads, rounds)
@@ -319,7 +318,7 @@ def measure(report: Report, quick: bool) -> None:
     report.machine["threads"] = torch.get_num_threads()
     rows: list[list[str | float]] = []
     for size in SIZES[:1] if quick else SIZES:
-        rows += measure_size(report, size, 2 if quick else 8)
+        rows += measure_size(report, size, 2 if quick else size.rounds)
     cache_bytes(report)
     report.table(
         "Tokens per second",

@@ -250,6 +250,11 @@ def test_int8_weights_are_used_where_they_are_faster_and_change_little(lively, c
     assert "int8 weights in 6 of 6 products" in caplog.text
     assert plain.logprobs != rounded.logprobs
     assert rounded.logprobs[0].logprob == pytest.approx(plain.logprobs[0].logprob, abs=0.2)
+    products = row_decoding.Int8Products()
+    for shape in ((16, 32), (16, 40), (20, 32), (8, 8)):
+        weight, x = torch.randn(shape), torch.randn(3, shape[1])
+        torch.testing.assert_close(products.of(weight)(x), x @ weight.T, atol=0.2, rtol=0.02)
+    assert (products.used, products.number) == (1, 4)
 
 
 def test_a_decoder_may_look_ahead_without_a_trace(lively):
@@ -285,3 +290,25 @@ def test_a_decoder_may_look_ahead_without_a_trace(lively):
                 own = logprobs.gather(1, torch.tensor(branch.token_ids)[:, None])[:, 0]
                 torch.testing.assert_close(own, torch.tensor(branch.logprobs), atol=1e-4, rtol=0)
         session.manager.unregister(looks)
+
+
+def test_products_are_those_of_the_weight_in_every_layout(monkeypatch):
+    from apt_core.modeling import row_decoding
+
+    monkeypatch.setattr(row_decoding, "LEAST_PACKED", 1000)
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((48, 32), (32, 48), (8, 8)):
+        weight = torch.randn(shape, generator=generator)
+        products = row_decoding.Products()
+        product = products.of(weight)
+        for tokens in (1, 2, 9, 70):
+            x = torch.randn(tokens, shape[1], generator=generator)
+            torch.testing.assert_close(product(x), x @ weight.T, atol=1e-4, rtol=1e-4)
+            assert product(x).equal(product(x))
+        assert products.copied in (0, weight.nbytes, 2 * weight.nbytes)
+        monkeypatch.setattr(row_decoding, "MOST_COPIED", 100)
+        uncopied = row_decoding.Products()
+        assert uncopied.of(weight)(x).equal(nn.functional.linear(x, weight))
+        assert uncopied.copied == 0
+        monkeypatch.undo()
+        monkeypatch.setattr(row_decoding, "LEAST_PACKED", 1000)
