@@ -72,7 +72,7 @@ class _Fork(subprocess.Popen[Any]):
         execute = super()._execute_child  # type: ignore[misc]
         call = inspect.signature(execute).bind(*arguments).arguments
         program, *words = map(os.fspath, call["args"])
-        while words and words[0] in ("-P", "-u"):
+        while words and words[0] in ("-B", "-P", "-u"):
             del words[0]
         options = words and words[0].startswith("-") and words[0] not in ("-c", "-m")
         # pip starts interpreters for builds, which need a fresh one.
