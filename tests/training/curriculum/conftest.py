@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from apt_core.evaluation.tasks.held_out import ReasoningQuality
 from apt_core.runs.checkpoint import list_checkpoints
 from apt_core.testing import TINY_PROFILE, TinyRun, tiny_run
 from apt_core.testing.tiny import TEXT
@@ -108,6 +109,12 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     points = setup["options.entry_points"]["apt.plugins"]
     (metadata / "entry_points.txt").write_text(f"[apt.plugins]{points}\n")
     monkeypatch.syspath_prepend(tmp_path / "site")
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that has learned nothing ends no answer."""
+    monkeypatch.setattr(ReasoningQuality, "max_new_tokens", 8)
 
 
 @pytest.fixture

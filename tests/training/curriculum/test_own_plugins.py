@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pytest
 from safetensors.torch import load_file
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ class Plugin:
 """
 
 SETTINGS: dict[str, Any] = {
-    "data": {"loader": "mine", "max_length": 32, "val_fraction": 0.2},
+    "data": {"loader": "mine", "max_length": 32, "val_fraction": 0.2, "packing": "pad"},
     "model.max_seq_len": 32,
     "model.vocab_size": 260,
     "training.batch_size": 2,
@@ -87,15 +86,14 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("packing", ["documents", "pad"])
 def test_plugins_of_twenty_lines_work_together_and_resume(
-    curriculum: Curriculum, in_children, differences, killer, packing: str
+    curriculum: Curriculum, in_children, differences, killer
 ) -> None:
     plugins = []
     for name, text in {"mine": MINE, "head": HEAD, "frozen": FROZEN}.items():
         plugins.append(str(curriculum.folder / f"{name}.py"))
         Path(plugins[-1]).write_text(text, encoding="utf-8")
-    curriculum.settings = {**SETTINGS, "data": {**SETTINGS["data"], "packing": packing}}
+    curriculum.settings = SETTINGS
     whole = curriculum.train("whole", *plugins)
     first = load_file(curriculum.checkpoints("whole")[0] / "model.safetensors")
     changed = {name for name, weight in whole.weights.items() if name in first

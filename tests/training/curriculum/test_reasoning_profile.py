@@ -30,6 +30,7 @@ SIZES = {
     "evaluation.sample_tokens": 4,
     "hardware.device": "cpu",
     "hardware.num_gpus": 0,
+    "hardware.num_threads": 1,
     "hardware.distributed": "false",
 }
 """An epoch has three steps: experts come before step 4, alignment before 7, the vote before 13."""
