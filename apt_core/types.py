@@ -253,7 +253,8 @@ class GenerationResult:
     included. ``finish_reason`` is ``stop`` (the end of the text, or a stop string), ``length``,
     ``interrupted``, or ``not_finite`` (the model's logits were not finite). ``prompt_tokens`` is
     the length of the prompt; the model did not see the first ``dropped_tokens`` of it, which its
-    context could not hold. ``sources`` are those of the request.
+    context could not hold. ``sources`` are those of the request. ``extra_tokens`` were computed
+    beside the text, by a decoder that looks ahead.
     """
 
     text: str
@@ -263,3 +264,4 @@ class GenerationResult:
     logprobs: tuple[TokenLogprob, ...] | None = None
     sources: tuple[Source, ...] = ()
     dropped_tokens: int = 0
+    extra_tokens: int = 0

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from apt_core.cli.run_command import run_command
-from apt_core.cli.run_options import Debug, Device, Plugins, Run, Step, Weights, opened
+from apt_core.cli.run_options import Debug, Device, Plugins, Run, Set, Step, Weights, opened
 from apt_core.cli.sampling_options import (
     DEFAULTS,
     MaxNewTokens,
@@ -58,6 +58,7 @@ def chat(
     weights: Weights = "last",
     device: Device = "auto",
     plugin: Plugins = None,
+    set_: Set = None,
     debug: Debug = False,
 ) -> int:
     """Talk with the model of a run.
@@ -86,7 +87,13 @@ def chat(
     conversation = Conversation() if load is None else Conversation.load(user_path(load))
     conversation.system = system or conversation.system
     with opened(
-        run, step=step, weights=weights, device=device, plugins=plugin, debug=debug
+        run,
+        step=step,
+        weights=weights,
+        device=device,
+        plugins=plugin,
+        assignments=set_,
+        debug=debug,
     ) as session:
         notice = ""
         if chosen is None:

@@ -17,7 +17,7 @@ from typer.core import TyperCommand
 from apt_core.cli.output import KEPT, complain, json_text, output_apart
 from apt_core.cli.prompts import Prompt, is_there, read_prompts, split_run
 from apt_core.cli.run_command import run_command
-from apt_core.cli.run_options import Debug, Device, Plugins, Step, Weights, opened
+from apt_core.cli.run_options import Debug, Device, Plugins, Set, Step, Weights, opened
 from apt_core.cli.sampling_options import (
     DEFAULTS,
     MaxNewTokens,
@@ -119,6 +119,7 @@ def generate(
     weights: Weights = "last",
     device: Device = "auto",
     plugin: Plugins = None,
+    set_: Set = None,
     debug: Debug = False,
 ) -> int:
     """Continue prompts with the model of a run.
@@ -168,7 +169,13 @@ def generate(
         if stream is None:
             stream = terminal and len(prompts) * num_samples == 1
         with opened(
-            run, step=step, weights=weights, device=device, plugins=plugin, debug=debug
+            run,
+            step=step,
+            weights=weights,
+            device=device,
+            plugins=plugin,
+            assignments=set_,
+            debug=debug,
         ) as session:
             from apt_core.inference import Engine
 

@@ -39,6 +39,12 @@ Plugins = Annotated[
     list[str] | None,
     typer.Option("--plugin", help="Add a plugin to those of the run; no:NAME leaves one out."),
 ]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="Set a key of a plugin's section, as in model.voting.k=5; repeatable."
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug messages.")]
 
 
@@ -63,14 +69,18 @@ def opened(
     weights: str = "last",
     device: str = "auto",
     plugins: Sequence[str] | None = None,
+    assignments: Sequence[str] | None = None,
     debug: bool = False,
 ) -> Iterator[Session]:
-    """The session of a :func:`chosen_run`; while the context lasts, what is logged goes to stderr:
-    warnings, or with ``debug`` everything. Raises what :func:`~apt_core.runs.open_run` does."""
+    """The session of a :func:`chosen_run` with the ``assignments`` of ``--set``; while the context
+    lasts, what is logged goes to stderr: warnings, or with ``debug`` everything. Raises what
+    :func:`~apt_core.runs.open_run` does."""
+    from apt_core.cli.train import collect_overrides
     from apt_core.log import TolerantStream, logging_to
     from apt_core.runs import open_run
     from apt_core.runs.opened import Weights as OpenedWeights
 
+    overrides = collect_overrides(assignments or (), ())
     console = make_console(cast(TextIO, TolerantStream(sys.stderr)))
     with logging_to(console, level="DEBUG" if debug else "WARNING"):
         yield open_run(
@@ -79,4 +89,5 @@ def opened(
             weights=cast(OpenedWeights, weights),
             device=device,
             plugins=plugins or (),
+            overrides=overrides,
         )

@@ -238,7 +238,7 @@ def _warmup(view: View) -> Iterator[Problem]:
     warmup, steps = view["training.warmup_steps"], view["training.max_steps"]
     keys = ("training.warmup_steps", "training.max_steps")
     # Shortening a run from the command line, to try something, is no mistake.
-    in_profile = all(
+    in_profile = not view.source.recorded and all(
         view.source.has(key) and not view.source.where(key).startswith("--") for key in keys
     )
     if in_profile and steps is not None and warmup >= steps:

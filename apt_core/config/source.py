@@ -85,7 +85,7 @@ class Source:
     ``inactive`` the keys that changed nothing, ``notices`` what else is to be told of it;
     :func:`apt_core.config.validate` reports them with its own. ``bare`` are the keys after which
     nothing stands in the profile's file, ``files`` the labels of those that make it up, parents
-    first.
+    first. ``recorded`` says that it is of a run that was accepted when it began.
     """
 
     name: str
@@ -96,16 +96,20 @@ class Source:
     inactive: tuple[InactiveKey, ...] = ()
     notices: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    recorded: bool = False
 
     @classmethod
-    def from_dict(cls, profile: Mapping[str, Any], name: str = "profile") -> Source:
+    def from_dict(
+        cls, profile: Mapping[str, Any], name: str = "profile", *, recorded: bool = False
+    ) -> Source:
         """A source from plain data instead of a file. Raises ConfigError if it is no mapping."""
         if not isinstance(profile, Mapping):
             raise ConfigError(f"a profile is a mapping, not {type(profile).__name__}")
         copier = _Copier()
         data = copier.copy(profile, ())
         data.pop("extends", None)
-        return cls(name, data, tuple(copier.problems), Marks({(): name}))
+        marks = Marks({(): name})
+        return cls(name, data, tuple(copier.problems), marks, recorded=recorded)
 
     def where(self, path: str | KeyPath) -> str:
         """The place of a key (``"tiny_debug.yaml:12"``, ``"--training.max_epochs"``), or of the
@@ -235,6 +239,7 @@ class Source:
             files=tuple(dict.fromkeys((*self.files, *child.files))),
             inactive=(*self.inactive, *child.inactive, *merge.inactive),
             notices=(*self.notices, *child.notices, *merge.notices),
+            recorded=self.recorded,
         )
 
     def inherited(self) -> Source:

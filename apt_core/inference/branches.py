@@ -16,12 +16,18 @@ from apt_core.inference.texts import Text
 
 @dataclass(frozen=True)
 class Branch:
-    """A continuation: its ``token_ids``, and the log-probability of each by the model's softmax.
-    It ends early with the text, and ``ended`` says so; the token that ends it is left out."""
+    """A continuation: its ``token_ids``, at least one, and the log-probability of each by the
+    model's softmax. It ends early with the text, and ``ended`` says so: its last token is then the
+    one that ends the text."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     ended: bool = False
+
+    @property
+    def text_ids(self) -> tuple[int, ...]:
+        """The tokens without the one that ends the text."""
+        return self.token_ids[:-1] if self.ended else self.token_ids
 
 
 class Branches:
@@ -84,11 +90,9 @@ class Branches:
         logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         known = torch.stack([tokens.to(logprobs.dtype), logprobs]).tolist()
         for branch, token, logprob in zip(branches, *known, strict=True):
-            if int(token) in self._ends:
-                branch.ended = True
-            else:
-                branch.token_ids.append(int(token))
-                branch.logprobs.append(logprob)
+            branch.ended = int(token) in self._ends
+            branch.token_ids.append(int(token))
+            branch.logprobs.append(logprob)
 
 
 class _Growing:

@@ -400,6 +400,7 @@ class _Row:
         if request.stop or on_delta is not None:
             self._growing = GrowingText(session.tokenizer, request.stop)
         self._logprobs: list[TokenLogprob] = []
+        self._extra = 0
         self._untold: list[int] = []
 
     def begin(self) -> None:
@@ -445,6 +446,7 @@ class _Row:
             size = self._session.tokenizer.vocab_size
             branches = Branches(decoder, self.text, self.sampling, self._ends, size)
             self.decided = self._hooks.chosen(window, logits, branches)
+            self._extra += branches.tokens
         return logits
 
     def add(self, token: int, logprobs: _Logprobs | None) -> str | None:
@@ -487,6 +489,7 @@ class _Row:
             logprobs=None if request.logprobs is None else tuple(self._logprobs),
             sources=tuple(request.sources),
             dropped_tokens=window_start(text.start, self._session.config.model.max_seq_len),
+            extra_tokens=self._extra,
         )
         self.ticket.result = result
         if self._asked_plugins:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from apt_core.code_source import short_path
-from apt_core.config import Source
+from apt_core.config import Override, Source
 from apt_core.config.secret_fields import masks_in
 from apt_core.config.yaml_text import KeyPath, dotted
 from apt_core.data.loading import load_tokenizer
@@ -54,6 +54,7 @@ def open_run(
     weights: Weights = "last",
     device: str | torch.device = "auto",
     plugins: str | Sequence[Any] = (),
+    overrides: Mapping[str, Any] | Sequence[Override] = (),
 ) -> Session:
     """The model of a run with its plugins, tokenizer and settings, to generate with, to evaluate,
     to look into: as a resume would have it, in eval mode, without optimizer or data.
@@ -64,7 +65,8 @@ def open_run(
     checkpoint with the lowest loss on the held-out text (``best``: the average where the run keeps
     one, for that is what its evaluations look at). ``device`` is one as ``hardware.device`` takes
     it. ``plugins`` are added to the run's as ``--plugin`` adds them, and ``no:NAME`` leaves one
-    out; a plugin may be an object.
+    out; a plugin may be an object. ``overrides`` set keys of plugins' sections, or schedules of
+    theirs, in place of what the run has: ``{"model.voting.k": 5}``.
 
     Plugins have the states that they had: enabled, waiting, quarantined. What they kept is given
     back to them, unless their ``apt_load_state_dict`` takes the trainer, which there is none of.
@@ -73,6 +75,9 @@ def open_run(
     checkpoint that is damaged or not to be used.
     """
     place = user_path(path)
+    if isinstance(overrides, Mapping):
+        given = overrides.items()
+        overrides = [Override(tuple(key.split(".")), value, key) for key, value in given]
     if weights not in WEIGHTS:
         raise ConfigError(
             Problem(f"is {weights!r}", "weights", hint=f"one of {', '.join(WEIGHTS)}")
@@ -83,7 +88,7 @@ def open_run(
     for _ in range(TRIES):
         found = find_checkpoint(place, "path", step=step, best=weights == "best")
         try:
-            return _opened(found, weights, str(device), plugins)
+            return _opened(found, weights, str(device), plugins, overrides)
         except CheckpointError:
             if found.path.exists():
                 raise
@@ -96,11 +101,17 @@ def open_run(
 
 
 def _opened(
-    found: Checkpoint, weights: Weights, device_name: str, plugins: str | Sequence[Any]
+    found: Checkpoint,
+    weights: Weights,
+    device_name: str,
+    plugins: str | Sequence[Any],
+    overrides: Sequence[Override],
 ) -> Session:
     state = found.state
     name = _tensors_of(found, weights)
-    kernel = _booted(found, device_name, [plugins] if isinstance(plugins, str) else plugins)
+    references = [plugins] if isinstance(plugins, str) else plugins
+    kernel = _booted(found, device_name, references, overrides)
+    _require_of_plugins(kernel, overrides)
     manager, config = kernel.manager, kernel.config
     _, reason = resolve_device(device_name)
     if reason:
@@ -152,7 +163,9 @@ def _tensors_of(found: Checkpoint, weights: Weights) -> str:
 # The kernel --------------------------------------------------------------------------------------
 
 
-def _booted(found: Checkpoint, device: str, plugins: Sequence[Any]) -> Kernel:
+def _booted(
+    found: Checkpoint, device: str, plugins: Sequence[Any], overrides: Sequence[Override]
+) -> Kernel:
     """The run's profile with its plugins. Secrets are left out; one that a section requires is
     replaced by a text that says so."""
     profile = saved_profile(found.profile)
@@ -163,7 +176,7 @@ def _booted(found: Checkpoint, device: str, plugins: Sequence[Any]) -> Kernel:
     hardware = without.get("hardware")
     without["hardware"] = {**(hardware if isinstance(hardware, dict) else {}), "device": device}
     try:
-        return _boot(found, without, plugins)
+        return _boot(found, without, plugins, overrides)
     except ConfigError as error:
         keys = {problem.key for problem in error.problems}
         required = [path for path in masks if dotted(path) in keys]
@@ -171,10 +184,15 @@ def _booted(found: Checkpoint, device: str, plugins: Sequence[Any]) -> Kernel:
             raise
         for path in required:
             _set(without, path, NOT_KEPT)
-        return _boot(found, without, plugins)
+        return _boot(found, without, plugins, overrides)
 
 
-def _boot(found: Checkpoint, profile: Mapping[str, Any], plugins: Sequence[Any]) -> Kernel:
+def _boot(
+    found: Checkpoint,
+    profile: Mapping[str, Any],
+    plugins: Sequence[Any],
+    overrides: Sequence[Override],
+) -> Kernel:
     manager = PluginManager()
     references = [str(each) for each in plugins if isinstance(each, str | Path)]
     for each in plugins:
@@ -185,8 +203,28 @@ def _boot(found: Checkpoint, profile: Mapping[str, Any], plugins: Sequence[Any])
         given = {name for name, _ in manager.list_name_plugin()}
         kept = [each for each in listed if _name_in(each) not in given]
         profile = {**profile, "plugins": kept}
-    source = Source.from_dict(profile, short_path(str(found.path / "profile.yaml")))
-    return boot(source, plugins=references, manager=manager, files=False)
+    label = short_path(str(found.path / "profile.yaml"))
+    source = Source.from_dict(profile, label, recorded=True)
+    return boot(source, plugins=references, overrides=overrides, manager=manager, files=False)
+
+
+def _require_of_plugins(kernel: Kernel, overrides: Sequence[Override]) -> None:
+    """Raise ConfigError for overrides of what the run itself is."""
+    sections = sorted({section.path for section in kernel.sections if section.path})
+    mine = {name for section in kernel.sections for name in section.schedule_params}
+    problems = []
+    for override in overrides:
+        key = override.key
+        if any(key == path or key.startswith(f"{path}.") for path in sections):
+            continue
+        if override.path[0] == "schedules" and override.path[1:2] and override.path[1] in mine:
+            continue
+        those = f" ({', '.join(sections)})" if sections else ""
+        message = "is the run's own: only what belongs to an active plugin can be set"
+        hint = f"sections of plugins{those}; --plugin activates another"
+        problems.append(Problem(message, key, override.where, hint))
+    if problems:
+        raise ConfigError(problems)
 
 
 def _name_in(item: Any) -> Any:

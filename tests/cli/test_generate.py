@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("torch", reason="text is generated with torch")
 
-from apt_core import GenerationRequest
+from apt_core import ConfigError, GenerationRequest
 from apt_core.cli.generate import app
 from apt_core.cli.prompts import split_run
 from apt_core.cli.sampling_options import stop_strings
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tests.cli.conftest import Command, Outcome
     from tests.cli.terminal import Terminal
 
+VOTER = "apt_plugins.voter.plugin"
 Generate = Callable[..., "Outcome"]
 
 
@@ -225,6 +226,16 @@ def test_what_is_wrong_is_said_at_once_before_anything_is_opened(
         ([run, "a\udcff"], "lone surrogate"),
         ([run, "a", "--plugin", "nix.py"], "nix.py"),
         ([folder / "empty", "a"], "there is no checkpoint in this folder"),
+        (
+            [run, "a", "--set", "model.d_model=32"],
+            "--set model.d_model: model.d_model: is the run's own",
+        ),
+        ([run, "a", "--set", "model.voting.k=3"], "model.voting: unknown key"),
+        (
+            [run, "a", "--plugin", VOTER, "--set", "model.voting.n=3"],
+            "model.voting.n: unknown key",
+        ),
+        ([run, "a", "--plugin", VOTER, "--set", "k"], "--set"),
     ]
     for arguments, expected in cases:
         done = said(*arguments)
@@ -232,6 +243,21 @@ def test_what_is_wrong_is_said_at_once_before_anything_is_opened(
         assert done.code == 2
     typed(b"\xff\xfe")
     assert "standard input: is UTF-16" in said(run).err
+
+
+def test_a_plugin_is_added_with_its_settings(run: Path, said: Generate) -> None:
+    voting = ["--plugin", VOTER, "--set", "model.voting.k=5", "--set", "model.voting.length=4"]
+    voting += ["--set", "model.voting.threshold=0.0"]
+    (row,) = rows_of(said(run, "The ", "--json", "--max-new-tokens", "8", *voting))
+    assert row["extra_tokens"] >= 2 * 5 * 3
+    keys = {f"model.voting.{key}": value for key, value in (("k", 5), ("length", 4))}
+    session = open_run(run, plugins=VOTER, overrides={**keys, "model.voting.threshold": 0.0})
+    request = GenerationRequest(
+        "The ", max_new_tokens=8, temperature=0.8, top_k=40, seed=row["seed"]
+    )
+    assert list(generate(session, request).token_ids) == row["token_ids"]
+    with pytest.raises(ConfigError, match=r"model\.d_model: is the run's own"):
+        open_run(run, overrides={"model.d_model": 8})
 
 
 def test_a_run_whose_plugin_is_gone_names_it_and_the_way_on(

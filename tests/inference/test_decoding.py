@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -260,7 +262,7 @@ def test_int8_weights_are_used_where_they_are_faster_and_change_little(lively, c
 def test_a_decoder_may_look_ahead_without_a_trace(lively):
     class Looks:
         def __init__(self):
-            self.found = []
+            self.found, self.tokens = [], 0
 
         @hookimpl
         def apt_decoder(self):
@@ -268,6 +270,7 @@ def test_a_decoder_may_look_ahead_without_a_trace(lively):
 
         def choose(self, input_ids, logits, branches):
             self.found.append((input_ids, branches(logits, 5, range(3))))
+            self.tokens += branches.tokens
 
     for name in ("tva", "mha"):
         session = made(lively, name)
@@ -279,7 +282,9 @@ def test_a_decoder_may_look_ahead_without_a_trace(lively):
         ]
         expected = Engine(session).run(requests)
         session.manager.register(looks := Looks(), f"looks_{name}")
-        assert Engine(session).run(requests) == expected
+        results = Engine(session).run(requests)
+        assert [replace(result, extra_tokens=0) for result in results] == expected
+        assert sum(result.extra_tokens for result in results) == looks.tokens > 0
         input_ids, branches = looks.found[0]
         assert [len(branch.token_ids) for branch in branches] == [5, 5, 5]
         assert len({branch.token_ids for branch in branches}) == 3

@@ -20,7 +20,7 @@ from apt_core.inference import generate
 from apt_core.modeling.modes import eval_mode
 from apt_core.runs import checkpoint, open_run, opened, scores
 from apt_core.runs.checkpoint import list_checkpoints
-from apt_core.testing import tiny_run
+from apt_core.testing import TINY_PROFILE, tiny_run
 from tests.training.curriculum.conftest import SETTINGS
 from tests.training.curriculum.conftest import installed as installed  # a fixture
 
@@ -253,6 +253,22 @@ def test_a_path_may_be_of_the_run_its_checkpoints_or_one_of_them(run, tmp_path):
             text = text.replace("training:\n", f"training:\n  checkpoint_dir: {away}\n", 1)
         file.write_text(text, encoding="utf-8")
     assert open_run(away / "run", step=3, plugins="no:keeps").checkpoint.parent == away / "kept"
+
+
+def test_a_run_that_was_shortened_from_the_command_line_opens(tmp_path):
+    from apt_core.config import Override
+    from apt_core.kernel import boot
+    from apt_core.training import Trainer
+
+    (tmp_path / "text.txt").write_text("A small text that is trained on.\n" * 20)
+    keys = {
+        "training.warmup_steps": 10,
+        "training.max_steps": 2,
+        "data.train_path": str(tmp_path / "text.txt"),
+    }
+    overrides = [Override(tuple(key.split(".")), value, f"--{key}") for key, value in keys.items()]
+    Trainer(boot(TINY_PROFILE, overrides=overrides), output=tmp_path / "run").fit()
+    assert open_run(tmp_path / "run").position.step == 2
 
 
 def test_sessions_share_nothing(run):

@@ -77,6 +77,7 @@ VALUES = {
     "model.vocab_size": 300,
     "model.tva.rank": 2,
     "model.tva.s": 2,
+    "model.voting.window": 2,
     "model.vft.rank": 2,
     "model.ngram.orders": [3],
     "model.ngram.buckets": [128],

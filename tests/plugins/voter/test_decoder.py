@@ -9,12 +9,18 @@ import pytest
 import torch
 
 from apt_core import GenerationRequest
+from apt_core.inference import Branch
+from apt_plugins.voter.ballot import distance, majority, medoid, weights
 from apt_plugins.voter.decoder import VotingDecoder, entropy
+from apt_plugins.voter.settings import VotingSettings
 
 
-def decoder(*, threshold=0.0, k=3, normalized=False, **request):
+def decoder(*, threshold=0.0, k=3, normalized=False, weight_temperature=None, **request):
     request = GenerationRequest("", **{"temperature": 1.0, "top_k": 0, **request})
-    return VotingDecoder(request, threshold=threshold, k=k, normalized=normalized)
+    settings = VotingSettings(
+        threshold=threshold, k=k, normalized=normalized, weight_temperature=weight_temperature
+    )
+    return VotingDecoder(request, settings)
 
 
 def shares_of_wins(probabilities, k):
@@ -127,3 +133,52 @@ def test_a_vote_leaves_the_global_generator_and_the_logits_alone():
     decoder().choose(torch.zeros(1, 1), logits)
     assert torch.get_rng_state().equal(state)
     assert logits.equal(torch.zeros(8))
+
+
+def branch(text, *logprobs):
+    ids = tuple(text.encode())
+    return Branch(ids, logprobs if len(logprobs) == len(ids) else (*logprobs,) * len(ids))
+
+
+def test_the_distance_is_that_of_edits_over_the_longer_length():
+    for one, other, expected in (
+        ("kitten", "sitting", 3 / 7),
+        ("abcd", "bcda", 2 / 4),
+        ("a", "abcd", 3 / 4),
+        ("ab", "cd", 1),
+        ("same", "same", 0),
+    ):
+        assert distance(one.encode(), other.encode()) == pytest.approx(expected)
+        assert distance(other.encode(), one.encode()) == distance(one.encode(), other.encode())
+
+
+def test_the_medoid_is_nearest_to_all_and_the_surest_of_equals():
+    equal = [1 / 3] * 3
+    found = [branch("=70;", -0.1), branch("=72;", -2.0), branch("x72;", -3.0)]
+    assert medoid(found, equal) == 1
+    assert medoid(found, [0.9, 0.05, 0.05]) == 0
+    assert medoid([branch("ab", -2.0), branch("cd", -1.0), branch("ef", -1.0)], equal) == 1
+    # Of single tokens it is the one with the most votes.
+    assert medoid([branch("a", -0.1), branch("b", -2.0), branch("b", -2.0)], equal) == 1
+
+
+def test_a_majority_counts_answers_with_the_weights_of_their_voters():
+    found = [branch("x", -0.2), branch("y", -3.0), branch("z", -2.0)]
+    answers = {found[0]: "8", found[1]: "7", found[2]: "7"}
+    assert majority(found, [1 / 3] * 3, answers.__getitem__) == 2
+    shares = weights([-0.2, -3.0, -2.0], 1.0)
+    assert shares == pytest.approx(torch.tensor([-0.2, -3.0, -2.0]).softmax(0).tolist())
+    assert majority(found, shares, answers.__getitem__) == 0
+    assert weights([-0.2, -3.0, -2.0], None) == [1 / 3] * 3
+    assert sum(weights([-1e5, -2e5], 1e-3)) == 1
+
+
+def test_weights_by_confidence_favour_probable_tokens():
+    logits = torch.tensor([0.65, 0.35]).log()
+    wins = {}
+    for temperature in (None, 100.0, 0.1, 1e-6):
+        voting = decoder(k=3, seed=2, weight_temperature=temperature)
+        wins[temperature] = sum(voting.choose(torch.zeros(1, 1), logits) == 0 for _ in range(500))
+    # Equal weights: 0.718; the surest voter alone: 1 - 0.35 ** 3 = 0.957.
+    assert wins[None] == wins[100.0] < 400 < 450 < wins[1e-6]
+    assert wins[0.1] == wins[1e-6]

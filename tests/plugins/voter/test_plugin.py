@@ -83,7 +83,7 @@ def test_one_voter_and_temperature_zero_are_plain_decoding(
 def test_a_voter_that_fails_leaves_plain_sampling(continuation, monkeypatch):
     from apt_plugins.voter.decoder import VotingDecoder
 
-    def fails(self, input_ids, logits):
+    def fails(self, input_ids, logits, branches):
         raise RuntimeError("no quorum")
 
     voting = {"threshold": 0.0}
@@ -123,7 +123,7 @@ class Thresholds:
     @hookimpl(priority=0)
     def on_generation_start(self, request, session):
         chosen = Plugin().apt_decoder(request, session)
-        self.seen.append(None if chosen is None else chosen._threshold)
+        self.seen.append(None if chosen is None else chosen.threshold)
 
 
 def test_the_sample_of_a_run_is_voted_on_by_the_threshold_of_that_moment(caplog):
@@ -213,6 +213,9 @@ def test_the_weights_are_those_of_a_run_without_it():
             "schedules.vote_threshold: .*reaches -1",
         ),
         ({"k": 0}, {}, "model.voting.k"),
+        ({"k": 257, "length": 2}, {}, "model.voting.k: .*at most 256 voters"),
+        ({"window": 1}, {}, "model.voting.window"),
+        ({"winner": "loudest"}, {}, "model.voting.winner"),
     ],
 )
 def test_bad_settings_are_told_at_the_start(voting, schedules, says):
