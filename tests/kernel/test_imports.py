@@ -40,6 +40,7 @@ COMMANDS = [
     "data build --help",
     "data inspect --help",
     "data stats --help",
+    "eval --help",
     "generate --help",
     "chat --help",
     "plugin-list --help",
