@@ -40,7 +40,7 @@ _PLAIN_WORDS = (
     ("expected ',' or ']'", "a list that '[' opens is not closed, or a ',' is missing"),
     ("expected ',' or '}'", "a mapping that '{' opens is not closed, or a ',' is missing"),
     ("unexpected end of stream", "a quote that is never closed"),
-    ("found another document", "more than one document ('---'): a profile is one"),
+    ("found another document", "more than one document ('---'): keep one"),
 )
 
 
@@ -55,7 +55,7 @@ class ProfileLoader(yaml.SafeLoader):
         self.nodes += 1
         if self.nodes > MAX_NODES:
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            problem = f"more than {MAX_NODES:,} keys and values, which no profile has"
+            problem = f"more than {MAX_NODES:,} keys and values"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
         if self.depth > MAX_DEPTH:
             event = self.peek_event()  # type: ignore[no-untyped-call]
