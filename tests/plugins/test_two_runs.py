@@ -209,6 +209,7 @@ CACHES = {
     "apt_core.config.yaml_text._yaml_of": "a function of its argument",
     "apt_core.data.order._block": "a function of its arguments, read-only",
     "apt_core.data.order._cycle": "a function of its argument",
+    "apt_core.data.permutation.mixed": "a function of its arguments",
     "apt_core.data.permutation._sorted": "a function of its arguments, read-only",
     "apt_core.hook_returns._cpu": "a constant of torch, which is imported late",
     "apt_core.parallel.peak._peak": "a measurement of this machine",
