@@ -75,7 +75,8 @@ class ChatTemplate:
             if message.role != LEARNED_ROLE:
                 continue
             begin = self._rendered(messages[:index], generate=True)
-            end = self._rendered(messages[: index + 1])
+            last = index + 1 == len(messages)
+            end = text if last else self._rendered(messages[: index + 1])
             if not (text.startswith(begin) and text.startswith(end) and at <= len(begin)):
                 raise ValueError(
                     "the chat template renders a turn in another way once others follow, so that "

@@ -42,8 +42,8 @@ _WRITING = {"format", "pprint", "string", "tojson", "urlencode", "xmlattr"}
 
 _WIDTH = re.compile(r"\d{5}|\*")
 
-_JOINED = "~"
-"""The filter around what ``~`` joins, which no template can name."""
+_TURN, _JOINED = "of a turn", "joined by ~"
+"""Filters that count, which no template can name."""
 
 _UNUSED = ("lipsum", "cycler", "joiner")
 """Globals of Jinja that draw at random or keep something, which no conversation needs."""
@@ -71,14 +71,13 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             finalize=self._written,
         )
         self.marks = marks
-        self.turns = _Turns(self._turn)
         self._lock = threading.Lock()
         self._turns = self._chars = 0
         self._end = 0.0
         self.filters["tojson"] = _to_json
         for name, function in self.filters.items():
             self.filters[name] = self._bounded(name, function)
-        self.filters[_JOINED] = self._written
+        self.filters |= {_TURN: self._turn, _JOINED: self._written}
         for name in _UNUSED:
             del self.globals[name]
         self.globals["raise_exception"] = _refuse
@@ -102,6 +101,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self._count(chars)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and type(left) is type(right) is str:  # nearly all that there is
+            self._chars += len(left) + len(right)
+            if self._chars > MAX_CHARS:
+                _require_room(self._chars)
+            return left + right
         if operator == "*":
             for some, times in ((left, right), (right, left)):
                 if isinstance(times, int) and isinstance(some, str):
@@ -150,11 +154,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         blocks: list[Any] = list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)))
         for node in blocks:
             chars = sum(len(each.data) for each in node.find_all(nodes.TemplateData))
-            turn = nodes.Getitem(nodes.EnvironmentAttribute("turns"), nodes.Const(chars), "load")
-            node.body.insert(0, nodes.Output([turn]))
-        for each in [tree, *tree.find_all(nodes.Node)]:
-            for field, value in each.iter_fields():
-                setattr(each, field, _counting(value))
+            node.body.insert(0, nodes.ExprStmt(_filtered(nodes.Const(chars), _TURN)))
+        for node in tree.find_all(nodes.Concat):  # which Jinja does not intercept
+            node.nodes = [_filtered(each, _JOINED) for each in node.nodes]
         tree.set_environment(self)
         tree.set_lineno(1)
         return tree
@@ -178,17 +180,6 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             _require_room(self._chars)
 
 
-class _Turns:
-    """What a template asks for at each turn, by its number of characters."""
-
-    def __init__(self, count: Callable[[int], None]) -> None:
-        self._count = count
-
-    def __getitem__(self, chars: int) -> str:
-        self._count(chars)
-        return ""
-
-
 class Generation(Extension):
     """``{% generation %}`` blocks, between the marks of the environment."""
 
@@ -204,19 +195,8 @@ class Generation(Extension):
         return f"{begin}{caller()}{end}"
 
 
-def _counting(value: Any) -> Any:
-    """Jinja intercepts no ``~``; filters around it and what it joins do."""
-    if isinstance(value, list):
-        return [_counting(each) for each in value]
-    if isinstance(value, nodes.Concat):
-        fixed = (nodes.Const, nodes.TemplateData)
-        value.nodes = [e if isinstance(e, fixed) else _written(e) for e in value.nodes]
-        return _written(value)
-    return value
-
-
-def _written(node: nodes.Expr) -> nodes.Filter:
-    return nodes.Filter(node, _JOINED, [], [], None, None)
+def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None)
 
 
 def _check_growth(name: str, text: str, given: list[Any]) -> None:
