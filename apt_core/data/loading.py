@@ -19,11 +19,12 @@ from apt_core.data.packing.choice import windows_of
 from apt_core.data.packing.concat import ConcatWindows
 from apt_core.data.packing.rows import Windows
 from apt_core.data.store.assemble import ProgressCallback
-from apt_core.data.store.build import build_store, growing_store
+from apt_core.data.store.build import build_store, built_store, growing_store
 from apt_core.data.store.format import PARTS, PartName
+from apt_core.data.store.input import naming
 from apt_core.data.store.lock import StopCheck, never_stop
 from apt_core.data.store.reader import StoredPart, TokenStore
-from apt_core.data.tokenizers.corpus import train_tokenizer
+from apt_core.data.tokenizers.corpus import take_trained, train_tokenizer
 from apt_core.errors import CheckpointError, ConfigError, Problem, ProviderError
 from apt_core.kernel import Kernel
 from apt_core.log import get_logger
@@ -247,6 +248,24 @@ def load_data(
     if config.data.pads and config.data.truncation:
         kernel.notices += [notice for source in found for notice in _cut(source, config)]
     return data
+
+
+def are_built(kernel: Kernel, sources: Sequence[DatasetProvider], *, most_read: int) -> bool:
+    """Whether the stores of ``sources``, some of the run's, are in the cache, so that
+    :func:`load_data` does not build them. False too where more than ``most_read`` bytes would have
+    to be read to tell. Raises ConfigError, ProviderError."""
+    config, tokenizer = kernel.config, _tokenizer(kernel)
+    needed = [source_of(kernel, section) for _, section in named_sources(kernel)]
+    if not tokenizer.trainable:
+        needed = [*sources]
+    for source in needed:
+        with naming("dataset", source, "bytes_to_hash()"):
+            most_read -= source.bytes_to_hash()
+    if most_read < 0:
+        return False
+    if tokenizer.trainable and not take_trained(tokenizer, needed, config.data):
+        return False
+    return all(built_store(source, tokenizer, config.data) is not None for source in sources)
 
 
 def _cut(data: SourceData, config: Config) -> Iterator[str]:

@@ -1,4 +1,5 @@
-"""What a plan says of the data: the tokens of small data, an estimate for the rest."""
+"""What a plan says of the data: the tokens of small data and of a store that is there, an estimate
+for the rest."""
 
 from __future__ import annotations
 
@@ -6,37 +7,48 @@ import os
 import time
 from typing import Any
 
-from apt_core.data.loading import RunData, batch_plan, load_data, named_sources, source_of
+from apt_core.data.loading import (
+    RunData,
+    are_built,
+    batch_plan,
+    load_data,
+    named_sources,
+    source_of,
+)
 from apt_core.data.sources.base import FileSource
+from apt_core.data.store.input import SourceReader, naming
 from apt_core.data.store.local import available_cores
 from apt_core.error_text import one_line
 from apt_core.errors import AptError, ConfigError
 from apt_core.kernel import Kernel
 from apt_core.providers.dataset import DatasetProvider
-from apt_core.providers.documents import Document
 from apt_core.providers.tokenizer import TokenizerProvider
 
 READ_UP_TO = 64 * 2**20
-"""The most bytes of data that a plan tokenizes to find the steps of an epoch."""
+"""The most bytes of data that a plan tokenizes to find the steps of an epoch, or hashes to find a
+store that is there."""
 
 SAMPLE_CHARS = 4 << 20
 SAMPLE_SECONDS = 2.0
-"""Of more data so much is tokenized, to estimate the rest."""
+"""Of more data so much is tokenized, to estimate the rest; a source that does not tell its size and
+takes longer to read is large."""
 
 MAX_TOLD = 20
 
 
 def planned_data(kernel: Kernel) -> tuple[RunData | None, list[dict[str, Any]]]:
-    """The data of the run, None if it is large or cannot be read; and a row about each source.
+    """The data of the run, None if it cannot be read, or is large and its store not there; and a
+    row about each source.
 
     A row has ``name`` (empty but in a mixture), ``description``, ``train_tokens``, ``val_tokens``
-    and ``windows``, null for large data: then ``estimated_tokens`` are those of all documents, and
-    ``build_seconds`` the time that all cores take to tokenize them, null where nothing tells. What
-    is wrong with the data is added to the kernel's notices.
+    and ``windows``, null where the data is None: then ``estimated_tokens`` are those of all
+    documents, and ``build_seconds`` the time that all cores take to tokenize them, null where
+    nothing tells. What is wrong with the data is added to the kernel's notices.
     """
     try:
         sources = [(name, source_of(kernel, section)) for name, section in named_sources(kernel)]
-        if all(_is_small(source) for _, source in sources):
+        large = [source for _, source in sources if not _is_small(source)]
+        if not large or are_built(kernel, large, most_read=READ_UP_TO):
             data = load_data(kernel)
             _note_order(kernel, data)
             return data, [_row(s.row() | {"name": s.name}) for s in data.sources]
@@ -62,12 +74,18 @@ def _is_small(source: DatasetProvider) -> bool:
     if isinstance(source, FileSource):
         size = source.num_bytes()
         return size is not None and size <= READ_UP_TO
-    # Of other sources a path may be anything; only a file tells its size.
+    # Of other sources a path may be anything; only a file tells its size, and only reading what
+    # is no file.
     section = source.data_section
     for paths in (section.train_path, section.val_path):
         for path in [paths] if isinstance(paths, str) else paths or ():
             if not os.path.isfile(path) or os.path.getsize(path) > READ_UP_TO:
                 return False
+    began, chars = time.perf_counter(), 0
+    for _, document in SourceReader(source).documents():
+        chars += document.num_chars
+        if chars > READ_UP_TO or time.perf_counter() - began > SAMPLE_SECONDS:
+            return False
     return True
 
 
@@ -83,19 +101,20 @@ _KEYS = (
 
 def _estimate(name: str, source: DatasetProvider, tokenizer: TokenizerProvider) -> dict[str, Any]:
     row = _row({"name": name, "description": source.describe()})
-    if not isinstance(source, FileSource) or tokenizer.trainable:
+    if tokenizer.trainable:
         return row
     began = time.perf_counter()
     chars = tokens = 0
-    records = source.documents()  # kept: a file that is closed tells no position
-    for record in records:
-        document = Document.of(record)
+    records = SourceReader(source).documents()  # kept: a file that is closed tells no position
+    for _, document in records:
         tokens += len(tokenizer.encode_document(document).ids)
         chars += document.num_chars
         if chars >= SAMPLE_CHARS or time.perf_counter() - began >= SAMPLE_SECONDS:
             break
-    seconds, share = time.perf_counter() - began, source.share_read()
-    if share:
+    seconds = time.perf_counter() - began
+    with naming("dataset", source, "share_read()"):
+        share = source.share_read()
+    if share is not None and share > 0:
         row["estimated_tokens"] = round(tokens / share)
         row["build_seconds"] = seconds / share / available_cores()
     return row

@@ -242,6 +242,11 @@ class DatasetProvider(Provider, ABC):
         default, where that cannot be told: then each run reads all documents."""
         return None
 
+    def bytes_to_hash(self) -> int:
+        """How many bytes :meth:`fingerprint` would read now: of files whose hash is not kept. A
+        plan does not ask for the fingerprint where that takes long."""
+        return 0
+
     def describe(self) -> str:
         """One line for the log and the manifest: what is read, its version, its size."""
         return self.get_name()

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from apt_core import ConfigError
-from apt_core.data.sources.digests import kept_sha256
-from apt_core.data.sources.files import find_files
+from apt_core.data.sources.digests import bytes_to_hash, kept_sha256
+from apt_core.data.sources.files import DataFile, find_files
 from apt_core.data.sources.parquet import rows_of
 from apt_core.data.sources.records import columns_to_read
 from apt_core.data.sources.rows import RowFaults, RowSource
@@ -65,6 +65,11 @@ class HfSource(RowSource[HfSettings]):
             **{key: self._content(key) for key in ("train_path", "val_path")},
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def bytes_to_hash(self) -> int:
+        keys = [key for key in ("train_path", "val_path") if getattr(self.data_section, key)]
+        openings = [self._opening(key) for key in keys]
+        return sum(bytes_to_hash(self._files(each)) for each in openings if not each.on_hub)
 
     def describe(self) -> str:
         """The dataset, its configuration, split and revision."""
@@ -129,7 +134,10 @@ class HfSource(RowSource[HfSettings]):
             if revision is not None and _COMMIT.fullmatch(revision):
                 return [opening.name, revision]
             return [opening.name, opening.commit()]
+        return kept_sha256(self._files(opening), opening.key)
+
+    def _files(self, opening: Opening) -> list[DataFile]:
         found = find_files(opening.paths, [*FORMATS, ".json"], opening.key)
         if found.problems:
             raise ConfigError(found.problems)
-        return kept_sha256(found.files, opening.key)
+        return found.files

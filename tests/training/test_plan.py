@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,16 +19,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from apt_core import ProviderSpec, hookimpl
 from apt_core.cli.run_command import run_command
 from apt_core.cli.train import app
+from apt_core.data.loading import load_data
 from apt_core.kernel import Kernel, boot
 from apt_core.modeling import ModelBuilder
 from apt_core.modeling.costs import support_notices
 from apt_core.modeling.layers import MHAProvider
 from apt_core.planning import calibration
 from apt_core.planning.calibration import measured_size
+from apt_core.planning.data import planned_data
 from apt_core.planning.footprint import Footprint
 from apt_core.planning.memory import estimate
 from apt_core.planning.plan import make_plan, print_plan
 from apt_core.plugin_manager import PluginManager
+from apt_core.providers import DatasetProvider
 from apt_core.providers.attention import AttentionSupport
 
 SIZES = {"d_model": 32, "num_heads": 4, "d_ff": 48, "num_layers": 3, "max_seq_len": 16}
@@ -59,11 +62,24 @@ class Duck:
         return self._inner.create_layer(d_model, num_heads, **options)
 
 
+class Unending(DatasetProvider):
+    """A thousand bytes of text, and then an error."""
+
+    def documents(self) -> Iterator[str]:
+        for self.read in range(100):
+            yield "some words"
+        raise RuntimeError("everything was read")
+
+    def share_read(self) -> float:
+        return (self.read + 1) / 100
+
+
 class Plugin:
     @hookimpl
     def apt_register_providers(self) -> list[ProviderSpec]:
         factories = {"recomputing": Recomputing, "failing": Failing, "duck": Duck}
-        return [ProviderSpec("attention", name, factory) for name, factory in factories.items()]
+        found = [ProviderSpec("attention", name, factory) for name, factory in factories.items()]
+        return [*found, ProviderSpec("dataset", "unending", Unending)]
 
 
 @pytest.fixture(autouse=True)
@@ -304,6 +320,49 @@ def test_a_text_that_is_not_there_or_large_leaves_the_steps_unknown(
     assert make_plan(small)["batch"]["steps_per_epoch"] is None
 
 
+def test_a_plan_opens_the_store_of_large_data_where_it_is_there(
+    kernel_of, tmp_path, monkeypatch
+) -> None:
+    for number in (1, 2):
+        (tmp_path / f"{number}.txt").write_text(f"a few words {number}, " * 100, encoding="utf-8")
+    profiles = {
+        "bytes": {"train_path": str(tmp_path / "1.txt")},
+        "trained": {"train_path": str(tmp_path / "1.txt"), "tokenizer_name": "char"},
+        "mixed": {
+            "mixture": [
+                {"name": "one", "train_path": str(tmp_path / "1.txt")},
+                {"name": "two", "train_path": str(tmp_path / "2.txt")},
+            ]
+        },
+    }
+    monkeypatch.setenv("APT_CACHE", str(tmp_path / "cache"))
+    # Not younger than a clock's tick, so that hashes are kept.
+    monkeypatch.setattr("apt_core.data.sources.digests.SETTLED", 0.0)
+    monkeypatch.setattr("apt_core.planning.data.READ_UP_TO", 10)
+    for name, data in profiles.items():
+        kernel = kernel_of(data=data, model={"vocab_size": 300})
+        assert all(row["windows"] is None for row in planned_data(kernel)[1]), name
+        there = load_data(kernel)
+        found, rows_there = planned_data(kernel)
+        assert found is not None and found.sha256 == there.sha256, name
+        assert [row["windows"] for row in rows_there] == [len(s.train) for s in there.sources]
+    (tmp_path / "2.txt").write_text("another text, " * 100, encoding="utf-8")
+    for row in planned_data(kernel)[1]:
+        assert row["windows"] is None and row["estimated_tokens"]
+
+
+def test_a_plan_does_not_read_all_of_a_source_that_tells_no_size(kernel_of, monkeypatch) -> None:
+    kernel = kernel_of(data={"loader": "unending"})
+    assert planned_data(kernel) == (None, [])
+    (notice,) = kernel.notices
+    assert "everything was read" in notice
+    monkeypatch.setattr("apt_core.planning.data.READ_UP_TO", 500)
+    monkeypatch.setattr("apt_core.planning.data.SAMPLE_CHARS", 500)
+    (row,) = planned_data(kernel)[1]
+    assert row["windows"] is None and 900 < row["estimated_tokens"] < 1_300
+    assert kernel.notices == [notice]
+
+
 def test_a_plan_says_that_nothing_could_be_drawn_from_a_mixture(kernel_of, tmp_path) -> None:
     (tmp_path / "text.txt").write_text("a few words, " * 100, encoding="utf-8")
     item = {"name": "one", "train_path": str(tmp_path / "text.txt")}
@@ -371,6 +430,7 @@ from apt_core.modeling.layers import MHAProvider
 from apt_core.providers.attention import AttentionSupport
 from apt_core.planning import calibration
 from apt_core.planning.calibration import measured_size
+from apt_core.planning.data import planned_data
 
 
 class Picky(MHAProvider):

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TypeAlias
 
 from apt_core.code_source import short_path
-from apt_core.data.sources.digests import kept_sha256
+from apt_core.data.sources.digests import bytes_to_hash, kept_sha256
 from apt_core.data.sources.files import Found, find_files
 from apt_core.data.sources.reading import Reading
 from apt_core.errors import ConfigError, Problem
@@ -76,6 +76,10 @@ class FileSource(DatasetProvider):
             **{key: self._contents(key) for key in ("train_path", "val_path")},
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def bytes_to_hash(self) -> int:
+        keys = [key for key in ("train_path", "val_path") if getattr(self.section, key) is not None]
+        return sum(bytes_to_hash(self.found(key).files) for key in keys)
 
     def describe(self) -> str:
         """The paths, with how many files there are and their size."""

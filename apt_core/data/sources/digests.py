@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,24 +34,42 @@ def kept_sha256(files: Sequence[DataFile], key: str) -> list[str]:
     cannot be written, the log says so. Raises ConfigError, with the profile's ``key``, for what
     cannot be read.
     """
-    paths = [file.where if file.filesystem else file.path for file in files]
-    name = hashlib.sha256(json.dumps(paths).encode()).hexdigest()
+    name = _name(files)
     known, began = _read(name), time.time()
     hashes: list[str] = []
     kept: dict[str, list[Any]] = {}
-    for path, file in zip(paths, files, strict=True):
-        identity = _marks(file)
-        entry = known.get(path)
-        if identity is not None and entry is not None and entry[0] == identity:
-            digest = entry[1]
-        else:
-            digest = _sha256(file, key)
+    for file in files:
+        path, identity = _path(file), _marks(file)
+        digest = _known(known, path, identity) or _sha256(file, key)
         hashes.append(digest)
         if identity is not None and _is_settled(identity, file, began):
             kept[path] = [identity, digest]
     if kept != known:
         _write(name, kept)
     return hashes
+
+
+def bytes_to_hash(files: Sequence[DataFile]) -> int:
+    """The size of those files whose hash :func:`kept_sha256` does not know yet; a file whose size
+    its server does not tell counts as the largest there is."""
+    known = _read(_name(files))
+    sizes = [file.size for file in files if not _known(known, _path(file), _marks(file))]
+    return sum(sys.maxsize if size is None else size for size in sizes)
+
+
+def _path(file: DataFile) -> str:
+    return file.where if file.filesystem else file.path
+
+
+def _name(files: Sequence[DataFile]) -> str:
+    return hashlib.sha256(json.dumps([_path(file) for file in files]).encode()).hexdigest()
+
+
+def _known(
+    known: Mapping[str, list[Any]], path: str, identity: list[int | str] | None
+) -> str | None:
+    entry = known.get(path)
+    return entry[1] if entry is not None and identity is not None and entry[0] == identity else None
 
 
 def _sha256(file: DataFile, key: str) -> str:

@@ -70,6 +70,15 @@ def growing_store(
     return GrowingStore(build, base, build.key(of_source, of_tokenizer))
 
 
+def built_store(
+    source: DatasetProvider, tokenizer: TokenizerProvider, settings: DataSection
+) -> TokenStore | None:
+    """The store that :func:`build_store` makes, if it is there and shared; nothing is built. Raises
+    what :func:`growing_store` does."""
+    found = growing_store(source, tokenizer, settings)
+    return None if found is None else found.build.opened(found.base / found.key)
+
+
 def build_store(
     source: DatasetProvider,
     tokenizer: TokenizerProvider,

@@ -59,6 +59,15 @@ def train_tokenizer(
             _keep(tokenizer, folder)
 
 
+def take_trained(
+    tokenizer: TokenizerProvider, sources: Sequence[DatasetProvider], data: DataSection
+) -> bool:
+    """Let ``tokenizer`` have what :func:`train_tokenizer` has kept for the same ``sources``;
+    whether there is that. Nothing is trained."""
+    key = _key(tokenizer, sources, data)
+    return key is not None and _loaded(tokenizer, cache_dir() / "tokenizers" / key)
+
+
 def _train(
     tokenizer: TokenizerProvider,
     sources: Sequence[DatasetProvider],
