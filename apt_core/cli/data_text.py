@@ -133,10 +133,11 @@ def _print_source(source: Mapping[str, Any]) -> None:
     rows = []
     for part in ("train", "val"):
         of = source[part]
-        sizes = [f"{of[key]:,}" for key in ("documents", "tokens", "bytes", "windows")]
-        rows.append([part, *sizes, _share(of["padding"]), _share(of["learned"])])
+        sizes = [f"{of[key]:,}" for key in ("documents", "tokens")]
+        learned = [_share(of["learned"]), f"{of['bytes']:,}"]
+        rows.append([part, *sizes, *learned, f"{of['windows']:,}", _share(of["padding"])])
     print_table(
-        ("part", "documents", "tokens", "bytes", "windows", "padding", "learned"),
+        ("part", "documents", "tokens", "learned", "bytes learned", "windows", "padding"),
         rows,
     )
     say(f"packing: {source['packing']}; held out: {source['held_out']:.2%} of the tokens")

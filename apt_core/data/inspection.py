@@ -151,12 +151,11 @@ def store_rows(data: RunData) -> list[dict[str, Any]]:
 
 
 def _store_row(source: SourceData) -> dict[str, Any]:
-    manifest = source.store.manifest
     return {
         "name": source.name or None,
-        "description": manifest.source,
+        "description": source.described,
         "folder": str(source.store.folder),
-        "counts": dict(manifest.counts),
+        "counts": dict(source.store.manifest.counts),
     }
 
 

@@ -45,10 +45,11 @@ Progress = Callable[[str, DatasetProvider], ProgressCallback]
 
 @dataclass(frozen=True)
 class SourceData:
-    """A source of the run: its store, and the windows to train on and, where there are any, to
-    evaluate on. The name is empty but in a mixture."""
+    """A source of the run: one line about it, its store, and the windows to train on and, where
+    there are any, to evaluate on. The name is empty but in a mixture."""
 
     name: str
+    described: str
     store: TokenStore
     train: Windows
     val: Windows | None
@@ -79,7 +80,7 @@ class SourceData:
         """One line: the source and its sizes."""
         so_far = " so far" if self.early and not self.store.manifest.counts else ""
         return (
-            f"{f'{self.name}: ' if self.name else ''}{self.store.description}: "
+            f"{f'{self.name}: ' if self.name else ''}{self.described}: "
             f"{self.store.part('train').num_tokens:,} tokens to train on{so_far}, "
             f"{self.held_out.num_tokens:,} held out, sha256 {self.sha256[:12]}"
         )
@@ -89,7 +90,7 @@ class SourceData:
         store = self.store
         return {
             **({"name": self.name} if self.name else {}),
-            "description": store.description,
+            "description": self.described,
             "sha256": self.sha256,
             "tokens_sha256": self.tokens_sha256,
             "counts": {what: count for what, count in store.manifest.counts.items() if count},
@@ -241,7 +242,7 @@ def load_data(
             check_stop=check_stop,
         )
         store.hold_in_memory(IN_MEMORY // len(named))
-        found.append(_source_data(name, store, config, tokenizer))
+        found.append(_source_data(name, _described(source), store, config, tokenizer))
     if all(source.val is None for source in found):
         raise ConfigError([_too_little(found[0], "val", config)])
     data = RunData(tokenizer, found)
@@ -312,26 +313,32 @@ def _early_data(
         whole = build_store(source, tokenizer, config.data, check_stop=check_stop)
         found = Found.of(whole, config.seq_len, whole=True)
         growing = GrowingData(config.seq_len, found=found)
-    return RunData(tokenizer, [early_source(found, config)], growing)
+    return RunData(tokenizer, [early_source(_described(source), found, config)], growing)
 
 
-def early_source(found: Found, config: Config) -> SourceData:
+def early_source(described: str, found: Found, config: Config) -> SourceData:
     """The source of a run that began early, as far as it is there."""
     store = found.store
     store.hold_in_memory(IN_MEMORY)
     train = ConcatWindows(store.part("train"), config.seq_len)
     val = ConcatWindows(store.held_out, config.seq_len)
-    return SourceData("", store, train, val, early=True)
+    return SourceData("", described, store, train, val, early=True)
+
+
+def _described(source: DatasetProvider) -> str:
+    # Not as the store has it: another profile may have built it from the same content.
+    with naming("dataset", source, "describe()"):
+        return str(source.describe())
 
 
 def _source_data(
-    name: str, store: TokenStore, config: Config, tokenizer: TokenizerProvider
+    name: str, described: str, store: TokenStore, config: Config, tokenizer: TokenizerProvider
 ) -> SourceData:
     folder, pad = store.folder / "packing", tokenizer.special.pad
     train = windows_of(store.part("train"), config, pad, folder / "train")
     val = windows_of(store.part("val"), config, pad, folder / "val")
     some = len(val) and store.part("val").num_learned
-    found = SourceData(name, store, train, val if some else None)
+    found = SourceData(name, described, store, train, val if some else None)
     if not len(train):
         raise ConfigError([_too_little(found, "train", config)])
     return found

@@ -160,6 +160,7 @@ class Looking:
         self._use(found)
 
     def _use(self, found: Found) -> None:
-        source = early_source(found, self._run.config)
-        self._run.parts.data.sources[0] = source
+        sources = self._run.parts.data.sources
+        source = early_source(sources[0].described, found, self._run.config)
+        sources[0] = source
         self._run.parts.plan.grow(source.train)

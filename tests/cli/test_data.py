@@ -131,6 +131,12 @@ def test_build_makes_stores_once_and_says_what_they_hold(data: Callable[..., Out
     assert again == {**row, "built": False, "seconds": 0.0}
     printed = data("build", PAIRS, *words, "bytes")
     assert "not kept: the tokenizer has no fingerprint" in printed.out
+    # The same content under another name: the store is shared, and is not said to be of the first.
+    Path("pairs.jsonl").rename("renamed.jsonl")
+    renamed = data("build", {**PAIRS, "data.train_path": "renamed.jsonl"}, *words, "known")
+    assert "was there already" in renamed.out and row["folder"] in renamed.out
+    assert "renamed.jsonl (" in renamed.out and "pairs.jsonl" not in renamed.out
+    Path("renamed.jsonl").rename("pairs.jsonl")
     rows = rows_of(data("build", "mixture.yaml", "--json"))
     assert [row["name"] for row in rows] == ["prose", "pairs"]
 

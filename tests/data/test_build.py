@@ -247,7 +247,7 @@ def test_documents_are_kept_in_order_with_marks_borders_and_counts(code):
         "val": val.num_documents, "texts": 40, "pairs": 40, "conversations": 40,
     }  # fmt: skip
     assert (manifest.tokenizer, manifest.vocab_size, manifest.dtype) == ("letters", 263, "uint16")
-    assert manifest.source == store.description == "given"
+    assert manifest.source == "given"
 
 
 def test_each_step_counts_what_it_leaves_out(code):

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import os
+import re
 import threading
 import time
 import tracemalloc
@@ -457,6 +458,61 @@ def test_compressed_files_are_read_as_what_they_hold(compress, request):
     assert "is not UTF-8: byte 0xff at offset 3" in message("c.txt" + suffix)
     write("c.txt" + suffix, b"")
     assert "holds no text" in message("c.txt" + suffix)
+
+
+def test_a_json_file_is_a_list_of_records_or_records_one_after_the_other(monkeypatch):
+    rows = [
+        {"text": "ä\n] , [ {", "more": [1.5e3, -1, None, {"a": [[]]}]},
+        {"prompt": 'q "', "response": "\u2028 \\"},
+        {"messages": [{"role": "user", "content": "hello"}]},
+    ]
+    write_rows("a.jsonl", *rows)
+    expected = [document.parts for document in documents(TextDataset, "a.jsonl")]
+    forms = {
+        "list": json.dumps(rows, ensure_ascii=False),
+        "indented": "\ufeff\n " + json.dumps(rows, indent=3) + "\n\n",
+        "lines": "".join(json.dumps(row) + "\n" for row in rows),
+        "objects": " ".join(json.dumps(row, indent=1) for row in rows),
+    }
+    for block in (7, 8, 1 << 20):
+        monkeypatch.setattr(reading, "BLOCK", block)
+        for name, text in forms.items():
+            write(f"{name}.json", text)
+            for source in (TextDataset, JsonLines):
+                found = documents(source, f"{name}.json")
+                assert [document.parts for document in found] == expected, (name, block)
+            assert found[2].where == f"{name}.json: record 3"
+        for text, told in {
+            '[{"text": "a"},\n {"text": "b" "c"}]': "a.json:2: .*is not JSON: Expecting ',' delim",
+            '[{"text": "a"}\n {"text": "b"}]': "a.json:2: .*is not JSON: Expecting ','",
+            '[{"text": "a"},]': "is not JSON: Expecting value",
+            '[{"text": "a"}, {"text": "b': "is not JSON: Unterminated string",
+            '[{"text": "a"}\n': "a.json:2: .*the list has no end",
+            '[{"text": "a"}] x': "is not JSON: Extra data",
+            '{"text": "a"}]': "is not JSON: Extra data",
+            "words": "is not JSON: Expecting value",
+            '[3, {"text": "b"}]': "record 1 holds a JSON number, not an object",
+            '{"metadata": {}, "samples": []}': "record 1 has no 'text'.*'metadata', 's",
+            '[{"text": "a", "text": "b"}]': "has 'text' twice",
+            "[" * 99999: "is nested too deep",
+            "[]": "holds no text",
+        }.items():
+            write("a.json", text)
+            assert re.search(told, message("a.json")), text
+    # Of a folder it is not read.
+    write("folder/a.txt", "text")
+    write("folder/package.json", "{}")
+    assert texts("folder") == ["text"]
+    monkeypatch.setattr("apt_core.data.sources.jsonl.MAX_RECORD", 1 << 16)
+    monkeypatch.setattr(reading, "BLOCK", 1 << 10)
+    write("a.json", json.dumps([{"text": "x" * (1 << 18)}]))
+    with pytest.raises(ConfigError, match="has a record of more than 0 MiB"):
+        documents(TextDataset, "a.json")
+    write("a.json", json.dumps([{"text": "x" * 100}] * 20_000))
+    tracemalloc.start()
+    assert sum(1 for _ in TextDataset({"train_path": "a.json"}).documents()) == 20_000
+    assert tracemalloc.get_traced_memory()[1] < 1 << 19
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])

@@ -232,12 +232,14 @@ class Data(Target):
     name, share = "data", 800
 
     def make(self, rng: random.Random) -> Any:
-        name = rng.choice(["t.txt", "t.jsonl", "t.ndjson", "t", "t.JSONL", "\u0442.txt"])
+        name = rng.choice(["t.txt", "t.jsonl", "t.ndjson", "t.json", "t", "t.JSONL", "\u0442.txt"])
         encoding = rng.choice(["utf-8", "utf-8", "utf-16", "latin-1", "utf-8-sig", "utf-32"])
-        if name.lower().endswith("l") or rng.random() < 0.2:
+        if name.lower().endswith(("l", "json")) or rng.random() < 0.2:
             rows = [mutated(rng, rng.choice([{"text": "a text"}, {"prompt": "p", "response": "r"}]))
                     for _ in range(rng.randrange(6))]  # fmt: skip
-            text = "\n".join(json.dumps(row, ensure_ascii=rng.random() < 0.5) for row in rows)
+            ascii, between = rng.random() < 0.5, rng.choice(["\n", "\n", ","])
+            text = between.join(json.dumps(row, ensure_ascii=ascii) for row in rows)
+            text = f"[{text}]" if between == "," else text
         else:
             text = "A line.\n\nAnother: äöü 数据.\n" * rng.choice([0, 1, 3, 500])
         return name, damaged(rng, text.encode(encoding, "replace")), rng.random() < 0.3

@@ -25,7 +25,7 @@ log = get_logger("apt.data")
 Reader: TypeAlias = Callable[[Reading], Iterator[Document]]
 """Yields the documents of a file; what is wrong is noted in the Reading or raised."""
 
-FORMAT = 2
+FORMAT = 3
 """Counts the changes of what readers make of the same bytes."""
 
 

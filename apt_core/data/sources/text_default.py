@@ -1,4 +1,4 @@
-"""``dataset:text_default``: text files, and by their suffix JSON lines and tables."""
+"""``dataset:text_default``: text files, and by their suffix JSON and tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from apt_core.data.sources.base import FileSource, Reader
 from apt_core.data.sources.csv import TABLES, read_csv
-from apt_core.data.sources.jsonl import JSON_LINES, read_jsonl
+from apt_core.data.sources.jsonl import JSON, JSON_LINES, read_json, read_jsonl
 from apt_core.data.sources.parquet import read_parquet
 from apt_core.data.sources.reading import Reading
 from apt_core.providers.documents import Document
@@ -24,6 +24,7 @@ TEXTS = (
 
 READERS: dict[str, Reader] = {
     **dict.fromkeys(JSON_LINES, read_jsonl),
+    JSON: read_json,
     **dict.fromkeys(TABLES, read_csv),
     ".parquet": read_parquet,
 }
@@ -32,12 +33,12 @@ READERS: dict[str, Reader] = {
 class TextDataset(FileSource):
     """Reads text files, one document each if they have at most 64 Ki characters, else in pieces.
 
-    Files of JSON lines, of CSV and of parquet are known by their suffix and read as the sources of
-    these names do. Any other file is read as UTF-8 text.
+    Files of JSON, of CSV and of parquet are known by their suffix and read as the sources of these
+    names do. Any other file is read as UTF-8 text.
     """
 
     name = "text_default"
-    suffixes = (*TEXTS, *READERS)
+    suffixes = (*TEXTS, *READERS.keys() - {JSON})
 
     def reader(self, suffix: str) -> Reader:
         return READERS.get(suffix, read_text)

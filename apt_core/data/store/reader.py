@@ -383,11 +383,6 @@ class TokenStore:
         return cls(folder, manifest, owner)
 
     @property
-    def description(self) -> str:
-        """One line about the source, as it was read."""
-        return self.manifest.source
-
-    @property
     def sha256(self) -> str:
         """A hash of what the documents say and on which side of the split they are."""
         parts = [self.manifest.parts[name].documents_sha256 for name in PARTS]
