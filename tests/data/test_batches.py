@@ -3,6 +3,7 @@ workers, after a restart at any point."""
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 
@@ -15,8 +16,15 @@ from hypothesis import strategies as st
 from apt_core.data.batches import Batch, BatchPlan, EvaluationPlan, cut_windows
 from apt_core.data.order import Order, Segment, StepPlan
 from apt_core.data.packing.concat import ConcatWindows
-from apt_core.data.packing.pieces import PieceIndex, PieceWindows, pack_documents, pad_documents
+from apt_core.data.packing.pieces import (
+    FILES,
+    PieceIndex,
+    PieceWindows,
+    pack_documents,
+    pad_documents,
+)
 from apt_core.data.packing.rows import IGNORED, Windows
+from apt_core.data.store.format import DamagedStoreError
 from apt_core.data.store.parts import ArrayPart
 from apt_core.providers import Encoded
 
@@ -155,16 +163,40 @@ def test_truncation_keeps_the_beginning_of_each_document():
     assert len(padded(part, 8)) == 5
 
 
-def test_an_index_is_kept_and_mapped(tmp_path):
+@pytest.mark.parametrize("in_memory", [0, 1 << 20])
+def test_an_index_is_kept(tmp_path, monkeypatch, in_memory):
+    monkeypatch.setattr("apt_core.data.packing.pieces.IN_MEMORY", in_memory)
     part = documents([5, 30, 2, 1, 17], prompts=True)
     made = PieceIndex.of(pack_documents(part, 8))
     kept = PieceIndex.kept_in(tmp_path / "index", lambda: pack_documents(part, 8))
     again = PieceIndex.kept_in(tmp_path / "index", lambda: iter(()))
     for index in (kept, again):
         for name in ("starts", "lengths", "row_ends", "targets"):
-            assert getattr(index, name).tolist() == getattr(made, name).tolist()
+            kept_as, column = getattr(index, name), getattr(made, name)
+            assert kept_as[:].tolist() == column.tolist()
+            assert isinstance(kept_as, np.ndarray) == bool(in_memory)
+            assert kept_as.sum(dtype=np.int64) == column.sum()
+        for rows in ([], [0], [3, 0, 0, 1], list(range(len(made)))[::-1]):
+            for a, b in zip(
+                index.pieces_of(np.array(rows, int)),
+                made.pieces_of(np.array(rows, int)),
+                strict=True,
+            ):
+                assert a.tolist() == b.tolist()
     assert len(PieceIndex.kept_in(tmp_path / "none", lambda: iter(()))) == 0
     assert {p.name for p in tmp_path.iterdir()} == {"index", "none"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_index_that_is_cut_off_while_it_is_used_is_an_error(tmp_path, monkeypatch, name):
+    """It ended the process with SIGBUS where it was mapped into memory."""
+    monkeypatch.setattr("apt_core.data.packing.pieces.IN_MEMORY", 0)
+    part = documents([5, 30, 2, 1, 17])
+    index = PieceIndex.kept_in(tmp_path / "index", lambda: pack_documents(part, 8))
+    windows = PieceWindows(part, 8, index, packed=True)
+    os.truncate(tmp_path / "index" / name, 0)
+    with pytest.raises(DamagedStoreError, match=f"{name} is shorter than it was"):
+        windows.rows(np.array([1]))
 
 
 @pytest.mark.parametrize("damage", ["starts", "row_ends", "sha256.json"])

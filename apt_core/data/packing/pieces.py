@@ -15,12 +15,16 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from apt_core.data.packing.rows import IGNORED, Extract, Ints, Rows
+from apt_core.data.store.format import DamagedStoreError
 from apt_core.data.store.parts import TokenPart
+from apt_core.data.store.reader import OpenFiles, ShardedArray
 from apt_core.files import write_atomically
 from apt_core.json_files import read_json
 from apt_core.log import get_logger
@@ -37,21 +41,69 @@ HASHES = "sha256.json"
 BLOCK = 1 << 16
 """The documents that are packed at a time, so that memory stays bounded."""
 
+IN_MEMORY = 8 * 2**20
+"""The most bytes of an index that is held in memory; of a larger one what is asked for is read."""
+
 
 Packed = tuple[Ints, Ints, Ints, Ints]
 """Starts, lengths, row ends, and targets by piece."""
+
+
+class Column:
+    """An array of an index on disk, of which what is asked for is read. It is not mapped into
+    memory: a mapped file that is cut off ends the process that reads it. Raises OSError and
+    ValueError for what is no such file; reading it raises DamagedStoreError."""
+
+    def __init__(self, folder: Path, name: str, dtype: str) -> None:
+        self.name, self.num_bytes = name, (folder / name).stat().st_size
+        self._length, rest = divmod(self.num_bytes, np.dtype(dtype).itemsize)
+        if rest:
+            raise ValueError(f"{folder / name} ends within a number")
+        starts = np.array([0, self._length], dtype=np.int64)
+        self._array = ShardedArray(OpenFiles(folder), [name], starts, dtype)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, indices: Ints | slice) -> Ints:
+        """The items at these places, none of them negative."""
+        if isinstance(indices, slice):
+            return self._array.read(*indices.indices(len(self))[:2])
+        out = np.empty(len(indices), self._array.dtype)
+        # Most stand beside each other: the pieces of a row.
+        borders = np.flatnonzero(np.diff(indices) != 1) + 1
+        for first, last in pairwise([0, *borders.tolist(), len(indices)]):
+            if last > first:
+                self._array.read_into(out[first:last], int(indices[first]))
+        return out
+
+    def sum(self, dtype: Any) -> Any:
+        """The sum of all items."""
+        return sum((block.sum(dtype=dtype) for block in self._blocks()), start=dtype(0))
+
+    def sha256(self) -> str:
+        """The hash of its bytes."""
+        digest = hashlib.sha256()
+        for block in self._blocks():
+            digest.update(block.data)
+        return digest.hexdigest()
+
+    def _blocks(self) -> Iterator[Ints]:
+        for start in range(0, len(self), BLOCK):
+            yield self[start : start + BLOCK]
 
 
 @dataclass(frozen=True)
 class PieceIndex:
     """The rows of a packing: row i has the pieces ``row_ends[i - 1]`` to ``row_ends[i]``. A piece
     reads ``lengths`` tokens from ``starts`` on and predicts the one after each; ``targets`` counts
-    by row those to be learned. Arrays may be memory-mapped."""
+    by row those to be learned. Of a :class:`Column` on disk that was cut off or removed meanwhile,
+    reading raises DamagedStoreError."""
 
-    starts: Ints
-    lengths: Ints
-    row_ends: Ints
-    targets: Ints
+    starts: Ints | Column
+    lengths: Ints | Column
+    row_ends: Ints | Column
+    targets: Ints | Column
 
     @classmethod
     def of(cls, blocks: Iterable[Packed]) -> PieceIndex:
@@ -66,8 +118,8 @@ class PieceIndex:
 
     @classmethod
     def kept_in(cls, folder: Path, make: Callable[[], Iterable[Packed]]) -> PieceIndex:
-        """The index in ``folder``, memory-mapped; made by ``make`` where there is none, or a
-        damaged one.
+        """The index in ``folder``, made by ``make`` where there is none, or a damaged one. A small
+        one is in memory.
 
         It is written under another name first, so that a reader sees a whole index or none; where
         it cannot be kept it is in memory.
@@ -88,11 +140,13 @@ class PieceIndex:
             return None
         try:
             hashes = read_json(folder / HASHES)
-            columns = [_mapped(folder / n, t) for n, t in zip(FILES, DTYPES, strict=True)]
-        except (OSError, ValueError):
-            hashes, columns = None, []
-        if hashes == {name: _sha256(c) for name, c in zip(FILES, columns, strict=False)}:
-            return cls(*columns)
+            columns = [Column(folder, n, t) for n, t in zip(FILES, DTYPES, strict=True)]
+            right = hashes == {column.name: column.sha256() for column in columns}
+        except (OSError, ValueError, DamagedStoreError):
+            columns, right = [], False
+        if right:
+            in_memory = sum(column.num_bytes for column in columns) <= IN_MEMORY
+            return cls(*(column[:] if in_memory else column for column in columns))
         log.warning("the packing in %s is damaged and is made anew", folder)
         return None
 
@@ -108,7 +162,9 @@ class PieceIndex:
         """The starts and lengths of the pieces of ``rows`` [n], one row after the other, and the
         number of pieces of each row [n]; int64."""
         last = self.row_ends[rows].astype(np.int64)
-        counts = last - np.where(rows > 0, self.row_ends[rows - 1], 0).astype(np.int64)
+        counts = last - np.where(rows > 0, self.row_ends[np.maximum(rows - 1, 0)], 0).astype(
+            np.int64
+        )
         pieces = np.repeat(last - np.cumsum(counts), counts)
         pieces += np.arange(len(pieces))
         return self.starts[pieces].astype(np.int64), self.lengths[pieces].astype(np.int64), counts
@@ -283,16 +339,3 @@ def _write(folder: Path, blocks: Iterable[Packed]) -> None:
     finally:
         shutil.rmtree(making, ignore_errors=True)
         shutil.rmtree(folder / "old", ignore_errors=True)
-
-
-def _sha256(column: Ints) -> str:
-    digest = hashlib.sha256()
-    for start in range(0, len(column), BLOCK):
-        digest.update(np.ascontiguousarray(column[start : start + BLOCK]).data)
-    return digest.hexdigest()
-
-
-def _mapped(path: Path, dtype: str) -> Ints:
-    if not path.stat().st_size:  # nothing can be mapped
-        return np.empty(0, dtype)
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
