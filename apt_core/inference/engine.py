@@ -6,65 +6,22 @@ Shapes: B rows, V token ids.
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from apt_core.errors import ConfigError
 from apt_core.generation_requests import check_request
-from apt_core.inference.branches import Branches
 from apt_core.inference.decoding import Decoder, dtype_for
-from apt_core.inference.lookup import LOOKUPS, TIE, Guesses, Lookup, Payoff
-from apt_core.inference.request_hooks import RequestHooks
-from apt_core.inference.sampling import Sampling, choose, log_probabilities, penalized
-from apt_core.inference.stopping import GrowingText
-from apt_core.inference.texts import Text, window_start
-from apt_core.log import get_logger
-from apt_core.providers.documents import Document
+from apt_core.inference.lookup import LOOKUPS, TIE, Lookup, Payoff
+from apt_core.inference.rows import Delta, Logprobs, OnDelta, Row, Ticket
+from apt_core.inference.sampling import Sampling, choose, log_probabilities
 from apt_core.runs.session import Session
-from apt_core.types import GenerationRequest, GenerationResult, TokenLogprob
-
-log = get_logger("apt.inference")
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What a stream adds: the ``text`` and the ``token_ids`` since the one before. The last has the
-    ``result``, whose text and tokens are those of all deltas together."""
-
-    text: str
-    token_ids: tuple[int, ...] = ()
-    result: GenerationResult | None = None
-
-
-OnDelta = Callable[[Delta], None]
-
-
-class Ticket:
-    """A request that was submitted to an engine. ``result`` is there once it is ``done``; ``error``
-    is what ended it where the engine's step failed."""
-
-    def __init__(self, request: GenerationRequest) -> None:
-        self.request = request
-        self.result: GenerationResult | None = None
-        self.error: BaseException | None = None
-        self.cancelled = False
-
-    @property
-    def done(self) -> bool:
-        """Whether it has ended."""
-        return self.result is not None or self.error is not None
-
-    def cancel(self) -> None:
-        """End it before the next token; its result is what there is by then."""
-        self.cancelled = True
+from apt_core.types import GenerationRequest, GenerationResult
 
 
 class Engine:
@@ -105,8 +62,8 @@ class Engine:
             dtype=dtype_for(session),
             int8=int8,
         )
-        self._waiting: deque[_Row] = deque()
-        self._active: list[_Row] = []
+        self._waiting: deque[Row] = deque()
+        self._active: list[Row] = []
         self._entered = False
 
     # Asking ----------------------------------------------------------------------------------
@@ -117,7 +74,7 @@ class Engine:
 
         Raises ConfigError for a request that is not valid or that the tokenizer cannot encode.
         """
-        row = _Row(self.session, check_request(request), on_delta)
+        row = Row(self.session, check_request(request), on_delta)
         self._waiting.append(row)
         return row.ticket
 
@@ -237,14 +194,14 @@ class Engine:
         if one_each:
             self.lookup.plain_step(time.perf_counter() - start, len(rows))
 
-    def _guesses(self, rows: Sequence[_Row]) -> list[list[int]]:
+    def _guesses(self, rows: Sequence[Row]) -> list[list[int]]:
         """Guesses of the next tokens of each row; empty where a text is not ready for them."""
         rooms = [self._decoder.room(row.text) for row in rows]
         if not all(rooms):
             return []
         return [row.guessed(room) for row, room in zip(rows, rooms, strict=True)]
 
-    def _add_guessed(self, rows: Sequence[_Row], guesses: Sequence[list[int]]) -> int:
+    def _add_guessed(self, rows: Sequence[Row], guesses: Sequence[list[int]]) -> int:
         """Verify ``guesses`` and add tokens to ``rows``; how many guesses were right."""
         size = self.session.tokenizer.vocab_size
         verified = self._decoder.verified([row.text for row in rows], guesses)
@@ -286,11 +243,11 @@ class Engine:
             self._leave(row)
             row.end("interrupted")
 
-    def _leave(self, row: _Row, *, spoiled: bool = False) -> None:
+    def _leave(self, row: Row, *, spoiled: bool = False) -> None:
         self._active.remove(row)
         self._decoder.release(row.text, spoiled=spoiled)
 
-    def _add_tokens(self, rows: Sequence[_Row], logits: Tensor) -> None:
+    def _add_tokens(self, rows: Sequence[Row], logits: Tensor) -> None:
         """Choose a token for each of ``rows`` by its ``logits`` [B, V], and add it."""
         # A sum is not finite if one of its terms is not.
         sums, given = logits.sum(-1), logits
@@ -303,7 +260,7 @@ class Engine:
                 self._leave(row, spoiled=reason == "not_finite")
                 row.end(reason)
 
-    def _changed(self, rows: Sequence[_Row], logits: Tensor, finite: Sequence[bool]) -> Tensor:
+    def _changed(self, rows: Sequence[Row], logits: Tensor, finite: Sequence[bool]) -> Tensor:
         """``logits`` as the rows' plugins and penalties change them."""
         changed = logits.clone()
         for index, row in enumerate(rows):
@@ -311,7 +268,7 @@ class Engine:
                 changed[index] = row.changed(changed[index], self._decoder)
         return changed
 
-    def _chosen(self, rows: Sequence[_Row], logits: Tensor) -> Tensor:
+    def _chosen(self, rows: Sequence[Row], logits: Tensor) -> Tensor:
         """A token for each row, int64 [B]; rows with the same settings are drawn together."""
         groups: dict[Sampling, list[int]] = {}
         for index, row in enumerate(rows):
@@ -340,8 +297,8 @@ class Engine:
         return chosen
 
     def _read(
-        self, rows: Sequence[_Row], logits: Tensor, sums: Tensor, tokens: Tensor
-    ) -> tuple[list[int], list[_Logprobs | None]]:
+        self, rows: Sequence[Row], logits: Tensor, sums: Tensor, tokens: Tensor
+    ) -> tuple[list[int], list[Logprobs | None]]:
         """The ``tokens`` as numbers, -1 where ``sums`` of the logits are not finite, with the
         log-probabilities of rows that ask for them. Here the host waits for the device."""
         wide = torch.float32 if logits.device.type == "mps" else torch.float64
@@ -355,7 +312,7 @@ class Engine:
         found = [int(token) if math.isfinite(total) else -1 for total, token, *_ in packed]
         if most is None:
             return found, [None] * len(rows)
-        logprobs: list[_Logprobs | None] = []
+        logprobs: list[Logprobs | None] = []
         for count, (_, _, logprob, *others) in zip(asked, packed, strict=True):
             half = len(others) // 2
             pairs = zip(others[half:], others[:half], strict=True)
@@ -370,157 +327,6 @@ def _likely(logits: Tensor) -> Tensor:
     values, ids = logits.topk(2)
     wide = torch.float32 if logits.device.type == "mps" else torch.float64
     return torch.stack([ids[:, 0].to(wide), (values[:, 0] - values[:, 1]).to(wide)], dim=1)
-
-
-_Logprobs = tuple[float, tuple[tuple[int, float], ...]]
-
-
-class _Row:
-    """A request that is worked on or waits for it."""
-
-    def __init__(
-        self, session: Session, request: GenerationRequest, on_delta: OnDelta | None
-    ) -> None:
-        self._session, self._on_delta = session, on_delta
-        asked = request
-        request = session.manager.chain("apt_rewrite_prompt", request, "prompt", session=session)
-        self.request = request
-        self.ticket = Ticket(asked)
-        self.text = Text(_ids_of(session, request), request.max_new_tokens)
-        self.sampling = Sampling.of(request)
-        self.decided: int | None = None
-        # Python promises that a seed draws the same on every machine and in every version.
-        self._random = random.Random(request.seed % (1 << 64))  # noqa: S311
-        self._ends = _ends_of(session, request)
-        self._asked_plugins = self.begun = False
-        self._guesses = Guesses()
-        self._guess_from = 0
-        self._hooks: RequestHooks | None = None
-        self._growing: GrowingText | None = None
-        if request.stop or on_delta is not None:
-            self._growing = GrowingText(session.tokenizer, request.stop)
-        self._logprobs: list[TokenLogprob] = []
-        self._extra = 0
-        self._untold: list[int] = []
-
-    def begin(self) -> None:
-        """Tell the plugins, and ask them what they change."""
-        self._asked_plugins = True
-        self._session.manager.hook.on_generation_start(request=self.request, session=self._session)
-        hooks = RequestHooks(self._session, self.request)
-        self._hooks = hooks if hooks else None
-
-    def draw(self) -> float:
-        """The next uniform number of the request's seed."""
-        return self._random.random()
-
-    def guessed(self, room: int) -> list[int]:
-        """A guess of its next tokens, at most ``room``; empty unless the most likely token is taken
-        whatever comes."""
-        plain = self.sampling.greedy and not self.changes_logits and self.request.logprobs is None
-        if not plain or len(self.text.ids) < self._guess_from:
-            return []
-        return self._guesses.of(self.text.ids, min(room, self.text.most - len(self.text.ids) - 1))
-
-    def guess_less(self) -> None:
-        """Guess nothing for the next token, whose logits are to be computed alone."""
-        self._guess_from = len(self.text.ids) + 1
-
-    @property
-    def changes_logits(self) -> bool:
-        """Whether its logits have to be looked at alone."""
-        return self._hooks is not None or self.request.repetition_penalty != 1
-
-    def changed(self, logits: Tensor, decoder: Decoder) -> Tensor:
-        """Its logits [V] as plugins and the penalty change them; decides the token if a plugin
-        does."""
-        self.decided = None
-        window = decoder.window(self.text) if self._hooks is not None else None
-        if self._hooks is not None and window is not None:
-            logits = self._hooks.processed(window, logits)
-        if self.request.repetition_penalty != 1:
-            held = torch.tensor(self.text.ids).to(logits.device, non_blocking=True)
-            seen = torch.zeros_like(logits, dtype=torch.bool).index_fill_(0, held, True)
-            logits = penalized(logits, seen, self.request.repetition_penalty)
-        if self._hooks is not None and window is not None:
-            size = self._session.tokenizer.vocab_size
-            branches = Branches(decoder, self.text, self.sampling, self._ends, size)
-            self.decided = self._hooks.chosen(window, logits, branches)
-            self._extra += branches.tokens
-        return logits
-
-    def add(self, token: int, logprobs: _Logprobs | None) -> str | None:
-        """Add a token, -1 for logits that were not finite; the reason to end if there is one."""
-        self.begun = True
-        if token < 0:
-            log.warning("generation stopped: the model's logits are not finite")
-            return "not_finite"
-        if token in self._ends:
-            return "stop"
-        self.text.ids.append(token)
-        if logprobs is not None:
-            own = self._session.tokenizer.decode([token])
-            self._logprobs.append(TokenLogprob(token, own, *logprobs))
-        if self._growing is not None:
-            piece = self._growing.add(token)
-            self._untold.append(token)
-            if self._growing.stopped:
-                return "stop" if not piece else self._tell(piece, "stop")
-            if piece:
-                self._tell(piece)
-        return "length" if len(self.text.ids) == self.text.most else None
-
-    def _tell(self, piece: str, reason: str | None = None) -> str | None:
-        if self._on_delta is not None:
-            self._on_delta(Delta(piece, tuple(self._untold)))
-            self._untold.clear()
-        return reason
-
-    def end(self, reason: str) -> None:
-        """Make the result, and tell plugins of it if they were told of the beginning."""
-        request, text, growing = self.request, self.text, self._growing
-        ids = tuple(text.ids[text.start :])
-        piece = "" if growing is None else growing.finish()
-        result = GenerationResult(
-            self._session.tokenizer.decode(ids) if growing is None else growing.text,
-            ids,
-            "stop" if growing is not None and growing.stopped else reason,
-            prompt_tokens=text.start,
-            logprobs=None if request.logprobs is None else tuple(self._logprobs),
-            sources=tuple(request.sources),
-            dropped_tokens=window_start(text.start, self._session.config.model.max_seq_len),
-            extra_tokens=self._extra,
-        )
-        self.ticket.result = result
-        if self._asked_plugins:
-            self._session.manager.hook.on_generation_end(
-                request=request, result=result, session=self._session
-            )
-        if self._on_delta is not None:
-            self._on_delta(Delta(piece, tuple(self._untold), result))
-
-
-def _ids_of(session: Session, request: GenerationRequest) -> list[int]:
-    """The ids of the prompt; an empty prompt is the place after a document."""
-    tokenizer, prompt = session.tokenizer, request.prompt
-    whole: dict[str, Any] = (
-        {"text": prompt} if isinstance(prompt, str) else {"messages": tuple(prompt)}
-    )
-    try:
-        ids = tokenizer.encode_prompt(Document(**whole))
-    except ValueError as error:
-        raise ConfigError(str(error), key="prompt") from error
-    return list(ids) or [tokenizer.special.eos or 0]
-
-
-def _ends_of(session: Session, request: GenerationRequest) -> frozenset[int]:
-    """The tokens that end the text: that of a document, and in a conversation also that of a turn
-    and those with which another one begins."""
-    special = session.tokenizer.special
-    ends = {special.eos}
-    if not isinstance(request.prompt, str):
-        ends |= {special.end, *special.roles.values()}
-    return frozenset(token for token in ends if token is not None)
 
 
 def generate(

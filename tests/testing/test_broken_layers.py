@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -245,6 +246,25 @@ class ForgetsNothing(Attends):
         return cache
 
 
+class ForksShareMemory(Attends):
+    def create_cache(self, max_length):
+        cache = super().create_cache(max_length)
+        cache.fork = lambda: copy.copy(cache)
+        return cache
+
+
+class DecodesRowsOtherwise(Attends):
+    """Sees the whole span in each row."""
+
+    def prepare_rows(self, products):
+        return self.inner.prepare_rows(products)
+
+    def decode(self, x, step, cache):
+        if step.length == 1:
+            step.masked = False
+        return self.inner.decode(x, step, cache)
+
+
 class SeesTheFuture(Attends):
     def changed(self, y, x):
         return y + 0.01 * x.mean(1, keepdim=True)
@@ -323,12 +343,12 @@ ATTENTION: list[tuple[type[Attends], set[str]]] = [
     (DropsAlways, {"dropout"}),
     (MixesTokensInTraining, {"causal"}),
     (SeesTheFuture, {"causal", "mask", "padding", "packed", "cache", "cache with a mask",
-                     "cache truncated"}),
+                     "cache truncated", "cache forked"}),
     (SeesTheFutureByValue, {"causal", "padding", "packed", "cache", "cache with a mask",
-                            "cache truncated"}),
+                            "cache truncated", "cache forked"}),
     (OffByOneInOneForm, {"positions"}),
     (IgnoresPositions, {"positions", "padding", "packed", "cache with a mask"}),
-    (StartsAgainWithACache, {"cache", "cache truncated"}),
+    (StartsAgainWithACache, {"cache", "cache truncated", "cache forked"}),
     (DecodesWithoutEnd, {"long sequences"}),
     (TakesSequencesOfAnyLength, {"long sequences"}),
     (IgnoresSquareMasks, {"mask"}),
@@ -337,12 +357,15 @@ ATTENTION: list[tuple[type[Attends], set[str]]] = [
     (TakesNumbersForMasks, {"wrong masks"}),
     (NaNWhereNothingIsSeen, {"padding"}),
     (LeaksAcrossDocuments, {"packed"}),
-    (OneCacheForAll, {"cache"}),
+    (OneCacheForAll, {"cache", "cache forked"}),
     (IgnoresMasksWhenDecoding, {"cache with a mask"}),
     (ForgetsNothing, {"cache truncated"}),
+    (ForksShareMemory, {"cache forked"}),
+    (DecodesRowsOtherwise, {"rows of a batch"}),
     # Its own mask makes a fitting one of some that do not fit.
     (Windowed, {"wrong masks"}),
-    (WindowedOneShort, {"cache", "cache with a mask", "cache truncated", "wrong masks"}),
+    (WindowedOneShort, {"cache", "cache with a mask", "cache truncated", "cache forked",
+                        "wrong masks"}),
     (DecodesSharedHeadsOtherwise, {"cache"}),
     (ChangesTheMask, {"mask", "no host sync"}),
     (DrawsByItself, {"dropout"}),
@@ -484,7 +507,7 @@ def test_what_a_provider_does_not_claim_is_left_out_with_the_reason(
             check.run()
         except LeftOut as why:
             reasons[check.name] = str(why)
-    assert reasons.keys() == left_out | {"compile"}
+    assert reasons.keys() == left_out | {"compile", "rows of a batch"}
     assert {reasons[name] for name in left_out} == {f"supports.{flag} is False"}
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from apt_core.modeling.masks import padding_mask, padding_positions
+from apt_core.modeling.row_decoding import Products, RowCache, RowStep, takes_part
 from apt_core.testing.conformance.checks import (
     Check,
     LeftOut,
@@ -27,6 +28,7 @@ def cache_checks(at: Attention) -> list[Check]:
         Check("cache with a mask", lambda: at.at_lengths(_cache_with_mask)),
         Check("cache truncated", lambda: at.at_lengths(_truncated)),
         Check("cache forked", lambda: at.at_lengths(_forked)),
+        Check("rows of a batch", lambda: at.at_lengths(_decoded_in_rows)),
         Check("cache bytes", lambda: at.at_lengths(_bytes)),
     ]
 
@@ -139,6 +141,36 @@ def _forked(at: Attention) -> None:
     outputs = [(_fed(layer, cache, a), _fed(layer, fork, b)) for a, b in pieces]
     require_equal(torch.cat([a for a, _ in outputs], 1), whole[:, kept:], "a cache that was forked")
     require_equal(torch.cat([b for _, b in outputs], 1), layer(mixed)[:, kept:], "a fork")
+
+
+@torch.no_grad()
+def _decoded_in_rows(at: Attention) -> None:
+    """Texts of different lengths, each in a slot of one cache, are decoded as each is alone."""
+    layer, x, T = at.build(), at.input(), at.length
+    if not takes_part(layer, "decode"):
+        raise LeftOut("the layer has no decode of its own: its texts are decoded one by one")
+    cache = RowCache(layer.prepare_rows(Products()))
+    held = [T // 2, T - 3]
+    outputs: list[list[Tensor]] = [[], []]
+
+    def feed(first: int, starts: list[int], length: int) -> None:
+        places = here(torch.tensor(starts))[:, None] + here(torch.arange(length))
+        span, mixed = max(starts) + length, len({*starts}) > 1
+        step = RowStep(places, first=first, span=span, mask=mixed, last=max(31, T - 1))
+        rows = range(first, first + len(starts))
+        new = [x[row, start : start + length] for row, start in zip(rows, starts, strict=True)]
+        y = layer.decode(torch.cat(new), step, cache).unflatten(0, (-1, length))
+        for row, added in zip(rows, y, strict=True):
+            outputs[row].append(added)
+
+    for row, known in enumerate(held):
+        feed(row, [0], known)
+    for length in (1, 2):
+        feed(0, held, length)
+        held = [known + length for known in held]
+    for row, known in enumerate(held):
+        alone = layer(x[row : row + 1, :known])[0]
+        require_equal(torch.cat(outputs[row]), alone, f"row {row} of two, decoded together")
 
 
 @torch.no_grad()
