@@ -109,7 +109,10 @@ class RunData:
     growing: GrowingData | None = None
 
     def close(self) -> None:
-        """End what builds the data in the background."""
+        """Close the stores, which another call opens again, and end what builds the data in the
+        background."""
+        for source in self.sources:
+            source.store.close()
         if self.growing is not None:
             self.growing.close()
 

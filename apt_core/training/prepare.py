@@ -87,17 +87,27 @@ def prepare(
 def _prepare(
     kernel: Kernel, device: torch.device, world: World, check_stop: StopCheck
 ) -> tuple[Parts, Built]:
-    config, registry = kernel.config, kernel.registry
-    training = config.training
+    config = kernel.config
     if world.size == 1:
-        kernel.add_inactive(inactive_alone(kernel.config))
-    dtype = autocast_dtype(training.mixed_precision, device, config.model.d_model)
+        kernel.add_inactive(inactive_alone(config))
+    dtype = autocast_dtype(config.training.mixed_precision, device, config.model.d_model)
     # Measured before the model takes memory.
     measured_peak_flops(device, dtype or torch.float32)
     reset_peak_memory(device)  # of the measurement and of earlier runs
     early = config.data.begin_early
     data = load_data(kernel, check_stop=check_stop, begin_early=early)
     log.info("data: %s", data.description)
+    try:
+        return _prepare_on(data, kernel, device, dtype, world)
+    except BaseException:
+        data.close()
+        raise
+
+
+def _prepare_on(
+    data: RunData, kernel: Kernel, device: torch.device, dtype: torch.dtype | None, world: World
+) -> tuple[Parts, Built]:
+    config, registry, training = kernel.config, kernel.registry, kernel.config.training
     tasks = load_tasks(kernel, data)
     plan = batch_plan(kernel, data, world.rank, world.size)
     schedule = kernel.schedule.with_horizon(Horizon.of(config, plan.steps))

@@ -16,17 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from apt_core import AptError, hookimpl
 from apt_core.config import parse_override
+from apt_core.data import loading
 from apt_core.data.loading import load_data
 from apt_core.data.store import build, format
 from apt_core.data.store.format import DamagedStoreError, StoreError, read_manifest
+from apt_core.data.store.lock import is_locked
 from apt_core.errors import ConfigError
 from apt_core.kernel import boot
 from apt_core.runs import checkpoint
 from apt_core.runs.events import read_events
 from apt_core.testing import TINY_PROFILE, tiny_run
+from apt_core.training.prepare import prepare
 
 STEPS = 24
 SETTINGS = {
@@ -52,6 +56,10 @@ class Trial:
     builders: list[int] = field(default_factory=list)
 
     @property
+    def stores(self) -> Path:
+        return self.folder / "cache" / "stores"
+
+    @property
     def profile(self) -> dict[str, Any]:
         path = str(self.folder / "texts.jsonl")
         data = {"loader": "jsonl", "train_path": path, "packing": "concat", "begin_early": True}
@@ -74,6 +82,8 @@ class Trial:
             child = os.fork()
         if child:
             self.builders.append(child)
+            while not any(map(is_locked, self.stores.glob("*.lock"))):
+                time.sleep(0.005)
             self.until(1)
             return
         publish, count = build.EarlyStore.publish, iter(range(1, 1000))
@@ -108,7 +118,7 @@ class Trial:
             time.sleep(0.005)
 
     def known(self) -> int:
-        for path in (self.folder / "cache" / "stores").glob("*.early"):
+        for path in self.stores.glob("*.early"):
             try:
                 return len(read_manifest(path).parts["train"].shards)
             except DamagedStoreError:
@@ -271,6 +281,25 @@ def test_a_run_ends_with_the_build_and_goes_on_with_the_next_one(trial, monkeypa
     (trial.folder / "texts.jsonl").write_text(text.replace("text 3 ", "text X "), encoding="utf-8")
     with pytest.raises(AptError, match="another text"):
         trial.train("run", resume=True)
+
+
+def test_a_run_that_is_refused_leaves_no_builder(trial, monkeypatch):
+    trial.start()
+    trial.kill()
+    builders = []
+
+    class Sleeps(loading.Builder):
+        def __init__(self, command: Any) -> None:
+            super().__init__(["sleep", "60"])
+            builders.append(self)
+
+    monkeypatch.setattr(loading, "Builder", Sleeps)
+    kernel = boot(trial.profile, overrides=trial.overrides(**{"evaluation.best_by": "luck"}))
+    kernel.builder = ("build",)
+    with pytest.raises(ConfigError, match=r"evaluation\.best_by"):
+        prepare(kernel, torch.device("cpu"))
+    (builder,) = builders
+    assert not builder.runs
 
 
 def test_a_run_that_waits_for_the_windows_of_a_step_keeps_to_its_limits(trial):

@@ -12,6 +12,7 @@ import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -357,7 +358,7 @@ class TokenStore:
         known = f"early {begun.train_sha256} {begun.documents_sha256}"
         return hashlib.sha256(known.encode()).hexdigest()
 
-    @property
+    @cached_property
     def held_out(self) -> StoredPart:
         """What of the part ``val`` was there when a run could begin with the first shards."""
         begun = self.manifest.begun
@@ -399,5 +400,5 @@ class TokenStore:
 
     def close(self) -> None:
         """Close the files and free the memory."""
-        for part in self._parts.values():
+        for part in (*self._parts.values(), self.held_out):
             part.close()
