@@ -17,7 +17,7 @@ from apt_core.inference.slots import Slots
 from apt_core.inference.texts import Text, window_start
 from apt_core.log import get_logger
 from apt_core.modeling.casts import KeptCasts
-from apt_core.modeling.row_decoding import Int8Products, Products
+from apt_core.modeling.row_decoding import CALLED, Int8Products, Products
 from apt_core.runs.session import Session
 
 log = get_logger("apt.inference")
@@ -210,14 +210,22 @@ class _Reader:
 
 
 def _state_of(model: nn.Module) -> Any:
-    """What changes if a weight of ``model`` is written to or replaced, or a hook is registered."""
+    """What changes if a weight of ``model`` is written to or replaced, a hook is registered, or a
+    module is given another forward or other caches."""
     tensors = [
         (id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
         for tensor in (*model.parameters(), *model.buffers())
     ]
-    hooked = [
-        (id(module), len(own["_forward_hooks"]), len(own["_forward_pre_hooks"]), "forward" in own)
+    called = [id(getattr(type(model), name, None)) for name in CALLED]
+    modules = [
+        (
+            id(module),
+            id(type(module)),
+            len(own["_forward_hooks"]),
+            len(own["_forward_pre_hooks"]),
+            *(id(own.get(name)) for name in CALLED),
+        )
         for module in model.modules()
         for own in (module.__dict__,)
     ]
-    return tensors, hooked
+    return tensors, called, modules

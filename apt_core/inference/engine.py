@@ -335,5 +335,9 @@ def generate(
     *,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> GenerationResult:
-    """The result of one request; see :class:`Engine`."""
-    return Engine(session, max_batch=1).run([request], interrupted=interrupted)[0]
+    """The result of one request; see :class:`Engine`. The engine is kept with the session."""
+    # Taken out while it is used, for a plugin may generate within a generation.
+    engine = session.kept.pop("engine", None) or Engine(session, max_batch=1)
+    result: GenerationResult = engine.run([request], interrupted=interrupted)[0]
+    session.kept["engine"] = engine
+    return result

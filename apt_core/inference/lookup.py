@@ -52,8 +52,18 @@ class Guesses:
                 continue
             place = places.get(tuple(ids[-order:]))
             if place is not None:
-                return list(ids[place : place + min(most, LONGEST)])
+                return _continued(ids, place, min(most, LONGEST))
         return []
+
+
+def _continued(ids: Sequence[int], place: int, length: int) -> list[int]:
+    """``length`` tokens from ``place`` on; beyond the end, the text goes on as it did from there.
+
+    >>> _continued([7, 1, 2, 1, 2], 3, 5)
+    [1, 2, 1, 2, 1]
+    """
+    period = ids[place:]
+    return [period[index % len(period)] for index in range(length)]
 
 
 class Payoff:

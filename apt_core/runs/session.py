@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ class Session:
     device: torch.device
     dtype: torch.dtype | None = None
     checkpoint: Path | None = None
+    kept: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    """What users of the session make of it once and keep with it."""
 
     def param(self, name: str, default: Any = None) -> Any:
         """The value of a scheduled parameter in the last step that was taken (the first, where none

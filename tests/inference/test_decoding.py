@@ -222,7 +222,8 @@ def test_guesses_are_what_came_after_the_same_tokens_before():
     ids = [1, 2, 3, 4, 5, 1, 2, 3]
     assert guesses.of(ids, 3) == [4, 5, 1]
     assert guesses.of([*ids, 9], 3) == []
-    assert guesses.of([*ids, 9, 4, 5, 1, 2, 3], 8) == [9, 4, 5, 1, 2, 3]
+    assert guesses.of([*ids, 9, 4, 5, 1, 2, 3], 8) == [9, 4, 5, 1, 2, 3, 9, 4]
+    assert guesses.of([*ids, 9, 4, 5, 1, 2, 3], 0) == []
 
 
 def test_look_up_stops_where_it_does_not_pay_and_is_tried_again():
