@@ -24,7 +24,7 @@ log = get_logger("apt.data")
 
 RETRY_SECONDS = 0.1
 START_SECONDS = 60.0
-"""How long a builder may take until it has begun."""
+"""How long a builder that another process starts may take until it has begun."""
 
 END_SECONDS = 5.0
 
@@ -98,17 +98,23 @@ class Builder:
 
 
 class GrowingData:
-    """Knows how much of a store is there, and whether more will come. ``builder`` is the process
-    that this one has started to build it, if it has."""
+    """Knows how much of a store is there, and whether more will come. With ``command`` it starts a
+    builder, once, where no other process builds what is missing: at first, or later, when another
+    run has ended and its builder with it. With ``patient`` another process of the run does that,
+    which is waited for."""
 
     def __init__(
         self,
         seq_len: int,
         store: GrowingStore | None = None,
-        builder: Builder | None = None,
+        command: Sequence[str] = (),
+        patient: bool = False,
         found: Found | None = None,
     ) -> None:
-        self._store, self._seq_len, self._builder, self._last = store, seq_len, builder, found
+        self._store, self._seq_len, self._last = store, seq_len, found
+        self._command, self._patient = command, patient
+        self._builder: Builder | None = None
+        self._built_at = time.monotonic()
 
     def newest(self) -> Found | None:
         """What is there now: never less than before, though a new builder begins again."""
@@ -126,27 +132,36 @@ class GrowingData:
         """Whether a process builds the store now."""
         if self._builder is not None and self._builder.runs:
             return True
-        return self._store is not None and self._store.is_being_built()
+        if self._store is None:
+            return False
+        if self._store.is_being_built():
+            self._built_at = time.monotonic()
+            return True
+        found = self.newest()
+        if found is not None and found.whole:
+            return False
+        if self._command and self._builder is None:
+            self._builder = Builder(self._command)
+            return True
+        return self._patient and time.monotonic() - self._built_at < START_SECONDS
 
     def failure(self) -> str:
         """What the builder of this process said at last if it failed, or an empty text."""
         return "" if self._builder is None else self._builder.failure()
 
-    def wait(self, check_stop: StopCheck, *, patient: bool) -> Found | None:
-        """What is there as soon as anything is; None where the rest is not being built. With
-        ``patient``, another process of the run starts the builder."""
+    def wait(self, check_stop: StopCheck) -> Found | None:
+        """What is there as soon as anything is; None where the rest is not being built."""
         began, said = time.monotonic(), False
         while True:
             check_stop()
-            waiting = time.monotonic() - began
             # In this order: a builder that ends between the two has left the whole store.
-            more = self.more_comes() or (patient and waiting < START_SECONDS)
+            more = self.more_comes()
             found = self.newest()
             if found is not None and (found.whole or more):
                 return found
             if not more:
                 return None
-            if not said and waiting > 1:
+            if not said and time.monotonic() - began > 1:
                 log.info("waiting for the first shard of the token store")
                 said = True
             time.sleep(RETRY_SECONDS)
@@ -169,11 +184,13 @@ def builder_command(words: Sequence[str]) -> list[str]:
 
 
 def end_with(process: int) -> None:
-    """Let this process end when its parent, ``process``, does."""
+    """Let this process end when its parent, ``process``, does; a signal ends it as an exception
+    does, so that what it has begun is deleted."""
 
     def watch() -> None:
         while os.getppid() == process:
             time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     threading.Thread(target=watch, daemon=True).start()

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from apt_core.config import Config
 from apt_core.data.batches import BatchPlan, EvaluationPlan
-from apt_core.data.early import Builder, Found, GrowingData
+from apt_core.data.early import Found, GrowingData
 from apt_core.data.growing import GrowingOrder
 from apt_core.data.mixture import mixture_segments
 from apt_core.data.order import Order, Segment, StepPlan
@@ -301,13 +301,10 @@ def _early_data(
     config, first = kernel.config, kernel.place.get("LOCAL_RANK", "0") == "0"
     store, growing, found = growing_store(source, tokenizer, config.data), None, None
     if store is not None:
-        known, builder = store.newest(), None
-        needed = (known is None or not known.whole) and not store.is_being_built()
-        if needed and first and kernel.builder:
-            builder = Builder(kernel.builder)
-        growing = GrowingData(config.seq_len, store, builder)
+        command, patient = kernel.builder if first else (), bool(kernel.builder) and not first
+        growing = GrowingData(config.seq_len, store, command, patient)
         try:
-            found = growing.wait(check_stop, patient=not first)
+            found = growing.wait(check_stop)
         except BaseException:
             growing.close()
             raise

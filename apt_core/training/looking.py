@@ -22,6 +22,20 @@ log = get_logger("apt.training")
 WAIT_SECONDS = 0.5
 
 
+class _Waiting:
+    """Waits a little at a time for ``what``, which the log says once."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._said = what, False
+
+    def wait(self) -> None:
+        """Wait a little."""
+        if not self._said:
+            log.info("waiting for %s", self._what)
+            self._said = True
+        time.sleep(WAIT_SECONDS)
+
+
 class Looking:
     """Looks whenever the windows that the run knows are used up. ``recorded`` are the events of
     the run's folder: what a run has looked up that was killed later is not looked up again, so that
@@ -92,7 +106,7 @@ class Looking:
         return None
 
     def _next(self, step: int) -> Look | None:
-        order = self._order
+        order, tell = self._order, _Waiting("more of the token store")
         while True:
             self._run.stopping.check_limits(step - 1)
             found, more, stops = self._everywhere()
@@ -114,7 +128,7 @@ class Looking:
                     + (f"; the build failed: {said}" if said else "")
                     + "\n--resume begins to build it again, and goes on"
                 )
-            time.sleep(WAIT_SECONDS)
+            tell.wait()
 
     def _everywhere(self) -> tuple[tuple[int, int, bool, str] | None, bool, bool]:
         """What all processes have found, whether more comes, and whether the run is to stop."""
@@ -137,6 +151,8 @@ class Looking:
 
     def _find(self, look: Look) -> None:
         """Wait until what a look has found is there. Raises CheckpointError for another store."""
+        what = "the whole token store" if look.whole else f"{look.shards} shards of the token store"
+        tell = _Waiting(f"{what}, which the run has trained on before")
         while True:
             more = self._growing.more_comes()
             found = self._growing.newest()
@@ -150,7 +166,7 @@ class Looking:
                     "there now, and no process builds it"
                 )
             self._run.stopping.interrupts.require_none()
-            time.sleep(WAIT_SECONDS)
+            tell.wait()
         same = found.shards >= look.shards and found.hashes[look.shards - 1] == look.sha256
         if not same or (look.whole and found.windows != look.stop):
             raise CheckpointError(

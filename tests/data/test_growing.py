@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from math import inf
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from apt_core.data import early
 from apt_core.data.growing import GrowingOrder
 from apt_core.data.looks import Look
 from apt_core.data.order import StepPlan
@@ -80,3 +83,87 @@ def test_a_look_is_read_back_and_nothing_else_is():
     for wrong in ({"stop": 0}, {"stop": "3"}, {"more": 1}, {"start": -1}):
         with pytest.raises(ValueError, match="validation error"):
             Look.model_validate({**look.model_dump(), **wrong})
+
+
+class Store:
+    """A store that another process may be building."""
+
+    def __init__(self) -> None:
+        self.being_built = True
+
+    def is_being_built(self) -> bool:
+        return self.being_built
+
+    def newest(self) -> None:
+        return None
+
+
+def test_a_builder_is_started_where_no_other_process_builds(monkeypatch):
+    """Another run may end, and the builder with it, before the store is whole."""
+    builders = []
+
+    def begin(command):
+        builders.append(SimpleNamespace(command=command, runs=True))
+        return builders[-1]
+
+    monkeypatch.setattr(early, "Builder", begin)
+    store = Store()
+    first = early.GrowingData(8, store, ["build"])
+    other = early.GrowingData(8, store, patient=True)
+    alone = early.GrowingData(8, store)
+    assert first.more_comes() and other.more_comes() and alone.more_comes() and not builders
+    store.being_built = False
+    assert first.more_comes() and len(builders) == 1
+    assert other.more_comes() and not alone.more_comes()  # it has not begun yet
+    builders[0].runs = False  # it has failed: no other one is started
+    assert not first.more_comes() and len(builders) == 1
+    monkeypatch.setattr(early, "START_SECONDS", 0.0)
+    assert not other.more_comes()
+
+
+PLUGIN = """
+import time
+from pathlib import Path
+
+from apt_core import ProviderSpec, hookimpl
+from apt_core.providers import DatasetProvider
+
+
+class Gated(DatasetProvider):
+    def documents(self):
+        yield from (f"document {n}" for n in range(30))
+        while not Path("gate").exists():
+            time.sleep(0.01)
+
+    def fingerprint(self):
+        return "gated"
+
+
+@hookimpl
+def apt_register_providers():
+    return [ProviderSpec("dataset", "gated", Gated)]
+"""
+
+
+def test_the_builder_s_process_tidies_up_when_it_is_ended_and_says_why_it_failed(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("APT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "gated.py").write_text(PLUGIN, encoding="utf-8")
+    words = ["--profile", "tiny_debug", "--plugin", "gated.py", "--data.loader", "gated"]
+    stores = tmp_path / "cache" / "stores"
+
+    ended = early.Builder(early.builder_command(words))
+    failed = early.Builder(early.builder_command([*words, "--data.val_fraction", "2"]))
+    while not [*stores.glob("*.building-*")]:
+        assert ended.runs, ended.failure()
+        time.sleep(0.01)
+    ended.close()
+    assert not ended.runs and not [*stores.iterdir()]
+    (tmp_path / "gate").touch()
+    whole = early.Builder(early.builder_command(words))
+    while whole.runs or failed.runs:
+        time.sleep(0.01)
+    assert whole.failure() == "" and len([*stores.glob("*/store.json")]) == 1
+    assert failed.failure().startswith("error: ") and "data.val_fraction" in failed.failure()
