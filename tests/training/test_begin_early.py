@@ -20,7 +20,7 @@ import torch
 
 from apt_core import AptError, hookimpl
 from apt_core.config import parse_override
-from apt_core.data import loading
+from apt_core.data import early
 from apt_core.data.loading import load_data
 from apt_core.data.store import build, format
 from apt_core.data.store.format import DamagedStoreError, StoreError, read_manifest
@@ -288,12 +288,12 @@ def test_a_run_that_is_refused_leaves_no_builder(trial, monkeypatch):
     trial.kill()
     builders = []
 
-    class Sleeps(loading.Builder):
+    class Sleeps(early.Builder):
         def __init__(self, command: Any) -> None:
             super().__init__(["sleep", "60"])
             builders.append(self)
 
-    monkeypatch.setattr(loading, "Builder", Sleeps)
+    monkeypatch.setattr(early, "Builder", Sleeps)
     kernel = boot(trial.profile, overrides=trial.overrides(**{"evaluation.best_by": "luck"}))
     kernel.builder = ("build",)
     with pytest.raises(ConfigError, match=r"evaluation\.best_by"):

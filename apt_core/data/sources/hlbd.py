@@ -43,6 +43,14 @@ class HLBDDataset(FileSource):
             return section
         return section.model_copy(update={"train_path": str(SHIPPED)})
 
+    def describe(self) -> str:
+        """The paths, with how many files there are and their size; or that it is what comes with
+        APT."""
+        told = super().describe()
+        if super().section.train_path is not None:
+            return told
+        return told.replace(self.found("train_path").files[0].where, "the words shipped with APT")
+
     def reader(self, suffix: str) -> Reader:
         return read_hlbd
 

@@ -24,7 +24,7 @@ KEY = "data.source"
 
 
 class PythonSource(TextDataset):
-    """The modules of CPython's standard library in order of path, about 10 MB of code.
+    """The modules of CPython's standard library in order of path, about 12 MB of code.
 
     Files without code are left out. The text differs between Python versions: compare figures
     only where the fingerprint is the same. ``val_path`` may name files to evaluate on.
