@@ -59,7 +59,7 @@ def test_the_wheel_has_every_module_and_profile_and_nothing_else(wheel: zipfile.
     expected = {
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES
-        for pattern in ("*.py", "*.yaml", "*.json", "*.css", "*.j2", "*.js", "py.typed")
+        for pattern in ("*.py", "*.yaml", "*.json", "*.css", "*.html", "*.j2", "*.js", "py.typed")
         for path in (ROOT / package).rglob(pattern)
     }
     packed = {name for name in wheel.namelist() if ".dist-info/" not in name}

@@ -260,11 +260,23 @@ def fitting(
     Raises ConfigError where the tokenizer refuses the conversation.
     """
     last = len(conversation.turns) - 1
-    while True:
-        prompt = chat_format.render(conversation.messages(first_turn))
-        try:
-            if first_turn >= last or num_tokens(tokenizer, prompt) <= most:
-                return prompt, max(0, first_turn)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        first_turn += 1
+
+    def prompt_from(turn: int) -> tuple[Prompt, bool]:
+        prompt = chat_format.render(conversation.messages(turn))
+        return prompt, num_tokens(tokenizer, prompt) <= most
+
+    try:
+        if first_turn >= last:
+            return prompt_from(first_turn)[0], max(0, first_turn)
+        # From the end, so that it costs what the context holds rather than what was ever said.
+        found, too_early, back = (prompt_from(last)[0], last), first_turn - 1, 1
+        while too_early < found[1] - 1:
+            turn = max(found[1] - back, first_turn) if back else (too_early + found[1]) // 2
+            prompt, fits = prompt_from(turn)
+            if fits:
+                found, back = (prompt, turn), 2 * back
+            else:
+                too_early, back = turn, 0
+        return found
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

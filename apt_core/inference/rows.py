@@ -31,12 +31,14 @@ log = get_logger("apt.inference")
 
 @dataclass(frozen=True)
 class Delta:
-    """What a stream adds: the ``text`` and the ``token_ids`` since the one before. The last has the
-    ``result``, whose text and tokens are those of all deltas together."""
+    """What a stream adds: the ``text`` and the ``token_ids`` since the one before, with their
+    ``logprobs`` where the request asks for them. The last has the ``result``, whose text and tokens
+    are those of all deltas together."""
 
     text: str
     token_ids: tuple[int, ...] = ()
     result: GenerationResult | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 OnDelta = Callable[[Delta], None]
@@ -163,9 +165,13 @@ class Row:
 
     def _tell(self, piece: str, reason: str | None = None) -> str | None:
         if self._on_delta is not None:
-            self._on_delta(Delta(piece, tuple(self._untold)))
+            self._on_delta(self._delta(piece))
             self._untold.clear()
         return reason
+
+    def _delta(self, piece: str, result: GenerationResult | None = None) -> Delta:
+        logprobs = self._logprobs[-len(self._untold) :] if self._untold else ()
+        return Delta(piece, tuple(self._untold), result, tuple(logprobs))
 
     def end(self, reason: str) -> None:
         """Make the result, and tell plugins of it if they were told of the beginning."""
@@ -188,7 +194,7 @@ class Row:
                 request=request, result=result, session=self._session
             )
         if self._on_delta is not None:
-            self._on_delta(Delta(piece, tuple(self._untold), result))
+            self._on_delta(self._delta(piece, result))
 
 
 def _ids_of(session: Session, request: GenerationRequest) -> list[int]:

@@ -173,3 +173,29 @@ def test_the_first_turns_are_left_out_until_the_rest_fits() -> None:
     assert [message.content for message in alone] == ["always here", "the last"] and first == 9
     with pytest.raises(ConfigError, match="has no token for turns of 'system'"):
         fitting(found, FORMATS["template"], Plain(), 100)
+
+
+def test_what_fits_of_a_long_conversation_is_found_from_its_end() -> None:
+    """As if every turn had been tried from the first, by looking at little more than what fits."""
+    looked: list[int] = []
+
+    class Counts(Plain):
+        def encode(self, text: str) -> list[int]:
+            looked.append(len(text))
+            return super().encode(text)
+
+    tokenizer, form = Counts(), FORMATS["dialogue"]
+    found = talk(*((f"{n}" * (n % 7), "yes") for n in range(300)), system="s")
+    found.ask("the last")
+    for most in (0, 40, 200, 1000, 10**9):
+        for first in (0, 280, 300):
+            fits = (
+                turn
+                for turn in range(first, len(found.turns))
+                if num_tokens(Plain(), form.render(found.messages(turn))) <= most
+            )
+            turn = next(fits, len(found.turns) - 1)
+            looked.clear()
+            prompt = form.render(found.messages(turn))
+            assert fitting(found, form, tokenizer, most, first) == (prompt, turn), (most, first)
+            assert most > 1000 or max(looked) < 3 * most + 200

@@ -46,6 +46,7 @@ COMMANDS = [
     "plugin-list --help",
     "plugin-info --help",
     "report --help",
+    "serve --help",
 ]
 VERBS = [
     "list", "show", "plugins", "providers", "info", "enable", "disable", "check", "trace",
@@ -68,7 +69,7 @@ print(json.dumps([code, [name for name in SLOW if name in sys.modules]]))
 """
 SLOW = ["torch", "apt_core.config", "yaml", "rich.console", "packaging.specifiers"]
 """What takes a good part of a listing's time to import."""
-NEVER = ["torch", "numpy", "pyarrow", "tokenizers", "datasets", "matplotlib"]
+NEVER = ["torch", "numpy", "pyarrow", "tokenizers", "datasets", "matplotlib", "uvicorn"]
 """What no look at a command may import."""
 
 
@@ -110,6 +111,7 @@ def python(code: str, *arguments: str, folder: Path) -> list[Any]:
         "apt_plugins.moe.plugin",
         "apt_plugins.report.plugin",
         "apt_plugins.routing.plugin",
+        "apt_plugins.serve.command",
         "apt_plugins.voter.plugin",
     ],
 )
