@@ -18,9 +18,13 @@ from apt_core.inference.texts import Text, window_start
 from apt_core.log import get_logger
 from apt_core.modeling.casts import KeptCasts
 from apt_core.modeling.row_decoding import CALLED, Int8Products, Products
+from apt_core.parallel.world import local_part
 from apt_core.runs.session import Session
 
 log = get_logger("apt.inference")
+
+SAMPLED = 16
+"""About how many elements of a weight are looked at to notice that it has changed."""
 
 
 def dtype_for(session: Session) -> torch.dtype | None:
@@ -211,11 +215,23 @@ class _Reader:
 
 def _state_of(model: nn.Module) -> Any:
     """What changes if a weight of ``model`` is written to or replaced, a hook is registered, or a
-    module is given another forward or other caches."""
+    module is given another forward or other caches.
+
+    torch does not count what its fused optimizers write, nor what is written through ``.data``:
+    that shows in a few elements of each weight, unless it leaves all of these as they are.
+    """
     tensors = [
         (id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
         for tensor in (*model.parameters(), *model.buffers())
     ]
+    with torch.no_grad():
+        weights = [local_part(parameter) for parameter in model.parameters()]
+        sampled = [
+            weight.view(-1)[:: 1 + weight.numel() // SAMPLED].float()
+            for weight in weights
+            if weight.is_contiguous()
+        ]
+        elements = torch.cat(sampled).cpu().numpy().tobytes() if sampled else b""
     called = [id(getattr(type(model), name, None)) for name in CALLED]
     modules = [
         (
@@ -228,4 +244,4 @@ def _state_of(model: nn.Module) -> Any:
         for module in model.modules()
         for own in (module.__dict__,)
     ]
-    return tensors, called, modules
+    return tensors, elements, called, modules

@@ -164,6 +164,14 @@ def test_a_hook_of_a_module_is_called_for_every_token(lively):
         assert len(calls) >= 9 or isinstance(module, nn.ModuleList), module
 
 
+def fused_step(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.3, fused=True)
+    for index, parameter in enumerate(model.parameters()):
+        generator = torch.Generator().manual_seed(index)
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+
+
 def test_an_engine_notices_that_weights_have_changed(lively):
     session, request = made(lively, "tva"), greedy(["The "], (9,))
     engine = Engine(session)
@@ -171,6 +179,8 @@ def test_an_engine_notices_that_weights_have_changed(lively):
     attention = session.model.blocks[0].attention
     for change in (
         lambda: attention.qkv_weight.mul_(-1.0),
+        lambda: attention.qkv_weight.data.mul_(-1.0),  # which torch counts no more
+        lambda: fused_step(session.model),  # than this
         lambda: setattr(attention, "out_weight", nn.Parameter(-3.0 * attention.out_weight)),
     ):
         with torch.no_grad():
