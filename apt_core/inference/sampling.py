@@ -44,13 +44,17 @@ def choose(logits: Tensor, sampling: Sampling, draws: Tensor | None) -> Tensor:
     """Token ids, int64 [B], from ``logits`` [B, V]; ``draws`` [B] are uniform numbers in [0, 1),
     float64, that are not needed where ``sampling`` is greedy.
 
-    The token is the first whose cumulated probability exceeds the draw, so that a row's token
-    depends on its own logits and draw alone. The host does not wait for the device.
+    The token is the first, in the order of ids, whose cumulated probability exceeds the draw. A
+    row's token thus depends on its own logits and draw alone, and not on which of two tokens that
+    are equally likely comes first. The host does not wait for the device.
     """
     if sampling.greedy:
         return logits.argmax(-1)
     assert draws is not None
     probabilities, ids = _candidates(logits, sampling)
+    if ids is not None:
+        ids, order = ids.sort(-1)
+        probabilities = probabilities.gather(-1, order)
     exact = torch.float32 if logits.device.type == "mps" else torch.float64
     cumulated = probabilities.cumsum(-1, dtype=exact)
     # A draw next to 1 must not exceed the sum, whose last digits are rounded.

@@ -41,6 +41,18 @@ def test_sampling_is_a_function_of_the_seed_alone():
     assert len(first.token_ids) == 8
 
 
+@pytest.mark.parametrize("settings", [{"top_k": 4}, {"top_p": 0.9}])
+def test_the_last_bits_of_equally_likely_tokens_do_not_decide_about_a_draw(settings):
+    draws = torch.linspace(0.001, 0.999, 998, dtype=torch.float64)
+    sampling = Sampling.of(GenerationRequest("", **settings))
+    chosen = []
+    for change in (-1e-6, 1e-6):
+        logits = torch.tensor([0.0, 1.0 + change, -9.0, 1.0 - change, 0.0, -9.0]).double()
+        chosen.append(choose(logits.expand(len(draws), -1), sampling, draws))
+    assert torch.equal(*chosen)
+    assert chosen[0].unique().numel() == 4
+
+
 def test_temperature_zero_takes_the_most_likely_token():
     logits = torch.tensor([0.1, 3.0, 0.2])
     assert choose(logits[None], Sampling(0.0, 0, 1.0, 0.0), None).tolist() == [1]
