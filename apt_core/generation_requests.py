@@ -67,7 +67,8 @@ def _number(
         what = "a whole number" if kind is int else "a number"
         yield Problem(f"is {value!r}, not {what}", key, hint=hint)
     elif not math.isfinite(value) or not least <= value <= most or (open_ and value == least):
-        bounds = f"{'above' if open_ else 'from'} {least:g} to {most:g}"
+        form = ",d" if kind is int else "g"
+        bounds = f"{'above' if open_ else 'from'} {least:{form}} to {most:{form}}"
         yield Problem(f"is {value}, not {bounds}", key, hint=hint)
 
 

@@ -6,6 +6,7 @@ Shapes: B rows, V token ids.
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,8 @@ class Engine:
     changes no token (:data:`apt_core.inference.lookup.TIE`). ``int8`` rounds weights to 8 bits
     where that is faster on this CPU, which changes results a little; there is no look-up then.
 
-    An engine is used by one thread. Several engines may share a session.
+    One thread computes with an engine at a time; another one is refused meanwhile. Engines may
+    share a session, in one thread.
     """
 
     def __init__(
@@ -64,7 +66,8 @@ class Engine:
         )
         self._waiting: deque[Row] = deque()
         self._active: list[Row] = []
-        self._entered = False
+        self._used = threading.Lock()
+        self._thread: int | None = None  # the one that is computing
 
     # Asking ----------------------------------------------------------------------------------
 
@@ -104,12 +107,15 @@ class Engine:
         """The text of ``request`` piece by piece. Raises as :meth:`run` does; a generator that is
         closed before its end cancels the request."""
         deltas: deque[Delta] = deque()
-        ticket = self.submit(request, deltas.append)
-        return self._streamed(ticket, deltas, interrupted)
+        row = Row(self.session, check_request(request), deltas.append)
+        return self._streamed(row, deltas, interrupted)
 
     def _streamed(
-        self, ticket: Ticket, deltas: deque[Delta], interrupted: Callable[[], bool]
+        self, row: Row, deltas: deque[Delta], interrupted: Callable[[], bool]
     ) -> Iterator[Delta]:
+        # It waits from here on: a generator that is never begun leaves nothing behind.
+        self._waiting.append(row)
+        ticket = row.ticket
         with self._cancelled_on_error([ticket]):
             while not ticket.done:
                 if interrupted():
@@ -133,24 +139,36 @@ class Engine:
         except BaseException:
             for ticket in tickets:
                 ticket.cancel()
-            self._drop_cancelled()
+            if self._thread in (None, threading.get_ident()):
+                self._drop_cancelled()
             raise
 
     # Working ---------------------------------------------------------------------------------
 
     def computing(self) -> AbstractContextManager[object]:
         """A context for many steps: what :meth:`step` would otherwise set up and put back each
-        time. Nothing else should be computed in it."""
-        return nullcontext() if self._entered else self._computing()
+        time. Nothing else should be computed in it. Raises RuntimeError while another thread is in
+        it."""
+        if self._thread == threading.get_ident():
+            return nullcontext()
+        return self._computing()
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        with self.session.computing(), self._decoder.kept_casts():
-            self._entered = True
-            try:
-                yield
-            finally:
-                self._entered = False
+        if not self._used.acquire(blocking=False):
+            raise RuntimeError(
+                "another thread computes with this engine: give each thread an engine of its own, "
+                "or put a lock around it"
+            )
+        try:
+            with self.session.computing(), self._decoder.kept_casts():
+                self._thread = threading.get_ident()
+                try:
+                    yield
+                finally:
+                    self._thread = None
+        finally:
+            self._used.release()
 
     def step(self) -> bool:
         """Begin with what waits and fits, and add a token to every text that is worked on. Returns

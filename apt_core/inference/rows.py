@@ -19,7 +19,7 @@ from apt_core.inference.decoding import Decoder
 from apt_core.inference.lookup import Guesses
 from apt_core.inference.request_hooks import RequestHooks
 from apt_core.inference.sampling import Sampling, penalized
-from apt_core.inference.stopping import GrowingText
+from apt_core.inference.stopping import GrowingText, whole_characters
 from apt_core.inference.texts import Text, window_start
 from apt_core.log import get_logger
 from apt_core.providers.documents import Document
@@ -177,9 +177,15 @@ class Row:
         """Make the result, and tell plugins of it if they were told of the beginning."""
         request, text, growing = self.request, self.text, self._growing
         ids = tuple(text.ids[text.start :])
-        piece = "" if growing is None else growing.finish()
+        cut = reason != "stop"
+        if growing is None:
+            decoded = self._session.tokenizer.decode(ids)
+            piece, whole = "", whole_characters(decoded) if cut else decoded
+        else:
+            piece = growing.finish(cut=cut)
+            whole = growing.text
         result = GenerationResult(
-            self._session.tokenizer.decode(ids) if growing is None else growing.text,
+            whole,
             ids,
             "stop" if growing is not None and growing.stopped else reason,
             prompt_tokens=text.start,

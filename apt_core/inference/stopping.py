@@ -14,6 +14,15 @@ WINDOW = 48
 so the window's first half is decoded again with what follows."""
 
 
+def whole_characters(text: str) -> str:
+    """``text``, which may have been cut anywhere, without the beginning of a character at its end.
+
+    >>> whole_characters("水火".encode()[:5].decode(errors="replace"))
+    '水'
+    """
+    return text.removesuffix(UNDECODED)
+
+
 class GrowingText:
     """The text of tokens that are added one by one, cut before the first of ``stops``.
 
@@ -50,10 +59,11 @@ class GrowingText:
             self._move()
         return self._piece()
 
-    def finish(self) -> str:
-        """The last piece."""
+    def finish(self, *, cut: bool = False) -> str:
+        """The last piece; of a text that is ``cut``, see :func:`whole_characters`."""
         if not self.stopped:
-            self._take(self._decode(self._ids[self._first :]))
+            window = self._decode(self._ids[self._first :])
+            self._take(whole_characters(window) if cut else window)
         piece, self._given = self._text[self._given :], len(self._text)
         return piece
 

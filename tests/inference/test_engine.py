@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -131,6 +132,13 @@ def test_a_text_ends_before_a_stop_string_or_with_the_document(lively):
         assert (result.text, result.finish_reason) == (text, reason)
         assert "".join(delta.text for delta in deltas) == text
         assert text.startswith("".join(delta.text for delta in deltas[:-1]))
+    writes.text = "水火".encode()
+    for length, text in enumerate(["", "", "水", "水", "水", "水火"], 1):
+        request = GenerationRequest("p", max_new_tokens=length)
+        deltas = list(Engine(session).stream(request))
+        assert "".join(delta.text for delta in deltas) == text  # no part of a character
+        assert generate(session, request) == deltas[-1].result
+        assert deltas[-1].result.token_ids == tuple(writes.text[:length])
     writes.text = b"ab\xffcd"
     result = generate(session, GenerationRequest("p", max_new_tokens=5))
     assert (result.text, result.finish_reason, result.token_ids) == ("ab", "stop", tuple(b"ab"))
@@ -254,3 +262,28 @@ def test_two_engines_of_one_session_do_not_disturb_each_other(session):
     while any([engine.step() for engine in engines]):
         pass
     assert [ticket.result for ticket in tickets] == whole
+
+
+def test_an_engine_is_computed_with_by_one_thread_at_a_time(session):
+    engine, request = Engine(session), mixed_requests()[8]
+    with ThreadPoolExecutor(1) as other:
+        stream = engine.stream(request)
+        with engine.computing():
+            first = next(stream)
+            for use in (lambda: engine.run([request]), lambda: list(engine.stream(request))):
+                with pytest.raises(RuntimeError, match="another thread computes with this engine"):
+                    other.submit(use).result()
+        rest = [*stream]
+        assert "".join(d.text for d in (first, *rest)) == generate(session, request).text
+        assert other.submit(engine.run, [request]).result() == [generate(session, request)]
+
+
+def test_a_stream_that_is_not_begun_leaves_nothing_behind(session):
+    engine = Engine(session)
+    stream = engine.stream(mixed_requests()[0])
+    del stream
+    assert not engine.step()
+    begun = engine.stream(mixed_requests()[0])
+    next(begun)
+    begun.close()
+    assert not engine.step()
