@@ -31,13 +31,11 @@ MAX_SECONDS = 60.0
 MAX_WIDTH = 10_000
 """Characters to which a format fills a text."""
 
-_GROWING = {
-    *("center", "expandtabs", "indent", "ljust", "replace", "rjust", "wordwrap", "zfill"),
-}
+_GROWING = {"center", "expandtabs", "indent", "ljust", "replace", "rjust", "zfill"}
 """Filters and methods of texts that make at most as many characters as the text has, times the
 greatest number or the longest text they are given."""
 
-_WRITING = {"format", "pprint", "string", "tojson", "urlencode", "xmlattr"}
+_WRITING = {"format", "string", "urlencode"}
 """Filters that write all of a value out."""
 
 _WIDTH = re.compile(r"\d{5}|\*")
@@ -47,6 +45,13 @@ _TURN, _JOINED = "of a turn", "joined by ~"
 
 _UNUSED = ("lipsum", "cycler", "joiner")
 """Globals of Jinja that draw at random or keep something, which no conversation needs."""
+
+_REFUSED_FILTERS = {
+    *("batch", "center", "filesizeformat", "pprint", "random", "round", "slice", "sum", "urlize"),
+    *("wordwrap", "xmlattr"),
+}
+_REFUSED_METHODS = {"encode", "from_bytes", "maketrans", "to_bytes", "translate"}
+"""Those that draw at random or make much out of little, which no conversation needs."""
 
 
 class BoundsError(jinja2.TemplateError):
@@ -123,6 +128,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self._turn()
         # Jinja wraps the method format in a function.
         method = getattr(called, "__wrapped__", called)
+        if getattr(method, "__name__", "") in _REFUSED_METHODS:
+            raise BoundsError(f"it uses {method.__name__}, which no conversation needs")
         if isinstance(owner := getattr(method, "__self__", None), str):
             name = method.__name__
             if name == "join" and args:
@@ -137,6 +144,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         @functools.wraps(function)  # with what Jinja has noted on it
         def bounded(*args: Any, **options: Any) -> Any:
             self._turn()
+            if name in _REFUSED_FILTERS:
+                raise BoundsError(f"it uses {name}, which no conversation needs")
             before, value, rest = args[:first], args[first], args[first + 1 :]
             given = [*rest, *options.values()]
             if name == "join":
@@ -205,8 +214,6 @@ def _check_growth(name: str, text: str, given: list[Any]) -> None:
         if re.search(r":[^{}]*\{", text):
             raise BoundsError("it fills a text to a width that it computes")
         _require_room(_size_of(given) * max(1, text.count("{")))
-    elif name in ("translate", "maketrans"):
-        raise BoundsError(f"it uses {name}, which no template needs")
     elif name in _GROWING:
         sizes = [abs(int(each)) for each in given if isinstance(each, int | float)]
         sizes += [len(each) for each in given if isinstance(each, str)]
@@ -262,4 +269,12 @@ def _refuse(message: str) -> None:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+    for option in options.values():
+        if isinstance(option, int):
+            _require_room(option)
+    parts, size = [], 0
+    for part in json.JSONEncoder(ensure_ascii=ensure_ascii, **options).iterencode(value):
+        size += len(part)
+        _require_room(size)
+        parts.append(part)
+    return "".join(parts)
