@@ -24,7 +24,7 @@ import numpy as np
 from apt_core.data.packing.rows import IGNORED, Extract, Ints, Rows
 from apt_core.data.store.format import DamagedStoreError
 from apt_core.data.store.parts import TokenPart
-from apt_core.data.store.reader import OpenFiles, ShardedArray
+from apt_core.data.store.reader import OpenFiles
 from apt_core.files import write_atomically
 from apt_core.json_files import read_json
 from apt_core.log import get_logger
@@ -56,11 +56,10 @@ class Column:
 
     def __init__(self, folder: Path, name: str, dtype: str) -> None:
         self.name, self.num_bytes = name, (folder / name).stat().st_size
-        self._length, rest = divmod(self.num_bytes, np.dtype(dtype).itemsize)
+        self._dtype, self._files = np.dtype(dtype), OpenFiles(folder)
+        self._length, rest = divmod(self.num_bytes, self._dtype.itemsize)
         if rest:
             raise ValueError(f"{folder / name} ends within a number")
-        starts = np.array([0, self._length], dtype=np.int64)
-        self._array = ShardedArray(OpenFiles(folder), [name], starts, dtype)
 
     def __len__(self) -> int:
         return self._length
@@ -68,13 +67,18 @@ class Column:
     def __getitem__(self, indices: Ints | slice) -> Ints:
         """The items at these places, none of them negative."""
         if isinstance(indices, slice):
-            return self._array.read(*indices.indices(len(self))[:2])
-        out = np.empty(len(indices), self._array.dtype)
+            indices = np.arange(*indices.indices(len(self)))
+        out = np.empty(len(indices), self._dtype)
+        if not len(out):
+            return out
+        data, size = out.view(np.uint8).data, self._dtype.itemsize
+        file = self._files.opened(self.name)
         # Most stand beside each other: the pieces of a row.
-        borders = np.flatnonzero(np.diff(indices) != 1) + 1
-        for first, last in pairwise([0, *borders.tolist(), len(indices)]):
-            if last > first:
-                self._array.read_into(out[first:last], int(indices[first]))
+        starts = np.concatenate([[0], np.flatnonzero(np.diff(indices) != 1) + 1])
+        places = (indices[starts] * size).tolist()
+        borders = [*(starts * size).tolist(), len(data)]
+        for (first, last), place in zip(pairwise(borders), places, strict=True):
+            self._files.fill(file, self.name, data[first:last], place)
         return out
 
     def sum(self, dtype: Any) -> Any:
@@ -161,10 +165,10 @@ class PieceIndex:
     def pieces_of(self, rows: Ints) -> tuple[Ints, Ints, Ints]:
         """The starts and lengths of the pieces of ``rows`` [n], one row after the other, and the
         number of pieces of each row [n]; int64."""
-        last = self.row_ends[rows].astype(np.int64)
-        counts = last - np.where(rows > 0, self.row_ends[np.maximum(rows - 1, 0)], 0).astype(
-            np.int64
-        )
+        # Beside each other, so that both are read at once.
+        both = np.stack([np.maximum(rows - 1, 0), rows], axis=1).ravel()
+        before, last = self.row_ends[both].astype(np.int64).reshape(-1, 2).T
+        counts = last - np.where(rows > 0, before, 0)
         pieces = np.repeat(last - np.cumsum(counts), counts)
         pieces += np.arange(len(pieces))
         return self.starts[pieces].astype(np.int64), self.lengths[pieces].astype(np.int64), counts
