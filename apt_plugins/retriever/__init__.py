@@ -1,0 +1,1 @@
+"""Retrieval: passages of a folder of text for prompts, and its next tokens for predictions."""

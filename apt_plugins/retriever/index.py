@@ -1,0 +1,242 @@
+"""An index over a folder of text: its passages, and what is computed of them.
+
+It lies in a folder with one generation for each state of the text, whose name is a hash of that
+state. A new generation takes over what files that have not changed gave to the one before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apt_core.cache import cache_dir
+from apt_core.code_source import short_path
+from apt_core.data.sources.digests import kept_sha256
+from apt_core.data.sources.files import DataFile, find_files
+from apt_core.data.sources.reading import Reading
+from apt_core.data.sources.text_default import READERS, TextDataset, read_text
+from apt_core.errors import ConfigError
+from apt_core.files import read_file
+from apt_core.log import get_logger
+from apt_plugins.retriever.chunks import chunks_of
+from apt_plugins.retriever.embedders import Embedder, Floats
+from apt_plugins.retriever.parts import fault_of, made
+from apt_plugins.retriever.settings import RetrieverSettings
+
+log = get_logger("apt.retriever")
+
+VERSION = 1
+"""Counts the changes of what an index holds for the same text."""
+
+_GENERATION = re.compile(r"v\d+-[0-9a-f]{24}")
+
+KEY = "retriever.folder"
+BATCH = 256
+MAX_LIST = 1 << 28
+TOLD_EVERY = 5.0
+"""Seconds between messages of a long build."""
+
+
+class Passages:
+    """The passages in a folder that :func:`write` wrote, memory-mapped; their texts are read as
+    they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        listed = json.loads(read_file(folder / "files.json", MAX_LIST))
+        self.files: list[list[Any]] = listed["files"]
+        self._bounds: NDArray[np.int64] = np.load(folder / "bounds.npy", allow_pickle=False)
+        self._lines: NDArray[np.int64] = np.load(folder / "lines.npy", allow_pickle=False)
+        self._owners: NDArray[np.int64] = np.load(folder / "owners.npy", allow_pickle=False)
+        size = int(self._bounds[-1])
+        self._bytes: NDArray[np.uint8] = (
+            np.memmap(folder / "texts.bin", np.uint8, "r", shape=(size,))
+            if size
+            else np.zeros(0, np.uint8)
+        )
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def text(self, number: int) -> str:
+        """The text of a passage."""
+        start, end = self._bounds[number], self._bounds[number + 1]
+        return bytes(self._bytes[start:end]).decode()
+
+    def texts(self) -> Iterator[str]:
+        """The texts of all passages, in order."""
+        return (self.text(number) for number in range(len(self)))
+
+    def place(self, number: int) -> str:
+        """The file of a passage and its first line: ``path:line``."""
+        return f"{self.files[self._owners[number]][0]}:{self._lines[number]}"
+
+    @cached_property
+    def rows(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """The first passage and the number of passages of each file, by sha256 and suffix."""
+        return {(sha, _suffix(path)): (first, count) for path, sha, first, count in self.files}
+
+
+class Index:
+    """The passages of ``settings.folder`` as it is now. Making it reads the files that are new or
+    have changed; the log names those that cannot be read, and they are left out.
+
+    Raises ConfigError where the folder has no text, OSError where the index cannot be written.
+    """
+
+    def __init__(self, settings: RetrieverSettings) -> None:
+        assert settings.folder is not None
+        self.settings = settings
+        found = find_files(settings.folder, TextDataset.suffixes, KEY)
+        if found.problems:
+            raise ConfigError(found.problems)
+        sums = kept_sha256(found.files, KEY)
+        chunking = [settings.chunk_chars, settings.overlap_chars]
+        paths = [file.path for file in found.files]
+        state = json.dumps([VERSION, chunking, *zip(paths, sums, strict=True)])
+        place = json.dumps([os.path.abspath(settings.folder), chunking])
+        base = os.path.expanduser(settings.index) if settings.index else cache_dir() / "retrieval"
+        self.root = Path(base) / _hash(place)
+        self.path = self.root / f"v{VERSION}-{_hash(state)}"
+        self._before = self._previous()
+        self.embedded = 0
+        folder = made(self.path / "passages", lambda to: self._write(to, found.files, sums))
+        self.passages = Passages(folder)
+        if not len(self.passages):
+            raise ConfigError("no file in it holds text", KEY, str(settings.folder))
+
+    def vectors(self, embedder: Embedder) -> Floats:
+        """The vectors [N, D] of all passages, memory-mapped. Those that the generation before has
+        are taken over, and ``embedded`` counts the others."""
+        name = f"vectors-{embedder.identity}"
+        folder = made(self.path / name, lambda to: self._embed(to, name, embedder))
+        found: Floats = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
+        return found
+
+    def forget_others(self) -> None:
+        """Delete the generations of other states of the text."""
+        for other in self.root.glob("v*-*"):
+            own = _GENERATION.fullmatch(other.name) and (other / "passages").is_dir()
+            if own and other != self.path and not other.is_symlink():
+                shutil.rmtree(other, ignore_errors=True)
+
+    def _previous(self) -> Path | None:
+        """The generation that was written last, if its passages are as they were."""
+        others = []
+        for path in self.root.glob(f"v{VERSION}-*"):
+            if path != self.path:
+                with suppress(OSError):
+                    others.append((path.stat().st_mtime_ns, path))
+        newest = max(others, default=(0, None))[1]
+        usable = newest is not None and fault_of(newest / "passages") is None
+        return newest if usable else None
+
+    def _write(self, folder: Path, files: Sequence[DataFile], sums: Sequence[str]) -> None:
+        before = None if self._before is None else Passages(self._before / "passages")
+        told, listed, bounds = Told(), [], [0]
+        lines: list[int] = []
+        owners: list[int] = []
+        with (folder / "texts.bin").open("wb") as texts:
+            for number, (file, sha) in enumerate(zip(files, sums, strict=True)):
+                told.of("%s: file %d of %d is read", self.settings.folder, number + 1, len(files))
+                first = len(lines)
+                known = None if before is None else before.rows.get((sha, _suffix(file.path)))
+                found = (
+                    self._read(file) if known is None or before is None else _again(before, *known)
+                )
+                for line, text in found:
+                    data = text.encode("utf-8", "replace")
+                    texts.write(data)
+                    bounds.append(bounds[-1] + len(data))
+                    lines.append(line)
+                    owners.append(number)
+                listed.append([short_path(file.path), sha, first, len(lines) - first])
+        (folder / "files.json").write_text(json.dumps({"files": listed}), encoding="utf-8")
+        for name, values in (("bounds", bounds), ("lines", lines), ("owners", owners)):
+            np.save(folder / f"{name}.npy", np.array(values, np.int64), allow_pickle=False)
+        log.info("%s: %d passages of %d files", self.settings.folder, len(lines), len(files))
+
+    def _read(self, file: DataFile) -> list[tuple[int, str]]:
+        size, overlap = self.settings.chunk_chars, self.settings.overlap_chars
+        found: list[tuple[int, str]] = []
+        reading = Reading(file, KEY)
+        try:
+            for document in READERS.get(file.suffix, read_text)(reading):
+                if reading.num_faults:
+                    continue
+                text = "\n".join(document.parts)
+                found += chunks_of(text, _line_of(document.where), size, overlap)
+            reading.raise_faults()
+        except ConfigError as error:
+            log.warning("left out: %s", "; ".join(str(problem) for problem in error.problems[:3]))
+            return []
+        return found
+
+    def _embed(self, folder: Path, name: str, embedder: Embedder) -> None:
+        passages, told = self.passages, Told()
+        size = embedder.embed(["a"]).shape[1]
+        vectors = np.lib.format.open_memmap(
+            folder / "vectors.npy", "w+", np.float32, (len(passages), size)
+        )
+        missing = list(range(len(passages)))
+        if self._before is not None and fault_of(self._before / name) is None:
+            old = np.load(self._before / name / "vectors.npy", mmap_mode="r", allow_pickle=False)
+            rows, missing = Passages(self._before / "passages").rows, []
+            for path, sha, first, count in passages.files:
+                known = rows.get((sha, _suffix(path)))
+                if known is None or known[1] != count:
+                    missing += range(first, first + count)
+                else:
+                    vectors[first : first + count] = old[known[0] : known[0] + count]
+        for start in range(0, len(missing), BATCH):
+            told.of("%s: %d of %d passages are embedded", self.settings.folder, start, len(missing))
+            batch = missing[start : start + BATCH]
+            found = embedder.embed([passages.text(number) for number in batch])
+            if found.shape != (len(batch), size) or not np.isfinite(found).all():
+                raise ValueError(f"{embedder.identity} gave vectors {found.shape} or no numbers")
+            vectors[batch] = found
+        vectors.flush()
+        self.embedded += len(missing)
+
+
+def _again(before: Passages, first: int, count: int) -> Iterator[tuple[int, str]]:
+    for number in range(first, first + count):
+        yield int(before._lines[number]), before.text(number)
+
+
+class Told:
+    """Says how far a long build is: often enough to see that it goes on, and not in a short one."""
+
+    def __init__(self) -> None:
+        self._due = time.monotonic() + TOLD_EVERY
+
+    def of(self, message: str, *values: object) -> None:
+        """Log a message, if the time has come."""
+        if time.monotonic() >= self._due:
+            self._due = time.monotonic() + TOLD_EVERY
+            log.warning(message, *values)
+
+
+def _line_of(where: str) -> int:
+    """The line in the place of a document, ``path`` or ``path:line``."""
+    last = where.rpartition(":")[2]
+    return int(last) if last.isdecimal() and len(last) < 16 else 1
+
+
+def _suffix(path: str) -> str:
+    return os.path.basename(path).partition(".")[2].lower()
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:24]
