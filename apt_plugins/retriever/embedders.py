@@ -120,10 +120,17 @@ class MiniLM:
 
     def _load(self) -> tuple[Any, Any]:
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(self._folder, **options)
-        model = AutoModel.from_pretrained(self._folder, use_safetensors=True, **options)
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            model = AutoModel.from_pretrained(self._folder, use_safetensors=True, **options)
+        finally:
+            if shown:
+                logging.enable_progress_bar()
         self._loaded = tokenizer, model.float().eval()
         return self._loaded
 

@@ -79,8 +79,10 @@ class Passages:
         return (self.text(number) for number in range(len(self)))
 
     def place(self, number: int) -> str:
-        """The file of a passage and its first line: ``path:line``."""
-        return f"{self.files[self._owners[number]][0]}:{self._lines[number]}"
+        """The file of a passage, relative where it lies below the working directory, and its first
+        line: ``path:line``."""
+        path = short_path(self.files[self._owners[number]][0])
+        return f"{path}:{self._lines[number]}"
 
     @cached_property
     def rows(self) -> dict[tuple[str, str], tuple[int, int]]:
@@ -161,7 +163,7 @@ class Index:
                     bounds.append(bounds[-1] + len(data))
                     lines.append(line)
                     owners.append(number)
-                listed.append([short_path(file.path), sha, first, len(lines) - first])
+                listed.append([os.path.abspath(file.path), sha, first, len(lines) - first])
         (folder / "files.json").write_text(json.dumps({"files": listed}), encoding="utf-8")
         for name, values in (("bounds", bounds), ("lines", lines), ("owners", owners)):
             np.save(folder / f"{name}.npy", np.array(values, np.int64), allow_pickle=False)
@@ -179,7 +181,9 @@ class Index:
                 found += chunks_of(text, _line_of(document.where), size, overlap)
             reading.raise_faults()
         except ConfigError as error:
-            log.warning("left out: %s", "; ".join(str(problem) for problem in error.problems[:3]))
+            # Without hints: they name keys of the data that a model is trained on.
+            told = [f"{problem.where}: {problem.message}" for problem in error.problems[:3]]
+            log.warning("left out: %s", "; ".join(told))
             return []
         return found
 

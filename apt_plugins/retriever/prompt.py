@@ -11,13 +11,16 @@ from apt_core.providers import RetrievedChunk
 BETWEEN = "\n\n"
 """Stands between passages, and between the last of them and the question."""
 
+QUESTION_CHARS = 1000
+
 
 def question_of(request: GenerationRequest) -> str:
-    """What is searched for: the prompt, or in a conversation the last turn of the user."""
-    if isinstance(request.prompt, str):
-        return request.prompt
-    turns = [message.content for message in request.prompt if message.role == "user"]
-    return turns[-1] if turns else ""
+    """What is searched for: the end of the prompt, or in a conversation that of the last turn of
+    the user; at most QUESTION_CHARS."""
+    text = request.prompt
+    if not isinstance(text, str):
+        text = next((m.content for m in reversed(text) if m.role == "user"), "")
+    return text[-QUESTION_CHARS:]
 
 
 def with_passages(

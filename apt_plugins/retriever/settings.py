@@ -91,7 +91,7 @@ def contradictions(config: Config) -> Iterator[Problem]:
     """Problems that concern more than one key, or what is there."""
     settings = settings_of(config)
     if settings.folder is None:
-        hint = "name a folder of text, or leave the plugin out"
+        hint = "--set retriever.folder=FOLDER, or leave the plugin out"
         yield Problem("nothing is to be searched", key="retriever.folder", hint=hint)
     elif not os.path.exists(settings.folder):
         yield Problem(f"there is no {settings.folder}", key="retriever.folder")

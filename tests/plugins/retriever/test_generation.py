@@ -16,6 +16,7 @@ from apt_core import ConfigError, GenerationRequest, Message, hookimpl
 from apt_core.inference import Engine, generate
 from apt_core.kernel import boot
 from apt_core.testing import TINY_PROFILE, tiny_session
+from apt_plugins.retriever.prompt import QUESTION_CHARS, question_of
 from apt_plugins.retriever.settings import KnnSettings
 from tests.plugins.retriever.conftest import FACTS, RETRIEVER
 
@@ -64,6 +65,14 @@ def test_a_conversation_gets_passages_in_its_last_turn(asked):
     assert request.prompt[3].content.endswith("\n\n" + prompt)
     assert f"{prompt}{answer}" in request.prompt[3].content
     assert len(request.sources) == 1
+
+
+def test_the_end_of_a_prompt_is_searched_for():
+    prompt = next(iter(FACTS))
+    for given in ("x" * 2000 + prompt, [Message("user", "x" * 2000 + prompt)]):
+        question = question_of(GenerationRequest(given))
+        assert question.endswith("x" + prompt) and len(question) == QUESTION_CHARS
+    assert question_of(GenerationRequest([Message("system", "x")])) == ""
 
 
 def test_passages_keep_to_their_budget_and_to_the_room_of_the_context(asked):

@@ -119,6 +119,15 @@ def test_what_is_damaged_or_of_another_version_is_named_and_made_again(library, 
     assert again.embedded == len(expected)
 
 
+def test_places_are_told_from_where_one_is(library, monkeypatch):
+    monkeypatch.chdir(library)
+    assert index_of("deep").passages.place(0) == "deep/harbours.md:1"
+    monkeypatch.chdir(library / "deep")
+    assert index_of(library / "deep").passages.place(0) == "harbours.md:1"
+    monkeypatch.chdir("/")
+    assert index_of(library / "deep").passages.place(0).endswith("library/deep/harbours.md:1")
+
+
 def test_files_that_cannot_be_read_are_named_and_left_out(library, caplog):
     (library / "latin.txt").write_bytes("Über Brel\n".encode("latin-1"))
     (library / "wide.txt").write_bytes("Über Brel\n".encode("utf-16"))
