@@ -116,6 +116,15 @@ class Running:
             assert time.monotonic() < end
             time.sleep(0.01)
 
+    def drain(self) -> None:
+        """Give waiting answers their turns until none is left."""
+
+        def drained() -> bool:
+            self.turns.release()
+            return self.open_answers() == 0
+
+        self.until(drained)
+
     def stop(self) -> int:
         self.interrupts.received = signal.SIGTERM
         self.thread.join(SECONDS)

@@ -265,8 +265,10 @@ def stream_of(
     """A connection whose answer has begun."""
     connection = http.client.HTTPConnection(*server.place, timeout=60)
     body = json.dumps({"prompt": prompt, "stream": True, "max_tokens": 500})
+    before = server.open_answers()
     connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
     taken = connection.sock
+    server.until(lambda: server.open_answers() > before)
     server.turns.release(turns)
     response = connection.getresponse()
     assert response.readline().startswith(b"data: ")
@@ -287,9 +289,10 @@ def test_clients_that_hang_up_free_their_places_and_a_flood_is_refused() -> None
         with pytest.raises(openai.RateLimitError):
             client_of(server).completions.create(model="tiny", prompt="wait")
         first.shutdown(socket.SHUT_RDWR)
-        server.turns.release(8)
+        server.drain()
         assert {future.result(60)[0] for future in waiting} == {200}
-        server.until(lambda: server.open_answers() == 0)
+        while server.turns.acquire(blocking=False):
+            pass
         # One that waits for its place leaves the queue, too.
         first, _ = stream_of(server, "wait")
         second, _ = stream_of(server, "wait", turns=3)
@@ -301,20 +304,19 @@ def test_clients_that_hang_up_free_their_places_and_a_flood_is_refused() -> None
         third.close()
         first.shutdown(socket.SHUT_RDWR)
         second.shutdown(socket.SHUT_RDWR)
-        server.turns.release(100)
-        server.until(lambda: server.open_answers() == 0)
+        server.drain()
         assert server.ask("/v1/completions", {"prompt": "say on"})[1]["choices"][0]["text"] == "on"
 
 
 def test_an_answer_ends_when_its_time_has_passed() -> None:
-    with running_server(limits=Limits(request_timeout=0.5, max_batch=1)) as server:
+    with running_server(limits=Limits(request_timeout=0.4, max_batch=1)) as server:
         _, response = stream_of(server, "wait")
         server.turns.release(1)
         # Its engine waits: the one behind it has no token when its time has passed.
         with ThreadPoolExecutor(1) as pool:
             late = pool.submit(server.ask, "/v1/completions", {"prompt": "a", "stream": True})
             server.until(lambda: server.open_answers() == 2)
-            time.sleep(0.8)
+            time.sleep(1.2)
             server.turns.release(2)
             assert b'"finish_reason":"length"' in response.read()
             status, found, _ = late.result(60)
@@ -326,9 +328,12 @@ def test_a_shutdown_ends_streams_after_their_time_and_says_so() -> None:
     with running_server(limits=limits) as server:
         _, response = stream_of(server, "wait")
         server.interrupts.received = signal.SIGTERM
-        time.sleep(0.8)
-        server.turns.release(2)
-        events = response.read()
+        with ThreadPoolExecutor(1) as pool:
+            rest = pool.submit(response.read)
+            while not rest.done():
+                server.turns.release()
+                time.sleep(0.05)
+        events = rest.result()
         assert b'"code":"closing"' in events and b"[DONE]" not in events
         assert server.stop() == 143
 

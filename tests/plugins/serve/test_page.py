@@ -57,8 +57,7 @@ def test_a_conversation_in_a_browser(tmp_path: Path) -> None:
         assert page.js("document.getElementById('send').hidden")
         page.press("Escape")
         page.until(free)
-        server.turns.release(3)
-        server.until(lambda: server.open_answers() == 0)
+        server.drain()
         assert "Stopped." in page.js("document.querySelectorAll('.assistant')[1].textContent")
         # What is not valid is told, and the message goes back to where it was written.
         page.js("document.getElementById('temperature').value = -1")
