@@ -90,7 +90,7 @@ def contradictions(config: Config) -> Iterator[Problem]:
 
 def inactive(config: Config) -> Iterator[Inactive]:
     """Keys that other keys leave without an effect."""
-    settings, sampling = settings_of(config), config.evaluation
+    settings = settings_of(config)
     if settings.k == 1:
         for key in VotingSettings.model_fields:
             if key != "k":
@@ -104,9 +104,3 @@ def inactive(config: Config) -> Iterator[Inactive]:
     elif settings.window is not None and settings.window >= settings.k:
         reason = "all voters are drawn in one window"
         yield Inactive("model.voting.window", reason, ("model.voting.k",))
-    for at, reason in (
-        ("sample_tokens", "no sample is made"),
-        ("sample_temperature", "the most likely token is taken"),
-    ):
-        if not getattr(sampling, at):
-            yield Inactive("model.voting", f"evaluation.{at} is 0: {reason}", (f"evaluation.{at}",))
