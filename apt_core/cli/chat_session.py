@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 FORMAT = "format"
 """The setting that is the chat's own, beside those of a request."""
 
+KEPT_SHARE = 0.75
+"""How much of the room for a prompt the turns take that are kept when others are left out."""
+
 SHOWN = 60
 """Characters of a message that are repeated where it is spoken of."""
 
@@ -160,15 +163,18 @@ class Chat:
         return True
 
     def _fitting(self) -> Prompt:
-        """The prompt of as many turns as fit beside an answer; says when they no longer all do."""
+        """The prompt of as many turns as fit beside an answer; says when they no longer all do.
+
+        Where turns are left out, there are enough of them that the next ones fit too: all of these
+        prompts begin in the same way, which is computed once.
+        """
         room = min(self.request.max_new_tokens, self._max_seq_len // 4)
-        prompt, first_turn = fitting(
-            self.conversation,
-            self.format,
-            self._session.tokenizer,
-            self._max_seq_len - room,
-            min(self._first_turn, len(self.conversation.turns) - 1),
-        )
+        most = self._max_seq_len - room
+        given = self.conversation, self.format, self._session.tokenizer
+        known = min(self._first_turn, len(self.conversation.turns) - 1)
+        prompt, first_turn = fitting(*given, most, known)
+        if first_turn > known:
+            prompt, first_turn = fitting(*given, int(KEPT_SHARE * most), first_turn)
         if first_turn and not self._first_turn:
             turns = "turn is" if first_turn == 1 else f"{first_turn} turns are"
             say_aside(

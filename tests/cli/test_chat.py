@@ -172,6 +172,14 @@ def test_what_does_not_fit_into_the_context_is_left_out_by_turns_and_said_once(
     assert all(f"] s:kept|u:{'abcdef'[0] * 40}" in line for line in seen[:3])
     assert f"] s:kept|u:{'c' * 40}|" in seen[-1] or f"] s:kept|u:{'d' * 40}|" in seen[-1]
     assert done.err.count("the model sees the newest turns that fit") == 1
+    # What is left out makes room for several turns, which begin with the same prompt.
+    lines = "".join(f"{name * 40}\n/history\n" for name in "abcdefghijklmnopqrst")
+    done = script(lines, parrot, "--stop", "]")
+    first_seen = [
+        history.count("user (not seen)") for history in re.split(r"^\[\d+\n", done.out, flags=re.M)
+    ][1:]
+    assert first_seen == sorted(first_seen) and first_seen[-1] > 8
+    assert all(first_seen.count(turn) > 1 for turn in {*first_seen[:-2]}), first_seen
     long = script(f"{'x' * 600}\n", parrot, "--stop", "]")
     assert re.fullmatch(
         r"\(the first \d+ of 60\d tokens do not fit into the context of 512; the model did not "
