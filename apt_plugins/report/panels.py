@@ -44,6 +44,7 @@ PREFIXES = {
     "loss": "Terms of the loss",
     "lr": "Learning rates of groups",
     "schedule": "Scheduled parameters",
+    "task": "Tasks",
 }
 
 PART = re.compile(r"time/(?!step_ms$|total_ms$)([^/]+)_ms")
