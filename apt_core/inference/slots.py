@@ -233,6 +233,7 @@ class Slots:
             last=self._max_seq_len - 1,
             context=self._context(rows, ids),
             tokens=self._tokens(feeds, length),
+            ends=[end + length for end in held],
         )
         ids = ids.to(self._device, non_blocking=True)
         with self._padding_marked(step):

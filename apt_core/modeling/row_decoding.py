@@ -11,7 +11,7 @@ heads, K key and value heads, R the width at which a head attends.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,8 +33,9 @@ class RowStep:
     most ``last``, which padding may be beyond. ``span`` is the number of places that are looked at,
     ``context`` int64 [B, reach + T] has the symbols (ids plus 1) of the tokens and of those before
     them, 0 where a text begins, if the model asks for that. ``tokens`` marks padding, which stands
-    after a row's tokens; None: there is none. ``mask`` tells whether rows see different places;
-    otherwise all tokens see the ``span`` up to themselves.
+    after a row's tokens; None: there is none. ``ends`` are the places after each row's last token,
+    padding included; where they are not given, who asks for them waits for the device. ``mask``
+    tells whether rows see different places; otherwise all tokens see the ``span`` up to themselves.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class RowStep:
         last: int,
         context: Tensor | None = None,
         tokens: Tokens | None = None,
+        ends: Sequence[int] | None = None,
     ) -> None:
         self.batch, self.length = places.shape
+        self._ends = ends
         self.places, self.first, self.span, self.masked = places, first, span, mask
         self.context, self.tokens = context, tokens
         self.positions = places if span <= last + 1 else places.clamp_max(last)
@@ -59,6 +62,13 @@ class RowStep:
         self.whole = self.length == span and not mask
         self._indices: dict[tuple[int, int], Tensor] = {}
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def ends(self) -> Sequence[int]:
+        """The place after each row's last token."""
+        if self._ends is None:
+            self._ends = (self.places[:, -1] + 1).tolist()
+        return self._ends
 
     def mask(self) -> Tensor | None:
         """Which places are seen, boolean [B, 1, T, S]; None: all of the span."""

@@ -136,7 +136,16 @@ class OwnKernel(TVAAttention):
         return 0.5 * super().attend(q, k, v, mask)
 
 
-@pytest.mark.parametrize("kind", [Stateful, NoCache, OwnForward, OwnKernel])
+class OwnWindow(TVAAttention):
+    """A kernel that counts places from the last query, which sees the newest key."""
+
+    def attend(self, q, k, v, mask):
+        places = torch.arange(k.shape[2])
+        near = places[-q.shape[2] :, None] - places < 5
+        return super().attend(q, k, v, near if mask is None else near & mask)
+
+
+@pytest.mark.parametrize("kind", [Stateful, NoCache, OwnForward, OwnKernel, OwnWindow])
 def test_an_attention_of_somebody_else_is_decoded_as_it_computes(lively, kind):
     session = made(lively, "tva")
     for block in session.model.blocks:
@@ -149,7 +158,7 @@ def test_an_attention_of_somebody_else_is_decoded_as_it_computes(lively, kind):
     expected = [anew(session, r.prompt, r.max_new_tokens) for r in requests]
     engine = Engine(session, max_batch=3)
     assert [result.token_ids for result in engine.run(requests)] == expected
-    assert (engine._decoder._slots is not None) == (kind is OwnKernel)
+    assert (engine._decoder._slots is not None) == (kind in (OwnKernel, OwnWindow))
 
 
 def test_a_hook_of_a_module_is_called_for_every_token(lively):

@@ -218,13 +218,12 @@ class SelfAttention(nn.Module, ABC):
                 is_causal=causal,
                 enable_gqa=self.num_kv_heads != self.num_heads,
             )
-        if step.length == 1 or not step.masked:
-            return self.attend(q, k, v, step.mask() if step.masked else None)
+        if not step.masked:
+            return self.attend(q, k, v, None)
         # Another kernel takes the last query to see every key, so each row has its own keys.
         rows = []
-        for row, places in enumerate(step.places.tolist()):
-            keys = slice(0, places[-1] + 1)
-            one = slice(row, row + 1)
+        for row, end in enumerate(step.ends):
+            keys, one = slice(0, end), slice(row, row + 1)
             rows.append(self.attend(q[one], k[one, :, keys], v[one, :, keys], None))
         return torch.cat(rows)
 
