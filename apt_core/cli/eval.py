@@ -15,6 +15,7 @@ import typer
 
 from apt_core.cli.output import Json, complain, make_console, print_table, say
 from apt_core.cli.run_command import run_command
+from apt_core.cli.run_options import Debug, Device, Plugins, Step, Weights, chosen_run
 from apt_core.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -32,9 +33,12 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def evaluate(
     run: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Argument(
-            help="Folders of runs, or of checkpoints. Default: the newest run below ./runs."
+            metavar="RUN",
+            help="Folders of runs, checkpoints, or names of profiles, of which the newest run "
+            "below runs/ is taken. Without any: the newest run of all.",
+            show_default=False,
         ),
     ] = None,
     tasks: Annotated[
@@ -48,17 +52,10 @@ def evaluate(
         list[Path] | None,
         typer.Option(help="Predict a text file, in place of the held-out text; repeatable."),
     ] = None,
-    weights: Annotated[
-        str, typer.Option(help="last, best (by evaluation) or average (moving average).")
-    ] = "last",
-    step: Annotated[
-        int | None, typer.Option(min=0, help="The step of the checkpoint. Default: the newest.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, mps, cuda or cuda:N.")] = "auto",
-    plugin: Annotated[
-        list[str] | None,
-        typer.Option(help="Add a plugin to those of the run, as apt-train does."),
-    ] = None,
+    step: Step = None,
+    weights: Weights = "last",
+    device: Device = "auto",
+    plugin: Plugins = None,
     batch_size: Annotated[
         int, typer.Option(min=1, max=1 << 16, help="Rows that are computed at a time.")
     ] = 16,
@@ -89,9 +86,7 @@ def evaluate(
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks and debug messages.")
-    ] = False,
+    debug: Debug = False,
 ) -> Json | None:
     """Score runs on tasks, several side by side.
 
@@ -119,9 +114,8 @@ def evaluate(
     )
     from apt_core.log import TolerantStream, logging_to
     from apt_core.profile_paths import user_path
-    from apt_core.runs.finding import newest_run, run_called
 
-    paths = [run_called(each) for each in run or ()] or [newest_run()]
+    paths = [chosen_run(each) for each in run or (None,)]
     scoring = Scoring(batch_size=batch_size, stride=stride, seed=seed, limit=limit)
     opening = Opening(step, cast(Any, weights), device, plugin or ())
     console = make_console(cast(TextIO, TolerantStream(sys.stderr)))

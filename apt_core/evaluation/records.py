@@ -41,6 +41,7 @@ def of_session(session: Session, weights: str) -> dict[str, Any]:
         "step": session.position.step,
         "weights": weights,
         "device": str(session.device),
+        "plugins": sorted(name for name, _ in session.manager.list_name_plugin()),
         "versions": versions(),
     }
 

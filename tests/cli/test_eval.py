@@ -71,11 +71,14 @@ def test_runs_are_scored_side_by_side_and_scores_are_kept(runs: Path, command: C
     assert found["low"] < found["value"] < found["high"] < 0  # it has learned something
     assert differences["completion", "accuracy"]["method"] == "agresti-min"
 
-    outcome = command(app, "--batch-size", "2", "--stride", "16", prog="apt-eval")
-    assert (outcome.code, outcome.err) == (0, ""), "without a run the newest is meant"
+    (runs / "one.py").write_text("from apt_core import hookimpl\n")
+    asked = "--batch-size", "2", "--stride", "16", "--plugin", "one.py"
+    outcome = command(app, *asked, prog="apt-eval")
+    assert (outcome.code, outcome.err) == (0, "run: runs/long\n"), "the newest one is meant"
     assert "held_out  bits_per_byte" in outcome.out and "long step 20" in outcome.out
     assert "stride 16, batch size 2, float32 on cpu; 95 % by bootstrap over windows" in outcome.out
-    assert len(json.loads((runs / "runs/long/scores.json").read_text())["scores"]) == 4
+    kept = json.loads((runs / "runs/long/scores.json").read_text())["scores"]
+    assert [row["plugins"] for row in kept] == [[], [], [], ["one"]]
 
 
 def test_a_text_a_step_and_weights_may_be_named(runs: Path, command: Command) -> None:
@@ -151,7 +154,7 @@ def test_the_harness_is_asked_for_by_name(
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr("apt_core.cli.eval.find_spec", lambda name: module)
     outcome = command(app, "long", "--lm-eval", "a,b", "--limit", "2", prog="apt-eval")
-    assert (outcome.code, outcome.err) == (0, "")
+    assert (outcome.code, outcome.err) == (0, "run: runs/long\n")
     assert "lm_eval/a  acc     0.500 [0.400, 0.600]" in outcome.out
     kept = json.loads((runs / "runs/long/scores.json").read_text())["scores"]
     assert [row["task"] for row in kept] == ["lm_eval/a", "lm_eval/b"]
