@@ -47,9 +47,10 @@ compared, of which other programs of the machine take none; with two workers, wh
 APT and processes in a DataLoader, and of what builds a store, it is the time that passes.
 
 `resident_mb` is what opening the store and a thousand batches add to the imported modules
-(`resident_of_imports_mb`, most of it torch), mainly the store itself. `unshared_mb` is the memory
-of that process that no other shares, without the libraries' files. `resident_without_torch_mb` is
-all that a process has that makes the same batches as arrays, without torch.
+(`resident_of_imports_mb`, most of it torch) where rows are read from files; a store that is held in
+memory adds its size. `unshared_mb` is the memory of that process that no other shares, without the
+libraries' files. `resident_without_torch_mb` is all that a process has that makes the same batches
+as arrays, without torch.
 """.strip()
 
 LONGEST = 65_536

@@ -14,11 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from apt_core.data.batches import Batch
 from apt_core.device import autocast
 from apt_core.errors import ConfigError
 from apt_core.inference.decoding import dtype_for
 from apt_core.log import get_logger
+from apt_core.modeling import forward_batch
 from apt_core.runs import Session
+from apt_core.types import ModelOutput
 from apt_plugins.retriever.index import Index, Told
 from apt_plugins.retriever.parts import made
 from apt_plugins.retriever.settings import KnnSettings
@@ -113,7 +116,9 @@ def _write(folder: Path, session: Session, index: Index, settings: KnnSettings) 
         for seen, first, following in _windows(texts, session.config.model.max_seq_len):
             told.of("kNN: %d of %d tokens went through the model", at, places)
             count = min(len(following), places - at)
-            hidden = model(session.tensor(seen)).hidden[0, first : first + count]
+            batch = Batch.of_ids(session.tensor(seen))
+            output: ModelOutput = forward_batch(model, model, batch)
+            hidden = output.hidden[0, first : first + count]
             if keys is None:
                 shape = places, hidden.shape[-1]
                 keys = np.lib.format.open_memmap(folder / "keys.npy", "w+", np.float32, shape)

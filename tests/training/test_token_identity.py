@@ -139,7 +139,7 @@ def test_processes_compare_the_ids_that_they_train_on(write_plugin, profile, mon
             update={"data": kernel.config.data.model_copy(update={"tokenizer_name": "shifted"})}
         )
         parts, _ = prepare(kernel, torch.device("cpu"))
-        facts.append(_shared_inputs(kernel, None, parts.data))
+        facts.append(_shared_inputs(kernel, None, parts.data, parts.tasks))
     assert facts[0].pop("tokens") != facts[1].pop("tokens")
     assert facts[0] == facts[1]
 

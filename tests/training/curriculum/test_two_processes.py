@@ -64,8 +64,10 @@ def test_two_processes_train_as_one_does(
     assert in_children(*together) == [0, 0]
     lines = (curriculum.folder / "together" / "metrics.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in lines.splitlines()]
+    # Sums of fp32 in another order: over three seeds losses differed by 4e-6 of themselves at most.
     for figure in ("loss", "loss/cross_entropy", "loss/align.kl", "moe/max_violation"):
-        assert values(rows, figure) == pytest.approx(values(alone.metrics, figure), abs=1e-5)
+        expected = pytest.approx(values(alone.metrics, figure), rel=1e-5, abs=1e-6)
+        assert values(rows, figure) == expected
     assert len(values(rows, "loss/align.kl")) > 4
 
 
