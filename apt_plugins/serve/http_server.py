@@ -96,7 +96,7 @@ class Server(uvicorn.Server):
             )
         )
 
-    def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
+    def capture_signals(self) -> AbstractContextManager[None]:
         """The interrupts do that."""
         return nullcontext()
 
@@ -122,6 +122,7 @@ class _Protocol(H11Protocol):
     """Closes connections whose request does not come, and those beyond the number allowed. The
     application may abort a connection that takes nothing."""
 
+    app_state: dict[str, Any]
     read_timeout: float
     max_connections: int
     _deadline: asyncio.TimerHandle | None = None

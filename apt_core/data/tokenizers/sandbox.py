@@ -200,7 +200,7 @@ class Generation(Extension):
         return nodes.CallBlock(self.call_method("_wrapped"), [], [], body).set_lineno(line)
 
     def _wrapped(self, caller: Any) -> str:
-        begin, end = self.environment.marks  # type: ignore[attr-defined]
+        begin, end = self.environment.marks
         return f"{begin}{caller()}{end}"
 
 
