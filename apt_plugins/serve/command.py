@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -11,7 +12,7 @@ import typer
 from apt_core import ConfigError, Problem
 from apt_core.cli.output import say
 from apt_core.cli.run_command import run_command
-from apt_core.cli.run_options import Debug, Device, Plugins, Run, Step, Weights, opened
+from apt_core.cli.run_options import Debug, Device, Plugins, Run, Set, Step, Weights, opened
 from apt_plugins.serve.limits import Limits
 
 DEFAULTS = Limits()
@@ -87,6 +88,7 @@ def serve(
     weights: Weights = "last",
     device: Device = "auto",
     plugin: Plugins = None,
+    set_: Set = None,
     debug: Debug = False,
 ) -> int:
     """Serve the model of a run: OpenAI's protocol at /v1, a chat page at /.
@@ -116,8 +118,7 @@ def serve(
 
     family, address = resolved(host, port)
     problems = []
-    if api_key is not None and (not api_key.isascii() or not api_key.isprintable() or " " in api_key
-                                or not api_key):  # fmt: skip
+    if api_key is not None and not re.fullmatch("[!-~]+", api_key):
         problems.append(Problem("is no text of printable ASCII without spaces", "--api-key"))
     if api_key is None and not is_loopback(address[0]):
         problems.append(
@@ -137,7 +138,13 @@ def serve(
     with bound_socket(family, address) as sock:
         access = Access(address[0], host, allow_host or (), api_key)
         with opened(
-            run, step=step, weights=weights, device=device, plugins=plugin, debug=debug
+            run,
+            step=step,
+            weights=weights,
+            device=device,
+            plugins=plugin,
+            assignments=set_,
+            debug=debug,
         ) as session:
             return serve_session(
                 session,

@@ -109,3 +109,10 @@ def test_names_of_this_machine() -> None:
     ]  # fmt: skip
     assert is_loopback("127.3.2.1") and is_loopback("::1")
     assert not is_loopback("0.0.0.0") and not is_loopback("a")
+
+
+def test_a_key_that_belongs_to_no_plugin_of_the_run_is_refused(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = refused(capsys, run, "--port", 0, "--set", "model.voting.k=5")
+    assert "model.voting" in told
