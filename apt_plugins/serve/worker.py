@@ -138,7 +138,7 @@ class Worker:
         self._alone = False
         self._news: list[tuple[Answer, _News]] = []
         self.failure: BaseException | None = None
-        # What is logged belongs to the session of whoever makes the worker.
+        # A thread begins with an empty context, and the context says where a run's log goes.
         context = contextvars.copy_context()
         self._thread = threading.Thread(
             target=context.run, args=(self._run,), name="apt-serve engine", daemon=True
