@@ -13,6 +13,7 @@ from apt_core.types import CORE, ProviderSpec
 
 _TOKENIZERS = "apt_core.data.tokenizers"
 _TOKENIZER_SETTINGS = "apt_core.providers.tokenizer:TokenizerSettings"
+_NORM_SETTINGS = "apt_core.providers.norm:NormSettings"
 _CHAT = "data.tokenizer.chat_template"
 _TRAINED = (
     _CHAT,
@@ -77,12 +78,16 @@ _DECLARED = (
         name="rmsnorm",
         factory=f"{_LAYERS}.norm:RMSNormProvider",
         summary="RMSNorm with a learned scale",
+        config=_NORM_SETTINGS,
+        section="model.norm",
     ),
     ProviderSpec(
         kind="norm",
         name="layernorm",
         factory=f"{_LAYERS}.norm:LayerNormProvider",
         summary="LayerNorm with a learned scale and shift",
+        config=_NORM_SETTINGS,
+        section="model.norm",
     ),
     ProviderSpec(
         kind="position",

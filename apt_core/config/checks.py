@@ -118,6 +118,8 @@ def _without(key: str) -> str:
 
 def _heads(view: View) -> Iterator[Problem]:
     width, heads = view["model.d_model"], view["model.num_heads"]
+    if set(view.attention_names()) == {"mha"} and view["model.mha.head_dim"] is not None:
+        return
     if width % heads:
         yield view.problem(
             f"{width} is not divisible by the {heads} heads of model.num_heads",
@@ -172,6 +174,15 @@ def _mha_width(view: View) -> Iterator[Problem]:
     if "mha" not in view.attention_names() or view["model.position_name"] != "rope":
         return
     width, heads = view["model.d_model"], view["model.num_heads"]
+    head = view["model.mha.head_dim"]
+    if head is not None:
+        if head % 2:
+            yield view.problem(
+                f"{head} is odd, and {ROTATES}",
+                "model.mha.head_dim",
+                "choose an even width, or another model.position_name",
+            )
+        return
     head = width // heads
     if not width % heads and head % 2:
         yield view.problem(
@@ -180,6 +191,15 @@ def _mha_width(view: View) -> Iterator[Problem]:
             "model.d_model model.num_heads",
             f"choose a d_model of {heads * (head + 1)}, or another model.position_name",
         )
+
+
+def _rope_scaling(view: View) -> Iterator[Problem]:
+    scaling = view["model.rope.scaling"]
+    if view["model.position_name"] != "rope" or scaling is None:
+        return
+    for key, message, hint in scaling.faults():
+        section = scaling.SECTION
+        yield view.problem(message, f"{section}.{key} {section}.type {section}", hint)
 
 
 def _vft_rank(view: View) -> Iterator[Problem]:
@@ -392,6 +412,7 @@ COLLECTORS: tuple[Callable[[View], Iterator[Problem]], ...] = (
     _kv_heads,
     _tva_rank,
     _mha_width,
+    _rope_scaling,
     _vft_rank,
     _ngram,
     _pattern,

@@ -88,7 +88,9 @@ def inactive_core_settings(
         pattern = "model.attention_pattern"
         yield Inactive("model.attention_name", f"{pattern} names every layer's", (pattern,))
     yield from model.tva.inactive()
+    yield from model.mha.inactive()
     yield from model.vft.inactive()
+    yield from model.rope.inactive()
     yield from _inactive_data_settings(config)
     if training.early_stopping_patience is None:
         patience = "training.early_stopping_patience"

@@ -24,6 +24,7 @@ from apt_core.providers.backbone import NgramSettings
 from apt_core.providers.dataset import DataSection
 from apt_core.providers.ffn import VFTSettings
 from apt_core.providers.lr_schedule import DECAY_RATIO
+from apt_core.providers.norm import NormSettings
 from apt_core.providers.optimizer import ADAM_BETAS, ADAM_EPS, MuonSettings
 from apt_core.providers.position import RoPESettings
 from apt_core.secrets import without_secrets
@@ -117,6 +118,9 @@ class ModelSection(Section):
     tva: TVASettings = Field(default_factory=TVASettings, description="Settings of tva_default.")
     mha: MHASettings = Field(default_factory=MHASettings, description="Settings of mha.")
     vft: VFTSettings = Field(default_factory=VFTSettings, description="Settings of vft.")
+    norm: NormSettings = Field(
+        default_factory=NormSettings, description="Settings of rmsnorm and layernorm."
+    )
     rope: RoPESettings = Field(default_factory=RoPESettings, description="Settings of rope.")
     ngram: NgramSettings | None = Field(
         default=None, description="Add embeddings of hashed n-grams; without it there are none."

@@ -89,7 +89,7 @@ def layer_probe(kernel: Kernel, device: torch.device) -> Any:
                 provider,
                 spec.kind,
                 device=device,
-                head_dim=model.d_model // model.num_heads,
+                head_dim=max(1, model.d_model // model.num_heads),
                 position=position,
             )
 

@@ -287,7 +287,7 @@ def _narrower(model: ModelSection, divisor: int) -> ModelSection:
     sizes = {
         "num_heads": heads,
         "num_kv_heads": kv_heads,
-        "d_model": heads * (model.d_model // model.num_heads),
+        "d_model": model.d_model * heads // model.num_heads,
         "d_ff": max(1, model.d_ff // divisor),
     }
     return model.model_copy(update=sizes)

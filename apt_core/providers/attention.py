@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Protocol
 from pydantic import Field
 
 from apt_core.providers.base import Provider
+from apt_core.providers.norm import NORM_EPS, Epsilon
 from apt_core.providers.rank import Ranked
 from apt_core.sections import Section, Size
 from apt_core.types import Inactive
@@ -20,7 +21,22 @@ if TYPE_CHECKING:
     from apt_core.providers.position import PositionProvider
 
 
-class TVASettings(Ranked, Section):
+class QKNorm:
+    """What settings with ``qk_norm`` share; ``SECTION`` is where a profile has them."""
+
+    SECTION: ClassVar[str]
+
+    if TYPE_CHECKING:
+        qk_norm: bool
+
+    def without_epsilon(self) -> Iterator[Inactive]:
+        """The epsilon, where nothing is normalised."""
+        if not self.qk_norm:
+            key = f"{self.SECTION}.qk_norm"
+            yield Inactive(f"{self.SECTION}.qk_norm_eps", f"{key} is false", (key,))
+
+
+class TVASettings(QKNorm, Ranked, Section):
     """``model.tva``: the default attention, in a space of rank R."""
 
     SECTION: ClassVar[str] = "model.tva"
@@ -38,6 +54,7 @@ class TVASettings(Ranked, Section):
     )
     rank: Size | None = Field(default=None, description="The rank itself, in place of r.")
     qk_norm: bool = Field(default=False, description="Normalise queries and keys, per head.")
+    qk_norm_eps: Epsilon = Field(default=NORM_EPS, description="The epsilon of qk_norm.")
     factored: bool = Field(
         default=False, description="Compute by the definition (slow; the reference for tests)."
     )
@@ -45,15 +62,30 @@ class TVASettings(Ranked, Section):
     def inactive(self) -> Iterator[Inactive]:
         """Settings that have no effect beside others."""
         yield from self.without_ratio()
+        yield from self.without_epsilon()
         if self.s == 0:
             because = "model.tva.s is 0: there is no compensator"
             yield Inactive("model.tva.tau", because, ("model.tva.s",))
 
 
-class MHASettings(Section):
+class MHASettings(QKNorm, Section):
     """``model.mha``: multi-head attention; ``num_kv_heads`` makes it grouped or multi-query."""
 
+    SECTION: ClassVar[str] = "model.mha"
+
+    head_dim: Size | None = Field(
+        default=None, description="Width of a head; without it model.d_model / model.num_heads."
+    )
     qk_norm: bool = Field(default=False, description="Normalise queries and keys, per head.")
+    qk_norm_eps: Epsilon = Field(default=NORM_EPS, description="The epsilon of qk_norm.")
+
+    def width_of(self, d_model: int, num_heads: int) -> int:
+        """The width of a head of a model ``d_model`` wide with ``num_heads``."""
+        return d_model // num_heads if self.head_dim is None else self.head_dim
+
+    def inactive(self) -> Iterator[Inactive]:
+        """Settings that have no effect beside others."""
+        return self.without_epsilon()
 
 
 class DecodingCache(Protocol):

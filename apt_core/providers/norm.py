@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
 
 from apt_core.providers.base import Provider
+from apt_core.sections import Section
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+NORM_EPS = 1e-8
+"""Small compared with the mean square of the residual stream, which starts below 1e-5."""
+
+Epsilon = Annotated[float, Field(gt=0, le=1)]
+
+
+class NormSettings(Section):
+    """``model.norm``: the norms of the residual stream."""
+
+    eps: Epsilon = Field(
+        default=NORM_EPS, description="Added to the mean square, or the variance, before the root."
+    )
 
 
 class NormProvider(Provider, ABC):

@@ -87,6 +87,9 @@ EFFECTS: Mapping[str, Callable[[Config], Any]] = {
     # What its items read is compared as tokens.
     "data.mixture": lambda config: [(i.name, i.weight) for i in config.data.mixture or ()],
     "model.num_kv_heads": lambda config: config.model.num_kv_heads or config.model.num_heads,
+    "model.mha.head_dim": lambda config: config.model.mha.width_of(
+        config.model.d_model, config.model.num_heads
+    ),
     "model.tva.r": _tva_rank,
     "model.tva.rank": _tva_rank,
     "model.vft.r": _vft_rank,

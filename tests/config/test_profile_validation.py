@@ -250,6 +250,32 @@ def test_a_wrong_value_says_what_is_expected(path: str, value: Any, words: str) 
             "model.d_model",
             "a ratio of 4 leaves no rank of the 2",
         ),
+        (
+            {"model": {"attention_name": "mha", "mha": {"head_dim": 9}}},
+            "model.mha.head_dim",
+            "9 is odd, and rope",
+        ),
+        (
+            {"model": {"rope": {"scaling": {"type": "yarn", "factor": 4}}}},
+            "model.rope.scaling.type",
+            "yarn needs the context of the first training",
+        ),
+        (
+            {
+                "model": {
+                    "rope": {
+                        "scaling": {
+                            "type": "llama3",
+                            "factor": 4,
+                            "original_max_seq_len": 8,
+                            "low_freq_factor": 4,
+                        }
+                    }
+                }
+            },
+            "model.rope.scaling.low_freq_factor",
+            "4 is not below high_freq_factor",
+        ),
         ({"model": {"attention_pattern": []}}, "model.attention_pattern", "empty"),
         ({"model": {"attention_pattern": ["mha"] * 5}}, "model.attention_pattern", "5 layers"),
         ({"data": {"max_length": 257}}, "data.max_length", "more than the 256"),
@@ -295,6 +321,8 @@ def test_the_rank_of_a_ratio_names_the_key_and_the_remedy() -> None:
         {"ffn_name": "vft", "vft": {"r": 999, "rank": 5}},
         {"attention_name": "linear", "d_model": 12, "position_name": "rope"},
         {"rope": {"theta": 500_000}, "position_name": "none"},
+        {"rope": {"scaling": {"type": "yarn", "factor": 4}}, "position_name": "none"},
+        {"attention_name": "mha", "d_model": 10, "num_heads": 3, "mha": {"head_dim": 4}},
     ],
 )
 def test_settings_are_only_checked_where_their_layer_is_used(model: dict[str, Any]) -> None:
@@ -303,6 +331,8 @@ def test_settings_are_only_checked_where_their_layer_is_used(model: dict[str, An
 
 def test_every_attention_of_a_pattern_is_checked() -> None:
     assert only({"model": {"attention_pattern": ["mha", "tva_default"], "tva": {"r": 33}}})
+    mixed = {"attention_pattern": ["mha", "tva_default"], "d_model": 10, "mha": {"head_dim": 4}}
+    assert "not divisible by the 4" in only({"model": mixed}).message
     both = {"attention_pattern": ["mha", "tva_default"], "d_model": 12, "tva": {"rank": 3}}
     assert [problem.key for problem in problems_of({"model": both})] == [
         "model.tva.rank",

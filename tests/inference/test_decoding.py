@@ -25,10 +25,12 @@ LAYERS = {
     "tva with qk_norm, of grouped queries": {"model.tva.qk_norm": True, "model.num_kv_heads": 1},
     "factored tva": {"model.tva.factored": True},
     "mha": {"model.attention_name": "mha"},
-    "mha of grouped queries with qk_norm": {
+    "mha of grouped queries with qk_norm, a width and frequencies of its own": {
         "model.attention_name": "mha",
         "model.num_kv_heads": 2,
-        "model.mha.qk_norm": True,
+        "model.mha": {"qk_norm": True, "qk_norm_eps": 0.1, "head_dim": 6},
+        "model.norm.eps": 0.01,
+        "model.rope.scaling": {"type": "yarn", "factor": 4.0, "original_max_seq_len": 8},
     },
     "learned positions": {"model.position_name": "learned"},
     "n-grams": {"model.ngram.orders": [2, 3], "model.ngram.buckets": [64, 64]},

@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from apt_core.modeling.layers import Rotary
+from apt_core.modeling.layers.rope import rotary_frequencies
+from apt_core.providers.position import RoPEScaling
+
 VOCAB, PROMPT, GREEDY, LAYERS, D_FF = 97, 20, 32, 2, 56
 
 
@@ -30,6 +34,7 @@ class Case:
     theta: float = 10_000.0
     d_model: int = 48
     num_heads: int = 4
+    eps: float = 1e-8
 
 
 CASES = {
@@ -43,7 +48,30 @@ CASES = {
         "tva_default", {"r": 2, "s": 0, "qk_norm": True}, 2, "default", False
     ),
     "mha, QK-norm, VFT": Case("mha", {"qk_norm": True}, None, "vft", True, 500.0),
+    "mha, 5 heads of width 6 for 48, GQA 1, its own epsilons": Case(
+        "mha",
+        {"head_dim": 6, "qk_norm": True, "qk_norm_eps": 0.01},
+        1,
+        "default",
+        False,
+        num_heads=5,
+        eps=0.01,
+    ),
 }
+SCALED = {
+    "linear": {"factor": 3.0},
+    "llama3": {"factor": 8.0, "original_max_seq_len": 16},
+    "yarn": {"factor": 4.0, "original_max_seq_len": 16},
+    "yarn of its own ends": {
+        "factor": 4.0,
+        "original_max_seq_len": 64,
+        "beta_fast": 4.0,
+        "beta_slow": 0.5,
+        "attention_factor": 1.5,
+        "truncate": False,
+    },
+}
+THEIRS = {"original_max_seq_len": "original_max_position_embeddings"}
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
@@ -64,6 +92,7 @@ def ours(case, attention_of):
         max_seq_len=PROMPT + GREEDY,
         ffn_name=case.ffn,
         vft={"r": 2},
+        norm={"eps": case.eps},
         rope={"theta": case.theta},
         tie_embeddings=case.tied,
     ).eval()
@@ -134,6 +163,34 @@ def greedy(model, ids):
         fed = model(fed, caches=caches).logits[:, -1:].argmax(-1)
         seen = torch.cat([seen, fed], dim=1)
     return seen
+
+
+@pytest.mark.parametrize(("name", "settings"), SCALED.items(), ids=SCALED)
+def test_frequencies_are_scaled_as_theirs(name, settings, transformers):
+    kind = name.partition(" ")[0]
+    given = {THEIRS.get(key, key): value for key, value in settings.items()}
+    if kind == "llama3":
+        given |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = transformers.LlamaConfig(
+        head_dim=24,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": kind, "rope_theta": 500.0, **given},
+    )
+    scaling = RoPEScaling.model_validate({"type": kind, **settings})
+    ours, gain = rotary_frequencies(24, 500.0, scaling)
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    theirs, factor = ROPE_INIT_FUNCTIONS[kind](config)
+    torch.testing.assert_close(ours.float(), theirs, rtol=1e-6, atol=0)
+    assert gain == pytest.approx(factor, abs=1e-12)
+    plain, _ = rotary_frequencies(24, 500.0)
+    assert len(torch.unique((ours / plain).round(decimals=9))) > (kind != "linear")
+    rotary = Rotary(24, 64, 500.0, scaling)
+    x, place = torch.randn(1, 1, 1, 24), torch.tensor([37])
+    first, second = x.chunk(2, -1)
+    cos, sin = (37 * theirs).cos(), (37 * theirs).sin()
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1) * factor
+    torch.testing.assert_close(rotary(x, place), turned, rtol=0, atol=2e-5)
 
 
 @torch.no_grad()

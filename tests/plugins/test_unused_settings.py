@@ -13,6 +13,8 @@ from apt_core.kernel import boot
 
 EXPERTS = ["moe", "routing", "align", "voter"]
 TVA = "model.tva.s=1"
+LINEAR = "model.rope.scaling={type: linear, factor: 2}"
+YARN = "model.rope.scaling={type: yarn, factor: 2, original_max_seq_len: 8}"
 CASES = [
     # what has no effect, beside what, and beside what it has
     ("training.muon.learning_rate=0.5", "", "training.optimizer_name=muon"),
@@ -22,6 +24,10 @@ CASES = [
     ("model.rope.theta=5.0", "model.position_name=none", ""),
     ("model.mha.qk_norm=true", "", "model.attention_pattern=[mha]"),
     ("model.tva.qk_norm=true", "model.attention_name=mha", ""),
+    ("model.tva.qk_norm_eps=0.1", "", "model.tva.qk_norm=true"),
+    ("model.mha.head_dim=8", "", "model.attention_name=mha"),
+    ("model.rope.scaling.beta_fast=8.0", LINEAR, YARN),
+    ("model.rope.scaling.truncate=false", LINEAR, YARN),
     ("model.tva.r=4", "model.tva.rank=4", ""),
     ("model.tva.tau=0.5", "model.tva.s=0", TVA),
     ("model.vft.r=8", "model.ffn_name=relu2", "model.ffn_name=vft"),
@@ -54,7 +60,8 @@ def profile_of(*settings: str) -> dict[str, Any]:
         override, place = parse_override(setting), profile
         for key in override.path[:-1]:
             place = place.setdefault(key, {})
-        place[override.path[-1]] = override.value
+        value, last = override.value, override.path[-1]
+        place[last] = {**place.get(last, {}), **value} if isinstance(value, dict) else value
     return profile
 
 

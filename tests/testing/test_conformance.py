@@ -19,7 +19,8 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("attention:tva_default", {"r": 1, "s": 0}),
     ("attention:tva_default", {"r": 2, "s": 3, "qk_norm": True}),
     ("attention:tva_default", {"rank": 6, "factored": True}),
-    ("attention:mha", {"qk_norm": True}),
+    ("attention:mha", {"qk_norm": True, "qk_norm_eps": 1e-5, "head_dim": 6}),
+    ("position:rope", {"scaling": {"type": "yarn", "factor": 4.0, "original_max_seq_len": 8}}),
     ("ffn:vft", {"rank": 7}),
 ]
 LEFT_OUT = {

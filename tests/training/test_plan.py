@@ -113,6 +113,7 @@ def rows(plan: dict[str, Any], kind: str) -> list[dict[str, Any]]:
         {"attention_name": "mha"},
         {"attention_name": "mha", "num_kv_heads": 2, "ffn_name": "gelu", "tie_embeddings": False},
         {"attention_name": "mha", "num_kv_heads": 1, "ffn_name": "vft", "position_name": "learned"},
+        {"attention_name": "mha", "num_kv_heads": 2, "mha": {"head_dim": 20}},
         {"attention_name": "mha", "ffn_name": "relu2", "norm_name": "layernorm"},
     ],
 )
@@ -154,6 +155,8 @@ def test_the_cache_is_counted_in_bf16_for_all_layers(kernel_of) -> None:
     mha = cache(attention_name="mha")
     assert mha["kv_cache_bytes_per_token"] == 2 * 32 * 2 * 3  # keys and values of d_model, 3 layers
     assert mha["kv_cache_bytes_per_sequence"] == 16 * mha["kv_cache_bytes_per_token"]
+    wide = cache(attention_name="mha", mha={"head_dim": 24})
+    assert wide["kv_cache_bytes_per_token"] == 3 * mha["kv_cache_bytes_per_token"]
     grouped = cache(attention_name="mha", num_kv_heads=1)
     assert grouped["kv_cache_bytes_per_token"] * 4 == mha["kv_cache_bytes_per_token"]
     compressed = cache(tva={"r": 4})

@@ -19,10 +19,8 @@ from apt_core.modeling.init import normal_, write_std
 from apt_core.modeling.kv_cache import KeyValueCache
 from apt_core.modeling.layers.rope import turning
 from apt_core.modeling.row_decoding import Function, Products, RowCache, RowStep
+from apt_core.providers.norm import NORM_EPS
 from apt_core.providers.position import PositionProvider
-
-QK_NORM_EPS = 1e-8
-"""The same as of the other norms: Qwen3, the export format of such a model, has one for all."""
 
 QK_START = 0.5
 """The initial scale of queries and keys, relative to unit variance: small, so that attention starts
@@ -52,9 +50,10 @@ class RowWeights:
 class SelfAttention(nn.Module, ABC):
     """Causal softmax attention between two projections that a subclass defines.
 
-    ``width`` is R, at most the width d_h = D/H of a head; ``qkv_weight`` [N*d_h, D] and
-    ``out_weight`` [D, D] have the full width. With ``qk_norm``, queries and keys are RMS-normalised
-    per head with learned scales (Henry et al. 2020, as in Qwen3) before RoPE.
+    ``width`` is R, at most the width d_h of a head, ``head_dim``, which is D/H unless it is given;
+    ``qkv_weight`` [N*d_h, D] and ``out_weight`` [D, H*d_h] have the full width. With ``qk_norm``,
+    queries and keys are RMS-normalised per head with learned scales (Henry et al. 2020, as in
+    Qwen3) before RoPE.
     """
 
     reads_stream = ("qkv_weight",)
@@ -66,21 +65,24 @@ class SelfAttention(nn.Module, ABC):
         width: int,
         *,
         num_kv_heads: int,
+        head_dim: int | None = None,
         qk_norm: bool = False,
+        qk_norm_eps: float = NORM_EPS,
         max_seq_len: int = 2048,
         dropout: float = 0.0,
         position: PositionProvider | None = None,
     ) -> None:
         super().__init__()
         self.d_model, self.num_heads, self.num_kv_heads = d_model, num_heads, num_kv_heads
-        self.head_dim, self.width = d_model // num_heads, width
+        self.head_dim = d_model // num_heads if head_dim is None else head_dim
+        self.width, self.qk_norm_eps = width, qk_norm_eps
         self.max_seq_len, self.dropout = max_seq_len, dropout
         self.rotary = None if position is None else position.create_rotary(width, max_seq_len)
         packed_heads = num_heads + 2 * num_kv_heads
         self.qkv_weight = nn.Parameter(torch.empty(packed_heads * self.head_dim, d_model))
-        self.out_weight = nn.Parameter(torch.empty(d_model, d_model))
-        self.q_norm = nn.RMSNorm(width, eps=QK_NORM_EPS) if qk_norm else None
-        self.k_norm = nn.RMSNorm(width, eps=QK_NORM_EPS) if qk_norm else None
+        self.out_weight = nn.Parameter(torch.empty(d_model, num_heads * self.head_dim))
+        self.q_norm = nn.RMSNorm(width, eps=qk_norm_eps) if qk_norm else None
+        self.k_norm = nn.RMSNorm(width, eps=qk_norm_eps) if qk_norm else None
         # Muon treats every head as a matrix (MHA after 300 steps: 1.740 nats per byte, compared
         # with 1.807 as one matrix and 1.783 as three).
         self.stacked = {"qkv_weight": packed_heads}
@@ -93,7 +95,7 @@ class SelfAttention(nn.Module, ABC):
             values = self.num_kv_heads * len(tensor) // (self.num_heads + 2 * self.num_kv_heads)
             tensor[:-values] *= QK_START
         elif name == "out_weight":
-            normal_(tensor, write_std(self.d_model, num_layers), generator)
+            normal_(tensor, write_std(tensor.shape[1], num_layers), generator)
         elif name in ("q_norm.weight", "k_norm.weight"):
             tensor.fill_(QK_NORM_SCALE)
         else:
@@ -141,7 +143,7 @@ class SelfAttention(nn.Module, ABC):
         q_heads, kv_heads = self.num_heads, self.num_kv_heads
         qk, v = self.project(x, qkv_weight).split([q_heads + kv_heads, kv_heads], dim=2)
         if self.q_norm is not None:
-            qk = F.rms_norm(qk, (self.width,), eps=QK_NORM_EPS) * self._qk_scales()
+            qk = F.rms_norm(qk, (self.width,), eps=self.qk_norm_eps) * self._qk_scales()
         if self.rotary is not None:
             if positions is None and start:
                 positions = torch.arange(start, start + length, device=x.device)
@@ -190,7 +192,7 @@ class SelfAttention(nn.Module, ABC):
             packed = weights.project(x).view(size, -1, width)
         if weights.qk_scales is not None:
             qk, v = packed.split((q_heads + kv_heads, kv_heads), 1)
-            qk = F.rms_norm(qk, (width,), eps=QK_NORM_EPS) * weights.qk_scales
+            qk = F.rms_norm(qk, (width,), eps=self.qk_norm_eps) * weights.qk_scales
             packed = torch.cat([qk.to(v.dtype), v], 1)
         if weights.turn is not None:
             packed = weights.turn(packed, step)
@@ -275,10 +277,13 @@ def check_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     return mask.view(missing + given)
 
 
-def check_heads(d_model: int, num_heads: int, num_kv_heads: int | None) -> int:
-    """The number of key and value heads. Raises ValueError for heads that do not divide."""
+def check_heads(
+    d_model: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None = None
+) -> int:
+    """The number of key and value heads. Raises ValueError for heads that do not divide; those of a
+    given ``head_dim`` need not divide ``d_model``."""
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    if num_heads < 1 or d_model < 1 or d_model % num_heads:
+    if num_heads < 1 or d_model < 1 or (head_dim is None and d_model % num_heads):
         raise ValueError(
             f"model.d_model {d_model} is not divisible by model.num_heads {num_heads}: "
             "choose a multiple"

@@ -59,6 +59,7 @@ class TVAAttention(SelfAttention):
         kv_heads = check_heads(d_model, num_heads, num_kv_heads)
         rank = settings.rank_of(d_model // num_heads)
         options |= {"num_kv_heads": kv_heads, "qk_norm": settings.qk_norm}
+        options["qk_norm_eps"] = settings.qk_norm_eps
         super().__init__(d_model, num_heads, rank, **options)
         self.rank = rank
         self.compress = nn.Parameter(torch.empty(rank, self.head_dim))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt_core.modeling.row_decoding import Function, Products
-from apt_core.providers.norm import NormProvider
-
-EPS = 1e-8
-"""Small compared with the mean square of the residual stream, which starts below 1e-5."""
+from apt_core.providers.base import read_settings
+from apt_core.providers.norm import NormProvider, NormSettings
 
 
 def _as_wide(parameter: Tensor, x: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ class RMSNorm(nn.RMSNorm):
     def decoding(self, products: Products) -> Function:
         """The layer as a function of x [N, D], for many calls with the same weights."""
         shape, weight, size = self.normalized_shape, self.weight, self.weight.numel()
-        eps = EPS if self.eps is None else self.eps
+        eps = torch.finfo(weight.dtype).eps if self.eps is None else self.eps
         if weight.device.type != "cpu" or weight.dtype != torch.float32:
             return lambda x: F.rms_norm(x, shape, _as_wide(weight, x), eps)
         epsilon = torch.tensor(eps)
@@ -52,24 +52,31 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
-class RMSNormProvider(NormProvider):
-    """``norm:rmsnorm`` (Zhang and Sennrich 2019); setting ``eps`` (1e-8: the stream
-    starts small)."""
+class _WithEpsilon(NormProvider):
+    """A norm with the settings :class:`NormSettings`."""
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self.settings = read_settings(NormSettings, config, "model.norm")
+
+
+class RMSNormProvider(_WithEpsilon):
+    """``norm:rmsnorm`` (Zhang and Sennrich 2019); settings as :class:`NormSettings`."""
 
     name = "rmsnorm"
 
     def create_layer(self, d_model: int) -> nn.Module:
-        return RMSNorm(_checked(d_model), eps=float(self.setting("eps", EPS)))
+        return RMSNorm(_checked(d_model), eps=self.settings.eps)
 
 
-class LayerNormProvider(NormProvider):
-    """``norm:layernorm`` (Ba et al. 2016), with a scale and a shift; setting ``eps`` (1e-8: the
-    stream starts small)."""
+class LayerNormProvider(_WithEpsilon):
+    """``norm:layernorm`` (Ba et al. 2016), with a scale and a shift; settings as
+    :class:`NormSettings`."""
 
     name = "layernorm"
 
     def create_layer(self, d_model: int) -> nn.Module:
-        return LayerNorm(_checked(d_model), eps=float(self.setting("eps", EPS)))
+        return LayerNorm(_checked(d_model), eps=self.settings.eps)
 
 
 def _checked(d_model: int) -> int:

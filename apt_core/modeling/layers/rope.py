@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 
 from apt_core.modeling.row_decoding import RowStep, takes_part
 from apt_core.providers.base import read_settings
-from apt_core.providers.position import PositionProvider, RoPESettings
+from apt_core.providers.position import PositionProvider, RoPEScaling, RoPESettings
 
 
 class Rotary(nn.Module):
-    """Turns pairs (i, i + R/2) of a width R by angles position * theta^(-2i/R).
+    """Turns pairs (i, i + R/2) of a width R by angles position * theta^(-2i/R), whose frequencies
+    ``scaling`` changes.
 
     The halves are paired as in Llama, so weights move between the two without permutation.
     """
@@ -23,19 +25,24 @@ class Rotary(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, head_dim: int, max_seq_len: int, theta: float) -> None:
+    def __init__(
+        self, head_dim: int, max_seq_len: int, theta: float, scaling: RoPEScaling | None = None
+    ) -> None:
         super().__init__()
         if head_dim % 2:
             raise ValueError(
                 f"RoPE turns pairs, and the head width {head_dim} is odd: choose an even width "
-                "(model.d_model / model.num_heads, or model.tva.r or .rank), or another "
-                "model.position_name"
+                "(model.d_model / model.num_heads, model.mha.head_dim, model.tva.r or .rank), or "
+                "another model.position_name"
             )
         if theta <= 1:
             raise ValueError(
                 f"model.rope.theta: the base of the frequencies must be more than 1, not {theta}"
             )
-        self.head_dim, self.max_seq_len, self.theta = head_dim, max_seq_len, theta
+        for key, message, remedy in scaling.faults() if scaling is not None else ():
+            raise ValueError(f"{RoPEScaling.SECTION}.{key}: {message}: {remedy}")
+        self.head_dim, self.max_seq_len = head_dim, max_seq_len
+        self.theta, self.scaling = theta, scaling
         self._cast: tuple[tuple[Any, ...], tuple[Tensor, Tensor]] | None = None
         self.register_buffer("cos", torch.empty(max_seq_len, 1, head_dim), persistent=False)
         self.register_buffer("sin", torch.empty(max_seq_len, 1, head_dim), persistent=False)
@@ -46,10 +53,10 @@ class Rotary(nn.Module):
         with the swapped halves."""
         if self.cos.is_meta:
             return
-        half = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device="cpu")
+        frequencies, gain = rotary_frequencies(self.head_dim, self.theta, self.scaling)
         positions = torch.arange(self.max_seq_len, dtype=torch.float64, device="cpu")
-        angles = positions[:, None] * self.theta ** (-half / self.head_dim)
-        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        angles = positions[:, None] * frequencies
+        cos, sin = gain * angles.cos()[:, None], gain * angles.sin()[:, None]
         self.cos.copy_(torch.cat([cos, cos], dim=-1))
         self.sin.copy_(torch.cat([-sin, sin], dim=-1))
 
@@ -92,6 +99,41 @@ class Rotary(nn.Module):
         return {**self.__dict__, "_cast": None}
 
 
+def rotary_frequencies(
+    head_dim: int, theta: float, scaling: RoPEScaling | None = None
+) -> tuple[Tensor, float]:
+    """The angles by which a step of one position turns each pair, fp64 [head_dim / 2] on the CPU,
+    and the factor on queries and keys; the rules are those of :class:`RoPEScaling`."""
+    half = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu")
+    kept: Tensor = theta ** (-half / head_dim)
+    if scaling is None:
+        return kept, 1.0
+    divided = kept / scaling.factor
+    if scaling.type == "linear":
+        return divided, 1.0
+    context = scaling.original_max_seq_len
+    assert context is not None
+    if scaling.type == "llama3":
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        share = ((context * kept / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        return share * kept + (1 - share) * divided, 1.0
+
+    def pair_that_turns(times: float) -> float:
+        return head_dim * math.log(context / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    # Equal ends are told apart as the paper's code does it.
+    width = last - first or 0.001
+    share = 1 - ((half / 2 - first) / width).clamp(0, 1)
+    gain = scaling.attention_factor
+    if gain is None:
+        gain = 0.1 * math.log(scaling.factor) + 1 if scaling.factor > 1 else 1.0
+    return share * kept + (1 - share) * divided, gain
+
+
 def turning(rotary: nn.Module, turned: int, heads: int) -> Callable[[Tensor, RowStep], Tensor]:
     """A function of x [N, heads, R], the new tokens of a step's rows, that turns the first
     ``turned`` heads by the tokens' positions."""
@@ -109,7 +151,7 @@ def turning(rotary: nn.Module, turned: int, heads: int) -> Callable[[Tensor, Row
         )
 
     def all_turned(x: Tensor, step: RowStep) -> Tensor:
-        key = rotary.head_dim, rotary.theta, turned, heads, x.dtype
+        key = rotary.head_dim, rotary.theta, rotary.scaling, turned, heads, x.dtype
         cos, sin = step.tables(key, partial(made, x.dtype))
         return torch.addcmul(x * cos, x.roll(half, -1), sin)
 
@@ -136,4 +178,4 @@ class RoPEProvider(PositionProvider):
         self.settings = read_settings(RoPESettings, config, "model.rope")
 
     def create_rotary(self, head_dim: int, max_seq_len: int) -> nn.Module:
-        return Rotary(head_dim, max_seq_len, self.settings.theta)
+        return Rotary(head_dim, max_seq_len, self.settings.theta, self.settings.scaling)
