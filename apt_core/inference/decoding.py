@@ -100,7 +100,7 @@ class Decoder:
     def logits(self, texts: Sequence[Text]) -> Tensor:
         """The fp32 logits [B, V] after each of ``texts``."""
         if self._slots is not None:
-            with self._computing():
+            with self._rows_computing():
                 return self._slots.logits(texts).float()
         rows = []
         for text in texts:
@@ -118,7 +118,7 @@ class Decoder:
         """For each of ``texts``, which are all, the fp32 logits [1 + k, V] after it and after each
         of its k tokens of ``guesses``; then :meth:`truncate` it."""
         assert self._slots is not None
-        with self._computing():
+        with self._rows_computing():
             return [logits.float() for logits in self._slots.verified(texts, guesses)]
 
     def truncate(self, text: Text) -> None:
@@ -130,7 +130,8 @@ class Decoder:
         """Free the caches of ``text``, which are ``spoiled`` if its logits were not finite; with
         ``keep``, a later text that begins with it may use them."""
         if self._slots is not None:
-            self._slots.release(text, spoiled=spoiled, keep=keep)
+            with self._rows_computing():
+                self._slots.release(text, spoiled=spoiled, keep=keep)
         self._readers.pop(text, None)
 
     @contextmanager
@@ -140,6 +141,13 @@ class Decoder:
 
     def _computing(self) -> AbstractContextManager[None]:
         return nullcontext() if self._dtype is None else self._in_dtype()
+
+    def _rows_computing(self) -> AbstractContextManager[object]:
+        """A step of rows is mostly small tensors: on a CPU inference mode saves a fifth of its
+        time."""
+        if self._device.type == "cpu" and self._dtype is None:
+            return torch.inference_mode()
+        return self._computing()
 
     def _reader(self, text: Text) -> _Reader:
         """A reader of a new text: a fork of one that has read its beginning and no more."""

@@ -1,8 +1,9 @@
 """Decoding many texts of different lengths together: a step of them, and the caches of layers.
 
-A model, block or layer that takes part has a method ``decode`` beside its ``forward``; see
-:class:`~apt_core.providers.attention.AttentionProvider`. Texts are the rows of a batch; each has a
-slot in the caches, where the keys and values of its tokens stand from place 0 on.
+A model, block or attention that takes part has a method ``rows`` beside its ``forward``, which
+makes what computes such steps; see :class:`~apt_core.providers.attention.AttentionProvider`. On a
+CPU that is called in torch's inference mode. Texts are the rows of a batch; each has a slot in the
+caches, where the keys and values of its tokens stand from place 0 on.
 
 Shapes: B rows, T new tokens a row, N = B*T, S the places that are looked at, D d_model, H query
 heads, K key and value heads, R the width at which a head attends.
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +63,7 @@ class RowStep:
         # Whether each row's tokens are all that it has: causal attention needs no mask then.
         self.whole = self.length == span and not mask
         self._indices: dict[tuple[int, int], Tensor] = {}
-        self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[Any, Tensor] = {}
 
     @property
     def ends(self) -> Sequence[int]:
@@ -99,7 +101,7 @@ class RowStep:
             self._indices[heads, room] = found
         return found
 
-    def tables(self, key: Any, made: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Any:
+    def table(self, key: Any, made: Callable[[Tensor], Tensor]) -> Tensor:
         """What ``made`` gives of the positions [N] of the new tokens, made once for all layers with
         the same ``key``."""
         found = self._tables.get(key)
@@ -108,16 +110,24 @@ class RowStep:
         return found
 
 
+class Rows(Protocol):
+    """An attention for decoding rows, valid until its weights change; its ``cache`` is a
+    :class:`RowCache`, or has its methods."""
+
+    cache: RowCache
+
+    def __call__(self, x: Tensor, step: RowStep) -> Tensor:
+        """x [N, D] of the new tokens of a step's rows to [N, D]."""
+
+
 class RowCache:
-    """Keys and values of one layer for rows of texts, and what the layer has ``prepared`` of its
-    weights for decoding, valid until they change.
+    """Keys and values of one layer for rows of texts.
 
     Keys and values stand in one tensor, so that a step writes once: the heads of a slot are first
     those of the keys, then those of the values.
     """
 
-    def __init__(self, prepared: Any) -> None:
-        self.prepared = prepared
+    def __init__(self) -> None:
         self._held: Tensor | None = None
         self._rows = self._room = 0
 
@@ -211,16 +221,21 @@ MOST_COPIED = 2**30
 LEAST_PACKED = 2**17
 """Elements of a weight from which oneDNN's layout is faster for several tokens."""
 
+LEAST_HALVED = 2**16, 256
+"""Elements and columns of a weight from which one token is faster multiplied by two halves of it at
+once."""
+
 
 class Products:
     """Makes the functions that multiply by a weight, once for many steps. ``dtype`` is the type of
     autocast in which they will be called, None for none: weights are cast to it here.
 
-    On a CPU in fp32, weights are also copied into layouts in which few tokens are multiplied
-    faster, up to MOST_COPIED bytes in all. Measured on Zen 4 with one thread, against F.linear: one
-    token by a transposed copy of a [2048, 640] weight takes 0.6 of the time (but 3 times as long
-    where the weight is [640, 2048]), and 5 to 16 tokens by oneDNN's layout 0.3 to 0.6. The layout
-    is a function of the shape, so that results are the same each time.
+    On a CPU in fp32, some shapes have faster ways than F.linear. Measured on Zen 4 with weights
+    that no cache holds: one token by the halves of a [4096, 640] weight takes 0.4 of the time with
+    two threads (28 GB/s, and F.linear does not use the second one) and 0.55 with one, while a
+    weight of 96 columns takes 1.3 times as long; 4 and 16 tokens by oneDNN's layout, a copy, 0.3 to
+    0.5. Up to MOST_COPIED bytes are copied in all. The way is a function of the shape, so that
+    results are the same each time.
     """
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
@@ -232,21 +247,23 @@ class Products:
         if self.dtype is not None:
             cast = weight.detach().to(self.dtype)
             return lambda x: linear(x, cast)
-        wide = weight.shape[0] > weight.shape[1]
-        packs = weight.numel() >= LEAST_PACKED and _has_packed_products()
-        copied = weight.nbytes * (wide + packs)
-        on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-        if not on_cpu or self.copied + copied > MOST_COPIED:
-            return lambda x: linear(x, weight)
-        self.copied += copied
         own = weight.detach()
-        transposed = own.t().contiguous() if wide else None
+        if own.device.type != "cpu" or own.dtype != torch.float32:
+            return lambda x: linear(x, own)
+        packs = own.numel() >= LEAST_PACKED and _has_packed_products()
+        packs = packs and self.copied + own.nbytes <= MOST_COPIED
+        least, columns = LEAST_HALVED
+        halves = own.numel() >= least and own.shape[1] >= columns and own.shape[0] > 1
+        if not (packs or halves):
+            return lambda x: linear(x, own)
+        self.copied += own.nbytes * packs
+        one = _halved(own) if halves else partial(linear, weight=own)
         packed: Tensor | None = None
 
         def product(x: Tensor) -> Tensor:
             nonlocal packed
             if x.shape[0] == 1:
-                return linear(x, own) if transposed is None else torch.mm(x, transposed)
+                return one(x)
             if not packs:
                 return linear(x, own)
             if packed is None:
@@ -255,6 +272,23 @@ class Products:
             return found
 
         return product
+
+
+def _halved(weight: Tensor) -> Function:
+    """x [1, D] to x Wᵀ [1, F] by two products of half of ``weight`` W [F, D] each, which torch
+    computes at once."""
+    rows, width = weight.shape
+    halves = weight[: rows - rows % 2].view(2, -1, width)
+    last = weight[-1:] if rows % 2 else None
+
+    def product(x: Tensor) -> Tensor:
+        # A column with the strides of a transposed row: others make torch copy the weight.
+        found = torch.bmm(halves, x.t().expand(2, width, 1)).view(1, -1)
+        if last is not None:
+            found = torch.cat([found, torch.nn.functional.linear(x, last)], 1)
+        return found
+
+    return product
 
 
 def _has_packed_products() -> bool:
@@ -320,13 +354,13 @@ def _faster(one: Function, other: Function, width: int) -> bool:
 
 
 CALLED = ("forward", "create_cache", "create_caches")
-"""Methods beside which a layer's ``decode`` is valid: one who replaces them means another layer."""
+"""Methods beside which a layer's ``rows`` is valid: one who replaces them means another layer."""
 
 
 def takes_part(module: nn.Module, method: str) -> bool:
-    """Whether ``module`` may be computed by its ``method`` in place of its ``forward``: no class
-    derived from the one with the method has another forward, nobody has replaced that of the
-    object, and no hook waits for a call of it."""
+    """Whether ``module`` may be computed by what its ``method`` makes in place of its ``forward``:
+    no class derived from the one with the method has another forward, nobody has replaced that of
+    the object, and no hook waits for a call of it."""
     own = module.__dict__
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or any(name in own for name in CALLED):
         return False
@@ -346,4 +380,12 @@ def function_of(module: nn.Module, products: Products) -> Function:
     if plain and takes_part(module, "decoding"):
         made: Function = module.decoding(products)
         return made
-    return lambda x: module(x[None])[0]
+    return lambda x: call_as_ever(module, x[None])[0]
+
+
+def call_as_ever(module: nn.Module, x: Tensor) -> Tensor:
+    """What a ``module`` that knows nothing of rows gives: steps on a CPU are computed in inference
+    mode, and what a module keeps of that could never be trained with."""
+    with torch.inference_mode(False), torch.no_grad():
+        found: Tensor = module(x.clone() if x.is_inference() else x)
+        return found

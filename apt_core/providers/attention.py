@@ -134,11 +134,11 @@ class AttentionProvider(Provider, ABC):
       attends to all that came before: feeding a sequence in pieces gives what feeding it whole
       gives. A layer without ``create_cache``, or whose ``create_cache`` gives None, is decoded by
       computing everything anew.
-    - ``layer.decode(x, step, cache)``, if the layer has it, is the same for the new tokens x [N, D]
-      of texts of different lengths (:mod:`apt_core.modeling.row_decoding`), with what
-      ``layer.prepare_rows(products)`` has made of its weights as ``cache.prepared``. Texts of
-      layers without it are generated one by one; a subclass with another ``forward`` or
-      ``create_cache`` and no ``decode`` of its own is one without.
+    - ``layer.rows(products)``, if the layer has it, makes a function of (x, step) with a ``cache``,
+      which is the same for the new tokens x [N, D] of texts of different lengths
+      (:class:`apt_core.modeling.row_decoding.Rows`). Texts of layers without it are generated one
+      by one; a subclass with another ``forward`` or ``create_cache`` and no ``rows`` of its own is
+      one without.
     - More than ``max_seq_len`` tokens, cached ones included, are a ValueError that names
       ``model.max_seq_len``.
     - No value is read on the host, dropout acts in training alone, evaluation is deterministic, and

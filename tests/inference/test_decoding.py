@@ -322,20 +322,49 @@ def test_a_decoder_may_look_ahead_without_a_trace(lively):
 def test_products_are_those_of_the_weight_in_every_layout(monkeypatch):
     from apt_core.modeling import row_decoding
 
-    monkeypatch.setattr(row_decoding, "LEAST_PACKED", 1000)
     generator = torch.Generator().manual_seed(0)
-    for shape in ((48, 32), (32, 48), (8, 8)):
-        weight = torch.randn(shape, generator=generator)
-        products = row_decoding.Products()
-        product = products.of(weight)
-        for tokens in (1, 2, 9, 70):
-            x = torch.randn(tokens, shape[1], generator=generator)
-            torch.testing.assert_close(product(x), x @ weight.T, atol=1e-4, rtol=1e-4)
-            assert product(x).equal(product(x))
-        assert products.copied in (0, weight.nbytes, 2 * weight.nbytes)
-        monkeypatch.setattr(row_decoding, "MOST_COPIED", 100)
-        uncopied = row_decoding.Products()
-        assert uncopied.of(weight)(x).equal(nn.functional.linear(x, weight))
-        assert uncopied.copied == 0
-        monkeypatch.undo()
-        monkeypatch.setattr(row_decoding, "LEAST_PACKED", 1000)
+    for packed, halved in ((1000, (100, 8)), (1000, (2000, 8)), (10**6, (100, 8))):
+        monkeypatch.setattr(row_decoding, "LEAST_PACKED", packed)
+        monkeypatch.setattr(row_decoding, "LEAST_HALVED", halved)
+        for shape in ((48, 32), (32, 48), (49, 32), (8, 8), (1, 128)):
+            weight = torch.randn(shape, generator=generator)
+            products = row_decoding.Products()
+            product = products.of(weight)
+            for tokens in (1, 2, 9, 70):
+                x = torch.randn(tokens, shape[1], generator=generator)
+                torch.testing.assert_close(product(x), x @ weight.T, atol=1e-4, rtol=1e-4)
+                assert product(x).equal(product(x))
+            assert products.copied == weight.nbytes * (weight.numel() >= packed)
+            with monkeypatch.context() as patch:
+                patch.setattr(row_decoding, "MOST_COPIED", 100)
+                uncopied = row_decoding.Products()
+                assert uncopied.of(weight)(x).equal(nn.functional.linear(x, weight))
+                assert uncopied.copied == 0
+
+
+class KeepsItsTable(nn.Module):
+    """Scales by a table that it makes when it is first called, and changes its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.table = nn.Parameter(torch.ones(1)), None
+
+    def forward(self, x):
+        if self.table is None:
+            self.table = torch.full((x.shape[-1],), 0.5)
+        return x.mul_(2.0) * self.table * self.weight
+
+
+def test_what_a_module_keeps_of_a_generation_can_be_trained_with(lively):
+    session = made(lively, "tva")
+    for block in session.model.blocks:
+        block.ffn = KeepsItsTable()
+    requests = greedy(PROMPTS[:2], (5, 7))
+    expected = [anew(session, r.prompt, r.max_new_tokens) for r in requests]
+    for block in session.model.blocks:
+        block.ffn.table = None
+    engine = Engine(session)
+    assert [result.token_ids for result in engine.run(requests)] == expected
+    assert engine._decoder._slots is not None
+    session.model(torch.tensor([[65, 66, 67]])).logits.sum().backward()
+    assert all(block.ffn.weight.grad.isfinite().all() for block in session.model.blocks)

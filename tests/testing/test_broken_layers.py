@@ -256,13 +256,15 @@ class ForksShareMemory(Attends):
 class DecodesRowsOtherwise(Attends):
     """Sees the whole span in each row."""
 
-    def prepare_rows(self, products):
-        return self.inner.prepare_rows(products)
+    def rows(self, products):
+        inner = self.inner.rows(products)
 
-    def decode(self, x, step, cache):
-        if step.length == 1:
-            step.masked = False
-        return self.inner.decode(x, step, cache)
+        def decoding(x, step):
+            if step.length == 1:
+                step.masked = False
+            return inner(x, step)
+
+        return decoding
 
 
 class SeesTheFuture(Attends):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,9 @@ from apt_core.modeling.layers.ngram import NgramEmbedding
 from apt_core.modeling.row_decoding import (
     Function,
     Products,
-    RowCache,
+    Rows,
     RowStep,
+    call_as_ever,
     function_of,
     takes_part,
 )
@@ -61,12 +62,11 @@ class Block(nn.Module):
 
     def rows(self, products: Products) -> BlockRows | None:
         """The block for decoding rows; None if its attention takes no part in that."""
-        if not (takes_part(self, "rows") and takes_part(self.attention, "decode")):
+        if not (takes_part(self, "rows") and takes_part(self.attention, "rows")):
             return None
         return BlockRows(
             function_of(self.attention_norm, products),
-            self.attention.decode,
-            RowCache(self.attention.prepare_rows(products)),
+            self.attention.rows(products),
             function_of(self.ffn_norm, products),
             function_of(self.ffn, products),
         )
@@ -77,17 +77,16 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class BlockRows:
-    """A :class:`Block` for decoding rows: the functions of its parts, and its cache."""
+    """A :class:`Block` for decoding rows: the functions of its parts."""
 
     attention_norm: Function
-    attention: Callable[[Tensor, RowStep, RowCache], Tensor]
-    cache: RowCache
+    attention: Rows
     ffn_norm: Function
     ffn: Function
 
     def __call__(self, x: Tensor, step: RowStep) -> Tensor:
         """x [N, D] to [N, D]."""
-        x = x + self.attention(self.attention_norm(x), step, self.cache)
+        x = x + self.attention(self.attention_norm(x), step)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -96,7 +95,7 @@ class GPTRows:
 
     def __init__(self, model: GPT, blocks: Sequence[BlockRows], products: Products) -> None:
         self._model, self._blocks = model, blocks
-        self.caches = [block.cache for block in blocks]
+        self.caches = [block.attention.cache for block in blocks]
         self.reach = 0 if model.ngram is None else model.ngram.reach
         self._final_norm = function_of(model.final_norm, products)
         self._embedding_norm: Function | None = None
@@ -111,7 +110,7 @@ class GPTRows:
         if model.ngram is not None:
             x = x + model.ngram(input_ids, positions=step.positions, cache=_Context(step))
         if model.position is not None:
-            x = x + model.position(step.positions)
+            x = x + call_as_ever(model.position, step.positions)
         x = x.flatten(0, 1)
         if self._embedding_norm is not None:
             x = self._embedding_norm(x)

@@ -7,8 +7,6 @@ which a head attends, N = H + 2K.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +15,8 @@ from torch import Tensor, nn
 
 from apt_core.modeling.init import normal_, write_std
 from apt_core.modeling.kv_cache import KeyValueCache
-from apt_core.modeling.layers.rope import turning
-from apt_core.modeling.row_decoding import Function, Products, RowCache, RowStep
+from apt_core.modeling.layers.attention_rows import AttentionRows
+from apt_core.modeling.row_decoding import Products, Rows
 from apt_core.providers.norm import NORM_EPS
 from apt_core.providers.position import PositionProvider
 
@@ -30,21 +28,6 @@ uniform. With it TVA was .012 nats per byte better than with 1 on the default mo
 QK_NORM_SCALE = 1.5
 """The initial scales of QK-norm, which make scores of order 2. The scales learn slowly: from 1
 attention stays too uniform, and from 2 it starts too narrow."""
-
-
-@dataclass(frozen=True)
-class RowWeights:
-    """What decoding needs of the weights of an attention: the matrices of its two projections, the
-    scales of QK-norm, the functions of the projections where they are plain products, and the
-    function that turns queries and keys; ``compensator`` has the matrix of TVA's."""
-
-    qkv: Tensor
-    out: Tensor
-    qk_scales: Tensor | None
-    project: Function | None
-    read_out: Function | None
-    turn: Callable[[Tensor, RowStep], Tensor] | None
-    compensator: Tensor | None = None
 
 
 class SelfAttention(nn.Module, ABC):
@@ -155,21 +138,23 @@ class SelfAttention(nn.Module, ABC):
             k, v = cache.append(k, v)
         return self.read_out(self.attend(q, k, v, mask).transpose(1, 2), out_weight)
 
-    def prepare_rows(self, products: Products) -> RowWeights:
-        """What :meth:`decode` needs of the weights, formed once for many steps."""
+    def rows(self, products: Products) -> Rows:
+        """The layer for decoding rows, with what that needs of the weights formed once."""
         qkv_weight, out_weight = self.projections()
-        scales = None if self.q_norm is None else self._qk_scales()
-        project: Function | None = None
-        read_out: Function | None = None
-        if type(self).project is SelfAttention.project:
-            project = products.of(qkv_weight)
-        if type(self).read_out is SelfAttention.read_out:
-            read_out = products.of(out_weight)
-        heads = self.num_heads + self.num_kv_heads
-        turn = None
-        if self.rotary is not None:
-            turn = turning(self.rotary, heads, heads + self.num_kv_heads)
-        return RowWeights(qkv_weight, out_weight, scales, project, read_out, turn)
+        return AttentionRows(
+            products,
+            qkv_weight,
+            out_weight,
+            width=self.width,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            rotary=self.rotary,
+            qk_scales=None if self.q_norm is None else self._qk_scales(),
+            qk_eps=self.qk_norm_eps,
+            project=_own(self, "project"),
+            read_out=_own(self, "read_out"),
+            attend=_own(self, "attend"),
+        )
 
     def _qk_scales(self) -> Tensor:
         """The scales of QK-norm [H+K, R]."""
@@ -180,54 +165,6 @@ class SelfAttention(nn.Module, ABC):
                 self.k_norm.weight.expand(self.num_kv_heads, -1),
             ]
         )
-
-    def decode(self, x: Tensor, step: RowStep, cache: RowCache) -> Tensor:
-        """x [N, D] of the new tokens of a step's rows to [N, D]; ``cache.prepared`` is what
-        :meth:`prepare_rows` has made."""
-        weights: RowWeights = cache.prepared
-        q_heads, kv_heads, width, size = self.num_heads, self.num_kv_heads, self.width, step.size
-        if weights.project is None:
-            packed = self.project(x, weights.qkv)
-        else:
-            packed = weights.project(x).view(size, -1, width)
-        if weights.qk_scales is not None:
-            qk, v = packed.split((q_heads + kv_heads, kv_heads), 1)
-            qk = F.rms_norm(qk, (width,), eps=self.qk_norm_eps) * weights.qk_scales
-            packed = torch.cat([qk.to(v.dtype), v], 1)
-        if weights.turn is not None:
-            packed = weights.turn(packed, step)
-        q, kv = packed.split((q_heads, 2 * kv_heads), 1)
-        k, v = cache.update(step, kv)
-        if step.length == 1:
-            q = q.unsqueeze(2)
-            mixed = self._attend_rows(q, k, v, step)
-        else:
-            q = q.unflatten(0, (step.batch, step.length)).transpose(1, 2)
-            mixed = self._attend_rows(q, k, v, step).transpose(1, 2)
-        if weights.read_out is None:
-            return self.read_out(mixed.reshape(size, q_heads, width), weights.out)
-        return weights.read_out(mixed.reshape(size, q_heads * width))
-
-    def _attend_rows(self, q: Tensor, k: Tensor, v: Tensor, step: RowStep) -> Tensor:
-        """:meth:`attend` for rows that may have different lengths."""
-        if type(self).attend is SelfAttention.attend:
-            causal = step.whole and step.length > 1
-            return F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=None if causal else step.added_mask(q.dtype),
-                is_causal=causal,
-                enable_gqa=self.num_kv_heads != self.num_heads,
-            )
-        if not step.masked:
-            return self.attend(q, k, v, None)
-        # Another kernel takes the last query to see every key, so each row has its own keys.
-        rows = []
-        for row, end in enumerate(step.ends):
-            keys, one = slice(0, end), slice(row, row + 1)
-            rows.append(self.attend(q[one], k[one, :, keys], v[one, :, keys], None))
-        return torch.cat(rows)
 
     def project(self, x: Tensor, qkv_weight: Tensor) -> Tensor:
         """x [..., D] to queries, keys and values [..., N, R]."""
@@ -250,6 +187,13 @@ class SelfAttention(nn.Module, ABC):
         if mask is None and q.shape[2] == k.shape[2]:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible(q, k, mask), **options)
+
+
+def _own(layer: SelfAttention, name: str) -> Any:
+    """The method of ``layer`` if it is not that of this module's class, or None."""
+    if getattr(type(layer), name) is getattr(SelfAttention, name):
+        return None
+    return getattr(layer, name)
 
 
 def visible(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:

@@ -6,7 +6,6 @@ its rank.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 
 from apt_core.modeling.init import orthonormal_, reset_layer
 from apt_core.modeling.kv_cache import KeyValueCache
-from apt_core.modeling.layers.attention import RowWeights, SelfAttention, check_heads, visible
+from apt_core.modeling.layers.attention import SelfAttention, check_heads, visible
 from apt_core.modeling.layers.compensator import NormalCompensator
-from apt_core.modeling.row_decoding import Products, RowCache, RowStep
+from apt_core.modeling.row_decoding import Products, Rows, RowStep
 from apt_core.providers.attention import AttentionProvider, AttentionSupport, TVASettings
 from apt_core.providers.base import read_settings
 
@@ -116,16 +115,22 @@ class TVAAttention(SelfAttention):
             cache.compensator_reads = self.compensator.reads()
         return y + self.compensator(x, cache.compensator_reads)
 
-    def prepare_rows(self, products: Products) -> RowWeights:
-        weights = super().prepare_rows(products)
-        reads = None if self.compensator is None else self.compensator.reads()
-        return replace(weights, compensator=reads)
-
-    def decode(self, x: Tensor, step: RowStep, cache: RowCache) -> Tensor:
-        y = super().decode(x, step, cache)
+    def rows(self, products: Products) -> Rows:
+        attention = super().rows(products)
         if self.compensator is None:
-            return y
-        return y + self.compensator(x, cache.prepared.compensator)
+            return attention
+        return _CompensatedRows(attention, self.compensator)
+
+
+class _CompensatedRows:
+    """What ``attention`` gives, and what the compensator adds."""
+
+    def __init__(self, attention: Rows, compensator: NormalCompensator) -> None:
+        self._attention, self._compensator = attention, compensator
+        self.cache, self._reads = attention.cache, compensator.reads()
+
+    def __call__(self, x: Tensor, step: RowStep) -> Tensor:
+        return self._attention(x, step) + self._compensator(x, self._reads)
 
 
 class FactoredTVAAttention(TVAAttention):

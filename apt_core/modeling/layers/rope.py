@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from apt_core.modeling.row_decoding import RowStep, takes_part
+from apt_core.modeling.row_decoding import Products, RowStep, takes_part
 from apt_core.providers.base import read_settings
 from apt_core.providers.position import PositionProvider, RoPEScaling, RoPESettings
 
@@ -134,28 +133,41 @@ def rotary_frequencies(
     return share * kept + (1 - share) * divided, gain
 
 
-def turning(rotary: nn.Module, turned: int, heads: int) -> Callable[[Tensor, RowStep], Tensor]:
+def paired(rotary: nn.Module, products: Products) -> Callable[[Tensor, int | None], Tensor] | None:
+    """A function that brings the two places of each pair of a head next to each other, so that
+    they may be turned as one complex number: of the first heads of a weight [heads*R, ...], all if
+    it is None. None where that is not faster, or ``rotary`` is not a plain :class:`Rotary`."""
+    plain = type(rotary) is Rotary and takes_part(rotary, "forward")
+    if not plain or products.dtype is not None or rotary.cos.dtype != torch.float32:
+        return None
+    half = rotary.head_dim // 2
+
+    def moved(weight: Tensor, heads: int | None) -> Tensor:
+        end = len(weight) if heads is None else 2 * half * heads
+        pairs = weight[:end].unflatten(0, (-1, 2, half)).transpose(1, 2)
+        return torch.cat([pairs.flatten(0, 2), weight[end:]])
+
+    return moved
+
+
+def turning(rotary: nn.Module, turned: int, *, paired: bool) -> Callable[[Tensor, RowStep], Tensor]:
     """A function of x [N, heads, R], the new tokens of a step's rows, that turns the first
-    ``turned`` heads by the tokens' positions."""
-    if type(rotary) is not Rotary or not takes_part(rotary, "forward"):
+    ``turned`` heads by the tokens' positions; those that are ``paired`` where they stand."""
+    if not paired:
         return lambda x, step: _turned_by(rotary, x, turned, step)
-    half, others = rotary.head_dim // 2, heads - turned
+    half = rotary.head_dim // 2
+    key = rotary.head_dim, rotary.theta, rotary.scaling
+    cos, sin = rotary.cos, rotary.sin
 
-    def made(dtype: torch.dtype, positions: Tensor) -> tuple[Tensor, Tensor]:
-        # The other heads are turned by nothing, which is less work than to take them apart.
-        cos, sin = (table[positions] for table in rotary._tables(dtype))
-        shape = (-1, others, -1)
-        return (
-            torch.cat([cos.expand(-1, turned, -1), torch.ones_like(cos).expand(shape)], dim=1),
-            torch.cat([sin.expand(-1, turned, -1), torch.zeros_like(sin).expand(shape)], dim=1),
-        )
+    def made(positions: Tensor) -> Tensor:
+        return torch.complex(cos[positions, :, half:], sin[positions, :, half:])
 
-    def all_turned(x: Tensor, step: RowStep) -> Tensor:
-        key = rotary.head_dim, rotary.theta, rotary.scaling, turned, heads, x.dtype
-        cos, sin = step.tables(key, partial(made, x.dtype))
-        return torch.addcmul(x * cos, x.roll(half, -1), sin)
+    def turn(x: Tensor, step: RowStep) -> Tensor:
+        pairs = x.view(step.size, -1, half, 2).narrow(1, 0, turned)
+        torch.view_as_complex(pairs).mul_(step.table(key, made))
+        return x
 
-    return all_turned
+    return turn
 
 
 def _turned_by(rotary: nn.Module, x: Tensor, turned: int, step: RowStep) -> Tensor:

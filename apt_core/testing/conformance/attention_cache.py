@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from apt_core.modeling.masks import padding_mask, padding_positions
-from apt_core.modeling.row_decoding import Products, RowCache, RowStep, takes_part
+from apt_core.modeling.row_decoding import Products, RowStep, takes_part
 from apt_core.testing.conformance.checks import (
     Check,
     LeftOut,
@@ -147,9 +147,9 @@ def _forked(at: Attention) -> None:
 def _decoded_in_rows(at: Attention) -> None:
     """Texts of different lengths, each in a slot of one cache, are decoded as each is alone."""
     layer, x, T = at.build(), at.input(), at.length
-    if not takes_part(layer, "decode"):
-        raise LeftOut("the layer has no decode of its own: its texts are decoded one by one")
-    cache = RowCache(layer.prepare_rows(Products()))
+    if not takes_part(layer, "rows"):
+        raise LeftOut("the layer has no rows of its own: its texts are decoded one by one")
+    decoding = layer.rows(Products())
     held = [T // 2, T - 3]
     outputs: list[list[Tensor]] = [[], []]
 
@@ -159,7 +159,7 @@ def _decoded_in_rows(at: Attention) -> None:
         step = RowStep(places, first=first, span=span, mask=mixed, last=max(31, T - 1))
         rows = range(first, first + len(starts))
         new = [x[row, start : start + length] for row, start in zip(rows, starts, strict=True)]
-        y = layer.decode(torch.cat(new), step, cache).unflatten(0, (-1, length))
+        y = decoding(torch.cat(new), step).unflatten(0, (-1, length))
         for row, added in zip(rows, y, strict=True):
             outputs[row].append(added)
 

@@ -1,0 +1,111 @@
+"""Softmax attention of growing texts: see :mod:`apt_core.modeling.row_decoding`.
+
+Shapes: B rows, T new tokens a row, N = B*T, S the places that are looked at, D d_model, H query
+heads, K key and value heads, R the width at which a head attends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apt_core.modeling.layers.rope import paired, turning
+from apt_core.modeling.row_decoding import Function, Products, RowCache, RowStep
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+class AttentionRows:
+    """An attention for decoding rows.
+
+    ``qkv_weight`` [(H+2K)*R, D] and ``out_weight`` [D, H*R] are its projections, ``qk_scales``
+    [H+K, R] the scales of QK-norm. ``project``, ``read_out`` and ``attend`` are the methods of a
+    layer that computes these otherwise, with weights as it needs them.
+    """
+
+    def __init__(
+        self,
+        products: Products,
+        qkv_weight: Tensor,
+        out_weight: Tensor,
+        *,
+        width: int,
+        num_heads: int,
+        num_kv_heads: int,
+        rotary: nn.Module | None,
+        qk_scales: Tensor | None,
+        qk_eps: float,
+        project: Callable[[Tensor, Tensor], Tensor] | None,
+        read_out: Callable[[Tensor, Tensor], Tensor] | None,
+        attend: Attend | None,
+    ) -> None:
+        self.cache = RowCache()
+        self._heads = num_heads, 2 * num_kv_heads
+        self._qk_heads = num_heads + num_kv_heads, num_kv_heads
+        self._width, self._mixed_width = width, num_heads * width
+        self._grouped = num_heads != num_kv_heads
+        self._turn: Callable[[Tensor, RowStep], Tensor] | None = None
+        if rotary is not None:
+            # Scores do not depend on the order of the places of a head, if q and k have the same.
+            pair = paired(rotary, products) if project is None else None
+            if pair is not None:
+                qkv_weight = pair(qkv_weight, num_heads + num_kv_heads)
+                qk_scales = None if qk_scales is None else pair(qk_scales.flatten(), None)
+            self._turn = turning(rotary, num_heads + num_kv_heads, paired=pair is not None)
+        self._qk_eps = qk_eps
+        self._qk_scales = None if qk_scales is None else qk_scales.view(-1, width)
+        self._project: Function
+        if project is None:
+            self._project = products.of(qkv_weight)
+        else:
+            self._project = lambda x: project(x, qkv_weight)
+        self._read_out: Function
+        if read_out is None:
+            self._read_out = products.of(out_weight)
+        else:
+            self._read_out = lambda x: read_out(x.view(len(x), -1, width), out_weight)
+        self._attend = attend
+
+    def __call__(self, x: Tensor, step: RowStep) -> Tensor:
+        """x [N, D] of the new tokens of a step's rows to [N, D]."""
+        size, width = step.size, self._width
+        packed = self._project(x).view(size, -1, width)
+        if self._qk_scales is not None:
+            qk, v = packed.split_with_sizes(self._qk_heads, 1)
+            qk = F.rms_norm(qk, (width,), eps=self._qk_eps) * self._qk_scales
+            packed = torch.cat([qk.to(v.dtype), v], 1)
+        if self._turn is not None:
+            packed = self._turn(packed, step)
+        q, new = packed.split_with_sizes(self._heads, 1)
+        k, v = self.cache.update(step, new)
+        if step.length == 1:
+            mixed = self._attended(q.unsqueeze(2), k, v, step)
+        else:
+            q = q.unflatten(0, (step.batch, step.length)).transpose(1, 2)
+            mixed = self._attended(q, k, v, step).transpose(1, 2)
+        return self._read_out(mixed.reshape(size, self._mixed_width))
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, step: RowStep) -> Tensor:
+        """q [B, H, T, R], k and v [B, K, S, R] to [B, H, T, R]."""
+        attend = self._attend
+        if attend is None:
+            causal = step.whole and step.length > 1
+            return F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=None if causal else step.added_mask(q.dtype),
+                is_causal=causal,
+                enable_gqa=self._grouped,
+            )
+        if not step.masked:
+            return attend(q, k, v, None)
+        # Another kernel takes the last query to see every key, so each row has its own keys.
+        rows = []
+        for row, end in enumerate(step.ends):
+            keys, one = slice(0, end), slice(row, row + 1)
+            rows.append(attend(q[one], k[one, :, keys], v[one, :, keys], None))
+        return torch.cat(rows)
