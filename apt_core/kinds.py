@@ -84,6 +84,7 @@ KINDS: Mapping[str, Kind] = {
             methods=("factor",),
         ),
         Kind("task", keys=("evaluation.tasks",), methods=("items",), fallback=False),
+        Kind("exporter", methods=("check", "write"), fallback=False),
     )
 }
 """Every kind by its name, in the order in which listings show them."""

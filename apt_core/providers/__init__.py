@@ -6,10 +6,23 @@ from apt_core.providers.backbone import BackboneProvider
 from apt_core.providers.base import Provider
 from apt_core.providers.dataset import DatasetProvider
 from apt_core.providers.documents import Document, Message
+from apt_core.providers.exporter import ExporterProvider, ExportJob, Proof
 from apt_core.providers.ffn import FeedForwardProvider
 from apt_core.providers.lr_schedule import LRScheduleProvider
 from apt_core.providers.norm import NormProvider
 from apt_core.providers.optimizer import OptimizerProvider
+from apt_core.providers.plain import (
+    Beyond,
+    PlainAttention,
+    PlainBlock,
+    PlainExperts,
+    PlainFFN,
+    PlainModel,
+    PlainNorm,
+    PlainRope,
+    PlainRouter,
+    PlainShape,
+)
 from apt_core.providers.position import PositionProvider
 from apt_core.providers.retrieval import RetrievalProvider, RetrievedChunk
 from apt_core.providers.router import RouterProvider
@@ -30,6 +43,7 @@ __all__ = [
     "AttentionProvider",
     "AttentionSupport",
     "BackboneProvider",
+    "Beyond",
     "Choice",
     "ChoiceTask",
     "DatasetProvider",
@@ -37,6 +51,8 @@ __all__ = [
     "Document",
     "Encoded",
     "EncodedPassage",
+    "ExportJob",
+    "ExporterProvider",
     "FeedForwardProvider",
     "LRScheduleProvider",
     "Message",
@@ -44,7 +60,17 @@ __all__ = [
     "OptimizerProvider",
     "Passage",
     "PassageTask",
+    "PlainAttention",
+    "PlainBlock",
+    "PlainExperts",
+    "PlainFFN",
+    "PlainModel",
+    "PlainNorm",
+    "PlainRope",
+    "PlainRouter",
+    "PlainShape",
     "PositionProvider",
+    "Proof",
     "Provider",
     "Question",
     "QuestionTask",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from apt_core.modeling.layers import TVAAttention, TVAProvider
+from apt_core.providers import PlainAttention
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -34,6 +35,10 @@ class FlashTVAAttention(TVAAttention):
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         return mixed.transpose(1, 2).to(q.dtype)
+
+    def plain(self) -> PlainAttention:
+        """That of the inherited layer: another kernel computes the same."""
+        return super().plain()
 
 
 class FlashTVAProvider(TVAProvider):

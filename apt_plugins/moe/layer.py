@@ -7,6 +7,8 @@ token in each group.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from apt_core.modeling import Tokens
+from apt_core.modeling.plain import plain_of
+from apt_core.providers import Beyond, PlainExperts, PlainRouter
 from apt_plugins.moe.experts import Experts
 
 LEAST_TOTAL = 1e-12
@@ -154,6 +158,23 @@ class MoELayer(nn.Module):
         large = total > LEAST_TOTAL
         even = left / left.sum(-1, keepdim=True).clamp(min=1)
         return torch.where(large, groups / total.where(large, 1.0), even).flatten(-2)
+
+    def plain(self) -> PlainExperts:
+        """The experts of one group. Raises ValueError for finer groups, for other experts than
+        SwiGLU, and for a router without a plain form."""
+        experts = self.experts
+        if self.granularity != 1:
+            raise ValueError(f"its experts are cut into {self.granularity} groups")
+        if experts.activation != "swiglu":
+            raise ValueError(f"its experts are {experts.activation}, not SwiGLU")
+        router = plain_of(self.router, PlainRouter)
+        return PlainExperts(router, experts.gate, experts.up, experts.down)
+
+    def beyond_plain(self) -> Iterator[Beyond]:
+        """The shared expert, if there is one."""
+        if self.shared is not None:
+            what = "a shared expert computes every token beside the others"
+            yield Beyond("shared_experts", what, partial(setattr, self, "shared", None))
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy does not include the tensors of the last forward.

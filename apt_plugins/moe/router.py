@@ -5,13 +5,14 @@ Legend: N tokens, D d_model, E experts in each of G groups, K of them a token in
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apt_core.providers import RouterProvider
+from apt_core.providers import Beyond, PlainRouter, RouterProvider
 
 ROUTER_STD = 0.02
 
@@ -117,6 +118,19 @@ class TopKRouter(nn.Module):
                 shares = scores if softmax else F.logsigmoid(logits).softmax(-1)
                 self.probabilities = shares.flatten(1)
             return (indices + self.offsets).flatten(1), weights.flatten(1)
+
+    def plain(self) -> PlainRouter:
+        """The router in evaluation; the temperature is divided into its weight. Raises ValueError
+        for other scores than softmax."""
+        if self.scores != "softmax":
+            raise ValueError(f"its router has {self.scores} scores, not softmax")
+        return PlainRouter(self.weight / self.temperature, self.top_k, renormalised=True)
+
+    def beyond_plain(self) -> Iterator[Beyond]:
+        """The bias on the choice of experts, once balancing has moved it."""
+        if self.bias.any():
+            what = "a bias that balances the load moves the choice of experts"
+            yield Beyond("balancing_bias", what, self.bias.zero_)
 
     def _scores(self, logits: Tensor) -> Tensor:
         return logits.softmax(-1) if self.scores == "softmax" else logits.sigmoid()

@@ -47,6 +47,7 @@ COMMANDS = [
     "plugin-info --help",
     "report --help",
     "serve --help",
+    "export --help",
 ]
 VERBS = [
     "list", "show", "plugins", "providers", "info", "enable", "disable", "check", "trace",
@@ -107,6 +108,8 @@ def python(code: str, *arguments: str, folder: Path) -> list[Any]:
         "apt_core.providers",
         "apt_core.schedules",
         "apt_plugins.align.plugin",
+        "apt_plugins.export.command",
+        "apt_plugins.export.plugin",
         "apt_plugins.flash_attn.plugin",
         "apt_plugins.moe.plugin",
         "apt_plugins.report.plugin",

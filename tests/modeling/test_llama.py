@@ -107,23 +107,17 @@ def named_as_theirs(model):
     weights["lm_head.weight"] = (model.embedding if model.head is None else model.head).weight
     for index, block in enumerate(model.blocks):
         attention, ffn = block.attention, block.ffn
-        qkv, out = attention.projections()
-        read, shared = attention.num_heads * attention.width, attention.num_kv_heads
-        q, k, v = qkv.split([read, shared * attention.width, shared * attention.width])
-        fused = getattr(ffn, "fused_weights", None)
-        gate, up, down = (
-            fused() if fused else (part.weight for part in (ffn.gate, ffn.up, ffn.down))
-        )
+        plain, mlp = attention.plain(), ffn.plain()
         named = {
             "input_layernorm": block.attention_norm.weight,
             "post_attention_layernorm": block.ffn_norm.weight,
-            "self_attn.q_proj": q,
-            "self_attn.k_proj": k,
-            "self_attn.v_proj": v,
-            "self_attn.o_proj": out,
-            "mlp.gate_proj": gate,
-            "mlp.up_proj": up,
-            "mlp.down_proj": down,
+            "self_attn.q_proj": plain.q,
+            "self_attn.k_proj": plain.k,
+            "self_attn.v_proj": plain.v,
+            "self_attn.o_proj": plain.out,
+            "mlp.gate_proj": mlp.gate,
+            "mlp.up_proj": mlp.up,
+            "mlp.down_proj": mlp.down,
         }
         if attention.q_norm is not None:
             named["self_attn.q_norm"] = attention.q_norm.weight

@@ -47,7 +47,7 @@ class BPETokenizer(CoreTokenizer):
                 f"is {size}; byte-pair encoding needs {SMALLEST} ids or more",
                 key="data.tokenizer.vocab_size",
             )
-        self._vocab = {_SYMBOLS[byte]: index for index, byte in enumerate(_IN_ORDER)}
+        self._vocab = {SYMBOLS[byte]: index for index, byte in enumerate(_IN_ORDER)}
         self._merges: list[list[str]] = []
 
     @property
@@ -79,7 +79,7 @@ class BPETokenizer(CoreTokenizer):
     def _take(self, model: Any) -> None:
         vocab, merges = model["vocab"], model["merges"]
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
-        if sorted(vocab.values()) != list(range(len(vocab))) or not set(_SYMBOLS) <= set(vocab):
+        if sorted(vocab.values()) != list(range(len(vocab))) or not set(SYMBOLS) <= set(vocab):
             raise ValueError("the vocabulary is not that of all bytes and merges, without gaps")
         self._vocab = dict(sorted(vocab.items(), key=lambda item: item[1]))
         self._merges = [list(pair) for pair in pairs]
@@ -109,7 +109,7 @@ class BPETokenizer(CoreTokenizer):
     @cached_property
     def _texts(self) -> list[bytes]:
         """The bytes of each id."""
-        byte_of = {symbol: byte for byte, symbol in enumerate(_SYMBOLS)}
+        byte_of = {symbol: byte for byte, symbol in enumerate(SYMBOLS)}
         texts = [bytes(byte_of[symbol] for symbol in token) for token in self._vocab]
         return texts + [b""] * len(SPECIAL_NAMES)
 
@@ -175,5 +175,7 @@ def _symbols() -> list[str]:
     return [chr(byte) if byte in printable else chr(256 + next(others)) for byte in range(256)]
 
 
-_SYMBOLS = _symbols()
-_IN_ORDER = sorted(range(256), key=lambda byte: _SYMBOLS[byte])
+SYMBOLS = _symbols()
+"""By byte."""
+
+_IN_ORDER = sorted(range(256), key=lambda byte: SYMBOLS[byte])

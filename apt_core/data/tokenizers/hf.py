@@ -193,6 +193,22 @@ class HFTokenizer(TokenizerProvider):
     def special(self) -> SpecialTokens:
         return self._special
 
+    def to_json(self) -> str:
+        """Its tokenizer.json with the tokens that its configuration adds."""
+        text: str = self._tokenizer.to_str()
+        return text
+
+    def encode_as_written(self, text: str) -> list[int]:
+        """The ids of ``text`` with the special tokens that its tokenizer.json puts around it."""
+        with self._refusals():
+            found: list[int] = self._tokenizer.encode(text, add_special_tokens=True).ids
+        return found
+
+    @property
+    def tokens(self) -> dict[str, str]:
+        """The texts of the special tokens that its configuration names: ``bos_token``, …"""
+        return self._files.tokens
+
     def encode(self, text: str) -> list[int]:
         found: list[int] = self._encoded(text).ids
         return found

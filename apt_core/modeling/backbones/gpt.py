@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from apt_core.log import get_logger
 from apt_core.modeling.init import embedding_std, normal_
 from apt_core.modeling.layers.ngram import NgramEmbedding
+from apt_core.modeling.plain import PlainParts, plain_parts
 from apt_core.modeling.row_decoding import (
     Function,
     Products,
@@ -24,6 +26,14 @@ from apt_core.modeling.row_decoding import (
 )
 from apt_core.providers.attention import DecodingCache
 from apt_core.providers.backbone import BackboneProvider
+from apt_core.providers.plain import (
+    Beyond,
+    PlainAttention,
+    PlainBlock,
+    PlainExperts,
+    PlainFFN,
+    PlainNorm,
+)
 from apt_core.types import ModelOutput
 
 log = get_logger("apt.modeling")
@@ -69,6 +79,17 @@ class Block(nn.Module):
             self.attention.rows(products),
             function_of(self.ffn_norm, products),
             function_of(self.ffn, products),
+        )
+
+    def plain(self) -> PlainBlock:
+        """The plain form of its layers. Raises NotPlain for those that have none."""
+        return PlainBlock(
+            **plain_parts(
+                attention_norm=(self.attention_norm, PlainNorm),
+                attention=(self.attention, PlainAttention),
+                ffn_norm=(self.ffn_norm, PlainNorm),
+                ffn=(self.ffn, (PlainFFN, PlainExperts)),
+            )
         )
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -247,6 +268,28 @@ class GPT(nn.Module):
         if self.logits_soft_cap is None:
             return logits
         return self.logits_soft_cap * torch.tanh(logits / self.logits_soft_cap)
+
+    def plain(self) -> PlainParts:
+        """The tensors around the blocks; ``embedding_norm`` is applied to the embedding's rows,
+        which unties them from the projection. Raises ValueError for a final norm without a plain
+        form."""
+        embedding = self.embedding.weight
+        head = None if self.head is None else self.head.weight
+        if self.embedding_norm is not None:
+            head, embedding = self.output_weight, self.embedding_norm(embedding)
+        norm = plain_parts(final_norm=(self.final_norm, PlainNorm))["final_norm"]
+        return PlainParts(embedding, list(self.blocks), norm, head, self.max_seq_len)
+
+    def beyond_plain(self) -> Iterator[Beyond]:
+        """What it has around the blocks beside the embedding and the projection."""
+        if self.logits_soft_cap is not None:
+            what = f"logits are capped softly at {self.logits_soft_cap:g}"
+            yield Beyond("soft_cap", what, partial(setattr, self, "logits_soft_cap", None))
+        if self.ngram is not None:
+            what = "embeddings of n-grams are added to those of tokens"
+            yield Beyond("ngram", what, partial(setattr, self, "ngram", None))
+        if self.position is not None:
+            yield Beyond("position", "embeddings of positions are added to those of tokens")
 
     def rows(self, products: Products) -> GPTRows | None:
         """The model for decoding rows of texts; None if a part of it takes no part in that, or

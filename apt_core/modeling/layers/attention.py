@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from apt_core.modeling.init import normal_, write_std
 from apt_core.modeling.kv_cache import KeyValueCache
 from apt_core.modeling.layers.attention_rows import AttentionRows
+from apt_core.modeling.plain import plain_parts
 from apt_core.modeling.row_decoding import Products, Rows
 from apt_core.providers.norm import NORM_EPS
+from apt_core.providers.plain import PlainAttention, PlainNorm, PlainRope
 from apt_core.providers.position import PositionProvider
 
 QK_START = 0.5
@@ -155,6 +157,18 @@ class SelfAttention(nn.Module, ABC):
             read_out=_own(self, "read_out"),
             attend=_own(self, "attend"),
         )
+
+    def plain_attention(self, qkv: Tensor, out: Tensor) -> PlainAttention:
+        """The plain form of an attention with the :meth:`projections` ``qkv`` and ``out``."""
+        widths = [heads * self.width for heads in (self.num_heads, *[self.num_kv_heads] * 2)]
+        q, k, v = qkv.split(widths)
+        rope = plain_parts(rotary=(self.rotary, PlainRope))["rotary"]
+        norms = [
+            None if norm is None else PlainNorm(norm.weight, self.qk_norm_eps)
+            for norm in (self.q_norm, self.k_norm)
+        ]
+        sizes = (self.num_heads, self.num_kv_heads, self.width)
+        return PlainAttention(q, k, v, out, *sizes, rope, *norms)
 
     def _qk_scales(self) -> Tensor:
         """The scales of QK-norm [H+K, R]."""

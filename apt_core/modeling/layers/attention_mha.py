@@ -14,6 +14,7 @@ from apt_core.modeling.init import reset_layer
 from apt_core.modeling.layers.attention import SelfAttention, check_heads
 from apt_core.providers.attention import AttentionProvider, AttentionSupport, MHASettings
 from apt_core.providers.base import read_settings
+from apt_core.providers.plain import PlainAttention
 
 
 class MultiHeadAttention(SelfAttention):
@@ -41,6 +42,10 @@ class MultiHeadAttention(SelfAttention):
 
     def projections(self) -> tuple[Tensor, Tensor]:
         return self.qkv_weight, self.out_weight
+
+    def plain(self) -> PlainAttention:
+        """The layer itself. Raises NotPlain without RoPE."""
+        return self.plain_attention(self.qkv_weight, self.out_weight)
 
 
 class MHAProvider(AttentionProvider):

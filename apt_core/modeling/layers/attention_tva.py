@@ -6,6 +6,7 @@ its rank.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from apt_core.modeling.layers.compensator import NormalCompensator
 from apt_core.modeling.row_decoding import Products, Rows, RowStep
 from apt_core.providers.attention import AttentionProvider, AttentionSupport, TVASettings
 from apt_core.providers.base import read_settings
+from apt_core.providers.plain import Beyond, PlainAttention
 
 
 class TVACache(KeyValueCache):
@@ -88,6 +90,19 @@ class TVAAttention(SelfAttention):
         out = self.out_weight.view(-1, self.head_dim) @ self.lift
         return qkv.view(-1, self.d_model), out.view(self.d_model, -1)
 
+    def plain(self) -> PlainAttention:
+        """The fused layer, whose heads have the width R. Raises NotPlain without RoPE."""
+        return self.plain_attention(*TVAAttention.projections(self))
+
+    def beyond_plain(self) -> Iterator[Beyond]:
+        """The compensator, if there is one."""
+        if self.compensator is not None:
+            what = "TVA's compensator adds gated directions to the attention"
+            yield Beyond("compensator", what, self._drop_compensator)
+
+    def _drop_compensator(self) -> None:
+        self.compensator = None
+
     def create_cache(self, max_length: int) -> TVACache:
         return TVACache(max_length)
 
@@ -135,6 +150,9 @@ class _CompensatedRows:
 
 class FactoredTVAAttention(TVAAttention):
     """TVA by its definition, step by step: slow, the reference for the fused layer."""
+
+    def plain(self) -> PlainAttention:
+        return super().plain()
 
     def projections(self) -> tuple[Tensor, Tensor]:
         return self.qkv_weight, self.out_weight

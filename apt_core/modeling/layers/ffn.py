@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from apt_core.modeling.init import normal_, reset_layer, write_std
 from apt_core.modeling.row_decoding import Function, Products
 from apt_core.providers.ffn import FeedForwardProvider
+from apt_core.providers.plain import PlainFFN
 
 
 class FeedForward(nn.Module, ABC):
@@ -89,6 +90,10 @@ class SwiGLU(FeedForward):
     @staticmethod
     def activated(x: Tensor) -> Tensor:
         return F.silu(x)
+
+    def plain(self) -> PlainFFN:
+        """The layer itself."""
+        return PlainFFN(self.gate.weight, self.up.weight, self.down.weight)
 
 
 class GELU(FeedForward):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from apt_core.modeling.row_decoding import Function, Products
 from apt_core.providers.base import read_settings
 from apt_core.providers.norm import NormProvider, NormSettings
+from apt_core.providers.plain import PlainNorm
 
 
 def _as_wide(parameter: Tensor, x: Tensor) -> Tensor:
@@ -43,6 +44,11 @@ class RMSNorm(nn.RMSNorm):
             return (x / hypot(vector_norm(x, dim=-1, keepdim=True), least)).mul_(scale)
 
         return normalized
+
+    def plain(self) -> PlainNorm:
+        """The layer itself."""
+        eps = torch.finfo(self.weight.dtype).eps if self.eps is None else self.eps
+        return PlainNorm(self.weight, eps)
 
 
 class LayerNorm(nn.LayerNorm):

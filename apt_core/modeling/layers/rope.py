@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from apt_core.modeling.row_decoding import Products, RowStep, takes_part
 from apt_core.providers.base import read_settings
+from apt_core.providers.plain import PlainRope
 from apt_core.providers.position import PositionProvider, RoPEScaling, RoPESettings
 
 
@@ -77,6 +78,10 @@ class Rotary(nn.Module):
             cos, sin = cos[positions], sin[positions]
         swapped = x.roll(self.head_dim // 2, dims=-1)
         return torch.addcmul(x * cos, swapped, sin)
+
+    def plain(self) -> PlainRope:
+        """The module itself."""
+        return PlainRope(self.theta, self.scaling)
 
     def _tables(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The tables as ``dtype``; cast again only if the tables or ``dtype`` have changed."""

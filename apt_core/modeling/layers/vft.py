@@ -15,6 +15,7 @@ from apt_core.modeling.init import normal_, orthonormal_, reset_layer, write_std
 from apt_core.modeling.row_decoding import Function, Products
 from apt_core.providers.base import read_settings
 from apt_core.providers.ffn import FeedForwardProvider, VFTSettings
+from apt_core.providers.plain import PlainFFN
 
 
 class VFT(nn.Module):
@@ -87,6 +88,10 @@ class VFT(nn.Module):
             self.up.weight @ self.compress,
             self.lift @ self.down.weight,
         )
+
+    def plain(self) -> PlainFFN:
+        """The SwiGLU that is equal."""
+        return PlainFFN(*self.fused_weights())
 
 
 class VFTProvider(FeedForwardProvider):

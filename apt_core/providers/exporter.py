@@ -1,0 +1,66 @@
+"""Providers that write a model for another program (kind ``exporter``)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from apt_core.errors import Problem
+from apt_core.providers.base import Provider
+from apt_core.providers.plain import PlainModel, PlainShape
+from apt_core.providers.tokenizer import TokenizerProvider
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How an export is run by the program that it is for.
+
+    ``script`` is run by a Python of its own that has APT not; what it gets and writes is told in
+    ``apt_plugins/export/proofs/child.py``. ``runtime`` is the program's name, ``requires`` the PEP
+    508 requirements of the script, ``extra`` the extra of APT that brings them. Logits may differ
+    by ``tolerance`` times the largest of them, or ``tolerance`` itself where that is below 1.
+    ``settings`` are handed to the script; values are JSON's.
+    """
+
+    runtime: str
+    script: Path
+    requires: tuple[str, ...]
+    tolerance: float
+    extra: str = "export"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class ExportJob:
+    """What :meth:`ExporterProvider.write` gets: an empty ``folder`` to write to, the ``model`` and
+    its ``tokenizer``, the ``name`` of the run, and ``advance``, to be told what is being
+    written."""
+
+    folder: Path
+    model: PlainModel
+    tokenizer: TokenizerProvider
+    name: str
+    advance: Callable[[str], None] = lambda what: None
+
+
+class ExporterProvider(Provider, ABC):
+    """Writes models in plain form for another program. Its settings are what ``apt-export
+    --option`` gives."""
+
+    @abstractmethod
+    def check(self, shape: PlainShape, tokenizer: TokenizerProvider) -> Iterable[Problem]:
+        """Why a model of this shape, or its tokenizer, cannot be written; nothing is written
+        yet."""
+
+    @abstractmethod
+    def write(self, job: ExportJob) -> None:
+        """Write all files of the export into ``job.folder``. Raises OSError where that cannot be
+        done."""
+
+    @property
+    def proof(self) -> Proof | None:
+        """How to run what was written; None, the default, where nothing is known that could."""
+        return None

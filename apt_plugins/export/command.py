@@ -1,0 +1,144 @@
+"""``apt-export``: takes the model of a run to other programs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from apt_core import ConfigError
+from apt_core.cli.output import Json, complain, make_console, say
+from apt_core.cli.run_command import run_command
+from apt_core.cli.run_options import Debug, Plugins, Run, Set, Step, Weights, opened
+from apt_core.printable import printable
+
+PLUGIN = "export"
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def export(
+    run: Run = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help="The exporter: hf (a folder of Hugging Face), or another of those that apt-hooks "
+            "providers exporter lists.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="The folder to write. Default: exports/NAME in the run's folder."
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option", "-O", metavar="KEY=VALUE", help="A setting of the exporter; repeatable."
+        ),
+    ] = None,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A part of the model to leave out, since the target cannot have it; repeatable. "
+            "What that costs on held-out text is measured.",
+        ),
+    ] = None,
+    unproven: Annotated[
+        bool,
+        typer.Option("--unproven", help="Export also where the target's program is not installed."),
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an earlier export, and export unfinished runs.")
+    ] = False,
+    step: Step = None,
+    weights: Weights = "last",
+    device: Annotated[
+        str, typer.Option(help="Where APT computes for the proof: auto, cpu, cuda.")
+    ] = "cpu",
+    plugin: Plugins = None,
+    set_: Set = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the certificate.")] = False,
+    debug: Debug = False,
+) -> Json | None:
+    """Export the model of a run, with a certificate that it computes the same there.
+
+    apt-export runs/small --to hf  ·  apt-export --to hf -o small-hf --weights best
+
+    The export is opened by the program that it is for, in a process without APT, and compared with
+    the run's model: logits, the stream after each block, greedy texts, the tokenizer. What differs
+    by more than the tolerance is not written.
+    """
+    if to is None:
+        raise ConfigError("names no target", "--to", hint="such as --to hf")
+    options = parsed_options(option or ())
+    with opened(
+        run,
+        step=step,
+        weights=weights,
+        device=device,
+        plugins=[PLUGIN, *(plugin or ())],
+        assignments=set_,
+        debug=debug,
+    ) as session:
+        from apt_plugins.export import exporting
+        from apt_plugins.export.held_out import HeldOutText
+        from apt_plugins.export.origin import check_finished, folder_of, origin_of
+
+        if step is None and weights == "last" and not force:
+            check_finished(session)
+        order = exporting.Order(
+            to,
+            output or folder_of(session) / "exports" / to,
+            origin_of(session, weights, plugin or ()),
+            options,
+            drop or (),
+            unproven=unproven,
+            force=force,
+        )
+        with progress() as tell:
+            certificate = exporting.export(
+                session, order, text=lambda: HeldOutText(session), tell=tell
+            )
+    complain(certificate.summary())
+    if json:
+        return Json(certificate.model_dump(exclude_none=True))
+    say(order.output)
+    return None
+
+
+def parsed_options(options: Sequence[str]) -> dict[str, Any]:
+    """The exporter's settings of ``KEY=VALUE``, values as in YAML. Raises ConfigError."""
+    from apt_core.config import parse_override
+
+    found = {}
+    for each in options:
+        if "=" not in each:
+            raise ConfigError(f"{each!r} is no KEY=VALUE", "--option")
+        override = parse_override(each, "--option")
+        found[override.key] = override.value
+    return found
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """What to tell what is being done; shown on a terminal."""
+    console = make_console(sys.stderr)
+    if not console.is_terminal:
+        yield lambda what: None
+        return
+    with console.status("opening") as status:
+        yield lambda what: status.update(printable(what).replace("[", "\\["))
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of ``apt-export``."""
+    sys.exit(run_command(app, "apt-export", args))

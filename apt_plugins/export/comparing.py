@@ -1,0 +1,180 @@
+"""Compares what the run's model answers with what the export does.
+
+Shapes: T tokens, V token ids, D d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from apt_plugins.export.own_answers import OwnAnswers, gap
+from apt_plugins.export.questions import Questions
+from apt_plugins.export.runtimes import ForeignAnswers
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference between two arrays: ``absolute``, and ``relative`` to the largest
+    value of our own."""
+
+    absolute: float = 0.0
+    relative: float = 0.0
+
+    def __or__(self, other: Difference) -> Difference:
+        """The larger of both."""
+        return Difference(max(self.absolute, other.absolute), max(self.relative, other.relative))
+
+
+@dataclass
+class Comparison:
+    """What a comparison gave.
+
+    ``logits`` at ``places``; ``blocks`` has the difference of the stream after each block, by
+    number, empty where the runtime does not show it. Of ``tokens`` that were generated,
+    ``equal_tokens`` are the same up to where texts part; ``ties`` texts part where two tokens are
+    as likely as each other within the tolerance. ``encoded`` texts and conversations were compared,
+    and ``not_encoded`` are those that the runtime encodes in another way. ``faults`` are everything
+    that speaks against the export.
+    """
+
+    tolerance: float
+    logits: Difference = field(default_factory=Difference)
+    places: int = 0
+    blocks: dict[int, Difference] = field(default_factory=dict)
+    prompts: int = 0
+    tokens: int = 0
+    equal_tokens: int = 0
+    ties: int = 0
+    encoded: int = 0
+    not_encoded: list[str] = field(default_factory=list)
+    ends_equal: bool | None = None
+    faults: list[str] = field(default_factory=list)
+
+    def first_block_that_differs(self) -> int | None:
+        """The number of the first block after which the stream differs by more than the
+        tolerance."""
+        beyond = (n for n in sorted(self.blocks) if self.blocks[n].relative > self.tolerance)
+        return next(beyond, None)
+
+
+def compare(
+    own: OwnAnswers,
+    foreign: ForeignAnswers,
+    questions: Questions,
+    tolerance: float,
+    tell: Callable[[str], None] = lambda what: None,
+) -> Comparison:
+    """How the answers of the export differ from those of the run's model. ``tell`` is told what is
+    being compared."""
+    found = Comparison(tolerance)
+    for number, ids in enumerate(questions.prompts):
+        tell(f"comparing prompt {number + 1} of {len(questions.prompts)}")
+        logits, streams = own.forward(ids)
+        theirs = foreign.logits(number)
+        found.logits |= difference(logits[-len(theirs) :].numpy(), theirs, least=1.0)
+        found.places += len(theirs)
+        for block, values in enumerate(streams if number in questions.whole else ()):
+            after = foreign.stream(number, block)
+            if after is not None:
+                tell(f"comparing block {block + 1} of {len(streams)}, prompt {number + 1}")
+                seen = found.blocks.get(block, Difference())
+                found.blocks[block] = seen | difference(values.numpy(), after)
+    if not found.logits.relative <= tolerance:
+        found.faults.append(_of_logits(found))
+    tell("comparing greedy texts")
+    _compare_texts(own, foreign, questions, found)
+    tell("comparing the tokenizer")
+    _compare_tokenizers(own, foreign, questions, found)
+    return found
+
+
+def difference(
+    own: npt.NDArray[np.float32], other: npt.NDArray[np.float32], least: float = 1e-9
+) -> Difference:
+    """The largest difference of ``other`` from ``own``, relative to the largest value of ``own``,
+    or ``least`` where that is smaller; infinite where shapes differ or a value is not finite."""
+    if own.shape != other.shape or not np.isfinite(other).all():
+        return Difference(float("inf"), float("inf"))
+    absolute = float(np.abs(own.astype(np.float64) - other).max(initial=0.0))
+    return Difference(absolute, absolute / max(least, float(np.abs(own).max(initial=0.0))))
+
+
+def _of_logits(found: Comparison) -> str:
+    text = (
+        f"its logits differ by up to {found.logits.relative:.2g} of the largest one, and the "
+        f"tolerance is {found.tolerance:g}"
+    )
+    if not found.blocks:
+        return text
+    block = found.first_block_that_differs()
+    if block is None:
+        return f"{text}; every block agrees, so that the final norm or the projection differs"
+    return f"{text}; block {block} is the first that differs"
+
+
+def _compare_texts(
+    own: OwnAnswers, foreign: ForeignAnswers, questions: Questions, found: Comparison
+) -> None:
+    texts = own.greedy(questions.prompts, questions.new_tokens)
+    for number, (mine, theirs) in enumerate(zip(texts, foreign.tokens, strict=True)):
+        if not questions.new_tokens[number]:
+            continue
+        found.prompts += 1
+        found.tokens += len(mine)
+        same = _common(mine, theirs)
+        found.equal_tokens += same
+        if same == len(mine) == len(theirs):
+            continue
+        prompt = questions.prompts[number]
+        if same < min(len(mine), len(theirs)):
+            logits = own.forward([*prompt, *mine[:same]])[0][-1]
+            scale = max(1.0, float(torch.abs(logits).max()))
+            if gap(logits, (mine[same], theirs[same])) <= 2 * found.tolerance * scale:
+                found.ties += 1
+                continue
+        found.faults.append(
+            f"the greedy text of prompt {number + 1} parts at token {same + 1}, where no two "
+            "tokens are as likely as each other"
+        )
+
+
+def _common(mine: Sequence[int], theirs: Sequence[int]) -> int:
+    """How many tokens are equal from the beginning on."""
+    for number, (one, other) in enumerate(zip(mine, theirs, strict=False)):
+        if one != other:
+            return number
+    return min(len(mine), len(theirs))
+
+
+def _compare_tokenizers(
+    own: OwnAnswers, foreign: ForeignAnswers, questions: Questions, found: Comparison
+) -> None:
+    for text, ids in zip(questions.texts, foreign.text_ids, strict=True):
+        if ids is not None:
+            found.encoded += 1
+            if ids != own.encode(text):
+                found.not_encoded.append(repr(text))
+    for messages, ids in zip(questions.conversations, foreign.conversation_ids, strict=True):
+        if not found.encoded:  # the runtime has no tokenizer at all
+            break
+        found.encoded += 1
+        if ids is None:
+            found.not_encoded.append(f"a conversation of {len(messages)} messages")
+        elif ids != own.encode_conversation(messages):
+            found.not_encoded.append(f"the conversation that begins {messages[0].content!r}")
+    if found.not_encoded:
+        found.faults.append(
+            f"its tokenizer encodes {len(found.not_encoded)} of {found.encoded} texts in another "
+            f"way: {', '.join(found.not_encoded[:3])}"
+        )
+    if foreign.ends is not None:
+        found.ends_equal = sorted(foreign.ends) == sorted(own.ends())
+        if not found.ends_equal:
+            found.faults.append(
+                f"it ends texts at the ids {foreign.ends}, and the run at {own.ends()}"
+            )

@@ -1,0 +1,231 @@
+"""Exports a session's model: judges it, writes it, has it proven, puts it in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from apt_core import AptError, ConfigError, Problem, __version__
+from apt_core.modeling.plain import drop_beyond, plain_model
+from apt_core.providers import ExporterProvider, ExportJob, PlainModel, Proof
+from apt_core.requirements import unmet
+from apt_core.runs import Session
+from apt_core.runs.folder import now
+from apt_plugins.export.certificate import Certificate, Dropped, Measured, Origin, hashes_of
+from apt_plugins.export.comparing import Comparison, compare
+from apt_plugins.export.own_answers import OwnAnswers
+from apt_plugins.export.questions import Questions, questions_for
+from apt_plugins.export.runtimes import answered
+from apt_plugins.export.staging import check_target, staged
+
+Tell = Callable[[str], None]
+
+
+def _nobody(what: str) -> None:
+    pass
+
+
+class HeldOut(Protocol):
+    """Held-out text of a run."""
+
+    def prompts(self) -> Sequence[Sequence[int]]:
+        """Some of its documents, as ids; empty where there are none."""
+
+    def bits_per_byte(self, session: Session) -> tuple[float, str]:
+        """The score of a session's model on it, and what the text is."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be exported where: the exporter called ``target`` with its ``options``, into
+    ``output``, which ``force`` lets replace an earlier export; without the parts that ``drop``
+    names. ``unproven``: also where the target's runtime is not installed. ``origin`` is what the
+    certificate says of the run."""
+
+    target: str
+    output: Path
+    origin: Origin
+    options: Mapping[str, Any] = field(default_factory=dict)
+    drop: Sequence[str] = ()
+    unproven: bool = False
+    force: bool = False
+
+
+def exporter_of(session: Session, target: str, options: Mapping[str, Any]) -> ExporterProvider:
+    """The exporter of this name with its options. Raises ConfigError for an unknown one, and for
+    options that it does not have."""
+    problem = session.registry.known.check_name("exporter", target, key="--to")
+    if problem is not None:
+        raise ConfigError(problem)
+    prefix = f"exporter:{target}."
+    try:
+        found = session.registry.get("exporter", target, dict(options), fallback=False)
+    except ConfigError as error:
+        raise ConfigError(
+            Problem(
+                each.message,
+                f"--option {each.key.removeprefix(prefix)}" if each.key else "--option",
+                hint=each.hint,
+            )
+            for each in error.problems
+        ) from None
+    if not isinstance(found, ExporterProvider):
+        plugin = session.registry.spec("exporter", target).plugin
+        kind = type(found).__name__
+        raise AptError(f"exporter:{target} (plugin {plugin}) is a {kind}, not an ExporterProvider")
+    return found
+
+
+def plain_form(session: Session, exporter: ExporterProvider) -> PlainModel:
+    """The plain form of the session's model, for ``exporter``. Raises ConfigError with everything
+    that stands against the export."""
+    problems: list[Problem] = []
+    try:
+        plain = plain_model(session.model, session.tokenizer.vocab_size)
+    except ConfigError as error:
+        raise ConfigError(error.problems) from None
+    problems += exporter.check(plain.shape, session.tokenizer)
+    if problems:
+        raise ConfigError(problems)
+    return plain
+
+
+def why_unproven(exporter: ExporterProvider) -> str:
+    """Why an export cannot be proven here; empty where it can."""
+    proof = exporter.proof
+    if proof is None:
+        return "nothing is known that runs such an export"
+    missing = unmet(proof.requires)
+    if missing:
+        hint = f'; pip install "apt-kernel[{proof.extra}]"' if proof.extra else ""
+        return f"{proof.runtime} is needed to run it: {'; '.join(missing)}{hint}"
+    return ""
+
+
+def export(
+    session: Session,
+    order: Order,
+    *,
+    text: Callable[[], HeldOut] | None = None,
+    tell: Tell = _nobody,
+) -> Certificate:
+    """Export the model of ``session``, which is changed where parts are dropped.
+
+    ``text`` gives held-out text; without it prompts are of texts of our own, and nothing can be
+    dropped.
+
+    Raises ConfigError for what cannot be exported or proven, AptError where the export cannot be
+    written or does not compute what the run's model does: nothing is left of it then.
+    """
+    check_target(order.output, force=order.force)
+    exporter = exporter_of(session, order.target, order.options)
+    reason = why_unproven(exporter)
+    if reason and not order.unproven:
+        hint = "--unproven exports it without a proof"
+        raise ConfigError(f"the export would be unproven: {reason}", "--to", hint=hint)
+    held_out = None
+    if order.drop:
+        held_out = _opened(text, tell)
+    dropped = _dropped(session, order.drop, held_out, tell)
+    plain = plain_form(session, exporter)
+    with staged(order.output) as (folder, publish):
+        job = ExportJob(folder, plain, session.tokenizer, session.config.name, tell)
+        exporter.write(job)
+        certificate = Certificate(
+            target=order.target,
+            options=dict(order.options),
+            origin=order.origin,
+            apt=__version__,
+            time=now(),
+            proven=not reason,
+            unproven=reason,
+            dropped=dropped,
+            files=hashes_of(folder),
+        )
+        if not reason:
+            proof = exporter.proof
+            assert proof is not None
+            held_out = held_out or (_opened(text, tell) if text is not None else None)
+            prompts = () if held_out is None else held_out.prompts()
+            questions = questions_for(plain.shape, session.tokenizer, prompts)
+            comparison, versions = prove(session, proof, folder, questions, tell)
+            certificate = certified(certificate, proof, comparison, versions, questions)
+            if comparison.faults:
+                raise AptError(f"{order.target}: {refusal(comparison)}; nothing is left of it")
+        certificate.write(folder)
+        publish()
+    return certificate
+
+
+def prove(
+    session: Session, proof: Proof, folder: Path, questions: Questions, tell: Tell = _nobody
+) -> tuple[Comparison, dict[str, str]]:
+    """What the comparison of an export with the session's model gives, and the versions of the
+    packages that ran it. Raises RuntimeFailed where they could not."""
+    with answered(proof, [(folder, questions)], tell) as [foreign]:
+        found = compare(OwnAnswers(session), foreign, questions, proof.tolerance, tell)
+        return found, foreign.versions
+
+
+def refusal(comparison: Comparison) -> str:
+    """What speaks against an export, in words."""
+    return "the export is not what the run's model is: " + "; ".join(comparison.faults)
+
+
+def certified(
+    certificate: Certificate,
+    proof: Proof,
+    comparison: Comparison,
+    versions: Mapping[str, str],
+    questions: Questions,
+) -> Certificate:
+    """``certificate`` with the figures of a comparison."""
+    blocks = [comparison.blocks[number] for number in sorted(comparison.blocks)]
+    return certificate.model_copy(
+        update={
+            "runtime": proof.runtime,
+            "versions": dict(versions),
+            "tolerance": comparison.tolerance,
+            "logits": _measured(comparison.logits),
+            "places": comparison.places,
+            "blocks": [_measured(block) for block in blocks],
+            "prompts": comparison.prompts,
+            "prompts_of_held_out_text": questions.held_out,
+            "tokens": comparison.tokens,
+            "equal_tokens": comparison.equal_tokens,
+            "ties": comparison.ties,
+            "texts": comparison.encoded,
+            "equal_texts": comparison.encoded - len(comparison.not_encoded),
+            "ends_equal": comparison.ends_equal,
+        }
+    )
+
+
+def _measured(difference: Any) -> Measured:
+    return Measured(absolute=difference.absolute, relative=difference.relative)
+
+
+def _dropped(
+    session: Session,
+    names: Sequence[str],
+    text: HeldOut | None,
+    tell: Tell,
+) -> Dropped | None:
+    """Take out of the session's model what ``names`` call, and measure what that costs."""
+    if not names:
+        return None
+    assert text is not None
+    tell("scoring the model")
+    before, by = text.bits_per_byte(session)
+    parts = drop_beyond(session.model, names)
+    tell(f"scoring the model without {', '.join(parts)}")
+    after, _ = text.bits_per_byte(session)
+    return Dropped(parts=parts, bits_per_byte_before=before, bits_per_byte_after=after, text=by)
+
+
+def _opened(text: Callable[[], HeldOut] | None, tell: Tell) -> HeldOut:
+    assert text is not None
+    tell("reading held-out text")
+    return text()

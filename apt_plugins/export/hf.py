@@ -1,0 +1,213 @@
+"""``exporter:hf``: a folder that transformers, and what reads such folders, load as Llama, Qwen3,
+Mixtral or Qwen3-MoE."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from apt_core import Problem
+from apt_core.files import write_atomically
+from apt_core.providers import (
+    ExporterProvider,
+    ExportJob,
+    PlainBlock,
+    PlainExperts,
+    PlainModel,
+    PlainRope,
+    PlainShape,
+    Proof,
+    TokenizerProvider,
+)
+from apt_core.providers.base import read_settings
+from apt_plugins.export.folders import write_tensors
+from apt_plugins.export.settings import FolderSettings
+from apt_plugins.export.tokenizers import ExpressedTokenizer, expressed
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+"""By the type of a model."""
+
+TOLERANCES = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 8e-2}
+"""By the type of the weights. Rounding them changes the model, so that greedy texts part where two
+tokens are nearly as likely as each other."""
+
+SCRIPT = Path(__file__).with_name("proofs") / "with_transformers.py"
+
+
+def model_type(shape: PlainShape) -> str:
+    """The type of model that a plain model of this shape is."""
+    if shape.num_experts:
+        return "qwen3_moe" if shape.qk_norm else "mixtral"
+    return "qwen3" if shape.qk_norm else "llama"
+
+
+class HFExporter(ExporterProvider):
+    """``exporter:hf``; settings as :class:`FolderSettings`."""
+
+    name = "hf"
+    version = "1.0.0"
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self.settings = read_settings(FolderSettings, config, "--option")
+
+    def check(self, shape: PlainShape, tokenizer: TokenizerProvider) -> Iterator[Problem]:
+        if model_type(shape) == "mixtral" and not shape.renormalised:
+            yield Problem(
+                "the weights of its experts are not renormalised, which Mixtral's are; Qwen3-MoE's "
+                "need not be, and have QK-norm",
+                "hf",
+            )
+        try:
+            expressed(tokenizer)
+        except ValueError as error:
+            yield Problem(str(error), "data.tokenizer_name")
+
+    def write(self, job: ExportJob) -> None:
+        write_configuration(job, self.settings.dtype)
+        write_tensors(job.folder, named_tensors(job), self.settings)
+
+    @property
+    def proof(self) -> Proof:
+        requires = ("transformers>=5", "tokenizers>=0.21", "jinja2>=3.1")
+        return Proof("transformers", SCRIPT, requires, TOLERANCES[self.settings.dtype])
+
+
+def write_configuration(job: ExportJob, dtype: str) -> None:
+    """Write all of a Hugging Face folder but the weights, which are of type ``dtype``. Raises
+    OSError."""
+    job.advance("tokenizer")
+    tokenizer, shape = expressed(job.tokenizer), job.model.shape
+    tokenizer.write(job.folder, shape.max_seq_len)
+    for name, value in (
+        ("config.json", config_of(shape, tokenizer, dtype)),
+        ("generation_config.json", _token_ids(tokenizer)),
+    ):
+        write_atomically(job.folder / name, json.dumps(value, indent=2) + "\n")
+
+
+def config_of(shape: PlainShape, tokenizer: ExpressedTokenizer, dtype: str) -> dict[str, Any]:
+    """The content of ``config.json``."""
+    kind = model_type(shape)
+    rope = rope_parameters(shape.rope)
+    config: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.d_model,
+        "intermediate_size": shape.d_ff,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": shape.max_seq_len,
+        "rms_norm_eps": shape.norm_eps,
+        "rope_parameters": rope,
+        # What read the base before there were rope_parameters.
+        "rope_theta": shape.rope.theta,
+        "tie_word_embeddings": shape.tied,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "dtype": dtype,
+        **_token_ids(tokenizer),
+    }
+    if shape.rope.scaling is not None:
+        config["rope_scaling"] = {key: rope[key] for key in rope if key != "rope_theta"}
+    if kind != "mixtral":
+        config["attention_bias"] = False
+    if kind == "llama":
+        config["mlp_bias"] = False
+    elif kind == "mixtral":
+        config |= {
+            "num_local_experts": shape.num_experts,
+            "num_experts_per_tok": shape.experts_per_token,
+            "sliding_window": None,
+        }
+    else:
+        config |= {"use_sliding_window": False, "sliding_window": None}
+    if kind == "qwen3_moe":
+        config |= {
+            "num_experts": shape.num_experts,
+            "num_experts_per_tok": shape.experts_per_token,
+            "moe_intermediate_size": shape.d_ff,
+            "norm_topk_prob": shape.renormalised,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    return config
+
+
+def rope_parameters(rope: PlainRope) -> dict[str, Any]:
+    """RoPE in the words of transformers."""
+    scaling = rope.scaling
+    if scaling is None:
+        return {"rope_type": "default", "rope_theta": rope.theta}
+    found: dict[str, Any] = {"rope_type": scaling.type, "factor": scaling.factor}
+    for name in scaling.OF_TYPE[scaling.type]:
+        value = getattr(scaling, name)
+        if value is not None:
+            found[_ROPE_NAMES.get(name, name)] = value
+    return {**found, "rope_theta": rope.theta}
+
+
+_ROPE_NAMES = {"original_max_seq_len": "original_max_position_embeddings"}
+
+
+def _token_ids(tokenizer: ExpressedTokenizer) -> dict[str, Any]:
+    """The special ids of a configuration."""
+    ends: Any = list(tokenizer.ends)
+    return {
+        "bos_token_id": tokenizer.ids.get("bos_token"),
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": tokenizer.ids.get("pad_token"),
+    }
+
+
+def named_tensors(job: ExportJob) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the model by the names that they have in files of its type, a block at a
+    time."""
+    model = job.model
+    job.advance("embedding")
+    yield "model.embed_tokens.weight", model.embedding
+    for number, block in enumerate(model.blocks()):
+        job.advance(f"block {number + 1} of {model.shape.num_layers}")
+        place = f"model.layers.{number}"
+        for name, tensor in _of_block(block, model):
+            yield f"{place}.{name}.weight", tensor
+    yield "model.norm.weight", model.final_norm.weight
+    if model.head is not None:
+        yield "lm_head.weight", model.head
+
+
+def _of_block(block: PlainBlock, model: PlainModel) -> Iterator[tuple[str, Tensor]]:
+    attention, ffn = block.attention, block.ffn
+    yield "input_layernorm", block.attention_norm.weight
+    for name, tensor in (("q", attention.q), ("k", attention.k), ("v", attention.v)):
+        yield f"self_attn.{name}_proj", tensor
+    yield "self_attn.o_proj", attention.out
+    for name, norm in (("q", attention.q_norm), ("k", attention.k_norm)):
+        if norm is not None:
+            yield f"self_attn.{name}_norm", norm.weight
+    yield "post_attention_layernorm", block.ffn_norm.weight
+    names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    place = "mlp"
+    if isinstance(ffn, PlainExperts):
+        if model_type(model.shape) == "mixtral":
+            names, place = {"gate": "w1", "up": "w3", "down": "w2"}, "block_sparse_moe"
+        yield f"{place}.gate", ffn.router.weight
+        for expert in range(model.shape.num_experts):
+            for part, name in names.items():
+                yield f"{place}.experts.{expert}.{name}", getattr(ffn, part)[expert]
+        return
+    for part, name in names.items():
+        yield f"{place}.{name}", getattr(ffn, part)

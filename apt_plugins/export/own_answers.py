@@ -1,0 +1,109 @@
+"""What the run's model answers to the questions of a certificate.
+
+Shapes: T tokens, V token ids, D d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apt_core.inference import Engine
+from apt_core.modeling.blocks import block_stack
+from apt_core.plugin_manager import PluginManager
+from apt_core.providers import SpecialTokens, TokenizerProvider
+from apt_core.providers.documents import Document, Message
+from apt_core.runs import Session
+from apt_core.types import GenerationRequest
+from apt_plugins.export.tokenizers import expressed
+
+
+class OwnAnswers:
+    """Answers with the model of ``session``, computed in fp32 without a cache, and with its
+    tokenizer; plugins that change logits or texts take no part."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._size = session.tokenizer.vocab_size
+
+    def forward(self, ids: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """The logits [T, V] of ``ids``, and the stream [T, D] after each block, where the model has
+        a list of them."""
+        session, streams = self._session, []
+
+        def keep(module: Any, inputs: Any, output: Any) -> None:
+            streams.append((output[0] if isinstance(output, tuple) else output)[0].float().cpu())
+
+        with ExitStack() as stack:
+            for block in block_stack(session.model)[1]:
+                stack.callback(block.register_forward_hook(keep).remove)
+            stack.enter_context(session.computing())
+            logits = session.model(session.tensor(ids)).logits
+        return logits[0, :, : self._size].float().cpu(), streams
+
+    def greedy(
+        self, prompts: Sequence[Sequence[int]], counts: Sequence[int]
+    ) -> list[tuple[int, ...]]:
+        """The tokens that generation gives after ``prompts`` at temperature 0, as many as
+        ``counts`` says, also beyond the end of a text."""
+        wanted = [number for number, count in enumerate(counts) if count]
+        session = replace(
+            self._session,
+            tokenizer=_Ids(prompts, self._size),
+            manager=PluginManager(),
+            dtype=None,
+        )
+        requests = [
+            GenerationRequest(str(number), max_new_tokens=counts[number], temperature=0.0)
+            for number in wanted
+        ]
+        results = Engine(session, lookup="never").run(requests)
+        found: list[tuple[int, ...]] = [()] * len(prompts)
+        for number, result in zip(wanted, results, strict=True):
+            found[number] = result.token_ids
+        return found
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a prompt."""
+        return self._session.tokenizer.encode_prompt(Document(text=text))
+
+    def encode_conversation(self, messages: tuple[Message, ...]) -> list[int]:
+        """The ids after which the assistant is to answer."""
+        return self._session.tokenizer.encode_prompt(Document(messages=messages))
+
+    def ends(self) -> list[int]:
+        """The ids that end a text."""
+        return list(expressed(self._session.tokenizer).ends)
+
+
+class _Ids(TokenizerProvider):
+    """Stands in for the tokenizer: the text of a prompt is its number."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], size: int) -> None:
+        super().__init__()
+        self._prompts, self._size = prompts, size
+
+    @property
+    def vocab_size(self) -> int:
+        return self._size
+
+    @property
+    def special(self) -> SpecialTokens:
+        return SpecialTokens()
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._prompts[int(text)])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return ""
+
+
+def gap(logits: Tensor, tokens: Sequence[int]) -> float:
+    """How far the best of ``logits`` [V] is above the least of those of ``tokens``."""
+    chosen = torch.stack([logits[token] for token in tokens])
+    return float(logits.max() - chosen.min())

@@ -1,0 +1,25 @@
+"""Exporters to other programs, for ``apt-export``."""
+
+from __future__ import annotations
+
+from apt_core import PluginInfo, ProviderSpec, hookimpl
+from apt_plugins.export.settings import FolderSettings
+
+PLUGIN = PluginInfo(
+    summary="apt-export: takes a model to other programs, with a certificate that it is the same",
+    version="1.0.0",
+)
+
+
+@hookimpl
+def apt_register_providers() -> list[ProviderSpec]:
+    return [
+        ProviderSpec(
+            kind="exporter",
+            name="hf",
+            factory="apt_plugins.export.hf:HFExporter",
+            version="1.0.0",
+            summary="a folder of Hugging Face: Llama, Qwen3, Mixtral, Qwen3-MoE",
+            config=FolderSettings,
+        ),
+    ]

@@ -1,0 +1,122 @@
+"""Answers what a certificate asks of an export: the part that is the same for every runtime.
+
+A script beside this file defines how a runtime is opened, and calls :func:`main` with that. It is
+run as ``python -I SCRIPT REQUEST.json …`` and imports nothing of APT. A request has
+
+- ``target``: the folder of the export; ``settings``: those of the exporter's proof;
+- ``prompts``: lists of token ids; ``whole``: the numbers of those whose logits are wanted at all
+  places and whose stream is wanted after each block (of the others the last place);
+- ``new_tokens``: for each prompt, how many tokens to generate greedily, the end of texts included;
+- ``texts``, and ``conversations`` (lists of messages with ``role`` and ``content``), to encode;
+- ``output``: a folder, into which ``outputs.npz`` goes (``logits.N`` [T, V], ``stream.N.B`` [T, D]
+  after block B), and then ``answers.json``: ``versions``, ``tokens`` (lists of ids), ``text_ids``,
+  ``conversation_ids``, ``ends`` (the ids that end a text); null stands for what the runtime has
+  not.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+FORBIDDEN = ("apt_core", "apt_plugins")
+
+
+class Runtime:
+    """An export opened in a runtime. A subclass overrides what the runtime has."""
+
+    def __init__(self) -> None:
+        self.versions: dict[str, str] = {}
+        """The packages that compute, with their versions."""
+
+    def forward(self, ids: list[int], stream: bool) -> tuple[Any, Sequence[Any] | None]:
+        """The logits float32 [T, V] of token ids, and with ``stream`` the stream [T, D] after each
+        block, where the runtime shows it (else None)."""
+        raise NotImplementedError
+
+    def greedy(self, ids: list[int], count: int) -> Sequence[int]:
+        """The ``count`` most likely tokens after ids, one after the other."""
+        raise NotImplementedError
+
+    def greedy_together(self, prompts: list[list[int]], count: int) -> Sequence[Sequence[int]]:
+        """:meth:`greedy` of several prompts of one length; a runtime that is faster on many at
+        once overrides it."""
+        return [self.greedy(ids, count) for ids in prompts]
+
+    def encode(self, text: str) -> list[int] | None:
+        """The ids of a prompt, as the runtime encodes it without being told anything else."""
+        return None
+
+    def encode_conversation(self, messages: list[dict[str, str]]) -> list[int] | None:
+        """The ids after which the assistant is to answer, as the runtime's template has them."""
+        return None
+
+    def ends(self) -> list[int] | None:
+        """The ids at which the runtime ends a text by itself."""
+        return None
+
+
+class _Forbid:
+    """Refuses imports of APT: what is proven must not need it."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.partition(".")[0] in FORBIDDEN:
+            raise ImportError(f"{name} is not to be imported here")
+
+
+def main(open_runtime: Callable[[str, dict[str, Any]], Runtime]) -> None:
+    """Answer the requests of the command line; ``open_runtime(target, settings)`` gives the
+    :class:`Runtime` of an export."""
+    sys.meta_path.insert(0, _Forbid())
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    for path in sys.argv[1:]:
+        with open(path, encoding="utf-8") as file:
+            request = json.load(file)
+
+        def tell(what: str, target: str = request["target"]) -> None:
+            with contextlib.suppress(BrokenPipeError):
+                print(json.dumps([target, what]), file=answers, flush=True)
+
+        tell("opening")
+        _answer(open_runtime(request["target"], request["settings"]), request, tell)
+    sys.stdout.flush()
+
+
+def _answer(runtime: Runtime, request: dict[str, Any], tell: Callable[[str], None]) -> None:
+    import numpy as np
+
+    arrays: dict[str, Any] = {}
+    prompts, whole = request["prompts"], set(request["whole"])
+    for number, ids in enumerate(prompts):
+        tell(f"prompt {number + 1} of {len(prompts)}")
+        logits, stream = runtime.forward(ids, number in whole)
+        logits = np.asarray(logits, dtype=np.float32)
+        arrays[f"logits.{number}"] = logits if number in whole else logits[-1:]
+        for block, values in enumerate(stream or ()):
+            arrays[f"stream.{number}.{block}"] = np.asarray(values, dtype=np.float32)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for number, count in enumerate(request["new_tokens"]):
+        if count:
+            groups.setdefault((len(prompts[number]), count), []).append(number)
+    for (length, count), numbers in groups.items():
+        tell(f"{count} tokens after prompts of {length}")
+        texts = runtime.greedy_together([prompts[number] for number in numbers], count)
+        for number, text in zip(numbers, texts, strict=True):
+            tokens[number] = [int(token) for token in text]
+    tell("tokenizer")
+    encoded = [runtime.encode(text) for text in request["texts"]]
+    said = [runtime.encode_conversation(each) for each in request["conversations"]]
+    np.savez(os.path.join(request["output"], "outputs.npz"), **arrays)
+    found = {
+        "versions": {"python": sys.version.split()[0], "numpy": np.__version__, **runtime.versions},
+        "tokens": tokens,
+        "text_ids": encoded,
+        "conversation_ids": said,
+        "ends": runtime.ends(),
+    }
+    with open(os.path.join(request["output"], "answers.json"), "w", encoding="utf-8") as file:
+        json.dump(found, file)
