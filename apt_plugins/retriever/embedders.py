@@ -12,11 +12,9 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from apt_core.errors import ConfigError
-
-Floats = NDArray[np.float32]
+from apt_plugins.retriever.matrix import Floats, Matrix
 
 _IDEOGRAPHS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _WORD = re.compile(rf"[{_IDEOGRAPHS}]|[^\W{_IDEOGRAPHS}]+")
@@ -35,7 +33,7 @@ class Embedder(Protocol):
     def embed(self, texts: Sequence[str]) -> Floats:
         """Vectors [N, D] of length 1, or 0 for a text with nothing in it."""
 
-    def weights(self, vectors: Floats) -> Floats | None:
+    def weights(self, vectors: Matrix) -> Floats | None:
         """Weights [D] of a query's numbers, given the ``vectors`` [N, D] that are searched; None
         for none."""
 
@@ -57,10 +55,10 @@ class Hashing:
                 vector[(number >> 1) % self.size] += sign * (1 + np.log(count))
         return unit(vectors)
 
-    def weights(self, vectors: Floats) -> Floats | None:
+    def weights(self, vectors: Matrix) -> Floats | None:
         held = np.zeros(self.size, np.int64)
-        for start in range(0, len(vectors), 4096):
-            held += np.count_nonzero(vectors[start : start + 4096], axis=0)
+        for block in vectors.blocks():
+            held += np.count_nonzero(block, axis=0)
         return np.log((len(vectors) + 1) / np.maximum(held, 1)).astype(np.float32)
 
 
@@ -115,7 +113,7 @@ class MiniLM:
                 vectors[batch] = means.numpy()
         return unit(vectors)
 
-    def weights(self, vectors: Floats) -> Floats | None:
+    def weights(self, vectors: Matrix) -> Floats | None:
         return None
 
     def _load(self) -> tuple[Any, Any]:

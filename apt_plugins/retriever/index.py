@@ -12,11 +12,11 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +27,15 @@ from apt_core.data.sources.digests import kept_sha256
 from apt_core.data.sources.files import DataFile, find_files
 from apt_core.data.sources.reading import Reading
 from apt_core.data.sources.text_default import READERS, TextDataset, read_text
+from apt_core.data.store.format import DamagedStoreError
+from apt_core.data.store.lock import waiting_for
+from apt_core.data.store.reader import OpenFiles
 from apt_core.errors import ConfigError
 from apt_core.files import read_file
 from apt_core.log import get_logger
 from apt_plugins.retriever.chunks import chunks_of
-from apt_plugins.retriever.embedders import Embedder, Floats
+from apt_plugins.retriever.embedders import Embedder
+from apt_plugins.retriever.matrix import Matrix, MatrixWriter, StoredMatrix, matrix_in
 from apt_plugins.retriever.parts import fault_of, made
 from apt_plugins.retriever.settings import RetrieverSettings
 
@@ -39,6 +43,12 @@ log = get_logger("apt.retriever")
 
 VERSION = 1
 """Counts the changes of what an index holds for the same text."""
+
+LOCK = "lock"
+TEXTS = "texts.bin"
+VECTORS = "vectors.npy"
+
+T = TypeVar("T")
 
 _GENERATION = re.compile(r"v\d+-[0-9a-f]{24}")
 
@@ -50,8 +60,8 @@ TOLD_EVERY = 5.0
 
 
 class Passages:
-    """The passages in a folder that :func:`write` wrote, memory-mapped; their texts are read as
-    they are asked for."""
+    """The passages in a folder of an index; their texts are read as they are asked for, which
+    raises DamagedStoreError where the file was cut off since."""
 
     def __init__(self, folder: Path) -> None:
         listed = json.loads(read_file(folder / "files.json", MAX_LIST))
@@ -59,20 +69,18 @@ class Passages:
         self._bounds: NDArray[np.int64] = np.load(folder / "bounds.npy", allow_pickle=False)
         self._lines: NDArray[np.int64] = np.load(folder / "lines.npy", allow_pickle=False)
         self._owners: NDArray[np.int64] = np.load(folder / "owners.npy", allow_pickle=False)
-        size = int(self._bounds[-1])
-        self._bytes: NDArray[np.uint8] = (
-            np.memmap(folder / "texts.bin", np.uint8, "r", shape=(size,))
-            if size
-            else np.zeros(0, np.uint8)
-        )
+        self._files = OpenFiles(folder)
+        self._files.opened(TEXTS)  # whoever deletes the file leaves it to those who have it
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def text(self, number: int) -> str:
         """The text of a passage."""
-        start, end = self._bounds[number], self._bounds[number + 1]
-        return bytes(self._bytes[start:end]).decode()
+        start, end = map(int, self._bounds[number : number + 2])
+        data = bytearray(end - start)
+        self._files.read_into(TEXTS, memoryview(data), start)
+        return data.decode()
 
     def texts(self) -> Iterator[str]:
         """The texts of all passages, in order."""
@@ -111,27 +119,53 @@ class Index:
         base = os.path.expanduser(settings.index) if settings.index else cache_dir() / "retrieval"
         self.root = Path(base) / _hash(place)
         self.path = self.root / f"v{VERSION}-{_hash(state)}"
-        self._before = self._previous()
         self.embedded = 0
-        folder = made(self.path / "passages", lambda to: self._write(to, found.files, sums))
-        self.passages = Passages(folder)
+        self.passages = self.kept(
+            "passages", lambda to: self._write(to, found.files, sums), Passages
+        )
         if not len(self.passages):
             raise ConfigError("no file in it holds text", KEY, str(settings.folder))
 
-    def vectors(self, embedder: Embedder) -> Floats:
-        """The vectors [N, D] of all passages, memory-mapped. Those that the generation before has
-        are taken over, and ``embedded`` counts the others."""
+    def kept(self, name: str, build: Callable[[Path], None], read: Callable[[Path], T]) -> T:
+        """What ``read`` makes of the folder ``name`` of this generation, into which ``build`` has
+        written it. While another process builds, or deletes, this one waits. Raises OSError, and
+        what both raise."""
+        folder = self.path / name
+        # Without the lock, which cannot be had where nothing can be written.
+        with suppress(OSError, DamagedStoreError):
+            if fault_of(folder) is None:
+                return read(folder)
+        self.root.mkdir(parents=True, exist_ok=True)
+        with self._lock():
+            return read(made(folder, build))
+
+    def vectors(self, embedder: Embedder) -> Matrix:
+        """The vectors [N, D] of all passages. Those that the generation before has are taken over,
+        and ``embedded`` counts the others."""
         name = f"vectors-{embedder.identity}"
-        folder = made(self.path / name, lambda to: self._embed(to, name, embedder))
-        found: Floats = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
-        return found
+        return self.kept(
+            name, lambda to: self._embed(to, name, embedder), lambda to: matrix_in(to / VECTORS)
+        )
 
     def forget_others(self) -> None:
-        """Delete the generations of other states of the text."""
-        for other in self.root.glob("v*-*"):
-            own = _GENERATION.fullmatch(other.name) and (other / "passages").is_dir()
-            if own and other != self.path and not other.is_symlink():
+        """Delete the generations of other states of the text, and of other versions, if that is
+        allowed here. Whoever has opened one keeps it."""
+        others = [
+            other
+            for other in self.root.glob("v*-*")
+            if _GENERATION.fullmatch(other.name)
+            and other != self.path
+            and (other / "passages").is_dir()
+            and not other.is_symlink()
+        ]
+        if not others:
+            return
+        with suppress(OSError), self._lock():
+            for other in others:
                 shutil.rmtree(other, ignore_errors=True)
+
+    def _lock(self) -> AbstractContextManager[Any]:
+        return waiting_for(self.root / LOCK, f"the index of {self.settings.folder}")
 
     def _previous(self) -> Path | None:
         """The generation that was written last, if its passages are as they were."""
@@ -145,11 +179,12 @@ class Index:
         return newest if usable else None
 
     def _write(self, folder: Path, files: Sequence[DataFile], sums: Sequence[str]) -> None:
-        before = None if self._before is None else Passages(self._before / "passages")
+        previous = self._previous()
+        before = None if previous is None else Passages(previous / "passages")
         told, listed, bounds = Told(), [], [0]
         lines: list[int] = []
         owners: list[int] = []
-        with (folder / "texts.bin").open("wb") as texts:
+        with (folder / TEXTS).open("wb") as texts:
             for number, (file, sha) in enumerate(zip(files, sums, strict=True)):
                 told.of("%s: file %d of %d is read", self.settings.folder, number + 1, len(files))
                 first = len(lines)
@@ -190,28 +225,39 @@ class Index:
     def _embed(self, folder: Path, name: str, embedder: Embedder) -> None:
         passages, told = self.passages, Told()
         size = embedder.embed(["a"]).shape[1]
-        vectors = np.lib.format.open_memmap(
-            folder / "vectors.npy", "w+", np.float32, (len(passages), size)
-        )
-        missing = list(range(len(passages)))
-        if self._before is not None and fault_of(self._before / name) is None:
-            old = np.load(self._before / name / "vectors.npy", mmap_mode="r", allow_pickle=False)
-            rows, missing = Passages(self._before / "passages").rows, []
-            for path, sha, first, count in passages.files:
-                known = rows.get((sha, _suffix(path)))
-                if known is None or known[1] != count:
-                    missing += range(first, first + count)
-                else:
-                    vectors[first : first + count] = old[known[0] : known[0] + count]
-        for start in range(0, len(missing), BATCH):
-            told.of("%s: %d of %d passages are embedded", self.settings.folder, start, len(missing))
-            batch = missing[start : start + BATCH]
-            found = embedder.embed([passages.text(number) for number in batch])
-            if found.shape != (len(batch), size) or not np.isfinite(found).all():
-                raise ValueError(f"{embedder.identity} gave vectors {found.shape} or no numbers")
-            vectors[batch] = found
-        vectors.flush()
+        with MatrixWriter(folder / VECTORS, (len(passages), size)) as vectors:
+            missing = self._taken_over(vectors, name)
+            for start in range(0, len(missing), BATCH):
+                told.of(
+                    "%s: %d of %d passages are embedded", self.settings.folder, start, len(missing)
+                )
+                batch = missing[start : start + BATCH]
+                found = embedder.embed([passages.text(number) for number in batch])
+                if found.shape != (len(batch), size) or not np.isfinite(found).all():
+                    raise ValueError(
+                        f"{embedder.identity} gave vectors {found.shape} or no numbers"
+                    )
+                vectors.put(batch, found)
         self.embedded += len(missing)
+
+    def _taken_over(self, vectors: MatrixWriter, name: str) -> list[int]:
+        """Copy the vectors of files that the generation before has; the passages of the others."""
+        before = self._previous()
+        if before is None or fault_of(before / name) is not None:
+            return list(range(len(self.passages)))
+        old = StoredMatrix(before / name / VECTORS)
+        rows = Passages(before / "passages").rows
+        missing: list[int] = []
+        for path, sha, first, count in self.passages.files:
+            known = rows.get((sha, _suffix(path)))
+            if known is None or known[1] != count:
+                missing += range(first, first + count)
+                continue
+            for start in range(0, count, BATCH):
+                places = range(first + start, first + min(start + BATCH, count))
+                begin = known[0] + start
+                vectors.put(places, old.rows(begin, begin + len(places)))
+        return missing
 
 
 def _again(before: Passages, first: int, count: int) -> Iterator[tuple[int, str]]:

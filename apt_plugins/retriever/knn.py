@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from apt_core.modeling import forward_batch
 from apt_core.runs import Session
 from apt_core.types import ModelOutput
 from apt_plugins.retriever.index import Index, Told
-from apt_plugins.retriever.parts import made
+from apt_plugins.retriever.matrix import MatrixWriter, matrix_in
 from apt_plugins.retriever.settings import KnnSettings
 
 log = get_logger("apt.retriever")
+
+KEYS = "keys.npy"
 
 
 class Datastore:
@@ -34,16 +37,18 @@ class Datastore:
     [N], the token that comes next there."""
 
     def __init__(self, folder: Path) -> None:
-        keys = np.load(folder / "keys.npy", mmap_mode="c", allow_pickle=False)
-        values = np.load(folder / "values.npy", allow_pickle=False)
-        self.keys, self.values = torch.from_numpy(keys), torch.from_numpy(values)
-        self._squares = torch.cat([part.square().sum(-1) for part in self.keys.split(1 << 14)])
+        self.keys = matrix_in(folder / KEYS)
+        self.values = torch.from_numpy(np.load(folder / "values.npy", allow_pickle=False))
+        self._squares = np.concatenate(
+            [np.einsum("nd,nd->n", block, block) for block in self.keys.blocks()]
+        )
 
     def probabilities(self, hidden: Tensor, k: int, temperature: float, size: int) -> Tensor:
         """p_kNN [V] for a hidden state [D]: the ``k`` places with the smallest mean squared
         difference d have the weights softmax(-d / temperature), each for its own token."""
-        distances = (self._squares - 2 * (self.keys @ hidden) + hidden.square().sum()) / len(hidden)
-        nearest, places = distances.topk(min(k, len(distances)), largest=False)
+        state = hidden.numpy()
+        distances = (self._squares - 2 * self.keys.dot(state) + state @ state) / len(state)
+        nearest, places = torch.from_numpy(distances).topk(min(k, len(distances)), largest=False)
         weights = (-nearest / temperature).softmax(-1)
         return torch.zeros(size).index_add_(0, self.values[places], weights)
 
@@ -52,7 +57,7 @@ def datastore_of(session: Session, index: Index, settings: KnnSettings) -> Datas
     """The places of the passages of ``index`` for the model of ``session``, from what is kept, or
     computed and kept."""
     name = f"knn-{_model_hash(session)}-{settings.max_tokens}"
-    return Datastore(made(index.path / name, lambda to: _write(to, session, index, settings)))
+    return index.kept(name, lambda to: _write(to, session, index, settings), Datastore)
 
 
 def processor_of(
@@ -110,26 +115,25 @@ def _write(folder: Path, session: Session, index: Index, settings: KnnSettings) 
     if not places:
         raise ConfigError("no passage has two tokens", "retriever.folder")
     values = np.zeros(places, np.int64)
-    keys: Any = None
     at = 0
-    with session.computing(), autocast(session.device, dtype_for(session)):
+    keys: MatrixWriter | None = None
+    with ExitStack() as opened, session.computing(), autocast(session.device, dtype_for(session)):
         for seen, first, following in _windows(texts, session.config.model.max_seq_len):
             told.of("kNN: %d of %d tokens went through the model", at, places)
             count = min(len(following), places - at)
             batch = Batch.of_ids(session.tensor(seen))
             output: ModelOutput = forward_batch(model, model, batch)
-            hidden = output.hidden[0, first : first + count]
+            hidden = output.hidden[0, first : first + count].float().cpu().numpy()
+            if not np.isfinite(hidden).all():
+                raise ValueError("the model's hidden states are not finite")
             if keys is None:
                 shape = places, hidden.shape[-1]
-                keys = np.lib.format.open_memmap(folder / "keys.npy", "w+", np.float32, shape)
-            keys[at : at + count] = hidden.float().cpu().numpy()
+                keys = opened.enter_context(MatrixWriter(folder / KEYS, shape))
+            keys.put(range(at, at + count), hidden)
             values[at : at + count] = following[:count]
             at += count
             if at == places:
                 break
-    if not np.isfinite(keys).all():
-        raise ValueError("the model's hidden states are not finite")
-    keys.flush()
     np.save(folder / "values.npy", values, allow_pickle=False)
 
 

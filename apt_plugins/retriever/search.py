@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from apt_core.providers import RetrievalProvider, RetrievedChunk
 from apt_core.providers.base import read_settings
-from apt_plugins.retriever.embedders import Embedder, Floats, embedder_called, unit, words_of
+from apt_plugins.retriever.embedders import Embedder, embedder_called, unit, words_of
 from apt_plugins.retriever.index import Index
-from apt_plugins.retriever.parts import made
+from apt_plugins.retriever.matrix import Floats, Matrix
 from apt_plugins.retriever.settings import SECTION, RetrieverSettings
 
 RANK_OFFSET = 60
@@ -76,7 +76,7 @@ class VectorSearch(Search):
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         self._embedder: Embedder | None = None
-        self.vectors: Floats = np.zeros((0, 1), np.float32)
+        self.vectors = Matrix(np.zeros((0, 1), np.float32))
         self._weights: Floats | None = None
 
     @property
@@ -87,12 +87,12 @@ class VectorSearch(Search):
         return self._embedder
 
     def index_texts(self, chunks: Sequence[str]) -> None:
-        self.set_vectors(self.embedder.embed(chunks))
+        self.set_vectors(Matrix(self.embedder.embed(chunks)))
 
     def use(self, index: Index) -> None:
         self.set_vectors(index.vectors(self.embedder))
 
-    def set_vectors(self, vectors: Floats) -> None:
+    def set_vectors(self, vectors: Matrix) -> None:
         """Search ``vectors`` [N, D]."""
         self.vectors, self._weights = vectors, self.embedder.weights(vectors)
 
@@ -109,7 +109,7 @@ class ExactSearch(VectorSearch):
     name = "exact"
 
     def ranked(self, query: str, k: int) -> list[tuple[int, float]]:
-        return best(self.vectors @ self.query(query), k)
+        return best(self.vectors.dot(self.query(query)), k)
 
 
 class FaissSearch(VectorSearch):
@@ -117,12 +117,13 @@ class FaissSearch(VectorSearch):
 
     name = "faiss"
 
-    def set_vectors(self, vectors: Floats) -> None:
+    def set_vectors(self, vectors: Matrix) -> None:
         import faiss
 
-        super().set_vectors(vectors)
+        self._weights = self.embedder.weights(vectors)
         self._faiss = faiss.IndexFlatIP(vectors.shape[1])
-        self._faiss.add(np.ascontiguousarray(vectors))
+        for block in vectors.blocks():
+            self._faiss.add(np.ascontiguousarray(block))
 
     def ranked(self, query: str, k: int) -> list[tuple[int, float]]:
         scores, numbers = self._faiss.search(self.query(query)[None], k)
@@ -145,8 +146,11 @@ class BM25Search(Search):
         def build(folder: Path) -> None:
             _bm25_of(list(index.passages.texts())).save(folder, show_progress=False)
 
-        folder = made(index.path / "bm25", build)
-        self._bm25 = bm25s.BM25.load(folder, mmap=True, allow_pickle=False, show_progress=False)
+        def read(folder: Path) -> Any:
+            # In memory: it is as large as the texts at most, and was there when it was made.
+            return bm25s.BM25.load(folder, mmap=False, allow_pickle=False, show_progress=False)
+
+        self._bm25 = index.kept("bm25", build, read)
 
     def ranked(self, query: str, k: int) -> list[tuple[int, float]]:
         words = [word for word in words_of(query) if word in self._bm25.vocab_dict]

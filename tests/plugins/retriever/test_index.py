@@ -8,18 +8,27 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from apt_core import ConfigError
+from apt_core.data.store.format import DamagedStoreError
+from apt_plugins.retriever import matrix
 from apt_plugins.retriever.chunks import chunks_of
 from apt_plugins.retriever.embedders import Hashing
 from apt_plugins.retriever.index import Index
 from apt_plugins.retriever.settings import RetrieverSettings
 
 ROOT = Path(__file__).parents[3]
+
+
+def held(vectors):
+    return vectors.rows(0, len(vectors))
 
 
 def index_of(folder, **settings):
@@ -51,8 +60,8 @@ def test_no_text_is_lost_and_no_passage_is_longer_than_its_size(text):
 def test_an_update_embeds_what_is_new_or_changed_alone(library, caplog):
     embedder = Hashing()
     first = index_of(library)
-    vectors = first.vectors(embedder)
-    assert isinstance(vectors, np.memmap) and first.embedded == len(first.passages) > 12
+    first.vectors(embedder)
+    assert first.embedded == len(first.passages) > 12
     again = index_of(library)
     again.vectors(embedder)
     assert again.path == first.path and again.embedded == 0
@@ -61,7 +70,7 @@ def test_an_update_embeds_what_is_new_or_changed_alone(library, caplog):
     (library / "new.txt").write_text("A new text.\n", encoding="utf-8")
     (library / "faros.txt").write_text("Changed.\n\nAnd more.\n", encoding="utf-8")
     updated = index_of(library)
-    found = updated.vectors(embedder)
+    found = held(updated.vectors(embedder))
     assert updated.embedded == 2 < len(updated.passages)
     assert np.array_equal(found, embedder.embed(list(updated.passages.texts())))
     # As one that is made anew.
@@ -84,7 +93,7 @@ def test_an_update_embeds_what_is_new_or_changed_alone(library, caplog):
 def test_what_is_damaged_or_of_another_version_is_named_and_made_again(library, caplog):
     embedder = Hashing()
     index = index_of(library)
-    expected = np.array(index.vectors(embedder))
+    expected = held(index.vectors(embedder))
     name = f"vectors-{embedder.identity}"
     vectors, texts = index.path / name / "vectors.npy", index.path / "passages" / "texts.bin"
 
@@ -110,13 +119,97 @@ def test_what_is_damaged_or_of_another_version_is_named_and_made_again(library, 
             caplog.clear()
             harm(path)
             made = index_of(library)
-            assert np.array_equal(made.vectors(embedder), expected), (path, harm)
+            assert np.array_equal(held(made.vectors(embedder)), expected), (path, harm)
             (message,) = [m for m in caplog.messages if "it is made again" in m]
             assert str(path.parent) in message
-    shutil.move(index.path, index.root / f"v0-{'0' * 24}")
+    earlier = index.root / f"v0-{'0' * 24}"
+    shutil.move(index.path, earlier)
     again = index_of(library)
     again.vectors(embedder)
-    assert again.embedded == len(expected)
+    assert again.embedded == len(expected) and earlier.exists()
+    again.forget_others()
+    assert not earlier.exists()
+
+
+def test_what_is_cut_off_while_it_is_used_is_an_error(library, monkeypatch):
+    """It ended the process with SIGBUS where it was mapped into memory."""
+    small = index_of(library).vectors(Hashing())
+    monkeypatch.setattr(matrix, "IN_MEMORY", 0)
+    monkeypatch.setattr(matrix, "BLOCK_BYTES", 4 * 384 * 5)
+    index, query = index_of(library), Hashing().embed(["maps of islands"])[0]
+    vectors = index.vectors(Hashing())
+    assert np.allclose(vectors.dot(query), small.dot(query), atol=1e-6)
+    first, last = index.passages.text(0), len(index.passages) - 1
+    for path in index.path.rglob("*.*"):
+        os.truncate(path, min(path.stat().st_size, 700))
+    with pytest.raises(DamagedStoreError, match=r"vectors\.npy is shorter than it was"):
+        vectors.dot(query)
+    with pytest.raises(DamagedStoreError, match=r"texts\.bin is shorter than it was"):
+        index.passages.text(last)
+    assert index.passages.text(0) == first
+    with pytest.raises(ValueError, match="is not as long as it says"):
+        matrix.matrix_in(index.path / f"vectors-{Hashing().identity}" / "vectors.npy")
+    # What is deleted stays with those who have opened it.
+    again = index_of(library)
+    found = again.vectors(Hashing())
+    shutil.rmtree(again.root)
+    assert np.allclose(found.dot(query), small.dot(query), atol=1e-6)
+    assert again.passages.text(last) != again.passages.text(0) == first
+
+
+def test_a_full_disk_is_an_error(library, small_disk):
+    """It ended the process, too: what was mapped had no room when it was written."""
+    (library / "more.txt").write_text("".join(f"word {n}\n\n" for n in range(900)))
+    index = index_of(library, chunk_chars=20, overlap_chars=0, index=str(small_disk))
+    with pytest.raises(OSError, match="No space left on device"):
+        index.vectors(Hashing())
+    assert not [*index.path.glob("*vectors*")]
+
+
+def test_an_index_is_used_where_nothing_can_be_written(library, monkeypatch):
+    index_of(library).vectors(Hashing())
+
+    def refused(*given):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("apt_core.data.store.lock.FileLock.acquire", refused)
+    index = index_of(library)
+    assert len(index.vectors(Hashing())) == len(index.passages) and index.embedded == 0
+    (index.root / f"v1-{'0' * 24}" / "passages").mkdir(parents=True)
+    index.forget_others()
+    with pytest.raises(PermissionError):
+        index_of(library, chunk_chars=100)
+
+
+def test_two_that_build_at_once_build_once_and_delete_nothing_of_each_other(library, monkeypatch):
+    embed, changed, both = Hashing.embed, [], threading.Barrier(2)
+
+    def slowly(self, texts):
+        if len(texts) > 1 and not changed:
+            # Another one, whose text has changed meanwhile.
+            (library / "new.txt").write_text("A new text.\n", encoding="utf-8")
+            changed.append(pool.submit(build))
+            time.sleep(0.3)
+        return embed(self, texts)
+
+    def build(barrier=None):
+        index = index_of(library)
+        if barrier is not None:
+            barrier.wait(60)
+        vectors = index.vectors(Hashing())
+        if barrier is None:
+            index.forget_others()
+        return index.embedded, len(index.passages), held(vectors)
+
+    monkeypatch.setattr(Hashing, "embed", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        first = [pool.submit(build, both) for _ in range(2)]
+        counts, sizes, vectors = zip(*(each.result(60) for each in first), strict=True)
+        embedded, size, others = changed[0].result(60)
+    assert sum(counts) == sizes[0] == sizes[1]
+    assert np.array_equal(*vectors)
+    # All but the new text were there, or had been deleted, when the third began.
+    assert size == sizes[0] + 1 == len(others) and embedded in (1, size)
 
 
 def test_places_are_told_from_where_one_is(library, monkeypatch):
