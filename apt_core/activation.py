@@ -21,7 +21,7 @@ from apt_core.plugin_checks import misplaced_hooks
 from apt_core.plugin_manager import PluginManager
 from apt_core.plugin_records import PluginRecord
 from apt_core.process_watch import EarlyWatch
-from apt_core.selection import Wanted, select
+from apt_core.selection import COMMAND_LINE, Wanted, select
 from apt_core.types import ProviderSpec, SectionSpec
 
 log = get_logger("apt")
@@ -204,7 +204,11 @@ def _problems(loaded: Loaded, strict: bool) -> Iterator[Problem]:
     problem, wanted = loaded.declared.problem, loaded.wanted
     if problem is None or _may_be_missing(loaded, strict):
         return
-    hint = problem.hint or f"leave it out with --plugin no:{wanted.name}"
+    hint, leave_out = problem.hint, f"leave it out with --plugin no:{wanted.name}"
+    if not hint:
+        hint = leave_out
+    elif wanted.where != COMMAND_LINE and "--plugin no:" not in hint:
+        hint = f"{hint}; {leave_out}"
     yield replace(problem, hint=hint, where=problem.where or wanted.where)
     yield from loaded.problems
 

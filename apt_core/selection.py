@@ -13,6 +13,9 @@ from apt_core.errors import Problem
 from apt_core.plugin_names import MAX_PLUGINS, NO, is_file_reference
 from apt_core.profile_paths import found_path
 
+COMMAND_LINE = "--plugin"
+"""Where a plugin was named that is not one of the profile."""
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -77,7 +80,7 @@ def select(
             if reference.startswith(NO):
                 selecting.left_out(reference.removeprefix(NO).strip())
             elif reference:
-                selecting.add(Wanted("", _beside(reference, None), where="--plugin"))
+                selecting.add(Wanted("", _beside(reference, None), where=COMMAND_LINE))
     selection = selecting.selection
     selection.listed.update(selection.wanted)
     for name in selection.blocked:
@@ -140,7 +143,7 @@ class _Selecting:
                 wanted.where,
                 "rename one of them",
             )
-        elif wanted.where != "--plugin" and _options(known) != _options(wanted):
+        elif wanted.where != COMMAND_LINE and _options(known) != _options(wanted):
             self._problem(
                 f"named twice, with different options: {_shown(known)} and {_shown(wanted)}",
                 wanted.name,

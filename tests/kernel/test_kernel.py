@@ -232,6 +232,16 @@ def test_a_misspelt_key_does_not_hide_a_missing_plugin() -> None:
     assert "did you mean 'd_model'?" in str(found["model.d_modle"])
 
 
+def test_how_to_do_without_a_listed_plugin_is_said_beside_a_suggestion(tmp_path: Path) -> None:
+    """A run whose plugin's file is gone lists it still."""
+    (tmp_path / "my_logger.py").write_text("")
+    gone = str(tmp_path / "my_loger.py")
+    (listed,) = problems({"plugins": [gone]}).values()
+    assert listed.hint == "did you mean 'my_logger.py'?; leave it out with --plugin no:my_loger"
+    (given,) = problems({}, gone).values()
+    assert given.hint == "did you mean 'my_logger.py'?"
+
+
 def test_two_distributions_with_one_name_are_named_both(install: Install) -> None:
     install("moe", MOE)
     install("moe", MOE, dist="other-moe", module="apt_other_moe")
