@@ -15,7 +15,7 @@ import typer
 
 from apt_core.cli.output import Json, complain, make_console, print_table, say
 from apt_core.cli.run_command import run_command
-from apt_core.cli.run_options import Debug, Device, Plugins, Step, Weights, chosen_run
+from apt_core.cli.run_options import Debug, Device, Plugins, Set, Step, Weights, chosen_run
 from apt_core.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def evaluate(
     weights: Weights = "last",
     device: Device = "auto",
     plugin: Plugins = None,
+    set_: Set = None,
     batch_size: Annotated[
         int, typer.Option(min=1, max=1 << 16, help="Rows that are computed at a time.")
     ] = 16,
@@ -104,6 +105,7 @@ def evaluate(
         message = "--lm-eval needs lm-evaluation-harness, which is not installed"
         raise ConfigError(message, hint='pip install "apt-kernel[lm_eval]"')
 
+    from apt_core.cli.train import collect_overrides
     from apt_core.evaluation.scoring import Scoring
     from apt_core.evaluation.several import (
         Asked,
@@ -117,7 +119,8 @@ def evaluate(
 
     paths = [chosen_run(each) for each in run or (None,)]
     scoring = Scoring(batch_size=batch_size, stride=stride, seed=seed, limit=limit)
-    opening = Opening(step, cast(Any, weights), device, plugin or ())
+    overrides = collect_overrides(set_ or (), ())
+    opening = Opening(step, cast(Any, weights), device, plugin or (), overrides)
     console = make_console(cast(TextIO, TolerantStream(sys.stderr)))
     with logging_to(console, level="DEBUG" if debug else "WARNING"):
         score: Callable[..., RunScores]

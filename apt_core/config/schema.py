@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -441,6 +441,21 @@ class Config(Section):
             return data
         masked: dict[str, Any] = without_secrets(data)
         return masked
+
+    def values(self, paths: Iterable[Sequence[str]]) -> dict[str, Any]:
+        """The values of keys as :meth:`to_dict` has them, by dotted key; None where there is no
+        such key."""
+        data, found = self.to_dict(), {}
+        for path in paths:
+            value: Any = data
+            for key in path:
+                value = value.get(key) if isinstance(value, Mapping) else None
+            found[".".join(path)] = value
+        return found
+
+    def plugin_settings(self) -> dict[str, Any]:
+        """The sections of plugins as :meth:`to_dict` has them, by dotted path."""
+        return self.values(path.split(".") for path in sorted(self._plugin_sections))
 
     def to_yaml(self) -> str:
         """The resolved profile as YAML text, with masks in the place of its secrets; reading one

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from apt_core.config import Override
 from apt_core.evaluation.likelihood import default_stride
 from apt_core.evaluation.metrics import Figure
 from apt_core.evaluation.scoring import Scoring, TaskScore
@@ -12,13 +14,19 @@ from apt_core.runs.folder import now, versions
 from apt_core.runs.session import Session
 
 
-def score_row(score: TaskScore, session: Session, scoring: Scoring, weights: str) -> dict[str, Any]:
+def score_row(
+    score: TaskScore,
+    session: Session,
+    scoring: Scoring,
+    weights: str,
+    overrides: Sequence[Override],
+) -> dict[str, Any]:
     """The row of ``score`` in the form of :class:`~apt_core.runs.task_scores.ScoreRow`."""
     items, found, context = score.items, score.found, session.config.model.max_seq_len
     return {
         "task": items.name,
         "metrics": {name: asdict(figure) for name, figure in score.figures.items()},
-        **of_session(session, weights),
+        **of_session(session, weights, overrides),
         "task_sha256": items.sha256,
         "asked": items.task.asked(),
         "items": len(items.chosen),
@@ -33,8 +41,9 @@ def score_row(score: TaskScore, session: Session, scoring: Scoring, weights: str
     }
 
 
-def of_session(session: Session, weights: str) -> dict[str, Any]:
-    """What every row has: which weights were scored, when, and by what."""
+def of_session(session: Session, weights: str, overrides: Sequence[Override]) -> dict[str, Any]:
+    """What every row has: which ``weights`` were scored, when, and by what. ``overrides`` are those
+    with which the session was opened."""
     return {
         "time": now(),
         "checkpoint": session.checkpoint.name if session.checkpoint is not None else "",
@@ -42,6 +51,8 @@ def of_session(session: Session, weights: str) -> dict[str, Any]:
         "weights": weights,
         "device": str(session.device),
         "plugins": sorted(name for name, _ in session.manager.list_name_plugin()),
+        "settings": session.config.plugin_settings(),
+        "overrides": session.config.values(each.path for each in overrides),
         "versions": versions(),
     }
 

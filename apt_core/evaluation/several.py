@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from apt_core.config import Override
 from apt_core.errors import ConfigError
 from apt_core.evaluation.finding import find_tasks
 from apt_core.evaluation.held_out import HeldOut, open_held_out
@@ -55,6 +56,7 @@ class Opening:
     weights: Weights = "last"
     device: str = "auto"
     plugins: Sequence[str] = ()
+    overrides: Sequence[Override] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +100,8 @@ def score_run(
         result = score(session, items, asked.scoring.asking(partial(advance, items.name)))
         assert result is not None
         found[items.name] = result
-        rows.append(score_row(result, session, asked.scoring, opening.weights))
+        row = score_row(result, session, asked.scoring, opening.weights, opening.overrides)
+        rows.append(row)
     figures = {name: each.figures for name, each in found.items()}
     return RunScores(path, _folder(path, session), session.position.step, figures, rows, found)
 
@@ -119,14 +122,20 @@ def score_run_by_harness(
         name = f"lm_eval/{name}"
         figures[name] = found
         metrics = {metric: asdict(figure) for metric, figure in found.items()}
-        rows.append(
-            {"task": name, "metrics": metrics, **of_session(session, opening.weights), **more}
-        )
+        of_run = of_session(session, opening.weights, opening.overrides)
+        rows.append({"task": name, "metrics": metrics, **of_run, **more})
     return RunScores(path, _folder(path, session), session.position.step, figures, rows)
 
 
 def _opened(path: Path, scoring: Scoring, opening: Opening) -> Session:
-    session = open_run(path, opening.step, opening.weights, opening.device, opening.plugins)
+    session = open_run(
+        path,
+        opening.step,
+        opening.weights,
+        opening.device,
+        opening.plugins,
+        opening.overrides,
+    )
     stride, context = scoring.stride, session.config.model.max_seq_len
     if stride is not None and stride > context:
         hint = f"give 1 to {context}"

@@ -41,11 +41,12 @@ class FigureRow(_Row):
 class ScoreRow(_Row):
     """The ``metrics`` of a ``task`` and all that they depend on.
 
-    The model: the ``checkpoint`` of ``step`` with the ``weights`` last, best or average, and the
-    ``plugins`` that took part. The task: ``task_sha256`` of all its items and of how they are asked
-    (``asked``), of which ``items`` of ``total`` were looked at, ``too_long`` of them without their
-    beginning. How it was computed: ``precision``, ``device``, ``batch_size``, ``context``,
-    ``stride``, ``versions``.
+    The model: the ``checkpoint`` of ``step`` with the ``weights`` last, best or average, the
+    ``plugins`` that took part, their ``settings`` by section, and which keys ``overrides`` set in
+    place of what the run has; secrets are masked. The task: ``task_sha256`` of all its items and of
+    how they are asked (``asked``), of which ``items`` of ``total`` were looked at, ``too_long`` of
+    them without their beginning. How it was computed: ``precision``, ``device``, ``batch_size``,
+    ``context``, ``stride``, ``versions``.
     """
 
     task: str
@@ -55,6 +56,8 @@ class ScoreRow(_Row):
     step: int = 0
     weights: str = "last"
     plugins: list[str] = Field(default_factory=list)
+    settings: dict[str, Any] = Field(default_factory=dict)
+    overrides: dict[str, Any] = Field(default_factory=dict)
     task_sha256: str = ""
     asked: dict[str, Any] = Field(default_factory=dict)
     items: int = 0

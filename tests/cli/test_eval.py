@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from apt_core.cli.eval import app
+from apt_core.secrets import MASK
 from tests.cli.conftest import Command
 
 pytest.importorskip("torch", reason="scores are computed with torch")
@@ -22,6 +23,20 @@ kind: choices
 items:
   - {prompt: "Line", choices: [" 1", " of"], answer: 0}
   - {prompt: "a", choices: ["a", "b"], answer: 0}
+"""
+
+ONE = """
+from pydantic import BaseModel
+from apt_core import SectionSpec, hookimpl
+
+class Settings(BaseModel):
+    size: int = 1
+    shape: str = "round"
+    api_key: str = ""
+
+@hookimpl
+def apt_register_config():
+    return [SectionSpec("one", Settings, schedule_params=("warmth",))]
 """
 
 
@@ -71,14 +86,19 @@ def test_runs_are_scored_side_by_side_and_scores_are_kept(runs: Path, command: C
     assert found["low"] < found["value"] < found["high"] < 0  # it has learned something
     assert differences["completion", "accuracy"]["method"] == "agresti-min"
 
-    (runs / "one.py").write_text("from apt_core import hookimpl\n")
+    (runs / "one.py").write_text(ONE)
     asked = "--batch-size", "2", "--stride", "16", "--plugin", "one.py"
+    asked = *asked, "--set", "one.size=3", "--set", "one.api_key=abc", "--set", "schedules.warmth=2"
     outcome = command(app, *asked, prog="apt-eval")
     assert (outcome.code, outcome.err) == (0, "run: runs/long\n"), "the newest one is meant"
     assert "held_out  bits_per_byte" in outcome.out and "long step 20" in outcome.out
     assert "stride 16, batch size 2, float32 on cpu; 95 % by bootstrap over windows" in outcome.out
     kept = json.loads((runs / "runs/long/scores.json").read_text())["scores"]
     assert [row["plugins"] for row in kept] == [[], [], [], ["one"]]
+    assert kept[0]["settings"] == kept[0]["overrides"] == {}
+    assert kept[3]["settings"] == {"one": {"size": 3, "shape": "round", "api_key": MASK}}
+    set_ = {"one.size": 3, "one.api_key": MASK, "schedules.warmth": 2}
+    assert kept[3]["overrides"] == set_
 
 
 def test_a_text_a_step_and_weights_may_be_named(runs: Path, command: Command) -> None:
@@ -113,6 +133,8 @@ def test_what_cannot_be_scored_is_refused(runs: Path, command: Command) -> None:
         (["--text", "missing.txt"], 2, "missing.txt: --text: No such file"),
         (["--step", "5"], 2, "there is no checkpoint of step 5"),
         (["--batch-size", "0"], 2, "--batch-size"),
+        (["--set", "model.d_model=8"], 2, "model.d_model: is the run's own: only what belongs to"),
+        (["--set", "no_key"], 2, "--set"),
         (["nowhere"], 2, "nowhere: RUN: there is no such run"),
         (["empty"], 2, "there is no checkpoint in this folder"),
     ]
