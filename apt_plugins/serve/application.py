@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib import resources
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -56,12 +56,29 @@ POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
+
+class Timer(Protocol):
+    """A call that is to come."""
+
+    def cancel(self) -> object:
+        """Let it not come."""
+
+
+Later = Callable[[float, Callable[[], None]], Timer]
+"""``later(seconds, call)`` calls ``call`` in the event loop when so much time has passed."""
+
+
+def by_the_loop(seconds: float, call: Callable[[], None]) -> Timer:
+    """A :data:`Later` by the clock of the running event loop."""
+    return asyncio.get_running_loop().call_later(seconds, call)
+
+
 REJECTED = {404: "there is nothing at this address", 405: "this address does not take this method"}
 
 
 class Application:
     """What answers requests with the model of ``session``, by ``worker``. ``log_access`` prints a
-    line for each."""
+    line for each; ``later`` tells when the time of one has passed."""
 
     def __init__(
         self,
@@ -73,7 +90,9 @@ class Application:
         *,
         model: str,
         log_access: bool = True,
+        later: Later = by_the_loop,
     ) -> None:
+        self._later = later
         self._session, self._worker, self._prompts = session, worker, prompts
         self._limits, self._access, self._model = limits, access, model
         self._log_access = log_access
@@ -203,7 +222,7 @@ class Application:
     def _answer(self, request: Request, model: str, asked: Asked) -> Response:
         self._check_model(model)
         replies = Replies(asked, self._model, stripped=asked.chat and self._prompts.format.stripped)
-        return _Reply(asked, replies, self._worker, self._prompts, self._limits)
+        return _Reply(asked, replies, self._worker, self._prompts, self._limits, self._later)
 
     async def _body(self, request: Request) -> Any:
         """The JSON of the body. Raises ApiError for another type, one that is too long or too slow,
@@ -262,9 +281,15 @@ class _Reply(Response):
     """Makes the answers while it is sent, and gives them up when its client goes away."""
 
     def __init__(
-        self, asked: Asked, replies: Replies, worker: Worker, prompts: Prompts, limits: Limits
+        self,
+        asked: Asked,
+        replies: Replies,
+        worker: Worker,
+        prompts: Prompts,
+        limits: Limits,
+        later: Later,
     ) -> None:
-        self.background = None
+        self.background, self._later = None, later
         self._asked, self._replies, self._worker = asked, replies, worker
         self._limits = limits
         self._changed = asyncio.Event()
@@ -292,7 +317,7 @@ class _Reply(Response):
             ) from None
         except Closing:
             raise ApiError(503, "the server is shutting down", code="closing") from None
-        deadline = asyncio.get_running_loop().call_later(self._limits.request_timeout, self._expire)
+        deadline = self._later(self._limits.request_timeout, self._expire)
         work = asyncio.create_task(self._send(scope, send))
         gone = asyncio.create_task(_disconnected(receive))
         try:

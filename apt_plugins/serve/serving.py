@@ -14,7 +14,7 @@ from apt_core.parallel.signals import Interrupts
 from apt_core.runs import Session
 from apt_core.runs.trained_on import data_row, forms_of
 from apt_plugins.serve.access import Access
-from apt_plugins.serve.application import Application
+from apt_plugins.serve.application import Application, Later, by_the_loop
 from apt_plugins.serve.http_server import Server
 from apt_plugins.serve.limits import Limits
 from apt_plugins.serve.prompts import Prompts
@@ -35,6 +35,7 @@ def serve_session(
     int8: bool = False,
     ready: Callable[[str], None] = lambda line: None,
     interrupts: Interrupts | None = None,
+    later: Later = by_the_loop,
 ) -> int:
     """Serve the model of ``session`` at ``sock`` until a signal; returns the exit code. ``ready``
     is called once requests are answered, with a line on what is served.
@@ -50,7 +51,7 @@ def serve_session(
     )
     application = Application(
         session, worker, Prompts(session, chat_format), limits, access,
-        model=model, log_access=log_access,
+        model=model, log_access=log_access, later=later,
     )  # fmt: skip
     interrupts = Interrupts() if interrupts is None else interrupts
     server = Server(application, worker, limits, interrupts)

@@ -23,6 +23,7 @@ from apt_core import hookimpl
 from apt_core.parallel.signals import Interrupts
 from apt_core.runs import Session
 from apt_plugins.serve.access import Access
+from apt_plugins.serve.application import Later, by_the_loop
 from apt_plugins.serve.http_server import bound_socket, resolved, url_of
 from apt_plugins.serve.limits import Limits
 from apt_plugins.serve.serving import serve_session
@@ -141,6 +142,7 @@ def running_server(
     names: tuple[str, ...] = (),
     endless: bool = False,
     send_buffer: int | None = None,
+    later: Later = by_the_loop,
 ) -> Iterator[Running]:
     script = Script()
     session = session or lively_session(script, endless=endless, strict=False)
@@ -154,8 +156,9 @@ def running_server(
         with sock:
             access = Access("127.0.0.1", "127.0.0.1", names, key)
             code = serve_session(
-                session, sock, access, limits, model="tiny", interrupts=interrupts, ready=ready
-            )
+                session, sock, access, limits,
+                model="tiny", interrupts=interrupts, ready=ready, later=later,
+            )  # fmt: skip
             running.exit_codes.append(code)
 
     def ready(line: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -308,15 +309,38 @@ def test_clients_that_hang_up_free_their_places_and_a_flood_is_refused() -> None
         assert server.ask("/v1/completions", {"prompt": "say on"})[1]["choices"][0]["text"] == "on"
 
 
+class Clock:
+    """Time passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.due: list[tuple[float, Callable[[], None]]] = []
+
+    def later(self, seconds: float, call: Callable[[], None]) -> Clock:
+        loop = asyncio.get_running_loop()
+        self.due.append((seconds, lambda: loop.call_soon_threadsafe(call)))
+        return self
+
+    def cancel(self) -> None: ...
+
+    def pass_(self) -> list[float]:
+        """Let the time of all pass; how much that was."""
+        for _, call in self.due:
+            call()
+        return [seconds for seconds, _ in self.due]
+
+
 def test_an_answer_ends_when_its_time_has_passed() -> None:
-    with running_server(limits=Limits(request_timeout=0.4, max_batch=1)) as server:
+    clock = Clock()
+    limits = Limits(request_timeout=99.0, max_batch=1)
+    with running_server(limits=limits, later=clock.later) as server:
         _, response = stream_of(server, "wait")
         server.turns.release(1)
         # Its engine waits: the one behind it has no token when its time has passed.
         with ThreadPoolExecutor(1) as pool:
             late = pool.submit(server.ask, "/v1/completions", {"prompt": "a", "stream": True})
             server.until(lambda: server.open_answers() == 2)
-            time.sleep(1.2)
+            assert clock.pass_() == [99.0, 99.0]
+            server.open_answers()  # the loop has been round
             server.turns.release(2)
             assert b'"finish_reason":"length"' in response.read()
             status, found, _ = late.result(60)
