@@ -22,4 +22,12 @@ def apt_register_providers() -> list[ProviderSpec]:
             summary="a folder of Hugging Face: Llama, Qwen3, Mixtral, Qwen3-MoE",
             config=FolderSettings,
         ),
+        ProviderSpec(
+            kind="exporter",
+            name="safetensors",
+            factory="apt_plugins.export.plain_weights:PlainWeightsExporter",
+            version="1.0.0",
+            summary="the weights of the plain form by their plain names",
+            config=FolderSettings,
+        ),
     ]
