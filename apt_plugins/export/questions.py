@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
@@ -57,6 +57,9 @@ TEXTS = (
     "Mixed 中文 and English, 日本語 and 123 numbers ４５６.",
 )
 """Where tokenizers differ from each other: white space, digits, scripts, marks that combine."""
+
+MAX_PIECES = 1 << 16
+"""Tokens whose texts are encoded at most."""
 
 CONVERSATIONS = (
     (Message("user", "What is the capital of France?"),),
@@ -115,10 +118,19 @@ def questions_for(
         tuple(map(tuple, prompts)),
         _whole([len(prompt) for prompt in prompts], shape),
         (*counts, 0),
-        TEXTS,
+        (*TEXTS, *_pieces(tokenizer)),
         tuple(each for each in CONVERSATIONS if _is_encoded(tokenizer, each)),
         of_held_out,
     )
+
+
+def _pieces(tokenizer: TokenizerProvider) -> Iterator[str]:
+    """The texts of tokens, those of the first MAX_PIECES, which are encoded otherwise where a merge
+    is missing that no other text needs."""
+    special = tokenizer.special.names
+    ids = [token for token in range(tokenizer.vocab_size) if token not in special]
+    texts = (tokenizer.decode([token]) for token in ids[:MAX_PIECES])
+    return (text for text in dict.fromkeys(texts) if text and "\ufffd" not in text)
 
 
 def _stretch(texts: Sequence[Sequence[int]], first: int, length: int) -> list[int]:
