@@ -60,10 +60,6 @@ class ExporterProvider(Provider, ABC):
         """Write all files of the export into ``job.folder``. Raises OSError where that cannot be
         done."""
 
-    def usage(self, folder: str) -> str:
-        """How the export in ``folder`` is used, in Markdown, for its card."""
-        return ""
-
     @property
     def proof(self) -> Proof | None:
         """How to run what was written; None, the default, where nothing is known that could."""

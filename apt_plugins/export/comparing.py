@@ -5,9 +5,8 @@ Shapes: T tokens, V token ids, D d_model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +15,6 @@ import torch
 from apt_plugins.export.own_answers import OwnAnswers, gap
 from apt_plugins.export.questions import Questions
 from apt_plugins.export.runtimes import ForeignAnswers
-
-Item = TypeVar("Item")
-Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -79,15 +75,15 @@ def compare(
     for number, ids in enumerate(questions.prompts):
         tell(f"comparing prompt {number + 1} of {len(questions.prompts)}")
         logits, streams = own.forward(ids)
-        theirs = foreign.logits(number)
-        found.logits |= difference(logits[-len(theirs) :].numpy(), theirs, least=1.0)
-        found.places += len(theirs)
-        for block, values in enumerate(streams if number in questions.whole else ()):
-            after = foreign.stream(number, block)
-            if after is not None:
-                tell(f"comparing block {block + 1} of {len(streams)}, prompt {number + 1}")
-                seen = found.blocks.get(block, Difference())
-                found.blocks[block] = seen | difference(values.numpy(), after)
+        for way in foreign.ways():
+            theirs = foreign.logits(number, way)
+            found.logits |= difference(logits[-len(theirs) :].numpy(), theirs, least=1.0)
+            found.places += len(theirs)
+            for block, values in enumerate(streams if number in questions.whole else ()):
+                after = foreign.stream(number, block, way)
+                if after is not None:
+                    seen = found.blocks.get(block, Difference())
+                    found.blocks[block] = seen | difference(values.numpy(), after)
     if not found.logits.relative <= tolerance:
         found.faults.append(_of_logits(found))
     tell("comparing greedy texts")
@@ -125,26 +121,26 @@ def _compare_texts(
     own: OwnAnswers, foreign: ForeignAnswers, questions: Questions, found: Comparison
 ) -> None:
     texts = own.greedy(questions.prompts, questions.new_tokens)
-    for number, (mine, theirs) in enumerate(zip(texts, foreign.tokens, strict=True)):
-        if not questions.new_tokens[number]:
-            continue
-        found.prompts += 1
-        found.tokens += len(mine)
-        same = _common(mine, theirs)
-        found.equal_tokens += same
-        if same == len(mine) == len(theirs):
-            continue
-        prompt = questions.prompts[number]
-        if same < min(len(mine), len(theirs)):
-            logits = own.forward([*prompt, *mine[:same]])[0][-1]
-            scale = max(1.0, float(torch.abs(logits).max()))
-            if gap(logits, (mine[same], theirs[same])) <= 2 * found.tolerance * scale:
-                found.ties += 1
+    found.prompts = sum(bool(count) for count in questions.new_tokens)
+    for way, generated in foreign.ways().items():
+        by = f" by {way}" if way else ""
+        for number, (mine, theirs) in enumerate(zip(texts, generated, strict=True)):
+            found.tokens += len(mine)
+            same = _common(mine, theirs)
+            found.equal_tokens += same
+            if same == len(mine) == len(theirs):
                 continue
-        found.faults.append(
-            f"the greedy text of prompt {number + 1} parts at token {same + 1}, where no two "
-            "tokens are as likely as each other"
-        )
+            prompt = questions.prompts[number]
+            if same < min(len(mine), len(theirs)):
+                logits = own.forward([*prompt, *mine[:same]])[0][-1]
+                scale = max(1.0, float(torch.abs(logits).max()))
+                if gap(logits, (mine[same], theirs[same])) <= 2 * found.tolerance * scale:
+                    found.ties += 1
+                    continue
+            found.faults.append(
+                f"the greedy text of prompt {number + 1}{by} parts at token {same + 1}, where no "
+                "two tokens are as likely as each other"
+            )
 
 
 def _common(mine: Sequence[int], theirs: Sequence[int]) -> int:
@@ -155,22 +151,17 @@ def _common(mine: Sequence[int], theirs: Sequence[int]) -> int:
     return min(len(mine), len(theirs))
 
 
-def _pairs(
-    asked: Sequence[Item], answers: Sequence[Answer] | None
-) -> Iterator[tuple[Item, Answer]]:
-    """Each question with its answer; none where the runtime does not answer at all."""
-    return zip(asked, answers, strict=True) if answers is not None else iter(())
-
-
 def _compare_tokenizers(
     own: OwnAnswers, foreign: ForeignAnswers, questions: Questions, found: Comparison
 ) -> None:
-    for text, ids in _pairs(questions.texts, foreign.text_ids):
+    for text, ids in zip(questions.texts, foreign.text_ids, strict=True):
         if ids is not None:
             found.encoded += 1
             if ids != own.encode(text):
                 found.not_encoded.append(repr(text))
-    for messages, ids in _pairs(questions.conversations, foreign.conversation_ids):
+    for messages, ids in zip(questions.conversations, foreign.conversation_ids, strict=True):
+        if not found.encoded:  # the runtime has no tokenizer at all
+            break
         found.encoded += 1
         if ids is None:
             found.not_encoded.append(f"a conversation of {len(messages)} messages")

@@ -24,10 +24,10 @@ def apt_register_providers() -> list[ProviderSpec]:
         ),
         ProviderSpec(
             kind="exporter",
-            name="safetensors",
-            factory="apt_plugins.export.plain_weights:PlainWeightsExporter",
+            name="onnx",
+            factory="apt_plugins.export.onnx.exporter:ONNXExporter",
             version="1.0.0",
-            summary="the weights of the plain form by their plain names",
-            config=FolderSettings,
+            summary="a folder for ONNX Runtime: a graph with caches, one without",
+            requires=("onnx>=1.16",),
         ),
     ]

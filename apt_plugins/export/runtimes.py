@@ -31,25 +31,35 @@ class RuntimeFailed(AptError):
 @dataclass(frozen=True, eq=False)
 class ForeignAnswers:
     """What a runtime has answered. ``text_ids``, ``conversation_ids`` and ``ends`` are None, as a
-    whole or one by one, where the runtime has nothing of the kind."""
+    whole or one by one, where the runtime has nothing of the kind. ``also`` has the tokens of other
+    ways to run the export, by name."""
 
     versions: dict[str, str]
     tokens: list[list[int]]
-    text_ids: list[list[int] | None] | None
-    conversation_ids: list[list[int] | None] | None
+    text_ids: list[list[int] | None]
+    conversation_ids: list[list[int] | None]
     ends: list[int] | None
+    also: dict[str, list[list[int]]]
     arrays: Any
 
-    def logits(self, prompt: int) -> npt.NDArray[Any]:
+    def ways(self) -> dict[str, list[list[int]]]:
+        """The tokens of each way to run the export, by name; the first one has none."""
+        return {"": self.tokens, **self.also}
+
+    def logits(self, prompt: int, way: str = "") -> npt.NDArray[Any]:
         """Of all places of a prompt [T, V], or of the last one [1, V]."""
-        found: npt.NDArray[Any] = self.arrays[f"logits.{prompt}"]
+        found: npt.NDArray[Any] = self.arrays[_name(way, f"logits.{prompt}")]
         return found
 
-    def stream(self, prompt: int, block: int) -> npt.NDArray[Any] | None:
+    def stream(self, prompt: int, block: int, way: str = "") -> npt.NDArray[Any] | None:
         """The stream [T, D] after a block; None where the runtime does not show it."""
-        name = f"stream.{prompt}.{block}"
+        name = _name(way, f"stream.{prompt}.{block}")
         found: npt.NDArray[Any] | None = self.arrays.get(name)
         return found
+
+
+def _name(way: str, array: str) -> str:
+    return f"{way}:{array}" if way else array
 
 
 Tell = Callable[[str], None]

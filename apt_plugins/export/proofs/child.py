@@ -11,7 +11,8 @@ run as ``python -I SCRIPT REQUEST.json …`` and imports nothing of APT. A reque
 - ``output``: a folder, into which ``outputs.npz`` goes (``logits.N`` [T, V], ``stream.N.B`` [T, D]
   after block B), and then ``answers.json``: ``versions``, ``tokens`` (lists of ids), ``text_ids``,
   ``conversation_ids``, ``ends`` (the ids that end a text); null stands for what the runtime has
-  not.
+  not. ``also`` has the ``tokens`` of each other way to run the export, by its name; its arrays
+  have ``NAME:`` before theirs.
 """
 
 import contextlib
@@ -30,6 +31,8 @@ class Runtime:
     def __init__(self) -> None:
         self.versions: dict[str, str] = {}
         """The packages that compute, with their versions."""
+        self.also: dict[str, Runtime] = {}
+        """Other ways to run the same export, by name: each computes and generates, too."""
 
     def forward(self, ids: list[int], stream: bool) -> tuple[Any, Sequence[Any] | None]:
         """The logits float32 [T, V] of token ids, and with ``stream`` the stream [T, D] after each
@@ -89,37 +92,54 @@ def _answer(runtime: Runtime, request: dict[str, Any], tell: Callable[[str], Non
     import numpy as np
 
     arrays: dict[str, Any] = {}
-    prompts, whole = request["prompts"], set(request["whole"])
-    for number, ids in enumerate(prompts):
-        tell(f"prompt {number + 1} of {len(prompts)}")
-        logits, stream = runtime.forward(ids, number in whole)
-        logits = np.asarray(logits, dtype=np.float32)
-        arrays[f"logits.{number}"] = logits if number in whole else logits[-1:]
-        for block, values in enumerate(stream or ()):
-            arrays[f"stream.{number}.{block}"] = np.asarray(values, dtype=np.float32)
-    tokens: list[list[int]] = [[] for _ in prompts]
-    groups: dict[tuple[int, int], list[int]] = {}
-    for number, count in enumerate(request["new_tokens"]):
-        if count:
-            groups.setdefault((len(prompts[number]), count), []).append(number)
-    for (length, count), numbers in groups.items():
-        tell(f"{count} tokens after prompts of {length}")
-        texts = runtime.greedy_together([prompts[number] for number in numbers], count)
-        for number, text in zip(numbers, texts, strict=True):
-            tokens[number] = [int(token) for token in text]
+    tokens = _computed(runtime, request, tell, arrays)
+    also = {
+        name: _computed(each, request, tell, arrays, f"{name}:")
+        for name, each in runtime.also.items()
+    }
     tell("tokenizer")
-    encoded = said = None
-    if type(runtime).encode is not Runtime.encode:
-        encoded = [runtime.encode(text) for text in request["texts"]]
-    if type(runtime).encode_conversation is not Runtime.encode_conversation:
-        said = [runtime.encode_conversation(each) for each in request["conversations"]]
+    encoded = [runtime.encode(text) for text in request["texts"]]
+    said = [runtime.encode_conversation(each) for each in request["conversations"]]
     np.savez(os.path.join(request["output"], "outputs.npz"), **arrays)
     found = {
         "versions": {"python": sys.version.split()[0], "numpy": np.__version__, **runtime.versions},
         "tokens": tokens,
+        "also": also,
         "text_ids": encoded,
         "conversation_ids": said,
         "ends": runtime.ends(),
     }
     with open(os.path.join(request["output"], "answers.json"), "w", encoding="utf-8") as file:
         json.dump(found, file)
+
+
+def _computed(
+    runtime: Runtime,
+    request: dict[str, Any],
+    tell: Callable[[str], None],
+    arrays: dict[str, Any],
+    way: str = "",
+) -> list[list[int]]:
+    """The tokens after each prompt. Logits and streams go into ``arrays``; ``way`` begins their
+    names."""
+    import numpy as np
+
+    prompts, whole = request["prompts"], set(request["whole"])
+    for number, ids in enumerate(prompts):
+        tell(f"{way} prompt {number + 1} of {len(prompts)}".strip())
+        logits, stream = runtime.forward(ids, number in whole)
+        logits = np.asarray(logits, dtype=np.float32)
+        arrays[f"{way}logits.{number}"] = logits if number in whole else logits[-1:]
+        for block, values in enumerate(stream or ()):
+            arrays[f"{way}stream.{number}.{block}"] = np.asarray(values, dtype=np.float32)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for number, count in enumerate(request["new_tokens"]):
+        if count:
+            groups.setdefault((len(prompts[number]), count), []).append(number)
+    for (length, count), numbers in groups.items():
+        tell(f"{way} {count} tokens after prompts of {length}".strip())
+        texts = runtime.greedy_together([prompts[number] for number in numbers], count)
+        for number, text in zip(numbers, texts, strict=True):
+            tokens[number] = [int(token) for token in text]
+    return tokens

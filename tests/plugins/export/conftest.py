@@ -23,7 +23,7 @@ from apt_core.testing import tiny_session
 from apt_core.testing.tiny import TEXT
 from apt_plugins.export.comparing import Comparison, compare
 from apt_plugins.export.own_answers import OwnAnswers
-from apt_plugins.export.questions import NUM_PROMPTS, questions_for
+from apt_plugins.export.questions import questions_for
 from apt_plugins.export.runtimes import answered
 from apt_plugins.moe.settings import MoeSettings
 from apt_plugins.moe.upcycle import upcycled
@@ -138,7 +138,8 @@ def tokenizer_of(kind: str, folder: Path) -> TokenizerProvider:
 def session_of(model: Model, folder: Path) -> Session:
     """A session with stirred weights."""
     size = {} if model.tokenizer == "byte" else {"model.vocab_size": 330}
-    settings = {"model.num_layers": 2, "model.max_seq_len": 40, **size, **model.settings}
+    fixed = {"model.num_layers": 2, "model.max_seq_len": 40, "hardware.num_threads": 1}
+    settings = {**fixed, **size, **model.settings}
     session = tiny_session("moe", overrides=settings)
     if model.moe is not None:
         with torch.device("meta"):
@@ -169,8 +170,8 @@ Certify = Callable[..., dict[str, Comparison]]
 
 @pytest.fixture(scope="session")
 def certify(models: dict[str, Session], tmp_path_factory: pytest.TempPathFactory) -> Certify:
-    """``certify(exporter, names, spoil=None, num_prompts=20)``: the comparisons of exports of these
-    models, which ``spoil(folder)`` may have changed."""
+    """``certify(exporter, names, spoil=None)``: the comparisons of exports of these models, which
+    ``spoil(folder)`` may have changed."""
     return partial(certified, models, tmp_path_factory)
 
 
@@ -180,7 +181,6 @@ def certified(
     exporter: ExporterProvider,
     names: Sequence[str] | None = None,
     spoil: Callable[[Path], None] | None = None,
-    num_prompts: int = NUM_PROMPTS,
 ) -> dict[str, Comparison]:
     proof = exporter.proof
     assert proof is not None
@@ -194,9 +194,7 @@ def certified(
         exporter.write(ExportJob(folder, plain, session.tokenizer, "tiny"))
         if spoil is not None:
             spoil(folder)
-        targets.append(
-            (folder, questions_for(plain.shape, session.tokenizer, num_prompts=num_prompts))
-        )
+        targets.append((folder, questions_for(plain.shape, session.tokenizer)))
     found = {}
     with answered(proof, targets) as answers:
         for name, (_, questions), foreign in zip(chosen, targets, answers, strict=True):

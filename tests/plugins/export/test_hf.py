@@ -34,7 +34,7 @@ def test_transformers_computes_and_encodes_the_same(
     assert found.logits.absolute <= 1e-5 and found.places > 200
     assert len(found.blocks) == 2 and all(each.relative < 1e-5 for each in found.blocks.values())
     assert found.tokens == found.equal_tokens and found.prompts == 20 and not found.ties
-    assert found.encoded == 32 and found.ends_equal
+    assert found.encoded > 80 and found.ends_equal
     if name == "tva":
         assert found.tokens > 3700
 

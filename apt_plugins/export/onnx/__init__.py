@@ -1,0 +1,1 @@
+"""``exporter:onnx``: two graphs for ONNX Runtime, with caches and without."""

@@ -1,0 +1,219 @@
+"""Runs an ONNX export in ONNX Runtime on the CPU, by both of its graphs; without torch.
+
+Legend: B batch, T new tokens, V token ids, D d_model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+from child import Runtime, main
+
+FEW_BYTES = 1 << 26
+"""Of a model that one thread computes as fast as several, which wait for each other."""
+
+
+class Graph(Runtime):
+    """One of the graphs of an export."""
+
+    def __init__(self, target: str, name: str, tensors: str) -> None:
+        super().__init__()
+        self._target, self._name, self._tensors = target, name, tensors
+        self._session = self._opened(os.path.join(target, name))
+        self._showing: tuple[Any, list[str]] | None = None
+
+    def _shown(self, inputs: dict[str, Any]) -> tuple[Any, list[Any]]:
+        """The logits [T, V] and the stream [T, D] after each block."""
+        if self._showing is None:
+            self._showing = self._showing_blocks()
+        session, names = self._showing
+        logits, *streams = session.run(["logits", *names], inputs)
+        return logits[0], [each[0] for each in streams]
+
+    def _opened(self, source: str | bytes) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if os.path.getsize(os.path.join(self._target, self._tensors)) < FEW_BYTES:
+            options.intra_op_num_threads = 1
+        if isinstance(source, bytes):
+            key = "session.model_external_initializers_file_folder_path"
+            options.add_session_config_entry(key, self._target)
+        return onnxruntime.InferenceSession(source, options, ["CPUExecutionProvider"])
+
+    def _showing_blocks(self) -> tuple[Any, list[str]]:
+        """The graph with the stream after each block [B, T, D] among its outputs, and the names of
+        these. The files stay as they are."""
+        import onnx
+
+        model = onnx.load(os.path.join(self._target, self._name), load_external_data=False)
+        made = {output for node in model.graph.node for output in node.output}
+        names: list[str] = []
+        while (name := f"blocks.{len(names)}.output") in made:
+            names.append(name)
+            value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+            model.graph.output.append(value)
+        return self._opened(model.SerializeToString()), names
+
+
+class WithoutCaches(Graph):
+    """The graph that reads whole texts. ``guess`` generates, too."""
+
+    def __init__(self, target: str, name: str, tensors: str, guess: WithCaches) -> None:
+        super().__init__(target, name, tensors)
+        self._guess = guess
+
+    def forward(self, ids: list[int], stream: bool) -> tuple[Any, Sequence[Any] | None]:
+        if stream:
+            return self._shown(_inputs([ids]))
+        return self._session.run(["logits"], _inputs([ids]))[0][0], None
+
+    def greedy_together(self, prompts: list[list[int]], count: int) -> list[list[int]]:
+        # One forward of texts that are guessed gives the most likely token after each place: those
+        # up to the first that was guessed wrongly are what follows.
+        guesses = self._guess.greedy_together(prompts, count)
+        found = [list[int]() for _ in prompts]
+        while rows := [row for row, tokens in enumerate(found) if len(tokens) < count]:
+            texts = [
+                [*prompts[row], *found[row], *guesses[row][len(found[row]) : -1]] for row in rows
+            ]
+            likeliest = self._session.run(["logits"], _inputs(texts))[0].argmax(-1)
+            for row, after in zip(rows, likeliest.tolist(), strict=True):
+                for token in after[len(prompts[row]) + len(found[row]) - 1 :]:
+                    found[row].append(token)
+                    if token != guesses[row][len(found[row]) - 1]:
+                        break
+        return found
+
+
+class WithCaches(Graph):
+    """The graph that goes on from caches."""
+
+    def forward(self, ids: list[int], stream: bool) -> tuple[Any, Sequence[Any] | None]:
+        import numpy as np
+
+        if stream:
+            inputs = {**_inputs([ids]), **_Texts(self._session).past}
+            return self._shown(inputs)
+        # In two parts, so that the second one reads what the first has left in the caches.
+        text, cut = _Texts(self._session), len(ids) // 2
+        parts = [text.append([part])[0] for part in (ids[:cut], ids[cut:]) if part]
+        return np.concatenate(parts), None
+
+    def greedy_together(self, prompts: list[list[int]], count: int) -> list[list[int]]:
+        text, new = _Texts(self._session, len(prompts)), prompts
+        found = [list[int]() for _ in prompts]
+        for _ in range(count):
+            new = text.append(new)[:, -1:].argmax(-1).tolist()
+            for tokens, token in zip(found, new, strict=True):
+                tokens += token
+        return found
+
+
+class OnnxRuntime(WithCaches):
+    """An export: its graph with caches, the other one, and its tokenizer."""
+
+    def __init__(self, target: str, settings: dict[str, Any]) -> None:
+        super().__init__(target, settings["with_caches"], settings["tensors"])
+        import onnx
+        import onnxruntime
+        import tokenizers
+
+        packages = (onnxruntime, onnx, tokenizers)
+        self.versions = {each.__name__: each.__version__ for each in packages}
+        other = settings["without_caches"]
+        self.also = {other: WithoutCaches(target, other, self._tensors, self)}
+        self._tokenizer = tokenizers.Tokenizer.from_file(os.path.join(target, "tokenizer.json"))
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text).ids)
+
+    def encode_conversation(self, messages: list[dict[str, str]]) -> list[int] | None:
+        path = os.path.join(self._target, "chat_template.jinja")
+        if not os.path.isfile(path):
+            return None
+        with open(path, encoding="utf-8") as file:
+            template = _environment().from_string(file.read())
+        tokens = {
+            name: value
+            for name, value in self._json("tokenizer_config.json").items()
+            if name.endswith("_token") and isinstance(value, str)
+        }
+        text = template.render(messages=messages, add_generation_prompt=True, **tokens)
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def ends(self) -> list[int]:
+        ends = self._json("generation_config.json").get("eos_token_id")
+        return [] if ends is None else sorted([ends] if isinstance(ends, int) else ends)
+
+    def _json(self, name: str) -> dict[str, Any]:
+        with open(os.path.join(self._target, name), encoding="utf-8") as file:
+            found: dict[str, Any] = json.load(file)
+        return found
+
+
+class _Texts:
+    """Texts of one length that grow, and their caches, ``past``."""
+
+    def __init__(self, session: Any, number: int = 1) -> None:
+        import numpy as np
+
+        self._session, self._length = session, 0
+        self._names = [each.name for each in session.get_outputs()]
+        self.past = {
+            each.name: np.zeros((number, each.shape[1], 0, each.shape[3]), np.float32)
+            for each in session.get_inputs()
+            if each.name.startswith("past_key_values.")
+        }
+
+    def append(self, ids: list[list[int]]) -> Any:
+        """The logits [B, T, V] of these ids after those before."""
+        self._length += len(ids[0])
+        inputs = {**_inputs(ids, self._length), **self.past}
+        found = dict(zip(self._names, self._session.run(self._names, inputs), strict=True))
+        self.past = {name: found[name.replace("past_key_values", "present")] for name in self.past}
+        return found["logits"]
+
+
+def _inputs(ids: list[list[int]], length: int | None = None) -> dict[str, Any]:
+    """The inputs for the last ids of texts of ``length`` tokens, by default of all of them."""
+    import numpy as np
+
+    rows = np.array(ids, dtype=np.int64)
+    mask = np.ones((len(rows), length or rows.shape[1]), dtype=np.int64)
+    return {"input_ids": rows, "attention_mask": mask}
+
+
+def _environment() -> Any:
+    """Jinja as chat templates expect it."""
+    from jinja2 import ext, sandbox
+
+    class Generation(ext.Extension):
+        """Marks what the assistant says, in training alone."""
+
+        tags = frozenset({"generation"})
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def refuse(message: str) -> None:
+        raise ValueError(message)
+
+    found = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols, Generation]
+    )
+    found.globals["raise_exception"] = refuse
+    found.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+    return found
+
+
+if __name__ == "__main__":
+    main(OnnxRuntime)
