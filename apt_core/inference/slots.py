@@ -50,6 +50,7 @@ class Slots:
     ) -> None:
         self._model, self._computed, self._device = model, rows, device
         self._max_seq_len = max_seq_len
+        self._kept: dict[Any, Tensor] = {}
         self._rows: list[_Row] = []
         self._slot_of: dict[Text, int] = {}
         self._finished: dict[int, list[int]] = {}  # the oldest first
@@ -234,6 +235,7 @@ class Slots:
             context=self._context(rows, ids),
             tokens=self._tokens(feeds, length),
             ends=[end + length for end in held],
+            kept=self._kept,
         )
         ids = ids.to(self._device, non_blocking=True)
         with self._padding_marked(step):

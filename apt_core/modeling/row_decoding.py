@@ -38,6 +38,7 @@ class RowStep:
     after a row's tokens; None: there is none. ``ends`` are the places after each row's last token,
     padding included; where they are not given, who asks for them waits for the device. ``mask``
     tells whether rows see different places; otherwise all tokens see the ``span`` up to themselves.
+    ``kept`` has what later steps can use again.
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class RowStep:
         context: Tensor | None = None,
         tokens: Tokens | None = None,
         ends: Sequence[int] | None = None,
+        kept: dict[Any, Tensor] | None = None,
     ) -> None:
         self.batch, self.length = places.shape
+        self._kept = {} if kept is None else kept
         self._ends = ends
         self.places, self.first, self.span, self.masked = places, first, span, mask
         self.context, self.tokens = context, tokens
@@ -94,19 +97,23 @@ class RowStep:
         of a slot, int64 [N*heads]."""
         found = self._indices.get((heads, room))
         if found is None:
-            device = self.places.device
-            slots = torch.arange(self.first, self.first + self.batch, device=device)
-            firsts = (slots[:, None] * heads + torch.arange(heads, device=device)) * room
-            found = (firsts[:, None, :] + self.places[:, :, None]).flatten()
+            key = self.first, self.batch, heads, room
+            firsts = self._kept.get(key)
+            if firsts is None:
+                device = self.places.device
+                slots = torch.arange(self.first, self.first + self.batch, device=device)
+                firsts = (slots[:, None] * heads + torch.arange(heads, device=device)) * room
+                firsts = self._kept[key] = firsts[:, None]
+            found = (firsts + self.places[:, :, None]).flatten()
             self._indices[heads, room] = found
         return found
 
-    def table(self, key: Any, made: Callable[[Tensor], Tensor]) -> Tensor:
-        """What ``made`` gives of the positions [N] of the new tokens, made once for all layers with
-        the same ``key``."""
+    def table(self, key: Any, whole: Tensor) -> Tensor:
+        """The rows of ``whole`` [places, ...] at the positions of the new tokens [N, ...], taken
+        once for all layers with the same ``key``."""
         found = self._tables.get(key)
         if found is None:
-            found = self._tables[key] = made(self.positions.flatten())
+            found = self._tables[key] = whole.index_select(0, self.positions.flatten())
         return found
 
 
@@ -143,11 +150,14 @@ class RowCache:
         ):
             held = self._with_room(step, new)
         heads, width = self._heads, self._width
-        self._flat.index_copy_(0, step.indices(heads, self._room), new.reshape(-1, width))
-        if step.first or step.end != self._rows:
-            held = held[step.first : step.end]
-        keys, values = held.narrow(2, 0, step.span).chunk(2, 1)
-        return keys, values
+        room = self._room
+        self._flat.index_copy_(0, step.indices(heads, room), new.reshape(-1, width))
+        # As few operations as possible: each is a good part of a step of a small model.
+        shape = step.batch, heads // 2, step.span, width
+        slot, strides = heads * room * width, (heads * room * width, room * width, width, 1)
+        first = step.first * slot
+        keys = held.as_strided(shape, strides, first)
+        return keys, held.as_strided(shape, strides, first + slot // 2)
 
     def _with_room(self, step: RowStep, new: Tensor) -> Tensor:
         """Keys and values with room for the step, in the type of what is added."""
@@ -240,6 +250,25 @@ class Products:
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         self.dtype, self.copied = dtype, 0
+        self._shared: dict[Any, Tensor] = {}
+
+    def shared(self, key: Any, made: Callable[[], Tensor]) -> Tensor:
+        """What ``made`` gives, made once for all layers with the same ``key``."""
+        if key not in self._shared:
+            self._shared[key] = made()
+        return self._shared[key]
+
+    def pair(self, one: Tensor, other: Tensor) -> Callable[[Tensor], Sequence[Tensor]]:
+        """x [N, D] to its products with two weights [F, D] each, [N, F]. On a CPU they are computed
+        together, by a copy of both."""
+        size = one.nbytes + other.nbytes
+        alike = one.shape == other.shape and one.dtype == other.dtype and one.device.type == "cpu"
+        if type(self) is not Products or not alike or self.copied + size > MOST_COPIED:
+            first, second = self.of(one), self.of(other)
+            return lambda x: (first(x), second(x))
+        self.copied += size
+        both = self.of(torch.cat([one.detach(), other.detach()]))
+        return lambda x: both(x).chunk(2, 1)
 
     def of(self, weight: Tensor) -> Function:
         """x [N, D] to x Wᵀ [N, F], for ``weight`` W [F, D]."""
@@ -280,10 +309,11 @@ def _halved(weight: Tensor) -> Function:
     rows, width = weight.shape
     halves = weight[: rows - rows % 2].view(2, -1, width)
     last = weight[-1:] if rows % 2 else None
+    shape, strides = (2, width, 1), (0, 1, width)
 
     def product(x: Tensor) -> Tensor:
-        # A column with the strides of a transposed row: others make torch copy the weight.
-        found = torch.bmm(halves, x.t().expand(2, width, 1)).view(1, -1)
+        # Two columns with the strides of a transposed row: others make torch copy the weight.
+        found = torch.bmm(halves, x.contiguous().as_strided(shape, strides)).view(1, -1)
         if last is not None:
             found = torch.cat([found, torch.nn.functional.linear(x, last)], 1)
         return found

@@ -54,7 +54,9 @@ class AttentionRows:
             if pair is not None:
                 qkv_weight = pair(qkv_weight, num_heads + num_kv_heads)
                 qk_scales = None if qk_scales is None else pair(qk_scales.flatten(), None)
-            self._turn = turning(rotary, num_heads + num_kv_heads, paired=pair is not None)
+            self._turn = turning(
+                rotary, num_heads + num_kv_heads, products, paired=pair is not None
+            )
         self._qk_eps = qk_eps
         self._qk_scales = None if qk_scales is None else qk_scales.view(-1, width)
         self._project: Function

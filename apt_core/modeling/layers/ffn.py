@@ -69,12 +69,17 @@ class FeedForward(nn.Module, ABC):
 
     def decoding(self, products: Products) -> Function:
         """The layer as a function of x [N, D], for many calls with the same weights."""
-        up, down = products.of(self.up.weight), products.of(self.down.weight)
-        activated = self.activated
+        down, activated = products.of(self.down.weight), self.activated
         if not self.gated:
+            up = products.of(self.up.weight)
             return lambda x: down(activated(up(x)))
-        gate = products.of(self.gate.weight)
-        return lambda x: down(activated(gate(x)) * up(x))
+        gate_and_up = products.pair(self.gate.weight, self.up.weight)
+
+        def computed(x: Tensor) -> Tensor:
+            gate, up = gate_and_up(x)
+            return down(activated(gate) * up)
+
+        return computed
 
 
 class SwiGLU(FeedForward):

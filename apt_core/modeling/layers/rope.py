@@ -155,21 +155,21 @@ def paired(rotary: nn.Module, products: Products) -> Callable[[Tensor, int | Non
     return moved
 
 
-def turning(rotary: nn.Module, turned: int, *, paired: bool) -> Callable[[Tensor, RowStep], Tensor]:
+def turning(
+    rotary: nn.Module, turned: int, products: Products, *, paired: bool
+) -> Callable[[Tensor, RowStep], Tensor]:
     """A function of x [N, heads, R], the new tokens of a step's rows, that turns the first
     ``turned`` heads by the tokens' positions; those that are ``paired`` where they stand."""
     if not paired:
         return lambda x, step: _turned_by(rotary, x, turned, step)
-    half = rotary.head_dim // 2
-    key = rotary.head_dim, rotary.theta, rotary.scaling
-    cos, sin = rotary.cos, rotary.sin
-
-    def made(positions: Tensor) -> Tensor:
-        return torch.complex(cos[positions, :, half:], sin[positions, :, half:])
+    width, half = rotary.head_dim, rotary.head_dim // 2
+    cos, sin = rotary.cos[..., half:], rotary.sin[..., half:]
+    key = width, rotary.theta, rotary.scaling
+    turns = products.shared(key, lambda: torch.complex(cos, sin))
 
     def turn(x: Tensor, step: RowStep) -> Tensor:
-        pairs = x.view(step.size, -1, half, 2).narrow(1, 0, turned)
-        torch.view_as_complex(pairs).mul_(step.table(key, made))
+        pairs = x.as_strided((step.size, turned, half, 2), (x.stride(0), width, 2, 1))
+        torch.view_as_complex(pairs).mul_(step.table(key, turns))
         return x
 
     return turn
