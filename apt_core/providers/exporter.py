@@ -21,14 +21,15 @@ class Proof:
     ``script`` is run by a Python of its own that has APT not; what it gets and writes is told in
     ``apt_plugins/export/proofs/child.py``. ``runtime`` is the program's name, ``requires`` the PEP
     508 requirements of the script, ``extra`` the extra of APT that brings them. Logits may differ
-    by ``tolerance`` times the largest of them, or ``tolerance`` itself where that is below 1.
-    ``settings`` are handed to the script; values are JSON's.
+    by ``tolerance`` times the largest of them, or ``tolerance`` itself where that is below 1, at
+    all but ``1 - share`` of the places. ``settings`` are handed to the script; values are JSON's.
     """
 
     runtime: str
     script: Path
     requires: tuple[str, ...]
     tolerance: float
+    share: float = 1.0
     extra: str = "export"
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -59,6 +60,12 @@ class ExporterProvider(Provider, ABC):
     def write(self, job: ExportJob) -> None:
         """Write all files of the export into ``job.folder``. Raises OSError where that cannot be
         done."""
+
+    def stored(self, model: PlainModel) -> PlainModel | None:
+        """``model`` with the weights that the export holds, where it rounds them; None, the
+        default, where it does not. Its program is compared with this, and what rounding costs is
+        told beside."""
+        return None
 
     @property
     def proof(self) -> Proof | None:

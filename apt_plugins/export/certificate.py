@@ -54,9 +54,25 @@ class Dropped(_Row):
     text: str
 
 
+class Rounding(_Row):
+    """What rounding the weights costs: the largest difference of logits from the run's model, and
+    at ``tokens`` of texts the mean divergence of Kullback and Leibler and the mean loss before and
+    after, in nats."""
+
+    logits: Measured
+    tokens: int
+    divergence: float
+    loss_before: float
+    loss_after: float
+
+
 class Certificate(_Row):
     """The content of the file. ``options`` are those of the exporter. Without ``proven`` nothing
-    was run, and ``unproven`` says why; the figures are then None."""
+    was run, and ``unproven`` says why; the figures are then None.
+
+    The tolerance is one of relative differences, at ``share`` of the places. Where the export
+    rounds the weights, it is compared with the rounded model, and ``rounding`` tells the rest.
+    """
 
     version: int = VERSION
     target: str
@@ -69,6 +85,7 @@ class Certificate(_Row):
     runtime: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
     tolerance: float | None = None
+    share: float = 1.0
     logits: Measured | None = None
     places: int = 0
     blocks: list[Measured] = Field(default_factory=list)
@@ -80,6 +97,7 @@ class Certificate(_Row):
     texts: int = 0
     equal_texts: int = 0
     ends_equal: bool | None = None
+    rounding: Rounding | None = None
     dropped: Dropped | None = None
     files: dict[str, str] = Field(default_factory=dict)
 
@@ -93,10 +111,14 @@ class Certificate(_Row):
         if not self.proven or self.logits is None:
             return f"unproven: {self.unproven}"
         ties = f" ({self.ties} ties)" if self.ties else ""
+        kept = ""
+        if self.rounding is not None:
+            change = self.rounding.loss_after - self.rounding.loss_before
+            kept = f" of the rounded model, whose loss is {change:+.2g} nats a token"
         texts = f", {self.equal_texts} of {self.texts} texts encoded alike" if self.texts else ""
         return (
-            f"{self.runtime}: logits within {self.logits.absolute:.1e}, {self.equal_tokens:,} of "
-            f"{self.tokens:,} greedy tokens equal{ties}{texts}"
+            f"{self.runtime}: logits within {self.logits.absolute:.1e}{kept}, "
+            f"{self.equal_tokens:,} of {self.tokens:,} greedy tokens equal{ties}{texts}"
         )
 
 

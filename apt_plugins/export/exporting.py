@@ -13,10 +13,18 @@ from apt_core.providers import ExporterProvider, ExportJob, PlainModel, Proof
 from apt_core.requirements import unmet
 from apt_core.runs import Session
 from apt_core.runs.folder import now
-from apt_plugins.export.certificate import Certificate, Dropped, Measured, Origin, hashes_of
+from apt_plugins.export.certificate import (
+    Certificate,
+    Dropped,
+    Measured,
+    Origin,
+    Rounding,
+    hashes_of,
+)
 from apt_plugins.export.comparing import Comparison, compare
-from apt_plugins.export.own_answers import OwnAnswers
+from apt_plugins.export.own_answers import OwnAnswers, RoundedAnswers
 from apt_plugins.export.questions import Questions, questions_for
+from apt_plugins.export.rounding import cost_of_rounding
 from apt_plugins.export.runtimes import answered
 from apt_plugins.export.staging import check_target, staged
 
@@ -150,8 +158,9 @@ def export(
             held_out = held_out or (_opened(text, tell) if text is not None else None)
             prompts = () if held_out is None else held_out.prompts()
             questions = questions_for(plain.shape, session.tokenizer, prompts)
-            comparison, versions = prove(session, proof, folder, questions, tell)
-            certificate = certified(certificate, proof, comparison, versions, questions)
+            proven = prove(session, exporter, plain, folder, questions, tell)
+            comparison = proven.comparison
+            certificate = certified(certificate, proof, proven, questions)
             if comparison.faults:
                 raise AptError(f"{order.target}: {refusal(comparison)}; nothing is left of it")
         certificate.write(folder)
@@ -159,14 +168,37 @@ def export(
     return certificate
 
 
+@dataclass(frozen=True)
+class Proven:
+    """The ``comparison`` of an export with the session's model, or with what the export has rounded
+    it to and what that costs, and the ``versions`` of the packages that ran it."""
+
+    comparison: Comparison
+    versions: Mapping[str, str]
+    rounding: Rounding | None = None
+
+
 def prove(
-    session: Session, proof: Proof, folder: Path, questions: Questions, tell: Tell = _nobody
-) -> tuple[Comparison, dict[str, str]]:
-    """What the comparison of an export with the session's model gives, and the versions of the
-    packages that ran it. Raises RuntimeFailed where they could not."""
+    session: Session,
+    exporter: ExporterProvider,
+    plain: PlainModel,
+    folder: Path,
+    questions: Questions,
+    tell: Tell = _nobody,
+) -> Proven:
+    """Run the export in ``folder`` of the session's model, in ``plain`` form, by its program.
+    Raises RuntimeFailed where that fails."""
+    proof = exporter.proof
+    assert proof is not None
     with answered(proof, [(folder, questions)], tell) as [foreign]:
-        found = compare(OwnAnswers(session), foreign, questions, proof.tolerance, tell)
-        return found, foreign.versions
+        own, rounding = OwnAnswers(session), None
+        stored = exporter.stored(plain)
+        if stored is not None:
+            tell("comparing the model with what the export rounds it to")
+            rounded = RoundedAnswers(session, stored)
+            own, rounding = rounded, cost_of_rounding(own, rounded, questions)
+        found = compare(own, foreign, questions, proof.tolerance, tell, share=proof.share)
+        return Proven(found, foreign.versions, rounding)
 
 
 def refusal(comparison: Comparison) -> str:
@@ -177,17 +209,19 @@ def refusal(comparison: Comparison) -> str:
 def certified(
     certificate: Certificate,
     proof: Proof,
-    comparison: Comparison,
-    versions: Mapping[str, str],
+    proven: Proven,
     questions: Questions,
 ) -> Certificate:
-    """``certificate`` with the figures of a comparison."""
+    """``certificate`` with what was proven."""
+    comparison = proven.comparison
     blocks = [comparison.blocks[number] for number in sorted(comparison.blocks)]
     return certificate.model_copy(
         update={
             "runtime": proof.runtime,
-            "versions": dict(versions),
+            "versions": dict(proven.versions),
             "tolerance": comparison.tolerance,
+            "share": comparison.share,
+            "rounding": proven.rounding,
             "logits": _measured(comparison.logits),
             "places": comparison.places,
             "blocks": [_measured(block) for block in blocks],

@@ -16,10 +16,11 @@ from torch import Tensor
 from apt_core.inference import Engine
 from apt_core.modeling.blocks import block_stack
 from apt_core.plugin_manager import PluginManager
-from apt_core.providers import SpecialTokens, TokenizerProvider
+from apt_core.providers import PlainModel, SpecialTokens, TokenizerProvider
 from apt_core.providers.documents import Document, Message
 from apt_core.runs import Session
 from apt_core.types import GenerationRequest
+from apt_plugins.export.computing import PlainRunner
 from apt_plugins.export.tokenizers import expressed
 
 
@@ -79,6 +80,26 @@ class OwnAnswers:
     def ends(self) -> list[int]:
         """The ids that end a text."""
         return list(expressed(self._session.tokenizer).ends)
+
+    def main_ends(self) -> set[int]:
+        """The ids of the end of a text and of the end of a turn."""
+        special = self._session.tokenizer.special
+        return {token for token in (special.eos, special.end) if token is not None}
+
+    def special(self) -> set[int]:
+        """The ids that stand for no text."""
+        return set(self._session.tokenizer.special.names)
+
+
+class RoundedAnswers(OwnAnswers):
+    """Answers with ``model`` in plain form in place of the session's."""
+
+    def __init__(self, session: Session, model: PlainModel) -> None:
+        super().__init__(session)
+        self._runner = PlainRunner(model)
+
+    def forward(self, ids: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        return self._runner.forward(ids)
 
 
 class _Ids(TokenizerProvider):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from apt_core import PluginInfo, ProviderSpec, hookimpl
-from apt_plugins.export.settings import FolderSettings
+from apt_plugins.export.settings import FolderSettings, GGUFSettings
 
 PLUGIN = PluginInfo(
     summary="apt-export: takes a model to other programs, with a certificate that it is the same",
@@ -29,5 +29,14 @@ def apt_register_providers() -> list[ProviderSpec]:
             version="1.0.0",
             summary="a folder for ONNX Runtime: a graph with caches, one without",
             requires=("onnx>=1.16",),
+        ),
+        ProviderSpec(
+            kind="exporter",
+            name="gguf",
+            factory="apt_plugins.export.gguf.exporter:GGUFExporter",
+            version="1.0.0",
+            summary="a GGUF for llama.cpp, with a Modelfile for Ollama",
+            requires=("gguf>=0.17",),
+            config=GGUFSettings,
         ),
     ]

@@ -31,14 +31,16 @@ class RuntimeFailed(AptError):
 @dataclass(frozen=True, eq=False)
 class ForeignAnswers:
     """What a runtime has answered. ``text_ids``, ``conversation_ids`` and ``ends`` are None, as a
-    whole or one by one, where the runtime has nothing of the kind. ``also`` has the tokens of other
-    ways to run the export, by name."""
+    whole or one by one, where the runtime has nothing of the kind. With ``few_ends`` it can be told
+    of one end of a text and one of a turn alone, and knows others by their names. ``also`` has the
+    tokens of other ways to run the export, by name."""
 
     versions: dict[str, str]
     tokens: list[list[int]]
     text_ids: list[list[int] | None]
     conversation_ids: list[list[int] | None]
     ends: list[int] | None
+    few_ends: bool
     also: dict[str, list[list[int]]]
     arrays: Any
 

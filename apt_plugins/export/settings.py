@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field
+from pydantic import BeforeValidator, ByteSize, Field
 
 from apt_core.sections import Section
 
@@ -18,4 +18,19 @@ class FolderSettings(Section):
     max_shard_size: Annotated[ByteSize, Field(ge=1024)] = Field(
         default=ByteSize(5 * 10**9),
         description="Weights go into several files where one would be larger, such as 5GB.",
+    )
+
+
+NumberFormat = Literal["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
+
+
+def _in_capitals(value: Any) -> Any:
+    return value.upper() if isinstance(value, str) else value
+
+
+class GGUFSettings(Section):
+    """What a GGUF has."""
+
+    type: Annotated[NumberFormat, BeforeValidator(_in_capitals)] = Field(
+        default="F32", description="The number format of the matrices in the file."
     )

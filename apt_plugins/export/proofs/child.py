@@ -10,9 +10,9 @@ run as ``python -I SCRIPT REQUEST.json …`` and imports nothing of APT. A reque
 - ``texts``, and ``conversations`` (lists of messages with ``role`` and ``content``), to encode;
 - ``output``: a folder, into which ``outputs.npz`` goes (``logits.N`` [T, V], ``stream.N.B`` [T, D]
   after block B), and then ``answers.json``: ``versions``, ``tokens`` (lists of ids), ``text_ids``,
-  ``conversation_ids``, ``ends`` (the ids that end a text); null stands for what the runtime has
-  not. ``also`` has the ``tokens`` of each other way to run the export, by its name; its arrays
-  have ``NAME:`` before theirs.
+  ``conversation_ids``, ``ends`` (the ids that end a text) and ``few_ends``; null stands for what
+  the runtime has not. ``also`` has the ``tokens`` of each other way to run the export, by its name;
+  its arrays have ``NAME:`` before theirs.
 """
 
 import contextlib
@@ -27,6 +27,10 @@ FORBIDDEN = ("apt_core", "apt_plugins")
 
 class Runtime:
     """An export opened in a runtime. A subclass overrides what the runtime has."""
+
+    few_ends = False
+    """Whether it can be told of one end of a text and one of a turn alone, and knows others by
+    their names."""
 
     def __init__(self) -> None:
         self.versions: dict[str, str] = {}
@@ -59,6 +63,9 @@ class Runtime:
     def ends(self) -> list[int] | None:
         """The ids at which the runtime ends a text by itself."""
         return None
+
+    def close(self) -> None:
+        """Let go of what the runtime holds."""
 
 
 class _Forbid:
@@ -108,7 +115,9 @@ def _answer(runtime: Runtime, request: dict[str, Any], tell: Callable[[str], Non
         "text_ids": encoded,
         "conversation_ids": said,
         "ends": runtime.ends(),
+        "few_ends": runtime.few_ends,
     }
+    runtime.close()
     with open(os.path.join(request["output"], "answers.json"), "w", encoding="utf-8") as file:
         json.dump(found, file)
 

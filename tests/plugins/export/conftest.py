@@ -22,7 +22,7 @@ from apt_core.runs import Session
 from apt_core.testing import tiny_session
 from apt_core.testing.tiny import TEXT
 from apt_plugins.export.comparing import Comparison, compare
-from apt_plugins.export.own_answers import OwnAnswers
+from apt_plugins.export.own_answers import OwnAnswers, RoundedAnswers
 from apt_plugins.export.questions import questions_for
 from apt_plugins.export.runtimes import answered
 from apt_plugins.moe.settings import MoeSettings
@@ -185,7 +185,7 @@ def certified(
     proof = exporter.proof
     assert proof is not None
     chosen = list(models) if names is None else names
-    targets = []
+    targets, owns = [], []
     for name in chosen:
         session = models[name]
         plain = plain_model(session.model, session.tokenizer.vocab_size)
@@ -195,9 +195,12 @@ def certified(
         if spoil is not None:
             spoil(folder)
         targets.append((folder, questions_for(plain.shape, session.tokenizer)))
-    found = {}
+        stored = exporter.stored(plain)
+        owns.append(OwnAnswers(session) if stored is None else RoundedAnswers(session, stored))
     with answered(proof, targets) as answers:
-        for name, (_, questions), foreign in zip(chosen, targets, answers, strict=True):
-            own = OwnAnswers(models[name])
-            found[name] = compare(own, foreign, questions, proof.tolerance)
-    return found
+        return {
+            name: compare(own, foreign, questions, proof.tolerance, share=proof.share)
+            for name, own, (_, questions), foreign in zip(
+                chosen, owns, targets, answers, strict=True
+            )
+        }
