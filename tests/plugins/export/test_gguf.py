@@ -44,7 +44,7 @@ def test_llama_cpp_computes_and_encodes_the_same(
     assert found.logits.relative < 1e-4 and found.places > 200
     assert len(found.blocks) == 2 and all(each.relative < 1e-4 for each in found.blocks.values())
     assert found.tokens == found.equal_tokens and found.prompts == 20 and not found.ties
-    assert found.encoded == 32
+    assert found.encoded >= 32
 
 
 @pytest.fixture(scope="module")
