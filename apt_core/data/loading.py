@@ -169,7 +169,7 @@ def load_tokenizer(kernel: Kernel, folder: Path | None = None) -> TokenizerProvi
     Raises ConfigError if ``model.vocab_size`` is less than its ids, CheckpointError for what is
     damaged or missing in the folder.
     """
-    name, tokenizer = kernel.config.data.tokenizer_name, _tokenizer(kernel)
+    name, tokenizer = kernel.config.data.tokenizer_name, _tokenizer(kernel, folder)
     if folder is not None and folder.is_dir():
         try:
             tokenizer.load(folder)
@@ -181,12 +181,16 @@ def load_tokenizer(kernel: Kernel, folder: Path | None = None) -> TokenizerProvi
     return tokenizer
 
 
-def _tokenizer(kernel: Kernel) -> TokenizerProvider:
+def _tokenizer(kernel: Kernel, folder: Path | None = None) -> TokenizerProvider:
     """The profile's tokenizer, before it is trained; one that is makes as many ids as the model
-    has, unless the profile says how many."""
+    has, unless the profile says how many. The files of one that are no longer where they were are
+    read in ``folder``, where the run has kept them."""
     data, registry = kernel.config.data, kernel.registry
-    tokenizer: TokenizerProvider = registry.get("tokenizer", data.tokenizer_name)
     own = registry.spec("tokenizer", data.tokenizer_name).section == "data.tokenizer"
+    settings, path = None, data.tokenizer.path
+    if own and folder is not None and folder.is_dir() and path and not Path(path).exists():
+        settings = data.tokenizer.model_copy(update={"path": str(folder)})
+    tokenizer: TokenizerProvider = registry.get("tokenizer", data.tokenizer_name, settings)
     if tokenizer.trainable and own and data.tokenizer.vocab_size is None:
         settings = data.tokenizer.model_copy(update={"vocab_size": kernel.config.model.vocab_size})
         tokenizer = registry.get("tokenizer", data.tokenizer_name, settings)

@@ -217,10 +217,10 @@ def _ids_of(session: Session, request: GenerationRequest) -> list[int]:
 
 
 def _ends_of(session: Session, request: GenerationRequest) -> frozenset[int]:
-    """The tokens that end the text: that of a document, and in a conversation also that of a turn
-    and those with which another one begins."""
+    """The tokens that end the text: that of a document and further ones, and in a conversation also
+    that of a turn and those with which another one begins."""
     special = session.tokenizer.special
-    ends = {special.eos}
+    ends = {special.eos, *special.ends}
     if not isinstance(request.prompt, str):
         ends |= {special.end, *special.roles.values()}
     return frozenset(token for token in ends if token is not None)

@@ -51,7 +51,8 @@ class TokenizerSettings(Section):
 class SpecialTokens:
     """The ids that stand for no text: ``bos`` begins a document, ``eos`` ends it, ``pad`` fills; in
     a conversation one of ``roles`` begins a turn and ``end`` ends it. None where the tokenizer has
-    none. ``names`` has all special ids, for display.
+    none. ``ends`` are further ids that end what a model says. ``names`` has all special ids, for
+    display.
     """
 
     bos: int | None = None
@@ -59,6 +60,7 @@ class SpecialTokens:
     pad: int | None = None
     roles: Mapping[str, int] = field(default_factory=dict)
     end: int | None = None
+    ends: tuple[int, ...] = ()
     names: Mapping[int, str] = field(default_factory=dict)
 
 

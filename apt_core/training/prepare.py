@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,10 @@ from apt_core.training.tasks import RunTask, load_tasks
 log = get_logger("apt.training")
 
 
+Weights = Callable[[nn.Module], None]
+"""Fills the parameters of a new model."""
+
+
 @dataclass(frozen=True)
 class Built:
     """A model with its optimizer; ``forward`` computes the model, compiled or not."""
@@ -73,19 +77,24 @@ def prepare(
     device: torch.device,
     world: World = ALONE,
     check_stop: StopCheck = never_stop,
+    weights: Weights | None = None,
 ) -> tuple[Parts, Built]:
-    """Build the parts of a run and its model. What ``check_stop`` raises ends the build of its
-    data.
+    """Build the parts of a run and its model, whose parameters ``weights`` fills if it is given.
+    What ``check_stop`` raises ends the build of its data.
 
     Raises ConfigError for inconsistent input; an error of a plugin's provider is raised as one that
     names the plugin.
     """
     with before_the_run(), naming_authors(kernel):
-        return _prepare(kernel, device, world, check_stop)
+        return _prepare(kernel, device, world, check_stop, weights)
 
 
 def _prepare(
-    kernel: Kernel, device: torch.device, world: World, check_stop: StopCheck
+    kernel: Kernel,
+    device: torch.device,
+    world: World,
+    check_stop: StopCheck,
+    weights: Weights | None,
 ) -> tuple[Parts, Built]:
     config = kernel.config
     if world.size == 1:
@@ -98,14 +107,19 @@ def _prepare(
     data = load_data(kernel, check_stop=check_stop, begin_early=early)
     log.info("data: %s", data.description)
     try:
-        return _prepare_on(data, kernel, device, dtype, world)
+        return _prepare_on(data, kernel, device, dtype, world, weights)
     except BaseException:
         data.close()
         raise
 
 
 def _prepare_on(
-    data: RunData, kernel: Kernel, device: torch.device, dtype: torch.dtype | None, world: World
+    data: RunData,
+    kernel: Kernel,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    world: World,
+    weights: Weights | None,
 ) -> tuple[Parts, Built]:
     config, registry, training = kernel.config, kernel.registry, kernel.config.training
     tasks = load_tasks(kernel, data)
@@ -115,7 +129,9 @@ def _prepare_on(
     check_run_length(kernel, schedule, lr_schedule)
     with fp32_products(device, tf32=False):
         rehearse(kernel, schedule)
-    model = ModelBuilder(config, registry).build_model()
+    model = ModelBuilder(config, registry).build_model(initialize=weights is None)
+    if weights is not None:
+        weights(model)
     gathered = gathered_dtype(kernel, model, device, dtype, world)
     world.shard(model, block_stack(model)[1], device, gathered)
     model.to(device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from logging import DEBUG
 from pathlib import Path
@@ -90,7 +90,9 @@ class Trainer:
     ``output`` is the run's folder (by default ``runs/<profile>/<UTC time>``); ``resume`` continues
     from the newest checkpoint in it, ``resume_from`` from a named one. ``stop_at_step`` ends this
     part of the run at that step without changing the schedules. ``allow_change`` names rates (such
-    as ``training.learning_rate``) in which a resume may differ from its checkpoint.
+    as ``training.learning_rate``) in which a resume may differ from its checkpoint. ``weights``
+    fills the parameters of the new model, on the CPU, in place of their initialisation; every
+    process calls it.
 
     Hooks may use what :data:`SURFACE` lists; everything else may change.
     """
@@ -105,6 +107,7 @@ class Trainer:
         resume_from: str | Path | None = None,
         stop_at_step: int | None = None,
         allow_change: Sequence[str] = (),
+        weights: Callable[[nn.Module], None] | None = None,
         console: Console | None = None,
         strict: bool = False,
     ) -> None:
@@ -124,6 +127,7 @@ class Trainer:
         )
         self._console = console
         self._allow_change = tuple(dict.fromkeys(allow_change))
+        self._weights = weights
         # Set by fit().
         self._watch: TorchWatch | None = None
         self._assembly: Assembly | None = None
@@ -345,7 +349,11 @@ class Trainer:
         try:
             with self._watching_providers():
                 parts, built = prepare(
-                    self.kernel, device, self.world, self.stopping.interrupts.require_none
+                    self.kernel,
+                    device,
+                    self.world,
+                    self.stopping.interrupts.require_none,
+                    self._weights,
                 )
         except Exception as error:
             if not is_out_of_memory(error) or isinstance(error, PluginError):

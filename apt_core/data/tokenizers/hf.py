@@ -30,17 +30,20 @@ from apt_core.providers.tokenizer import (
 )
 
 _KEY = "data.tokenizer.path"
+GENERATION_FILE = "generation_config.json"
 _NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 @dataclass(frozen=True)
 class HFFiles:
     """What decides a tokenizer's ids: the text of tokenizer.json, tokenizer_config.json with the
-    special tokens, and the chat template."""
+    special tokens, and the chat template. ``ends`` are the ids that end a text of the model that
+    the tokenizer came with, as generation_config.json has them."""
 
     tokenizer: str
     config: dict[str, Any]
     template: str | None
+    ends: tuple[int, ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> HFFiles:
@@ -59,7 +62,7 @@ class HFFiles:
             template = _text(path / TEMPLATE_FILE, MAX_TEMPLATE)
         if template is not None and not isinstance(template, str):
             raise ValueError("its chat_template is no text")
-        return cls(_text(path / "tokenizer.json"), config, template)
+        return cls(_text(path / "tokenizer.json"), config, template, _ends(path))
 
     def write(self, folder: Path) -> None:
         """Write them, for :meth:`read`."""
@@ -68,6 +71,9 @@ class HFFiles:
         write_atomically(folder / "tokenizer_config.json", config + "\n")
         if self.template is not None:
             write_atomically(folder / TEMPLATE_FILE, self.template)
+        if self.ends:
+            ends = json.dumps({"eos_token_id": list(self.ends)})
+            write_atomically(folder / GENERATION_FILE, ends + "\n")
 
     @property
     def tokens(self) -> dict[str, str]:
@@ -186,6 +192,7 @@ class HFTokenizer(TokenizerProvider):
             bos=bos if bos in before or self._files.config.get("add_bos_token") else None,
             eos=ids.get("eos_token", ids.get("sep_token")),
             pad=ids.get("pad_token"),
+            ends=tuple(each for each in self._files.ends if each < self.vocab_size),
             names={token: each.content for token, each in added.items() if each.special},
         )
 
@@ -309,6 +316,14 @@ def _mapping(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path.name} is no JSON object")
     return found
+
+
+def _ends(folder: Path) -> tuple[int, ...]:
+    found = _mapping(folder / GENERATION_FILE).get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(each) is int and each >= 0 for each in ids):
+        raise ValueError(f"the eos_token_id of its {GENERATION_FILE} is no id and no list of ids")
+    return tuple(sorted({*ids}))
 
 
 def _token_text(token: Any) -> str | None:
