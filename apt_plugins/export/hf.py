@@ -25,6 +25,18 @@ from apt_core.providers import (
 )
 from apt_core.providers.base import read_settings
 from apt_plugins.export.folders import write_tensors
+from apt_plugins.export.hf_names import (
+    ATTENTION,
+    ATTENTION_NORM,
+    EMBEDDING,
+    FFN,
+    FFN_NORM,
+    FFN_PLACE,
+    FINAL_NORM,
+    HEAD,
+    QK_NORM,
+    of_block,
+)
 from apt_plugins.export.settings import FolderSettings
 from apt_plugins.export.tokenizers import ExpressedTokenizer, expressed
 
@@ -178,29 +190,27 @@ def named_tensors(job: ExportJob) -> Iterator[tuple[str, Tensor]]:
     time."""
     model = job.model
     job.advance("embedding")
-    yield "model.embed_tokens.weight", model.embedding
+    yield EMBEDDING, model.embedding
     for number, block in enumerate(model.blocks()):
         job.advance(f"block {number + 1} of {model.shape.num_layers}")
-        place = f"model.layers.{number}"
         for name, tensor in _of_block(block, model):
-            yield f"{place}.{name}.weight", tensor
-    yield "model.norm.weight", model.final_norm.weight
+            yield of_block(number, name), tensor
+    yield FINAL_NORM, model.final_norm.weight
     if model.head is not None:
-        yield "lm_head.weight", model.head
+        yield HEAD, model.head
 
 
 def _of_block(block: PlainBlock, model: PlainModel) -> Iterator[tuple[str, Tensor]]:
     attention, ffn = block.attention, block.ffn
-    yield "input_layernorm", block.attention_norm.weight
-    for name, tensor in (("q", attention.q), ("k", attention.k), ("v", attention.v)):
-        yield f"self_attn.{name}_proj", tensor
-    yield "self_attn.o_proj", attention.out
-    for name, norm in (("q", attention.q_norm), ("k", attention.k_norm)):
+    yield ATTENTION_NORM, block.attention_norm.weight
+    for part, name in ATTENTION.items():
+        yield name, getattr(attention, part)
+    for part, name in QK_NORM.items():
+        norm = getattr(attention, part)
         if norm is not None:
-            yield f"self_attn.{name}_norm", norm.weight
-    yield "post_attention_layernorm", block.ffn_norm.weight
-    names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-    place = "mlp"
+            yield name, norm.weight
+    yield FFN_NORM, block.ffn_norm.weight
+    names, place = FFN, FFN_PLACE
     if isinstance(ffn, PlainExperts):
         if model_type(model.shape) == "mixtral":
             names, place = {"gate": "w1", "up": "w3", "down": "w2"}, "block_sparse_moe"

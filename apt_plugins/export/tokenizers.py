@@ -68,7 +68,7 @@ def expressed(tokenizer: TokenizerProvider) -> ExpressedTokenizer:
     ids = {"bos_token": special.bos, "eos_token": special.eos, "pad_token": special.pad}
     found = {key: token for key, token in ids.items() if token is not None}
     tokens = {**own, **{key: names[token] for key, token in found.items() if token in names}}
-    ends = {special.eos, special.end, *special.roles.values()} - {None}
+    ends = {special.eos, special.end, *special.roles.values(), *special.ends}
     return ExpressedTokenizer(
         data,
         tokenizer.chat_template,

@@ -1,0 +1,1 @@
+"""``apt-import``: a folder of Hugging Face becomes a run."""
