@@ -67,6 +67,10 @@ class ExporterProvider(Provider, ABC):
         told beside."""
         return None
 
+    def usage(self, folder: str) -> str:
+        """How the export in ``folder`` is used, in Markdown, for its card."""
+        return ""
+
     @property
     def proof(self) -> Proof | None:
         """How to run what was written; None, the default, where nothing is known that could."""

@@ -34,7 +34,8 @@ class Measured(_Row):
 
 
 class Origin(_Row):
-    """The run's folder, and what of it was exported: how ``open_run`` was called."""
+    """The run's folder, relative to that of the certificate, and what of it was exported: how
+    ``open_run`` was called."""
 
     run: str
     checkpoint: str = ""

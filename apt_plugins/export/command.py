@@ -10,11 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from apt_core import ConfigError
+from apt_core import ConfigError, Problem
 from apt_core.cli.output import Json, complain, make_console, say
 from apt_core.cli.run_command import run_command
 from apt_core.cli.run_options import Debug, Plugins, Run, Set, Step, Weights, opened
 from apt_core.printable import printable
+from apt_core.profile_paths import user_path
 
 PLUGIN = "export"
 
@@ -59,6 +60,27 @@ def export(
     force: Annotated[
         bool, typer.Option("--force", help="Replace an earlier export, and export unfinished runs.")
     ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO",
+            help="Upload the export to the Hugging Face Hub, as USER/NAME. A new repository is "
+            "private; the credentials are those of huggingface_hub.",
+            show_default=False,
+        ),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="With --push: a new repository is public.")
+    ] = False,
+    verify: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Repeat the proof of an export, in place of making one. RUN is the run that its "
+            "certificate names.",
+            show_default=False,
+        ),
+    ] = None,
     step: Step = None,
     weights: Weights = "last",
     device: Annotated[
@@ -77,9 +99,26 @@ def export(
     the run's model: logits, the stream after each block, greedy texts, the tokenizer. What differs
     by more than the tolerance is not written.
     """
+    if verify is not None:
+        return _verified(user_path(verify), run, device, plugin, set_, as_json=json, debug=debug)
+    problems = []
     if to is None:
-        raise ConfigError("names no target", "--to", hint="such as --to hf")
-    options = parsed_options(option or ())
+        problems.append(Problem("names no target", "--to", hint="such as --to hf"))
+    if push is not None and unproven:
+        problems.append(Problem("does not go with --unproven: what leaves is proven", "--push"))
+    if public and push is None:
+        problems.append(Problem("goes with --push", "--public"))
+    options: dict[str, Any] = {}
+    try:
+        options = parsed_options(option or ())
+        if push is not None:
+            from apt_plugins.export.hub import check_push
+
+            check_push(push)
+    except ConfigError as error:
+        problems += error.problems
+    if to is None or problems:
+        raise ConfigError(problems)
     with opened(
         run,
         step=step,
@@ -95,10 +134,11 @@ def export(
 
         if step is None and weights == "last" and not force:
             check_finished(session)
+        place = folder_of(session) / "exports" / to if output is None else user_path(output)
         order = exporting.Order(
             to,
-            output or folder_of(session) / "exports" / to,
-            origin_of(session, weights, plugin or ()),
+            place,
+            origin_of(session, place, weights, plugin or ()),
             options,
             drop or (),
             unproven=unproven,
@@ -108,10 +148,54 @@ def export(
             certificate = exporting.export(
                 session, order, text=lambda: HeldOutText(session), tell=tell
             )
-    complain(certificate.summary())
+        complain(certificate.summary())
+        if push is not None:
+            from apt_plugins.export.hub import push as upload
+
+            message = f"{session.config.name}, step {session.position.step}, by apt-export"
+            complain(f"pushed: {upload(place, push, public=public, message=message)}")
     if json:
         return Json(certificate.model_dump(exclude_none=True))
-    say(order.output)
+    say(place)
+    return None
+
+
+def _verified(
+    folder: Path,
+    run: str | None,
+    device: str,
+    plugins: Sequence[str] | None,
+    assignments: Sequence[str] | None,
+    *,
+    as_json: bool,
+    debug: bool,
+) -> Json | None:
+    """Repeat the proof of the export in ``folder``."""
+    from apt_plugins.export import verifying
+    from apt_plugins.export.certificate import read_certificate
+
+    recorded = read_certificate(folder)
+    verifying.check_plugins(recorded, plugins or ())
+    checkpoint, weights = verifying.run_behind(folder, recorded, run)
+    with opened(
+        str(checkpoint),
+        step=recorded.origin.step,
+        weights=weights,
+        device=device,
+        plugins=[PLUGIN, *(plugins or ())],
+        assignments=assignments,
+        debug=debug,
+    ) as session:
+        from apt_plugins.export.held_out import HeldOutText
+
+        with progress() as tell:
+            certificate = verifying.verify(
+                session, folder, text=lambda: HeldOutText(session), tell=tell
+            )
+    complain(certificate.summary())
+    if as_json:
+        return Json(certificate.model_dump(exclude_none=True))
+    say(folder)
     return None
 
 

@@ -5,8 +5,9 @@ Shapes: T tokens, V token ids, D d_model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,9 @@ import torch
 from apt_plugins.export.own_answers import OwnAnswers, gap
 from apt_plugins.export.questions import Questions
 from apt_plugins.export.runtimes import ForeignAnswers
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -200,17 +204,22 @@ def _common(mine: Sequence[int], theirs: Sequence[int]) -> int:
     return min(len(mine), len(theirs))
 
 
+def _pairs(
+    asked: Sequence[Item], answers: Sequence[Answer] | None
+) -> Iterator[tuple[Item, Answer]]:
+    """Each question with its answer; none where the runtime does not answer at all."""
+    return zip(asked, answers, strict=True) if answers is not None else iter(())
+
+
 def _compare_tokenizers(
     own: OwnAnswers, foreign: ForeignAnswers, questions: Questions, found: Comparison
 ) -> None:
-    for text, ids in zip(questions.texts, foreign.text_ids, strict=True):
+    for text, ids in _pairs(questions.texts, foreign.text_ids):
         if ids is not None:
             found.encoded += 1
             if ids != own.encode(text):
                 found.not_encoded.append(repr(text))
-    for messages, ids in zip(questions.conversations, foreign.conversation_ids, strict=True):
-        if not found.encoded:  # the runtime has no tokenizer at all
-            break
+    for messages, ids in _pairs(questions.conversations, foreign.conversation_ids):
         found.encoded += 1
         if ids is None:
             found.not_encoded.append(f"a conversation of {len(messages)} messages")

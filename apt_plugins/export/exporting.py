@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from apt_core import AptError, ConfigError, Problem, __version__
+from apt_core.files import write_atomically
 from apt_core.modeling.plain import drop_beyond, plain_model
 from apt_core.providers import ExporterProvider, ExportJob, PlainModel, Proof
 from apt_core.requirements import unmet
 from apt_core.runs import Session
 from apt_core.runs.folder import now
+from apt_plugins.export.card import card_of
 from apt_plugins.export.certificate import (
+    CARD,
     Certificate,
     Dropped,
     Measured,
@@ -164,6 +167,8 @@ def export(
             if comparison.faults:
                 raise AptError(f"{order.target}: {refusal(comparison)}; nothing is left of it")
         certificate.write(folder)
+        usage = exporter.usage(order.output.name)
+        write_atomically(folder / CARD, card_of(session, certificate, plain.shape, usage))
         publish()
     return certificate
 

@@ -39,6 +39,7 @@ from apt_plugins.export.hf_names import (
 )
 from apt_plugins.export.settings import FolderSettings
 from apt_plugins.export.tokenizers import ExpressedTokenizer, expressed
+from apt_plugins.export.tolerances import TOLERANCES
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -47,10 +48,6 @@ ARCHITECTURES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 """By the type of a model."""
-
-TOLERANCES = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 8e-2}
-"""By the type of the weights. Rounding them changes the model, so that greedy texts part where two
-tokens are nearly as likely as each other."""
 
 SCRIPT = Path(__file__).with_name("proofs") / "with_transformers.py"
 
@@ -87,6 +84,16 @@ class HFExporter(ExporterProvider):
     def write(self, job: ExportJob) -> None:
         write_configuration(job, self.settings.dtype)
         write_tensors(job.folder, named_tensors(job), self.settings)
+
+    def usage(self, folder: str) -> str:
+        return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+ids = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=50)
+print(tokenizer.decode(ids[0]))
+```"""
 
     @property
     def proof(self) -> Proof:

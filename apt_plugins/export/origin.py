@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,12 @@ def check_finished(session: Session) -> None:
     )
 
 
-def origin_of(session: Session, weights: str, plugins: Sequence[str]) -> Origin:
-    """What a certificate says of the run."""
+def origin_of(session: Session, output: Path, weights: str, plugins: Sequence[str]) -> Origin:
+    """What the certificate in ``output`` says of the run, whose place it has relative to that: an
+    export that goes elsewhere does not tell where it was made."""
     assert session.checkpoint is not None
     return Origin(
-        run=str(folder_of(session).resolve()),
+        run=os.path.relpath(folder_of(session).resolve(), output.resolve()),
         checkpoint=session.checkpoint.name,
         profile=session.config.name,
         step=session.position.step,

@@ -39,4 +39,12 @@ def apt_register_providers() -> list[ProviderSpec]:
             requires=("gguf>=0.17",),
             config=GGUFSettings,
         ),
+        ProviderSpec(
+            kind="exporter",
+            name="safetensors",
+            factory="apt_plugins.export.plain_weights:PlainWeightsExporter",
+            version="1.0.0",
+            summary="the weights of the plain form by their plain names",
+            config=FolderSettings,
+        ),
     ]

@@ -37,8 +37,8 @@ class ForeignAnswers:
 
     versions: dict[str, str]
     tokens: list[list[int]]
-    text_ids: list[list[int] | None]
-    conversation_ids: list[list[int] | None]
+    text_ids: list[list[int] | None] | None
+    conversation_ids: list[list[int] | None] | None
     ends: list[int] | None
     few_ends: bool
     also: dict[str, list[list[int]]]

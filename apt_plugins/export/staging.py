@@ -71,15 +71,18 @@ def staged(target: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
         if replaced is not None:
             shutil.rmtree(replaced)
 
+    missing = [path for path in target.parents if not path.exists()]
     try:
-        try:
-            staging.mkdir(parents=True)
-            yield staging, publish
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise AptError(f"{target}: the export cannot be written: {reason}") from error
+        staging.mkdir(parents=True)
+        yield staging, publish
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise AptError(f"{target}: the export cannot be written: {reason}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        for path in missing:  # as long as they are empty
+            with suppress(OSError):
+                path.rmdir()
 
 
 def _remove_left_over(target: Path) -> None:

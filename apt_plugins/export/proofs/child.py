@@ -105,8 +105,11 @@ def _answer(runtime: Runtime, request: dict[str, Any], tell: Callable[[str], Non
         for name, each in runtime.also.items()
     }
     tell("tokenizer")
-    encoded = [runtime.encode(text) for text in request["texts"]]
-    said = [runtime.encode_conversation(each) for each in request["conversations"]]
+    encoded = said = None
+    if type(runtime).encode is not Runtime.encode:
+        encoded = [runtime.encode(text) for text in request["texts"]]
+    if type(runtime).encode_conversation is not Runtime.encode_conversation:
+        said = [runtime.encode_conversation(each) for each in request["conversations"]]
     np.savez(os.path.join(request["output"], "outputs.npz"), **arrays)
     found = {
         "versions": {"python": sys.version.split()[0], "numpy": np.__version__, **runtime.versions},

@@ -23,7 +23,7 @@ from apt_core.testing import tiny_session
 from apt_core.testing.tiny import TEXT
 from apt_plugins.export.comparing import Comparison, compare
 from apt_plugins.export.own_answers import OwnAnswers, RoundedAnswers
-from apt_plugins.export.questions import questions_for
+from apt_plugins.export.questions import NUM_PROMPTS, questions_for
 from apt_plugins.export.runtimes import answered
 from apt_plugins.moe.settings import MoeSettings
 from apt_plugins.moe.upcycle import upcycled
@@ -170,8 +170,8 @@ Certify = Callable[..., dict[str, Comparison]]
 
 @pytest.fixture(scope="session")
 def certify(models: dict[str, Session], tmp_path_factory: pytest.TempPathFactory) -> Certify:
-    """``certify(exporter, names, spoil=None)``: the comparisons of exports of these models, which
-    ``spoil(folder)`` may have changed."""
+    """``certify(exporter, names, spoil=None, num_prompts=20)``: the comparisons of exports of these
+    models, which ``spoil(folder)`` may have changed."""
     return partial(certified, models, tmp_path_factory)
 
 
@@ -181,6 +181,7 @@ def certified(
     exporter: ExporterProvider,
     names: Sequence[str] | None = None,
     spoil: Callable[[Path], None] | None = None,
+    num_prompts: int = NUM_PROMPTS,
 ) -> dict[str, Comparison]:
     proof = exporter.proof
     assert proof is not None
@@ -194,7 +195,9 @@ def certified(
         exporter.write(ExportJob(folder, plain, session.tokenizer, "tiny"))
         if spoil is not None:
             spoil(folder)
-        targets.append((folder, questions_for(plain.shape, session.tokenizer)))
+        targets.append(
+            (folder, questions_for(plain.shape, session.tokenizer, num_prompts=num_prompts))
+        )
         stored = exporter.stored(plain)
         owns.append(OwnAnswers(session) if stored is None else RoundedAnswers(session, stored))
     with answered(proof, targets) as answers:
