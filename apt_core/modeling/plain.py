@@ -31,9 +31,7 @@ from apt_core.providers.plain import (
 
 Form = TypeVar("Form")
 
-HARMLESS = frozenset(
-    {"init_parameter", "reset_buffers", "extra_repr", "prepare_rows", "decode", "decoding", "rows"}
-)
+HARMLESS = frozenset({"init_parameter", "reset_buffers", "extra_repr", "decoding", "rows"})
 """Methods of a derived class that do not change what its ``forward`` computes."""
 
 
