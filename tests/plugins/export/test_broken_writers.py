@@ -44,7 +44,20 @@ MODEL = Model(
     {"experts": 3, "top_k": 2},
     tokenizer="bpe",
 )
-EXPORTERS: dict[str, Callable[[], ExporterProvider]] = {"hf": HFExporter, "onnx": ONNXExporter}
+
+
+def gguf_exporter() -> ExporterProvider:
+    pytest.importorskip("gguf", reason="what writes GGUF is not installed")
+    from apt_plugins.export.gguf.exporter import GGUFExporter
+
+    return GGUFExporter()
+
+
+EXPORTERS: dict[str, Callable[[], ExporterProvider]] = {
+    "hf": HFExporter,
+    "onnx": ONNXExporter,
+    "gguf": gguf_exporter,
+}
 
 Spoil = Callable[[PlainModel], PlainModel]
 
