@@ -1,9 +1,9 @@
-"""Generation on a CPU, against transformers' Llama with the same weights.
+"""Generation on a CPU, against transformers' Llama and llama.cpp with the same weights.
 
 TVA is exactly multi-head attention with narrow heads, so the models of each size compute the same:
-APT's engine, and LlamaForCausalLM.generate with its default and its static cache, greedily, in
-fp32. Both sides continue the same prompt and must give the same tokens. One process times them in
-turns.
+APT's engine, LlamaForCausalLM.generate with its default and its static cache, and llama.cpp,
+greedily, in fp32. All sides continue the same prompt and must give the same tokens. One process
+times them in turns.
 
 The share of the memory's bandwidth is the bytes of all weights that a token needs, times the tokens
 per second, over the bandwidth of the fastest of three large reads in the same run.
@@ -14,6 +14,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from _harness import Report, interleave, run
+from _llama_cpp import LlamaCpp, write_gguf
 from apt_core import GenerationRequest
 from apt_core.data.tokenizers.base import CoreTokenizer
 from apt_core.inference import Engine
@@ -206,10 +209,20 @@ def weight_bytes(llama: LlamaForCausalLM) -> int:
     return sum(parameter.nbytes for parameter in llama.parameters()) - unread
 
 
-def measure_size(report: Report, size: Size, rounds: int) -> list[list[str | float]]:
+def by_llama_cpp(
+    path: Path, texts: Sequence[str], tokens: int, threads: int
+) -> Callable[[], list[list[int]]]:
+    llama = LlamaCpp(path, threads=threads, rows=len(texts), context=CONTEXT)
+    ids = [[ord(character) for character in text] for text in texts]
+    return lambda: llama.generated(ids, tokens)
+
+
+def measure_size(report: Report, size: Size, rounds: int, folder: Path) -> list[list[str | float]]:
     threads = size.threads or torch.get_num_threads()
     session = session_of(size, threads)
     llama = llama_of(size, session.model)
+    path = folder / f"{size.name}.gguf"
+    write_gguf(session.model, path)
     rows: list[list[str | float]] = []
     for batch in BATCHES:
         engine = Engine(session, max_batch=batch, lookup="never")
@@ -218,10 +231,12 @@ def measure_size(report: Report, size: Size, rounds: int) -> list[list[str | flo
             "apt": ours(engine, texts, tokens),
             "llama": theirs(llama, texts, tokens, threads),
             "llama_static": theirs(llama, texts, tokens, threads, cache_implementation="static"),
+            "llama_cpp": by_llama_cpp(path, texts, tokens, threads),
         }
         equal = agreement(sides["apt"](), sides["llama"]())
+        agreement(sides["apt"](), sides["llama_cpp"]())
         times = interleave(sides, baseline="apt", rounds=rounds, calls=1, warmup=1)
-        for peer in ("llama", "llama_static"):
+        for peer in ("llama", "llama_static", "llama_cpp"):
             report.ratio(f"{peer}_over_apt_{size.name}_batch{batch}", times, peer, over="apt")
         if batch == 1:
             report.noise(f"apt_over_apt_{size.name}", times)
@@ -347,25 +362,27 @@ def measure(report: Report, quick: bool) -> None:
     transformers.logging.set_verbosity_error()
     report.machine["threads"] = torch.get_num_threads()
     rows: list[list[str | float]] = []
-    for size in SIZES[:1] if quick else SIZES:
-        rows += measure_size(report, size, 2 if quick else size.rounds)
+    with TemporaryDirectory() as folder:
+        for size in SIZES[:1] if quick else SIZES:
+            rows += measure_size(report, size, 2 if quick else size.rounds, Path(folder))
     cache_bytes(report)
     report.table(
         "Tokens per second",
-        ["model", "APT", "Llama, default cache", "Llama, static cache", "equal texts"],
+        ["model", "APT", "Llama", "Llama, static cache", "llama.cpp", "texts equal to Llama's"],
         rows,
     )
     report.note(
         f"Greedy, fp32, a prompt of {PROMPT} tokens, {VOCABULARY:,} ids; the first token after "
         f"{LONG_PROMPT}. The model of 1 M is computed by one thread on both sides, which is faster "
-        "for both. llama.cpp is not among the peers: it needs an exported model, and APT exports "
-        "none yet."
+        "for both. llama.cpp has the weights in F32, and its own defaults: 16 bits for keys and "
+        "values, flash attention."
     )
 
 
 if __name__ == "__main__":
     run(
-        "How fast is generation on a CPU, against transformers' Llama with the same weights?",
+        "How fast is generation on a CPU, against transformers' Llama and llama.cpp with the same "
+        "weights?",
         measure,
-        packages=["torch", "transformers"],
+        packages=["torch", "transformers", "gguf", "xllamacpp"],
     )

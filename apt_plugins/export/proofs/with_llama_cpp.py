@@ -92,6 +92,8 @@ class Library:
         self.decode = take("llama_decode", c_int32, c_void_p, Batch)
         self.logits = take("llama_get_logits_ith", POINTER(c_float), c_void_p, c_int32)
         self.set_threads = take("llama_set_n_threads", None, c_void_p, c_int32, c_int32)
+        self.memory = take("llama_get_memory", c_void_p, c_void_p)
+        self.forget = take("llama_memory_clear", None, c_void_p, c_bool)
         self.vocabulary = take("llama_model_get_vocab", c_void_p, c_void_p)
         self.vocabulary_size = take("llama_vocab_n_tokens", c_int32, c_void_p)
         self.is_end = take("llama_vocab_is_eog", c_bool, c_void_p, c_int32)
