@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -21,11 +22,14 @@ from torch import Tensor, nn
 from apt_core.errors import ConfigError, Problem, did_you_mean
 from apt_core.providers.plain import (
     Beyond,
+    PlainAttention,
     PlainBlock,
     PlainExperts,
+    PlainFFN,
     PlainModel,
     PlainNorm,
     PlainRope,
+    PlainRouter,
     PlainShape,
 )
 
@@ -53,6 +57,37 @@ class NotPlain(ValueError):
     def __init__(self, reasons: Mapping[str, str]) -> None:
         self.reasons = dict(reasons)
         super().__init__("; ".join(f"{place}: {why}" for place, why in self.reasons.items()))
+
+
+class LeftOut(nn.Module):
+    """Stands for a layer that was dropped from a block: it adds nothing to the stream. In the plain
+    form it is a layer like those of other blocks whose output matrix is 0."""
+
+    def __init__(self, form: type[PlainAttention] | type[PlainFFN]) -> None:
+        super().__init__()
+        self._form = form
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        """x [B, T, D] to zeros [B, T, D]."""
+        return torch.zeros_like(x)
+
+    def plain(self) -> PlainAttention | PlainFFN:
+        """A form of no size, which :func:`plain_model` replaces."""
+        none = torch.empty(0, 0)
+        if self._form is PlainFFN:
+            return PlainFFN(none, none, none)
+        return PlainAttention(none, none, none, none, 0, 0, 0, PlainRope(1.0))
+
+
+def without_form(block: nn.Module, names: Mapping[str, type[Any]]) -> Iterator[Beyond]:
+    """The layers of ``block``, of those with these attributes and forms, that have no plain form;
+    they can be left out."""
+    for name, form in names.items():
+        layer = getattr(block, name)
+        if not _tells_its_form(layer):
+            drop = partial(setattr, block, name, LeftOut(form))
+            what = f"its {name} ({type(layer).__name__}) has no plain form"
+            yield Beyond(name, what, drop)
 
 
 def plain_of(part: nn.Module | None, form: type[Form] | tuple[type[Form], ...]) -> Form:
@@ -124,14 +159,16 @@ def plain_model(model: nn.Module, vocab_size: int | None = None) -> PlainModel:
     not dropped, layers without one, blocks that differ from each other.
     """
     reasons: list[tuple[str, str, str]] = []  # place, message, hint
+    named = set()
     for place, each in beyond_plain(model):
         hint = f"--drop {each.name} leaves it out" if each.drop is not None else ""
-        reasons.append((place, f"{each.what}, which no plain form holds", hint))
+        reasons.append((place, each.what, hint))
+        named.add(f"{place}.{each.name}")
     try:
         parts = plain_of(model, PlainParts)
     except ValueError as error:
-        named = error.reasons if isinstance(error, NotPlain) else {"": str(error)}
-        reasons += [(place, why, "") for place, why in named.items()]
+        why = error.reasons if isinstance(error, NotPlain) else {"": str(error)}
+        reasons += [(place, message, "") for place, message in why.items()]
         raise ConfigError(_problems(reasons)) from None
     shapes: dict[int, dict[str, Any]] = {}
     final_norm = parts.final_norm
@@ -141,17 +178,25 @@ def plain_model(model: nn.Module, vocab_size: int | None = None) -> PlainModel:
             found = plain_of(block, PlainBlock)
             shapes[number] = _numbers(found, parts.embedding.shape[1], final_norm)
         except NotPlain as error:
-            reasons += [(f"{place}.{part}", why, "") for part, why in error.reasons.items()]
+            reasons += [
+                (f"{place}.{part}", message, "")
+                for part, message in error.reasons.items()
+                if f"{place}.{part}" not in named
+            ]
         except ValueError as error:
             reasons.append((place, str(error), ""))
-    first = next(iter(shapes), None)
+    common: dict[str, tuple[Any, int]] = {}
     for number, numbers in shapes.items():
         for key, value in numbers.items():
-            if value != shapes[first or 0][key]:
-                why = f"its {key} is {value}, that of blocks.{first} is {shapes[first or 0][key]}"
-                reasons.append((f"blocks.{number}", f"{why}: a plain model has one for all", ""))
-    if not parts.blocks:
-        reasons.append(("", "the model has no blocks", ""))
+            expected, first = common.setdefault(key, (value, number))
+            if value != expected:
+                message = f"its {key} is {value}, that of blocks.{first} is {expected}"
+                message += ": a plain model has one for all"
+                reasons.append((f"blocks.{number}", message, ""))
+    if not reasons:
+        for key, what in (("num_heads", "attention"), ("d_ff", "feed-forward")):
+            if key not in common:
+                reasons.append(("", f"there is no {what} left in any block", ""))
     if reasons:
         raise ConfigError(_problems(reasons))
     rows = parts.embedding.shape[0] if vocab_size is None else vocab_size
@@ -161,12 +206,12 @@ def plain_model(model: nn.Module, vocab_size: int | None = None) -> PlainModel:
         num_layers=len(parts.blocks),
         max_seq_len=parts.max_seq_len,
         tied=parts.head is None,
-        **shapes[0],
+        **{key: value for key, (value, _) in common.items()},
     )
 
     @torch.no_grad()
     def made(number: int) -> PlainBlock:
-        return _as_fp32(plain_of(parts.blocks[number], PlainBlock))
+        return _filled(_as_fp32(plain_of(parts.blocks[number], PlainBlock)), shape)
 
     return PlainModel(
         shape,
@@ -210,12 +255,15 @@ def _numbers(block: PlainBlock, d_model: int, final_norm: PlainNorm) -> dict[str
     expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
         "attention_norm": (block.attention_norm.weight, (d_model,)),
         "ffn_norm": (block.ffn_norm.weight, (d_model,)),
-        "attention.q": (attention.q, (heads * width, d_model)),
-        "attention.k": (attention.k, (kv_heads * width, d_model)),
-        "attention.v": (attention.v, (kv_heads * width, d_model)),
-        "attention.out": (attention.out, (d_model, heads * width)),
         **{f"attention.qk_norm[{n}]": (norm.weight, (width,)) for n, norm in enumerate(qk_norms)},
     }
+    if heads:
+        expected |= {
+            "attention.q": (attention.q, (heads * width, d_model)),
+            "attention.k": (attention.k, (kv_heads * width, d_model)),
+            "attention.v": (attention.v, (kv_heads * width, d_model)),
+            "attention.out": (attention.out, (d_model, heads * width)),
+        }
     experts = isinstance(ffn, PlainExperts)
     d_ff, each = ffn.gate.shape[-2], tuple(ffn.gate.shape[:-2])
     numbers = {"num_experts": 0, "experts_per_token": 0, "renormalised": True}
@@ -227,12 +275,12 @@ def _numbers(block: PlainBlock, d_model: int, final_norm: PlainNorm) -> dict[str
             "renormalised": router.renormalised,
         }
         expected["ffn.router"] = (router.weight, (*each, d_model))
-    for name, tensor, shape in (
-        ("ffn.gate", ffn.gate, (d_ff, d_model)),
-        ("ffn.up", ffn.up, (d_ff, d_model)),
-        ("ffn.down", ffn.down, (d_model, d_ff)),
-    ):
-        expected[name] = (tensor, (*each, *shape))
+    if ffn.gate.numel():
+        expected |= {
+            "ffn.gate": (ffn.gate, (*each, d_ff, d_model)),
+            "ffn.up": (ffn.up, (*each, d_ff, d_model)),
+            "ffn.down": (ffn.down, (*each, d_model, d_ff)),
+        }
     reasons = {
         name: f"its plain form has {list(tensor.shape)} in place of {list(shape)}"
         for name, (tensor, shape) in expected.items()
@@ -248,16 +296,37 @@ def _numbers(block: PlainBlock, d_model: int, final_norm: PlainNorm) -> dict[str
         reasons["norms"] = f"their eps are {listed}, and a plain model has one"
     if reasons:
         raise NotPlain(reasons)
-    return {
-        "num_heads": heads,
-        "num_kv_heads": kv_heads,
-        "head_dim": width,
-        "d_ff": d_ff,
-        "rope": attention.rope,
-        "norm_eps": final_norm.eps,
-        "qk_norm": bool(qk_norms),
-        **numbers,
-    }
+    found: dict[str, Any] = {"norm_eps": final_norm.eps}
+    if heads:
+        found |= {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": width}
+        found |= {"rope": attention.rope, "qk_norm": bool(qk_norms)}
+    if ffn.gate.numel():
+        found |= {"d_ff": d_ff, **numbers}
+    return found
+
+
+def _filled(block: PlainBlock, shape: PlainShape) -> PlainBlock:
+    """``block`` with layers of this shape, which do nothing, in the place of those that were left
+    out."""
+    if not block.attention.num_heads:
+        width, norm = shape.head_dim, PlainNorm(torch.ones(shape.head_dim), shape.norm_eps)
+        read, shared = shape.num_heads * width, shape.num_kv_heads * width
+        q, k, v = (torch.zeros(rows, shape.d_model) for rows in (read, shared, shared))
+        qk_norm = norm if shape.qk_norm else None
+        sizes = (shape.num_heads, shape.num_kv_heads, width)
+        out = torch.zeros(shape.d_model, read)
+        attention = PlainAttention(q, k, v, out, *sizes, shape.rope, qk_norm, qk_norm)
+        block = replace(block, attention=attention)
+    if not block.ffn.gate.numel():
+        each = (shape.num_experts,) if shape.num_experts else ()
+        gate, up = (torch.zeros(*each, shape.d_ff, shape.d_model) for _ in range(2))
+        ffn: PlainFFN | PlainExperts = PlainFFN(gate, up, gate.mT.contiguous())
+        if shape.num_experts:
+            weight = torch.zeros(shape.num_experts, shape.d_model)
+            router = PlainRouter(weight, shape.experts_per_token, shape.renormalised)
+            ffn = PlainExperts(router, gate, up, gate.mT.contiguous())
+        block = replace(block, ffn=ffn)
+    return block
 
 
 def _as_fp32(form: Any) -> Any:

@@ -13,6 +13,7 @@ from apt_core.data.tokenizers.bpe import SYMBOLS
 from apt_core.data.tokenizers.byte import ByteTokenizer
 from apt_core.data.tokenizers.char import CharTokenizer
 from apt_core.data.tokenizers.hf import HFTokenizer
+from apt_core.error_text import one_line
 from apt_core.files import write_atomically
 from apt_core.providers.documents import Document
 from apt_core.providers.tokenizer import TokenizerProvider
@@ -136,13 +137,17 @@ def _json(
 def _saved(tokenizer: TokenizerProvider) -> tuple[dict[str, Any], dict[str, str]]:
     """The tokenizer.json that ``tokenizer`` saves, and the special tokens that it names beside
     it."""
+    name = tokenizer.get_name()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        tokenizer.save(folder)
+        try:
+            tokenizer.save(folder)
+        except Exception as error:  # of whoever wrote it
+            reason = one_line(error)
+            raise ValueError(f"saving the tokenizer {name} failed: {reason}") from error
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(
-                f"the tokenizer {tokenizer.get_name()} saves no tokenizer.json, which other "
-                "programs read"
+                f"the tokenizer {name} saves no tokenizer.json, which other programs read"
             )
         kept = HFTokenizer()
         try:
@@ -152,7 +157,7 @@ def _saved(tokenizer: TokenizerProvider) -> tuple[dict[str, Any], dict[str, str]
             raise ValueError(str(error)) from error
         if kept.vocab_size != tokenizer.vocab_size:
             raise ValueError(
-                f"the tokenizer {tokenizer.get_name()} has {tokenizer.vocab_size} ids, and its "
+                f"the tokenizer {name} has {tokenizer.vocab_size} ids, and its "
                 f"tokenizer.json {kept.vocab_size}"
             )
         wanted = tokenizer.encode_prompt(Document(text=SAMPLE))

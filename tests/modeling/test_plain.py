@@ -122,23 +122,24 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         lambda: model_of(ffn_name="gelu", norm_name="layernorm", position_name="learned"),
         [
             "the model: embeddings of positions are added",
+            "blocks.0 (and 1 more): its ffn (GELU) has no plain form (--drop ffn leaves it out)",
             "final_norm: LayerNorm has no plain form",
         ],
     ),
     "in blocks": (
         lambda: model_of(ffn_name="relu2", position_name="none"),
         [
+            "blocks.0 (and 1 more): its ffn (SquaredReLU) has no plain form",
             "blocks.0.attention.rotary (and 1 more): there is none",
-            "blocks.0.ffn (and 1 more): SquaredReLU has no plain form",
         ],
     ),
     "a derived class with another kernel": (
         lambda: changed(partial(with_attention, Windowed), **MHA),
-        ["blocks.0.attention: Windowed has no plain form"],
+        ["blocks.0: its attention (Windowed) has no plain form"],
     ),
     "another forward of one object": (
         lambda: changed(replaced_forward),
-        ["blocks.0.ffn: SwiGLU has no plain form"],
+        ["blocks.0: its ffn (SwiGLU) has no plain form"],
     ),
     "a hook": (
         lambda: changed(lambda model: model.blocks[1].register_forward_hook(print)),
@@ -169,6 +170,23 @@ def test_what_has_no_plain_form_is_refused_with_its_place(case: str) -> None:
     told = problems_of(make())
     assert len(told) == len(expected), told
     assert all(one.startswith(other) for one, other in zip(told, expected, strict=True)), told
+
+
+def test_layers_without_a_form_can_be_left_out_of_blocks_beside_others() -> None:
+    model = changed(partial(with_attention, Windowed), **MHA, num_kv_heads=1)
+    model.blocks[1].ffn = nn.Identity()
+    ids = torch.arange(10)[None]
+    before = model(ids).logits
+    assert drop_beyond(model, ["attention", "ffn"]) == {"attention": 1, "ffn": 1}
+    plain = plain_model(model)
+    first, second = plain.blocks()
+    assert first.attention.out.shape == (16, 16) and not first.attention.out.any()
+    assert first.attention.k.shape == (8, 16) and second.attention.out.any()
+    assert second.ffn.down.shape == (16, 24) and not second.ffn.down.any()
+    assert not torch.allclose(before, model(ids).logits)
+    drop_all = changed(partial(with_attention, Windowed), **{**MHA, "num_layers": 1})
+    drop_beyond(drop_all, ["attention"])
+    assert problems_of(drop_all) == ["the model: there is no attention left in any block"]
 
 
 def test_a_derived_class_that_computes_the_same_keeps_its_form() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from apt_core.log import get_logger
 from apt_core.modeling.init import embedding_std, normal_
 from apt_core.modeling.layers.ngram import NgramEmbedding
-from apt_core.modeling.plain import PlainParts, plain_parts
+from apt_core.modeling.plain import PlainParts, plain_parts, without_form
 from apt_core.modeling.row_decoding import (
     Function,
     Products,
@@ -91,6 +91,10 @@ class Block(nn.Module):
                 ffn=(self.ffn, (PlainFFN, PlainExperts)),
             )
         )
+
+    def beyond_plain(self) -> Iterator[Beyond]:
+        """Its attention and feed-forward, where they have no plain form."""
+        return without_form(self, {"attention": PlainAttention, "ffn": PlainFFN})
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers", reason="what runs the exports is not installed")
 
+from apt_core import AptError
+from apt_core.data.tokenizers.bpe import BPETokenizer
+from apt_core.data.tokenizers.byte import ByteTokenizer
 from apt_core.modeling.plain import plain_model
-from apt_core.providers import ExportJob
+from apt_core.providers import ExportJob, SpecialTokens, TokenizerProvider
 from apt_core.runs import Session
+from apt_core.testing import tiny_session
+from apt_plugins.export.certificate import Origin
 from apt_plugins.export.comparing import Comparison
+from apt_plugins.export.exporting import Order, export
 from apt_plugins.export.hf import HFExporter
+from apt_plugins.export.plain_weights import PlainWeightsExporter
 from tests.plugins.export.conftest import MODELS, Certify
 
 KINDS = {"tva": "llama", "experts, yarn": "mixtral", "experts, QK-norm, untied": "qwen3_moe"}
@@ -49,3 +57,60 @@ def test_the_type_of_model_follows_the_shape(models: dict[str, Session], tmp_pat
         config = json.loads((folder / "config.json").read_text())
         assert config["model_type"] == kind and config["vocab_size"] == plain.shape.vocab_size
         assert [*folder.glob("*.safetensors")] == [folder / "model.safetensors"]
+
+
+class Shouting(ByteTokenizer):
+    """Saves no file that another program could read."""
+
+    def encode(self, text: str) -> list[int]:
+        return super().encode(text.upper())
+
+
+class Short(BPETokenizer):
+    """Saves the file of another tokenizer than it is."""
+
+    @property
+    def vocab_size(self) -> int:
+        return super().vocab_size - 1
+
+    special = SpecialTokens()
+
+
+class Failing(ByteTokenizer):
+    def save(self, folder: Path) -> None:
+        raise RuntimeError("no idea\nhow")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "told"),
+    [
+        (Shouting(), "the tokenizer byte saves no tokenizer.json"),
+        (Short(), "has 262 ids, and its tokenizer.json 263"),
+        (Failing(), "saving the tokenizer byte failed: RuntimeError: no idea"),
+    ],
+)
+def test_a_tokenizer_that_no_program_reads_is_refused(
+    models: dict[str, Session], tokenizer: TokenizerProvider, told: str
+) -> None:
+    plain = plain_model(models["tva"].model)
+    for exporter in (HFExporter(), PlainWeightsExporter()):
+        [problem] = exporter.check(plain.shape, tokenizer)
+        assert told in str(problem)
+
+
+def test_experts_without_renormalised_weights_need_qk_norm(models: dict[str, Session]) -> None:
+    shape = plain_model(models["experts, yarn"].model).shape
+    tokenizer = models["tva"].tokenizer
+    assert not [*HFExporter().check(shape, tokenizer)]
+    [problem] = HFExporter().check(replace(shape, renormalised=False), tokenizer)
+    assert "not renormalised, which Mixtral's are" in str(problem)
+    assert not [*HFExporter().check(replace(shape, renormalised=False, qk_norm=True), tokenizer)]
+
+
+@pytest.mark.parametrize("target", ["hf", "safetensors"])
+def test_a_full_disk_leaves_nothing(small_disk: Path, target: str) -> None:
+    session = tiny_session("export", overrides={"model.d_ff": 8192})
+    order = Order(target, small_disk / "new" / "out", Origin(run=".."), unproven=True)
+    with pytest.raises(AptError, match=r"the export cannot be written: .*No space left") as caught:
+        export(session, order)
+    assert caught.value.exit_code == 1 and not [*small_disk.iterdir()]
