@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -14,12 +16,19 @@ from apt_core import ConfigError, Problem
 from apt_core.cli.output import Json, complain, make_console, say
 from apt_core.cli.run_command import run_command
 from apt_core.cli.run_options import Debug, Plugins, Run, Set, Step, Weights, opened
+from apt_core.errors import Interrupted
+from apt_core.parallel.signals import handling
 from apt_core.printable import printable
 from apt_core.profile_paths import user_path
 
 PLUGIN = "export"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def stopped(number: int, frame: FrameType | None) -> None:
+    """Let a signal end the command as Ctrl-C does, which leaves nothing behind."""
+    raise Interrupted(number)
 
 
 @app.command()
@@ -100,7 +109,10 @@ def export(
     by more than the tolerance is not written.
     """
     if verify is not None:
-        return _verified(user_path(verify), run, device, plugin, set_, as_json=json, debug=debug)
+        with handling((signal.SIGTERM, signal.SIGHUP), stopped):
+            return _verified(
+                user_path(verify), run, device, plugin, set_, as_json=json, debug=debug
+            )
     problems = []
     if to is None:
         problems.append(Problem("names no target", "--to", hint="such as --to hf"))
@@ -119,15 +131,18 @@ def export(
         problems += error.problems
     if to is None or problems:
         raise ConfigError(problems)
-    with opened(
-        run,
-        step=step,
-        weights=weights,
-        device=device,
-        plugins=[PLUGIN, *(plugin or ())],
-        assignments=set_,
-        debug=debug,
-    ) as session:
+    with (
+        handling((signal.SIGTERM, signal.SIGHUP), stopped),
+        opened(
+            run,
+            step=step,
+            weights=weights,
+            device=device,
+            plugins=[PLUGIN, *(plugin or ())],
+            assignments=set_,
+            debug=debug,
+        ) as session,
+    ):
         from apt_plugins.export import exporting
         from apt_plugins.export.held_out import HeldOutText
         from apt_plugins.export.origin import check_finished, folder_of, origin_of

@@ -62,14 +62,19 @@ def staged(target: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
                 path.chmod(mode)
             flush(path)
         flush(staging)
-        replaced = None
-        if target.exists() and any(target.iterdir()):
-            replaced = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.replaced")
-            target.rename(replaced)
-        staging.rename(target)
+        if not target.exists() or not any(target.iterdir()):
+            staging.rename(target)
+            flush(target.parent)
+            return
+        replaced = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.replaced")
+        target.rename(replaced)
+        try:
+            staging.rename(target)
+        except BaseException:
+            replaced.rename(target)
+            raise
         flush(target.parent)
-        if replaced is not None:
-            shutil.rmtree(replaced)
+        shutil.rmtree(replaced)
 
     missing = [path for path in target.parents if not path.exists()]
     try:

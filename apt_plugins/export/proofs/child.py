@@ -15,7 +15,6 @@ run as ``python -I SCRIPT REQUEST.json …`` and imports nothing of APT. A reque
   its arrays have ``NAME:`` before theirs.
 """
 
-import contextlib
 import json
 import os
 import sys
@@ -87,8 +86,10 @@ def main(open_runtime: Callable[[str, dict[str, Any]], Runtime]) -> None:
             request = json.load(file)
 
         def tell(what: str, target: str = request["target"]) -> None:
-            with contextlib.suppress(BrokenPipeError):
+            try:
                 print(json.dumps([target, what]), file=answers, flush=True)
+            except BrokenPipeError:  # whoever asked is gone
+                os._exit(1)
 
         tell("opening")
         _answer(open_runtime(request["target"], request["settings"]), request, tell)

@@ -56,7 +56,7 @@ class LouderProvider(MHAProvider):
 
 
 class Settings(Section):
-    fault: Literal["none", "heads", "crash", "killed", "full"] = "none"
+    fault: Literal["none", "heads", "crash", "killed", "stopped", "full"] = "none"
     requires: str = "numpy>=1"
 
 
@@ -102,6 +102,8 @@ class NumpyExporter(ExporterProvider):
         np.savez(job.folder / "model.npz", **arrays)
         if self.settings.fault == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.settings.fault == "stopped":
+            os.kill(os.getpid(), signal.SIGTERM)
         if self.settings.fault == "full":
             raise OSError(28, os.strerror(28))
 

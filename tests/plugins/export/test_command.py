@@ -182,8 +182,10 @@ def test_what_a_killed_export_leaves_is_removed_by_the_next(
 ) -> None:
     code = "from apt_plugins.export.command import main; main()"
     words = [str(run), "--to", "numpy", *DROP, "-o", "out", "--plugin", str(PLUGIN)]
-    command = [sys.executable, "-c", code, *words, "-O", "fault=killed"]
-    assert subprocess.run(command, cwd=tmp_path).returncode == -9
+    command = [sys.executable, "-c", code, *words, "-O"]
+    assert subprocess.run([*command, "fault=stopped"], cwd=tmp_path).returncode == 143
+    assert left(tmp_path) == []
+    assert subprocess.run([*command, "fault=killed"], cwd=tmp_path).returncode == -9
     [hidden] = left(tmp_path)
     assert hidden.startswith(".out.") and not (tmp_path / "out").exists()
     assert export(run, "--to", "numpy", *DROP, "-o", "out")[0] == 0
