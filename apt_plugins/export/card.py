@@ -157,19 +157,29 @@ def _certificate(certificate: Certificate) -> Iterator[str]:
         yield f"**Unproven**: {certificate.unproven}."
         return
     versions = ", ".join(f"{name} {version}" for name, version in certificate.versions.items())
+    rounded = certificate.rounding
+    own = "the run's model" if rounded is None else "the run's model with the rounded weights"
     yield (
         f"The export was run by {certificate.runtime} in a process without APT, and compared with "
-        f"the run's model; `{CERTIFICATE}` has all figures.\n"
+        f"{own}; `{CERTIFICATE}` has all figures.\n"
     )
+    at = "" if certificate.share == 1 else f" at {certificate.share:.0%} of the places"
+    rounding = {}
+    if rounded is not None:
+        rounding["loss in nats a token, rounded"] = (
+            f"{rounded.loss_after:.4f}; before: {rounded.loss_before:.4f} (divergence "
+            f"{rounded.divergence:.2g})"
+        )
     yield from _rows(
         {
             "largest difference of logits": f"{certificate.logits.absolute:.2g}, relative "
-            f"{certificate.logits.relative:.2g} (allowed: {certificate.tolerance:g})",
+            f"{certificate.logits.relative:.2g}{at} (allowed: {certificate.tolerance:g})",
             "greedy tokens equal": f"{certificate.equal_tokens:,} of {certificate.tokens:,} after "
             f"{certificate.prompts} prompts",
             "texts encoded alike": f"{certificate.equal_texts} of {certificate.texts}"
             if certificate.texts
             else "the program has no tokenizer",
+            **rounding,
             "by": versions,
         }
     )

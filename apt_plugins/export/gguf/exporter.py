@@ -114,6 +114,12 @@ class GGUFExporter(ExporterProvider):
     def stored(self, model: PlainModel) -> PlainModel | None:
         return None if self._type is Type.F32 else rounded(model, self._type)
 
+    def usage(self, folder: str) -> str:
+        return f"""```
+llama-cli -m {folder}/{FILE} -p "Once upon a time"
+ollama create {folder} -f {folder}/Modelfile && ollama run {folder}
+```"""
+
     @property
     def proof(self) -> Proof:
         return Proof(

@@ -109,8 +109,11 @@ def write_vocabulary(
     assert eos is not None
     writer.add_eos_token_id(eos)
     writer.add_bos_token_id(eos if special.bos is None else special.bos)
-    if special.end is not None:
-        writer.add_eot_token_id(special.end)
+    # There are keys for the end of a turn and of a message; llama.cpp ends texts at both.
+    keys = (writer.add_eot_token_id, writer.add_eom_token_id)
+    further = [token for token in (special.end, *special.ends) if token not in (None, eos)]
+    for add, token in zip(keys, further, strict=False):
+        add(token)
     if special.pad is not None:
         writer.add_pad_token_id(special.pad)
     writer.add_add_bos_token(special.bos is not None)
