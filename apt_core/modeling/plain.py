@@ -11,7 +11,7 @@ form unless it defines ``plain`` too.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -329,11 +329,19 @@ def _filled(block: PlainBlock, shape: PlainShape) -> PlainBlock:
     return block
 
 
+def with_tensors(form: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A plain form, or a tensor, with what ``change`` makes of its tensors; a whole model with
+    blocks that are changed when they are made."""
+    if isinstance(form, Tensor):
+        return change(form)
+    if not is_dataclass(form) or isinstance(form, type | PlainRope | PlainShape):
+        return form
+    made = {each.name: with_tensors(getattr(form, each.name), change) for each in fields(form)}
+    if isinstance(form, PlainModel):
+        made["block"] = lambda number: with_tensors(form.block(number), change)
+    return replace(form, **made)
+
+
 def _as_fp32(form: Any) -> Any:
     """A tensor, or a form with its tensors, in fp32 on the CPU."""
-    if isinstance(form, Tensor):
-        return form.detach().to("cpu", torch.float32).contiguous()
-    if not is_dataclass(form) or isinstance(form, type | PlainRope):
-        return form
-    made = {each.name: _as_fp32(getattr(form, each.name)) for each in fields(form)}
-    return replace(form, **made)
+    return with_tensors(form, lambda t: t.detach().to("cpu", torch.float32).contiguous())

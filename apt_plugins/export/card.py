@@ -176,6 +176,7 @@ def _certificate(certificate: Certificate) -> Iterator[str]:
             f"{certificate.logits.relative:.2g}{at} (allowed: {certificate.tolerance:g})",
             "greedy tokens equal": f"{certificate.equal_tokens:,} of {certificate.tokens:,} after "
             f"{certificate.prompts} prompts",
+            **_rounding(certificate),
             "texts encoded alike": f"{certificate.equal_texts} of {certificate.texts}"
             if certificate.texts
             else "the program has no tokenizer",
@@ -183,6 +184,14 @@ def _certificate(certificate: Certificate) -> Iterator[str]:
             "by": versions,
         }
     )
+
+
+def _rounding(certificate: Certificate) -> dict[str, str]:
+    rounding = certificate.rounding
+    if rounding is None:
+        return {}
+    losses = f"{rounding.loss_before:.4f} before, {rounding.loss_after:.4f} after"
+    return {"rounding the weights": f"nats a token: {losses}; the figures above are of after"}
 
 
 def _provenance(session: Session, certificate: Certificate) -> dict[str, Any]:

@@ -122,7 +122,8 @@ def compare(
     if not found.logits.relative <= tolerance:
         found.faults.append(_of_logits(found))
     tell("comparing greedy texts")
-    (_compare_texts if share == 1 else _compare_choices)(own, foreign, questions, found)
+    by_texts = own.generates and share == 1
+    (_compare_texts if by_texts else _compare_choices)(own, foreign, questions, found)
     tell("comparing the tokenizer")
     _compare_tokenizers(own, foreign, questions, found)
     return found

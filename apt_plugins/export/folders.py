@@ -12,7 +12,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from apt_core.files import write_atomically
+from apt_core.modeling.plain import with_tensors
+from apt_core.providers import PlainModel
 from apt_plugins.export.settings import FolderSettings
+
+
+def rounded(model: PlainModel, settings: FolderSettings) -> PlainModel | None:
+    """``model`` with the weights that files of these settings hold; None where these are its
+    own."""
+    dtype = getattr(torch, settings.dtype)
+    if dtype == torch.float32:
+        return None
+    found: PlainModel = with_tensors(model, lambda tensor: tensor.to(dtype).float())
+    return found
 
 
 def write_tensors(

@@ -24,7 +24,7 @@ from apt_core.providers import (
     TokenizerProvider,
 )
 from apt_core.providers.base import read_settings
-from apt_plugins.export.folders import write_tensors
+from apt_plugins.export.folders import rounded, write_tensors
 from apt_plugins.export.hf_names import (
     ATTENTION,
     ATTENTION_NORM,
@@ -39,7 +39,6 @@ from apt_plugins.export.hf_names import (
 )
 from apt_plugins.export.settings import FolderSettings
 from apt_plugins.export.tokenizers import ExpressedTokenizer, expressed
-from apt_plugins.export.tolerances import TOLERANCES
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -48,6 +47,8 @@ ARCHITECTURES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 """By the type of a model."""
+
+TOLERANCE = 1e-5
 
 SCRIPT = Path(__file__).with_name("proofs") / "with_transformers.py"
 
@@ -85,6 +86,9 @@ class HFExporter(ExporterProvider):
         write_configuration(job, self.settings.dtype)
         write_tensors(job.folder, named_tensors(job), self.settings)
 
+    def stored(self, model: PlainModel) -> PlainModel | None:
+        return rounded(model, self.settings)
+
     def usage(self, folder: str) -> str:
         return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -98,7 +102,7 @@ print(tokenizer.decode(ids[0]))
     @property
     def proof(self) -> Proof:
         requires = ("transformers>=5", "tokenizers>=0.21", "jinja2>=3.1")
-        return Proof("transformers", SCRIPT, requires, TOLERANCES[self.settings.dtype])
+        return Proof("transformers", SCRIPT, requires, TOLERANCE)
 
 
 def write_configuration(job: ExportJob, dtype: str) -> None:

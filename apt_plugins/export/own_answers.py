@@ -28,6 +28,8 @@ class OwnAnswers:
     """Answers with the model of ``session``, computed in fp32 without a cache, and with its
     tokenizer; plugins that change logits or texts take no part."""
 
+    generates = True
+
     def __init__(self, session: Session) -> None:
         self._session = session
         self._size = session.tokenizer.vocab_size
@@ -92,7 +94,9 @@ class OwnAnswers:
 
 
 class RoundedAnswers(OwnAnswers):
-    """Answers with ``model`` in plain form in place of the session's."""
+    """Answers with ``model`` in plain form in place of the session's; it generates no texts."""
+
+    generates = False
 
     def __init__(self, session: Session, model: PlainModel) -> None:
         super().__init__(session)

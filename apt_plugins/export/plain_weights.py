@@ -14,18 +14,20 @@ from apt_core.providers import (
     ExportJob,
     PlainBlock,
     PlainExperts,
+    PlainModel,
     PlainShape,
     Proof,
     TokenizerProvider,
 )
 from apt_core.providers.base import read_settings
-from apt_plugins.export.folders import write_tensors
+from apt_plugins.export.folders import rounded, write_tensors
 from apt_plugins.export.settings import FolderSettings
 from apt_plugins.export.tokenizers import expressed
-from apt_plugins.export.tolerances import TOLERANCES
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+TOLERANCE = 1e-5
 
 SCRIPT = Path(__file__).with_name("proofs") / "with_torch.py"
 
@@ -53,10 +55,13 @@ class PlainWeightsExporter(ExporterProvider):
         write_atomically(job.folder / "model.json", text + "\n")
         write_tensors(job.folder, named_tensors(job), self.settings)
 
+    def stored(self, model: PlainModel) -> PlainModel | None:
+        return rounded(model, self.settings)
+
     @property
     def proof(self) -> Proof:
         requires = ("torch>=2.13", "safetensors>=0.4.5", "tokenizers>=0.21")
-        return Proof("torch", SCRIPT, requires, TOLERANCES[self.settings.dtype], extra="data")
+        return Proof("torch", SCRIPT, requires, TOLERANCE, extra="data")
 
     def usage(self, folder: str) -> str:
         return (
