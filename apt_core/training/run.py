@@ -84,7 +84,8 @@ class Run:
                 self._manager.failures.count_log_errors()
                 trained.modes.started(trained.model)
                 trained.require_known_parameters()
-                if self._progress.step == 0:
+                # A run that is to stop before its first step is evaluated at its end.
+                if self._progress.step == 0 and not self._stopping.wanted:
                     self._progress.start_scores = loop.evaluate(everything=False)
                 loop.display.start(self._progress.step)
                 loop.run()

@@ -36,13 +36,16 @@ def import_(
         typer.Option(
             "--profile",
             "-p",
-            help="The data and the training of the run. Without one: defaults. Its model is the "
-            "folder's, but for model.max_seq_len and model.dropout.",
+            help="The data and the training of the run. Without one: defaults. What it says of the "
+            "model gives way to the folder's, but for model.dropout.",
         ),
     ] = "",
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Override a key of the profile: data.train_path=my.txt."),
+        typer.Option(
+            "--set",
+            help="Override a key of the profile: data.train_path=my.txt, model.max_seq_len=4096.",
+        ),
     ] = None,
     plugin: Plugins = None,
     tokenizer: Annotated[

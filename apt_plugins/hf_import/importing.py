@@ -37,12 +37,13 @@ from apt_plugins.hf_import.to_tva import MINIMISED, Heads, of_layers
 RECORD = "import.json"
 STAGING = ".importing"
 STOP = "the model was imported"
-OWN = {("model", "max_seq_len"), ("model", "dropout")}
-"""Keys of the model that the profile may set: all others are the folder's."""
+CONTEXT = "model.max_seq_len"
+"""The key of the model that the command line may set: all others are the folder's."""
 
-WINDOW = 512
+WINDOW, VAL_CHARS = 512, 20_000
 """The longest training sequence of a run whose profile does not say one: contexts of models are
-long, and texts to begin with short."""
+long, and texts to begin with short. The characters that are held out where there is no profile:
+large models take minutes for more."""
 
 SAMPLE_TOKENS = 2**15
 """The tokens at least by which the inputs of attention are known, where there are so many."""
@@ -118,8 +119,10 @@ def import_folder(asked: Asked, told: Told) -> Imported:
         _settle(run, asked.output, source | imported.figures())
     if asked.heal_steps:
         told(f"training {asked.heal_steps} steps")
-        _heal(asked, model, imported)
-        _record(asked.output, source | imported.figures())
+        try:
+            _heal(asked, model, imported)
+        finally:
+            _record(asked.output, source | imported.figures())
     return imported
 
 
@@ -202,9 +205,15 @@ def _source(asked: Asked) -> Source:
 
 
 def _context(asked: Asked) -> int | None:
-    """The ``model.max_seq_len`` that the profile asks for; what is none is refused later."""
-    found = _source(asked).get("model.max_seq_len")
+    """The context that the command line asks for; what is none is refused later."""
+    source = _source(asked)
+    found = source.get(CONTEXT) if _is_asked(source, CONTEXT) else None
     return found if type(found) is int and found > 0 else None
+
+
+def _is_asked(source: Source, key: str) -> bool:
+    """Whether the command line has set a key."""
+    return source.has(key) and source.where(key).startswith("--")
 
 
 def _kernel(asked: Asked, model: HFModel, rank: int | None = None) -> Kernel:
@@ -229,22 +238,24 @@ def _kernel(asked: Asked, model: HFModel, rank: int | None = None) -> Kernel:
         for key in path:
             value = value[key]
         values["model", *path] = value
-    given = {path for path in values if source.get(path) is not None}
-    differing = sorted(path for path in given - OWN if source.get(path) != values[path])
-    if differing:
-        raise ConfigError(
-            Problem(
-                f"is {source.get(path)!r}, and the imported model has {values[path]!r}",
-                ".".join(path),
-                source.where(path),
-                "leave it out: the model is the folder's",
-            )
-            for path in differing
+    problems = [
+        Problem(
+            f"is {source.get(path)!r}, and the imported model has {value!r}",
+            ".".join(path),
+            source.where(path),
+            "leave it out: the model is the folder's",
         )
+        for path, value in sorted(values.items())
+        if _is_asked(source, ".".join(path)) and source.get(path) != value
+    ]
+    if problems:
+        raise ConfigError(problems)
     values["data", "tokenizer_name"] = "hf"
     values["data", "tokenizer", "path"] = str(asked.output / TOKENIZER)
     if source.get("data.max_length") is None:
         values["data", "max_length"] = min(WINDOW, keys["max_seq_len"])
+    if not asked.profile and source.get("data.max_val_chars") is None:
+        values["data", "max_val_chars"] = VAL_CHARS
     where = str(asked.folder / CONFIG)
     added = [Override(path, value, where) for path, value in values.items()]
     return boot(source, plugins=asked.plugins, overrides=added)

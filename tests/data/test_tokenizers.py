@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -352,6 +354,25 @@ def test_hf_begins_with_bos_where_the_tokenizer_puts_it(folder, tmp_path):
     assert hf.encode("ab") == hf.encode_document(Document.of("ab")).ids.tolist()[1:]
     chat = Document.of({"messages": TURNS[:1]})
     assert hf.encode_document(chat).ids.tolist() == [bos, *hf.encode("be brief")]
+
+
+def test_hf_ends_texts_where_the_generation_config_beside_it_says_so(folder, tmp_path):
+    place = Path(shutil.copytree(folder, tmp_path / "hf"))
+    said = place / "generation_config.json"
+    plain = HFTokenizer({"path": str(folder)})
+    assert plain.special.ends == ()
+    for eos, ends in (([5, 3, 5, 10**6], (3, 5)), (7, (7,)), (None, ())):
+        said.write_text(json.dumps({"eos_token_id": eos}))
+        hf = HFTokenizer({"path": str(place)})
+        assert hf.special.ends == ends and hf.fingerprint() == plain.fingerprint()
+        kept = tmp_path / f"kept {eos}"
+        kept.mkdir()
+        hf.save(kept)
+        assert HFTokenizer({"path": str(kept)}).special == hf.special
+    for nonsense in ("5", [True], -1, [1.5]):
+        said.write_text(json.dumps({"eos_token_id": nonsense}))
+        with pytest.raises(ConfigError, match=r"eos_token_id of its .* is no id"):
+            _ = HFTokenizer({"path": str(place)}).special
 
 
 def test_templates_that_cannot_serve_say_why(tokenizers, folder, tmp_path):

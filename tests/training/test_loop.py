@@ -14,6 +14,7 @@ from apt_core import StopTraining, hookimpl
 from apt_core.config import Config
 from apt_core.errors import ConfigError, PluginError, ProviderError, TrainingError
 from apt_core.testing import TINY_PROFILE, Recorder, tiny_run
+from apt_core.training import Trainer
 
 
 def test_the_order_of_an_epoch():
@@ -49,6 +50,29 @@ def test_the_loss_falls_and_the_figures_are_consistent():
     rows = [row for row in run.metrics if "loss" in row]
     keys = {"step", "epoch", "tokens", "loss", "lr", "grad_norm", "tokens_per_s"}
     assert all(keys <= row.keys() for row in rows)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_given_weights_take_the_place_of_the_initialisation(tmp_path, steps):
+    def fill(model):
+        for parameter in model.parameters():
+            parameter.detach().fill_(0.25)
+
+    trainer = Trainer(TINY_PROFILE, output=tmp_path / "run", weights=fill, stop_at_step=1)
+    if not steps:
+        trainer.request_stop("before the first step")
+    result = trainer.fit()
+    assert (result.status, result.step) == ("stopped", steps)
+    first = {name: tensor for name, tensor in trainer.model.named_parameters()}
+    alike = all(bool((tensor == 0.25).all()) for tensor in first.values())
+    assert alike is (steps == 0)
+    # With equal weights every token is as likely as each other.
+    loss = result.figures["val_loss" if not steps else "val_loss_start"]
+    assert loss == pytest.approx(math.log(256), abs=1e-4)
+    assert ("val_loss_start" in result.figures) is (steps == 1)
+    if not steps:
+        again = Trainer(TINY_PROFILE, output=tmp_path / "run", resume=True, stop_at_step=1)
+        assert again.fit().figures["val_loss_start"] == pytest.approx(math.log(256), abs=1e-4)
 
 
 class Still:

@@ -250,7 +250,9 @@ def test_commands_take_an_imported_run_wherever_it_is_moved(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     profile = tmp_path / "mine.yaml"
-    sections: dict[str, Any] = {"name": "mine", "data": {"train_path": str(text)}}
+    model = {"d_model": 64, "max_seq_len": 12, "attention_pattern": ["mha"], "ffn_name": "vft"}
+    data = {"train_path": str(text), "tokenizer_name": "byte"}
+    sections: dict[str, Any] = {"name": "mine", "extends": "base", "model": model, "data": data}
     for key, value in SETTINGS.items():
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value
@@ -276,7 +278,8 @@ def test_commands_take_an_imported_run_wherever_it_is_moved(
     assert scores["runs"][0]["step"] == 20
     trained = open_run("moved", device="cpu")
     assert trained.position.step == 20 and trained.tokenizer.chat_template == CHAT
-    assert open_run("moved", step=0, device="cpu").config.model.mha.head_dim == 8
+    config = open_run("moved", step=0, device="cpu").config
+    assert (config.model.mha.head_dim, config.model.max_seq_len, config.seq_len) == (8, 48, 24)
     told = run(generate_app, "apt-generate", "moved", "--prompt", "Line 3", "--max-new-tokens", "4")
     assert told.strip()
     loss = json.loads(Path("moved/manifest.json").read_text(encoding="utf-8"))["figures"]
