@@ -13,11 +13,8 @@ from apt_core.evaluation.found import Asking
 from apt_core.evaluation.scoring import Scoring, items_of, score
 from apt_core.evaluation.tasks.file import read_task
 from apt_core.inference import Engine
-from apt_core.modeling.plain import plain_model
-from apt_core.providers import ExportJob
 from apt_core.testing import tiny_session
 from apt_core.types import GenerationRequest
-from apt_plugins.export.hf import HFExporter
 
 pytest.importorskip("lm_eval", reason='needs pip install "apt-kernel[lm_eval]"')
 
@@ -86,9 +83,7 @@ def test_the_harness_and_apt_eval_give_the_same_scores(tmp_path, monkeypatch):
     own = "kind: questions\nmax_new_tokens: 6\nstop: [e]\nnormalize: [unicode]"
     write(tmp_path, "answering", QUESTIONS, own, questions)
 
-    short = [{"text": f"{word}é{n}"} for n, word in enumerate(words[:4])]
-    write(tmp_path, "short", TEXTS, "kind: passages", short)
-    names = ["choosing", "reading", "answering", "short"]
+    names = ["choosing", "reading", "answering"]
     asking, scores = Asking(batch_size=5, stride=7), {}
     harness = HarnessTasks(names, [tmp_path])
     for name, figures, row in harness.score(session, asking, None):
@@ -105,28 +100,6 @@ def test_the_harness_and_apt_eval_give_the_same_scores(tmp_path, monkeypatch):
         value = scores[name][theirs].value
         assert value == pytest.approx(found.figures[metric].value, rel=1e-6), name
         assert 0 < value < 1 or name == "reading"
-
-    # An export is scored as the model that it was made of.
-    transformers = pytest.importorskip("transformers", reason="what runs the export")
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    exported = tmp_path / "hf"
-    exported.mkdir()
-    plain = plain_model(session.model, session.tokenizer.vocab_size)
-    HFExporter().write(ExportJob(exported, plain, session.tokenizer, "tiny"))
-    transformers.utils.logging.disable_progress_bar()
-    model = HFLM(pretrained=str(exported), device="cpu", dtype="float32", batch_size=4)
-    results = lm_eval.simple_evaluate(
-        model=model,
-        tasks=["choosing", "short"],
-        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
-        bootstrap_iters=0,
-    )["results"]
-    for name, metric in (("choosing", "acc"), ("short", "bits_per_byte")):
-        value = results[name][f"{metric},none"]
-        assert value == pytest.approx(scores[name][metric].value, rel=1e-6), name
 
     with pytest.raises(ConfigError, match="there is no such folder"):
         HarnessTasks(names, [tmp_path / "nowhere"])

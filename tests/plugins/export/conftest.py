@@ -196,7 +196,7 @@ def certified(
         if spoil is not None:
             spoil(folder)
         # One has all 200 tokens; they take most of the time.
-        new_tokens = NEW_TOKENS if plain.shape.max_seq_len > NEW_TOKENS else 16
+        new_tokens = NEW_TOKENS if plain.shape.max_seq_len > NEW_TOKENS else 20
         questions = questions_for(
             plain.shape, session.tokenizer, num_prompts=num_prompts, new_tokens=new_tokens
         )

@@ -10,7 +10,7 @@ def test_rounded_weights_are_compared_with_the_model_that_has_them(certify: Cert
     exporter = PlainWeightsExporter({"dtype": "bfloat16"})
     [found] = certify(exporter, ["tva rank 6, gqa, QK-norm, vft"], num_prompts=8).values()
     assert found.faults == [] and found.logits.absolute <= 1e-5
-    assert found.tokens == found.equal_tokens > 200
+    assert found.tokens == found.equal_tokens > 100
 
 
 def test_the_documented_formulas_compute_the_same(certify: Certify) -> None:
@@ -23,4 +23,4 @@ def test_the_documented_formulas_compute_the_same(certify: Certify) -> None:
     for name, comparison in found.items():
         assert comparison.faults == [], name
         assert comparison.logits.absolute <= 1e-5 and comparison.encoded > 80
-        assert comparison.tokens == comparison.equal_tokens > 200
+        assert comparison.tokens == comparison.equal_tokens > 100
