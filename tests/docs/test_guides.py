@@ -25,6 +25,7 @@ import apt_core.cli.eval
 import apt_core.cli.generate
 import apt_core.cli.hooks
 import apt_core.cli.train
+import apt_plugins.export.command
 import apt_plugins.report.command
 from apt_core.cli.run_command import run_command
 from apt_core.config import profile_reference
@@ -43,6 +44,7 @@ APPS = {
     "apt-data": apt_core.cli.data.app,
     "apt-eval": apt_core.cli.eval.app,
     "apt-generate": apt_core.cli.generate.app,
+    "apt-export": apt_plugins.export.command.app,
     "apt-report": apt_plugins.report.command.app,
 }
 TEXT = "\n\n".join(f"Line {n} of a small text says that {n} and 1 are {n + 1}." for n in range(24))
@@ -95,7 +97,7 @@ def is_shown(expected: str, printed: str) -> bool:
 
 PAGES = (
     *("plugins.md", "profiles.md", "data.md", "model.md", "training.md", "curriculum.md"),
-    *("scaling.md", "generation.md", "evaluation.md"),
+    *("scaling.md", "generation.md", "evaluation.md", "export.md"),
 )
 OWN_DATA = {"letters", "answers", "mixture"}
 """Profiles that are trained on the data that they name."""

@@ -45,6 +45,13 @@ class ONNXExporter(ExporterProvider):
         write_configuration(job, "float32")
         write_graphs(job.model, job.folder, job.advance)
 
+    def usage(self, folder: str) -> str:
+        return (
+            f"`{WITH_CACHES}` goes on from caches (`past_key_values.*`, at first of length 0), "
+            f"`{WITHOUT_CACHES}` reads whole texts: "
+            "https://apt-kernel.readthedocs.io has a program that generates, under Export."
+        )
+
     @property
     def proof(self) -> Proof:
         requires = ("onnxruntime>=1.20", "onnx>=1.16", "tokenizers>=0.21", "jinja2>=3.1")
