@@ -300,6 +300,7 @@ class Laboratory:
         )
         self._references: dict[tuple[str, int], Left] = {}
         self._reconnaissance: dict[str, Left] = {}
+        self._states: dict[Path, Any] = {}
         self._count = self.share = 0
         torch.set_num_threads(1)
         # Whatever is made once a process is made here.
@@ -523,11 +524,17 @@ class Laboratory:
             except CheckpointError as error:
                 yield f"the checkpoint of step {step} is not intact: {error}"
                 continue
-            known = checkpoint.load(others[step]).state
+            known = self._state_of(others[step])
             for key in ("step", "epoch", "tokens", "modes", "precision"):
                 is_, was = getattr(state, key), getattr(known, key)
                 if is_ != was:
                     yield f"{key} of step {step} is {is_}, not {was}"
+
+    def _state_of(self, path: Path) -> Any:
+        """The state in a checkpoint of a run without a fault, which is read once."""
+        if path not in self._states:
+            self._states[path] = checkpoint.load(path).state
+        return self._states[path]
 
     def _beside(self, case: Case, left: Left, number: int) -> Iterator[str]:
         """Was the innocent plugin called as often, and shown the same?"""

@@ -12,7 +12,7 @@ import fault_matrix
 import fault_runs
 import pytest
 import torch
-from fault_matrix import FORMS, HOOKS, POLICIES, cases_of, few, positions
+from fault_matrix import FORMS, HOOKS, IN_FORMS, ONE_OF, POLICIES, cases_of, few, positions
 
 MATRIX = Path(__file__).resolve().parent
 
@@ -27,7 +27,7 @@ def test_a_small_part_of_the_matrix_is_as_expected(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(result.read_text(encoding="utf-8"))
     assert told["hooks"].keys() == HOOKS.keys()
-    assert sum(row["tried"] for row in told["rows"]) == told["cases"] > 100
+    assert sum(row["tried"] for row in told["rows"]) == told["cases"] > 70
 
 
 def test_a_case_that_is_not_as_expected_is_told(
@@ -55,7 +55,10 @@ def test_every_hook_has_cases_of_every_kind_and_the_small_part_has_each_somewher
         assert own >= fault_kinds.kinds_of(hook).keys()
     chosen = few(cases)
     assert {case.hook for case in chosen} == HOOKS.keys()
-    assert {case.kind for case in chosen} >= fault_kinds.RAISING.keys() | fault_kinds.STATE.keys()
+    kinds = {case.kind for case in chosen}
+    for every in (fault_kinds.RAISING, fault_kinds.STATE):
+        assert len(kinds & every.keys()) >= len(every) / ONE_OF
+    assert kinds > {*IN_FORMS}
     assert {case.policy for case in chosen} == set(POLICIES)
     assert {case.form for case in chosen} > set(FORMS)
     assert {case.position for case in chosen} == {*PLACES, "always"}
