@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from tests.training.curriculum.conftest import Curriculum
 
 IN_TWO = {"training.batch_size": 2}
-KILLS = range(5, 12)
-"""After these steps; experts come before 6, alignment before 9, the vote before 11."""
-SHARDINGS = ("ddp", "fsdp")
+KILLS = {"ddp": (6, 8, 11), "fsdp": (5, 9, 10)}
+"""After these steps; experts come before 6, alignment before 9, the vote before 11: on either side of
+each, by one of the two. One process is killed after every step elsewhere."""
 
 
-@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("sharding", KILLS)
 def test_killed_and_resumed_is_in_one_go(
     curriculum: Curriculum, in_children, differences, killer, ranks, sharding: str
 ) -> None:
@@ -28,8 +28,9 @@ def test_killed_and_resumed_is_in_one_go(
     curriculum.settings = {**IN_TWO, **narrow, "hardware.distributed": sharding}
     assert in_children(*ranks(lambda: curriculum.train("whole"))) == [0, 0]
     saving = {"training.save_every_steps": 1}
-    for n in KILLS:
-        resume = n > KILLS[0]
+    kills = KILLS[sharding]
+    for n in kills:
+        resume = n > kills[0]
         part = ranks(
             lambda n=n, resume=resume: curriculum.train(
                 "killed", killer(n), changes=saving, resume=resume
@@ -38,7 +39,7 @@ def test_killed_and_resumed_is_in_one_go(
         assert in_children(*part) == [-signal.SIGKILL] * 2
     assert in_children(*ranks(lambda: curriculum.train("killed", resume=True))) == [0, 0]
     assert "FSDP2 gathers" not in curriculum.log("whole")  # in fp32
-    for n in KILLS:
+    for n in kills:
         assert f"(step {n})" in curriculum.log("killed")
     assert differences(curriculum.folder / "whole", curriculum.folder / "killed") == []
 
@@ -53,22 +54,20 @@ DRAWS_NOTHING = {
 }
 
 
-@pytest.mark.parametrize("sharding", SHARDINGS)
-def test_two_processes_train_as_one_does(
-    curriculum: Curriculum, in_children, ranks, sharding: str
-) -> None:
+def test_two_processes_train_as_one_does(curriculum: Curriculum, in_children, ranks) -> None:
     curriculum.settings = {**IN_TWO, **DRAWS_NOTHING, "training.seed": 1}
     alone = curriculum.train("alone", changes={"training.grad_accum_steps": 4})
-    divided = {"hardware.distributed": sharding}
-    together = ranks(lambda: curriculum.train("together", changes=divided))
-    assert in_children(*together) == [0, 0]
-    lines = (curriculum.folder / "together" / "metrics.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in lines.splitlines()]
-    # Sums of fp32 in another order: over three seeds losses differed by 4e-6 of themselves at most.
-    for figure in ("loss", "loss/cross_entropy", "loss/align.kl", "moe/max_violation"):
-        expected = pytest.approx(values(alone.metrics, figure), rel=1e-5, abs=1e-6)
-        assert values(rows, figure) == expected
-    assert len(values(rows, "loss/align.kl")) > 4
+    for sharding in KILLS:
+        divided = {"hardware.distributed": sharding}
+        together = ranks(lambda s=sharding, d=divided: curriculum.train(s, changes=d))
+        assert in_children(*together) == [0, 0]
+        lines = (curriculum.folder / sharding / "metrics.jsonl").read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in lines.splitlines()]
+        # Sums of fp32 in another order: over three seeds losses differed by 4e-6 at most.
+        for figure in ("loss", "loss/cross_entropy", "loss/align.kl", "moe/max_violation"):
+            expected = pytest.approx(values(alone.metrics, figure), rel=1e-5, abs=1e-6)
+            assert values(rows, figure) == expected, sharding
+        assert len(values(rows, "loss/align.kl")) > 4
 
 
 @pytest.mark.parametrize("plugin", ["moe", "routing"])
