@@ -46,7 +46,7 @@ def steps_of(root: Path) -> list[int]:
 
 # Killed at any moment ------------------------------------------------------------------------
 
-KILLS = 50
+KILLS = 20
 HEAVY = {
     **QUIET,
     "model.d_model": 128,
@@ -75,7 +75,7 @@ class Tells:
         return {}
 
 
-def test_fifty_kills_while_saving_and_every_restart_goes_on_from_an_intact_checkpoint(tmp_path):
+def test_runs_are_killed_while_saving_and_every_restart_goes_on_from_an_intact_checkpoint(tmp_path):
     folder, root = tmp_path / "run", tmp_path / "run" / "checkpoints"
     delays = random.Random(4)
     # What is imported and measured once is then there in every child.
@@ -112,8 +112,8 @@ def test_fifty_kills_while_saving_and_every_restart_goes_on_from_an_intact_check
             log = (folder / "log.txt").read_text(encoding="utf-8").splitlines()
             assert f"(step {newest})" in [line for line in log if "resumed from" in line][-1]
         newest = visible[-1]
-    assert newest > 5
-    assert unfinished > 5
+    assert newest > 2
+    assert unfinished > 2
     result = tiny_run(
         overrides={**HEAVY, "training.save_every_steps": 10**6},
         output=folder, resume=True, stop_at_step=newest + 1,
