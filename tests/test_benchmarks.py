@@ -91,7 +91,7 @@ from _bare import NanoGPT, Recipe, random_windows, train
 from _harness import Report
 from trainer_overhead import NANO, SHAPES, Shape, measure
 
-shape = Shape("Small", 1, 1, 16, batch_size=2, length=8, turn=10, rounds=40)
+shape = Shape("Small", 1, 1, 16, batch_size=2, length=8, turn=5, rounds=20)
 SHAPES.clear()
 SHAPES["small"] = shape
 report = Report("?", {}, {})

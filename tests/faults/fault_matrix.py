@@ -247,7 +247,7 @@ ONE_OF = 3
 
 def few(cases: Sequence[Case]) -> list[Case]:
     """A small part of the matrix, always the same: every hook, policy, form and position at least
-    once, what each hook does not accept, and a share of the kinds of raising and of global state."""
+    once, what no hook accepts, and a share of the kinds of raising and of global state."""
     chosen: dict[Case, None] = {}
     hooks: Counter[str] = Counter()
     missing = {feature for case in cases for feature in _features(case)}

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 IN_TWO = {"training.batch_size": 2}
 KILLS = {"ddp": (6, 8, 11), "fsdp": (5, 9, 10)}
-"""After these steps; experts come before 6, alignment before 9, the vote before 11: on either side of
-each, by one of the two. One process is killed after every step elsewhere."""
+"""After these steps; experts come before 6, alignment before 9, the vote before 11: on either side
+of each, by one of the two. A single process is killed after every step elsewhere."""
 
 
 @pytest.mark.parametrize("sharding", KILLS)
