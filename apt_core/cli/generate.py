@@ -184,7 +184,9 @@ def generate(
                 for each in prompts
                 for number in range(num_samples)
             ]
-            return write_all(Engine(session), requests, writer, num_samples, stream=stream)
+            return write_all(
+                Engine(session), requests, writer, num_samples, stream=stream, cite=not json
+            )
 
 
 class Writer:
@@ -254,16 +256,17 @@ def write_all(
     num_samples: int,
     *,
     stream: bool,
+    cite: bool,
 ) -> int:
-    """Write the texts of ``requests`` in their order; returns the exit code. A signal ends it with
-    what there is by then.
+    """Write the texts of ``requests`` in their order, and their sources on stderr where these are
+    to be cited; returns the exit code. A signal ends it with what there is by then.
 
     Raises AptError where the model's logits were not finite.
     """
     from apt_core.parallel.signals import Interrupts
 
     interrupts = Interrupts()
-    count = Count(engine.session.config.model.max_seq_len)
+    count = Count(engine.session.config.model.max_seq_len, cite=cite)
     with interrupts.listening():
         make = streamed if stream else together
         results = make(engine, requests, writer, lambda: bool(interrupts))
@@ -331,10 +334,11 @@ def together(
 
 
 class Count:
-    """What is told beside the texts: how many tokens, how fast, and what was left out."""
+    """What is told beside the texts: how many tokens, how fast, what was left out, and where
+    passages come from, which are cited."""
 
-    def __init__(self, max_seq_len: int) -> None:
-        self._max_seq_len = max_seq_len
+    def __init__(self, max_seq_len: int, *, cite: bool) -> None:
+        self._max_seq_len, self._cite = max_seq_len, cite
         self._began = time.monotonic()
         self._tokens = self._full = self._texts = 0
         self.not_finite = 0
@@ -351,6 +355,9 @@ class Count:
                 f"{result.prompt_tokens:,} tokens are left out, for the context has "
                 f"{self._max_seq_len:,}"
             )
+        if self._cite and prompt is not None:
+            for source in result.sources:
+                complain(f"prompt {prompt}: source: {source.path}:{source.first_line}")
 
     def tell(self) -> None:
         """Print the figures, on a terminal."""

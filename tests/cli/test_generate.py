@@ -359,3 +359,31 @@ def test_a_reader_that_leaves_ends_it_quietly_and_a_signal_keeps_what_is_there(
     row = json.loads(rest)
     assert several.returncode == 143 and row["finish_reason"] == "interrupted", err
     assert row["text"] and counted.startswith(row["text"])
+
+
+CITES = """
+from apt_core import RewrittenPrompt, Source, hookimpl
+
+
+@hookimpl
+def apt_rewrite_prompt(request):
+    sources = [Source(f"texts/{request.prompt}.md", 7, "A passage.", 0.5), Source("b.md", 1, "", 0)]
+    return RewrittenPrompt(f"A passage. {request.prompt}", sources[: len(request.prompt)])
+"""
+
+
+def test_sources_are_named_once_a_prompt_beside_the_texts(
+    said: Generate, parrot: Path, folder: Path
+) -> None:
+    (folder / "cites.py").write_text(CITES)
+    asked = parrot, "--plugin", "cites.py", "--prompt", "a", "--prompt", "bc"
+    sources = [
+        "prompt 1: source: texts/a.md:7\n",
+        "prompt 2: source: texts/bc.md:7\nprompt 2: source: b.md:1\n",
+    ]
+    for options in ((), ("--stream",)):
+        done = said(*asked, "-n", "2", *options)
+        assert (done.code, done.err) == (0, "".join(sources)), options
+        assert done.out.count("A passage.") == 4 and ".md" not in done.out
+    done = said(*asked, "--json")
+    assert [len(row["sources"]) for row in rows(done)] == [1, 2] and not done.err

@@ -55,6 +55,23 @@ def test_a_result_depends_on_its_own_request_alone(session, max_batch):
     assert len({result.token_ids for result in alone}) > len(alone) / 2
 
 
+def test_a_request_that_is_cancelled_frees_its_slot(session):
+    requests = [GenerationRequest(p, max_new_tokens=40, temperature=1.0) for p in ("a", "b", "c")]
+    alone = [generate(session, request) for request in requests]
+    engine, taken = Engine(session, max_batch=2), []
+    tickets = [engine.submit(request, lambda delta: None) for request in requests]
+    for _ in range(3):
+        engine.step()
+    tickets[0].cancel()
+    while engine.step():
+        taken.append(len(engine._decoder))
+    # The third one waited for a place, and had that of the first: it began 37 steps earlier.
+    assert len(taken) <= 41 and set(taken[:30]) == {2}
+    cut = tickets[0].result
+    assert cut.finish_reason == "interrupted" and cut.token_ids == alone[0].token_ids[:3]
+    assert [ticket.result for ticket in tickets[1:]] == alone[1:]
+
+
 def test_samples_of_one_prompt_differ_by_their_seeds_and_share_its_computation(session):
     requests = [GenerationRequest("Line 3", max_new_tokens=9, seed=seed) for seed in range(5)]
     lengths = []
