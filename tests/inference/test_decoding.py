@@ -163,6 +163,46 @@ def test_an_attention_of_somebody_else_is_decoded_as_it_computes(lively, kind):
     assert (engine._decoder._slots is not None) == (kind in (OwnKernel, OwnWindow))
 
 
+class TwiceEmbedded(nn.Embedding):
+    def forward(self, ids):
+        return 2.0 * super().forward(ids)
+
+
+class Adapted(nn.Module):
+    """A projection with something beside it."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head, self.beside = head, nn.Linear(head.in_features, head.out_features)
+
+    def forward(self, hidden):
+        return self.head(hidden) + 3.0 * self.beside(hidden)
+
+
+def twice_embedded(model):
+    model.embedding.__class__ = TwiceEmbedded
+
+
+def biased(model):
+    model.head.bias = nn.Parameter(torch.randn(model.head.out_features))
+
+
+def adapted(model):
+    model.head = Adapted(model.head)
+
+
+@pytest.mark.parametrize("change", [twice_embedded, biased, adapted])
+def test_an_embedding_or_a_head_of_somebody_else_is_computed_as_it_is(lively, change):
+    session = lively(overrides={**SHAPE, "model.tie_embeddings": False})
+    requests = greedy(PROMPTS[:4], (40, 7))
+    before = Engine(session).run(requests)
+    torch.manual_seed(3)
+    change(session.model)
+    expected = [anew(session, r.prompt, r.max_new_tokens) for r in requests]
+    assert expected != [result.token_ids for result in before]
+    assert [result.token_ids for result in Engine(session).run(requests)] == expected
+
+
 def test_a_hook_of_a_module_is_called_for_every_token(lively):
     session, request = made(lively, "tva"), greedy(["The "], (9,))
     engine = Engine(session)

@@ -117,6 +117,18 @@ def replaced_forward(model: Any) -> None:
 
 
 MHA = {"attention_name": "mha"}
+
+
+class Twice(nn.Embedding):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+def with_more_around(model: nn.Module) -> None:
+    model.embedding = Twice(model.embedding.num_embeddings, 16)
+    model.head = nn.Linear(16, model.head.out_features)
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "layers without a form, all of them": (
         lambda: model_of(ffn_name="gelu", norm_name="layernorm", position_name="learned"),
@@ -144,6 +156,13 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "a hook": (
         lambda: changed(lambda model: model.blocks[1].register_forward_hook(print)),
         ["blocks.1: Block has no plain form"],
+    ),
+    "an embedding and a head of somebody else": (
+        lambda: changed(with_more_around, tie_embeddings=False),
+        [
+            "embedding: Twice is more than a look-up",
+            "head: Linear is more than a product with its weight",
+        ],
     ),
     "blocks that differ": (
         lambda: changed(with_other),

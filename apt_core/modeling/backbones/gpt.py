@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from apt_core.log import get_logger
 from apt_core.modeling.init import embedding_std, normal_
 from apt_core.modeling.layers.ngram import NgramEmbedding
-from apt_core.modeling.plain import PlainParts, plain_parts, without_form
+from apt_core.modeling.plain import NotPlain, PlainParts, plain_parts, without_form
 from apt_core.modeling.row_decoding import (
     Function,
     Products,
@@ -260,7 +260,9 @@ class GPT(nn.Module):
             cache = None if caches is None else caches[index]
             x = block(x, mask=mask, positions=positions, cache=cache)
         hidden = self.final_norm(x)
-        return ModelOutput(self.capped(F.linear(hidden, self.output_weight)), hidden)
+        # A plugin may have replaced the head: it is called.
+        logits = F.linear(hidden, self.output_weight) if self.head is None else self.head(hidden)
+        return ModelOutput(self.capped(logits), hidden)
 
     @property
     def output_weight(self) -> Tensor:
@@ -275,8 +277,15 @@ class GPT(nn.Module):
 
     def plain(self) -> PlainParts:
         """The tensors around the blocks; ``embedding_norm`` is applied to the embedding's rows,
-        which unties them from the projection. Raises ValueError for a final norm without a plain
-        form."""
+        which unties them from the projection. Raises NotPlain for an embedding, a head or a final
+        norm that others have changed."""
+        reasons = {}
+        if not is_look_up(self.embedding):
+            reasons["embedding"] = f"{type(self.embedding).__name__} is more than a look-up"
+        if self.head is not None and not is_product(self.head):
+            reasons["head"] = f"{type(self.head).__name__} is more than a product with its weight"
+        if reasons:
+            raise NotPlain(reasons)
         embedding = self.embedding.weight
         head = None if self.head is None else self.head.weight
         if self.embedding_norm is not None:
@@ -298,10 +307,9 @@ class GPT(nn.Module):
     def rows(self, products: Products) -> GPTRows | None:
         """The model for decoding rows of texts; None if a part of it takes no part in that, or
         waits for its calls by a hook."""
-        others = [self.embedding, self.head]
         if not takes_part(self, "rows"):
             return None
-        if not all(part is None or takes_part(part, "forward") for part in others):
+        if not (is_look_up(self.embedding) and (self.head is None or is_product(self.head))):
             return None
         blocks = []
         for block in self.blocks:
@@ -310,6 +318,18 @@ class GPT(nn.Module):
                 return None
             blocks.append(made)
         return GPTRows(self, blocks, products)
+
+
+def is_look_up(module: nn.Module) -> bool:
+    """Whether ``module`` gives rows of its weight as they are, and no hook waits for it."""
+    known = isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
+    return known and module.max_norm is None and takes_part(module, "forward")
+
+
+def is_product(module: nn.Module) -> bool:
+    """Whether ``module`` multiplies by its weight alone, and no hook waits for it."""
+    known = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return known and module.bias is None and takes_part(module, "forward")
 
 
 class GPTProvider(BackboneProvider):
