@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from apt_core.errors import Problem
 from apt_core.providers.base import Provider
@@ -22,7 +22,9 @@ class Proof:
     ``apt_plugins/export/proofs/child.py``. ``runtime`` is the program's name, ``requires`` the PEP
     508 requirements of the script, ``extra`` the extra of APT that brings them. Logits may differ
     by ``tolerance`` times the largest of them, or ``tolerance`` itself where that is below 1, at
-    all but ``1 - share`` of the places. ``settings`` are handed to the script; values are JSON's.
+    all but ``1 - share`` of the places. Texts to encode are brought to Unicode's ``normal_form``,
+    where the program leaves that to others. ``settings`` are handed to the script; values are
+    JSON's.
     """
 
     runtime: str
@@ -30,6 +32,7 @@ class Proof:
     requires: tuple[str, ...]
     tolerance: float
     share: float = 1.0
+    normal_form: Literal["NFC", "NFD", "NFKC", "NFKD"] | None = None
     extra: str = "export"
     settings: Mapping[str, Any] = field(default_factory=dict)
 

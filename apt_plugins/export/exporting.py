@@ -195,6 +195,8 @@ def prove(
     Raises RuntimeFailed where that fails."""
     proof = exporter.proof
     assert proof is not None
+    if proof.normal_form is not None:
+        questions = questions.normalized(proof.normal_form)
     with answered(proof, [(folder, questions)], tell) as [foreign]:
         own, rounding = OwnAnswers(session), None
         stored = exporter.stored(plain)

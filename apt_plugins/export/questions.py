@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
+from typing import Literal
+from unicodedata import normalize
 
 from apt_core.providers import PlainShape, TokenizerProvider
 from apt_core.providers.documents import Document, Message
@@ -84,6 +86,17 @@ class Questions:
     texts: tuple[str, ...] = ()
     conversations: tuple[tuple[Message, ...], ...] = ()
     held_out: int = 0
+
+    def normalized(self, form: Literal["NFC", "NFD", "NFKC", "NFKD"]) -> Questions:
+        """These questions with texts and conversations in a normal form of Unicode."""
+        return replace(
+            self,
+            texts=tuple(normalize(form, text) for text in self.texts),
+            conversations=tuple(
+                tuple(replace(each, content=normalize(form, each.content)) for each in messages)
+                for messages in self.conversations
+            ),
+        )
 
 
 def questions_for(

@@ -34,3 +34,8 @@ class GGUFSettings(Section):
     type: Annotated[NumberFormat, BeforeValidator(_in_capitals)] = Field(
         default="F32", description="The number format of the matrices in the file."
     )
+    assume_nfc: bool = Field(
+        default=False,
+        description="Also write a tokenizer that brings texts to Unicode's NFC, as Qwen's do, "
+        "which llama.cpp leaves to those who write them.",
+    )

@@ -55,7 +55,8 @@ def read_byte_level(reading: Reading, rows: int) -> Vocabulary:
         if model.get(name):
             reading.refuse(f"has {name} {model[name]!r}, which llama.cpp does not know")
     if (normalizer := reading.data.get("normalizer")) is not None:
-        reading.refuse(f"normalises texts ({typed(normalizer)}), which llama.cpp does not")
+        remedy = ": --option assume_nfc=true" if normalizer == {"type": "NFC"} else ""
+        reading.refuse(f"normalises texts ({typed(normalizer)}), which llama.cpp does not{remedy}")
     patterns = _patterns(reading, reading.data.get("pre_tokenizer"))
     if "ByteLevel" not in str(reading.data.get("pre_tokenizer")):
         reading.refuse("does not write texts as bytes (ByteLevel)")

@@ -33,6 +33,7 @@ from apt_plugins.export.gguf.header import (
 )
 from apt_plugins.export.gguf.modelfile import modelfile
 from apt_plugins.export.gguf.reading import read_vocabulary
+from apt_plugins.export.gguf.vocabulary import Vocabulary
 from apt_plugins.export.gguf.weights import Layout, rounded, stored, type_of
 from apt_plugins.export.settings import GGUFSettings
 from apt_plugins.export.tokenizers import expressed
@@ -67,11 +68,9 @@ class GGUFExporter(ExporterProvider):
     def check(self, shape: PlainShape, tokenizer: TokenizerProvider) -> Iterable[Problem]:
         yield from shape_problems(shape)
         try:
-            data = expressed(tokenizer).data
+            _, problems = self._vocabulary(tokenizer, shape)
         except ValueError as error:
-            yield Problem(str(error), "data.tokenizer_name")
-            return
-        _, problems = read_vocabulary(data, shape.vocab_size)
+            problems = [str(error)]
         yield from (Problem(problem, "data.tokenizer_name") for problem in problems)
         if ending(tokenizer.special) is None:
             yield Problem(
@@ -83,7 +82,7 @@ class GGUFExporter(ExporterProvider):
     def write(self, job: ExportJob) -> None:
         shape, tokenizer = job.model.shape, job.tokenizer
         arch = architecture(shape)
-        vocabulary, problems = read_vocabulary(expressed(tokenizer).data, shape.vocab_size)
+        vocabulary, problems = self._vocabulary(tokenizer, shape)
         if vocabulary is None:
             raise ValueError("; ".join(problems))
         writer = gguf.GGUFWriter(None, arch)
@@ -95,6 +94,12 @@ class GGUFExporter(ExporterProvider):
         self._write_weights(writer, job, Layout(job.model, pairs=turns_neighbours(arch)))
         text = modelfile(FILE, tokenizer, shape.max_seq_len)
         write_atomically(job.folder / "Modelfile", text)
+
+    def _vocabulary(
+        self, tokenizer: TokenizerProvider, shape: PlainShape
+    ) -> tuple[Vocabulary | None, list[str]]:
+        data, assume_nfc = expressed(tokenizer).data, self._settings.assume_nfc
+        return read_vocabulary(data, shape.vocab_size, assume_nfc=assume_nfc)
 
     def _write_weights(self, writer: gguf.GGUFWriter, job: ExportJob, layout: Layout) -> None:
         for name, dims in layout.shapes():
@@ -128,6 +133,7 @@ ollama create {folder} -f {folder}/Modelfile && ollama run {folder}
             requires=("xllamacpp>=2026.10", "numpy>=1.26"),
             tolerance=TOLERANCES.get(self._settings.type, ROUNDED),
             share=1.0 if self._type is Type.F32 else SHARE,
+            normal_form="NFC" if self._settings.assume_nfc else None,
             extra="gguf",
             settings={"file": FILE},
         )

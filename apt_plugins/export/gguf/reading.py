@@ -10,9 +10,13 @@ from apt_plugins.export.gguf.sentencepiece import read_sentencepiece
 from apt_plugins.export.gguf.vocabulary import Reading, Vocabulary
 
 
-def read_vocabulary(data: Mapping[str, Any], rows: int) -> tuple[Vocabulary | None, list[str]]:
+def read_vocabulary(
+    data: Mapping[str, Any], rows: int, *, assume_nfc: bool = False
+) -> tuple[Vocabulary | None, list[str]]:
     """The vocabulary that a tokenizer.json has, filled up to ``rows`` ids; or None, and what
-    llama.cpp has no equal for."""
+    llama.cpp has no equal for. With ``assume_nfc`` texts need not be brought to NFC."""
+    if assume_nfc and data.get("normalizer") == {"type": "NFC"}:
+        data = {**data, "normalizer": None}
     reading = Reading(data)
     kind = reading.model.get("type", "BPE")
     if kind != "BPE":

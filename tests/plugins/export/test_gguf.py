@@ -17,7 +17,9 @@ from apt_core.modeling.plain import plain_model
 from apt_core.providers import ExportJob, PlainShape
 from apt_core.runs import Session
 from apt_plugins.export.comparing import Comparison
+from apt_plugins.export.gguf import exporter as exporter_module
 from apt_plugins.export.gguf.exporter import FILE, GGUFExporter
+from apt_plugins.export.gguf.header import write_vocabulary
 from tests.plugins.export.conftest import MODELS, Certify, Model, certified, session_of
 
 REFUSED = "tva factored, embedding norm, hf"
@@ -64,6 +66,26 @@ def test_a_rounded_file_holds_the_rounded_model(
     assert found.faults == []
     assert 0 < found.logits.relative < 0.05 and found.share == 0.9
     assert found.equal_tokens > 0.9 * found.tokens
+
+
+def test_another_end_and_another_layout_of_a_rounded_file_are_caught(
+    models: dict[str, Session],
+    wide: dict[str, Session],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def faults(sessions: dict[str, Session], name: str, **options: Any) -> str:
+        exporter = GGUFExporter(options)
+        return "; ".join(certified(sessions, tmp_path_factory, exporter, [name])[name].faults)
+
+    def other_end(writer: Any, vocabulary: Any, special: Any, template: Any) -> None:
+        write_vocabulary(writer, vocabulary, replace(special, eos=250), template)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exporter_module, "write_vocabulary", other_end)
+        assert "it ends texts at the ids [249, 250]" in faults(models, "tva")
+    monkeypatch.setattr(exporter_module, "turns_neighbours", lambda arch: True)
+    assert "block 0 is the first that differs" in faults(wide, "wide", type="Q4_0")
 
 
 def written(session: Session, folder: Path, **options: Any) -> gguf.GGUFReader:

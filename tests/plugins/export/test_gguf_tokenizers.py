@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from apt_core.modeling.plain import plain_model
 from apt_core.providers import ExportJob
 from apt_core.runs import Session
 from apt_core.testing.tiny import TEXT
+from apt_plugins.export.exporting import prove
 from apt_plugins.export.gguf.byte_level import PRE_TOKENIZERS
 from apt_plugins.export.gguf.exporter import GGUFExporter
 from apt_plugins.export.gguf.reading import read_vocabulary
-from apt_plugins.export.questions import TEXTS, Questions
+from apt_plugins.export.questions import TEXTS, Questions, questions_for
 from apt_plugins.export.runtimes import answered
 from tests.plugins.export.conftest import Model, session_of
 
@@ -118,6 +120,43 @@ def test_llama_cpp_gives_the_ids(session: Session, tmp_path: Path) -> None:
             assert foreign.ends == [tokenizer.special.eos]
 
 
+def test_the_name_of_another_pattern_is_caught(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patterns, _ = next(key for key, name in PRE_TOKENIZERS.items() if name == "qwen2")
+    byte_level(*patterns).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    (tmp_path / "export").mkdir()
+    session = replace(session, tokenizer=HFTokenizer({"path": str(tmp_path)}))
+    plain, exporter = plain_model(session.model, session.tokenizer.vocab_size), GGUFExporter()
+    monkeypatch.setitem(PRE_TOKENIZERS, (patterns, False), "gpt-2")
+    exporter.write(ExportJob(tmp_path / "export", plain, session.tokenizer, "tiny"))
+    questions = questions_for(plain.shape, session.tokenizer, num_prompts=1, new_tokens=1)
+    found = prove(session, exporter, plain, tmp_path / "export", questions).comparison
+    assert "its tokenizer encodes" in "".join(found.faults)
+
+
+def test_a_tokenizer_that_composes_characters_is_compared_on_composed_texts(
+    session: Session, tmp_path: Path
+) -> None:
+    made = byte_level(*next(patterns for (patterns, _), name in PRE_TOKENIZERS.items()))
+    made.normalizer = normalizers.NFC()
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    (tmp_path / "export").mkdir()
+    session = replace(session, tokenizer=HFTokenizer({"path": str(tmp_path)}))
+    plain = plain_model(session.model, session.tokenizer.vocab_size)
+    exporter = GGUFExporter({"assume_nfc": True})
+    assert [*GGUFExporter().check(plain.shape, session.tokenizer)]
+    exporter.write(ExportJob(tmp_path / "export", plain, session.tokenizer, "tiny"))
+    questions = Questions(((1,),), (), (0,), ("e\u0301", "plain"))
+    found = prove(session, exporter, plain, tmp_path / "export", questions).comparison
+    assert found.faults == [] and found.encoded == 2
+    foreign = replace(exporter.proof, normal_form=None)
+    with answered(foreign, [(tmp_path / "export", questions)]) as [answers]:
+        assert answers.text_ids[0] != session.tokenizer.encode("e\u0301")
+
+
 def test_what_is_only_similar_is_refused() -> None:
     def refused(data: Mapping[str, Any], rows: int = ROWS) -> str:
         found, problems = read_vocabulary(data, rows)
@@ -129,7 +168,9 @@ def test_what_is_only_similar_is_refused() -> None:
 
     qwen = byte_level(r"\p{L}+")
     assert r"splits texts by '\\p{L}+', for which llama.cpp has no name" in refused(data(qwen))
-    assert "normalises texts (NFC)" in refused(data(qwen, normalizer={"type": "NFC"}))
+    composing = {"type": "NFC"}
+    told = refused(data(qwen, normalizer=composing))
+    assert "normalises texts (NFC)" in told and told.endswith("--option assume_nfc=true")
     assert "is of type Unigram" in refused({"model": {"type": "Unigram"}})
     spaces = {"type": "Whitespace"}
     assert "splits texts by Whitespace" in refused(data(qwen, pre_tokenizer=spaces))
