@@ -165,6 +165,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Session]:
     }
 
 
+class KeptAnswers(OwnAnswers):
+    """Generates once what every exporter is compared with."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
+        self._kept: dict[Any, list[tuple[int, ...]]] = {}
+
+    def greedy(
+        self, prompts: Sequence[Sequence[int]], counts: Sequence[int]
+    ) -> list[tuple[int, ...]]:
+        asked = tuple(map(tuple, prompts)), tuple(counts)
+        if asked not in self._kept:
+            self._kept[asked] = super().greedy(prompts, counts)
+        return self._kept[asked]
+
+
 Certify = Callable[..., dict[str, Comparison]]
 
 
@@ -172,7 +188,8 @@ Certify = Callable[..., dict[str, Comparison]]
 def certify(models: dict[str, Session], tmp_path_factory: pytest.TempPathFactory) -> Certify:
     """``certify(exporter, names, spoil=None, num_prompts=20)``: the comparisons of exports of these
     models, which ``spoil(folder)`` may have changed."""
-    return partial(certified, models, tmp_path_factory)
+    own = {name: KeptAnswers(session) for name, session in models.items()}
+    return partial(certified, models, tmp_path_factory, own=own)
 
 
 def certified(
@@ -182,6 +199,7 @@ def certified(
     names: Sequence[str] | None = None,
     spoil: Callable[[Path], None] | None = None,
     num_prompts: int = NUM_PROMPTS,
+    own: Mapping[str, OwnAnswers] | None = None,
 ) -> dict[str, Comparison]:
     proof = exporter.proof
     assert proof is not None
@@ -202,11 +220,12 @@ def certified(
         )
         targets.append((folder, questions))
         stored = exporter.stored(plain)
-        owns.append(OwnAnswers(session) if stored is None else RoundedAnswers(session, stored))
+        kept = OwnAnswers(session) if own is None else own[name]
+        owns.append(kept if stored is None else RoundedAnswers(session, stored))
     with answered(proof, targets) as answers:
         return {
-            name: compare(own, foreign, questions, proof.tolerance, share=proof.share)
-            for name, own, (_, questions), foreign in zip(
+            name: compare(mine, foreign, questions, proof.tolerance, share=proof.share)
+            for name, mine, (_, questions), foreign in zip(
                 chosen, owns, targets, answers, strict=True
             )
         }

@@ -64,7 +64,7 @@ def test_a_rounded_file_holds_the_rounded_model(
 ) -> None:
     found = certified(wide, tmp_path_factory, GGUFExporter({"type": number_format}))["wide"]
     assert found.faults == []
-    assert 0 < found.logits.relative < 0.05 and found.share == 0.9
+    assert 0 < found.logits.relative < 0.1 and found.share == 0.9
     assert found.equal_tokens > 0.9 * found.tokens
 
 
