@@ -145,7 +145,9 @@ class AttentionProvider(Provider, ABC):
       all state is in the state dict; computed buffers have ``reset_buffers``.
     - The layer adds no residual and normalises nothing before or after: the block does.
 
-    A layer may define ``init_parameter`` (see :mod:`apt_core.modeling.init`).
+    A layer may define ``init_parameter`` (see :mod:`apt_core.modeling.init`), and ``plain``, which
+    says what it is to other programs (a :class:`~apt_core.providers.plain.PlainAttention`; see
+    :mod:`apt_core.modeling.plain`).
     """
 
     supports: ClassVar[AttentionSupport] = AttentionSupport()

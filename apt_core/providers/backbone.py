@@ -41,6 +41,9 @@ class BackboneProvider(Provider, ABC):
     ``caches`` is what ``model.create_caches(max_length)`` gave: one
     :class:`~apt_core.providers.attention.DecodingCache` a layer. A model without ``create_caches``,
     or whose ``create_caches`` gives None, is decoded by computing everything anew.
+
+    A model and its blocks that can be exported have ``plain()``: it gives
+    ``apt_core.modeling.plain.PlainParts``, and a :class:`~apt_core.providers.plain.PlainBlock`.
     """
 
     norms_per_block: ClassVar[int] = 2

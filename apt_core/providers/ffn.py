@@ -35,7 +35,8 @@ class FeedForwardProvider(Provider, ABC):
     """Builds feed-forward layers, called as ``layer(x) -> [B, T, D]`` with x [B, T, D].
 
     Tokens do not mix. The layer adds no residual and normalises nothing before or after: the block
-    does.
+    does. Its ``plain()``, if it has one, is a :class:`~apt_core.providers.plain.PlainFFN` or
+    :class:`~apt_core.providers.plain.PlainExperts` (see :mod:`apt_core.modeling.plain`).
     """
 
     @abstractmethod

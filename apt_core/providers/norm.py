@@ -29,7 +29,8 @@ class NormSettings(Section):
 
 
 class NormProvider(Provider, ABC):
-    """Builds layers that normalise over the last dimension: ``layer(x)`` has the shape of x."""
+    """Builds layers that normalise over the last dimension: ``layer(x)`` has the shape of x. A
+    layer's ``plain()``, if it has one, is a :class:`~apt_core.providers.plain.PlainNorm`."""
 
     @abstractmethod
     def create_layer(self, d_model: int) -> nn.Module:

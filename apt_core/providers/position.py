@@ -109,8 +109,9 @@ class PositionProvider(Provider):
     def create_rotary(self, head_dim: int, max_seq_len: int) -> nn.Module | None:
         """A module ``rotary(x, positions=None)`` that turns x [B, T, H, head_dim], or None.
 
-        ``positions`` is int64 [T] or [B, T]; by default 0..T-1. Raises ValueError for a width
-        that cannot be turned.
+        ``positions`` is int64 [T] or [B, T]; by default 0..T-1. Its ``plain()``, if it has one, is
+        a :class:`~apt_core.providers.plain.PlainRope`. Raises ValueError for a width that cannot be
+        turned.
         """
         return None
 

@@ -18,6 +18,8 @@ class RouterProvider(Provider, ABC):
     is int64 [N, G*K], group by group, where g*E + e is expert e of group g; ``weights`` [N, G*K]
     sum to one in each group, so that identical experts give what one of them gives.
 
+    The router's ``plain()``, if it has one, is a :class:`~apt_core.providers.plain.PlainRouter`.
+
     A forward in training leaves ``router.logits`` and ``router.probabilities`` [N, G*E], both with
     their gradients, for losses and figures; one in evaluation leaves them as they are.
     """

@@ -116,6 +116,7 @@ def compare(
             for block, values in enumerate(streams if number in questions.whole else ()):
                 after = foreign.stream(number, block, way)
                 if after is not None:
+                    tell(f"comparing block {block + 1} of {len(streams)} at prompt {number + 1}")
                     of_blocks.setdefault(block, Differences(share)).add(values.numpy(), after)
     found.logits = of_logits.found
     found.blocks = {block: each.found for block, each in of_blocks.items()}

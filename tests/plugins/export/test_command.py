@@ -15,8 +15,13 @@ from typing import Any
 import pytest
 
 from apt_core.cli.run_command import run_command
+from apt_core.runs import open_run
 from apt_core.testing import tiny_run
 from apt_plugins.export.command import app
+from apt_plugins.export.exporting import Order
+from apt_plugins.export.exporting import export as export_session
+from apt_plugins.export.held_out import HeldOutText
+from apt_plugins.export.origin import origin_of
 
 PLUGIN = Path(__file__).with_name("own_exporter.py")
 SETTINGS = {
@@ -277,3 +282,19 @@ def test_a_certificate_names_no_plugin_that_is_imported(
     (tmp_path / "out" / "certificate.json").write_text("[1]")
     code, _, err = export("--verify", "out")
     assert code == 2 and "is no certificate" in err
+
+
+def test_what_is_being_done_is_told(run: Path, tmp_path: Path) -> None:
+    session = open_run(run, device="cpu", plugins=["export", str(PLUGIN)])
+    told: list[str] = []
+    order = Order(
+        "numpy", tmp_path / "out", origin_of(session, tmp_path, "last", ()), drop=["echo"]
+    )
+    export_session(session, order, text=lambda: HeldOutText(session), tell=told.append)
+    expected = [
+        "reading held-out text", "scoring the model", "scoring the model without echo", "block 1",
+        "numpy: prompt 1 of 21", "comparing prompt 21 of 21", "comparing block 2 of 2 at prompt 21",
+        "comparing greedy texts", "comparing the tokenizer",
+    ]  # fmt: skip
+    places = [told.index(each) for each in expected]
+    assert places == sorted(places)
