@@ -65,11 +65,13 @@ class Order:
 
 
 def exporter_of(session: Session, target: str, options: Mapping[str, Any]) -> ExporterProvider:
-    """The exporter of this name with its options. Raises ConfigError for an unknown one, and for
-    options that it does not have."""
+    """The exporter of this name with its options. Raises ConfigError for an unknown one, for one
+    whose packages are not installed, and for options that it does not have."""
     problem = session.registry.known.check_name("exporter", target, key="--to")
     if problem is not None:
         raise ConfigError(problem)
+    if missing := unmet(session.registry.spec("exporter", target).requires):
+        raise ConfigError(f"{target} cannot be written here: {'; '.join(missing)}", "--to")
     prefix = f"exporter:{target}."
     try:
         found = session.registry.get("exporter", target, dict(options), fallback=False)

@@ -164,6 +164,8 @@ def test_a_program_that_is_not_there_is_named(run: Path, export: Export, tmp_pat
     code, _, err = export(run, "--to", "numpy", *DROP, "-o", "out", "-O", "requires=nothing-at-all")
     assert code == 2 and "nothing-at-all is not installed" in err
     assert "--unproven exports it without a proof" in err and left(tmp_path) == []
+    code, _, err = export(run, "--to", "elsewhere", *DROP, "-o", "out")
+    assert code == 2 and "elsewhere cannot be written here: nothing-writes-it is not" in err
 
 
 @pytest.mark.parametrize(
