@@ -136,9 +136,9 @@ def _scores(
     distances = torch.arange(heads.context, dtype=torch.float64)
     # Scores are divided by the root of the width, which is another one.
     factor = (rank / heads.head_dim) ** 0.25
-    a = factor * torch.complex(queries[:, :half], queries[:, half:])
-    b = factor * torch.complex(keys[:, :half], keys[:, half:])
-    wide_root, wide_inverse = root.to(a.dtype), inverse.to(a.dtype)
+    queries, keys = queries @ (factor * root), keys @ (factor * root)
+    a = torch.complex(queries[:, :half], queries[:, half:])
+    b = torch.complex(keys[:, :half], keys[:, half:])
     found_q = torch.zeros(heads.num_heads, rank // 2, a.shape[2], dtype=a.dtype)
     found_k = torch.zeros(heads.num_kv_heads, rank // 2, a.shape[2], dtype=a.dtype)
     kept = total = 0.0
@@ -150,8 +150,8 @@ def _scores(
         shares = torch.polar(torch.ones_like(apart), apart).mean(1)
         for key in range(heads.num_kv_heads):
             own = slice(key * group, (key + 1) * group)
-            left = (a[own][:, pairs] @ wide_root).movedim(1, 0).flatten(1).T  # [G*D, n]
-            right = b[key, pairs].conj() @ wide_root  # [n, D]
+            left = a[own][:, pairs].movedim(1, 0).flatten(1).T  # [G*D, n]
+            right = b[key, pairs].conj()  # [n, D]
             total += float(_cross(left, right, old[pairs], distances))
             q_basis, r_left = torch.linalg.qr(left * shares)
             k_basis, r_right = torch.linalg.qr(right.mH)
@@ -159,13 +159,12 @@ def _scores(
             kept += float(sizes[0].square())
             size = sizes[0].sqrt()
             best_q = (q_basis @ u[:, 0] * size).unflatten(0, (group, -1))  # [G, D]
-            best_k = (k_basis @ vh[0].conj()).conj() * size  # of conj(b)
-            found_q[own, pair] = best_q @ wide_inverse
-            found_k[key, pair] = (best_k @ wide_inverse).conj()
+            found_q[own, pair] = best_q
+            found_k[key, pair] = k_basis @ vh[0].conj() * size
     lost = 1 - kept / total if total else 0.0
     return (
-        torch.cat([found_q.real, found_q.imag], 1),
-        torch.cat([found_k.real, found_k.imag], 1),
+        torch.cat([found_q.real, found_q.imag], 1) @ inverse,
+        torch.cat([found_k.real, found_k.imag], 1) @ inverse,
         lost,
     )
 
