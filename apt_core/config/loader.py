@@ -6,7 +6,7 @@ import difflib
 import errno
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from apt_core.config.overrides import Override
@@ -87,7 +87,7 @@ def _read(found: _File, chain: tuple[_File, ...]) -> Source:
     parent = source.data.pop("extends", None)
     parent = source.marks.texts.get(("extends",)) or parent
     if parent is None:
-        return source
+        return replace(source, recorded=_is_of_a_run(found.file))
     where = source.where("extends")
     if not isinstance(parent, str) or not parent:
         raise ConfigError("must be the name or path of one profile", "extends", where)
@@ -99,6 +99,11 @@ def _read(found: _File, chain: tuple[_File, ...]) -> Source:
         problem = error.problems[0]
         raise ConfigError(problem.message, "extends", where, problem.hint) from None
     return _read(above, (*chain, found)).inherited().below(source)
+
+
+def _is_of_a_run(file: Path) -> bool:
+    """Whether ``file`` is the profile that a run, or a checkpoint, has written."""
+    return file.name == "profile.yaml" and (file.parent / "manifest.json").is_file()
 
 
 def _text_of(found: _File) -> str:

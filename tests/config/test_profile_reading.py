@@ -500,3 +500,15 @@ def test_plain_data_that_contains_itself_is_refused() -> None:
 
 def test_keys_that_are_no_text_are_problems() -> None:
     assert [p.key for p in Source.from_dict({"model": {3: 1}}).problems] == ["model"]
+
+
+def test_what_a_run_has_written_was_accepted_when_it_began() -> None:
+    """A run that the command line has shortened goes on from its own profile."""
+    short = "training: {warmup_steps: 10, max_steps: 5}\n"
+    Path("profile.yaml").write_text(short, encoding="utf-8")
+    (problem,) = validate(read_profile("profile.yaml")).problems
+    assert problem.key == "training.warmup_steps"
+    Path("manifest.json").write_text("{}", encoding="utf-8")
+    assert validate(read_profile("profile.yaml")).problems == []
+    Path("mine.yaml").write_text(short, encoding="utf-8")
+    assert len(validate(read_profile("mine.yaml")).problems) == 1
