@@ -28,13 +28,27 @@ class Graph(Runtime):
         self._session = self._opened(os.path.join(target, name))
         self._showing: tuple[Any, list[str]] | None = None
 
-    def _shown(self, inputs: dict[str, Any]) -> tuple[Any, list[Any]]:
-        """The logits [T, V] and the stream [T, D] after each block."""
+    def forward(self, ids: list[int], stream: bool) -> tuple[Any, Sequence[Any] | None]:
+        # As the file on disk computes them, and then as it does with the streams as outputs, too.
+        [logits] = self._outputs(self._session, ids, ["logits"])
+        if not stream:
+            return logits, None
         if self._showing is None:
             self._showing = self._showing_blocks()
         session, names = self._showing
-        logits, *streams = session.run(["logits", *names], inputs)
-        return logits[0], [each[0] for each in streams]
+        return logits, self._outputs(session, ids, names)
+
+    def _outputs(self, session: Any, ids: list[int], names: list[str]) -> list[Any]:
+        """These outputs [T, …] of a text."""
+        import numpy as np
+
+        text = _Texts(session)
+        found = [text.append([part], names) for part in self._parts(ids)]
+        return [np.concatenate([each[0] for each in parts]) for parts in zip(*found, strict=True)]
+
+    def _parts(self, ids: list[int]) -> list[list[int]]:
+        """A text in as many parts as it is to be read in."""
+        return [ids]
 
     def _opened(self, source: str | bytes) -> Any:
         import onnxruntime
@@ -70,12 +84,8 @@ class WithoutCaches(Graph):
         super().__init__(target, name, tensors)
         self._guess = guess
 
-    def forward(self, ids: list[int], stream: bool) -> tuple[Any, Sequence[Any] | None]:
-        if stream:
-            return self._shown(_inputs([ids]))
-        return self._session.run(["logits"], _inputs([ids]))[0][0], None
-
     def greedy_together(self, prompts: list[list[int]], count: int) -> list[list[int]]:
+        self._showing = None  # its memory
         # One forward of texts that are guessed gives the most likely token after each place: those
         # up to the first that was guessed wrongly are what follows.
         guesses = self._guess.greedy_together(prompts, count)
@@ -96,22 +106,18 @@ class WithoutCaches(Graph):
 class WithCaches(Graph):
     """The graph that goes on from caches."""
 
-    def forward(self, ids: list[int], stream: bool) -> tuple[Any, Sequence[Any] | None]:
-        import numpy as np
-
-        if stream:
-            inputs = {**_inputs([ids]), **_Texts(self._session).past}
-            return self._shown(inputs)
-        # In two parts, so that the second one reads what the first has left in the caches.
-        text, cut = _Texts(self._session), len(ids) // 2
-        parts = [text.append([part])[0] for part in (ids[:cut], ids[cut:]) if part]
-        return np.concatenate(parts), None
+    def _parts(self, ids: list[int]) -> list[list[int]]:
+        # So that the second one reads what the first has left in the caches.
+        cut = len(ids) // 2
+        return [part for part in (ids[:cut], ids[cut:]) if part]
 
     def greedy_together(self, prompts: list[list[int]], count: int) -> list[list[int]]:
+        self._showing = None
         text, new = _Texts(self._session, len(prompts)), prompts
         found = [list[int]() for _ in prompts]
         for _ in range(count):
-            new = text.append(new)[:, -1:].argmax(-1).tolist()
+            [logits] = text.append(new, ["logits"])
+            new = logits[:, -1:].argmax(-1).tolist()
             for tokens, token in zip(found, new, strict=True):
                 tokens += token
         return found
@@ -160,26 +166,26 @@ class OnnxRuntime(WithCaches):
 
 
 class _Texts:
-    """Texts of one length that grow, and their caches, ``past``."""
+    """Texts of one length that grow, with their caches."""
 
     def __init__(self, session: Any, number: int = 1) -> None:
         import numpy as np
 
         self._session, self._length = session, 0
-        self._names = [each.name for each in session.get_outputs()]
-        self.past = {
+        self._past = {
             each.name: np.zeros((number, each.shape[1], 0, each.shape[3]), np.float32)
             for each in session.get_inputs()
             if each.name.startswith("past_key_values.")
         }
 
-    def append(self, ids: list[list[int]]) -> Any:
-        """The logits [B, T, V] of these ids after those before."""
+    def append(self, ids: list[list[int]], names: list[str]) -> list[Any]:
+        """The outputs ``names`` for these ids after those before."""
         self._length += len(ids[0])
-        inputs = {**_inputs(ids, self._length), **self.past}
-        found = dict(zip(self._names, self._session.run(self._names, inputs), strict=True))
-        self.past = {name: found[name.replace("past_key_values", "present")] for name in self.past}
-        return found["logits"]
+        kept = [name.replace("past_key_values", "present") for name in self._past]
+        inputs = {**_inputs(ids, self._length), **self._past}
+        found = self._session.run([*names, *kept], inputs)
+        self._past = dict(zip(self._past, found[len(names) :], strict=True))
+        return list(found[: len(names)])
 
 
 def _inputs(ids: list[list[int]], length: int | None = None) -> dict[str, Any]:

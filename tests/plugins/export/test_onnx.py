@@ -44,6 +44,21 @@ def test_onnxruntime_computes_and_encodes_the_same_by_both_graphs(
     assert found.encoded > 80 and found.ends_equal
 
 
+def test_a_fault_of_one_graph_alone_is_caught(certify: Certify) -> None:
+    def with_caches_behind(folder: Path) -> None:
+        """New keys and values before those of the caches, in the second layer."""
+        model = onnx.load(folder / WITH_CACHES, load_external_data=False)
+        for node in model.graph.node:
+            if node.output[0].startswith("present.1."):
+                node.input[:] = reversed(node.input)
+        (folder / WITH_CACHES).write_bytes(model.SerializeToString())
+
+    name = "gqa, llama3 RoPE, bpe"
+    found = certify(ONNXExporter(), [name], with_caches_behind, num_prompts=8)[name]
+    assert "block 1 is the first that differs" in found.faults[0]
+    assert not any(WITHOUT_CACHES in fault for fault in found.faults)
+
+
 @pytest.fixture(scope="module")
 def folder(models: dict[str, Session], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The graphs of the model with experts."""
