@@ -4,6 +4,7 @@ exporter of somebody else."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -134,7 +135,7 @@ def test_mistakes_are_told_at_once(run: Path, export: Export) -> None:
 
 
 def test_a_folder_that_is_not_empty_is_replaced_by_force_if_it_is_an_export(
-    run: Path, export: Export, tmp_path: Path
+    run: Path, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where = ("-o", "out")
     arguments = (run, "--to", "numpy", *DROP, *UNPROVEN)
@@ -157,6 +158,10 @@ def test_a_folder_that_is_not_empty_is_replaced_by_force_if_it_is_an_export(
     assert code == 2 and "is no folder" in err
     code, _, err = export(*arguments, "-o", "file/below")
     assert code == 2 and "is no folder" in err
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)
+        code, _, err = export(*arguments, "-o", "new/out")
+    assert code == 2 and f"cannot be written: {tmp_path} is not yours" in err
     assert left(tmp_path) == ["file", "out"]
 
 
