@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -120,9 +121,10 @@ class GGUFExporter(ExporterProvider):
         return None if self._type is Type.F32 else rounded(model, self._type)
 
     def usage(self, folder: str) -> str:
+        name = shlex.quote(folder)
         return f"""```
-llama-cli -m {folder}/{FILE} -p "Once upon a time"
-ollama create {folder} -f {folder}/Modelfile && ollama run {folder}
+llama-cli -m {name}/{FILE} -p "Once upon a time"
+ollama create {name} -f {name}/Modelfile && ollama run {name}
 ```"""
 
     @property

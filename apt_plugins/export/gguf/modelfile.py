@@ -20,7 +20,9 @@ def modelfile(file: str, tokenizer: TokenizerProvider, max_seq_len: int) -> str:
     lines = [f"FROM ./{file}", f"PARAMETER num_ctx {max_seq_len}"]
     ends = (special.eos, special.end, *(special.roles.get(role) for role in ROLES))
     texts = [special.names.get(token) for token in ends if token is not None]
-    lines += [f'PARAMETER stop "{text}"' for text in dict.fromkeys(texts) if text]
+    # A tokenizer may name its tokens as it likes, also so that a line of its own begins.
+    fine = [text for text in texts if text and text.isprintable() and '"' not in text]
+    lines += [f'PARAMETER stop "{text}"' for text in dict.fromkeys(fine)]
     if tokenizer.chat_template == CHAT_TEMPLATE:
         lines.append(f'TEMPLATE """{GO_TEMPLATE}"""')
     return "\n".join(lines) + "\n"

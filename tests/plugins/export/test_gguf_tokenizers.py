@@ -28,7 +28,7 @@ from apt_plugins.export.gguf.exporter import GGUFExporter
 from apt_plugins.export.gguf.reading import read_vocabulary
 from apt_plugins.export.questions import TEXTS, Questions, questions_for
 from apt_plugins.export.runtimes import answered
-from tests.plugins.export.conftest import Model, session_of
+from tests.plugins.export.conftest import TEMPLATE, Model, session_of
 
 MORE = (
     "I'LL we'Re it's 'tis O'Neil",
@@ -118,6 +118,27 @@ def test_llama_cpp_gives_the_ids(session: Session, tmp_path: Path) -> None:
             ]
             assert not differ, (name, differ)
             assert foreign.ends == [tokenizer.special.eos]
+
+
+def test_conversations_begin_and_end_as_the_tokenizer_of_the_run_has_it(
+    session: Session, tmp_path: Path
+) -> None:
+    made = sentencepiece(True)
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    made.save(str(tmp_path / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    (tmp_path / "export").mkdir()
+    session = replace(session, tokenizer=HFTokenizer({"path": str(tmp_path)}))
+    assert session.tokenizer.special.bos == 1
+    plain, exporter = plain_model(session.model, session.tokenizer.vocab_size), GGUFExporter()
+    exporter.write(ExportJob(tmp_path / "export", plain, session.tokenizer, "tiny"))
+    questions = questions_for(plain.shape, session.tokenizer, num_prompts=2, new_tokens=4)
+    found = prove(session, exporter, plain, tmp_path / "export", questions).comparison
+    assert found.faults == [] and found.ends_equal and len(questions.conversations) == 2
 
 
 def test_the_name_of_another_pattern_is_caught(
