@@ -27,17 +27,21 @@ Theta = Annotated[float, Field(gt=1, le=1e12)]
 @dataclass(frozen=True)
 class Family:
     """An architecture. ``defaults`` are what transformers takes where config.json leaves out a key
-    that old files may lack; of other sizes none is guessed."""
+    that old files may lack; of other sizes none is guessed. ``biases`` are the parts that may have
+    some."""
 
     model_type: str
     qk_norm: bool
     defaults: Mapping[str, Any]
+    biases: tuple[str, ...]
 
 
 FAMILIES = {
-    "LlamaForCausalLM": Family("llama", False, {}),
-    "MistralForCausalLM": Family("mistral", False, {"num_key_value_heads": 8}),
-    "Qwen3ForCausalLM": Family("qwen3", True, {"head_dim": 128, "num_key_value_heads": 32}),
+    "LlamaForCausalLM": Family("llama", False, {}, ("self_attn", "mlp")),
+    "MistralForCausalLM": Family("mistral", False, {"num_key_value_heads": 8}, ()),
+    "Qwen3ForCausalLM": Family(
+        "qwen3", True, {"head_dim": 128, "num_key_value_heads": 32}, ("self_attn",)
+    ),
 }
 
 
@@ -149,9 +153,12 @@ class _Reading:
 
     def model(self) -> HFModel:
         architecture, family = self._family()
-        given = {**family.defaults, **{k: v for k, v in self._found.items() if v is not None}}
-        if "sliding_window" in self._found:  # null says that there is none
-            given["sliding_window"] = self._found["sliding_window"]
+        given = {
+            key: value
+            for key, value in {**family.defaults, **self._found}.items()
+            # A null stands for the default, but here for no window.
+            if value is not None or key == "sliding_window"
+        }
         read = self._validated(_Read, given, "")
         if read is None:
             raise ConfigError(self._problems)
@@ -189,7 +196,7 @@ class _Reading:
             "rope": rope,
         }
         biases = {"self_attn": read.attention_bias, "mlp": read.mlp_bias}
-        may_have = tuple(part for part, has in biases.items() if has)
+        may_have = tuple(part for part in family.biases if biases[part])
         return HFModel(architecture, keys, tuple(self._notes), may_have, longest)
 
     def _problem(self, message: str, key: str, hint: str = "") -> None:

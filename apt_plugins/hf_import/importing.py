@@ -92,7 +92,7 @@ def import_folder(asked: Asked, told: Told) -> Imported:
     left behind then, except where healing fails: that run is whole, at an earlier step.
     """
     _require_free(asked.output)
-    model, weights, tokenizer = _read(asked)
+    model, weights, tokenizer, kernel = _read(asked)
     notes = [*model.notes, *weights.notes]
     for note in notes:
         told(f"note: {note}")
@@ -106,7 +106,6 @@ def import_folder(asked: Asked, told: Told) -> Imported:
     }
     imported = Imported(asked.output, model.architecture, notes)
     with _staging(asked.output, tokenizer) as run:
-        kernel = _kernel(asked, model)
         told(f"reading {model.architecture} in {asked.folder}")
         made = _made(kernel, run, lambda built: fill(built, named_as_ours(model, weights)))
         imported.parameters, imported.loss = made.parameters, made.loss
@@ -127,17 +126,21 @@ def import_folder(asked: Asked, told: Told) -> Imported:
 
 
 def _require_free(output: Path) -> None:
+    if (output / STAGING).exists():
+        message = "an import into it is going on, or was killed"
+        raise ConfigError(message, "--output", str(output), "delete it if none is")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError("is in use", "--output", str(output), "name a folder that is not there")
 
 
-def _read(asked: Asked) -> tuple[HFModel, HFWeights, HFTokenizer]:
-    """The model, its tensors and its tokenizer. Raises ConfigError with all problems."""
+def _read(asked: Asked) -> tuple[HFModel, HFWeights, HFTokenizer, Kernel]:
+    """The model, its tensors, its tokenizer and the run's profile. Raises ConfigError with all
+    problems."""
     if not asked.folder.is_dir():
         what = "is a file" if asked.folder.exists() else "does not exist"
         raise ConfigError(f"{what}: give the folder of a model", "DIR", str(asked.folder))
     problems: list[Problem] = []
-    tokenizer, model, weights = None, None, None
+    tokenizer, model, weights, kernel = None, None, None, None
     try:
         tokenizer = _tokenizer(asked)
     except ConfigError as error:
@@ -148,6 +151,11 @@ def _read(asked: Asked) -> tuple[HFModel, HFWeights, HFTokenizer]:
         weights = HFWeights(asked.folder, model)
     except ConfigError as error:
         problems += error.problems
+    if model is not None:
+        try:
+            kernel = _kernel(asked, model)
+        except ConfigError as error:
+            problems += error.problems
     if model is not None and tokenizer is not None:
         ids, rows = tokenizer.vocab_size, model.keys["vocab_size"]
         if ids > rows:
@@ -155,9 +163,9 @@ def _read(asked: Asked) -> tuple[HFModel, HFWeights, HFTokenizer]:
             hint = "--tokenizer PATH names another tokenizer"
             where = str(asked.folder / CONFIG)
             problems.append(Problem(message, "vocab_size", where, hint))
-    if problems or model is None or weights is None or tokenizer is None:
+    if problems or model is None or weights is None or tokenizer is None or kernel is None:
         raise ConfigError(problems)
-    return model, weights, tokenizer
+    return model, weights, tokenizer, kernel
 
 
 def _tokenizer(asked: Asked) -> HFTokenizer:
@@ -380,11 +388,11 @@ def _convert(
 def _moments(kernel: Kernel, trainer: Trainer) -> list[Tensor]:
     """E[x xᵀ] [D, D] of what each attention reads, over the first training windows of the run."""
     sums = [torch.zeros(()) for _ in layers_of(trainer.model)]
-    count = 0
+    count, tokens = 0, torch.zeros(())
 
     def note(layer: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = args[0].float().flatten(0, -2)
+            rows = args[0][tokens].float()
             sums[layer] = sums[layer].to(rows.device) + rows.T @ rows
 
         return hook
@@ -398,8 +406,9 @@ def _moments(kernel: Kernel, trainer: Trainer) -> list[Tensor]:
             for index in range(plan.steps_per_epoch):
                 for batch in plan.step(1, index)[0]:
                     moved = batch.to(trainer.device)
+                    tokens = moved.token_mask()
                     forward_batch(trainer.model, trainer.model, moved)
-                    count += moved.input_ids.numel()
+                    count += moved.token_count
                 if count >= SAMPLE_TOKENS:
                     break
     finally:

@@ -470,7 +470,10 @@ def test_what_goes_with_no_run_is_refused(asked: Asked, text: Path, tmp_path: Pa
     assert "there is no such file" in refusal(replace(asked, tokenizer=tmp_path / "none"))
     wider = with_set(asked, model__d_model=64)
     assert "model.d_model: is 64, and the imported model has 32" in refusal(wider)
-    assert "there is no file" in refusal(with_set(asked, data__train_path="none.txt"))
+    nowhere = with_set(replace(asked, rank=3), data__train_path="none.txt")
+    assert "2 problems" in refusal(nowhere) and "there is no file" in refusal(nowhere)
+    (tmp_path / "killed" / ".importing").mkdir(parents=True)
+    assert "was killed" in refusal(replace(asked, output=tmp_path / "killed"))
     assert not asked.output.exists()
 
 
