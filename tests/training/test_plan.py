@@ -34,7 +34,7 @@ from apt_core.plugin_manager import PluginManager
 from apt_core.providers import DatasetProvider
 from apt_core.providers.attention import AttentionSupport
 
-SIZES = {"d_model": 32, "num_heads": 4, "d_ff": 48, "num_layers": 3, "max_seq_len": 16}
+SIZES = {"d_model": 32, "num_heads": 4, "d_ff": 48, "num_layers": 2, "max_seq_len": 16}
 CPU = torch.device("cpu")
 
 
@@ -127,11 +127,12 @@ def test_flops_are_three_times_those_that_torch_counts_in_a_forward(kernel_of, m
 
 
 def test_each_attention_of_a_pattern_counts_with_its_layers(kernel_of) -> None:
-    plan = make_plan(kernel_of({"attention_pattern": ["mha", "tva_default", "mha"]}))
+    three = {"num_layers": 3}
+    plan = make_plan(kernel_of({**three, "attention_pattern": ["mha", "tva_default", "mha"]}))
     mha, tva = rows(plan, "attention")
     assert [(row["used"], row["layers"]) for row in (mha, tva)] == [("mha", 2), ("tva_default", 1)]
     mha_alone, tva_alone = (
-        rows(make_plan(kernel_of({"attention_name": name})), "attention")[0]
+        rows(make_plan(kernel_of({**three, "attention_name": name})), "attention")[0]
         for name in ("mha", "tva_default")
     )
     for key in ("params", "flops_per_token", "kv_cache_bytes_per_token"):
@@ -153,7 +154,7 @@ def test_the_cache_is_counted_in_bf16_for_all_layers(kernel_of) -> None:
         return plan["stages"][0]
 
     mha = cache(attention_name="mha")
-    assert mha["kv_cache_bytes_per_token"] == 2 * 32 * 2 * 3  # keys and values of d_model, 3 layers
+    assert mha["kv_cache_bytes_per_token"] == 2 * 32 * 2 * 2  # keys and values of d_model, 2 layers
     assert mha["kv_cache_bytes_per_sequence"] == 16 * mha["kv_cache_bytes_per_token"]
     wide = cache(attention_name="mha", mha={"head_dim": 24})
     assert wide["kv_cache_bytes_per_token"] == 3 * mha["kv_cache_bytes_per_token"]
@@ -192,7 +193,7 @@ def test_a_figure_that_a_provider_cannot_give_is_null_and_said_so(kernel_of) -> 
 def test_a_provider_without_the_base_class_does_not_break_the_plan(kernel_of) -> None:
     plan = make_plan(kernel_of({"attention_name": "duck"}, training={"compile": True}))
     (part,) = rows(plan, "attention")
-    assert part["params"] > 0 and part["layers"] == 3
+    assert part["params"] > 0 and part["layers"] == 2
     assert part["flops_per_token"] is None and part["supports"] is None
     assert plan["notices"] == [
         "attention:duck (plugin thirds) has no flops(): the figure is unknown",
