@@ -318,7 +318,7 @@ def test_a_gpu_without_memory_is_told_with_the_settings_and_a_checkpoint(apt_tra
 
 def test_a_model_that_memory_does_not_hold_is_told_before_the_run(apt_train, monkeypatch):
     class Refused(ModelBuilder):
-        def build_model(self) -> torch.nn.Module:
+        def build_model(self, **options: bool) -> torch.nn.Module:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] can't allocate memory")
 
     monkeypatch.setattr("apt_core.training.prepare.ModelBuilder", Refused)
