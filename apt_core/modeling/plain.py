@@ -84,7 +84,7 @@ def without_form(block: nn.Module, names: Mapping[str, type[Any]]) -> Iterator[B
     they can be left out."""
     for name, form in names.items():
         layer = getattr(block, name)
-        if not _tells_its_form(layer):
+        if not has_form(layer):
             drop = partial(setattr, block, name, LeftOut(form))
             what = f"its {name} ({type(layer).__name__}) has no plain form"
             yield Beyond(name, what, drop)
@@ -95,7 +95,7 @@ def plain_of(part: nn.Module | None, form: type[Form] | tuple[type[Form], ...]) 
     if part is None:
         raise ValueError("there is none, and a plain model needs one")
     name = type(part).__name__
-    if not _tells_its_form(part):
+    if not has_form(part):
         raise ValueError(f"{name} has no plain form")
     found = part.plain()
     if not isinstance(found, form):
@@ -222,7 +222,7 @@ def plain_model(model: nn.Module, vocab_size: int | None = None) -> PlainModel:
     )
 
 
-def _tells_its_form(part: nn.Module) -> bool:
+def has_form(part: nn.Module) -> bool:
     """Whether what ``part`` computes is what its ``plain`` says."""
     own = part.__dict__
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt_core.modeling.layers import MHAProvider, RMSNormProvider, RoPEProvider, SwiGLUProvider
-from apt_core.providers import AttentionSupport
+from apt_core.providers import AttentionSupport, Beyond
 from apt_core.testing.conformance import checks_of
 from apt_core.testing.conformance.places import MarkedPlaces
 
@@ -122,6 +123,23 @@ class ReadsAValue(Wrapped):
 class BranchesOnAValue(Wrapped):
     def changed(self, y, x):
         return y.clamp(max=9) if self.training and y.sum() > 1e9 else y
+
+
+class SaysAnotherForm(Wrapped):
+    """A method of it scales one tensor of the form."""
+
+    def plain(self):
+        form = self.inner.plain()
+        name = next(name for name in ("out", "down", "weight") if hasattr(form, name))
+        return replace(form, **{name: 1.5 * getattr(form, name)})
+
+
+class KeepsWhatIsDropped(Wrapped):
+    def plain(self):
+        return self.inner.plain()
+
+    def beyond_plain(self):
+        yield Beyond("part", "a part that stays", lambda: None)
 
 
 COMMON: list[tuple[type[Wrapped], str]] = [
@@ -373,6 +391,8 @@ ATTENTION: list[tuple[type[Attends], set[str]]] = [
     (DrawsByItself, {"dropout"}),
     (CountsItsCalls, {"state dict"}),
     (MixesRowsByValue, {"rows", "positions", "mask", "padding", "packed", "cache with a mask"}),
+    (SaysAnotherForm, {"plain form"}),
+    (KeepsWhatIsDropped, {"plain form"}),
 ]  # fmt: skip
 
 
@@ -509,7 +529,7 @@ def test_what_a_provider_does_not_claim_is_left_out_with_the_reason(
             check.run()
         except LeftOut as why:
             reasons[check.name] = str(why)
-    assert reasons.keys() == left_out | {"compile", "rows of a batch"}
+    assert reasons.keys() == left_out | {"compile", "rows of a batch", "plain form"}
     assert {reasons[name] for name in left_out} == {f"supports.{flag} is False"}
 
 
@@ -554,12 +574,14 @@ OWN = {
         (CountsItsCalls, "state dict"),
         (MixesRowsByValue, "token-wise"),
         (DropsWhatIsLong, "token-wise"),
+        (SaysAnotherForm, "plain form"),
     ],
     "norm": [
         *COMMON,
         (MixesTokensInTraining, "token-wise"),
         (MixesRowsInTraining, "token-wise"),
         (CountsItsCalls, "state dict"),
+        (SaysAnotherForm, "plain form"),
     ],
 }
 ROWS = [(kind, broken, check) for kind, rows in OWN.items() for broken, check in rows]

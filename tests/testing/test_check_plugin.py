@@ -189,7 +189,8 @@ def test_a_good_feed_forward_passes_every_check(write: WritePlugin) -> None:
     findings = check_plugin(write(FFN.format(body="return self.down(self.up(x).relu())")))
     results = {finding.check: finding.result for finding in findings}
     assert set(results.values()) == {"ok", "left out"}
-    assert [name for name, result in results.items() if result == "left out"] == ["ffn:mine, flops"]
+    left_out = [name for name, result in results.items() if result == "left out"]
+    assert left_out == ["ffn:mine, flops", "ffn:mine, plain form"]
     assert results["ffn:mine, token-wise"] == results["ffn:mine, trains"] == "ok"
 
 

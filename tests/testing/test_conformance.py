@@ -26,6 +26,9 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
 LEFT_OUT = {
     ("position:learned", "default positions"),
     ("position:learned", "long sequences"),
+    ("ffn:gelu", "plain form"),
+    ("ffn:relu2", "plain form"),
+    ("norm:layernorm", "plain form"),
 }
 """What says nothing about a provider of the core; everything else is done."""
 

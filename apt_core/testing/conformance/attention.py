@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from apt_core.modeling.layers.rope import RoPEProvider
+from apt_core.providers.plain import PlainAttention
 from apt_core.testing.conformance import attention_cache, attention_masks, layers
 from apt_core.testing.conformance.checks import (
     Check,
@@ -18,6 +20,7 @@ from apt_core.testing.conformance.checks import (
 )
 from apt_core.testing.conformance.examined_attention import Attention
 from apt_core.testing.conformance.layers import Call, leaf, sample
+from apt_core.testing.conformance.plain_forms import attended, computes_its_form
 
 
 def attention_checks(provider: Any) -> list[Check]:
@@ -43,6 +46,7 @@ def attention_checks(provider: Any) -> list[Check]:
         Check("compile", lambda: _compile(at)),
         Check("no host sync", lambda: _no_host_sync(at)),
         Check("flops", lambda: _flops(at)),
+        Check("plain form", lambda: _plain_form(at)),
     ]
 
 
@@ -177,6 +181,15 @@ def _compile(at: Attention) -> None:
 
 def _no_host_sync(at: Attention) -> None:
     layers.never_waits(at.build(), at.input(), *at.calls())
+
+
+def _plain_form(at: Attention) -> None:
+    for options in ({}, {"num_kv_heads": 2}):
+        try:
+            layer = at.build(position=RoPEProvider(), **options)
+        except ValueError:
+            continue  # it has no such heads, which another check looks at
+        computes_its_form(layer, at.input(), PlainAttention, attended)
 
 
 def _flops(at: Attention) -> None:

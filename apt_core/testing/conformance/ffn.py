@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from apt_core.providers.plain import PlainExperts, PlainFFN
 from apt_core.testing.conformance import layers
 from apt_core.testing.conformance.checks import Check
 from apt_core.testing.conformance.layers import built, sample
 from apt_core.testing.conformance.lengths import integers, longer
+from apt_core.testing.conformance.plain_forms import computes_its_form, fed_forward
 
 D_MODEL, D_FF = 64, 128
 
@@ -44,6 +46,10 @@ def ffn_checks(provider: Any) -> list[Check]:
         Check("compile", lambda: layers.compiles(built(create), x())),
         Check("no host sync", lambda: layers.never_waits(built(create), x())),
         Check("flops", lambda: layers.costs(provider, lambda n: provider.flops(D_MODEL, D_FF, n))),
+        Check(
+            "plain form",
+            lambda: computes_its_form(built(create), x(), (PlainFFN, PlainExperts), fed_forward),
+        ),
     ]
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from apt_core.providers.plain import PlainNorm
 from apt_core.testing.conformance import layers
 from apt_core.testing.conformance.checks import Check
 from apt_core.testing.conformance.layers import built, sample
 from apt_core.testing.conformance.lengths import integers, longer
+from apt_core.testing.conformance.plain_forms import computes_its_form, normed
 
 D_MODEL = 64
 
@@ -45,4 +47,5 @@ def norm_checks(provider: Any) -> list[Check]:
         Check("autocast", lambda: layers.autocasts(built(create), x())),
         Check("compile", lambda: layers.compiles(built(create), x())),
         Check("no host sync", lambda: layers.never_waits(built(create), x())),
+        Check("plain form", lambda: computes_its_form(built(create), x(), PlainNorm, normed)),
     ]
