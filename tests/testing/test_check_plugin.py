@@ -258,12 +258,9 @@ def test_a_provider_is_checked_with_the_settings_that_are_given(
         "name: mine\nplugins: [mine.py]\nmodel: {d_model: 16, num_heads: 2, num_layers: 1, "
         "d_ff: 32, vocab_size: 256, max_seq_len: 16}\nmine: {chunk: 70}\n"
     )
-    for given in ({"overrides": {"mine.chunk": 5}}, {"profile": folder / "mine.yaml"}):
-        found = {finding.check: finding for finding in check_plugin(plugin, **given)}
-        assert [name for name, finding in found.items() if not finding.ok] == [
-            "ffn:mine, token-wise"
-        ]
-        assert "ffn:mine, long settings" not in found and found["ffn:mine, trains"].ok
+    found = {f.check: f for f in check_plugin(plugin, profile=folder / "mine.yaml")}
+    assert [name for name, finding in found.items() if not finding.ok] == ["ffn:mine, token-wise"]
+    assert "ffn:mine, long settings" not in found and found["ffn:mine, trains"].ok
     both = {"profile": folder / "mine.yaml", "overrides": {"mine.chunk": 600}}
     assert all(finding.ok for finding in check_plugin(plugin, **both))
     with pytest.raises(ConfigError, match="did you mean 'chunk'"):
