@@ -88,12 +88,14 @@ def flush(path: Path) -> None:
 
 
 def require_inside(folder: Path, path: Path) -> None:
-    """Raise OSError where a link leads from ``path`` out of ``folder``, and for what can be no
-    path: what somebody else has made of a folder does not decide which files are read."""
+    """Raise OSError where ``path``, or a link on its way, leads out of ``folder``, and for what can
+    be no path: what somebody else has made of a folder does not decide which files are read."""
     if "\0" in str(path):
         raise OSError(errno.EINVAL, "it has a null byte, which no name of a file has", str(path))
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-        raise OSError(errno.ELOOP, "it is a link that leads out of its folder", str(path))
+        if os.path.abspath(path).startswith(os.path.join(os.path.abspath(folder), "")):
+            raise OSError(errno.ELOOP, "it is a link that leads out of its folder", str(path))
+        raise OSError(errno.EACCES, "it leads out of its folder", str(path))
 
 
 def was_replaced(file: IO[Any], path: str | Path) -> bool:

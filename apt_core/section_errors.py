@@ -76,6 +76,10 @@ def in_words(error: ErrorDetails) -> tuple[str, str]:
     if kind == "too_long":
         return f"holds more than the {context['max_length']:,} items that it may", ""
     if kind in ("too_short", "string_too_short"):
+        least = context.get("min_length", 1)
+        if least > 1:
+            unit = "characters" if kind == "string_too_short" else "items"
+            return f"must have at least {least:,} {unit}, not {len(value)}", ""
         return "must not be empty", ""
     if kind.startswith("apt_"):
         hint = did_you_mean(str(value)[:60], context.get("choices", ()))

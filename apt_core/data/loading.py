@@ -176,7 +176,10 @@ def load_tokenizer(kernel: Kernel, folder: Path | None = None) -> TokenizerProvi
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder}: the tokenizer cannot be read: {error}") from error
     elif tokenizer.trainable:
-        raise CheckpointError(f"{folder}: the tokenizer {name!r}, which was trained, is not there")
+        raise CheckpointError(
+            f"{folder}: the tokenizer {name!r}, which was trained, is not there "
+            "(a copied checkpoint needs its run's folder tokenizer there, too)"
+        )
     require_vocabulary(kernel, tokenizer)
     return tokenizer
 

@@ -66,6 +66,11 @@ def number_match(text: str, answer: str) -> float:
     return float(float(found[-1].replace(",", "")) == float(expected[-1].replace(",", "")))
 
 
+def has_number(text: str) -> bool:
+    """Whether :func:`number_match` finds a number in ``text``."""
+    return _NUMBER.search(text) is not None
+
+
 def is_json(text: str, keys: Mapping[str, str] | None = None) -> float:
     """Whether ``text`` is one JSON value; with ``keys``, an object that has each of them, with a
     value of the named one of JSON_TYPES."""

@@ -303,6 +303,7 @@ def test_checkpoints_that_cannot_be_used_are_refused_with_the_reason(
     shutil.rmtree(folder / "letters" / "tokenizer")
     done = said("letters/checkpoints", "a")
     assert done.code == 1 and "the tokenizer 'char', which was trained, is not there" in done.err
+    assert "(a copied checkpoint needs its run's folder tokenizer there, too)" in done.err
 
 
 def first_bytes(process: subprocess.Popen[bytes], count: int) -> bytes:

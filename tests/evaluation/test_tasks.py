@@ -30,7 +30,7 @@ def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
 
 
 def test_a_task_is_a_file_with_its_items_or_beside_them(tmp_path):
-    rows = [{"prompt": "1 + 1 = ", "answer": "2"}, {"prompt": "火"}]
+    rows = [{"prompt": "1 + 1 = ", "answer": "2"}, {"prompt": "火", "answer": "1 火"}]
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
     path = write(
         tmp_path,
@@ -38,7 +38,7 @@ def test_a_task_is_a_file_with_its_items_or_beside_them(tmp_path):
         'stop: ["\\n"]\ntemperature: 0.5\nnum_samples: 3\ntemplate: chat\n',
     )
     task = read_task(path)
-    assert task.items() == [Question("1 + 1 = ", "2"), Question("火")]
+    assert task.items() == [Question("1 + 1 = ", "2"), Question("火", "1 火")]
     assert [*task.metrics] == ["number_match", "repetition_4", "distinct_1", "distinct_2"]
     assert task.metrics["repetition_4"] == "lower"
     assert task.score(Question("", "2"), "2 2 2 2 2 2")["repetition_4"] == pytest.approx(2 / 3)
@@ -53,6 +53,7 @@ def test_a_task_is_a_file_with_its_items_or_beside_them(tmp_path):
 
 
 CHOICES = "kind: choices\nitems:\n"
+QUESTIONS = "kind: questions\nitems: [{prompt: a}]\nvalidators: "
 FAULTS = {
     "- a": "is no task: a mapping with kind and items",
     "items: [a]": "kind: is missing (there are passages, choices, questions)",
@@ -64,14 +65,18 @@ FAULTS = {
     "kind: passages\nitems: ['']": "items[0].text: must not be empty",
     "kind: passages\nitems: [a]\nstop: [x]": ":3: stop: unknown key (there are",
     CHOICES + "  - {prompt: a, choices: [b, c]}": ":3: items[0].answer: is missing",
-    CHOICES + "  - {prompt: a, choices: [b], answer: 0}": "items[0].choices: must not be empty",
+    CHOICES
+    + "  - {prompt: a, choices: [b], answer: 0}": "choices: must have at least 2 items, not 1",
     CHOICES + "  - {prompt: a, choices: [b, c], answer: 2}": "is 2, and there are 2 choices",
     CHOICES + "  - {promt: a, choices: [b, c], answer: 1}": "did you mean 'prompt'?",
     "kind: questions\nitems: [{prompt: a}]\nvalidators: [exakt]": "validators[0]: must be",
     "kind: questions\nitems: [{prompt: a}]\ntemperature: -1": "temperature: must be at least 0",
+    QUESTIONS + "[exact_match]": ":2: items[0].answer: is missing, and exact_match compares",
+    QUESTIONS + "[number]": ":2: items[0].answer: holds no number",
+    QUESTIONS + "[hlbd_form]": ":2: items[0].prompt: names no levels",
     "kind: passages\nitems_file: none.jsonl": "items_file: none.jsonl: No such file",
     'kind: passages\nitems_file: "a\\0b"': "it has a null byte",
-    "kind: passages\nitems_file: ../out.jsonl": "leads out of its folder",
+    "kind: passages\nitems_file: ../out.jsonl": "items_file: ../out.jsonl: it leads out of",
     "kind: passages\nitems_file: /etc/passwd": "it is to be in the folder of the task",
     "kind: passages\nitems_file: out.jsonl": "leads out of its folder",
     "kind: passages\nitems_file: bad.jsonl": "bad.jsonl:2: is no JSON object",

@@ -16,6 +16,7 @@ from apt_core.evaluation.validators import (
     distinct,
     exact_match,
     has_level_form,
+    has_number,
     is_balanced,
     is_json,
     number_match,
@@ -84,6 +85,16 @@ class QuestionItem(Section):
 
     def item(self) -> Question:
         return Question(self.prompt, self.answer)
+
+    def lacking(self, validators: Iterable[Validator]) -> Iterator[tuple[str, str]]:
+        """The keys in which ``validators`` find nothing to judge by, each with what is wrong."""
+        for validator in validators:
+            if validator == "exact_match" and "answer" not in self.model_fields_set:
+                yield "answer", "is missing, and exact_match compares with it"
+            elif validator == "number" and not has_number(self.answer):
+                yield "answer", "holds no number, and the validator number compares with one"
+            elif validator == "hlbd_form" and task_of(self.prompt) is None:
+                yield "prompt", "names no levels (such as 2>5), and hlbd_form judges by them"
 
 
 class TaskFile(Section):
@@ -249,6 +260,7 @@ class _Reading:
     def __init__(self, path: Path, label: str, document: ParsedYaml) -> None:
         self._path, self._label, self._document = path, label, document
         self._problems = [*document.problems]
+        self._validators: Sequence[Validator] = ()
 
     def task(self) -> TaskProvider:
         data = self._document.data
@@ -268,6 +280,8 @@ class _Reading:
             self._problems += [
                 self._problem(details, (), model) for details in error.errors(include_url=False)
             ]
+        if isinstance(settings, QuestionFile):
+            self._validators = settings.validators
         items = self._items(data, item)
         if self._problems:
             raise ConfigError(self._problems)
@@ -315,6 +329,10 @@ class _Reading:
             key = dotted((*at, "answer"))
             self._problems.append(Problem(message, key, where or self._where(*at, "answer")))
             return
+        if isinstance(item, QuestionItem):
+            for name, message in item.lacking(self._validators):
+                key, place = dotted((*at, name)), where or self._where(*at, name)
+                self._problems.append(Problem(message, key, place))
         found.append(made)
 
     def _rows(self, name: str) -> Iterator[tuple[str, Any]]:
