@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apt_core.data.batches import Batch
 from apt_core.inference import Engine
+from apt_core.modeling import forward_batch
 from apt_core.modeling.blocks import block_stack
 from apt_core.plugin_manager import PluginManager
 from apt_core.providers import PlainModel, SpecialTokens, TokenizerProvider
@@ -49,7 +51,9 @@ class OwnAnswers:
             for block in block_stack(session.model)[1]:
                 stack.callback(block.register_forward_hook(keep).remove)
             stack.enter_context(session.computing())
-            logits = session.model(session.tensor(ids)).logits
+            text = session.tensor(ids)
+            batch = Batch(text, text, text.numel())
+            logits = forward_batch(session.model, session.model, batch).logits
         return logits[0, :, : self._size].float().cpu(), streams
 
     def greedy(

@@ -140,7 +140,7 @@ def read_model(folder: Path, max_seq_len: int | None) -> HFModel:
         raise ConfigError(f"cannot be read: {why}", where=str(path)) from error
     if not isinstance(found, dict):
         raise ConfigError("is no JSON object", where=str(path))
-    return _Reading(found, str(path), max_seq_len).model()
+    return _Reading(found, str(path), max_seq_len).read()
 
 
 class _Reading:
@@ -151,7 +151,7 @@ class _Reading:
         self._problems: list[Problem] = []
         self._notes: list[str] = []
 
-    def model(self) -> HFModel:
+    def read(self) -> HFModel:
         architecture, family = self._family()
         given = {
             key: value

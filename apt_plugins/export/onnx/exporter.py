@@ -85,5 +85,5 @@ def write_graphs(
         head = embedding if model.head is None else weights.add("head", model.head)
     for name, graph in graphs.items():
         graph.end(streams[name], final_norm, head)
-        content = graph.model(weights, __version__).SerializeToString()
+        content = graph.proto(weights, __version__).SerializeToString()
         (folder / name).write_bytes(content)

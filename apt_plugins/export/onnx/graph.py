@@ -189,7 +189,7 @@ class DecoderGraph:
         logits = _value("logits", TensorProto.FLOAT, "batch_size", "sequence_length", size)
         self._outputs.insert(0, logits)
 
-    def model(self, weights: WeightFile, version: str) -> onnx.ModelProto:
+    def proto(self, weights: WeightFile, version: str) -> onnx.ModelProto:
         """The whole, whose tensors are those of ``weights``."""
         graph = self.nodes.graph("decoder", self._inputs, self._outputs, weights.tensors)
         return helper.make_model(

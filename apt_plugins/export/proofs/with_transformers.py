@@ -24,7 +24,7 @@ class Transformers(Runtime):
         }
         self.torch = torch
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(target, trust_remote_code=False)
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+        self.causal_lm = transformers.AutoModelForCausalLM.from_pretrained(
             target,
             dtype=torch.float32,
             attn_implementation=settings.get("attention", "eager"),
@@ -38,10 +38,10 @@ class Transformers(Runtime):
         if stream:
             hooks = [
                 layer.register_forward_hook(lambda module, inputs, found: streams.append(found))
-                for layer in self.model.model.layers
+                for layer in self.causal_lm.model.layers
             ]
         with self.torch.no_grad():
-            logits = self.model(self.torch.tensor([ids]), use_cache=False).logits[0]
+            logits = self.causal_lm(self.torch.tensor([ids]), use_cache=False).logits[0]
         for hook in hooks:
             hook.remove()
         values = [found[0] if isinstance(found, tuple) else found for found in streams]
@@ -49,7 +49,7 @@ class Transformers(Runtime):
 
     def greedy_together(self, prompts: list[list[int]], count: int) -> list[list[int]]:
         ids = self.torch.tensor(prompts)
-        found = self.model.generate(
+        found = self.causal_lm.generate(
             ids,
             attention_mask=self.torch.ones_like(ids),
             max_new_tokens=count,
@@ -75,7 +75,7 @@ class Transformers(Runtime):
         return found
 
     def ends(self) -> list[int]:
-        ends = self.model.generation_config.eos_token_id
+        ends = self.causal_lm.generation_config.eos_token_id
         return [] if ends is None else sorted([ends] if isinstance(ends, int) else ends)
 
 
