@@ -142,6 +142,26 @@ def test_knn_predictions_are_mixed_and_without_weight_the_model_is_alone(library
     assert any(digit in mixed[0].text for digit in "0123456789")
 
 
+def test_a_transformer_answers_planted_facts_by_its_states_and_not_without(tmp_path, monkeypatch):
+    monkeypatch.setenv("APT_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "facts"
+    folder.mkdir()
+    for number, (prompt, answer) in enumerate(FACTS.items()):
+        (folder / f"{number}.txt").write_text(f"{prompt}{answer}.\n", encoding="utf-8")
+    requests = [
+        GenerationRequest(prompt, max_new_tokens=12, temperature=0.0, stop=(".",))
+        for prompt in FACTS
+    ]
+    keys = {"retriever.folder": str(folder), "retriever.k": 0, "model.max_seq_len": 128}
+    asked = {"retriever.knn.weight": 0.9, "retriever.knn.temperature": 0.01}
+    session = lively(RETRIEVER, **keys, **asked)
+    assert [result.text for result in Engine(session).run(requests)] == [*FACTS.values()]
+    assert session.manager.records["retriever"].failures == []
+    without = lively(RETRIEVER, **keys, **{"retriever.knn.weight": 0.0})
+    for answer, result in zip(FACTS.values(), Engine(without).run(requests), strict=True):
+        assert answer not in result.text
+
+
 def test_a_mixture_is_that_of_the_formula(library):
     from apt_plugins.retriever.index import Index
     from apt_plugins.retriever.knn import datastore_of, processor_of
