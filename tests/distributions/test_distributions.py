@@ -15,7 +15,7 @@ BROKEN = {
     "import_error": (f"ModuleNotFoundError: No module named {MISSING!r}", "apt_import_error.py:5"),
     "exits": ("it called sys.exit(3) when imported", "apt_exits.py:7"),
     "misspelt": (
-        "on_step_ends: there is no hook of this name (did you mean 'on_step_end'?)",
+        "on_step_ends: there is no hook of this name (did you mean 'on_step_end'?",
         "apt_misspelt.py:8",
     ),
     "twin": ("two distributions offer a plugin of this name: apt-twin-one and apt-twin-two", ""),

@@ -37,11 +37,15 @@ class Case:
     eps: float = 1e-8
 
 
+LLAMA = {"s": 0, "qk_norm": False}
+
 CASES = {
-    "tva r=2, 4 heads": Case("tva_default", {"r": 2, "s": 0}, None, "default", True),
-    "tva rank 8, GQA 2, VFT": Case("tva_default", {"rank": 8, "s": 0}, 2, "vft", False, 500.0),
-    "tva r=3 of 24, GQA 1": Case("tva_default", {"r": 3, "s": 0}, 1, "default", False, num_heads=2),
-    "tva full rank, VFT": Case("tva_default", {"r": 1, "s": 0}, None, "vft", True),
+    "tva r=2, 4 heads": Case("tva_default", {"r": 2, **LLAMA}, None, "default", True),
+    "tva rank 8, GQA 2, VFT": Case("tva_default", {"rank": 8, **LLAMA}, 2, "vft", False, 500.0),
+    "tva r=3 of 24, GQA 1": Case(
+        "tva_default", {"r": 3, **LLAMA}, 1, "default", False, num_heads=2
+    ),
+    "tva full rank, VFT": Case("tva_default", {"r": 1, **LLAMA}, None, "vft", True),
     "mha": Case("mha", {}, None, "default", False),
     "mha GQA 2, VFT": Case("mha", {}, 2, "vft", True),
     "tva r=2, GQA 2, QK-norm": Case(

@@ -59,8 +59,15 @@ class MHAProvider(AttentionProvider):
         self.settings = read_settings(MHASettings, config, "model.mha")
 
     def create_layer(self, d_model: int, num_heads: int, **options: Any) -> nn.Module:
-        settings = self.settings.model_dump()
-        return MultiHeadAttention(d_model, num_heads, **settings, **options)
+        settings = self.settings
+        return MultiHeadAttention(
+            d_model,
+            num_heads,
+            head_dim=settings.head_dim,
+            qk_norm=settings.qk_norm,
+            qk_norm_eps=settings.qk_norm_eps,
+            **options,
+        )
 
     def kv_cache_bytes(
         self,
