@@ -53,7 +53,7 @@ class TVASettings(QKNorm, Ranked, Section):
         description="Shift of the compensator's threshold, in spreads of the residual.",
     )
     rank: Size | None = Field(default=None, description="The rank itself, in place of r.")
-    qk_norm: bool = Field(default=True, description="Normalise queries and keys, per head.")
+    qk_norm: bool = Field(default=False, description="Normalise queries and keys, per head.")
     qk_norm_eps: Epsilon = Field(default=NORM_EPS, description="The epsilon of qk_norm.")
     factored: bool = Field(
         default=False, description="Compute by the definition (slow; the reference for tests)."

@@ -73,10 +73,7 @@ def test_a_request_that_is_cancelled_frees_its_slot(session):
 
 
 def test_samples_of_one_prompt_differ_by_their_seeds_and_share_its_computation(session):
-    requests = [
-        GenerationRequest("Line 3", max_new_tokens=9, temperature=2.0, seed=seed)
-        for seed in range(5)
-    ]
+    requests = [GenerationRequest("Line 3", max_new_tokens=9, seed=seed) for seed in range(5)]
     lengths = []
     hook = session.model.register_forward_pre_hook(
         lambda module, args: lengths.append(args[0].shape[1])

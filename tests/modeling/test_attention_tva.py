@@ -79,7 +79,7 @@ def test_at_full_rank_without_compression_it_is_multi_head_attention(
 
 
 def test_it_is_multi_head_attention_of_the_fused_matrices(attention_of):
-    layer = attention_of("tva_default", {"r": 2, "s": 0, "qk_norm": False}, 2).layer()
+    layer = attention_of("tva_default", {"r": 2, "s": 0}, 2).layer()
     qkv, out = layer.projections()
     assert (qkv.shape, out.shape) == ((8 * 4, 32), (32, 4 * 4))
     x = torch.randn(1, 5, 32, dtype=torch.float64)

@@ -328,8 +328,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, forks: Any) -> Runs:
     profile = with_keys(
         {**TINY_PROFILE, "data": {"train_path": str(folder / "text.txt")}},
         {
-            # Steps this large train a model with QK-norm into chaos, which enlarges rounding.
-            "model__tva": {"qk_norm": False},
             "training__grad_accum_steps": 2,
             "training__log_every_steps": 1,
             "training__max_steps": STEPS,

@@ -46,7 +46,7 @@ class Model:
 
 MHA, TVA = {"model.attention_name": "mha"}, "model.tva"
 MODELS = {
-    "tva": Model({f"{TVA}.s": 0, f"{TVA}.qk_norm": False, "model.max_seq_len": 260}),
+    "tva": Model({f"{TVA}.s": 0, "model.max_seq_len": 260}),
     "mha of width 6, untied, linear RoPE": Model(
         {
             **MHA,
@@ -70,6 +70,7 @@ MODELS = {
         {
             f"{TVA}.rank": 6,
             f"{TVA}.s": 0,
+            f"{TVA}.qk_norm": True,
             "model.num_kv_heads": 1,
             "model.ffn_name": "vft",
             "model.tie_embeddings": True,
@@ -81,7 +82,6 @@ MODELS = {
     "experts, yarn": Model(
         {
             f"{TVA}.s": 0,
-            f"{TVA}.qk_norm": False,
             "model.rope.scaling": {"type": "yarn", "factor": 4.0, "original_max_seq_len": 16},
         },
         {"experts": 3, "top_k": 2},

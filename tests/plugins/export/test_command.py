@@ -27,7 +27,6 @@ from apt_plugins.export.origin import origin_of
 PLUGIN = Path(__file__).with_name("own_exporter.py")
 SETTINGS = {
     "model.attention_name": "louder",
-    "model.tva.qk_norm": False,
     "model.num_layers": 2,
     "training.ema_decay": 0.5,
     "training.save_every_steps": 2,

@@ -612,7 +612,7 @@ def exported(session: Session, folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"model.tva.s": 0, "model.tva.qk_norm": False, "model.norm.eps": 1e-5},
+        {"model.tva.s": 0, "model.norm.eps": 1e-5},
         {
             "model.attention_name": "mha",
             "model.mha": {"head_dim": 6, "qk_norm": True, "qk_norm_eps": 1e-5},

@@ -42,8 +42,6 @@ EACH_ALONE = {
     "model.moe.balance_loss": 0.0,
     "model.moe.z_loss": 0.0,
     "model.bistate.beta": 0.0,
-    # Without it no token of these few steps is so near two experts that rounding decides.
-    "model.tva.qk_norm": False,
 }
 """No token depends on others beside it."""
 
