@@ -149,12 +149,12 @@ class RowCache:
             or held.dtype != new.dtype
         ):
             held = self._with_room(step, new)
-        heads, width = self._heads, self._width
-        room = self._room
+        heads, width, room = self._heads, self._width, self._room
         self._flat.index_copy_(0, step.indices(heads, room), new.reshape(-1, width))
         # As few operations as possible: each is a good part of a step of a small model.
         shape = step.batch, heads // 2, step.span, width
-        slot, strides = heads * room * width, (heads * room * width, room * width, width, 1)
+        slot = heads * room * width
+        strides = slot, room * width, width, 1
         first = step.first * slot
         keys = held.as_strided(shape, strides, first)
         return keys, held.as_strided(shape, strides, first + slot // 2)
@@ -259,16 +259,21 @@ class Products:
         return self._shared[key]
 
     def pair(self, one: Tensor, other: Tensor) -> Callable[[Tensor], Sequence[Tensor]]:
-        """x [N, D] to its products with two weights [F, D] each, [N, F]. On a CPU they are computed
-        together, by a copy of both."""
+        """x [N, D] to its products with two weights [F, D] each, [N, F]. On a CPU in fp32 they are
+        computed together, by a copy of both."""
         size = one.nbytes + other.nbytes
-        alike = one.shape == other.shape and one.dtype == other.dtype and one.device.type == "cpu"
-        if type(self) is not Products or not alike or self.copied + size > MOST_COPIED:
-            first, second = self.of(one), self.of(other)
-            return lambda x: (first(x), second(x))
+        copies = self.dtype is None and all(
+            weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in (one, other)
+        )
+        if not copies or one.shape != other.shape or self.copied + size > MOST_COPIED:
+            return self._apart(one, other)
         self.copied += size
         both = self.of(torch.cat([one.detach(), other.detach()]))
         return lambda x: both(x).chunk(2, 1)
+
+    def _apart(self, one: Tensor, other: Tensor) -> Callable[[Tensor], Sequence[Tensor]]:
+        first, second = self.of(one), self.of(other)
+        return lambda x: (first(x), second(x))
 
     def of(self, weight: Tensor) -> Function:
         """x [N, D] to x Wᵀ [N, F], for ``weight`` W [F, D]."""
@@ -340,6 +345,9 @@ class Int8Products(Products):
         super().__init__(dtype)
         self.used = self.number = 0
         self._faster: dict[torch.Size, bool] = {}
+
+    def pair(self, one: Tensor, other: Tensor) -> Callable[[Tensor], Sequence[Tensor]]:
+        return self._apart(one, other)
 
     def of(self, weight: Tensor) -> Function:
         """x [N, D] to about x Wᵀ [N, F], for ``weight`` W [F, D]."""
