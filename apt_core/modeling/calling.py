@@ -14,7 +14,13 @@ from torch.func import functional_call
 from apt_core.data.batches import Batch
 from apt_core.data.packing.rows import IGNORED
 from apt_core.errors import ProviderError
-from apt_core.modeling.masks import Tokens, document_mask, document_positions, padding_marked
+from apt_core.modeling.masks import (
+    Tokens,
+    document_mask,
+    document_positions,
+    padding_marked,
+    takes_documents,
+)
 from apt_core.modeling.modes import eval_mode
 from apt_core.types import ModelOutput
 
@@ -25,7 +31,9 @@ def forward_batch(forward: Callable[..., Result], model: nn.Module, batch: Batch
     """The result of ``forward``, which is the ``model`` itself or calls it, for ``batch``.
 
     It is called as ``forward(input_ids, **rows)``: ``rows`` are the mask and the positions of
-    packed documents, and empty for plain windows. Layers that ask know which positions are padding
+    packed documents, and empty for plain windows. The mask is the document ids for a model that
+    takes them, which makes no other unless a layer needs it. Layers that ask know which positions
+    are padding
     (:func:`~apt_core.modeling.masks.padding_marked`).
 
     Raises ProviderError for a model that does not take what the batch needs.
@@ -50,7 +58,8 @@ def _tokens(batch: Batch) -> Tokens | None:
 def _rows(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     rows: dict[str, Tensor] = {}
     if batch.document_ids is not None:
-        rows["mask"] = document_mask(batch.document_ids)
+        ids = batch.document_ids
+        rows["mask"] = ids if takes_documents(model) else document_mask(ids)
         rows["positions"] = document_positions(batch.document_ids)
     if batch.positions is not None:
         rows["positions"] = batch.positions

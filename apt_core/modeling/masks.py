@@ -1,7 +1,9 @@
 """Masks and positions for rows that pack several documents or contain padding.
 
-B is the number of rows, T of tokens per row. Masks are boolean, True where attention is allowed, in
-addition to the causal mask. The attention's output is zero at a position that may see nothing.
+B is the number of rows, T of tokens per row, S of keys: T, and before them those in a cache. A mask
+is boolean, True where attention is allowed, in addition to the causal mask; or it is document ids,
+int64 [B, S], which cost nothing to make: tokens see their own document only. A run of padding is
+one document more. The attention's output is zero at a position that may see nothing.
 """
 
 from __future__ import annotations
@@ -14,14 +16,39 @@ import torch
 from torch import Tensor, nn
 
 
-def document_mask(document_ids: Tensor) -> Tensor:
-    """The mask [B, 1, T, T] for rows that pack several documents: tokens see their own document
-    only.
+def document_mask(document_ids: Tensor, length: int | None = None) -> Tensor:
+    """The boolean mask [B, 1, T, S] for rows that pack several documents: tokens see their own
+    document only.
 
-    ``document_ids`` [B, T] differ between the documents of a row. With :func:`document_positions`
-    the outputs of a document are the same as if it were alone.
+    ``document_ids`` [B, S] differ between the documents of a row; the last ``length`` tokens, by
+    default all, are the queries. With :func:`document_positions` the outputs of a document are the
+    same as if it were alone.
     """
-    return (document_ids[:, :, None] == document_ids[:, None, :])[:, None]
+    queries = document_ids if length is None else document_ids[:, -length:]
+    return (queries[:, :, None] == document_ids[:, None, :])[:, None]
+
+
+def takes_documents(module: nn.Module) -> bool:
+    """Whether a model or an attention takes document ids as its mask, which it says by an attribute
+    ``takes_documents``. All others need the boolean mask."""
+    return bool(getattr(module, "takes_documents", False))
+
+
+def are_documents(mask: Tensor | None) -> bool:
+    """Whether ``mask`` is document ids, by its type."""
+    return mask is not None and mask.dtype == torch.int64
+
+
+def check_documents(document_ids: Tensor, batch: int, total: int) -> Tensor:
+    """``document_ids``. Raises ValueError unless they are [B, S] for a ``batch`` of rows with
+    ``total`` keys."""
+    given, wanted = list(document_ids.shape), [batch, total]
+    if given != wanted:
+        raise ValueError(
+            f"document ids of shape {given} for [B, S] = {wanted}: give each row's keys a number, "
+            "or a boolean mask"
+        )
+    return document_ids
 
 
 def document_positions(document_ids: Tensor) -> Tensor:

@@ -127,6 +127,10 @@ class AttentionProvider(Provider, ABC):
     - ``mask``: boolean, True where attention is allowed, broadcastable to [B, H, T, S]; it narrows
       the causal rule. A position that is left with nothing to see gives finite values and
       gradients. Any other mask is a ValueError, and so is every mask where masks are not supported.
+      A layer with the attribute ``takes_documents = True`` also takes, and is given for packed
+      documents, int64 [B, S]: the number of each token's document, of which it sees no other; a run
+      of padding has a number too. All that such a layer keeps of a text begins anew with each
+      document (:mod:`apt_core.modeling.masks`).
     - ``positions``: int64 [T] or [B, T], the place of each token in its sequence; by default
       0..T-1, or from ``cache.length`` on.
     - ``cache``: what ``layer.create_cache(max_length)`` gave, a :class:`DecodingCache` for up to

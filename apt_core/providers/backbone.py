@@ -42,6 +42,10 @@ class BackboneProvider(Provider, ABC):
     :class:`~apt_core.providers.attention.DecodingCache` a layer. A model without ``create_caches``,
     or whose ``create_caches`` gives None, is decoded by computing everything anew.
 
+    ``mask`` is boolean; a model with the attribute ``takes_documents = True`` is given the document
+    ids of packed rows, int64 [B, T], and hands on to each attention what that takes
+    (:mod:`apt_core.modeling.masks`).
+
     A model and its blocks that can be exported have ``plain()``: it gives
     ``apt_core.modeling.plain.PlainParts``, and a :class:`~apt_core.providers.plain.PlainBlock`.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from apt_core.modeling.compilation import Compilation
 from apt_core.modeling.layers.attention_mha import MHAProvider
 from apt_core.modeling.layers.ffn import SwiGLUProvider
 from apt_core.modeling.layers.norm import RMSNormProvider
+from apt_core.modeling.masks import are_documents, document_mask
 from apt_core.optim.averages import WeightAverage
 from apt_core.testing import tiny_run
 from apt_core.training.step.forward import Forward
@@ -136,6 +138,76 @@ def test_packed_documents_are_computed_as_each_is_alone():
     assert summed == pytest.approx(losses_in_fp32(model, batch).sum().item(), rel=1e-5)
     shifted = packed(batch.document_ids.tolist(), positions=torch.zeros(2, LENGTH).long())
     assert not torch.allclose(forward_batch(model, model, shifted).logits, output, atol=1e-3)
+
+
+class OfIds(nn.Module):
+    """An attention that takes document ids."""
+
+    takes_documents = True
+
+    def __init__(self, inner) -> None:
+        super().__init__()
+        self.inner, self.heard = inner, []
+
+    def forward(self, x, *, mask=None, **call):
+        self.heard.append(mask)
+        dense = document_mask(mask, x.shape[1]) if are_documents(mask) else mask
+        return self.inner(x, mask=dense, **call)
+
+
+def test_layers_get_document_ids_as_they_are_or_one_boolean_mask_for_all(monkeypatch):
+    made = []
+
+    def making(*args):
+        made.append(document_mask(*args))
+        return made[-1]
+
+    monkeypatch.setattr("apt_core.modeling.backbones.gpt.document_mask", making)
+    heard = []
+
+    class Hearing(MHAProvider().create_layer(16, 2, max_seq_len=LENGTH).__class__):
+        def forward(self, x, *, mask=None, **call):
+            heard.append(mask)
+            return super().forward(x, mask=mask, **call)
+
+    documents = [[0, 0, 0, 1, 1, 1, 1, 1], [4, 5, 5, 5, -1, -1, -1, -1]]
+    batch, model, plain = packed(documents), gpt(), packed(documents)
+    expected = forward_batch(model, model, plain).logits
+    alone = model.blocks[0]
+    alone.attention = taking = OfIds(alone.attention)
+    made.clear()
+    output = forward_batch(model, model, batch).logits
+    torch.testing.assert_close(output, expected, rtol=0, atol=0)
+    assert taking.heard == [batch.document_ids] and not made, "nobody needs a boolean mask"
+    # Between others, of which one is wrapped by what knows of no document ids.
+    for _ in range(3):
+        model.blocks.append(copy.deepcopy(alone))
+    for block in (model.blocks[1], model.blocks[3]):
+        block.attention = Hearing(16, 2, max_seq_len=LENGTH)
+    model.blocks[3].attention = Passing(model.blocks[3].attention)
+    taking.heard.clear()
+    model.blocks[2].attention.heard.clear()
+    forward_batch(model, model, batch)
+    (dense,) = made
+    assert all(mask is dense for mask in heard) and len(heard) == 2
+    assert taking.heard[0] is model.blocks[2].attention.heard[0] is batch.document_ids
+    with pytest.raises(ValueError, match=r"document ids of shape \[2, 7\] for \[B, S\] = \[2, 8\]"):
+        model(batch.input_ids, mask=batch.document_ids[:, 1:], positions=None)
+    plain = Batch.of_ids(batch.input_ids)
+    made.clear()
+    forward_batch(model, model, plain)
+    assert not made and taking.heard[-1] is None
+
+
+class Passing(nn.Module):
+    """A wrapper that hands everything on."""
+
+    def __init__(self, inner) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, **call):
+        return self.inner(x, **call)
 
 
 class Without(nn.Module):

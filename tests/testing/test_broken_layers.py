@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt_core.modeling.layers import MHAProvider, RMSNormProvider, RoPEProvider, SwiGLUProvider
+from apt_core.modeling.masks import are_documents, check_documents, document_mask
 from apt_core.providers import AttentionSupport, Beyond
 from apt_core.testing.conformance import checks_of
 from apt_core.testing.conformance.places import MarkedPlaces
@@ -244,6 +245,35 @@ class LeaksAcrossDocuments(Attends):
         return {"mask": None if by_document else mask, **call}
 
 
+class TakesDocuments(Attends):
+    """Takes document ids too, of which it makes a boolean mask."""
+
+    takes_documents = True
+
+    def called(self, x, mask=None, cache=None, **call):
+        if are_documents(mask):
+            held = 0 if cache is None else cache.length
+            mask = document_mask(check_documents(mask, len(x), held + x.shape[1]), x.shape[1])
+        return {"mask": mask, "cache": cache, **call}
+
+
+class ForgetsDocumentsWhenDecoding(TakesDocuments):
+    def called(self, x, mask=None, cache=None, **call):
+        held = 0 if cache is None else cache.length
+        call = super().called(x, mask=mask, cache=cache, **call)
+        return {**call, "mask": None} if held and are_documents(mask) else call
+
+
+class TakesAnyDocuments(Attends):
+    takes_documents = True
+
+    def called(self, x, mask=None, cache=None, **call):
+        if are_documents(mask):
+            total = x.shape[1] + (0 if cache is None else cache.length)
+            mask = document_mask(mask.reshape(-1)[: total * len(x)].view(-1, total), x.shape[1])
+        return {"mask": mask, "cache": cache, **call}
+
+
 class OneCacheForAll(Attends):
     def create_cache(self, max_length):
         if not hasattr(self, "only"):
@@ -377,6 +407,9 @@ ATTENTION: list[tuple[type[Attends], set[str]]] = [
     (TakesNumbersForMasks, {"wrong masks"}),
     (NaNWhereNothingIsSeen, {"padding"}),
     (LeaksAcrossDocuments, {"packed"}),
+    (TakesDocuments, set()),
+    (TakesAnyDocuments, {"documents"}),
+    (ForgetsDocumentsWhenDecoding, {"documents"}),
     (OneCacheForAll, {"cache", "cache forked"}),
     (IgnoresMasksWhenDecoding, {"cache with a mask"}),
     (ForgetsNothing, {"cache truncated"}),
@@ -529,7 +562,8 @@ def test_what_a_provider_does_not_claim_is_left_out_with_the_reason(
             check.run()
         except LeftOut as why:
             reasons[check.name] = str(why)
-    assert reasons.keys() == left_out | {"compile", "rows of a batch", "plain form"}
+    always = {"compile", "rows of a batch", "plain form", "documents"}
+    assert reasons.keys() == left_out | always
     assert {reasons[name] for name in left_out} == {f"supports.{flag} is False"}
 
 

@@ -24,6 +24,8 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("ffn:vft", {"rank": 7}),
 ]
 LEFT_OUT = {
+    ("attention:tva_default", "documents"),
+    ("attention:mha", "documents"),
     ("position:learned", "default positions"),
     ("position:learned", "long sequences"),
     ("ffn:gelu", "plain form"),

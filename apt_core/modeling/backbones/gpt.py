@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from apt_core.log import get_logger
 from apt_core.modeling.init import embedding_std, normal_
 from apt_core.modeling.layers.ngram import NgramEmbedding
+from apt_core.modeling.masks import are_documents, check_documents, document_mask, takes_documents
 from apt_core.modeling.plain import NotPlain, PlainParts, plain_parts, without_form
 from apt_core.modeling.row_decoding import (
     Function,
@@ -176,6 +177,8 @@ class GPT(nn.Module):
     (Dettmers et al., arXiv:2110.02861).
     """
 
+    takes_documents = True
+
     def __init__(
         self,
         *,
@@ -236,7 +239,8 @@ class GPT(nn.Module):
     ) -> ModelOutput:
         """input_ids int64 [B, T] to logits [B, T, V] and hidden [B, T, D].
 
-        Raises ValueError for a sequence longer than ``max_seq_len``.
+        ``mask`` is boolean, or document ids [B, S]; see :mod:`apt_core.modeling.masks`. Raises
+        ValueError for a sequence longer than ``max_seq_len``.
         """
         length, start = input_ids.shape[1], 0 if caches is None else caches[0].length
         if start + length > self.max_seq_len:
@@ -256,13 +260,26 @@ class GPT(nn.Module):
             x = self.embedding_norm(x)
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
+        masks = self._masks(mask, len(input_ids), start + length, length)
         for index, block in enumerate(self.blocks):
             cache = None if caches is None else caches[index]
-            x = block(x, mask=mask, positions=positions, cache=cache)
+            x = block(x, mask=masks[index], positions=positions, cache=cache)
         hidden = self.final_norm(x)
         # A plugin may have replaced the head: it is called.
         logits = F.linear(hidden, self.output_weight) if self.head is None else self.head(hidden)
         return ModelOutput(self.capped(logits), hidden)
+
+    def _masks(
+        self, mask: Tensor | None, batch: int, total: int, length: int
+    ) -> Sequence[Tensor | None]:
+        """The mask of each block: document ids only where its attention takes them, and elsewhere
+        one boolean mask, which all share."""
+        if mask is None or not are_documents(mask):
+            return [mask] * len(self.blocks)
+        check_documents(mask, batch, total)
+        taken = [takes_documents(getattr(block, "attention", block)) for block in self.blocks]
+        dense = None if all(taken) else document_mask(mask, length)
+        return [mask if takes else dense for takes in taken]
 
     @property
     def output_weight(self) -> Tensor:

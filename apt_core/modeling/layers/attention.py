@@ -224,7 +224,10 @@ def check_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     """``mask`` in four dimensions. Raises ValueError if it is not boolean or does not broadcast to
     ``shape`` [B, H, T, S]."""
     if mask.dtype != torch.bool:
-        raise ValueError(f"an attention mask is boolean (True: may be seen), not {mask.dtype}")
+        raise ValueError(
+            f"an attention mask is boolean (True: may be seen), not {mask.dtype}; "
+            "apt_core.modeling.document_mask makes one of document ids"
+        )
     given = tuple(mask.shape)
     missing = (1,) * (4 - len(given))
     if len(given) > 4 or any(a not in (1, b) for a, b in zip(missing + given, shape, strict=True)):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from apt_core.modeling.layers.attention_mha import MHAProvider
 from apt_core.modeling.layers.ffn import SwiGLUProvider
 from apt_core.modeling.layers.norm import RMSNormProvider
-from apt_core.modeling.masks import document_mask, document_positions
+from apt_core.modeling.masks import document_mask, document_positions, takes_documents
 from apt_core.testing.conformance import layers
 from apt_core.testing.conformance.checks import Check, LeftOut, here, refusing, require_equal
 from apt_core.testing.conformance.places import MarkedEmbedding, MarkedPlaces
@@ -143,6 +143,9 @@ def _causal(of: Backbone) -> None:
 def _packed(of: Backbone) -> None:
     model, ids = of.build(), of.ids()
     logits = model(ids, **_documents()).logits
+    if takes_documents(model):
+        ids_as_mask = {**_documents(), "mask": here(torch.tensor(DOCUMENTS))}
+        require_equal(model(ids, **ids_as_mask).logits, logits, "with document ids as the mask")
     for row, documents in enumerate(here(torch.tensor(DOCUMENTS))):
         for document in documents.unique():
             kept = documents == document

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from apt_core.modeling.masks import document_mask, document_positions
+from apt_core.modeling.masks import document_mask, document_positions, takes_documents
 from apt_core.providers.attention import AttentionSupport
 from apt_core.testing.conformance import layers, lengths
 from apt_core.testing.conformance.checks import LeftOut, here
@@ -66,8 +66,13 @@ class Attention:
 
     def calls_of(self, batch: int) -> list[Call]:
         """The forms in which training calls the layer with ``batch`` rows."""
-        masks = [{"mask": here(torch.ones(batch, 1, 1, self.length, dtype=torch.bool))}]
-        return [{}, *(masks if self.supports.mask else [])]
+        shape = batch, self.length
+        found: list[Call] = [{}]
+        if self.supports.mask:
+            found.append({"mask": here(torch.ones(shape, dtype=torch.bool))[:, None, None]})
+        if takes_documents(self.build()):
+            found.append({"mask": here(torch.zeros(shape, dtype=torch.int64))})
+        return found
 
     def at_lengths(self, check: Callable[[Attention], None]) -> None:
         """Run ``check`` on a short text and on one longer than any window of the settings."""
@@ -80,11 +85,11 @@ class Attention:
 
     def calls(self) -> list[Call]:
         """The forms in which training calls the layer."""
-        if not self.supports.mask:
-            return [{}]
         documents = here(torch.tensor(DOCUMENTS))
-        masked = {
-            "mask": document_mask(documents),
-            "positions": document_positions(documents),
-        }
-        return [{}, masked]
+        positions = document_positions(documents)
+        found: list[Call] = [{}]
+        if self.supports.mask:
+            found.append({"mask": document_mask(documents), "positions": positions})
+        if takes_documents(self.build()):
+            found.append({"mask": documents, "positions": positions})
+        return found
