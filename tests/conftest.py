@@ -3,6 +3,7 @@ heard as in a terminal."""
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import inspect
 import logging
@@ -120,6 +121,7 @@ def _become_python(words: Sequence[str], call: dict[str, Any]) -> NoReturn:
         sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)
         escaped = {"errors": "backslashreplace", "closefd": False}
         sys.stderr = sys.__stderr__ = os.fdopen(2, "w", 1, **escaped)
+        faulthandler.enable(sys.stderr)  # pytest's writes to a file that is closed here
         importlib.reload(warnings)  # pytest collects them
         sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
         flag, *rest = words
