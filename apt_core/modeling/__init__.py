@@ -16,7 +16,6 @@ from apt_core.modeling.masks import (
     padding_marked,
     padding_mask,
     padding_positions,
-    takes_documents,
 )
 from apt_core.modeling.probe import probe_layer
 from apt_core.modeling.transforms import Carried, ModelTransform
@@ -38,6 +37,5 @@ __all__ = [
     "padding_mask",
     "padding_positions",
     "probe_layer",
-    "takes_documents",
     "write_std",
 ]

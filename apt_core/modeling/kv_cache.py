@@ -23,7 +23,7 @@ class KeyValueCache:
         """Add ``key`` and ``value`` [B, K, T, R]; return all that is held [B, K, S, R], as views.
 
         The first call fixes batch, heads, widths and dtypes. Raises ValueError if there is no room,
-        or if batch or number of heads differ from the first call's.
+        or if batch, number of heads or widths differ from the first call's.
         """
         start, end = self.length, self.length + key.shape[2]
         if end > self.max_length:
@@ -34,10 +34,10 @@ class KeyValueCache:
             batch, heads, _, width = key.shape
             self._keys = key.new_empty(batch, heads, self.max_length, width)
             self._values = value.new_empty(batch, heads, self.max_length, value.shape[-1])
-        elif key.shape[:2] != self._keys.shape[:2]:
+        elif _sizes(key, value) != _sizes(self._keys, self._values):
             raise ValueError(
-                f"a cache of {list(self._keys.shape[:2])} texts and heads cannot take "
-                f"{list(key.shape[:2])}: create another one"
+                f"a cache for texts, heads and widths {_sizes(self._keys, self._values)} cannot "
+                f"take {_sizes(key, value)}: create another one"
             )
         self._keys[:, :, start:end] = key
         self._values[:, :, start:end] = value
@@ -62,3 +62,7 @@ class KeyValueCache:
         if self._keys is not None and self._values is not None:
             other._keys, other._values = self._keys.clone(), self._values.clone()
         return other
+
+
+def _sizes(key: Tensor, value: Tensor) -> list[int]:
+    return [*key.shape[:2], key.shape[-1], value.shape[-1]]

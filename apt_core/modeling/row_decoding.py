@@ -111,9 +111,13 @@ class RowStep:
     def table(self, key: Any, whole: Tensor) -> Tensor:
         """The rows of ``whole`` [places, ...] at the positions of the new tokens [N, ...], taken
         once for all layers with the same ``key``."""
+        return self.once(key, lambda: whole.index_select(0, self.positions.flatten()))
+
+    def once(self, key: Any, made: Callable[[], Tensor]) -> Tensor:
+        """What ``made`` gives, made once for all layers with the same ``key``."""
         found = self._tables.get(key)
         if found is None:
-            found = self._tables[key] = whole.index_select(0, self.positions.flatten())
+            found = self._tables[key] = made()
         return found
 
 

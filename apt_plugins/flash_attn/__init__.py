@@ -1,1 +1,1 @@
-"""``attention:flash_v2``: fused TVA on the flash-attention kernel."""
+"""``attention:flash_v2`` and ``attention:flex``: attention on kernels of others."""

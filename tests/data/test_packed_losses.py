@@ -37,6 +37,8 @@ def part(*, prompts: bool) -> ArrayPart:
 def model_of(attention: str) -> nn.Module:
     torch.manual_seed(3)
     overrides = {"model.attention_name": attention, "model.max_seq_len": 64, "model.num_layers": 2}
+    if attention == "flex":
+        overrides |= {"model.flex.window": 6, "model.flex.prefix": 2}
     return tiny_session(overrides=overrides).model.double().eval()
 
 
@@ -69,7 +71,7 @@ def alone(rows: PieceWindows) -> list[Batch]:
     return found
 
 
-@pytest.mark.parametrize("attention", ["tva_default", "mha"])
+@pytest.mark.parametrize("attention", ["tva_default", "mha", "flex"])
 @pytest.mark.parametrize("prompts", [False, True])
 @pytest.mark.parametrize("packing", ["documents", "pad"])
 def test_rows_of_documents_give_the_losses_and_gradients_of_each_alone(

@@ -6,11 +6,11 @@ import torch
 from apt_core.modeling import KeyValueCache
 
 
-def pair(length, start=0, batch=2, heads=3):
+def pair(length, start=0, batch=2, heads=3, width=4):
     """Keys that count from ``start``, and values half as wide that count down."""
     places = torch.arange(start, start + length, dtype=torch.float32)[:, None]
     return (
-        places.expand(batch, heads, length, 4).clone(),
+        places.expand(batch, heads, length, width).clone(),
         -places.expand(batch, heads, length, 2).clone(),
     )
 
@@ -72,11 +72,11 @@ def test_a_cache_cannot_be_cut_to_what_it_never_held(length):
     assert cache.length == 3
 
 
-@pytest.mark.parametrize("other", [{"batch": 1}, {"batch": 3}, {"heads": 1}], ids=str)
+@pytest.mark.parametrize("other", [{"batch": 1}, {"batch": 3}, {"heads": 1}, {"width": 6}], ids=str)
 def test_a_cache_takes_no_other_batch_than_its_first(other):
     cache = KeyValueCache(6)
     cache.append(*pair(3))
-    with pytest.raises(ValueError, match=r"a cache of \[2, 3\] texts and heads cannot take"):
+    with pytest.raises(ValueError, match=r"heads and widths \[2, 3, 4, 2\] cannot take"):
         cache.append(*pair(1, **other))
     assert cache.length == 3
 

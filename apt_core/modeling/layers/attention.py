@@ -102,6 +102,11 @@ class SelfAttention(nn.Module, ABC):
         """A cache for decoding up to ``max_length`` tokens."""
         return KeyValueCache(max_length)
 
+    def checked_mask(self, mask: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+        """``mask`` as :meth:`attend` takes it. Raises ValueError if it does not fit [B, H, T, S],
+        which is ``shape``."""
+        return check_mask(mask, shape)
+
     def forward(
         self,
         x: Tensor,
@@ -116,6 +121,11 @@ class SelfAttention(nn.Module, ABC):
         boolean or does not broadcast to [B, H, T, S].
         """
         batch, length, _ = x.shape
+        if not (cache is None or hasattr(cache, "append")):
+            raise ValueError(
+                f"a {type(cache).__name__} is the cache of another layer, and not what "
+                f"{type(self).__name__}.create_cache gives"
+            )
         start = 0 if cache is None else cache.length
         if start + length > self.max_seq_len:
             raise ValueError(
@@ -123,7 +133,7 @@ class SelfAttention(nn.Module, ABC):
                 f"{self.max_seq_len}: shorten it or raise the setting"
             )
         if mask is not None:
-            mask = check_mask(mask, (batch, self.num_heads, length, start + length))
+            mask = self.checked_mask(mask, (batch, self.num_heads, length, start + length))
         qkv_weight, out_weight = self.projections_for(cache)
         q_heads, kv_heads = self.num_heads, self.num_kv_heads
         qk, v = self.project(x, qkv_weight).split([q_heads + kv_heads, kv_heads], dim=2)

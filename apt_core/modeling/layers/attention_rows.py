@@ -16,6 +16,7 @@ from apt_core.modeling.layers.rope import paired, turning
 from apt_core.modeling.row_decoding import Function, Products, RowCache, RowStep
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+AttendRows = Callable[[Tensor, Tensor, Tensor, RowStep], Tensor]
 
 
 class AttentionRows:
@@ -23,8 +24,11 @@ class AttentionRows:
 
     ``qkv_weight`` [(H+2K)*R, D] and ``out_weight`` [D, H*R] are its projections, ``qk_scales``
     [H+K, R] the scales of QK-norm. ``project``, ``read_out`` and ``attend`` are the methods of a
-    layer that computes these otherwise, with weights as it needs them.
+    layer that computes these otherwise, with weights as it needs them. ``attend_rows`` may be set
+    to a kernel for all rows of a step, of their keys and values as the cache gives them.
     """
+
+    attend_rows: AttendRows | None = None
 
     def __init__(
         self,
@@ -93,6 +97,8 @@ class AttentionRows:
     def _attended(self, q: Tensor, k: Tensor, v: Tensor, step: RowStep) -> Tensor:
         """q [B, H, T, R], k and v [B, K, S, R] to [B, H, T, R]."""
         attend = self._attend
+        if self.attend_rows is not None:
+            return self.attend_rows(q, k, v, step)
         if attend is None:
             causal = step.whole and step.length > 1
             return F.scaled_dot_product_attention(

@@ -79,11 +79,11 @@ def test_the_probe_finds_flash_unusable_on_a_cpu():
 
 
 def test_the_plugin_says_what_its_provider_needs():
-    (spec,) = apt_register_providers()
+    spec, _ = apt_register_providers()
     assert (spec.key, spec.version, spec.section) == ("attention:flash_v2", "2.0.0", "model.tva")
     assert list(spec.requires) == ["flash-attn>=2.4"]
     assert not spec.default
-    assert PLUGIN.version == "2.0.0"
+    assert PLUGIN.version == "2.1.0"
 
 
 def test_the_plugin_and_the_interfaces_are_read_without_torch():

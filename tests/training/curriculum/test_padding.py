@@ -31,7 +31,12 @@ SETTINGS: dict[str, Any] = {
 the last has fewer windows."""
 
 PAD = {"data.packing": "pad", "data.padding": "max_length"}
-PACKED = {"data.packing": "documents"}
+PACKED = {
+    "data.packing": "documents",
+    # One layer gets the ids of documents, the other a boolean mask.
+    "model.attention_pattern": ["flex", "tva_default"],
+    "model.flex.window": 5,
+}
 
 EACH_ALONE = {
     # The capacity is that of a micro-batch.
