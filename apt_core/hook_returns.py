@@ -113,8 +113,11 @@ def _section_spec(spec: Any) -> SectionSpec:
     for key, kind in names.items():
         if kind not in KINDS:
             raise ValueError(f"{path}.{key} is to name a provider of the unknown kind {kind!r}")
+    grows = dict(entries_of(spec.grows, f"grows of section {path!r}"))
+    if unknown := [key for key in grows if model is None or key not in model.model_fields]:
+        raise ValueError(f"grows of section {path!r} names {unknown[0]!r}, which it has not")
     without = text(spec.without, f"without of section {path!r}")
-    return SectionSpec(path, model, params, spec.inactive, spec.check, names, without)
+    return SectionSpec(path, model, params, spec.inactive, spec.check, names, grows, without)
 
 
 def _printable(value: Any, what: str) -> str:

@@ -221,7 +221,8 @@ def apt_transform_model(model: nn.Module, config: Config, registry: ProviderSour
     so that what is wrong is told then; and once more when a checkpoint of after the switch is
     loaded. It must give the same structure every time.
     ``model`` is the present structure on the meta device, built for this call: change it in place,
-    or build another. ``registry`` has the providers (``registry.get("router", name)``).
+    or build another. ``config`` is the profile with the sizes that ``model`` has. ``registry`` has
+    the providers (``registry.get("router", name)``).
     Returns: a :class:`~apt_core.modeling.ModelTransform`, or None to leave the model as it is.
     The kernel builds the new structure, carries weights, optimizer state and averages over,
     compares the loss of a fixed batch before and after, and only then lets the run go on with it.

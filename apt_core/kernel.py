@@ -67,6 +67,17 @@ class Kernel:
     builder: Sequence[str] = ()
     """The command of a process that builds the data of this profile, where there is one."""
 
+    def largest(self, key: str) -> int:
+        """The largest value that ``key``, a size of the profile, has in the run: its own, or one
+        that a plugin's section has for later (:attr:`SectionSpec.grows`)."""
+        section, _, own = key.rpartition(".")
+        sizes: list[int] = [getattr(self.config.section(section), own)]
+        for spec in self.sections:
+            settings = self.config.section(spec.path)
+            later = [getattr(settings, name) for name, grown in spec.grows.items() if grown == key]
+            sizes += [size for size in later if size is not None]
+        return max(sizes)
+
     def add_inactive(self, found: Iterable[InactiveKey]) -> None:
         """Add inactive keys that only the run could find. Raises ConfigError under ``--strict``."""
         known = {item.key for item in self.inactive}

@@ -101,6 +101,9 @@ class SectionSpec:
     ``names`` are the keys of the section that name a provider, each with its kind:
     ``{"router": "router"}`` of ``model.moe`` lets ``model.moe.router`` choose a router.
 
+    ``grows`` are the keys of the section that replace a size of the core's later in the run:
+    ``{"vocab_size": "model.vocab_size"}``.
+
     ``check(config)`` gives a :class:`~apt_core.Problem` for each fault of a profile whose keys are
     valid one by one: contradictions within the section, and with the rest. A problem without a
     place gets that of its key. ``inactive(config)`` yields the settings that are inactive in such
@@ -117,6 +120,7 @@ class SectionSpec:
     inactive: Callable[[Any], Iterable[Inactive]] | None = None
     check: Callable[[Any], Iterable[Problem]] | None = None
     names: Mapping[str, str] = field(default_factory=dict, hash=False)
+    grows: Mapping[str, str] = field(default_factory=dict, hash=False)
     without: str = ""
     plugin: str = ""
 

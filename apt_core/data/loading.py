@@ -201,13 +201,13 @@ def _tokenizer(kernel: Kernel, folder: Path | None = None) -> TokenizerProvider:
 
 
 def require_vocabulary(kernel: Kernel, tokenizer: TokenizerProvider) -> None:
-    """Raise ConfigError if ``model.vocab_size`` is less than the ids of ``tokenizer``."""
-    config, name = kernel.config, kernel.config.data.tokenizer_name
-    if tokenizer.vocab_size > config.model.vocab_size:
+    """Raise ConfigError if ``model.vocab_size``, or what it grows to, is less than the ids of
+    ``tokenizer``."""
+    size, name = kernel.largest("model.vocab_size"), kernel.config.data.tokenizer_name
+    if tokenizer.vocab_size > size:
         raise ConfigError(
             Problem(
-                f"is {config.model.vocab_size}, but tokenizer {name!r} has "
-                f"{tokenizer.vocab_size} ids",
+                f"is {size}, but tokenizer {name!r} has {tokenizer.vocab_size} ids",
                 key="model.vocab_size",
                 hint=f"set it to {tokenizer.vocab_size} or more",
             )

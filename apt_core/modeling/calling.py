@@ -84,11 +84,11 @@ def forward_with(weights: Mapping[str, Tensor], model: nn.Module, batch: Batch) 
 
 
 @torch.no_grad()
-def losses_in_fp32(model: nn.Module, batch: Batch) -> Tensor:
+def losses_in_fp32(model: nn.Module, batch: Batch, ids: int | None = None) -> Tensor:
     """The cross-entropy of each token of ``batch`` [B*T], in nats, computed in fp32 in eval mode; 0
-    where there is no target."""
+    where there is no target. It is over the first ``ids`` alone, if given."""
     with eval_mode(model):
-        logits = forward_batch(model, model, batch).logits
+        logits = forward_batch(model, model, batch).logits[..., :ids]
     # One sequence at a time, since the loss needs as much memory as the logits.
     return torch.cat(
         [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,11 +49,13 @@ def materialize(
         origin = origins[name]
         if origin is not None:
             whole = whole_tensor(values[origin.source].detach())
-            parameter.copy_(_by(origin.value, whole, parameter, name, faults))
+            others = [whole_tensor(values[other].detach()) for other in origin.others]
+            parameter.copy_(_by(origin.value, whole, parameter, name, faults, others))
     buffers = dict(old.named_buffers())
     for name, buffer in new.named_buffers():
-        if name in buffers and buffers[name].shape == buffer.shape:
-            buffer.copy_(buffers[name])
+        source = transform.old_name(name)
+        if source in buffers and buffers[source].shape == buffer.shape:
+            buffer.copy_(buffers[source])
         elif not _computes_buffers(new, name):
             raise ValueError(
                 f"the new model has the buffer {name}, which the old one has not: its module needs "
@@ -63,16 +65,20 @@ def materialize(
     with torch.enable_grad():
         dtype = gathered(new)
     world.shard(new, block_stack(new)[1], device, dtype)
-    _carry_modes(old, new)
+    _carry_modes(transform, old, new)
     return new.to(device)
 
 
-def _carry_modes(old: nn.Module, new: nn.Module) -> None:
-    """Give modules of ``new`` the training mode of the modules with their name in ``old``; a new
+def _carry_modes(transform: ModelTransform, old: nn.Module, new: nn.Module) -> None:
+    """Give modules of ``new`` the training mode of those in ``old`` whose place they take; a new
     module gets that of its parent, unless it was made in eval mode."""
-    modes = {name: module.training for name, module in old.named_modules()}
+    before = {name: module.training for name, module in old.named_modules()}
+    modes: dict[str, bool] = {}
     for name, module in new.named_modules():
-        if name not in modes:
+        source = transform.old_name(name)
+        if source in before:
+            modes[name] = before[source]
+        else:
             modes[name] = module.training and modes[name.rpartition(".")[0]]
         module.training = modes[name]
 
@@ -101,7 +107,8 @@ def carry_average(
             carried[name] = parameter.detach().clone()
         else:
             whole = whole_tensor(averages[origin.source])
-            whole = _by(origin.value, whole, parameter, name, faults)
+            others = [whole_tensor(averages[other]) for other in origin.others]
+            whole = _by(origin.value, whole, parameter, name, faults, others)
             carried[name] = shard_like(whole, parameter).clone()
     return carried
 
@@ -124,7 +131,7 @@ def carry_optimizer_state(
     """
     before, after = dict(old.named_parameters()), dict(new.named_parameters())
     names = {id(parameter): name for name, parameter in after.items()}
-    packed = new_optimizer.state_dict()
+    packed, shared = new_optimizer.state_dict(), set[int]()
     ordered = [p for group in new_optimizer.param_groups for p in group["params"]]
     for index, parameter in enumerate(ordered):
         name = names[id(parameter)]
@@ -136,8 +143,11 @@ def carry_optimizer_state(
         state = packed["state"][index] = {}
         for key, value in old_optimizer.state[source].items():
             rule = rules[moments[key]] if key in moments else None
-            if rule is unchanged and value.shape == parameter.shape and not is_sharded(parameter):
+            # A copy has a state of its own.
+            kept = rule is unchanged and id(value) not in shared
+            if kept and value.shape == parameter.shape and not is_sharded(parameter):
                 state[key] = value
+                shared.add(id(value))
             elif rule is not None:
                 whole, what = whole_tensor(value), f"{name}//{key}"
                 whole = _by(rule, whole, parameter, what, faults)
@@ -162,14 +172,20 @@ def carry_frozen(transform: ModelTransform, old: nn.Module, new: nn.Module) -> N
 
 
 def _by(
-    rule: Rule, whole: Tensor, target: Tensor, name: str, faults: list[Exception] | None
+    rule: Rule,
+    whole: Tensor,
+    target: Tensor,
+    name: str,
+    faults: list[Exception] | None,
+    others: Sequence[Tensor] = (),
 ) -> Tensor:
-    """The result of ``rule`` for ``whole``; arbitrary values after one of the ``faults``."""
+    """The result of ``rule`` for ``whole`` and ``others``; arbitrary values after one of the
+    ``faults``."""
     if rule is unchanged and whole.shape == target.shape:
         return whole
     try:
         # A copy: a rule that writes to what it is given must not write to the run's model.
-        made = rule(whole.clone())
+        made = rule(whole.clone(), *(other.clone() for other in others))
         if made.shape != target.shape:
             raise ValueError(
                 f"the rule for {name} gives {list(made.shape)}, and {list(target.shape)} is wanted"

@@ -98,11 +98,12 @@ class ModelCost:
         return (part for part in self.parts if part.kind == "attention")
 
 
-def model_cost(kernel: Kernel) -> ModelCost:
-    """The costs of the profile's model, computed without allocating it. The registry's resolved
-    providers are asked; a note names each one that cannot give a figure."""
-    config, model = kernel.config, kernel.config.model
-    registry = kernel.registry
+def model_cost(kernel: Kernel, config: Config | None = None) -> ModelCost:
+    """The costs of the model of ``config``, by default the profile's, computed without allocating
+    it. The registry's resolved providers are asked; a note names each one that cannot give a
+    figure."""
+    config = config or kernel.config
+    model, registry = config.model, kernel.registry
     seq_len = config.seq_len
     counts = count_parameters(config, registry)
     notes: list[str] = []
@@ -148,7 +149,8 @@ def layer_flops(kernel: Kernel, model: ModelSection, seq_len: int) -> list[float
     """Training FLOPs of each layer per token of a sequence of ``seq_len``, for the sizes of
     ``model``; None if a provider cannot give them."""
     unsaid: list[str] = []
-    names = ModelBuilder(kernel.config, kernel.registry).attention_names()
+    config = kernel.config.model_copy(update={"model": model})
+    names = ModelBuilder(config, kernel.registry).attention_names()
     asking = _Asking(kernel, "ffn", model.ffn_name, unsaid)
     ffn = asking.number("flops", model.d_model, model.d_ff, seq_len)
     heads = {"num_kv_heads": model.num_kv_heads}

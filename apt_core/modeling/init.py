@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -101,6 +101,19 @@ def initialize_parameters(
             for other, other_value in keep.items():
                 if other != name.rpartition(".")[2]:
                     owner.get_parameter(other).copy_(other_value)
+
+
+def initial_value(
+    modules: dict[str, nn.Module], name: str, shape: Sequence[int], seed: int, num_layers: int = 1
+) -> Tensor:
+    """The value that :func:`initialize_parameters` gives to the parameter ``name`` of ``shape``, on
+    the CPU, in a model of these named ``modules``. Raises ValueError for a parameter that has no
+    rule of its own."""
+    value = torch.empty(shape, dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        if not _fill(modules, name, value, generator_for(seed, name), num_layers):
+            raise ValueError(f"no init_parameter() around {name} says what its initial values are")
+    return value
 
 
 def _fill(

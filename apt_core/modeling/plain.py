@@ -169,7 +169,7 @@ def plain_model(model: nn.Module, vocab_size: int | None = None) -> PlainModel:
     except ValueError as error:
         why = error.reasons if isinstance(error, NotPlain) else {"": str(error)}
         reasons += [(place, message, "") for place, message in why.items()]
-        raise ConfigError(_problems(reasons)) from None
+        raise ConfigError(problems_by_message(reasons)) from None
     shapes: dict[int, dict[str, Any]] = {}
     final_norm = parts.final_norm
     for number, block in enumerate(parts.blocks):
@@ -198,7 +198,7 @@ def plain_model(model: nn.Module, vocab_size: int | None = None) -> PlainModel:
             if key not in common:
                 reasons.append(("", f"there is no {what} left in any block", ""))
     if reasons:
-        raise ConfigError(_problems(reasons))
+        raise ConfigError(problems_by_message(reasons))
     rows = parts.embedding.shape[0] if vocab_size is None else vocab_size
     shape = PlainShape(
         vocab_size=rows,
@@ -236,7 +236,7 @@ def has_form(part: nn.Module) -> bool:
     return False
 
 
-def _problems(reasons: Sequence[tuple[str, str, str]]) -> Iterator[Problem]:
+def problems_by_message(reasons: Sequence[tuple[str, str, str]]) -> Iterator[Problem]:
     """A problem for each message, with the places where it is so."""
     places: dict[tuple[str, str], list[str]] = {}
     for place, message, hint in reasons:

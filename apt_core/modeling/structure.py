@@ -25,9 +25,19 @@ def base_structure(kernel: Kernel, config: Config | None = None) -> nn.Module:
         return ModelBuilder(config or kernel.config, kernel.registry).build_model()
 
 
-def transform_of(kernel: Kernel, plugin: str, structure: nn.Module) -> ModelTransform | None:
+def config_after(config: Config, transform: ModelTransform) -> Config:
+    """``config`` with the settings of the structure after ``transform``."""
+    if not transform.model_settings:
+        return config
+    model = config.model.model_copy(update=dict(transform.model_settings))
+    return config.model_copy(update={"model": model})
+
+
+def transform_of(
+    kernel: Kernel, plugin: str, structure: nn.Module, config: Config | None = None
+) -> ModelTransform | None:
     """The transform that ``plugin`` makes of ``structure``, which it may change; None if it leaves
-    the model unchanged.
+    the model unchanged. ``config`` has the settings of ``structure``, by default the profile's.
 
     A plugin that fails, or whose transform does not fit, is quarantined, and None is returned.
     Raises ConfigError if the plugin refuses the profile, and PluginError if its failure must end
@@ -37,7 +47,7 @@ def transform_of(kernel: Kernel, plugin: str, structure: nn.Module) -> ModelTran
     manager = kernel.manager
     with torch.device("meta"):
         transform = manager.call_plugin(
-            plugin, HOOK, model=structure, config=kernel.config, registry=kernel.registry
+            plugin, HOOK, model=structure, config=config or kernel.config, registry=kernel.registry
         )
     if transform is None:
         return None
@@ -53,11 +63,11 @@ def transform_of(kernel: Kernel, plugin: str, structure: nn.Module) -> ModelTran
 
 def structure_after(kernel: Kernel, plugins: Iterable[str]) -> nn.Module:
     """The model's structure once ``plugins`` have transformed it, in this order."""
-    structure = base_structure(kernel)
+    structure, config = base_structure(kernel), kernel.config
     for plugin in plugins:
-        transform = transform_of(kernel, plugin, structure)
+        transform = transform_of(kernel, plugin, structure, config)
         if transform is not None:
-            structure = transform.model
+            structure, config = transform.model, config_after(config, transform)
     return structure
 
 
@@ -95,12 +105,12 @@ def replayed(
 ) -> Iterator[tuple[AnySwitch, ModelTransform]]:
     """Yield each of a run's ``switches`` with the transform that its plugin, which is active, makes
     of the structure before it. Raises CheckpointError if a plugin returns no transform now."""
-    manager, structure = kernel.manager, base_structure(kernel)
+    manager, structure, config = kernel.manager, base_structure(kernel), kernel.config
     for switch in switches:
         for name in switch.quarantined:
             if manager.has_plugin(name):
                 manager.set_state(name, "quarantined", "as in the checkpoint")
-        transform = transform_of(kernel, switch.plugin, structure)
+        transform = transform_of(kernel, switch.plugin, structure, config)
         if transform is None:
             reason = manager.records[switch.plugin].reason
             raise CheckpointError(
@@ -108,6 +118,7 @@ def replayed(
                 f"and does not do so now{f' ({reason})' if reason else ''}"
             )
         structure = copy.deepcopy(transform.model)
+        config = config_after(config, transform)
         yield switch, transform
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
+from typing import Any
 
 from torch import Size, Tensor, nn
 
@@ -18,8 +19,9 @@ from apt_core.plain_values import number, within
 SHOWN = 5
 """The number of problems that a message lists."""
 
-Rule = Callable[[Tensor], Tensor]
-"""Makes the unsharded value of a new parameter from that of an old one."""
+Rule = Callable[..., Tensor]
+"""Makes the unsharded value of a new parameter from that of an old one, and for some from those of
+others after it."""
 
 
 def unchanged(tensor: Tensor) -> Tensor:
@@ -34,12 +36,16 @@ class Carried:
     new ones. ``first_moment`` and ``second_moment`` map the optimizer's state of the gradient
     (``exp_avg``, ``momentum_buffer``) and of its square (``exp_avg_sq``): if the new gradient is c
     times the old one, they multiply by c and by c². No rule may change its argument.
+
+    Where ``others`` name further old parameters, ``value`` is called with theirs after that of
+    ``source``.
     """
 
     source: str
     value: Rule = unchanged
     first_moment: Rule = unchanged
     second_moment: Rule = unchanged
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,16 @@ class ModelTransform:
     ``model`` is on the meta device. ``origins`` maps names of new parameters to rules; a name that
     both structures have is carried over unchanged, and a new name without a rule is initialised as
     in a new model, with fresh optimizer state. ``dropped`` names old parameters that are not used.
+    ``moved`` maps names of new modules to those of old ones, whose parameters, buffers and modes
+    they take over: for modules that are elsewhere than before, and for copies.
+
     The switch is undone if the loss of a fixed batch changes by more than ``tolerance`` (nats per
-    token, in fp32).
+    token, in fp32). Where the new model has more ids, both losses are those over the first
+    ``compared_ids``.
+
+    ``model_settings`` are the settings of the profile's section ``model`` that the new structure
+    has, where they are others: transforms that follow find them in their ``config``, rates by width
+    and plans follow them.
 
     For plans: ``active_share`` maps names of new parameters to the share that one token uses (by
     default 1); ``added_flops`` are those that the forward of one token has more than with the old
@@ -63,11 +77,28 @@ class ModelTransform:
     tolerance: float = 1e-5
     active_share: Mapping[str, float] = field(default_factory=dict)
     added_flops: int = 0
+    moved: Mapping[str, str] = field(default_factory=dict)
+    compared_ids: int | None = None
+    model_settings: Mapping[str, Any] = field(default_factory=dict)
 
     def origin(self, name: str, old: Collection[str]) -> Carried | None:
         """The rule for the new parameter ``name``, given the ``old`` names; None if it is
         initialised anew."""
-        return self.origins.get(name) or (Carried(name) if name in old else None)
+        if name in self.origins:
+            return self.origins[name]
+        source = self.old_name(name)
+        return Carried(source) if source in old else None
+
+    def old_name(self, name: str) -> str:
+        """The name in the old model of what the new one has as ``name``: a module, a parameter or a
+        buffer, which need not be there."""
+        head, rest = name, ""
+        while head:
+            if head in self.moved:
+                return self.moved[head] + rest
+            head, _, last = head.rpartition(".")
+            rest = f".{last}{rest}"
+        return name
 
     def check(self, before: Mapping[str, Size]) -> None:
         """Check this transform against the old shapes ``before``. Raises ValueError with all
@@ -86,13 +117,14 @@ class ModelTransform:
             origin = self.origin(name, before)
             if origin is None:
                 continue
-            used.add(origin.source)
-            if origin.source not in before:
-                problems.append(f"{name} comes from {origin.source}, which the old model has not")
-            elif name not in self.origins and before[name] != shape:
+            sources = (origin.source, *origin.others)
+            used.update(sources)
+            missing = [source for source in sources if source not in before]
+            problems += [f"{name} comes from {n}, which the old model has not" for n in missing]
+            if name not in self.origins and before[origin.source] != shape:
                 problems.append(
-                    f"{name} is {list(before[name])} in the old model and {list(shape)} in the "
-                    "new one: say in origins how it is carried over"
+                    f"{name} is {list(before[origin.source])} in the old model and "
+                    f"{list(shape)} in the new one: say in origins how it is carried over"
                 )
         problems += [
             f"nothing is made of the old {name}: carry it over, or name it in dropped"
@@ -113,6 +145,8 @@ class ModelTransform:
         for name, carried in self.origins.items():
             if not isinstance(carried, Carried):
                 raise TypeError(f"the origin of {name} is a {type(carried).__name__}, not Carried")
+        if self.compared_ids is not None and self.compared_ids < 1:
+            raise ValueError(f"compared_ids is {self.compared_ids}: a loss needs an id")
         for name, share in self.active_share.items():
             within(share, f"the active_share of {name}", 1.0)
         within(self.tolerance, "tolerance")

@@ -33,9 +33,10 @@ def keep_plan(optimizer: Optimizer) -> None:
         group["initial_lr"] = group["lr"]
 
 
-def build_optimizer(kernel: Kernel, model: nn.Module) -> Optimizer:
-    """The profile's optimizer of ``model``, whose groups keep their peak rate as ``initial_lr``."""
-    config = kernel.config
+def build_optimizer(kernel: Kernel, model: nn.Module, config: Config | None = None) -> Optimizer:
+    """The profile's optimizer of ``model``, whose groups keep their peak rate as ``initial_lr``.
+    ``config`` has the settings of the model, by default the profile's."""
+    config = config or kernel.config
     width = config.model.d_model if config.training.scale_lr_by_width else None
     scales = learning_rate_scales(model, width)
     optimizer = _optimizer(config, kernel.registry, model, kernel.manager, scales)

@@ -33,7 +33,7 @@ from apt_core.error_text import one_line
 from apt_core.kernel import Kernel
 from apt_core.modeling.calling import forward_batch
 from apt_core.modeling.compose import ModelBuilder
-from apt_core.modeling.costs import ModelCost, layer_flops, layers_of
+from apt_core.modeling.costs import ModelCost, layer_flops, layers_of, model_cost
 from apt_core.modeling.cross_entropy import cross_entropy_sum
 from apt_core.modeling.placement import num_threads
 from apt_core.modeling.seeds import fp32_products
@@ -86,10 +86,10 @@ class Calibration:
     def __init__(self, kernel: Kernel, device: torch.device, cost: ModelCost) -> None:
         self.kernel, self.device, self.cost = kernel, device, cost
         self.notes: list[str] = []
+        self._costs: dict[int, ModelCost] = {}
         config = kernel.config
         self.threads = num_threads(config) or torch.get_num_threads()
         self._dtype = autocast_dtype(config.training.mixed_precision, device, config.model.d_model)
-        self._builder = ModelBuilder(config, kernel.registry)
         free = CPU_BYTES if device.type == "cpu" else available_memory(device) // 4
         self._most_params = free // BYTES_PER_PARAMETER
 
@@ -109,6 +109,15 @@ class Calibration:
                 self.notes.append(note)
             return None
 
+    def cost_of(self, structure: Structure) -> ModelCost:
+        """The cost of a model of the sizes of ``structure``."""
+        config = structure.config
+        if config is self.kernel.config:
+            return self.cost
+        if id(config) not in self._costs:
+            self._costs[id(config)] = model_cost(self.kernel, config)
+        return self._costs[id(config)]
+
     def row(self) -> dict[str, Any]:
         """The row of the plan."""
         asked = self.kernel.config.hardware.device
@@ -125,12 +134,13 @@ class Calibration:
     # What is measured ------------------------------------------------------------------------
 
     def _subject(self, structure: Structure) -> _Subject:
-        model, config = structure.model, self.kernel.config
+        model, config = structure.model, structure.config
         layers = layers_of(model)
         if self._fits([model]):
             whole = copy.deepcopy(model)
             return _Subject(whole, _train_model, self._model_flops(structure), "the whole model")
-        kinds = layer_kinds(model, self._builder.attention_names())
+        names = ModelBuilder(config, self.kernel.registry).attention_names()
+        kinds = layer_kinds(model, names)
         chosen = sorted({kind: index for index, kind in enumerate(kinds)}.values())
         if chosen and self._fits([layers[index] for index in chosen]):
             some = nn.ModuleList([copy.deepcopy(layers[index]) for index in chosen])
@@ -150,8 +160,8 @@ class Calibration:
 
     def _model_flops(self, structure: Structure) -> Callable[[int], float]:
         kernel = self.kernel
-        model, own = kernel.config.model, kernel.config.seq_len
-        total = structure.flops_per_token(self.cost)
+        model, own = structure.config.model, kernel.config.seq_len
+        total = structure.flops_per_token(self.cost_of(structure))
         assert total is not None
 
         def flops(seq_len: int) -> float:

@@ -16,7 +16,6 @@ from apt_core.modeling.blame import naming_authors
 from apt_core.modeling.compilation import compilation, computes
 from apt_core.modeling.costs import (
     BACKWARD_AND_FORWARD,
-    ModelCost,
     model_cost,
     support_notices,
 )
@@ -85,7 +84,7 @@ def make_plan(kernel: Kernel, world_size: int | None = None) -> dict[str, Any]:
         schedule = kernel.schedule.with_horizon(_planned_horizon(kernel.config, steps))
         lr_schedule = kernel.registry.get("lr_schedule", kernel.config.training.lr_schedule_name)
         check_run_length(kernel, schedule, lr_schedule)
-        planning = _Planning(kernel, cost, batch, schedule, Calibration(kernel, device, cost))
+        planning = _Planning(kernel, batch, schedule, Calibration(kernel, device, cost))
         rows = planning.rows()
     return {
         "profile": kernel.config.name,
@@ -214,12 +213,11 @@ class _Planning:
     def __init__(
         self,
         kernel: Kernel,
-        cost: ModelCost,
         batch: dict[str, Any],
         schedule: Schedule,
         calibration: Calibration,
     ) -> None:
-        self.kernel, self.cost, self.batch = kernel, cost, batch
+        self.kernel, self.batch = kernel, batch
         self.schedule, self.calibration = schedule, calibration
         self._footprints: dict[tuple[int, PluginCosts], Footprint] = {}
         self._speeds: dict[int, Speed | None] = {}
@@ -254,7 +252,7 @@ class _Planning:
         return self._footprints[key]
 
     def _row(self, stage: Stage, memory: MemoryEstimate, switching: int | None) -> dict[str, Any]:
-        structure, cost = stage.structure, self.cost
+        structure, cost = stage.structure, self.calibration.cost_of(stage.structure)
         flops = structure.flops_per_token(cost)
         extra = None if flops is None else _plugin_flops(flops, stage.costs)
         return {

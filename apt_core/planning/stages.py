@@ -6,16 +6,23 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Size, nn
 
+from apt_core.config import Config
 from apt_core.kernel import Kernel
+from apt_core.modeling.blocks import block_stack
 from apt_core.modeling.costs import (
     BACKWARD_AND_FORWARD,
     ModelCost,
     layer_flops,
     layers_of,
 )
-from apt_core.modeling.structure import base_structure, transform_of, transforming_plugins
+from apt_core.modeling.structure import (
+    base_structure,
+    config_after,
+    transform_of,
+    transforming_plugins,
+)
 from apt_core.modeling.transforms import ModelTransform
 from apt_core.schedules import FIRST, Boundary, Horizon, Schedule
 from apt_core.types import PluginCosts
@@ -23,12 +30,13 @@ from apt_core.types import PluginCosts
 
 @dataclass(frozen=True)
 class Structure:
-    """A model on the meta device. ``shares`` maps the name of a parameter to the share of it that
-    one token uses, if that is not all of it. ``added`` are the FLOPs that plugins add to a token's
-    forward in each layer, compared with the model at the start; ``added_outside`` those outside of
-    the layers."""
+    """A model on the meta device; ``config`` has its sizes. ``shares`` maps the name of a parameter
+    to the share of it that one token uses, if that is not all of it. ``added`` are the FLOPs that
+    plugins add to a token's forward in each layer, compared with what the providers tell of these
+    sizes; ``added_outside`` those outside of the layers."""
 
     model: nn.Module
+    config: Config
     added: Sequence[float]
     added_outside: float = 0.0
     shares: Mapping[str, float] = field(default_factory=dict)
@@ -37,25 +45,58 @@ class Structure:
     def first(cls, kernel: Kernel) -> Structure:
         """The model at the start of the run, before any plugin changes it."""
         model = base_structure(kernel)
-        return cls(model, [0.0] * len(layers_of(model)))
+        return cls(model, kernel.config, [0.0] * len(layers_of(model)))
 
     def after(self, transform: ModelTransform) -> Structure:
         """The structure after ``transform``. Its added FLOPs are divided equally among the layers
         whose parameters it changes."""
-        old, new = ([_shapes(la) for la in layers_of(m)] for m in (self.model, transform.model))
-        shares = {**self.shares, **transform.active_share}
-        if len(old) != len(new):
+        config, model = config_after(self.config, transform), transform.model
+        shares = {**self._shares_after(transform), **transform.active_share}
+        old, new = ([_shapes(la) for la in layers_of(m)] for m in (self.model, model))
+        sources = self._sources_of_layers(transform, len(new))
+        if sources is None:
             # If the number of layers changes, the FLOPs of each layer are not known.
             outside = self.added_outside + sum(self.added) + transform.added_flops
-            return Structure(transform.model, [0.0] * len(new), outside, shares)
-        changed = [before != after for before, after in zip(old, new, strict=True)]
+            return Structure(model, config, [0.0] * len(new), outside, shares)
+        changed = [old[source] != after for source, after in zip(sources, new, strict=True)]
         each = transform.added_flops / sum(changed) if any(changed) else 0.0
+        added = [self.added[source] for source in sources]
+        if config is not self.config and any(added):
+            # What plugins have added to a layer grows as the layer does.
+            sizes = [[sum(s.numel() for _, s in la) for la in layers] for layers in (old, new)]
+            added = [
+                a * size / sizes[0][source]
+                for a, size, source in zip(added, sizes[1], sources, strict=True)
+            ]
         return Structure(
-            transform.model,
-            [a + each * has for a, has in zip(self.added, changed, strict=True)],
+            model,
+            config,
+            [a + each * has for a, has in zip(added, changed, strict=True)],
             self.added_outside + (0 if any(changed) else transform.added_flops),
             shares,
         )
+
+    def _shares_after(self, transform: ModelTransform) -> dict[str, float]:
+        """The shares by the names that their parameters have after ``transform``."""
+        known, shares = dict(self.model.named_parameters()), {}
+        for name, _ in transform.model.named_parameters():
+            origin = transform.origin(name, known)
+            source = name if origin is None else origin.source
+            if source in self.shares:
+                shares[name] = self.shares[source]
+        return shares
+
+    def _sources_of_layers(self, transform: ModelTransform, number: int) -> list[int] | None:
+        """Which layer each of the ``number`` after ``transform`` was, or is like; None if that is
+        not said."""
+        before = {
+            f"{block_stack(self.model)[0]}.{index}": index for index in range(len(self.added))
+        }
+        stack = block_stack(transform.model)[0]
+        names = [transform.old_name(f"{stack}.{index}") for index in range(number)]
+        if len(names) != len(before) and not transform.moved:
+            return None
+        return [before[name] for name in names] if set(names) <= set(before) else None
 
     @property
     def params(self) -> int:
@@ -68,13 +109,13 @@ class Structure:
         return round(sum(p.numel() * self.shares.get(name, 1.0) for name, p in parameters))
 
     def flops_per_token(self, cost: ModelCost) -> int | None:
-        """FLOPs of training per token; ``cost`` is that of the model at the start."""
+        """FLOPs of training per token; ``cost`` is that of a model of the sizes of ``config``."""
         added = BACKWARD_AND_FORWARD * (sum(self.added) + self.added_outside)
         return None if cost.flops_per_token is None else cost.flops_per_token + round(added)
 
     def layer_flops(self, kernel: Kernel, seq_len: int) -> list[float] | None:
         """FLOPs of training per token of a sequence of ``seq_len``, by layer; None if unknown."""
-        base = layer_flops(kernel, kernel.config.model, seq_len)
+        base = layer_flops(kernel, self.config.model, seq_len)
         if base is None or len(base) != len(self.added):
             return None
         return [b + BACKWARD_AND_FORWARD * a for b, a in zip(base, self.added, strict=True)]
@@ -143,7 +184,7 @@ def _reached(boundary: Boundary, horizon: Horizon) -> bool:
 
 
 def _after(kernel: Kernel, structure: Structure, plugin: str) -> Structure | None:
-    transform = transform_of(kernel, plugin, copy.deepcopy(structure.model))
+    transform = transform_of(kernel, plugin, copy.deepcopy(structure.model), structure.config)
     return None if transform is None else structure.after(transform)
 
 
@@ -153,5 +194,5 @@ def plugin_costs(kernel: Kernel, plugins: Iterable[str]) -> PluginCosts:
     return sum(filter(None, asked), PluginCosts())
 
 
-def _shapes(layer: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
-    return [(name, tuple(parameter.shape)) for name, parameter in layer.named_parameters()]
+def _shapes(layer: nn.Module) -> list[tuple[str, Size]]:
+    return [(name, parameter.shape) for name, parameter in layer.named_parameters()]

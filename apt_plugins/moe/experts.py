@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt_core.modeling import cast_weight, write_std
+from apt_core.modeling.growth import Larger, Sizes, resized
 from apt_plugins.moe.cpu_experts import assigned_on_cpu
 from apt_plugins.moe.device_experts import assigned_on_device
 
@@ -49,6 +50,18 @@ class Experts(nn.Module):
     @property
     def reads_stream(self) -> tuple[str, ...]:
         return ("gate", "up") if self.activation == "swiglu" else ("up",)
+
+    def grow(self, sizes: Sizes) -> dict[str, Larger]:
+        """Take on larger ``sizes``, where ``d_ff`` is that of an expert."""
+        self.d_model, self.d_ff = sizes.d_model or self.d_model, sizes.d_ff or self.d_ff
+        for name in self.reads_stream:
+            old = getattr(self, name)
+            setattr(self, name, resized(old, self.num_experts, self.d_ff, self.d_model))
+        self.down = resized(self.down, self.num_experts, self.d_model, self.d_ff)
+        return {
+            "down": Larger({1: "zero", 2: "zero"}),
+            **{name: Larger({1: "initial", 2: "initial"}) for name in self.reads_stream},
+        }
 
     @property
     def cast_once(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from apt_core.modeling import Tokens
+from apt_core.modeling.growth import Larger, Sizes, grow_parts
 from apt_core.modeling.plain import plain_of
 from apt_core.providers import Beyond, PlainExperts, PlainRouter
 from apt_plugins.moe.experts import Experts
@@ -70,6 +72,26 @@ class MoELayer(nn.Module):
         self._start, self._capacity, self._limited = capacity, capacity, True
         self.counted_step = 0
         self.reset_buffers()
+
+    @property
+    def writes_stream(self) -> tuple[str, ...]:
+        shared = () if self.shared is None else self.shared.writes_stream
+        return ("experts.down", *(f"shared.{name}" for name in shared))
+
+    def grow(self, sizes: Sizes) -> dict[str, Larger]:
+        """Take on larger ``sizes``: every expert has its share of the hidden units. Raises
+        ValueError for units that cannot be divided among them."""
+        of_expert = sizes
+        if sizes.d_ff is not None:
+            if sizes.d_ff % self.granularity:
+                raise ValueError(
+                    f"{sizes.d_ff} hidden units cannot be cut into the {self.granularity} equal "
+                    "parts of model.moe.granularity"
+                )
+            of_expert = replace(sizes, d_ff=sizes.d_ff // self.granularity)
+        grown = grow_parts(of_expert, experts=self.experts)
+        grown |= grow_parts(sizes, shared=self.shared)
+        return grown if sizes.d_model is None else grown | grow_parts(sizes, router=self.router)
 
     @property
     def capacity(self) -> float | None:

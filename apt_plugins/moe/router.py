@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apt_core.modeling.growth import Larger, Sizes, resized
 from apt_core.providers import Beyond, PlainRouter, RouterProvider
 
 ROUTER_STD = 0.02
@@ -70,6 +71,12 @@ class TopKRouter(nn.Module):
     ) -> bool:
         nn.init.normal_(tensor, 0.0, ROUTER_STD, generator=generator)
         return True
+
+    def grow(self, sizes: Sizes) -> dict[str, Larger]:
+        """Take on a larger ``sizes.d_model``."""
+        rows, width = self.weight.shape
+        self.weight = resized(self.weight, rows, sizes.d_model or width)
+        return {"weight": Larger({1: "zero"})}
 
     @torch.no_grad()
     def reset_buffers(self) -> None:

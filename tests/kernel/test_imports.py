@@ -120,6 +120,7 @@ def python(code: str, *arguments: str, folder: Path) -> Any:
         "apt_plugins.export.command",
         "apt_plugins.export.plugin",
         "apt_plugins.flash_attn.plugin",
+        "apt_plugins.growth.plugin",
         "apt_plugins.moe.plugin",
         "apt_plugins.report.plugin",
         "apt_plugins.routing.plugin",

@@ -12,6 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt_core.log import get_logger
+from apt_core.modeling.growth import (
+    CannotGrow,
+    Larger,
+    Sizes,
+    grow_parts,
+    resize_linear,
+    resized,
+)
 from apt_core.modeling.init import embedding_std, normal_
 from apt_core.modeling.layers.ngram import NgramEmbedding
 from apt_core.modeling.masks import are_documents, check_documents, document_mask, takes_documents
@@ -81,6 +89,24 @@ class Block(nn.Module):
             function_of(self.ffn_norm, products),
             function_of(self.ffn, products),
         )
+
+    @property
+    def writes_stream(self) -> tuple[str, ...]:
+        """Those of its layers. Raises AttributeError where a layer does not say."""
+        layers = {"attention": self.attention, "ffn": self.ffn}
+        return tuple(f"{name}.{own}" for name, la in layers.items() for own in la.writes_stream)
+
+    def grow(self, sizes: Sizes) -> dict[str, Larger]:
+        """Take on larger ``sizes``; layers that have none of them are left alone. Raises CannotGrow
+        with what cannot."""
+        parts: dict[str, nn.Module] = {}
+        if sizes.d_model is not None:
+            parts |= {"attention_norm": self.attention_norm, "ffn_norm": self.ffn_norm}
+        if sizes.d_model is not None or sizes.num_heads is not None:
+            parts["attention"] = self.attention
+        if sizes.d_model is not None or sizes.d_ff is not None:
+            parts["ffn"] = self.ffn
+        return grow_parts(sizes, **parts)
 
     def plain(self) -> PlainBlock:
         """The plain form of its layers. Raises NotPlain for those that have none."""
@@ -291,6 +317,41 @@ class GPT(nn.Module):
         if self.logits_soft_cap is None:
             return logits
         return self.logits_soft_cap * torch.tanh(logits / self.logits_soft_cap)
+
+    def grow(self, sizes: Sizes) -> dict[str, Larger]:
+        """Take on larger ``sizes``. The rows of new ids are the mean of the others, so that their
+        logits are the mean of the others' too. Raises CannotGrow with what cannot."""
+        parts: dict[str, nn.Module | None] = {
+            f"blocks.{number}": block for number, block in enumerate(self.blocks)
+        }
+        if sizes.d_model is not None:
+            norms = {"final_norm": self.final_norm, "embedding_norm": self.embedding_norm}
+            parts |= {**norms, "position": self.position, "ngram": self.ngram}
+        reasons, grown = {}, {}
+        try:
+            grown = grow_parts(sizes, **parts)
+        except CannotGrow as error:
+            reasons = dict(error.reasons)
+        if sizes.d_model is not None or sizes.vocab_size is not None:
+            if not is_look_up(self.embedding):
+                reasons["embedding"] = f"{type(self.embedding).__name__} is more than a look-up"
+            if self.head is not None and not is_product(self.head):
+                reasons["head"] = f"{type(self.head).__name__} is more than a product"
+        if reasons:
+            raise CannotGrow(reasons)
+        ids, width = self.embedding.weight.shape
+        ids, width = sizes.vocab_size or ids, sizes.d_model or width
+        self.d_model, self.embedding.embedding_dim, self.embedding.num_embeddings = (
+            width,
+            width,
+            ids,
+        )
+        self.embedding.weight = resized(self.embedding.weight, ids, width)
+        grown["embedding.weight"] = Larger({0: "mean", 1: "zero"})
+        if self.head is not None:
+            resize_linear(self.head, ids, width)
+            grown["head.weight"] = Larger({0: "mean", 1: "initial"})
+        return grown
 
     def plain(self) -> PlainParts:
         """The tensors around the blocks; ``embedding_norm`` is applied to the embedding's rows,

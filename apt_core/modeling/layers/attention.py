@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apt_core.modeling.growth import Larger, Sizes, resized
 from apt_core.modeling.init import normal_, write_std
 from apt_core.modeling.kv_cache import KeyValueCache
 from apt_core.modeling.layers.attention_rows import AttentionRows
@@ -42,6 +43,7 @@ class SelfAttention(nn.Module, ABC):
     """
 
     reads_stream = ("qkv_weight",)
+    writes_stream: tuple[str, ...] = ("out_weight",)
 
     def __init__(
         self,
@@ -149,6 +151,32 @@ class SelfAttention(nn.Module, ABC):
         if cache is not None:
             k, v = cache.append(k, v)
         return self.read_out(self.attend(q, k, v, mask).transpose(1, 2), out_weight)
+
+    def grow(self, sizes: Sizes) -> dict[str, Larger]:
+        """Take on larger ``sizes``. The width of a head stays, and so does the number of query
+        heads that share keys and values; new heads attend, and are not read at first. Raises
+        ValueError for numbers of heads that do not fit."""
+        heads, kv_heads, width = self.num_heads, self.num_kv_heads, self.head_dim
+        self.d_model = sizes.d_model or self.d_model
+        self.num_heads = sizes.num_heads or heads
+        self.num_kv_heads = sizes.num_kv_heads or kv_heads
+        if self.num_heads * kv_heads != heads * self.num_kv_heads:
+            raise ValueError(
+                f"{heads // kv_heads} heads share keys and values, and {self.num_heads} heads "
+                f"cannot share those of {self.num_kv_heads} in the same way"
+            )
+        packed = self.num_heads + 2 * self.num_kv_heads
+        self.qkv_weight = resized(self.qkv_weight, packed * width, self.d_model)
+        self.out_weight = resized(self.out_weight, self.d_model, self.num_heads * width)
+        self.stacked = {"qkv_weight": packed}
+        spans, old, new = [], 0, 0
+        for before, now in ((heads, self.num_heads), *[(kv_heads, self.num_kv_heads)] * 2):
+            spans.append((old * width, (old + before) * width, new * width))
+            old, new = old + before, new + now
+        return {
+            "qkv_weight": Larger({0: "initial", 1: "initial"}, spans={0: spans}),
+            "out_weight": Larger({0: "zero", 1: "zero"}),
+        }
 
     def rows(self, products: Products) -> Rows:
         """The layer for decoding rows, with what that needs of the weights formed once."""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apt_core.modeling.growth import Larger, Sizes
 from apt_core.modeling.init import orthonormal_, reset_layer
 from apt_core.modeling.kv_cache import KeyValueCache
 from apt_core.modeling.layers.attention import SelfAttention, check_heads, visible
@@ -89,6 +90,21 @@ class TVAAttention(SelfAttention):
         qkv = torch.bmm(self.compress.expand(len(per_head), -1, -1), per_head)
         out = self.out_weight.view(-1, self.head_dim) @ self.lift
         return qkv.view(-1, self.d_model), out.view(self.d_model, -1)
+
+    @property
+    def writes_stream(self) -> tuple[str, ...]:  # type: ignore[override]
+        compensator = () if self.compensator is None else ("compensator.out_weight",)
+        return ("out_weight", *compensator)
+
+    def grow(self, sizes: Sizes) -> dict[str, Larger]:
+        """Take on larger ``sizes``; the rank stays. Raises ValueError for a compensator, whose
+        subspace and threshold depend on the width."""
+        if self.compensator is not None and sizes.d_model is not None:
+            raise ValueError(
+                "its compensator (model.tva.s) has a subspace of an eighth of the width and a "
+                "threshold in its spreads, and cannot grow: only model.tva.s 0 can"
+            )
+        return super().grow(sizes)
 
     def plain(self) -> PlainAttention:
         """The fused layer, whose heads have the width R. Raises NotPlain without RoPE."""

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apt_core.modeling.growth import Larger, Sizes, resize_linear
 from apt_core.modeling.init import normal_, reset_layer, write_std
 from apt_core.modeling.row_decoding import Function, Products
 from apt_core.providers.ffn import FeedForwardProvider
@@ -27,6 +28,7 @@ class FeedForward(nn.Module, ABC):
 
     gated: ClassVar[bool] = False
     reads_stream: ClassVar[tuple[str, ...]] = ("up.weight",)
+    writes_stream: ClassVar[tuple[str, ...]] = ("down.weight",)
 
     def __init__(self, d_model: int, d_ff: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -66,6 +68,18 @@ class FeedForward(nn.Module, ABC):
         if self.dropout:
             hidden = F.dropout(hidden, self.dropout, self.training)
         return self.down(hidden)
+
+    def grow(self, sizes: Sizes) -> dict[str, Larger]:
+        """Take on larger ``sizes``: new units compute, and are not read at first."""
+        self.d_model, self.d_ff = sizes.d_model or self.d_model, sizes.d_ff or self.d_ff
+        readers = ("gate", "up") if self.gated else ("up",)
+        for name in readers:
+            resize_linear(getattr(self, name), self.d_ff, self.d_model)
+        resize_linear(self.down, self.d_model, self.d_ff)
+        return {
+            "down.weight": Larger({0: "zero", 1: "zero"}),
+            **{f"{name}.weight": Larger({0: "initial", 1: "initial"}) for name in readers},
+        }
 
     def decoding(self, products: Products) -> Function:
         """The layer as a function of x [N, D], for many calls with the same weights."""

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apt_core.modeling.growth import Larger, Sizes, resized
 from apt_core.modeling.init import embedding_std, normal_, reset_layer
 from apt_core.providers.position import PositionProvider
 
@@ -31,6 +32,12 @@ class LearnedPosition(nn.Module):
             return False
         normal_(tensor, embedding_std(self.d_model), generator)
         return True
+
+    def grow(self, sizes: Sizes) -> dict[str, Larger]:
+        """Take on a larger ``sizes.d_model``."""
+        self.d_model = sizes.d_model or self.d_model
+        self.weight = resized(self.weight, self.max_seq_len, self.d_model)
+        return {"weight": Larger({1: "zero"})}
 
     def forward(self, positions: Tensor) -> Tensor:
         """positions int64 [T] or [B, T] to [..., D].

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apt_core.modeling.growth import Larger, Sizes, resized
 from apt_core.modeling.init import reset_layer
 
 PRIME = 2**31 - 1
@@ -61,6 +62,12 @@ class NgramEmbedding(nn.Module):
             return False
         tensor.zero_()
         return True
+
+    def grow(self, sizes: Sizes) -> dict[str, Larger]:
+        """Take on a larger ``sizes.d_model``."""
+        rows, width = self.weight.shape
+        self.weight = resized(self.weight, rows, sizes.d_model or width)
+        return {"weight": Larger({1: "zero"})}
 
     def create_cache(self, max_length: int) -> NgramCache:
         """A cache for decoding up to ``max_length`` tokens."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apt_core.modeling.growth import Larger, Sizes, resized
 from apt_core.modeling.row_decoding import Function, Products
 from apt_core.providers.base import read_settings
 from apt_core.providers.norm import NormProvider, NormSettings
@@ -45,6 +46,18 @@ class RMSNorm(nn.RMSNorm):
 
         return normalized
 
+    def grow(self, sizes: Sizes) -> dict[str, Larger]:
+        """Take on a larger ``sizes.d_model``. Zeros in the new places make the mean square smaller
+        by the ratio of the widths: eps follows it, and the weight takes up its root."""
+        weight = self.get_parameter("weight")
+        width = sizes.d_model or weight.numel()
+        share = weight.numel() / width
+        if self.eps is None:
+            raise ValueError("its eps is that of the dtype, and would have to be another: give one")
+        self.weight, self.normalized_shape = resized(weight, width), (width,)
+        self.eps *= share
+        return {"weight": Larger({0: "mean"}, scale=math.sqrt(share))}
+
     def plain(self) -> PlainNorm:
         """The layer itself."""
         eps = torch.finfo(self.weight.dtype).eps if self.eps is None else self.eps
@@ -57,6 +70,13 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = _as_wide(self.weight, x), _as_wide(self.bias, x)
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+    def grow(self, sizes: Sizes) -> dict[str, Larger]:
+        """Raises ValueError: zeros in new places would move the mean that is subtracted."""
+        raise ValueError(
+            "LayerNorm subtracts the mean of the stream, which new places would change: only "
+            "model.norm_name rmsnorm grows"
+        )
 
     def decoding(self, products: Products) -> Function:
         """The layer as a function of x [N, D], for many calls with the same weights."""

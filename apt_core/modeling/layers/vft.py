@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apt_core.modeling.growth import Larger, Sizes, resize_linear, resized
 from apt_core.modeling.init import normal_, orthonormal_, reset_layer, write_std
 from apt_core.modeling.row_decoding import Function, Products
 from apt_core.providers.base import read_settings
@@ -27,6 +28,7 @@ class VFT(nn.Module):
     """
 
     reads_stream = ("compress", "gate.weight", "up.weight")
+    writes_stream = ("down.weight",)
 
     def __init__(
         self, d_model: int, d_ff: int, settings: VFTSettings, *, dropout: float = 0.0
@@ -68,6 +70,22 @@ class VFT(nn.Module):
         if self.dropout:
             hidden = F.dropout(hidden, self.dropout, self.training)
         return F.linear(self.down(hidden), self.lift)
+
+    def grow(self, sizes: Sizes) -> dict[str, Larger]:
+        """Take on larger ``sizes``; the rank stays."""
+        self.d_model, self.d_ff = sizes.d_model or self.d_model, sizes.d_ff or self.d_ff
+        self.compress = resized(self.compress, self.rank, self.d_model)
+        self.lift = resized(self.lift, self.d_model, self.rank)
+        for linear in (self.gate, self.up):
+            resize_linear(linear, self.d_ff, self.rank)
+        resize_linear(self.down, self.rank, self.d_ff)
+        return {
+            "compress": Larger({1: "initial"}),
+            "gate.weight": Larger({0: "initial"}),
+            "up.weight": Larger({0: "initial"}),
+            "down.weight": Larger({1: "zero"}),
+            "lift": Larger({0: "zero"}),
+        }
 
     def decoding(self, products: Products) -> Function:
         """The layer as a function of x [N, D], for many calls with the same weights."""

@@ -36,7 +36,8 @@ class Enabling:
 
     def start(self) -> None:
         """Make scheduled plugins dormant, except those that a resumed run had enabled, and call
-        on_plugin_enabled for those enabled at the start."""
+        on_plugin_enabled for those enabled at the start. Raises ConfigError if the model has fewer
+        ids than the tokenizer then."""
         # Sorted, since plugins that change the model build on each other.
         active = sorted(r.name for r in self._run.manager.records.values() if r.state == "active")
         with_schedule = dict.fromkeys(b.plugin for b in self._schedule.boundaries())
@@ -53,6 +54,7 @@ class Enabling:
                 self._run.manager.hook.on_plugin_enabled(plugin=name, trainer=self._run.trainer)
         if self._run.progress.step == 0:  # a resumed run enables what is due in its first step
             self.enable_due()
+        self._switching.require_vocabulary(self._run.parts.tokenizer)
 
     def enable_due(self) -> bool:
         """Enable and disable plugins as scheduled for the next step. Returns whether one was

@@ -77,7 +77,10 @@ class ModelModes:
         """Rename the modes for the model after ``transform``; new parameters and modules have
         none."""
         values = dict(old.named_parameters())
-        sources = {f"{MODULE}{name}": f"{MODULE}{name}" for name, _ in old.named_modules()}
+        sources = {
+            f"{MODULE}{name}": f"{MODULE}{transform.old_name(name)}"
+            for name, _ in transform.model.named_modules()
+        }
         for name, _ in transform.model.named_parameters():
             origin = transform.origin(name, values)
             if origin is not None:

@@ -20,6 +20,7 @@ from apt_core.modeling.init import construction_rng, generator_for
 from apt_core.modeling.structure import (
     HOOK,
     base_structure,
+    config_after,
     structure_after,
     transform_of,
     transforming_plugins,
@@ -58,11 +59,11 @@ def rehearse(kernel: Kernel, schedule: Schedule) -> None:
     if trial is None:
         structure_after(kernel, plugins)
         return
-    structure = base_structure(kernel)
+    structure, config = base_structure(kernel), kernel.config
     for plugin in plugins:
-        transform = transform_of(kernel, plugin, copy.deepcopy(structure))
+        transform = transform_of(kernel, plugin, copy.deepcopy(structure), config)
         if transform is not None:
-            structure = copy.deepcopy(transform.model)
+            structure, config = copy.deepcopy(transform.model), config_after(config, transform)
             trial.compare(plugin, transform)
 
 
@@ -114,10 +115,11 @@ class _Trial:
                 if own is None or _parameters(own.model) > GROWTH * MOST:
                     return
                 own = replace(own, model=copy.deepcopy(own.model))
-                before = _loss(old, self._ids)
+                self._config = config_after(self._config, own)
+                before = _loss(old, self._ids, own.compared_ids)
                 seed, layers = self._config.training.seed, self._config.model.num_layers
                 new = materialize(own, old, seed=seed, num_layers=layers)
-                after = _loss(new, self._ids)
+                after = _loss(new, self._ids, own.compared_ids)
         except (Exception, SystemExit) as error:
             if manager.failures.lets_through(error):
                 raise
@@ -183,8 +185,9 @@ def _parameters(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _loss(model: nn.Module, ids: Tensor) -> float:
-    """The mean cross-entropy of the next ids, in nats, in eval mode."""
-    logits = model.eval()(ids[:, :-1]).logits.flatten(0, 1).float()
+def _loss(model: nn.Module, ids: Tensor, first: int | None) -> float:
+    """The mean cross-entropy of the next ids, in nats, in eval mode; over the ``first`` ids alone,
+    if given."""
+    logits = model.eval()(ids[:, :-1]).logits.flatten(0, 1)[:, :first].float()
     losses = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
     return float(losses.double().mean())

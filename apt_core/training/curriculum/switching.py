@@ -21,13 +21,21 @@ from apt_core.modeling.carry import (
     carry_optimizer_state,
     materialize,
 )
+from apt_core.modeling.costs import model_cost
 from apt_core.modeling.seeds import fp32_products
-from apt_core.modeling.structure import HOOK, base_structure, replayed, transform_of
+from apt_core.modeling.structure import (
+    HOOK,
+    base_structure,
+    config_after,
+    replayed,
+    transform_of,
+)
 from apt_core.modeling.transforms import ModelTransform
 from apt_core.optim.averages import Averages, WeightAverage
 from apt_core.optim.build import build_optimizer
 from apt_core.parallel.world import World
 from apt_core.plugin_records import PluginRecord
+from apt_core.providers.tokenizer import TokenizerProvider
 from apt_core.runs.run_state import Switch
 from apt_core.training.context import RunContext
 from apt_core.training.gathering import gathered_dtype
@@ -48,6 +56,7 @@ class Switching:
         self._device, self._dtype = run.parts.device, run.parts.dtype
         self._steps_per_epoch = run.parts.plan.steps_per_epoch
         self._structure: nn.Module | None = None
+        self._config = run.kernel.config  # with the sizes of the present structure
         self.making = ""
 
     def switch(self, plugin: str) -> bool:
@@ -77,7 +86,8 @@ class Switching:
         # The last step's gradients are not needed any more: free their memory.
         trained.optimizer.zero_grad(set_to_none=True)
         batch = self._fixed_batch().to(self._device)
-        before = fixed_loss(trained.model, batch, self._run.world)
+        ids = transform.compared_ids
+        before = fixed_loss(trained.model, batch, self._run.world, ids)
         after = float("nan")
         others = self._others(plugin)
         try:
@@ -89,7 +99,7 @@ class Switching:
             self._restore(others)
             return False
         try:
-            after = fixed_loss(model, batch, self._run.world)
+            after = fixed_loss(model, batch, self._run.world, ids)
             # Negated, so that NaN counts as beyond the tolerance.
             tolerance = max(transform.tolerance, abs(before) * rounding(trained.model, model))
             if not abs(after - before) <= tolerance:
@@ -129,7 +139,8 @@ class Switching:
         self._run.events.record(
             "switched",
             f"{plugin} changed the model: {grown[1]:,} parameters, {grown[0]:,} before; loss of a "
-            f"fixed batch {after:.6f}, {before:.6f} before ({after - before:+.1e})",
+            f"fixed batch{'' if ids is None else f' over {ids:,} ids'} {after:.6f}, {before:.6f} "
+            f"before ({after - before:+.1e})",
             step=switch.step,
             log=log,
             plugin=plugin,
@@ -150,6 +161,17 @@ class Switching:
             self._adopt(structure, model, optimizer, averages, transform)
             self._run.progress.transforms.append(switch)
 
+    def require_vocabulary(self, tokenizer: TokenizerProvider) -> None:
+        """Raise ConfigError if the present model has fewer ids than ``tokenizer``."""
+        size = self._config.model.vocab_size
+        if tokenizer.vocab_size > size:
+            raise ConfigError(
+                f"is {size} until the model grows, and the tokenizer has "
+                f"{tokenizer.vocab_size} ids",
+                key="model.vocab_size",
+                hint="let it grow before the first step: take its schedules.enable_… out",
+            )
+
     @property
     def plugins(self) -> list[str]:
         """The plugins that have changed the model, in order."""
@@ -159,7 +181,8 @@ class Switching:
         """The plugin's transform of a copy of the present structure."""
         if self._structure is None:
             self._structure = base_structure(self._run.kernel)
-        return transform_of(self._run.kernel, plugin, copy.deepcopy(self._structure))
+        structure = copy.deepcopy(self._structure)
+        return transform_of(self._run.kernel, plugin, structure, self._config)
 
     def _quarantined(self) -> list[PluginRecord]:
         records = self._run.manager.records.values()
@@ -215,7 +238,7 @@ class Switching:
         self, transform: ModelTransform, *, carry: bool = True
     ) -> tuple[nn.Module, nn.Module]:
         """The new structure on the meta device, and the new model with its weights."""
-        config, old = self._run.kernel.config, self._run.trained.model
+        config, old = config_after(self._config, transform), self._run.trained.model
         structure = copy.deepcopy(transform.model)
         faults: list[Exception] = []
         model = materialize(
@@ -242,7 +265,7 @@ class Switching:
         """The optimizer and the averages of the new ``model``."""
         kernel, trained = self._run.kernel, self._run.trained
         faults: list[Exception] = []
-        optimizer = build_optimizer(kernel, model)
+        optimizer = build_optimizer(kernel, model, config_after(self._config, transform))
         if carry:
             name = kernel.config.training.optimizer_name
             moments = kernel.registry.get("optimizer", name).moments
@@ -267,7 +290,13 @@ class Switching:
         averages: Averages,
         transform: ModelTransform,
     ) -> None:
-        self._structure = structure
+        config = config_after(self._config, transform)
+        if config is not self._config:
+            kernel = self._run.kernel
+            self._usage.resize(
+                *(model_cost(kernel, c).flops_per_token for c in (self._config, config))
+            )
+        self._structure, self._config = structure, config
         self._run.trained.modes.carry(transform, self._run.trained.model)
         self._run.trained.replace(model, optimizer, averages)
         self._usage.add_flops(transform.added_flops)
@@ -280,11 +309,11 @@ def rounding(*models: nn.Module) -> float:
     return max(0.0 if dtype is None else torch.finfo(dtype).eps for dtype in dtypes)
 
 
-def fixed_loss(model: nn.Module, batch: Batch, world: World) -> float:
+def fixed_loss(model: nn.Module, batch: Batch, world: World, ids: int | None = None) -> float:
     """The mean cross-entropy of ``batch`` in nats per token, computed in eval mode and in fp32, or
-    in the dtype in which FSDP2 gathers the layers."""
+    in the dtype in which FSDP2 gathers the layers; over the first ``ids`` alone, if given."""
     try:
-        losses = losses_in_fp32(model, batch)
+        losses = losses_in_fp32(model, batch, ids)
     finally:
         world.reshard(model)
     # Summed in fp64: the comparison needs the last digits of fp32.

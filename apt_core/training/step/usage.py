@@ -49,6 +49,14 @@ class Usage:
         if self._flops_per_token is not None:
             self._flops_per_token += BACKWARD_AND_FORWARD * flops
 
+    def resize(self, before: float | None, after: float | None) -> None:
+        """Count with other sizes of the model, whose forward and backward take ``after`` FLOPs a
+        token in place of ``before``; None if they are not known."""
+        if self._flops_per_token is None or before is None or after is None:
+            self._flops_per_token = None
+        else:
+            self._flops_per_token += after - before
+
     def resume(self, spent: Mapping[str, float]) -> None:
         """Add :attr:`spent` as it was saved by an earlier part of the run."""
         self._before = {**spent, "steps": self._progress.step, "tokens": self._progress.tokens}

@@ -1,0 +1,1 @@
+"""Grows a trained model: wider, deeper, with more ids."""
