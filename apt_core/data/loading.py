@@ -24,6 +24,7 @@ from apt_core.data.store.format import PARTS, PartName
 from apt_core.data.store.input import naming
 from apt_core.data.store.lock import StopCheck, never_stop
 from apt_core.data.store.reader import StoredPart, TokenStore
+from apt_core.data.tokenizers.chat import TEMPLATE_FILE
 from apt_core.data.tokenizers.corpus import take_trained, train_tokenizer
 from apt_core.errors import CheckpointError, ConfigError, Problem, ProviderError
 from apt_core.kernel import Kernel
@@ -186,16 +187,23 @@ def load_tokenizer(kernel: Kernel, folder: Path | None = None) -> TokenizerProvi
 
 def _tokenizer(kernel: Kernel, folder: Path | None = None) -> TokenizerProvider:
     """The profile's tokenizer, before it is trained; one that is makes as many ids as the model
-    has, unless the profile says how many. The files of one that are no longer where they were are
-    read in ``folder``, where the run has kept them."""
+    has, unless the profile says how many. The files of one that is made of some are read in
+    ``folder``, where the run has kept them: where they were they may have changed, or be no longer.
+    So is a chat template that is no longer there."""
     data, registry = kernel.config.data, kernel.registry
     own = registry.spec("tokenizer", data.tokenizer_name).section == "data.tokenizer"
-    settings, path = None, data.tokenizer.path
-    if own and folder is not None and folder.is_dir() and path and not Path(path).exists():
-        settings = data.tokenizer.model_copy(update={"path": str(folder)})
+    settings, kept = None, dict[str, str]()
+    if own and folder is not None and folder.is_dir():
+        template = data.tokenizer.chat_template
+        if data.tokenizer.path:
+            kept["path"] = str(folder)
+        if template and not Path(template).exists() and (folder / TEMPLATE_FILE).is_file():
+            kept["chat_template"] = str(folder / TEMPLATE_FILE)
+        settings = data.tokenizer.model_copy(update=kept) if kept else None
     tokenizer: TokenizerProvider = registry.get("tokenizer", data.tokenizer_name, settings)
     if tokenizer.trainable and own and data.tokenizer.vocab_size is None:
-        settings = data.tokenizer.model_copy(update={"vocab_size": kernel.config.model.vocab_size})
+        kept_or_named = settings or data.tokenizer
+        settings = kept_or_named.model_copy(update={"vocab_size": kernel.config.model.vocab_size})
         tokenizer = registry.get("tokenizer", data.tokenizer_name, settings)
     return tokenizer
 
@@ -222,19 +230,20 @@ def load_data(
     progress: Progress | None = None,
     check_stop: StopCheck = never_stop,
     begin_early: bool = False,
+    kept_tokenizer: Path | None = None,
 ) -> RunData:
     """The data of the run, of which what is not in the cache is built by ``engine`` with
     ``workers`` processes. What ``check_stop`` raises ends the build, or the wait for another
     process that builds. With ``begin_early``, for a profile that asks for it, the data may be
     ``growing``: it is built by the kernel's ``builder`` or by another process, which this one then
-    does not wait for.
+    does not wait for. ``kept_tokenizer`` is where the run has kept the files of its tokenizer.
 
     Raises ConfigError for what cannot be read or is too little, ProviderError for a source or a
     tokenizer that fails, StoreError where a store cannot be written.
     """
     config = kernel.config
     named = [(name, source_of(kernel, section)) for name, section in named_sources(kernel)]
-    tokenizer = _tokenizer(kernel)
+    tokenizer = _tokenizer(kernel, kept_tokenizer)
     if tokenizer.trainable:
         train_tokenizer(tokenizer, [source for _, source in named], config.data, check_stop)
     require_vocabulary(kernel, tokenizer)

@@ -8,8 +8,10 @@ from typing import Any
 from apt_core.code_source import short_path
 from apt_core.config import Config
 from apt_core.device import gpu_name
-from apt_core.errors import ConfigError
+from apt_core.errors import AptError, ConfigError
 from apt_core.event_log import EventLog
+from apt_core.files import read_file
+from apt_core.json_files import MAX_BYTES
 from apt_core.log import get_logger
 from apt_core.modeling.compilation import computes, computes_in_words
 from apt_core.parallel.world import World
@@ -17,8 +19,10 @@ from apt_core.profile_paths import user_path
 from apt_core.runs import checkpoint
 from apt_core.runs.checkpoint import Checkpoint
 from apt_core.runs.events import Event, read_events
-from apt_core.runs.finding import find_checkpoint
+from apt_core.runs.finding import find_checkpoint, run_of
 from apt_core.runs.folder import RunFolder, newest_folder, now
+from apt_core.runs.layout import TOKENIZER
+from apt_core.runs.resume_check import saved_profile
 from apt_core.training.context import RunContext
 
 log = get_logger("apt.checkpoint")
@@ -38,6 +42,21 @@ class Opening:
         self._resume_from = user_path(resume_from) if resume_from is not None else None
         self._folder: RunFolder | None = None
         self._found: Checkpoint | None = None
+
+    def kept_tokenizer(self, config: Config) -> Path | None:
+        """The folder in which the run that this one continues has kept its tokenizer; None where
+        the profile now names other files for it."""
+        place = self._resume_from
+        if place is None and self._resume:
+            place = self._output or newest_folder(config.name)
+        if place is None:
+            return None
+        named = config.data.tokenizer.path
+        for run in (place, run_of(place)):
+            if (run / TOKENIZER).is_dir():
+                other = named and Path(named).exists() and named != _recorded_tokenizer(run)
+                return None if other else run / TOKENIZER
+        return None
 
     def checkpoint(self, world: World, config: Config) -> Checkpoint | None:
         """Open the folder of an earlier run, if this one continues in it. Returns the checkpoint to
@@ -125,6 +144,15 @@ class Opening:
                     self._folder,
                 )
         return None if self._found is None else self._found.path
+
+
+def _recorded_tokenizer(run: Path) -> Any:
+    """The path of the tokenizer's files in the profile of a run; None where that does not say."""
+    try:
+        profile = saved_profile(read_file(run / "profile.yaml", MAX_BYTES).decode("utf-8"))
+        return profile["data"]["tokenizer"]["path"]
+    except (OSError, ValueError, AptError, KeyError, TypeError):
+        return None
 
 
 def _set_aside_later_checkpoints(folder: RunFolder, step: int, events: EventLog) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,15 +79,17 @@ def prepare(
     world: World = ALONE,
     check_stop: StopCheck = never_stop,
     weights: Weights | None = None,
+    kept_tokenizer: Path | None = None,
 ) -> tuple[Parts, Built]:
     """Build the parts of a run and its model, whose parameters ``weights`` fills if it is given.
-    What ``check_stop`` raises ends the build of its data.
+    What ``check_stop`` raises ends the build of its data. ``kept_tokenizer`` is where a run that
+    continues has kept the files of its tokenizer.
 
     Raises ConfigError for inconsistent input; an error of a plugin's provider is raised as one that
     names the plugin.
     """
     with before_the_run(), naming_authors(kernel):
-        return _prepare(kernel, device, world, check_stop, weights)
+        return _prepare(kernel, device, world, check_stop, weights, kept_tokenizer)
 
 
 def _prepare(
@@ -95,6 +98,7 @@ def _prepare(
     world: World,
     check_stop: StopCheck,
     weights: Weights | None,
+    kept_tokenizer: Path | None,
 ) -> tuple[Parts, Built]:
     config = kernel.config
     if world.size == 1:
@@ -103,8 +107,12 @@ def _prepare(
     # Measured before the model takes memory.
     measured_peak_flops(device, dtype or torch.float32)
     reset_peak_memory(device)  # of the measurement and of earlier runs
-    early = config.data.begin_early
-    data = load_data(kernel, check_stop=check_stop, begin_early=early)
+    data = load_data(
+        kernel,
+        check_stop=check_stop,
+        begin_early=config.data.begin_early,
+        kept_tokenizer=kept_tokenizer,
+    )
     log.info("data: %s", data.description)
     try:
         return _prepare_on(data, kernel, device, dtype, world, weights)

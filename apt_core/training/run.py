@@ -149,7 +149,7 @@ class Run:
         self._require_finite_end()
         sample = ""
         loop.callbacks.guard(trained.model, trained.optimizer)
-        if not self._interrupted():
+        if self._progress.step and not self._interrupted():  # what was never trained says nothing
             with suppress(StopTraining):
                 sample = loop.evaluator.sample()
         if self._progress.step == self._first_step:

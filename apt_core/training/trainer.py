@@ -354,6 +354,7 @@ class Trainer:
                     self.world,
                     self.stopping.interrupts.require_none,
                     self._weights,
+                    self._opening.kept_tokenizer(self.config),
                 )
         except Exception as error:
             if not is_out_of_memory(error) or isinstance(error, PluginError):

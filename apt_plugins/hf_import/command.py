@@ -15,7 +15,7 @@ from apt_core.cli.run_command import run_command
 from apt_core.cli.run_options import Debug, Plugins
 
 if TYPE_CHECKING:
-    from apt_plugins.hf_import.importing import Imported
+    from apt_plugins.hf_import.asked import Imported
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -83,7 +83,8 @@ def import_(
         raise ConfigError(problems)
     overrides = collect_overrides(set_ or (), ())
 
-    from apt_plugins.hf_import.importing import Asked, import_folder
+    from apt_plugins.hf_import.asked import Asked
+    from apt_plugins.hf_import.importing import import_folder
 
     asked = Asked(
         folder=user_path(folder).absolute(),

@@ -24,6 +24,7 @@ from apt_core.cli.generate import app as generate_app
 from apt_core.cli.run_command import run_command
 from apt_core.cli.train import app as train_app
 from apt_core.config import Override
+from apt_core.data.tokenizers.hf import HFTokenizer
 from apt_core.errors import AptError, ConfigError
 from apt_core.inference import Engine
 from apt_core.kernel import boot
@@ -37,8 +38,10 @@ from apt_core.runs.metrics import read_metrics
 from apt_core.testing import tiny_session
 from apt_core.training import Trainer
 from apt_plugins.export.hf import HFExporter
+from apt_plugins.hf_import.asked import Asked
 from apt_plugins.hf_import.command import app
-from apt_plugins.hf_import.importing import Asked, import_folder
+from apt_plugins.hf_import.importing import import_folder
+from apt_plugins.hf_import.placing import require_free, staged
 from apt_plugins.hf_import.to_tva import Heads, converted
 
 CONTEXT, VOCAB = 48, 260
@@ -272,8 +275,14 @@ def test_commands_take_an_imported_run_wherever_it_is_moved(
     assert manifest["checkpoint_dir"] == str(tmp_path.resolve() / "run" / "checkpoints")
     assert not (tmp_path / "run" / ".importing").exists()
     at_start = manifest["figures"]["val_loss"]
-    run(train_app, "apt-train", "-p", "run/profile.yaml", "--output", "run", "--resume")
     shutil.move("run", "moved")
+    # Another tokenizer where the run's was, which is not the one that it was trained with.
+    Path("run/tokenizer").mkdir(parents=True)
+    Path("run/tokenizer/tokenizer.json").write_text("{}", encoding="utf-8")
+    resume = ("apt-train", "-p", "moved/profile.yaml", "--output", "moved", "--resume")
+    run(train_app, *resume, "--stop-at-step", "8")
+    shutil.rmtree("run")
+    run(train_app, *resume)
     scores = json.loads(run(eval_app, "apt-eval", "moved", "--device", "cpu", "--json"))
     assert scores["runs"][0]["step"] == 20
     trained = open_run("moved", device="cpu")
@@ -472,9 +481,29 @@ def test_what_goes_with_no_run_is_refused(asked: Asked, text: Path, tmp_path: Pa
     assert "model.d_model: is 64, and the imported model has 32" in refusal(wider)
     nowhere = with_set(replace(asked, rank=3), data__train_path="none.txt")
     assert "2 problems" in refusal(nowhere) and "there is no file" in refusal(nowhere)
-    (tmp_path / "killed" / ".importing").mkdir(parents=True)
-    assert "was killed" in refusal(replace(asked, output=tmp_path / "killed"))
     assert not asked.output.exists()
+
+
+def test_an_import_leaves_another_one_into_its_place_alone_and_removes_what_a_killed_one_left(
+    asked: Asked, tmp_path: Path
+) -> None:
+    place = tmp_path / "place"
+    tokenizer = HFTokenizer({"path": str(asked.folder)})
+    with staged(place, tokenizer) as run:
+        for begin in (lambda: staged(place, tokenizer).__enter__(), lambda: require_free(place)):
+            with pytest.raises(ConfigError, match="an import into it is going on"):
+                begin()
+        assert run.parent.is_dir() and (place / "tokenizer" / "tokenizer.json").is_file()
+    shutil.rmtree(place)
+    (place / ".importing" / "run").mkdir(parents=True)
+    (place / "tokenizer").mkdir()
+    require_free(place)
+    assert not any(place.iterdir())
+    (place / ".importing").mkdir()
+    (place / "notes.txt").touch()
+    with pytest.raises(ConfigError, match="was killed"):
+        require_free(place)
+    assert len([*place.iterdir()]) == 2
 
 
 def test_a_window_is_refused_unless_it_holds_the_context(
