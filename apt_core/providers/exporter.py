@@ -20,11 +20,11 @@ class Proof:
 
     ``script`` is run by a Python of its own that has APT not; what it gets and writes is told in
     ``apt_plugins/export/proofs/child.py``. ``runtime`` is the program's name, ``requires`` the PEP
-    508 requirements of the script, ``extra`` the extra of APT that brings them. Logits may differ
-    by ``tolerance`` times the largest of them, or ``tolerance`` itself where that is below 1, at
-    all but ``1 - share`` of the places. Texts to encode are brought to Unicode's ``normal_form``,
-    where the program leaves that to others. ``settings`` are handed to the script; values are
-    JSON's.
+    508 requirements of the script, ``extra`` an extra of APT that brings them, if one does. Logits
+    may differ by ``tolerance`` times the largest of them, or ``tolerance`` itself where that is
+    below 1, at all but ``1 - share`` of the places. Texts to encode are brought to Unicode's
+    ``normal_form``, where the program leaves that to others. ``settings`` are handed to the script;
+    values are JSON's.
     """
 
     runtime: str
@@ -33,7 +33,7 @@ class Proof:
     tolerance: float
     share: float = 1.0
     normal_form: Literal["NFC", "NFD", "NFKC", "NFKD"] | None = None
-    extra: str = "export"
+    extra: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 

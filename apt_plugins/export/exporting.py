@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from apt_core import AptError, ConfigError, Problem, __version__
 from apt_core.files import write_atomically
+from apt_core.modeling.placement import num_threads
 from apt_core.modeling.plain import drop_beyond, plain_model
 from apt_core.providers import ExporterProvider, ExportJob, PlainModel, Proof
 from apt_core.requirements import unmet
@@ -29,6 +30,7 @@ from apt_plugins.export.own_answers import OwnAnswers, RoundedAnswers
 from apt_plugins.export.questions import Questions, questions_for
 from apt_plugins.export.rounding import cost_of_rounding
 from apt_plugins.export.runtimes import answered
+from apt_plugins.export.settings import EXTRAS
 from apt_plugins.export.staging import check_target, staged
 
 Tell = Callable[[str], None]
@@ -70,8 +72,10 @@ def exporter_of(session: Session, target: str, options: Mapping[str, Any]) -> Ex
     problem = session.registry.known.check_name("exporter", target, key="--to")
     if problem is not None:
         raise ConfigError(problem)
-    if missing := unmet(session.registry.spec("exporter", target).requires):
-        raise ConfigError(f"{target} cannot be written here: {'; '.join(missing)}", "--to")
+    spec = session.registry.spec("exporter", target)
+    if missing := unmet(spec.requires):
+        brought = _brought_by(EXTRAS.get(target) if spec.plugin == "export" else None)
+        raise ConfigError(f"{target} cannot be written here: {'; '.join(missing)}{brought}", "--to")
     prefix = f"exporter:{target}."
     try:
         found = session.registry.get("exporter", target, dict(options), fallback=False)
@@ -85,9 +89,10 @@ def exporter_of(session: Session, target: str, options: Mapping[str, Any]) -> Ex
             for each in error.problems
         ) from None
     if not isinstance(found, ExporterProvider):
-        plugin = session.registry.spec("exporter", target).plugin
         kind = type(found).__name__
-        raise AptError(f"exporter:{target} (plugin {plugin}) is a {kind}, not an ExporterProvider")
+        raise AptError(
+            f"exporter:{target} (plugin {spec.plugin}) is a {kind}, not an ExporterProvider"
+        )
     return found
 
 
@@ -110,11 +115,13 @@ def why_unproven(exporter: ExporterProvider) -> str:
     proof = exporter.proof
     if proof is None:
         return "nothing is known that runs such an export"
-    missing = unmet(proof.requires)
-    if missing:
-        hint = f'; pip install "apt-kernel[{proof.extra}]"' if proof.extra else ""
-        return f"{proof.runtime} is needed to run it: {'; '.join(missing)}{hint}"
+    if missing := unmet(proof.requires):
+        return f"{proof.runtime} cannot run it here: {'; '.join(missing)}{_brought_by(proof.extra)}"
     return ""
+
+
+def _brought_by(extra: str | None) -> str:
+    return f'; pip install "apt-kernel[{extra}]" brings all that is needed' if extra else ""
 
 
 def export(
@@ -143,7 +150,7 @@ def export(
         held_out = _opened(text, tell)
     dropped = _dropped(session, order.drop, held_out, tell)
     plain = plain_form(session, exporter)
-    with staged(order.output) as (folder, publish):
+    with staged(order.output, force=order.force) as (folder, publish):
         job = ExportJob(folder, plain, session.tokenizer, session.config.name, tell)
         exporter.write(job)
         certificate = Certificate(
@@ -199,7 +206,8 @@ def prove(
     assert proof is not None
     if proof.normal_form is not None:
         questions = questions.normalized(proof.normal_form)
-    with answered(proof, [(folder, questions)], tell) as [foreign]:
+    threads = num_threads(session.config)
+    with answered(proof, [(folder, questions)], tell, threads=threads) as [foreign]:
         own, rounding = OwnAnswers(session), None
         stored = exporter.stored(plain)
         if stored is not None:

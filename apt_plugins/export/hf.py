@@ -37,7 +37,7 @@ from apt_plugins.export.hf_names import (
     QK_NORM,
     of_block,
 )
-from apt_plugins.export.settings import FolderSettings
+from apt_plugins.export.settings import EXTRAS, FolderSettings
 from apt_plugins.export.tokenizers import ExpressedTokenizer, expressed
 
 ARCHITECTURES = {
@@ -102,7 +102,7 @@ print(tokenizer.decode(ids[0]))
     @property
     def proof(self) -> Proof:
         requires = ("transformers>=5", "tokenizers>=0.21", "jinja2>=3.1")
-        return Proof("transformers", SCRIPT, requires, TOLERANCE)
+        return Proof("transformers", SCRIPT, requires, TOLERANCE, extra=EXTRAS["hf"])
 
 
 def write_configuration(job: ExportJob, dtype: str) -> None:

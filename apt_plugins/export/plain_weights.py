@@ -21,7 +21,7 @@ from apt_core.providers import (
 )
 from apt_core.providers.base import read_settings
 from apt_plugins.export.folders import rounded, write_tensors
-from apt_plugins.export.settings import FolderSettings
+from apt_plugins.export.settings import EXTRAS, FolderSettings
 from apt_plugins.export.tokenizers import expressed
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class PlainWeightsExporter(ExporterProvider):
     @property
     def proof(self) -> Proof:
         requires = ("torch>=2.13", "safetensors>=0.4.5", "tokenizers>=0.21")
-        return Proof("torch", SCRIPT, requires, TOLERANCE, extra="data")
+        return Proof("torch", SCRIPT, requires, TOLERANCE, extra=EXTRAS["safetensors"])
 
     def usage(self, folder: str) -> str:
         return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from apt_core import AptError
+from apt_core.held_folders import held_folder
 from apt_core.json_files import parse_json
 from apt_core.providers import Proof
 from apt_plugins.export.questions import Questions
@@ -72,14 +75,17 @@ def answered(
     proof: Proof,
     targets: Sequence[tuple[Path, Questions]],
     tell: Tell = lambda what: None,
+    *,
+    threads: int | None = None,
 ) -> Any:
-    """What the runtime of ``proof`` answers of each export; one process runs them all. Their arrays
-    can be read while the context lasts.
+    """What the runtime of ``proof`` answers of each export; one process runs them all, with so many
+    ``threads``, by default those of torch here. Their arrays can be read while the context lasts.
 
     Raises RuntimeFailed where the process fails.
     """
-    with tempfile.TemporaryDirectory(prefix="apt-export-") as temporary:
-        folders = [Path(temporary) / str(number) for number in range(len(targets))]
+    temporary = Path(tempfile.gettempdir())
+    with held_folder(temporary, "apt-export-*", private=True) as place:
+        folders = [place / str(number) for number in range(len(targets))]
         for folder, (target, questions) in zip(folders, targets, strict=True):
             folder.mkdir()
             request = {
@@ -89,16 +95,22 @@ def answered(
                 **asdict(questions),
             }
             (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        _run(proof, [folder / "request.json" for folder in folders], Path(temporary), tell)
+        requests = [folder / "request.json" for folder in folders]
+        _run(proof, requests, place, tell, threads or torch.get_num_threads())
         yield [_read(folder, proof) for folder in folders]
 
 
-def _run(proof: Proof, requests: Sequence[Path], folder: Path, tell: Tell) -> None:
+def _run(proof: Proof, requests: Sequence[Path], folder: Path, tell: Tell, threads: int) -> None:
     command = [sys.executable, "-I", str(proof.script), *map(str, requests)]
+    options: dict[str, Any] = {
+        "stdout": subprocess.PIPE,
+        "cwd": folder,
+        "env": {**os.environ, "OMP_NUM_THREADS": str(threads)},
+    }
     errors = folder / "stderr.txt"
     with (
         errors.open("wb") as stderr,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, cwd=folder) as process,
+        subprocess.Popen(command, stderr=stderr, **options) as process,
     ):
         try:
             assert process.stdout is not None

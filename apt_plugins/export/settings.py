@@ -8,6 +8,9 @@ from pydantic import BeforeValidator, ByteSize, Field
 
 from apt_core.sections import Section
 
+EXTRAS = {"hf": "export", "onnx": "export", "gguf": "gguf", "safetensors": "data"}
+"""The extras of APT that bring what writes and proves the exports of these targets."""
+
 
 class FolderSettings(Section):
     """What folders of safetensors files have."""

@@ -4,7 +4,6 @@ proven."""
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -13,11 +12,13 @@ from pathlib import Path
 
 from apt_core import AptError, ConfigError
 from apt_core.files import flush
+from apt_core.held_folders import held_folder, holding, left_over
 from apt_plugins.export.certificate import CERTIFICATE
 
 _KEY = "--output"
 
 PROBE = ".mode"
+STAGING, REPLACED = ".exporting", ".replaced"
 
 
 def check_target(target: Path, *, force: bool) -> None:
@@ -44,29 +45,47 @@ def check_target(target: Path, *, force: bool) -> None:
 
 
 @contextmanager
-def staged(target: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """An empty folder beside ``target``, and a function that puts it there, in place of what is
-    there. The folder is removed where that was not called; what a killed process left is removed at
-    the next export. Raises AptError where it cannot be written."""
-    target = target.absolute()
-    _remove_left_over(target)
-    staging = target.with_name(f".{target.name}.{os.getpid()}.exporting")
+def staged(target: Path, *, force: bool) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """An empty folder beside ``target``, and a function that puts it there, in place of an earlier
+    export where ``force`` says so. The folder is removed where that was not called; what a killed
+    process left is removed at the next export.
 
-    def publish() -> None:
-        # Files that were written by way of temporary ones would be their owner's alone.
-        (staging / PROBE).touch()
-        mode = (staging / PROBE).stat().st_mode & 0o777
-        (staging / PROBE).unlink()
-        for path in sorted(staging.rglob("*")):
-            if path.is_file():
-                path.chmod(mode)
-            flush(path)
-        flush(staging)
-        if not target.exists() or not any(target.iterdir()):
-            staging.rename(target)
-            flush(target.parent)
-            return
-        replaced = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.replaced")
+    Raises AptError where it cannot be written, and the function ConfigError where something has
+    come to be at ``target`` meanwhile.
+    """
+    target = target.absolute()
+    missing = [path for path in target.parents if not path.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clear(target)
+        with held_folder(target.parent, f".{target.name}.*{STAGING}") as folder:
+            yield folder, lambda: _publish(folder, target, force=force)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise AptError(f"{target}: the export cannot be written: {reason}") from error
+    finally:
+        for path in missing:  # as long as they are empty
+            with suppress(OSError):
+                path.rmdir()
+
+
+def _publish(staging: Path, target: Path, *, force: bool) -> None:
+    # Files that were written by way of temporary ones would be their owner's alone.
+    (staging / PROBE).touch()
+    mode = (staging / PROBE).stat().st_mode & 0o777
+    (staging / PROBE).unlink()
+    for path in sorted(staging.rglob("*")):
+        if path.is_file():
+            path.chmod(mode)
+        flush(path)
+    flush(staging)
+    check_target(target, force=force)
+    if not target.exists() or not any(target.iterdir()):
+        staging.rename(target)
+        flush(target.parent)
+        return
+    replaced = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{REPLACED}")
+    with holding(target):
         target.rename(replaced)
         try:
             staging.rename(target)
@@ -76,35 +95,12 @@ def staged(target: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
         flush(target.parent)
         shutil.rmtree(replaced)
 
-    missing = [path for path in target.parents if not path.exists()]
-    try:
-        staging.mkdir(parents=True)
-        yield staging, publish
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise AptError(f"{target}: the export cannot be written: {reason}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        for path in missing:  # as long as they are empty
-            with suppress(OSError):
-                path.rmdir()
 
-
-def _remove_left_over(target: Path) -> None:
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.exporting")
-    with suppress(OSError):
-        for path in target.parent.iterdir():
-            found = pattern.fullmatch(path.name)
-            if found and not _runs(int(found[1])):
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _runs(number: int) -> bool:
-    """Whether there is a process of this number."""
-    try:
-        os.kill(number, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+def _clear(target: Path) -> None:
+    """Put back an earlier export that a killed process was about to replace, and delete one that it
+    has replaced."""
+    for path in left_over(target.parent, f".{target.name}.*{REPLACED}"):
+        if target.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.rename(target)

@@ -15,6 +15,7 @@ from typing import Any
 from apt_core.testing.conformance.attention import attention_checks
 from apt_core.testing.conformance.backbone import backbone_checks
 from apt_core.testing.conformance.checks import Check, LeftOut, running_on
+from apt_core.testing.conformance.exporter import exporter_checks
 from apt_core.testing.conformance.ffn import ffn_checks
 from apt_core.testing.conformance.lr_schedule import lr_schedule_checks
 from apt_core.testing.conformance.norm import norm_checks
@@ -33,6 +34,7 @@ CHECKS: dict[str, Callable[[Any], list[Check]]] = {
     "optimizer": optimizer_checks,
     "lr_schedule": lr_schedule_checks,
     "task": task_checks,
+    "exporter": exporter_checks,
 }
 
 

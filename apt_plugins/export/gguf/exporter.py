@@ -36,7 +36,7 @@ from apt_plugins.export.gguf.modelfile import modelfile
 from apt_plugins.export.gguf.reading import read_vocabulary
 from apt_plugins.export.gguf.vocabulary import Vocabulary
 from apt_plugins.export.gguf.weights import Layout, rounded, stored, type_of
-from apt_plugins.export.settings import GGUFSettings
+from apt_plugins.export.settings import EXTRAS, GGUFSettings
 from apt_plugins.export.tokenizers import expressed
 
 FILE = "model.gguf"
@@ -136,6 +136,6 @@ ollama create {name} -f {name}/Modelfile && ollama run {name}
             tolerance=TOLERANCES.get(self._settings.type, ROUNDED),
             share=1.0 if self._type is Type.F32 else SHARE,
             normal_form="NFC" if self._settings.assume_nfc else None,
-            extra="gguf",
+            extra=EXTRAS["gguf"],
             settings={"file": FILE},
         )

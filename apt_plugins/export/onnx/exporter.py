@@ -16,6 +16,7 @@ from apt_core.providers import (
 )
 from apt_plugins.export.hf import write_configuration
 from apt_plugins.export.onnx.graph import DecoderGraph, WeightFile, rope_tables, write_block
+from apt_plugins.export.settings import EXTRAS
 from apt_plugins.export.tokenizers import expressed
 
 WITH_CACHES = "model.onnx"
@@ -56,7 +57,8 @@ class ONNXExporter(ExporterProvider):
     def proof(self) -> Proof:
         requires = ("onnxruntime>=1.20", "onnx>=1.16", "tokenizers>=0.21", "jinja2>=3.1")
         files = {"with_caches": WITH_CACHES, "without_caches": WITHOUT_CACHES, "tensors": TENSORS}
-        return Proof("onnxruntime", SCRIPT, requires, TOLERANCE, settings=files)
+        extra = EXTRAS["onnx"]
+        return Proof("onnxruntime", SCRIPT, requires, TOLERANCE, extra=extra, settings=files)
 
 
 def write_graphs(

@@ -1,7 +1,8 @@
 """Answers what a certificate asks of an export: the part that is the same for every runtime.
 
 A script beside this file defines how a runtime is opened, and calls :func:`main` with that. It is
-run as ``python -I SCRIPT REQUEST.json …`` and imports nothing of APT. A request has
+run as ``python -I SCRIPT REQUEST.json …`` and imports nothing of APT; ``OMP_NUM_THREADS`` says with
+how many threads to compute, to libraries that do not read it by :func:`threads`. A request has
 
 - ``target``: the folder of the export; ``settings``: those of the exporter's proof;
 - ``prompts``: lists of token ids; ``whole``: the numbers of those whose logits are wanted at all
@@ -47,8 +48,8 @@ class Runtime:
         raise NotImplementedError
 
     def greedy_together(self, prompts: list[list[int]], count: int) -> Sequence[Sequence[int]]:
-        """:meth:`greedy` of several prompts of one length; a runtime that is faster on many at
-        once overrides it."""
+        """:meth:`greedy` of several prompts, of any lengths; a runtime that is faster on many at
+        once overrides it, and lets :func:`padded` make them one length if it needs that."""
         return [self.greedy(ids, count) for ids in prompts]
 
     def encode(self, text: str) -> list[int] | None:
@@ -65,6 +66,19 @@ class Runtime:
 
     def close(self) -> None:
         """Let go of what the runtime holds."""
+
+
+def threads() -> int:
+    """The number of threads to compute with."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return int(said) if said.isdecimal() and int(said) else len(os.sched_getaffinity(0))
+
+
+def padded(texts: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+    """Texts of one length, by zeros before them, and which of their ids are no padding (1)."""
+    longest = max(map(len, texts))
+    rows = [[0] * (longest - len(text)) + text for text in texts]
+    return rows, [[0] * (longest - len(text)) + [1] * len(text) for text in texts]
 
 
 class _Forbid:
@@ -146,12 +160,12 @@ def _computed(
         for block, values in enumerate(stream or ()):
             arrays[f"{way}stream.{number}.{block}"] = np.asarray(values, dtype=np.float32)
     tokens: list[list[int]] = [[] for _ in prompts]
-    groups: dict[tuple[int, int], list[int]] = {}
+    groups: dict[int, list[int]] = {}
     for number, count in enumerate(request["new_tokens"]):
         if count:
-            groups.setdefault((len(prompts[number]), count), []).append(number)
-    for (length, count), numbers in groups.items():
-        tell(f"{way} {count} tokens after prompts of {length}".strip())
+            groups.setdefault(count, []).append(number)
+    for count, numbers in groups.items():
+        tell(f"{way} {count} tokens after {len(numbers)} prompts".strip())
         texts = runtime.greedy_together([prompts[number] for number in numbers], count)
         for number, text in zip(numbers, texts, strict=True):
             tokens[number] = [int(token) for token in text]

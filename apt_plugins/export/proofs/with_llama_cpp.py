@@ -31,7 +31,7 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from child import Runtime, main
+from child import Runtime, main, threads
 
 F32, F16 = 0, 1
 """Numbers of ggml's types."""
@@ -183,19 +183,19 @@ class LlamaCpp(Runtime):
         self._open(1, len(ids))
         self.seen, self.wanted = {}, stream
         # Of the last block, llama.cpp computes only those places whose logits are wanted.
-        logits = self._decode([ids], 0, every=stream)
+        logits = self._decode([ids], [0], every=stream)
         self.wanted = False
         if self.fault is not None:
             raise self.fault
         return logits, [self.seen[n].reshape(len(ids), -1) for n in sorted(self.seen)] or None
 
     def greedy_together(self, prompts: list[list[int]], count: int) -> list[list[int]]:
-        self._open(len(prompts), len(prompts[0]) + count)
+        self._open(len(prompts), max(map(len, prompts)) + count)
         found: list[list[int]] = [[] for _ in prompts]
-        new, at = prompts, 0
+        new, at = prompts, [0] * len(prompts)
         for _ in range(count):
             best = self._decode(new, at).argmax(-1).tolist()
-            at += len(new[0])
+            at = [place + len(text) for place, text in zip(at, new, strict=True)]
             new = [[token] for token in best]
             for text, token in zip(found, best, strict=True):
                 text.append(token)
@@ -219,29 +219,28 @@ class LlamaCpp(Runtime):
         self.context = self.llama.open(self.model, parameters)
         if not self.context:
             raise self.llama.refusal("does not open a context")
-        threads = len(os.sched_getaffinity(0))
-        self.llama.set_threads(self.context, threads, threads)
+        self.llama.set_threads(self.context, threads(), threads())
 
     def _close(self) -> None:
         if self.context:
             self.llama.close(self.context)
             self.context = None
 
-    def _decode(self, texts: list[list[int]], at: int, every: bool = False) -> Any:
-        """The logits after the last token of each text, whose tokens are as many and begin at place
-        ``at``; of one text, after ``every`` token."""
-        length = len(texts[0])
+    def _decode(self, texts: list[list[int]], at: list[int], every: bool = False) -> Any:
+        """The logits after the last token of each text, whose tokens begin at the places ``at``; of
+        one text, after ``every`` token."""
         ids = [token for text in texts for token in text]
         count = len(ids)
-        marks = [every or place % length == length - 1 for place in range(count)]
+        places = [at[n] + place for n, text in enumerate(texts) for place in range(len(text))]
+        marks = [every or place == len(text) - 1 for text in texts for place in range(len(text))]
         names = [POINTER(c_int32)(c_int32(number)) for number in range(len(texts))]
         batch = Batch(
             count,
             (c_int32 * count)(*ids),
             None,
-            (c_int32 * count)(*(at + place % length for place in range(count))),
+            (c_int32 * count)(*places),
             (c_int32 * count)(*[1] * count),
-            (POINTER(c_int32) * count)(*(names[place // length] for place in range(count))),
+            (POINTER(c_int32) * count)(*(names[n] for n, text in enumerate(texts) for _ in text)),
             (c_int8 * count)(*marks),
         )
         if code := self.llama.decode(self.context, batch):
@@ -282,6 +281,7 @@ class LlamaCpp(Runtime):
             parameters.model.path = self.path
             parameters.n_parallel = 1
             parameters.warmup = parameters.fit_params = False
+            parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads()
             self.server = xllamacpp.Server(parameters)
         address = urllib.parse.urlsplit(self.server.listening_address)
         connection = http.client.HTTPConnection(address.hostname, address.port, timeout=TIMEOUT)

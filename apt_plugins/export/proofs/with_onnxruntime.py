@@ -13,10 +13,7 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from child import Runtime, main
-
-FEW_BYTES = 1 << 26
-"""Of a model that one thread computes as fast as several, which wait for each other."""
+from child import Runtime, main, padded, threads
 
 
 class Graph(Runtime):
@@ -55,8 +52,7 @@ class Graph(Runtime):
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        if os.path.getsize(os.path.join(self._target, self._tensors)) < FEW_BYTES:
-            options.intra_op_num_threads = 1
+        options.intra_op_num_threads = threads()
         if isinstance(source, bytes):
             key = "session.model_external_initializers_file_folder_path"
             options.add_session_config_entry(key, self._target)
@@ -89,17 +85,18 @@ class WithoutCaches(Graph):
         # One forward of texts that are guessed gives the most likely token after each place: those
         # up to the first that was guessed wrongly are what follows.
         guesses = self._guess.greedy_together(prompts, count)
-        found = [list[int]() for _ in prompts]
-        while rows := [row for row, tokens in enumerate(found) if len(tokens) < count]:
-            texts = [
-                [*prompts[row], *found[row], *guesses[row][len(found[row]) : -1]] for row in rows
-            ]
-            likeliest = self._session.run(["logits"], _inputs(texts))[0].argmax(-1)
-            for row, after in zip(rows, likeliest.tolist(), strict=True):
-                for token in after[len(prompts[row]) + len(found[row]) - 1 :]:
-                    found[row].append(token)
-                    if token != guesses[row][len(found[row]) - 1]:
-                        break
+        return [self._after(prompt, guess) for prompt, guess in zip(prompts, guesses, strict=True)]
+
+    def _after(self, prompt: list[int], guess: list[int]) -> list[int]:
+        """The most likely tokens after a prompt, as many as were guessed."""
+        found = list[int]()
+        while len(found) < len(guess):
+            text = [*prompt, *found, *guess[len(found) : -1]]
+            likeliest = self._session.run(["logits"], _inputs([text]))[0].argmax(-1)[0].tolist()
+            for token in likeliest[len(prompt) + len(found) - 1 :]:
+                found.append(token)
+                if token != guess[len(found) - 1]:
+                    break
         return found
 
 
@@ -113,8 +110,8 @@ class WithCaches(Graph):
 
     def greedy_together(self, prompts: list[list[int]], count: int) -> list[list[int]]:
         self._showing = None
-        text, new = _Texts(self._session, len(prompts)), prompts
-        found = [list[int]() for _ in prompts]
+        new, mask = padded(prompts)
+        text, found = _Texts(self._session, mask), [list[int]() for _ in prompts]
         for _ in range(count):
             [logits] = text.append(new, ["logits"])
             new = logits[:, -1:].argmax(-1).tolist()
@@ -166,12 +163,14 @@ class OnnxRuntime(WithCaches):
 
 
 class _Texts:
-    """Texts of one length that grow, with their caches."""
+    """Texts that grow, with their caches; their first ids may be padding, by ``mask``."""
 
-    def __init__(self, session: Any, number: int = 1) -> None:
+    def __init__(self, session: Any, mask: Sequence[Sequence[int]] = ((),)) -> None:
         import numpy as np
 
+        number = len(mask)
         self._session, self._length = session, 0
+        self._mask = np.array(mask, dtype=np.int64)
         self._past = {
             each.name: np.zeros((number, each.shape[1], 0, each.shape[3]), np.float32)
             for each in session.get_inputs()
@@ -183,6 +182,8 @@ class _Texts:
         self._length += len(ids[0])
         kept = [name.replace("past_key_values", "present") for name in self._past]
         inputs = {**_inputs(ids, self._length), **self._past}
+        known = min(self._length, self._mask.shape[1])
+        inputs["attention_mask"][:, :known] = self._mask[:, :known]
         found = self._session.run([*names, *kept], inputs)
         self._past = dict(zip(self._past, found[len(names) :], strict=True))
         return list(found[: len(names)])

@@ -6,7 +6,7 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from child import Runtime, main
+from child import Runtime, main, padded
 
 
 class Transformers(Runtime):
@@ -48,10 +48,10 @@ class Transformers(Runtime):
         return logits.numpy(), [value[0].numpy() for value in values] or None
 
     def greedy_together(self, prompts: list[list[int]], count: int) -> list[list[int]]:
-        ids = self.torch.tensor(prompts)
+        ids, mask = map(self.torch.tensor, padded(prompts))
         found = self.causal_lm.generate(
             ids,
-            attention_mask=self.torch.ones_like(ids),
+            attention_mask=mask,
             max_new_tokens=count,
             do_sample=False,
             # Also beyond the end of the text, for as many tokens as there is room for.

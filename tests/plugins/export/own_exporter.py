@@ -56,7 +56,7 @@ class LouderProvider(MHAProvider):
 
 
 class Settings(Section):
-    fault: Literal["none", "heads", "crash", "killed", "stopped", "full"] = "none"
+    fault: Literal["none", "heads", "crash", "orphaned", "killed", "stopped", "full"] = "none"
     requires: str = "numpy>=1"
 
 
@@ -113,8 +113,8 @@ class NumpyExporter(ExporterProvider):
     @property
     def proof(self):
         script = Path(__file__).with_name("own_runtime.py")
-        crash = self.settings.fault == "crash"
-        return Proof("numpy", script, (self.settings.requires,), 1e-5, settings={"crash": crash})
+        settings = {"fault": self.settings.fault}
+        return Proof("numpy", script, (self.settings.requires,), 1e-5, settings=settings)
 
 
 @hookimpl

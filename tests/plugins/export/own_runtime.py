@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import numpy as np
 
 from apt_plugins.export.proofs.child import Runtime, main
@@ -10,8 +13,10 @@ from apt_plugins.export.proofs.child import Runtime, main
 class Numpy(Runtime):
     def __init__(self, target, settings):
         super().__init__()
-        if settings["crash"]:
+        if settings["fault"] == "crash":
             raise RuntimeError("this file has no sense at all")
+        if settings["fault"] == "orphaned":
+            os.kill(os.getppid(), signal.SIGKILL)
         self.w = dict(np.load(f"{target}/model.npz"))
         self.layers, self.heads, self.kv_heads = map(int, self.w["numbers"][:3])
         self.theta, self.eps = self.w["numbers"][3:]

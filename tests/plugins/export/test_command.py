@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from apt_core.cli.run_command import run_command
+from apt_core.errors import ConfigError
 from apt_core.runs import open_run
 from apt_core.testing import tiny_run
 from apt_plugins.export.command import app
@@ -23,6 +25,7 @@ from apt_plugins.export.exporting import Order
 from apt_plugins.export.exporting import export as export_session
 from apt_plugins.export.held_out import HeldOutText
 from apt_plugins.export.origin import origin_of
+from apt_plugins.export.staging import staged
 
 PLUGIN = Path(__file__).with_name("own_exporter.py")
 SETTINGS = {
@@ -169,6 +172,7 @@ def test_a_program_that_is_not_there_is_named(run: Path, export: Export, tmp_pat
     code, _, err = export(run, "--to", "numpy", *DROP, "-o", "out", "-O", "requires=nothing-at-all")
     assert code == 2 and "nothing-at-all is not installed" in err
     assert "--unproven exports it without a proof" in err and left(tmp_path) == []
+    assert "unproven: numpy cannot run it here: nothing-at-all" in err
     code, _, err = export(run, "--to", "elsewhere", *DROP, "-o", "out")
     assert code == 2 and "elsewhere cannot be written here: nothing-writes-it is not" in err
 
@@ -190,18 +194,44 @@ def test_nothing_is_left_of_an_export_that_fails(
 
 
 def test_what_a_killed_export_leaves_is_removed_by_the_next(
-    run: Path, export: Export, tmp_path: Path, forked: None
+    run: Path, export: Export, tmp_path: Path, forked: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    temporary = tmp_path / "run" / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     code = "from apt_plugins.export.command import main; main()"
     words = [str(run), "--to", "numpy", *DROP, "-o", "out", "--plugin", str(PLUGIN)]
     command = [sys.executable, "-c", code, *words, "-O"]
     assert subprocess.run([*command, "fault=stopped"], cwd=tmp_path).returncode == 143
     assert left(tmp_path) == []
-    assert subprocess.run([*command, "fault=killed"], cwd=tmp_path).returncode == -9
-    [hidden] = left(tmp_path)
-    assert hidden.startswith(".out.") and not (tmp_path / "out").exists()
+    for fault in ("killed", "orphaned"):
+        assert subprocess.run([*command, f"fault={fault}"], cwd=tmp_path).returncode == -9
+        [hidden] = left(tmp_path)  # that of the one before is gone
+        assert hidden.startswith(".out.") and not (tmp_path / "out").exists()
+    assert len(left(temporary)) == 1
     assert export(run, "--to", "numpy", *DROP, "-o", "out")[0] == 0
-    assert left(tmp_path) == ["out"]
+    assert left(tmp_path) == ["out"] and left(temporary) == []
+
+
+def test_an_export_replaces_nothing_that_came_meanwhile_and_a_killed_one_loses_nothing(
+    tmp_path: Path,
+) -> None:
+    with staged(tmp_path / "out", force=False) as (folder, publish):
+        (folder / "mine").touch()
+        with staged(tmp_path / "out", force=False) as (other, publish_other):
+            (other / "certificate.json").touch()
+            publish_other()
+        with pytest.raises(ConfigError, match="is there, and is not empty"):
+            publish()
+    (tmp_path / "out").rename(tmp_path / ".out.0123abcd.replaced")  # killed just after that
+    with staged(tmp_path / "out", force=True) as (folder, publish):
+        assert (tmp_path / "out" / "certificate.json").exists()
+        (folder / "mine").touch()
+        publish()
+    (tmp_path / ".out.0123abcd.replaced").mkdir()
+    with staged(tmp_path / "out", force=True):
+        pass
+    assert left(tmp_path) == ["out"] and left(tmp_path / "out") == ["mine"]
 
 
 def test_an_unfinished_run_is_exported_if_its_step_is_named(
