@@ -20,6 +20,7 @@ from apt_core.types import (
     SectionSpec,
     Source,
     TokenLogprob,
+    TrainableStage,
 )
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ __all__ = [
     "Source",
     "StopTraining",
     "TokenLogprob",
+    "TrainableStage",
     "__version__",
     "hookimpl",
 ]

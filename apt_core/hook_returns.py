@@ -32,17 +32,22 @@ from apt_core.plain_values import (
 )
 from apt_core.plugin_state import plain_state
 from apt_core.types import (
+    FIRST,
     Message,
     PluginCosts,
     ProviderSpec,
     RewrittenPrompt,
     SectionSpec,
     Source,
+    TrainableStage,
 )
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+MAX_POSITION = 2**62
+"""The last position that a run may have."""
 
 # Loading -------------------------------------------------------------------------------------
 
@@ -216,6 +221,32 @@ def costs(value: Any, arguments: Mapping[str, Any]) -> PluginCosts:
         forwards=count_of(value.forwards, "forwards"),
         passes=count_of(value.passes, "passes"),
     )
+
+
+def trainable_stages(value: Any, arguments: Mapping[str, Any]) -> list[TrainableStage]:
+    """a list of TrainableStage, whose fields are what they say"""
+    return [_trainable_stage(item) for item in items_of(value, "TrainableStage")]
+
+
+def _trainable_stage(stage: Any) -> TrainableStage:
+    if not isinstance(stage, TrainableStage):
+        raise TypeError(
+            f"it returned a list with a {type_name(stage)}, not a list of TrainableStage"
+        )
+    unit = next((unit for unit in FIRST if unit == text(stage.unit, "the unit of a stage")), None)
+    if unit is None:
+        raise ValueError(f"the unit of a stage is {stage.unit!r}, not one of {', '.join(FIRST)}")
+    at = stage.at
+    if isinstance(at, bool) or not isinstance(at, int):
+        raise TypeError(f"the {unit} of a stage is a {type_name(at)}, not an integer")
+    if not FIRST[unit] <= at <= MAX_POSITION:
+        raise ValueError(f"a stage is at {unit} {at}: the first one of a run is {FIRST[unit]}")
+    freeze, thaw = (
+        [_printable(pattern, f"a pattern of {what}") for pattern in texts_of(given, what)]
+        for what, given in (("freeze", stage.freeze), ("thaw", stage.thaw))
+    )
+    key = text(stage.key, "the key of a stage")
+    return TrainableStage(tuple(freeze), tuple(thaw), unit, int.__int__(at), key)
 
 
 # Training ------------------------------------------------------------------------------------

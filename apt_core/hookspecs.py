@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         ProviderSpec,
         RewrittenPrompt,
         SectionSpec,
+        TrainableStage,
     )
 
 # Loading -------------------------------------------------------------------------------------
@@ -262,6 +263,41 @@ def apt_transform_model(model: nn.Module, config: Config, registry: ProviderSour
                     origins[f"{path}.layer.{name}"] = Carried(f"{path}.{name}")
                 block.ffn = Shifted(block.ffn, model.d_model)
             return ModelTransform(model, origins)
+    """
+
+
+@hookspec(
+    stage=Stage.BUILDING,
+    returns=returns.trainable_stages,
+    dormant=True,
+    alone=True,
+    failure_limit=1,
+    judges_input=True,
+    changes_weights=True,
+    may_last=True,
+)
+def apt_trainable(config: Config) -> Sequence[TrainableStage]:
+    """Say which parameters are frozen, and from when on.
+
+    When: the profile is checked, a run is planned or begins. It must give the same every time.
+    Returns: a list of :class:`~apt_core.TrainableStage`, in the order of the run. A stage acts once
+    it is reached and the plugin is enabled, before ``on_step_start``. What is frozen is not moved,
+    and has no gradient and no state in the optimizer; what is thawed learns from then on with a new
+    state. The run is refused if a pattern chooses no parameter, or a stage changes nothing.
+    Raising: :class:`~apt_core.ConfigError` is bad input (exit code 2); after anything else the
+    plugin is quarantined, and freezes nothing.
+    Ranks: every one asks, and must get the same.
+
+    Example::
+
+        from apt_core import TrainableStage, hookimpl
+
+        @hookimpl
+        def apt_trainable():
+            return [
+                TrainableStage(freeze=["blocks.0"]),
+                TrainableStage(thaw=["blocks.0"], at=2),
+            ]
     """
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
+from typing import Any
 
 from apt_core.activation import Activated
 from apt_core.catalogue import Catalogue
@@ -25,6 +26,7 @@ from apt_core.config import (
     validate,
     written_inactive,
 )
+from apt_core.config.schedule_check import check_stages
 from apt_core.config.secret_fields import masks_in
 from apt_core.config.yaml_text import KeyPath, dotted
 from apt_core.declarations import AvailablePlugins
@@ -135,6 +137,9 @@ def check_profile(
         for section in sections:
             problems += _problems_of_plugin(config, source, section)
         problems += _configure(config, manager)
+        wrong_stages, late_stages = _check_stages(config, source, manager)
+        problems += wrong_stages
+        inactive += late_stages
     needless, needless_notices = _needless_blocks(plugins, inactive, manager, available.installed)
     problems += needless
     if manager.strict:
@@ -334,13 +339,35 @@ def _problems_of_plugin(config: Config, source: Source, section: SectionSpec) ->
 def _configure(config: Config, manager: PluginManager) -> list[Problem]:
     """Call apt_configure of every plugin, and return all their problems."""
     problems: list[Problem] = []
-    names = [call.plugin for call in manager.order("apt_configure", dormant=True)]
+    for _ in _asked(config, manager, "apt_configure", problems):
+        pass
+    return problems
+
+
+def _check_stages(
+    config: Config, source: Source, manager: PluginManager
+) -> tuple[list[Problem], list[InactiveKey]]:
+    """Problems of the stages of the trainable set that plugins declare, and late ones."""
+    problems: list[Problem] = []
+    inactive: list[InactiveKey] = []
+    for name, stages in _asked(config, manager, "apt_trainable", problems):
+        wrong, late = check_stages(config, source, name, stages or ())
+        problems += wrong
+        inactive += late
+    return problems, inactive
+
+
+def _asked(
+    config: Config, manager: PluginManager, hook: str, problems: list[Problem]
+) -> Iterator[tuple[str, Any]]:
+    """Call a hook that judges the profile, of every plugin, and yield what it gives; add what it
+    refuses to ``problems``."""
+    names = [call.plugin for call in manager.order(hook, dormant=True)]
     for name in dict.fromkeys(names):
         try:
-            manager.call_plugin(name, "apt_configure", config=config)
+            yield name, manager.call_plugin(name, hook, config=config)
         except ConfigError as error:
             problems += error.problems
         except StopTraining as stop:
             reason = shown(stop.reason)
             problems.append(Problem(f"it stopped the run: {reason}", f"plugin {name}"))
-    return problems

@@ -14,16 +14,14 @@ import math
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from apt_core.config import Config, Ramp, parse_config
 from apt_core.config.schedule_check import check_schedules
-from apt_core.config.switches import UNITS, Switch, Unit, read_switch
+from apt_core.config.switches import UNITS, Switch, read_switch
+from apt_core.types import FIRST, Unit
 
 __all__ = ["FIRST", "Boundary", "Horizon", "Schedule", "Steps", "check_schedules"]
-
-FIRST: Mapping[Unit, int] = {"epoch": 1, "step": 1, "token": 0}
-"""The first position of a run in each unit."""
 
 
 class Steps(Protocol):
@@ -109,6 +107,18 @@ def _step_at(steps: Steps, tokens: int) -> int:
     """The step of an epoch (from 0) in which the number of tokens is reached."""
     every = range(steps.steps_per_epoch)
     return bisect_right(every, tokens, key=steps.tokens_before) - 1 if tokens else 0
+
+
+class Placed(Protocol):
+    """Something that has a position in the run."""
+
+    @property
+    def unit(self) -> Unit: ...
+    @property
+    def at(self) -> int: ...
+
+
+AnyPlaced = TypeVar("AnyPlaced", bound=Placed)
 
 
 @dataclass(frozen=True)
@@ -246,25 +256,33 @@ class Schedule:
         return self._switches.get(name, ())
 
     def boundaries(self) -> list[Boundary]:
-        """When plugins become enabled or disabled, in the order of the run.
-
-        Positions in different units are ordered where the horizon tells, else epochs come first.
-        """
+        """When plugins become enabled or disabled, in the order of the run
+        (:meth:`in_order`)."""
         found = [
             Boundary(switch.plugin, switch.enables, switch.unit, switch.at)
             for name, switches in self._switches.items()
             for switch in switches
             if name not in self._sources
         ]
-        steps = {b: self.horizon.first_step_from(b.at, b.unit) for b in found}
-        comparable = None not in steps.values()
+        return self.in_order(sorted(found, key=lambda found: (found.plugin, found.enables)))
 
-        def order(boundary: Boundary) -> tuple[int, int, int, str, bool]:
-            moment = steps[boundary] if comparable else None
-            unit = UNITS.index(boundary.unit)
-            return (moment or 0, unit, boundary.at, boundary.plugin, boundary.enables)
+    def in_order(self, placed: Sequence[AnyPlaced]) -> list[AnyPlaced]:
+        """``placed`` by position; what stands at the same one keeps its order. Positions in
+        different units are ordered where the horizon tells, else epochs come first."""
+        steps = [self.horizon.first_step_from(each.at, each.unit) for each in placed]
+        comparable = None not in steps
 
-        return sorted(found, key=order)
+        def order(numbered: tuple[int, AnyPlaced]) -> tuple[int, int, int]:
+            number, each = numbered
+            moment = steps[number] if comparable else None
+            return moment or 0, UNITS.index(each.unit), each.at
+
+        return [each for _, each in sorted(enumerate(placed), key=order)]
+
+    def is_reached(self, placed: Placed, *, epoch: int, step: int, tokens: int) -> bool:
+        """Whether the run has come to where something is placed."""
+        name = f"{placed.unit} {placed.at}"
+        return self._position(placed.unit, name, epoch, step, tokens) >= placed.at
 
     def first_step_of(self, name: str) -> int:
         """The step from which on the plugin is enabled: the first one if it has no schedule.

@@ -105,6 +105,8 @@ _NAMES: Mapping[str, str] = {
     "hardware.backend": "dist_backend ddp_backend distributed_backend",
     "debug.log_level": "loglevel logging_level verbosity",
     "debug.check_gradients": "detect_anomaly",
+    "trainable.stages.freeze": "frozen freeze_layers frozen_layers freeze_modules",
+    "trainable.stages.thaw": "unfreeze unfrozen unfreeze_layers unfreeze_modules train",
     "plugins": "plugin extensions callbacks",
     "schedules": "schedule curriculum",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -14,6 +14,13 @@ if TYPE_CHECKING:
 
 CORE = "core"
 """What listings and manifests show as the plugin of the core's own providers."""
+
+
+Unit = Literal["epoch", "step", "token"]
+"""In what a position of a run is counted."""
+
+FIRST: Mapping[Unit, int] = {"epoch": 1, "step": 1, "token": 0}
+"""The first position of a run in each unit."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +130,23 @@ class SectionSpec:
     grows: Mapping[str, str] = field(default_factory=dict, hash=False)
     without: str = ""
     plugin: str = ""
+
+
+@dataclass(frozen=True)
+class TrainableStage:
+    """From the position ``at`` on, counted in ``unit`` as by the keys of ``schedules``, other
+    parameters are trained: those that ``freeze`` chooses are frozen, then those that ``thaw``
+    chooses are not frozen any more.
+
+    Both are patterns (:func:`apt_core.modeling.parameter_names.matches`): ``embedding``,
+    ``blocks.0-3``, ``blocks.*.attention``. ``key`` is that of the profile from which the stage is.
+    """
+
+    freeze: Sequence[str] = ()
+    thaw: Sequence[str] = ()
+    unit: Unit = "step"
+    at: int = 1
+    key: str = ""
 
 
 @dataclass(frozen=True)

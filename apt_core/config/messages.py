@@ -105,10 +105,13 @@ class KnownKeys:
         if self._is_section(path):
             siblings = [name for name in siblings if dotted((*path[:-1], name)) in self.children]
             places = {word: place for word, place in places.items() if place in self.children}
+        ours = key_meant(key)
+        if ours.rpartition(".")[0] == self._section(path) and self._known(ours):
+            return (*path[:-1], ours.rpartition(".")[2])
         # What stands in the same section under nearly this name is nearer than a word of others.
         if near := difflib.get_close_matches(key, siblings, n=1, cutoff=0.85):
             return (*path[:-1], near[0])
-        if (ours := key_meant(key)) and self._known(ours):
+        if ours and self._known(ours):
             return tuple(ours.split("."))
         if near := difflib.get_close_matches(key, siblings, n=1, cutoff=0.6):
             return (*path[:-1], near[0])
@@ -124,9 +127,11 @@ class KnownKeys:
         return name in self.children.get(section, ())
 
     def _siblings(self, path: KeyPath) -> list[str]:
+        return sorted(self.children.get(self._section(path), ()))
+
+    def _section(self, path: KeyPath) -> str:
         around = [part for part in path[:-1] if isinstance(part, str)]
-        section = _ANY_RAMP if around[:1] == ["schedules"] and around[1:] else ".".join(around)
-        return sorted(self.children.get(section, ()))
+        return _ANY_RAMP if around[:1] == ["schedules"] and around[1:] else ".".join(around)
 
     def _hint(self, path: KeyPath) -> str:
         if meant := self.meant(path):

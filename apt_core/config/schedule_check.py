@@ -5,14 +5,15 @@ Shapes and types are checked by :func:`apt_core.config.validate`; this needs to 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from apt_core.config.schema import Config
 from apt_core.config.source import InactiveKey, Source
-from apt_core.config.switches import Switch, Unit, looks_like_switch, read_switch
+from apt_core.config.switches import Switch, looks_like_switch, read_switch
 from apt_core.errors import Problem, did_you_mean
+from apt_core.types import TrainableStage, Unit
 
 
 def check_schedules(
@@ -56,6 +57,46 @@ LENGTH_KEYS: Mapping[Unit, str] = {
 """What ends the run, by unit."""
 
 
+def beyond_the_end(unit: Unit, at: int, config: Config | None, source: Source) -> tuple[str, bool]:
+    """A message where the position comes after the end of the run, as far as the profile alone
+    tells, or ""; and whether the command line has chosen that end."""
+    key = LENGTH_KEYS[unit]
+    section, name = key.split(".")
+    length: Any = source.get(key) if config is None else getattr(config.section(section), name)
+    if not isinstance(length, int) or isinstance(length, bool):
+        return "", False
+    # Epochs and steps count from 1; the last step begins before all of the tokens are seen.
+    if at < length or (at == length and unit != "token"):
+        return "", False
+    message = f"{unit} {at} comes after the last one ({key} = {length})"
+    return message, source.where(key).startswith("--")
+
+
+def check_stages(
+    config: Config, source: Source, plugin: str, stages: Sequence[TrainableStage]
+) -> tuple[list[Problem], list[InactiveKey]]:
+    """Problems of the ``stages`` of a plugin that are seen without a model, and those that do
+    nothing."""
+    problems, inactive = [], []
+    last: dict[Unit, int] = {}
+    for stage in stages:
+        key = stage.key or f"plugin {plugin}"
+        where = source.where(stage.key) if stage.key else ""
+        message, chosen = beyond_the_end(stage.unit, stage.at, config, source)
+        if message and chosen:
+            inactive.append(InactiveKey(key, message))
+        elif message:
+            hint = f"lower it, or raise {LENGTH_KEYS[stage.unit]}"
+            problems.append(Problem(message, key, where, hint))
+        before = last.get(stage.unit)
+        if before is not None and stage.at <= before:
+            at = f"{stage.unit} {stage.at}"
+            order = f"{at} does not come after {stage.unit} {before}, where the stage before begins"
+            problems.append(Problem(order, key, where, "put stages in the order of the run"))
+        last[stage.unit] = stage.at
+    return problems, inactive
+
+
 @dataclass
 class _Check:
     config: Config | None
@@ -95,18 +136,14 @@ class _Check:
     def within_run(self, switch: Switch) -> None:
         """A switch after the end never acts. Shortening a run from the command line, to try
         something, is no mistake, so that it only makes the switch inactive."""
-        length_key = LENGTH_KEYS[switch.unit]
-        length = self.number(length_key)
-        if length is None or not isinstance(switch.at, int):
+        at: Any = switch.at  # as it is written
+        if not isinstance(at, int):
             return
-        # Epochs and steps count from 1; the last step begins before all of the tokens are seen.
-        if switch.at < length or (switch.at == length and switch.unit != "token"):
-            return
-        message = f"{switch.unit} {switch.at} comes after the last one ({length_key} = {length})"
-        if self.source.where(length_key).startswith("--"):
+        message, chosen = beyond_the_end(switch.unit, at, self.config, self.source)
+        if message and chosen:
             self.ignore(switch.key, message)
-        else:
-            self.problem(message, switch.key, f"lower it, or raise {length_key}")
+        elif message:
+            self.problem(message, switch.key, f"lower it, or raise {LENGTH_KEYS[switch.unit]}")
 
     def parameter(self, key: str, value: Any, switches: list[Switch]) -> None:
         owner = self.params.get(key, "")
@@ -136,14 +173,6 @@ class _Check:
                     key,
                     "raise until: it counts from the start of the run",
                 )
-
-    def number(self, key: str) -> int | None:
-        section, name = key.split(".")
-        if self.config is not None:
-            value = getattr(self.config.section(section), name)
-        else:
-            value = self.source.get(key)
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
 
     def problem(self, message: str, key: str, hint: str) -> None:
         path = ("schedules", key)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from apt_core.plugin_names import normalized_name
+from apt_core.types import FIRST, Unit
 
-Unit = Literal["epoch", "step", "token"]
-UNITS: tuple[Unit, ...] = ("epoch", "step", "token")
+UNITS: tuple[Unit, ...] = tuple(FIRST)
 
 _SWITCH = re.compile(r"(enable|disable)_(.+)_at_(epoch|step|token)", re.DOTALL)
 

@@ -222,7 +222,8 @@ class Calibration:
         stepping = min(self._seconds(optimizer.step, TRIES))
         params = sum(p.numel() for p in model.parameters() if p.requires_grad)
         flops_per_s = sequences * length * subject.flops(length) / taken
-        return Speed(flops_per_s, stepping / params, subject.words)
+        # All of it may be frozen.
+        return Speed(flops_per_s, stepping / max(1, params), subject.words)
 
     def _seconds(self, work: Callable[[], object], tries: int) -> list[float]:
         """Time ``work`` at least ``tries`` times, and for SECONDS if it is short.

@@ -28,7 +28,7 @@ from apt_core.planning.footprint import Footprint
 from apt_core.planning.memory import MemoryEstimate, estimate, switch_memory
 from apt_core.planning.plan_text import print_plan
 from apt_core.planning.run_length import check_run_length
-from apt_core.planning.stages import Stage, stages
+from apt_core.planning.stages import Stage, check_trainable, stages
 from apt_core.plugin_names import is_file_reference
 from apt_core.provider_keys import DATA_PATHS, data_files
 from apt_core.runs.manifest import plugin_rows
@@ -50,8 +50,9 @@ def make_plan(kernel: Kernel, world_size: int | None = None) -> dict[str, Any]:
     a notice. ``batch`` has the size of a step and the steps of an epoch, null if the text is
     missing or large.
 
-    A stage begins where a plugin is enabled or disabled. It has the number of parameters, of those
-    that one token uses (``params_active``), and the FLOPs per token of training;
+    A stage begins where a plugin is enabled or disabled, or where other parameters are trained. It
+    has the number of parameters, of those that one token uses (``params_active``) and of those that
+    are not frozen (``params_trained``), and the FLOPs per token of training, if all were trained;
     ``plugin_flops_per_token`` are computed by plugins beside it. ``memory`` is that of one process
     in bytes, as :mod:`apt_core.planning.memory` counts it, for ``world_size`` processes (by default
     those that ``hardware`` asks for) on the profile's device. ``switch_memory`` is the peak while
@@ -84,6 +85,7 @@ def make_plan(kernel: Kernel, world_size: int | None = None) -> dict[str, Any]:
         schedule = kernel.schedule.with_horizon(_planned_horizon(kernel.config, steps))
         lr_schedule = kernel.registry.get("lr_schedule", kernel.config.training.lr_schedule_name)
         check_run_length(kernel, schedule, lr_schedule)
+        check_trainable(kernel, schedule)
         planning = _Planning(kernel, batch, schedule, Calibration(kernel, device, cost))
         rows = planning.rows()
     return {
@@ -260,6 +262,7 @@ class _Planning:
             **{unit: stage.at if unit == stage.unit else None for unit in UNITS},
             "params_total": structure.params,
             "params_active": structure.active_params,
+            "params_trained": structure.trained_params,
             "memory": memory.row(),
             "memory_mb": round(memory.total / 2**20, 1),
             "switch_memory": switching,
@@ -286,7 +289,7 @@ class _Planning:
         shards = size if memory.sharding == "fsdp" else 1
         slowdown = self.calibration.slowdown(size)
         work = batch["tokens_per_step"] / size * (flops + extra)
-        step = speed.step_seconds(work, structure.params // shards) * slowdown
+        step = speed.step_seconds(work, structure.trained_params // shards) * slowdown
         epoch = None
         if batch["steps_per_epoch"] is not None:
             steps = batch["tokens_per_epoch"] / batch["tokens_per_step"]

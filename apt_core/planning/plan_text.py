@@ -58,7 +58,9 @@ def _print_stages(console: Console, plan: dict[str, Any]) -> None:
     for column in ("stage", "from"):
         table.add_column(column, no_wrap=True)
     time = "epoch" if per_epoch else "1M tokens"
-    for column in ("parameters", "active", "memory", "FLOPs/token", time):
+    frozen = any(stage["params_trained"] != stage["params_total"] for stage in plan["stages"])
+    trained = ["trained"] if frozen else []
+    for column in ("parameters", "active", *trained, "memory", "FLOPs/token", time):
         table.add_column(column, justify="right", no_wrap=True)
     for stage in plan["stages"]:
         unit = next(u for u in ("epoch", "step", "token") if stage[u] is not None)
@@ -69,6 +71,7 @@ def _print_stages(console: Console, plan: dict[str, Any]) -> None:
             f"{unit} {stage[unit]}",
             _count(stage["params_total"]),
             _count(stage["params_active"]),
+            *([_count(stage["params_trained"])] if frozen else []),
             gib(stage["memory"]["total"]),
             _flops(None if flops is None else flops + extra),
             "unknown" if seconds is None else _duration(seconds),

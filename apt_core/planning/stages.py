@@ -1,16 +1,19 @@
-"""Computes the stages of a run: the enabled plugins and the model's structure in each."""
+"""Computes the stages of a run: the enabled plugins and the model's structure in each, and which
+of its parameters are trained."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Size, nn
 
-from apt_core.config import Config
+from apt_core.config import Config, InactiveKey
+from apt_core.errors import ConfigError, Problem
 from apt_core.kernel import Kernel
 from apt_core.modeling.blocks import block_stack
+from apt_core.modeling.carry import carry_frozen
 from apt_core.modeling.costs import (
     BACKWARD_AND_FORWARD,
     ModelCost,
@@ -23,9 +26,10 @@ from apt_core.modeling.structure import (
     transform_of,
     transforming_plugins,
 )
+from apt_core.modeling.trainable import Change, PlacedStage, declared_stages, faults_of, listed
 from apt_core.modeling.transforms import ModelTransform
-from apt_core.schedules import FIRST, Boundary, Horizon, Schedule
-from apt_core.types import PluginCosts
+from apt_core.schedules import Boundary, Horizon, Placed, Schedule
+from apt_core.types import FIRST, PluginCosts
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,9 @@ class Structure:
         return cls(model, kernel.config, [0.0] * len(layers_of(model)))
 
     def after(self, transform: ModelTransform) -> Structure:
-        """The structure after ``transform``. Its added FLOPs are divided equally among the layers
-        whose parameters it changes."""
+        """The structure after ``transform``, in which what was frozen stays so. Its added FLOPs are
+        divided equally among the layers whose parameters it changes."""
+        carry_frozen(transform, self.model, transform.model)
         config, model = config_after(self.config, transform), transform.model
         shares = {**self._shares_after(transform), **transform.active_share}
         old, new = ([_shapes(la) for la in layers_of(m)] for m in (self.model, model))
@@ -108,6 +113,17 @@ class Structure:
         parameters = self.model.named_parameters()
         return round(sum(p.numel() * self.shares.get(name, 1.0) for name, p in parameters))
 
+    @property
+    def trained_params(self) -> int:
+        """The number of parameters that are not frozen."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def changed(self, change: Change) -> Structure:
+        """The structure after a stage of the trainable set."""
+        model = copy.deepcopy(self.model)
+        change.apply(model)
+        return replace(self, model=model)
+
     def flops_per_token(self, cost: ModelCost) -> int | None:
         """FLOPs of training per token; ``cost`` is that of a model of the sizes of ``config``."""
         added = BACKWARD_AND_FORWARD * (sum(self.added) + self.added_outside)
@@ -134,19 +150,59 @@ class Stage:
     switches: bool = False
 
 
+@dataclass(frozen=True)
+class _Moment:
+    """A stage, without the costs of the plugins ``enabled`` in it."""
+
+    name: str
+    unit: str
+    at: int
+    structure: Structure
+    enabled: Sequence[str]
+    switches: bool = False
+
+
 def stages(kernel: Kernel, schedule: Schedule) -> Iterator[Stage]:
     """Yield a stage for the start and for each position at which ``schedule``, the kernel's with
-    its horizon, enables or disables a plugin.
+    its horizon, enables or disables a plugin, or other parameters are trained.
 
     Plugins that change the model are asked for their transforms, in the order of the run. Their
-    ConfigError and PluginError are raised.
+    ConfigError and PluginError are raised, and after the last stage a ConfigError for what is wrong
+    with the stages of the trainable set.
     """
-    boundaries = [
-        boundary
-        for boundary in schedule.boundaries()
-        if kernel.manager.has_plugin(boundary.plugin) and _reached(boundary, schedule.horizon)
+    for moment in _moments(kernel, schedule):
+        costs = plugin_costs(kernel, moment.enabled)
+        yield Stage(moment.name, moment.unit, moment.at, moment.structure, costs, moment.switches)
+
+
+def check_trainable(kernel: Kernel, schedule: Schedule) -> None:
+    """Check the stages of the trainable set against the structures of the run, and add inactive
+    keys for those that come after its end. Raises as :func:`stages` does."""
+    placed = declared_stages(kernel, schedule)
+    if not placed:
+        return
+    for _ in _moments(kernel, schedule):
+        pass
+    last = schedule.horizon.last("step")
+    kernel.add_inactive(
+        InactiveKey(
+            each.stage.key or f"plugin {each.plugin}",
+            f"the run ends with step {last}, before {each.unit} {each.at}",
+        )
+        for each in placed
+        if not _reached(each, schedule.horizon)
+    )
+
+
+def _moments(kernel: Kernel, schedule: Schedule) -> Iterator[_Moment]:
+    found: list[Boundary | PlacedStage] = [*schedule.boundaries()]
+    found += declared_stages(kernel, schedule)
+    events = [
+        event
+        for event in schedule.in_order(found)
+        if kernel.manager.has_plugin(event.plugin) and _reached(event, schedule.horizon)
     ]
-    waiting = {boundary.plugin for boundary in boundaries if boundary.enables}
+    waiting = {e.plugin for e in events if isinstance(e, Boundary) and e.enables}
     records = kernel.manager.records.values()
     enabled = {r.name: None for r in records if r.state == "active" and r.name not in waiting}
     structure = Structure.first(kernel)
@@ -154,32 +210,85 @@ def stages(kernel: Kernel, schedule: Schedule) -> Iterator[Stage]:
     for plugin in transforming:
         if plugin not in waiting:
             structure = _after(kernel, structure, plugin) or structure
-    yield Stage("start", "epoch", FIRST["epoch"], structure, plugin_costs(kernel, enabled))
-    for boundary in boundaries:
-        plugin, changed = boundary.plugin, None
-        if boundary.enables:
+    trainable = _Trainable()
+    for event in [*events]:
+        if isinstance(event, PlacedStage) and event.at == FIRST[event.unit]:
+            events.remove(event)
+            structure = trainable.after(event, structure, event.plugin in enabled)
+    yield _Moment("start", "epoch", FIRST["epoch"], structure, [*enabled])
+    for event in events:
+        plugin, before, name = event.plugin, structure, ""
+        if isinstance(event, PlacedStage):
+            structure = trainable.after(event, structure, plugin in enabled)
+            name = trainable.told
+        elif event.enables:
             enabled[plugin] = None
+            name = f"enable {plugin}"
             if plugin in transforming:
-                changed = _after(kernel, structure, plugin)
-                structure = changed or structure
+                structure = _after(kernel, structure, plugin) or structure
         else:
             enabled.pop(plugin, None)
-        yield Stage(
-            f"{'enable' if boundary.enables else 'disable'} {plugin}",
-            boundary.unit,
-            boundary.at,
-            structure,
-            plugin_costs(kernel, enabled),
-            changed is not None,
+            name = f"disable {plugin}"
+        switches = structure is not before and not isinstance(event, PlacedStage)
+        if isinstance(event, Boundary) and event.enables:
+            structure = trainable.enabled(plugin, structure)
+        if name:
+            yield _Moment(name, event.unit, event.at, structure, [*enabled], switches)
+    if trainable.problems:
+        raise ConfigError(trainable.problems)
+
+
+class _Trainable:
+    """Follows the stages of the trainable set; ``problems`` are what is wrong with them, and
+    ``told`` says what the newest one changed."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self.told = ""
+        self._waiting: dict[str, list[PlacedStage]] = {}
+        self._numbers: dict[str, int] = {}
+
+    def after(self, placed: PlacedStage, structure: Structure, enabled: bool) -> Structure:
+        """The structure after a stage that is reached; one of a plugin that is not ``enabled``
+        waits for it."""
+        self.told = ""
+        plugin, before = placed.plugin, self._numbers.get(placed.plugin, 0)
+        self._numbers[plugin] = placed.number
+        if placed.number < before:
+            at = f"{placed.unit} {placed.at}"
+            self.problems.append(
+                Problem(
+                    f"{at} comes after the beginning of stage {before}, which stands below it",
+                    placed.stage.key or f"plugin {plugin}",
+                    hint="put stages in the order of the run",
+                )
+            )
+        if not enabled:
+            self._waiting.setdefault(plugin, []).append(placed)
+            return structure
+        faults = [*faults_of(placed, structure.model)]
+        self.problems += faults
+        change = Change.of(placed.stage, structure.model)
+        self.told = "; ".join(
+            f"{'thaw' if what == 'thawed' else 'freeze'} {listed(patterns)}"
+            for what, (patterns, _) in change.parts(structure.model).items()
         )
+        return structure.changed(change)
+
+    def enabled(self, plugin: str, structure: Structure) -> Structure:
+        """The structure once ``plugin`` is enabled: its stages that were reached before begin."""
+        for placed in self._waiting.pop(plugin, []):
+            self._numbers.pop(plugin)
+            structure = self.after(placed, structure, True)
+        return structure
 
 
-def _reached(boundary: Boundary, horizon: Horizon) -> bool:
-    """Whether the run reaches ``boundary``, as far as ``horizon`` knows."""
-    unit = boundary.unit
-    here, last = horizon.first_step_from(boundary.at, unit), horizon.last("step")
+def _reached(placed: Placed, horizon: Horizon) -> bool:
+    """Whether the run comes to where something is ``placed``, as far as ``horizon`` knows."""
+    unit = placed.unit
+    here, last = horizon.first_step_from(placed.at, unit), horizon.last("step")
     if here is None:  # without the data units cannot be converted
-        here, last = boundary.at, horizon.last(unit)
+        here, last = placed.at, horizon.last(unit)
     return last is None or here <= last
 
 

@@ -28,6 +28,9 @@ KINDS = {
     "disabled": "`plugin` was disabled by its schedule, for this step of `epoch` and on",
     "switched": "`plugin` changed the model, for this step of `epoch` and on: `parameters` and "
     "`parameters_before`; `loss_after` and `loss_before` on a fixed batch, nats per token",
+    "frozen": "`parts` do not learn from this step on: so many `parameters`, by a stage of "
+    "`plugin`, or by a plugin's own hand",
+    "thawed": "`parts` learn from this step on; the rest as of `frozen`",
     "failed": "`plugin` failed in `hook`, at the line `where`, or left something changed: `error`; "
     "in `process`, if not the first",
     "quarantined": "`plugin` is not called any more: `reason`",

@@ -44,6 +44,7 @@ def run_manifest(
         "plugins": plugin_rows(kernel),
         "timeline": [event.model_dump() for event in progress.timeline],
         "switches": [switch.model_dump() for switch in progress.transforms],
+        "trainable": [stage.model_dump() for stage in progress.trainable],
         "changes": [change.model_dump() for change in progress.changes],
         "inactive_keys": [{"key": k.key, "reason": k.reason} for k in kernel.inactive],
         "step": progress.step,

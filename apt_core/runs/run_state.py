@@ -23,8 +23,12 @@ class _Part(BaseModel):
 
 
 class Modes(_Part):
+    """Which parameters learn, and which modules are in training mode, at the start and ``now``;
+    ``staged`` are the parameters that stages of the trainable set have frozen or thawed."""
+
     at_start: dict[str, bool]
     now: dict[str, bool]
+    staged: list[Text] = []
 
 
 class StoppingState(_Part):
@@ -102,6 +106,22 @@ class Switch(_Part):
     quarantined: list[Text] = []
 
 
+class Trainable(_Part):
+    """Stage ``number`` of the trainable set, from 1, that ``plugin`` has declared: it began with
+    ``step`` of ``epoch``. ``frozen`` and ``thawed`` are patterns that choose what it changed, of so
+    many parameters; ``trained`` parameters learn since then."""
+
+    plugin: Text
+    number: Count
+    epoch: Count
+    step: Count
+    frozen: list[Text] = []
+    thawed: list[Text] = []
+    frozen_parameters: Count = 0
+    thawed_parameters: Count = 0
+    trained: Count
+
+
 class Change(_Part):
     key: Text
     step: Count
@@ -120,8 +140,9 @@ class Progress(_Part):
     ``metrics`` is the newest row of a step, with the scores of an evaluation since; ``scores`` are
     those of the newest evaluation of the whole held-out text, with their ``step``, and
     ``start_scores`` those before the first step. ``timeline`` says when plugins were enabled and
-    disabled, ``transforms`` which of them changed the model, in order, ``changes`` which
-    settings a resume was told to change, and ``looks`` which data a run knew that began early.
+    disabled, ``transforms`` which of them changed the model, in order, ``trainable`` what was
+    frozen and thawed by stages, ``changes`` which settings a resume was told to change, and
+    ``looks`` which data a run knew that began early.
     """
 
     step: Count = 0
@@ -133,6 +154,7 @@ class Progress(_Part):
     metrics: dict[str, Scalar] = {}
     timeline: list[TimelineEntry] = []
     transforms: list[Switch] = []
+    trainable: list[Trainable] = []
     changes: list[Change] = []
     looks: list[Look] = []
 

@@ -16,6 +16,7 @@ from apt_core.torch_state import TorchWatch
 from apt_core.training.context import RunContext
 from apt_core.training.curriculum.enabling import Enabling
 from apt_core.training.curriculum.switching import Switching
+from apt_core.training.curriculum.trainable import TrainableSet
 from apt_core.training.due import Due
 from apt_core.training.evaluating import Evaluator
 from apt_core.training.looking import Looking
@@ -104,11 +105,15 @@ class Assembly:
         manifest = ManifestWriter(context, folder, saving)
         clock = StepClock(self.parts.device)
         record = partial(manifest.write, "running")
+        trainable = TrainableSet(context, self.schedule, record)
         loop = Loop(
             context=context,
             total_steps=self._total_steps,
             parameters=self.parameters,
-            enabling=Enabling(context, self.schedule, self.parameters, self._switching, record),
+            enabling=Enabling(
+                context, self.schedule, self.parameters, self._switching, trainable, record
+            ),
+            trainable=trainable,
             evaluator=self._evaluator,
             saving=saving,
             due=due,

@@ -25,6 +25,7 @@ from apt_core.runs.folder import RunFolder
 from apt_core.torch_state import TorchWatch
 from apt_core.training.context import RunContext
 from apt_core.training.curriculum.enabling import Enabling
+from apt_core.training.curriculum.trainable import TrainableSet
 from apt_core.training.due import Due
 from apt_core.training.evaluating import Evaluator
 from apt_core.training.looking import Looking
@@ -52,6 +53,7 @@ class Loop:
     total_steps: int
     parameters: ScheduledParameters
     enabling: Enabling
+    trainable: TrainableSet
     evaluator: Evaluator
     saving: Saving
     due: Due
@@ -149,6 +151,7 @@ class Loop:
                 if hook.on_step_start.get_hookimpls():
                     hook.on_step_start(step=step, batch=list(batches), trainer=trainer)
                 self.settle_process()
+                self.trainable.observe()
                 clock.lap("hooks")
 
                 self.callbacks.guard(trained.model, trained.optimizer)
@@ -335,7 +338,8 @@ class Loop:
         """Set the position back to the last step in which all processes took part. The host may be
         some steps ahead of it; those steps changed neither weights nor averages.
 
-        Raises TrainingError if a plugin was enabled in one of these steps.
+        Raises TrainingError if a plugin was enabled, or another stage of the trainable set began,
+        in one of these steps.
         """
         together, progress, plan = self.trained.gradient_sum, self.progress, self.parts.plan
         first = None if together is None else together.first_lost()
@@ -356,5 +360,9 @@ class Loop:
         progress.step = first - 1
         progress.epoch = 1 + max(0, progress.step - 1) // plan.steps_per_epoch
         self.in_step, self.row_due = True, None  # plugins have seen the steps
-        if any(event.step in lost for event in progress.timeline):
-            raise TrainingError("plugins were enabled in a step that not all processes have taken")
+        begun = [*(e.step for e in progress.timeline), *(e.step for e in progress.trainable)]
+        if any(step in lost for step in begun):
+            raise TrainingError(
+                "plugins were enabled, or parameters thawed, in a step that not all processes have "
+                "taken"
+            )

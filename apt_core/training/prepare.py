@@ -28,6 +28,7 @@ from apt_core.optim.build import build_optimizer
 from apt_core.parallel.peak import measured_peak_flops
 from apt_core.parallel.world import ALONE, World, inactive_alone
 from apt_core.planning.run_length import check_run_length
+from apt_core.planning.stages import check_trainable
 from apt_core.profile_paths import READ, TASKS, paths_of
 from apt_core.providers.lr_schedule import LRScheduleProvider
 from apt_core.providers.optimizer import OptimizerProvider
@@ -137,6 +138,7 @@ def _prepare_on(
     check_run_length(kernel, schedule, lr_schedule)
     with fp32_products(device, tf32=False):
         rehearse(kernel, schedule)
+    check_trainable(kernel, schedule)
     model = ModelBuilder(config, registry).build_model(initialize=weights is None)
     if weights is not None:
         weights(model)

@@ -83,6 +83,7 @@ class Run:
                 self._manager.hook.on_training_start(trainer=loop.trainer)
                 self._manager.failures.count_log_errors()
                 trained.modes.started(trained.model)
+                loop.trainable.log_frozen()
                 trained.require_known_parameters()
                 # A run that is to stop before its first step is evaluated at its end.
                 if self._progress.step == 0 and not self._stopping.wanted:

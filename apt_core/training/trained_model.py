@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import chain
 
 import torch
@@ -44,6 +44,8 @@ class TrainedModel:
         self._device = device
         self._training = kernel.config.training
         self.modes = ModelModes()
+        # An optimizer may make the state of all parameters at once, and never again.
+        self._makes_states = not built.optimizer.state
         self._take(built)
         decay = self._training.ema_decay
         self.averages = Averages(None if decay is None else WeightAverage(self.model, decay))
@@ -71,6 +73,15 @@ class TrainedModel:
         self.guard.load(*skipped)
         if self._watch is not None and self._watch.stepping:
             self._watch.start_steps(model)
+
+    def forget_states(self, names: Collection[str]) -> None:
+        """Drop the gradients of these parameters, and what the optimizer keeps of them, if it can
+        make that anew."""
+        for name, parameter in self.model.named_parameters():
+            if name in names:
+                parameter.grad = None
+                if self._makes_states:
+                    self.optimizer.state.pop(parameter, None)
 
     def average(self, plugin: str, decay: float) -> WeightAverage:
         """The moving average of the weights that belongs to ``plugin``; made at the first call."""

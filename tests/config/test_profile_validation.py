@@ -25,6 +25,7 @@ from apt_core.errors import ConfigError, Problem
 from apt_core.synonyms import key_meant, plain_word, table
 from apt_core.types import SectionSpec
 from apt_plugins.moe.settings import MoeSettings
+from apt_plugins.trainable.settings import TrainableSettings
 
 
 def nested(path: str, value: Any) -> dict[str, Any]:
@@ -148,7 +149,7 @@ def test_what_others_call_a_value_leads_to_it(path: str, value: str, hint: str) 
 
 def test_the_table_of_other_names_leads_to_names_that_there_are() -> None:
     names, values = table()
-    known = KnownKeys(Config, {"model.moe": MoeSettings})
+    known = KnownKeys(Config, {"model.moe": MoeSettings, "trainable": TrainableSettings})
     for ours, others in names.items():
         section, _, key = ours.rpartition(".")
         assert key in known.children[section], ours

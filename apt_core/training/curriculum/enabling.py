@@ -10,13 +10,15 @@ from apt_core.runs.run_state import DISABLED, TimelineEntry
 from apt_core.schedules import Schedule
 from apt_core.training.context import RunContext
 from apt_core.training.curriculum.switching import Switching
+from apt_core.training.curriculum.trainable import TrainableSet
 from apt_core.training.step.parameters import ScheduledParameters
 
 log = get_logger("apt.training")
 
 
 class Enabling:
-    """Sets the states of scheduled plugins according to the run's position.
+    """Sets the states of scheduled plugins according to the run's position, and what is
+    ``trainable``.
 
     ``record`` is called after a plugin was enabled, to update the manifest.
     """
@@ -27,10 +29,11 @@ class Enabling:
         schedule: Schedule,
         parameters: ScheduledParameters,
         switching: Switching,
+        trainable: TrainableSet,
         record: Callable[[], None],
     ) -> None:
         self._run, self._schedule, self._parameters = run, schedule, parameters
-        self._switching, self._record = switching, record
+        self._switching, self._trainable, self._record = switching, trainable, record
         self.scheduled: list[str] = []
         self._told: set[str] = set()
 
@@ -38,6 +41,7 @@ class Enabling:
         """Make scheduled plugins dormant, except those that a resumed run had enabled, and call
         on_plugin_enabled for those enabled at the start. Raises ConfigError if the model has fewer
         ids than the tokenizer then."""
+        self._trainable.start()
         # Sorted, since plugins that change the model build on each other.
         active = sorted(r.name for r in self._run.manager.records.values() if r.state == "active")
         with_schedule = dict.fromkeys(b.plugin for b in self._schedule.boundaries())
@@ -57,8 +61,8 @@ class Enabling:
         self._switching.require_vocabulary(self._run.parts.tokenizer)
 
     def enable_due(self) -> bool:
-        """Enable and disable plugins as scheduled for the next step. Returns whether one was
-        enabled."""
+        """Enable and disable plugins, then freeze and thaw parameters, as scheduled for the next
+        step. Returns whether a plugin was enabled."""
         progress = self._run.progress
         epoch, step = progress.epoch, progress.step + 1
         enabled = False
@@ -78,6 +82,7 @@ class Enabling:
                 self._run.manager.set_state(name, "dormant", DISABLED)
                 self._run.trained.averages.by_plugin.pop(name, None)  # it is not enabled again
                 self._note(name, "disabled", epoch, step)
+        self._trainable.apply_due()
         return enabled
 
     def log_parameters(self, start: str) -> None:
