@@ -239,14 +239,17 @@ def _trainable_stage(stage: Any) -> TrainableStage:
     at = stage.at
     if isinstance(at, bool) or not isinstance(at, int):
         raise TypeError(f"the {unit} of a stage is a {type_name(at)}, not an integer")
-    if not FIRST[unit] <= at <= MAX_POSITION:
+    at = int.__int__(at)
+    if at < FIRST[unit]:
         raise ValueError(f"a stage is at {unit} {at}: the first one of a run is {FIRST[unit]}")
+    if at > MAX_POSITION:
+        raise ValueError(f"a stage is at a {unit} that no run comes to")
     freeze, thaw = (
         [_printable(pattern, f"a pattern of {what}") for pattern in texts_of(given, what)]
         for what, given in (("freeze", stage.freeze), ("thaw", stage.thaw))
     )
     key = text(stage.key, "the key of a stage")
-    return TrainableStage(tuple(freeze), tuple(thaw), unit, int.__int__(at), key)
+    return TrainableStage(tuple(freeze), tuple(thaw), unit, at, key)
 
 
 # Training ------------------------------------------------------------------------------------

@@ -93,8 +93,9 @@ class Change:
         }
 
 
-def faults_of(placed: PlacedStage, model: nn.Module) -> Iterator[Problem]:
-    """Problems of a stage that changes ``model``, in which what earlier stages froze is frozen."""
+def faults_of(placed: PlacedStage, model: nn.Module, *, known: bool = True) -> Iterator[Problem]:
+    """Problems of a stage that changes ``model``, in which what earlier stages froze is frozen;
+    where that is not ``known``, those of its patterns alone."""
     stage, (parameters, aliases) = placed.stage, named_with_aliases(model)
     learns = {name: parameter.requires_grad for name, parameter in parameters.items()}
     for what, patterns, then in (("freeze", stage.freeze, False), ("thaw", stage.thaw, True)):
@@ -103,7 +104,7 @@ def faults_of(placed: PlacedStage, model: nn.Module) -> Iterator[Problem]:
             if not names:
                 message = f"{pattern!r} chooses no parameter of the model as it is then"
                 yield Problem(message, _key(placed, what), hint=_like(pattern, aliases))
-            elif all(learns[name] is then for name in names):
+            elif known and all(learns[name] is then for name in names):
                 state = "is trained" if then else "is frozen"
                 hint = "freeze it earlier, or take it out" if then else "take it out"
                 message = f"what {pattern!r} chooses {state} before this stage already"
@@ -111,7 +112,7 @@ def faults_of(placed: PlacedStage, model: nn.Module) -> Iterator[Problem]:
         # What a stage freezes comes first, so that it may leave out some of it.
         for pattern in patterns:
             learns |= dict.fromkeys(chosen(pattern, aliases), then)
-    if not any(learns.values()):
+    if known and not any(learns.values()):
         yield Problem(
             "every parameter is frozen from this stage on: nothing would be trained",
             _key(placed),

@@ -246,28 +246,28 @@ class _Trainable:
         self.problems: list[Problem] = []
         self.told = ""
         self._waiting: dict[str, list[PlacedStage]] = {}
-        self._numbers: dict[str, int] = {}
+        self._last: dict[str, PlacedStage] = {}
 
     def after(self, placed: PlacedStage, structure: Structure, enabled: bool) -> Structure:
         """The structure after a stage that is reached; one of a plugin that is not ``enabled``
         waits for it."""
         self.told = ""
-        plugin, before = placed.plugin, self._numbers.get(placed.plugin, 0)
-        self._numbers[plugin] = placed.number
-        if placed.number < before:
-            at = f"{placed.unit} {placed.at}"
+        plugin, before = placed.plugin, self._last.get(placed.plugin, placed)
+        self._last[plugin] = placed
+        if placed.number < before.number:
             self.problems.append(
                 Problem(
-                    f"{at} comes after the beginning of stage {before}, which stands below it",
-                    placed.stage.key or f"plugin {plugin}",
+                    f"{before.unit} {before.at} does not come after {placed.unit} {placed.at}, "
+                    "where a stage above it begins",
+                    before.stage.key or f"plugin {plugin}",
                     hint="put stages in the order of the run",
                 )
             )
         if not enabled:
             self._waiting.setdefault(plugin, []).append(placed)
             return structure
-        faults = [*faults_of(placed, structure.model)]
-        self.problems += faults
+        # What is wrong with one stage makes others look wrong.
+        self.problems += faults_of(placed, structure.model, known=not self.problems)
         change = Change.of(placed.stage, structure.model)
         self.told = "; ".join(
             f"{'thaw' if what == 'thawed' else 'freeze'} {listed(patterns)}"
@@ -278,7 +278,7 @@ class _Trainable:
     def enabled(self, plugin: str, structure: Structure) -> Structure:
         """The structure once ``plugin`` is enabled: its stages that were reached before begin."""
         for placed in self._waiting.pop(plugin, []):
-            self._numbers.pop(plugin)
+            self._last.pop(plugin)
             structure = self.after(placed, structure, True)
         return structure
 

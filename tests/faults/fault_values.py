@@ -13,7 +13,14 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from apt_core import Message, PluginCosts, ProviderSpec, RewrittenPrompt, SectionSpec
+from apt_core import (
+    Message,
+    PluginCosts,
+    ProviderSpec,
+    RewrittenPrompt,
+    SectionSpec,
+    TrainableStage,
+)
 from apt_core.plugin_state import MAX_DEPTH, TENSOR_KEY
 
 # Values that pretend, refuse or never end ------------------------------------------------------
@@ -221,6 +228,20 @@ WRONG: dict[str, dict[str, tuple[Any, str]]] = {
                 ("None", None, "a NoneType, not a number"),
             )
         },
+    },
+    "apt_trainable": {
+        "a stage": (TrainableStage(["embedding"]), "TrainableStage, not a list"),
+        "patterns": (["embedding"], "a list with a str"),
+        "one pattern for a list": ([TrainableStage(freeze="embedding")], "freeze"),
+        "a pattern that is a number": ([TrainableStage(thaw=[0])], "a int, not text"),
+        "an empty pattern": ([TrainableStage(thaw=[""])], "is '', not a name"),
+        "another unit": (
+            [TrainableStage(unit="day")],  # type: ignore[arg-type]
+            "'day', not one of epoch",
+        ),
+        "before the first step": ([TrainableStage(at=0)], "at step 0: the first one"),
+        "half a step": ([TrainableStage(at=1.5)], "a float, not an integer"),  # type: ignore[arg-type]
+        "without end": ([TrainableStage(at=10**400)], "that no run comes to"),
     },
     "apt_costs": {
         "a number": (3, "int, not PluginCosts"),

@@ -491,6 +491,7 @@ LIMIT_ONE = {
     "apt_register_providers": {},
     "apt_register_config": {},
     "apt_configure": {"config": None},
+    "apt_trainable": {"config": None},
     "apt_costs": {"config": None},
     "apt_build_provider": {"spec": None, "config": None},
     "apt_param_groups": {"model": None},

@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[2]
 DORMANT = """
     apt_register_providers() apt_register_config() apt_configure(config)
     apt_build_provider(spec, config) apt_param_groups(model)
-    apt_transform_model(model, config, registry) apt_costs(config) apt_state_dict(trainer)
-    apt_load_state_dict(trainer, state)
+    apt_transform_model(model, config, registry) apt_trainable(config) apt_costs(config)
+    apt_state_dict(trainer) apt_load_state_dict(trainer, state)
 """
 ENABLED = """
     apt_loss_terms(trainer, batch, output) apt_metrics(trainer) apt_rewrite_prompt(request, session)
@@ -42,7 +42,7 @@ ENABLED = """
 STAGES = {
     Stage.LOADING: "apt_register_providers apt_register_config",
     Stage.BUILDING: "apt_configure apt_build_provider apt_param_groups apt_transform_model "
-    "apt_costs",
+    "apt_trainable apt_costs",
     Stage.STEP: "on_step_start on_backward_end on_step_end",
     Stage.MICRO_BATCH: "apt_loss_terms",
     Stage.ENDING: "on_training_end apt_rewrite_prompt on_generation_start apt_logits_processors "
@@ -53,13 +53,13 @@ APPLIES = {
     "firstresult": "apt_build_provider apt_decoder",
     "chained": "apt_rewrite_prompt",
     "alone": "apt_register_providers apt_register_config apt_configure apt_transform_model "
-    "apt_costs apt_load_state_dict",
+    "apt_trainable apt_costs apt_load_state_dict",
     "changes_weights": "apt_register_providers apt_build_provider apt_param_groups "
-    "apt_transform_model apt_loss_terms",
+    "apt_transform_model apt_trainable apt_loss_terms",
     "edits_gradients": "on_backward_end",
-    "trains": "apt_build_provider apt_param_groups apt_transform_model apt_loss_terms "
-    "on_backward_end",
-    "judges_input": "apt_configure apt_transform_model",
+    "trains": "apt_build_provider apt_param_groups apt_transform_model apt_trainable "
+    "apt_loss_terms on_backward_end",
+    "judges_input": "apt_configure apt_transform_model apt_trainable",
     "fatal_among_processes": "apt_loss_terms",
     "sets_modes": "on_plugin_enabled on_training_start on_epoch_start on_step_start "
     "apt_load_state_dict",

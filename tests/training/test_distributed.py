@@ -78,7 +78,7 @@ PLUGINS = """
 import math
 import torch
 from torch import nn
-from apt_core import ProviderSpec, StopTraining, hookimpl
+from apt_core import ProviderSpec, StopTraining, TrainableStage, hookimpl
 from apt_core.data.packing.rows import IGNORED
 from apt_core.modeling.layers import SwiGLU, SwiGLUProvider
 
@@ -215,6 +215,16 @@ class Uneven(Base):
             terms["late"] = ((seen["late"] ** 2).mean(-1) * counted).sum() / counted.sum()
         return terms
 
+class Staged(Base):
+    @hookimpl
+    def apt_trainable(self):
+        return [
+            TrainableStage(freeze=["embedding", "attention"]),
+            TrainableStage(thaw=["attention"], at=3),
+            TrainableStage(thaw=["embedding"], freeze=["ffn"], at=5),
+            TrainableStage(thaw=["ffn"], at=7),
+        ]
+
 class Types(Base):
     '''Of which type a layer finds its weights and its input, and where nobody asks for autocast.'''
     @hookimpl
@@ -347,6 +357,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, forks: Any) -> Runs:
         manager.register(plugins["Uneven"]({"rank": 0}), "uneven")
         whole = {"training__batch_size": 1, "training__grad_accum_steps": 8}
         runs.alone(f"alone_uneven_{optimizer}", manager, keys={**UNEVEN, **whole, **by})
+        manager = PluginManager()
+        manager.register(plugins["Staged"]({"rank": 0}), "staged")
+        runs.alone(f"alone_staged_{optimizer}", manager, keys=by)
     runs.alone("alone_half", stop_at_step=HALF)
     half = {"stop_at_step": HALF}
     sharded = {"hardware__distributed": "fsdp"}
@@ -381,6 +394,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory, forks: Any) -> Runs:
                 runs.job(f"{name}_uneven_{optimizer}", plugin="Uneven", **UNEVEN, **four, **keys)
                 for name, how in (("ddp", {}), ("fsdp", sharded))
                 for optimizer, keys in (("adamw", how), ("muon", {**how, **muon}))
+            ),
+            *(
+                runs.job(
+                    f"{name}_staged_{optimizer}{part}",
+                    plugin="Staged",
+                    options=options(f"{name}_staged_{optimizer}_half"),
+                    training__grad_accum_steps=2,
+                    training__batch_size=2,
+                    **keys,
+                )
+                for name, how in (("ddp", {}), ("fsdp", sharded))
+                for optimizer, keys in (("adamw", how), ("muon", {**how, **muon}))
+                for part, options in (
+                    ("", lambda _: {}),
+                    ("_half", lambda _: half),
+                    ("_on", lambda at: {"resume_from": str(runs.checkpoint(at, HALF))}),
+                )
             ),
             runs.job(
                 "NeverFinite", plugin="NeverFinite", training__max_nonfinite_steps=2, **sharded
@@ -472,6 +502,22 @@ def test_parameters_without_a_gradient_in_a_process_or_in_all_learn_as_in_one(
         expected = runs.tensors(alone, part)
         torch.testing.assert_close(runs.tensors(name, part), expected, rtol=1e-4, atol=1e-5)
         assert any("ffn.never" in tensor for tensor in expected) == (part != "optimizer")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_stages_of_the_trainable_set_are_those_of_one_process_and_are_resumed_to_the_bit(
+    runs: Runs, sharding: str, optimizer: str
+) -> None:
+    name, alone = f"{sharding}_staged_{optimizer}", f"alone_staged_{optimizer}"
+    assert figures(runs.rows(name)) == pytest.approx(figures(runs.rows(alone)), rel=3e-6)
+    for part in PARTS:
+        found = runs.tensors(name, part)
+        torch.testing.assert_close(found, runs.tensors(alone, part), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(runs.tensors(f"{name}_on", part), found, rtol=0, atol=0)
+    held = runs.tensors(f"{name}_half", "optimizer", HALF)
+    frozen = runs.tensors(name).keys() - {key.partition("//")[0] for key in held}
+    assert frozen == {"embedding.weight"}
 
 
 @pytest.mark.parametrize("name", ["narrow", "uneven_narrow"])

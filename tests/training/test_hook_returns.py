@@ -35,7 +35,7 @@ from apt_core.markers import ignored
 from apt_core.plugin_manager import PluginManager
 from apt_core.runs import checkpoint
 from apt_core.testing import TinyRun, tiny_run
-from apt_core.types import GenerationRequest, Message, RewrittenPrompt, Source
+from apt_core.types import GenerationRequest, Message, RewrittenPrompt, Source, TrainableStage
 
 # The calls --------------------------------------------------------------------------------------
 
@@ -46,6 +46,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "apt_register_config": {},
     "apt_build_provider": {"spec": NORM, "config": None},
     "apt_param_groups": {"model": MODEL},
+    "apt_trainable": {"config": None},
     "apt_costs": {"config": None},
     "apt_loss_terms": {"trainer": None, "batch": BATCH, "output": None},
     "apt_metrics": {"trainer": None},
@@ -61,6 +62,10 @@ RIGHT: dict[str, list[tuple[Any, Any]]] = {
     "apt_register_config": [
         (iter(section("a.b", Settings, schedule_params=["x"], names=UserDict(k="norm"))),
          section("a.b", Settings, schedule_params=("x",), names={"k": "norm"})),
+    ],
+    "apt_trainable": [
+        (iter([TrainableStage(["a"], iter(["b"]), "epoch", Whole(2))]),
+         [TrainableStage(("a",), ("b",), "epoch", 2)]),
     ],
     "apt_param_groups": [
         ([OrderedDict(params=iter([MODEL.weight]), lr_scale=Whole(2))], group(lr_scale=2.0)),
