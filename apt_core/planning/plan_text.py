@@ -55,12 +55,19 @@ def _print_stages(console: Console, plan: dict[str, Any]) -> None:
 
     per_epoch = plan["batch"]["steps_per_epoch"] is not None
     table = Table(box=None, header_style="bold")
-    for column in ("stage", "from"):
-        table.add_column(column, no_wrap=True)
+    table.add_column("stage", overflow="fold")
+    table.add_column("from", no_wrap=True)
     time = "epoch" if per_epoch else "1M tokens"
-    frozen = any(stage["params_trained"] != stage["params_total"] for stage in plan["stages"])
-    trained = ["trained"] if frozen else []
-    for column in ("parameters", "active", *trained, "memory", "FLOPs/token", time):
+    counts = {"parameters": "params_total", "active": "params_active", "trained": "params_trained"}
+
+    def tells(key: str) -> bool:
+        return any(stage[key] != stage["params_total"] for stage in plan["stages"])
+
+    if tells(counts["trained"]):
+        counts = {name: key for name, key in counts.items() if name == "parameters" or tells(key)}
+    else:
+        del counts["trained"]
+    for column in (*counts, "memory", "FLOPs/token", time):
         table.add_column(column, justify="right", no_wrap=True)
     for stage in plan["stages"]:
         unit = next(u for u in ("epoch", "step", "token") if stage[u] is not None)
@@ -69,9 +76,7 @@ def _print_stages(console: Console, plan: dict[str, Any]) -> None:
         table.add_row(
             stage["name"],
             f"{unit} {stage[unit]}",
-            _count(stage["params_total"]),
-            _count(stage["params_active"]),
-            *([_count(stage["params_trained"])] if frozen else []),
+            *(_count(stage[key]) for key in counts.values()),
             gib(stage["memory"]["total"]),
             _flops(None if flops is None else flops + extra),
             "unknown" if seconds is None else _duration(seconds),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from logging import DEBUG
@@ -17,6 +18,7 @@ from apt_core.modeling.blame import attributed
 from apt_core.planning.memory import out_of_memory
 from apt_core.runs.checkpoint import Checkpoint
 from apt_core.runs.layout import TOKENIZER
+from apt_core.runs.run_state import Trainable
 from apt_core.training.curriculum.switching import Switching
 from apt_core.training.diverging import diverged, void_steps
 from apt_core.training.loop import Loop
@@ -29,7 +31,8 @@ log = get_logger("apt.training")
 @dataclass
 class RunResult:
     """How a run ended. ``status`` is finished, stopped (by a plugin) or interrupted (by a signal);
-    ``figures`` holds the final losses, ``sample`` the continuation."""
+    ``figures`` holds the final losses, ``sample`` the continuation, ``trainable`` the stages of the
+    trainable set that have begun."""
 
     status: str
     step: int
@@ -40,6 +43,7 @@ class RunResult:
     sample: str = ""
     reason: str = ""
     exit_code: int = 0
+    trainable: Sequence[Trainable] = ()
 
 
 class Run:
@@ -168,6 +172,7 @@ class Run:
             sample=sample,
             reason=reason,
             exit_code=exit_code,
+            trainable=tuple(self._progress.trainable),
         )
         self._manifest.write(status, figures=result.figures, sample=sample, reason=reason)
         self._record_end(status, reason, reason=reason)

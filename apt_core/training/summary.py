@@ -72,6 +72,18 @@ def summary_lines(result: RunResult, kernel: Kernel) -> list[str]:
             f"perplexity {figures['val_ppl']:.2f}{accuracy}, on {figures['val_tokens']:,} tokens"
         )
     lines += _task_lines(figures)
+    for stage in result.trainable:
+        changed = [
+            f"{count:,} {what} ({', '.join(parts)})"
+            for what, parts, count in (
+                ("frozen", stage.frozen, stage.frozen_parameters),
+                ("thawed", stage.thawed, stage.thawed_parameters),
+            )
+            if parts
+        ]
+        lines.append(
+            f"from step {stage.step}: {stage.trained:,} parameters trained; {', '.join(changed)}"
+        )
     used = [
         f"{row.kind}:{row.used}" + (f" (asked: {row.asked}; {row.reason})" if row.reason else "")
         for row in kernel.registry.resolutions.values()

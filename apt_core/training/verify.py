@@ -16,7 +16,9 @@ from apt_core.errors import TrainingError
 from apt_core.parallel.child_process import apt_train_command
 from apt_core.runs import checkpoint
 from apt_core.runs.checkpoint import Checkpoint
+from apt_core.runs.checkpoint_parts import listed
 from apt_core.runs.compare import compare_runs
+from apt_core.training.curriculum.model_modes import PARAMETER
 
 RECORDS = "the state: plugin_records"
 """Differs by the texts of tracebacks; failures are reported in the notes instead."""
@@ -118,6 +120,13 @@ def _verdict(whole: Path, killed: Path, half: int, steps: int) -> Verdict:
         notes.append(
             f"nothing was compared of {', '.join(waiting)}, not enabled after {steps} steps: "
             "bring the schedule forward (schedules.enable_…_at_step) to try a resume with it"
+        )
+    modes = expected.state.modes
+    frozen = [name for name in modes.staged if not modes.now.get(f"{PARAMETER}{name}", True)]
+    if frozen:
+        notes.append(
+            f"{listed(frozen)}: frozen after {steps} steps, so that nothing was compared of a "
+            "stage that thaws it later: bring that forward, or compare more steps (--stop-at-step)"
         )
     return Verdict(found.compared, [str(each) for each in told if not each.foreign], notes)
 
