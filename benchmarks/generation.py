@@ -28,6 +28,7 @@ from _llama_cpp import LlamaCpp, write_gguf
 from apt_core import GenerationRequest
 from apt_core.data.tokenizers.base import CoreTokenizer
 from apt_core.inference import Engine
+from apt_core.modeling.row_decoding import LargePages
 from apt_core.runs import Session
 from apt_core.testing import tiny_session
 
@@ -186,8 +187,9 @@ def bandwidth(threads: int) -> float:
     """Bytes per second of the fastest of large reads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    matrix, vector = torch.ones(8192, 8192), torch.ones(8192)
-    copy = torch.empty_like(matrix)
+    pages = LargePages()  # as weights have them
+    matrix, vector = pages.copy(torch.ones(8192, 8192)), torch.ones(8192)
+    copy = pages.copy(matrix)
     best = 0.0
     for read, factor in (
         (lambda: matrix.sum(), 1),
@@ -282,20 +284,24 @@ def first_token(
 def share_of_bandwidth(
     report: Report, size: Size, session: Session, llama: LlamaForCausalLM, threads: int, rounds: int
 ) -> None:
-    """Tokens after a prompt of one, by the fastest round, as the bandwidth is that of the fastest
-    read; both are measured in turns."""
-    engine, tokens = Engine(session, max_batch=1, lookup="never"), 3 * size.tokens
-    generated = ours(engine, prompts(1, 1), tokens)
-    generated()
-    fastest, read = float("inf"), 0.0
+    """Tokens after a prompt of one, plain and compiled, by the fastest round, as the bandwidth is
+    that of the fastest read; all are measured in turns."""
+    tokens, read = 3 * size.tokens, 0.0
+    sides, fastest = {}, {}
+    for name, compiled in (("", False), ("_compiled", True)):
+        engine = Engine(session, max_batch=1, lookup="never", compiled=compiled)
+        sides[name], fastest[name] = ours(engine, prompts(1, 1), tokens), float("inf")
+    agreement(sides[""](), sides["_compiled"]())
     for _ in range(2 * rounds):
-        started = time.perf_counter()
-        generated()
-        fastest = min(fastest, time.perf_counter() - started)
+        for name, generated in sides.items():
+            started = time.perf_counter()
+            generated()
+            fastest[name] = min(fastest[name], time.perf_counter() - started)
         read = max(read, bandwidth(threads))
     report.add("bandwidth_GB_per_s", round(read / 1e9, 2))
-    share = weight_bytes(llama) * tokens / fastest / read
-    report.add(f"share_of_bandwidth_{size.name}", round(share, 3))
+    for name, seconds in fastest.items():
+        share = weight_bytes(llama) * tokens / seconds / read
+        report.add(f"share_of_bandwidth_{size.name}{name}", round(share, 3))
 
 
 @torch.no_grad()

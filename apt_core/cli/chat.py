@@ -11,7 +11,17 @@ from typing import Annotated
 import typer
 
 from apt_core.cli.run_command import run_command
-from apt_core.cli.run_options import Debug, Device, Plugins, Run, Set, Step, Weights, opened
+from apt_core.cli.run_options import (
+    Compile,
+    Debug,
+    Device,
+    Plugins,
+    Run,
+    Set,
+    Step,
+    Weights,
+    opened,
+)
 from apt_core.cli.sampling_options import (
     DEFAULTS,
     MaxNewTokens,
@@ -54,6 +64,7 @@ def chat(
     repetition_penalty: RepetitionPenalty = DEFAULTS.repetition_penalty,
     stop: Stop = None,
     seed: Seed = DEFAULTS.seed,
+    compile_: Compile = False,
     step: Step = None,
     weights: Weights = "last",
     device: Device = "auto",
@@ -100,7 +111,8 @@ def chat(
             data = {} if session.checkpoint is None else data_row(session.checkpoint)
             chosen = format_for(session.tokenizer, forms_of(data))
             notice = chosen.notice
-        Chat(Engine(session, max_batch=1), request, chosen, conversation).run(notice)
+        engine = Engine(session, max_batch=1, compiled=compile_)
+        Chat(engine, request, chosen, conversation).run(notice)
     return 0
 
 

@@ -17,7 +17,7 @@ from typer.core import TyperCommand
 from apt_core.cli.output import KEPT, complain, json_text, output_apart
 from apt_core.cli.prompts import Prompt, is_there, read_prompts, split_run
 from apt_core.cli.run_command import run_command
-from apt_core.cli.run_options import Debug, Device, Plugins, Set, Step, Weights, opened
+from apt_core.cli.run_options import Compile, Debug, Device, Plugins, Set, Step, Weights, opened
 from apt_core.cli.sampling_options import (
     DEFAULTS,
     MaxNewTokens,
@@ -115,6 +115,7 @@ def generate(
     json: Annotated[
         bool, typer.Option("--json", help="Print a line of JSON for each text.")
     ] = False,
+    compile_: Compile = False,
     step: Step = None,
     weights: Weights = "last",
     device: Device = "auto",
@@ -185,7 +186,12 @@ def generate(
                 for number in range(num_samples)
             ]
             return write_all(
-                Engine(session), requests, writer, num_samples, stream=stream, cite=not json
+                Engine(session, compiled=compile_),
+                requests,
+                writer,
+                num_samples,
+                stream=stream,
+                cite=not json,
             )
 
 

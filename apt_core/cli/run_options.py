@@ -45,6 +45,14 @@ Set = Annotated[
         "--set", help="Set a key of a plugin's section, as in model.voting.k=5; repeatable."
     ),
 ]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Compile what a single text is computed by on a CPU: it takes about 20 seconds at the "
+        "first token, and a C++ compiler; tokens are faster then.",
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug messages.")]
 
 

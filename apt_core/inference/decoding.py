@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from apt_core.device import autocast
+from apt_core.error_text import one_line
 from apt_core.inference.slots import Slots
 from apt_core.inference.texts import Text, window_start
 from apt_core.log import get_logger
 from apt_core.modeling.casts import KeptCasts
+from apt_core.modeling.compiled_rows import Compiler
 from apt_core.modeling.row_decoding import CALLED, Int8Products, Products
 from apt_core.parallel.world import local_part
 from apt_core.runs.session import Session
@@ -48,8 +50,10 @@ class Decoder:
         max_seq_len: int,
         dtype: torch.dtype | None = None,
         int8: bool = False,
+        compiled: bool = False,
     ) -> None:
         """``dtype`` is the type in which the model is computed by autocast, None for none."""
+        self._compiler = Compiler() if compiled else None
         self._model, self._device, self._max_seq_len = model, device, max_seq_len
         self._dtype, self._casts, self._int8 = dtype, KeptCasts(model), int8
         self._readers: dict[Text, _Reader] = {}
@@ -77,10 +81,27 @@ class Decoder:
             computed = self._model.rows(products)
             if isinstance(products, Int8Products):
                 log.info("int8 weights in %d of %d products", products.used, products.number)
+        if self._compiler is not None:
+            self._compile(computed, self._compiler)
         if computed is not None:
             self._slots = Slots(
                 self._model, computed, device=self._device, max_seq_len=self._max_seq_len
             )
+
+    def _compile(self, rows: Any, compiler: Compiler) -> None:
+        """Compile what one token is computed by, or say why not."""
+        if self._device.type != "cpu" or self._dtype is not None:
+            reason = "only decoding in fp32 on a CPU is compiled"
+        elif not hasattr(rows, "compile"):
+            reason = f"{type(self._model).__name__} has nothing to compile"
+        else:
+            try:
+                number = rows.compile(compiler)
+                log.info("decoding of a token is compiled in %d blocks", number)
+                return
+            except Exception as error:  # what the model raises, it raises again uncompiled
+                reason = one_line(error)
+        log.warning("decoding is not compiled: %s", reason)
 
     def kept_casts(self) -> AbstractContextManager[object]:
         """A context in which torch keeps the casts of weights from one autocast context to the

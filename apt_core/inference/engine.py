@@ -37,6 +37,7 @@ class Engine:
     what they have said before, several tokens a step; ``auto`` does so where it is faster. It
     changes no token (:data:`apt_core.inference.lookup.TIE`). ``int8`` rounds weights to 8 bits
     where that is faster on this CPU, which changes results a little; there is no look-up then.
+    ``compiled`` compiles what a single text is computed by on a CPU, when its first token is made.
 
     One thread computes with an engine at a time; another one is refused meanwhile. Engines may
     share a session, in one thread.
@@ -49,6 +50,7 @@ class Engine:
         max_batch: int = 16,
         lookup: Lookup = "auto",
         int8: bool = False,
+        compiled: bool = False,
     ) -> None:
         """Raises ConfigError for settings that are not valid."""
         if max_batch < 1:
@@ -63,6 +65,7 @@ class Engine:
             max_seq_len=session.config.model.max_seq_len,
             dtype=dtype_for(session),
             int8=int8,
+            compiled=compiled,
         )
         self._waiting: deque[Row] = deque()
         self._active: list[Row] = []

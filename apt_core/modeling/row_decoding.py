@@ -70,6 +70,11 @@ class RowStep:
         self._indices: dict[tuple[int, int], Tensor] = {}
         self._tables: dict[Any, Tensor] = {}
 
+    @classmethod
+    def example(cls) -> RowStep:
+        """A step of one token, the first of its text, on the CPU."""
+        return cls(torch.zeros(1, 1, dtype=torch.int64), first=0, span=1, mask=False, last=0)
+
     @property
     def ends(self) -> Sequence[int]:
         """The place after each row's last token."""
@@ -275,7 +280,6 @@ def _pages(size: int) -> Tensor:
     return tensor[before : before + size // 4]
 
 
-
 class Products:
     """Makes the functions that multiply by a weight, once for many steps. ``dtype`` is the type of
     autocast in which they will be called, None for none: weights are cast to it here.
@@ -461,7 +465,18 @@ def function_of(module: nn.Module, products: Products) -> Function:
     if plain and takes_part(module, "decoding"):
         made: Function = module.decoding(products)
         return made
-    return lambda x: call_as_ever(module, x[None])[0]
+    return CalledAsEver(module)
+
+
+class CalledAsEver:
+    """A function of x [N, D] that calls ``module`` with x [1, N, D]; what else the module does with
+    a call is not known."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return call_as_ever(self._module, x[None])[0]
 
 
 def call_as_ever(module: nn.Module, x: Tensor) -> Tensor:

@@ -12,7 +12,17 @@ import typer
 from apt_core import ConfigError, Problem
 from apt_core.cli.output import say
 from apt_core.cli.run_command import run_command
-from apt_core.cli.run_options import Debug, Device, Plugins, Run, Set, Step, Weights, opened
+from apt_core.cli.run_options import (
+    Compile,
+    Debug,
+    Device,
+    Plugins,
+    Run,
+    Set,
+    Step,
+    Weights,
+    opened,
+)
 from apt_plugins.serve.limits import Limits
 
 DEFAULTS = Limits()
@@ -84,6 +94,7 @@ def serve(
     int8: Annotated[
         bool, typer.Option("--int8", help="Round weights to 8 bits where that is faster.")
     ] = False,
+    compile_: Compile = False,
     step: Step = None,
     weights: Weights = "last",
     device: Device = "auto",
@@ -155,6 +166,7 @@ def serve(
                 model=model_name or session.config.name,
                 log_access=access_log,
                 int8=int8,
+                compiled=compile_,
                 ready=lambda line: announce(f"{line}: {url_of(sock)}"),
             )
 

@@ -33,6 +33,7 @@ def serve_session(
     chat_format: ChatFormat | None = None,
     log_access: bool = True,
     int8: bool = False,
+    compiled: bool = False,
     ready: Callable[[str], None] = lambda line: None,
     interrupts: Interrupts | None = None,
     later: Later = by_the_loop,
@@ -46,7 +47,7 @@ def serve_session(
         data = {} if session.checkpoint is None else data_row(session.checkpoint)
         chat_format = format_for(session.tokenizer, forms_of(data))
     worker = Worker(
-        lambda: Engine(session, max_batch=limits.max_batch, int8=int8),
+        lambda: Engine(session, max_batch=limits.max_batch, int8=int8, compiled=compiled),
         max_answers=limits.max_answers,
     )
     application = Application(

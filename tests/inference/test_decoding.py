@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from apt_core import GenerationRequest, hookimpl
 from apt_core.inference import Engine
 from apt_core.inference.lookup import TRIAL, Guesses, Payoff
 from apt_core.inference.texts import window_start
+from apt_core.modeling import compiled_rows, row_decoding
 from apt_core.modeling.layers import TVAAttention
 from apt_plugins.moe.experts import Experts
 from apt_plugins.moe.layer import MoELayer
@@ -42,6 +44,9 @@ LAYERS = {
     "gelu": {"model.ffn_name": "gelu", "model.tie_embeddings": False},
     "experts": {},
 }
+EAGER = ("tva with a compensator", "factored tva")
+"""Those whose attentions compute their projections themselves."""
+
 SHAPE = {"model.num_heads": 4, "model.num_layers": 2, "model.max_seq_len": 32}
 
 
@@ -79,8 +84,20 @@ def greedy(prompts, tokens):
     ]
 
 
+class Uncompiled:
+    """What the compiler would have made of a graph."""
+
+    def __init__(self, graph, inputs):
+        self._graph = graph
+
+    def boxed_run(self, inputs):
+        return [self._graph(*inputs)]
+
+
 @pytest.mark.parametrize("name", LAYERS)
-def test_batches_caches_and_guesses_change_no_greedy_token(lively, name):
+def test_batches_caches_and_guesses_change_no_greedy_token(lively, name, monkeypatch, caplog):
+    monkeypatch.setattr(compiled_rows, "_loaded", Uncompiled)
+    caplog.set_level("INFO", "apt.inference")
     session = made(lively, name)
     # Some texts grow beyond the context, some end early, so that slots change owners.
     requests = greedy(PROMPTS, (44, 5, 30))
@@ -90,10 +107,13 @@ def test_batches_caches_and_guesses_change_no_greedy_token(lively, name):
         Engine(session, max_batch=4, lookup="never"),
         Engine(session, max_batch=1, lookup="never"),
         Engine(session, max_batch=3, lookup="always"),
+        Engine(session, max_batch=1, lookup="never", compiled=True),
     ):
         for _ in range(2):  # the second time from what caches still hold
             assert [result.token_ids for result in engine.run(requests)] == expected
         assert engine._decoder._slots is not None and len(engine._decoder) == 0
+    number = 0 if name in EAGER else 2
+    assert f"decoding of a token is compiled in {number} blocks" in caplog.text
 
 
 class Stateful(nn.Module):
@@ -303,8 +323,6 @@ def test_look_up_stops_where_it_does_not_pay_and_is_tried_again():
 
 
 def test_int8_weights_are_used_where_they_are_faster_and_change_little(lively, caplog, monkeypatch):
-    from apt_core.modeling import row_decoding
-
     monkeypatch.setattr(row_decoding, "_faster", lambda *functions: True)
     caplog.set_level("INFO", "apt.inference")
     session = lively(overrides={"model.d_model": 64, "model.d_ff": 64})
@@ -319,6 +337,28 @@ def test_int8_weights_are_used_where_they_are_faster_and_change_little(lively, c
         weight, x = torch.randn(shape), torch.randn(3, shape[1])
         torch.testing.assert_close(products.of(weight)(x), x @ weight.T, atol=0.2, rtol=0.02)
     assert (products.used, products.number) == (1, 4)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_layers_of_one_shape_share_what_is_compiled():
+    compiler, x = compiled_rows.Compiler(), torch.randn(1, 256)
+    with torch.no_grad():
+        for _ in range(2):
+            weight = torch.randn(256, 256)
+            product = row_decoding.Products().of(weight)
+            compiled = compiler.compiled(lambda x: product(x) + x, torch.zeros(1, 256))  # noqa: B023
+            torch.testing.assert_close(compiled(x), x @ weight.T + x)
+    assert len(compiler._made) == 1
+
+
+def test_what_cannot_be_compiled_is_said_and_computed_as_ever(session, monkeypatch, caplog):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/no/compiler"))
+    request = GenerationRequest("The ", max_new_tokens=6, temperature=0.0)
+    (plain,) = Engine(session).run([request])
+    engine = Engine(session, compiled=True)
+    assert [engine.run([request]), engine.run([request])] == [[plain], [plain]]
+    (message,) = [r.getMessage() for r in caplog.records if r.name == "apt.inference"]
+    assert message.startswith("decoding is not compiled: ") and "/no/compiler" in message
 
 
 def test_a_decoder_may_look_ahead_without_a_trace(lively):
@@ -360,8 +400,6 @@ def test_a_decoder_may_look_ahead_without_a_trace(lively):
 
 
 def test_products_are_those_of_the_weight_in_every_layout(monkeypatch):
-    from apt_core.modeling import row_decoding
-
     generator = torch.Generator().manual_seed(0)
     for packed, halved in ((1000, (100, 8)), (1000, (2000, 8)), (10**6, (100, 8))):
         monkeypatch.setattr(row_decoding, "LEAST_PACKED", packed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt_core.log import get_logger
+from apt_core.modeling.compiled_rows import Compiled, Compiler
 from apt_core.modeling.growth import (
     CannotGrow,
     Larger,
@@ -21,10 +22,12 @@ from apt_core.modeling.growth import (
     resized,
 )
 from apt_core.modeling.init import embedding_std, normal_
+from apt_core.modeling.layers.attention_rows import AttentionRows
 from apt_core.modeling.layers.ngram import NgramEmbedding
 from apt_core.modeling.masks import are_documents, check_documents, document_mask, takes_documents
 from apt_core.modeling.plain import NotPlain, PlainParts, plain_parts, without_form
 from apt_core.modeling.row_decoding import (
+    CalledAsEver,
     Function,
     Products,
     Rows,
@@ -142,11 +145,45 @@ class BlockRows:
         return x + self.ffn(self.ffn_norm(x))
 
 
+class CompiledBlockRows:
+    """A :class:`BlockRows` whose functions of one token are compiled: what is before the cache, and
+    what is after it."""
+
+    def __init__(self, block: BlockRows, attention: AttentionRows, compiler: Compiler) -> None:
+        self._block, self._attention = block, attention
+
+        def before(x: Tensor, *turns: Tensor) -> Tensor:
+            return attention.packed(block.attention_norm(x), *turns)
+
+        def after(x: Tensor, mixed: Tensor) -> Tensor:
+            x = x + attention.read_out(mixed)
+            return x + block.ffn(block.ffn_norm(x))
+
+        x, step = attention.example, RowStep.example()
+        turns = attention.turns(step)
+        mixed = attention.mixed(before(x, *turns), step)
+        self._before: Compiled = before
+        if not isinstance(block.attention_norm, CalledAsEver):
+            self._before = compiler.compiled(before, x, *turns)
+        self._after: Compiled = after
+        if not isinstance(block.ffn_norm, CalledAsEver) and not isinstance(block.ffn, CalledAsEver):
+            self._after = compiler.compiled(after, x, mixed)
+
+    def __call__(self, x: Tensor, step: RowStep) -> Tensor:
+        """x [N, D] to [N, D]."""
+        if step.size > 1:
+            return self._block(x, step)
+        attention = self._attention
+        packed = self._before(x, *attention.turns(step))
+        return self._after(x, attention.mixed(packed, step))
+
+
 class GPTRows:
     """A :class:`GPT` for decoding rows; ``reach`` is how many ids before a token it asks for."""
 
     def __init__(self, model: GPT, blocks: Sequence[BlockRows], products: Products) -> None:
         self._model, self._blocks = model, blocks
+        self._steps: Sequence[Callable[[Tensor, RowStep], Tensor]] = blocks
         self.caches = [block.attention.cache for block in blocks]
         self.reach = 0 if model.ngram is None else model.ngram.reach
         self._final_norm = function_of(model.final_norm, products)
@@ -166,13 +203,26 @@ class GPTRows:
         x = x.flatten(0, 1)
         if self._embedding_norm is not None:
             x = self._embedding_norm(x)
-        for block in self._blocks:
+        for block in self._steps:
             x = block(x, step)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits [n, V] of states [n, D] of :meth:`hidden`."""
         return self._model.capped(self._project(self._final_norm(hidden)))
+
+    def compile(self, compiler: Compiler) -> int:
+        """Compile what one token is computed by, in as many blocks as are returned. Raises what
+        ``compiler`` raises, and nothing is compiled then."""
+        blocks: list[Callable[[Tensor, RowStep], Tensor]] = []
+        for block in self._blocks:
+            attention = block.attention
+            if isinstance(attention, AttentionRows) and attention.compilable:
+                blocks.append(CompiledBlockRows(block, attention, compiler))
+            else:
+                blocks.append(block)
+        self._steps = blocks
+        return sum(isinstance(block, CompiledBlockRows) for block in blocks)
 
 
 class _Context:

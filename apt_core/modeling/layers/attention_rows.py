@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apt_core.modeling.layers.rope import paired, turning
+from apt_core.modeling.layers.rope import PairTurn, Turn, paired, turning
 from apt_core.modeling.row_decoding import Function, Products, RowCache, RowStep
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -51,7 +51,7 @@ class AttentionRows:
         self._qk_heads = num_heads + num_kv_heads, num_kv_heads
         self._width, self._mixed_width = width, num_heads * width
         self._grouped = num_heads != num_kv_heads
-        self._turn: Callable[[Tensor, RowStep], Tensor] | None = None
+        self._turn: Turn | None = None
         if rotary is not None:
             # Scores do not depend on the order of the places of a head, if q and k have the same.
             pair = paired(rotary, products) if project is None else None
@@ -68,23 +68,47 @@ class AttentionRows:
             self._project = products.of(qkv_weight)
         else:
             self._project = lambda x: project(x, qkv_weight)
-        self._read_out: Function
+        self.read_out: Function
+        """What was attended to [N, H*R] to [N, D]."""
         if read_out is None:
-            self._read_out = products.of(out_weight)
+            self.read_out = products.of(out_weight)
         else:
-            self._read_out = lambda x: read_out(x.view(len(x), -1, width), out_weight)
+            self.read_out = lambda x: read_out(x.view(len(x), -1, width), out_weight)
         self._attend = attend
+        own = project is None and read_out is None
+        self.compilable = own and (self._turn is None or isinstance(self._turn, PairTurn))
+        """Whether all but the cache is known to be operations of torch alone."""
+        self.example = out_weight.new_zeros(1, out_weight.shape[0])
+        """An x of one token."""
 
     def __call__(self, x: Tensor, step: RowStep) -> Tensor:
         """x [N, D] of the new tokens of a step's rows to [N, D]."""
-        size, width = step.size, self._width
-        packed = self._project(x).view(size, -1, width)
-        if self._qk_scales is not None:
-            qk, v = packed.split_with_sizes(self._qk_heads, 1)
-            qk = F.rms_norm(qk, (width,), eps=self._qk_eps) * self._qk_scales
-            packed = torch.cat([qk.to(v.dtype), v], 1)
+        packed = self._packed(x)
         if self._turn is not None:
             packed = self._turn(packed, step)
+        return self.read_out(self.mixed(packed, step))
+
+    def turns(self, step: RowStep) -> tuple[Tensor, ...]:
+        """What :meth:`packed` needs of a step."""
+        return (self._turn.turns(step),) if isinstance(self._turn, PairTurn) else ()
+
+    def packed(self, x: Tensor, *turns: Tensor) -> Tensor:
+        """x [N, D] to the queries, keys and values [N, H+2K, R], for the compiler."""
+        packed = self._packed(x)
+        return self._turn.by(packed, *turns) if isinstance(self._turn, PairTurn) else packed
+
+    def _packed(self, x: Tensor) -> Tensor:
+        """:meth:`packed`, not turned yet."""
+        packed = self._project(x).view(len(x), -1, self._width)
+        if self._qk_scales is not None:
+            qk, v = packed.split_with_sizes(self._qk_heads, 1)
+            qk = F.rms_norm(qk, (self._width,), eps=self._qk_eps) * self._qk_scales
+            packed = torch.cat([qk.to(v.dtype), v], 1)
+        return packed
+
+    def mixed(self, packed: Tensor, step: RowStep) -> Tensor:
+        """Queries, keys and values [N, H+2K, R] of the new tokens to what they attend to [N, H*R];
+        keys and values are added to the cache."""
         q, new = packed.split_with_sizes(self._heads, 1)
         k, v = self.cache.update(step, new)
         if step.length == 1:
@@ -92,7 +116,7 @@ class AttentionRows:
         else:
             q = q.unflatten(0, (step.batch, step.length)).transpose(1, 2)
             mixed = self._attended(q, k, v, step).transpose(1, 2)
-        return self._read_out(mixed.reshape(size, self._mixed_width))
+        return mixed.reshape(step.size, self._mixed_width)
 
     def _attended(self, q: Tensor, k: Tensor, v: Tensor, step: RowStep) -> Tensor:
         """q [B, H, T, R], k and v [B, K, S, R] to [B, H, T, R]."""

@@ -155,24 +155,45 @@ def paired(rotary: nn.Module, products: Products) -> Callable[[Tensor, int | Non
     return moved
 
 
-def turning(
-    rotary: nn.Module, turned: int, products: Products, *, paired: bool
-) -> Callable[[Tensor, RowStep], Tensor]:
-    """A function of x [N, heads, R], the new tokens of a step's rows, that turns the first
-    ``turned`` heads by the tokens' positions; those that are ``paired`` where they stand."""
+Turn = Callable[[Tensor, RowStep], Tensor]
+"""x [N, heads, R] of a step's new tokens to the same, with queries and keys turned."""
+
+
+def turning(rotary: nn.Module, turned: int, products: Products, *, paired: bool) -> Turn:
+    """What turns the first ``turned`` heads by the tokens' positions; those that are ``paired``
+    where they stand."""
     if not paired:
         return lambda x, step: _turned_by(rotary, x, turned, step)
-    width, half = rotary.head_dim, rotary.head_dim // 2
-    cos, sin = rotary.cos[..., half:], rotary.sin[..., half:]
-    key = width, rotary.theta, rotary.scaling
-    turns = products.shared(key, lambda: torch.complex(cos, sin))
+    return PairTurn(rotary, turned, products)
 
-    def turn(x: Tensor, step: RowStep) -> Tensor:
-        pairs = x.as_strided((step.size, turned, half, 2), (x.stride(0), width, 2, 1))
-        torch.view_as_complex(pairs).mul_(step.table(key, turns))
+
+class PairTurn:
+    """Turns the first ``turned`` heads as complex numbers: pairs stand next to each other."""
+
+    def __init__(self, rotary: nn.Module, turned: int, products: Products) -> None:
+        self._turned, self._width, self._half = turned, rotary.head_dim, rotary.head_dim // 2
+        cos, sin = rotary.cos[..., self._half :], rotary.sin[..., self._half :]
+        self._key = rotary.head_dim, rotary.theta, rotary.scaling
+        self._turns = products.shared(self._key, lambda: torch.complex(cos, sin))
+        self._pairs = torch.view_as_real(self._turns)
+
+    def __call__(self, x: Tensor, step: RowStep) -> Tensor:
+        shape, strides = (step.size, self._turned, self._half, 2), (x.stride(0), self._width, 2, 1)
+        pairs = x.as_strided(shape, strides)
+        torch.view_as_complex(pairs).mul_(step.table(self._key, self._turns))
         return x
 
-    return turn
+    def turns(self, step: RowStep) -> Tensor:
+        """The cosines and sines of the new tokens [N, 1, R/2, 2]."""
+        return step.table((*self._key, "pairs"), self._pairs)
+
+    def by(self, x: Tensor, turns: Tensor) -> Tensor:
+        """x [N, heads, R] turned by :meth:`turns`, for the compiler, which knows no complex
+        numbers."""
+        pairs = x[:, : self._turned].unflatten(2, (self._half, 2))
+        (a, b), (cos, sin) = pairs.unbind(3), turns.unbind(3)
+        found = torch.stack([a * cos - b * sin, a * sin + b * cos], 3).flatten(2)
+        return torch.cat([found, x[:, self._turned :]], 1)
 
 
 def _turned_by(rotary: nn.Module, x: Tensor, turned: int, step: RowStep) -> Tensor:
