@@ -14,7 +14,6 @@ from __future__ import annotations
 import mmap
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
@@ -272,9 +271,11 @@ def _pages(size: int) -> Tensor:
     """An fp32 tensor of ``size`` bytes that begins with a page."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size // 4)
-    held = mmap.mmap(-1, size + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without large pages
+    try:
+        held = mmap.mmap(-1, size + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         held.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel without large pages
+        return torch.empty(size // 4)
     tensor = torch.frombuffer(held, dtype=torch.float32)
     before = -tensor.data_ptr() % LARGE_PAGE // 4
     return tensor[before : before + size // 4]
