@@ -44,6 +44,7 @@ from apt_core.device import is_out_of_memory
 from apt_core.error_text import cause_of, one_line
 from apt_core.inference import generate
 from apt_core.kernel import boot
+from apt_core.modeling import ModelBuilder
 from apt_core.modeling.layers import SwiGLU
 from apt_core.parallel.peak import measured_peak_flops
 from apt_core.testing import tiny_session
@@ -133,7 +134,10 @@ ATTENTIONS = {
     "gqa": {"num_kv_heads": 1},
     "tva": {"attention_name": "tva_default"},
     "flash_v2": {"attention_name": "flash_v2"},
+    "flex": {"attention_name": "flex", "flex": {"window": 256}},
 }
+LONG = 8192
+"""Tokens of the rows in which a layer of attention is alone, against ``mha``."""
 
 
 def changed(name: str) -> Row:
@@ -150,6 +154,37 @@ def attention(name: str) -> Row:
         row.measure(report, bench)
 
     return replace(row, measure=measure)
+
+
+def measure_long(report: Report, bench: Bench, name: str) -> None:
+    """A layer of attention over ``mha``'s, forward and backward, on one long sequence."""
+    parts = ATTENTIONS[name]
+    attention_name = str(parts.get("attention_name", "mha"))
+    require_attention(attention_name)
+    shape, cuda = bench.sized(GPT2), bench.device.type == "cuda"
+    length = LONG if cuda else shape.length
+
+    def backward(name: str, parts: Mapping[str, Any]) -> Callable[[], None]:
+        sizes = {"d_model": shape.d_model, "num_heads": shape.num_heads, "max_seq_len": length}
+        kernel = boot({"name": "gpu", "model": {**sizes, "attention_name": name, **parts}})
+        layer = ModelBuilder(kernel.config, kernel.registry).build_block().attention
+        layer.to(bench.device)
+        x = torch.randn(1, length, shape.d_model, device=bench.device, requires_grad=True)
+        wanted = [x, *layer.parameters()]
+
+        def step() -> None:
+            with bench.autocast():
+                y = layer(x)
+            torch.autograd.grad(y, wanted, torch.ones_like(y))
+            bench.synchronize()
+
+        step()  # it may be compiled
+        return step
+
+    sides = {"mha": backward("mha", {}), name: backward(attention_name, parts)}
+    times = interleave(sides, baseline="mha", rounds=4 * bench.rounds, calls=1)
+    report.ratio(f"{name}_over_mha_long", times, name, over="mha")
+    report.add(f"{name}_long_ms", times.median(name) / 1e6)
 
 
 def require_attention(name: str) -> None:
@@ -290,6 +325,8 @@ ROWS: Sequence[Row] = (
     changed("average"),
     attention("gqa"),
     attention("flash_v2"),
+    attention("flex"),
+    *(Row(f"long_{name}", 8, partial(measure_long, name=name)) for name in ("flash_v2", "flex")),
     against(
         "default",
         GPT2,

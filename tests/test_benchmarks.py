@@ -402,7 +402,7 @@ def test_the_command_for_a_gpu_takes_every_row_on_a_cpu(python: Python, tmp_path
     assert raw["dry_run"] is True and raw["goals"] == []
     assert "figures only show that every row runs" in raw["notes"][0]
     outcomes = {row["row"]: row["outcome"] for row in raw["rows"]}
-    flash = {"attention_flash_v2": "not usable"}
+    flash = dict.fromkeys(("attention_flash_v2", "long_flash_v2"), "not usable")
     assert outcomes == dict.fromkeys(outcomes, "measured") | flash, ended.stderr
     for figure in (
         "apt_over_bare",
@@ -411,7 +411,8 @@ def test_the_command_for_a_gpu_takes_every_row_on_a_cpu(python: Python, tmp_path
         *(f"apt_{n}_over_apt" for n in ("muon", "fp32", "fp32_exact", "average", "50257")),
         *(f"apt_{name}_over_bare_compiled" for name in ("compiled", "graphs", "default")),
         *(f"base_{name}_over_base" for name in ("compiled", "graphs")),
-        *(f"{name}_over_apt" for name in ("tva", "gqa", "bare_50257")),
+        *(f"{name}_over_apt" for name in ("tva", "gqa", "bare_50257", "flex")),
+        "flex_over_mha_long",
         *(f"moe_E{experts}_over_dense" for experts in (8, 32, 64)),
         "saving_over_silent",
         "decoded_tokens_per_second",

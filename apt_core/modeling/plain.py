@@ -152,8 +152,11 @@ def drop_beyond(model: nn.Module, names: Collection[str]) -> dict[str, int]:
 
 
 @torch.no_grad()
-def plain_model(model: nn.Module, vocab_size: int | None = None) -> PlainModel:
-    """The plain form of ``model``, of whose vocabulary the first ``vocab_size`` ids are kept.
+def plain_model(
+    model: nn.Module, vocab_size: int | None = None, holds: Collection[str] = ()
+) -> PlainModel:
+    """The plain form of ``model``, of whose vocabulary the first ``vocab_size`` ids are kept, and
+    what ``holds`` names of what is beyond a bare form.
 
     Raises ConfigError with everything that stands against it: what is beyond a plain form and was
     not dropped, layers without one, blocks that differ from each other.
@@ -161,6 +164,8 @@ def plain_model(model: nn.Module, vocab_size: int | None = None) -> PlainModel:
     reasons: list[tuple[str, str, str]] = []  # place, message, hint
     named = set()
     for place, each in beyond_plain(model):
+        if each.name in holds:
+            continue
         hint = f"--drop {each.name} leaves it out" if each.drop is not None else ""
         reasons.append((place, each.what, hint))
         named.add(f"{place}.{each.name}")
@@ -192,7 +197,8 @@ def plain_model(model: nn.Module, vocab_size: int | None = None) -> PlainModel:
             if value != expected:
                 message = f"its {key} is {value}, that of blocks.{first} is {expected}"
                 message += ": a plain model has one for all"
-                reasons.append((f"blocks.{number}", message, ""))
+                hint = "--drop window leaves it out" if key == "window" else ""
+                reasons.append((f"blocks.{number}", message, hint))
     if not reasons:
         for key, what in (("num_heads", "attention"), ("d_ff", "feed-forward")):
             if key not in common:
@@ -300,6 +306,7 @@ def _numbers(block: PlainBlock, d_model: int, final_norm: PlainNorm) -> dict[str
     if heads:
         found |= {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": width}
         found |= {"rope": attention.rope, "qk_norm": bool(qk_norms)}
+        found["window"] = attention.window
     if ffn.gate.numel():
         found |= {"d_ff": d_ff, **numbers}
     return found

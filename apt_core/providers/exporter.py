@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from apt_core.errors import Problem
 from apt_core.providers.base import Provider
@@ -52,7 +52,13 @@ class ExportJob:
 
 class ExporterProvider(Provider, ABC):
     """Writes models in plain form for another program. Its settings are what ``apt-export
-    --option`` gives."""
+    --option`` gives.
+
+    ``holds`` names what its files can hold of what is beyond a bare plain form, and a form says
+    (:class:`~apt_core.providers.plain.Beyond`): ``window`` is attention in a window.
+    """
+
+    holds: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def check(self, shape: PlainShape, tokenizer: TokenizerProvider) -> Iterable[Problem]:

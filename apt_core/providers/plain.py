@@ -23,7 +23,9 @@ class Beyond:
     """Something in a layer or model that a plain form cannot hold.
 
     ``name`` is what ``--drop`` calls it, ``what`` says what it does to the model. ``drop`` takes it
-    away from the model; None where a model without it would be none.
+    away from the model; None where a model without it would be none. What some programs have, and a
+    form can say, is held by exporters that name it
+    (:attr:`apt_core.providers.ExporterProvider.holds`).
     """
 
     name: str
@@ -54,7 +56,8 @@ class PlainAttention:
     [K*R, D], ``out`` [D, H*R].
 
     Each key and value head serves H/K query heads that follow each other. ``q_norm`` and
-    ``k_norm``, RMSNorms [R] of every head before RoPE, are both given or both None.
+    ``k_norm``, RMSNorms [R] of every head before RoPE, are both given or both None. With a
+    ``window`` a token sees itself and the ``window - 1`` tokens before it.
     """
 
     q: Tensor
@@ -67,6 +70,7 @@ class PlainAttention:
     rope: PlainRope
     q_norm: PlainNorm | None = None
     k_norm: PlainNorm | None = None
+    window: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +132,7 @@ class PlainShape:
     num_experts: int = 0
     experts_per_token: int = 0
     renormalised: bool = True
+    window: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

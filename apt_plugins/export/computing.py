@@ -50,7 +50,10 @@ class PlainRunner:
             for weight, norm in ((form.q, form.q_norm), (form.k, form.k_norm))
         ]
         q, k, v = (each.transpose(1, 2) for each in (*turned, heads(form.v)[None]))
-        found = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        seen = torch.ones(len(x), len(x), dtype=torch.bool).tril()
+        if form.window is not None:
+            seen = seen.triu(1 - form.window)
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
         return found[0].transpose(0, 1).flatten(1) @ form.out.T
 
 

@@ -101,7 +101,7 @@ def plain_form(session: Session, exporter: ExporterProvider) -> PlainModel:
     that stands against the export."""
     problems: list[Problem] = []
     try:
-        plain = plain_model(session.model, session.tokenizer.vocab_size)
+        plain = plain_model(session.model, session.tokenizer.vocab_size, exporter.holds)
     except ConfigError as error:
         raise ConfigError(error.problems) from None
     problems += exporter.check(plain.shape, session.tokenizer)

@@ -1,5 +1,5 @@
-"""``exporter:hf``: a folder that transformers, and what reads such folders, load as Llama, Qwen3,
-Mixtral or Qwen3-MoE."""
+"""``exporter:hf``: a folder that transformers, and what reads such folders, load as Llama, Mistral,
+Qwen3, Mixtral or Qwen3-MoE."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ from apt_plugins.export.tokenizers import ExpressedTokenizer, expressed
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
@@ -57,14 +58,17 @@ def model_type(shape: PlainShape) -> str:
     """The type of model that a plain model of this shape is."""
     if shape.num_experts:
         return "qwen3_moe" if shape.qk_norm else "mixtral"
-    return "qwen3" if shape.qk_norm else "llama"
+    if shape.qk_norm:
+        return "qwen3"
+    return "llama" if shape.window is None else "mistral"
 
 
 class HFExporter(ExporterProvider):
     """``exporter:hf``; settings as :class:`FolderSettings`."""
 
     name = "hf"
-    version = "1.0.0"
+    version = "1.1.0"
+    holds = frozenset({"window"})
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
@@ -146,7 +150,7 @@ def config_of(shape: PlainShape, tokenizer: ExpressedTokenizer, dtype: str) -> d
     }
     if shape.rope.scaling is not None:
         config["rope_scaling"] = {key: rope[key] for key in rope if key != "rope_theta"}
-    if kind != "mixtral":
+    if kind not in ("mistral", "mixtral"):
         config["attention_bias"] = False
     if kind == "llama":
         config["mlp_bias"] = False
@@ -154,10 +158,15 @@ def config_of(shape: PlainShape, tokenizer: ExpressedTokenizer, dtype: str) -> d
         config |= {
             "num_local_experts": shape.num_experts,
             "num_experts_per_tok": shape.experts_per_token,
-            "sliding_window": None,
         }
-    else:
-        config |= {"use_sliding_window": False, "sliding_window": None}
+    if kind in ("qwen3", "qwen3_moe"):
+        slides = shape.window is not None
+        config |= {"use_sliding_window": slides}
+        if slides:
+            layers = ["sliding_attention"] * shape.num_layers
+            config |= {"max_window_layers": 0, "layer_types": layers}
+    if kind != "llama":
+        config["sliding_window"] = shape.window
     if kind == "qwen3_moe":
         config |= {
             "num_experts": shape.num_experts,

@@ -126,7 +126,7 @@ def _plan_of(documents: Tensor, bands: Sequence[Band], sight: Sight) -> Plan:
         if positions is not None:
             # Of those that begin before the window, only one document can reach into it.
             begin = band.first - positions[:, band.first]
-            prefix = begin[:, None] + places.new_tensor(range(sight.prefix))
+            prefix = begin[:, None] + torch.arange(sight.prefix, device=places.device)
             before = prefix < band.first
             prefix = prefix.clamp_max(documents.shape[1] - 1)
             same = own == documents.gather(1, prefix)[:, None]

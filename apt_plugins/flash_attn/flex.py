@@ -6,6 +6,7 @@ Shapes as in :mod:`apt_core.modeling.layers.attention`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -85,14 +86,18 @@ class FlexAttention(MultiHeadAttention):
         return Sight(self.window, self.prefix)
 
     def plain(self) -> PlainAttention:
-        """The layer itself. Raises NotPlain without RoPE."""
-        return super().plain()
+        """The layer itself, without its prefix. Raises NotPlain without RoPE."""
+        narrow = not self.sight.holds(self.max_seq_len)
+        return replace(super().plain(), window=self.window if narrow else None)
 
     def beyond_plain(self) -> Iterator[Beyond]:
-        """The window, if there is one that does not hold all texts."""
+        """The window, if there is one that does not hold all texts, and the prefix beside it."""
         if not self.sight.holds(self.max_seq_len):
             what = f"its attention sees a window of {self.window} tokens"
             yield Beyond("window", what, partial(setattr, self, "window", None))
+            if self.prefix:
+                what = f"its first {self.prefix} tokens stay in sight beside the window"
+                yield Beyond("prefix", what, partial(setattr, self, "prefix", 0))
 
     def rows(self, products: Products) -> Rows:
         attention = super().rows(products)

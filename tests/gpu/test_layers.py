@@ -11,9 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from apt_core.defaults import core_providers
 from apt_core.kinds import KINDS
-from apt_core.modeling.layers import MHAProvider, TVAProvider
+from apt_core.modeling.layers import MHAProvider, RoPEProvider, TVAProvider
 from apt_core.testing import tiny_run
 from apt_core.testing.conformance import Check, checks, checks_of
+from apt_plugins.flash_attn.flex import FlexProvider
 from apt_plugins.flash_attn.layer import FlashTVAProvider
 
 pytestmark = pytest.mark.gpu
@@ -54,6 +55,57 @@ def test_flash_attention_does_what_every_attention_must(
     pytest.importorskip("flash_attn")
     monkeypatch.setattr(checks, "TOLERANCE", 0.03)
     check.run()
+
+
+FLEX = ({"window": 5}, {"window": 150, "prefix": 3}, {"window": None, "qk_norm": True})
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        pytest.param(check, id=f"{settings}-{check}")
+        for settings in FLEX
+        for check in checks_of("attention", FlexProvider(settings), GPU)
+    ],
+)
+def test_attention_in_a_window_does_what_every_attention_must(check: Check) -> None:
+    check.run()
+
+
+@pytest.mark.parametrize("window", [1, 100, 129, 1000])
+@pytest.mark.parametrize("prefix", [0, 7])
+@pytest.mark.parametrize("kind", ["plain", "documents", "padding"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_flex_attention_is_that_of_a_mask_of_all_pairs(
+    kind: str, prefix: int, window: int, kv_heads: int
+) -> None:
+    """In bf16 at most twice as far from fp32 as SDPA with that mask, gradients too."""
+    length, places = 700, torch.arange(700)
+    documents = None
+    if kind == "documents":
+        documents = torch.stack([places // 290, places // 45]).to(GPU)
+    elif kind == "padding":
+        documents = torch.stack([places >= 40, places < 650]).long().to(GPU) - 1
+    settings = {"window": window, "prefix": prefix}
+    layer = FlexProvider(settings).create_layer(
+        256, 4, max_seq_len=length, num_kv_heads=kv_heads, position=RoPEProvider()
+    )
+    layer.to(GPU)
+    x = torch.randn(2, length, 256, device=GPU, requires_grad=True)
+    dense = layer.sight.dense(documents, length, length, torch.device(GPU))
+    tokens = 1.0 if documents is None else (documents >= 0)[..., None]
+
+    def computed(mask: torch.Tensor | None, dtype: torch.dtype) -> list[torch.Tensor]:
+        with torch.autocast(GPU, dtype, enabled=dtype != torch.float32):
+            y = layer(x, mask=mask) * tokens
+        found = torch.autograd.grad(y.float().square().sum(), [x, *layer.parameters()])
+        return [y, *found]
+
+    exact = computed(dense, torch.float32)
+    eager, kernel = computed(dense, torch.bfloat16), computed(documents, torch.bfloat16)
+    for reference, own, others in zip(exact, kernel, eager, strict=True):
+        bound = 2 * (others - reference).norm() + 1e-4 * reference.norm()
+        assert (own - reference).norm() <= bound
 
 
 BACKENDS = [

@@ -93,6 +93,15 @@ MODELS = {
     ),
 }
 
+FLEX = {"model.attention_name": "flex", "model.num_heads": 4, "model.num_kv_heads": 2}
+WINDOWED = {
+    "in a window": Model({**FLEX, "model.flex.window": 7}),
+    "in a window, QK-norm": Model(
+        {**FLEX, "model.flex.window": 12, "model.flex.qk_norm": True, "model.norm.eps": 1e-8}
+    ),
+}
+"""Of these, not every exporter has a form."""
+
 
 def stirred(session: Session, scale: float = 0.1) -> Session:
     """The session with noise in its weights, so that every part of them tells."""
@@ -159,9 +168,10 @@ def session_of(model: Model, folder: Path) -> Session:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Session]:
-    """A session of each of MODELS; nobody changes them."""
+    """A session of each of MODELS and WINDOWED; nobody changes them."""
     return {
-        name: session_of(model, tmp_path_factory.mktemp("model")) for name, model in MODELS.items()
+        name: session_of(model, tmp_path_factory.mktemp("model"))
+        for name, model in {**MODELS, **WINDOWED}.items()
     }
 
 
@@ -203,11 +213,13 @@ def certified(
 ) -> dict[str, Comparison]:
     proof = exporter.proof
     assert proof is not None
-    chosen = list(models) if names is None else names
+    chosen = names
+    if chosen is None:
+        chosen = [*MODELS, *(WINDOWED if "window" in exporter.holds else ())]
     targets, owns = [], []
     for name in chosen:
         session = models[name]
-        plain = plain_model(session.model, session.tokenizer.vocab_size)
+        plain = plain_model(session.model, session.tokenizer.vocab_size, exporter.holds)
         assert not [*exporter.check(plain.shape, session.tokenizer)]
         folder = factory.mktemp("export")
         exporter.write(ExportJob(folder, plain, session.tokenizer, "tiny"))

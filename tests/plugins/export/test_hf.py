@@ -7,25 +7,28 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="what runs the exports is not installed")
 
-from apt_core import AptError
+from apt_core import AptError, ConfigError
 from apt_core.data.tokenizers.bpe import BPETokenizer
 from apt_core.data.tokenizers.byte import ByteTokenizer
-from apt_core.modeling.plain import plain_model
+from apt_core.modeling.plain import drop_beyond, plain_model
 from apt_core.providers import ExportJob, SpecialTokens, TokenizerProvider
 from apt_core.runs import Session
 from apt_core.testing import tiny_session
 from apt_plugins.export.certificate import Origin
 from apt_plugins.export.comparing import Comparison
-from apt_plugins.export.exporting import Order, export
+from apt_plugins.export.computing import PlainRunner
+from apt_plugins.export.exporting import Order, export, plain_form
 from apt_plugins.export.hf import HFExporter
 from apt_plugins.export.plain_weights import PlainWeightsExporter
-from tests.plugins.export.conftest import MODELS, Certify
+from tests.plugins.export.conftest import MODELS, WINDOWED, Certify
 
 KINDS = {"tva": "llama", "experts, yarn": "mixtral", "experts, QK-norm, untied": "qwen3_moe"}
 KINDS["tva rank 6, gqa, QK-norm, vft"] = "qwen3"
+KINDS["in a window"] = "mistral"
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,7 @@ def comparisons(certify: Certify) -> dict[str, Comparison]:
     return certify(HFExporter({"max_shard_size": 40_000}))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *WINDOWED])
 def test_transformers_computes_and_encodes_the_same(
     comparisons: dict[str, Comparison], name: str
 ) -> None:
@@ -52,11 +55,40 @@ def test_the_type_of_model_follows_the_shape(models: dict[str, Session], tmp_pat
         folder = tmp_path / kind
         folder.mkdir()
         session = models[name]
-        plain = plain_model(session.model, session.tokenizer.vocab_size)
+        plain = plain_model(session.model, session.tokenizer.vocab_size, {"window"})
         HFExporter().write(ExportJob(folder, plain, session.tokenizer, "tiny"))
         config = json.loads((folder / "config.json").read_text())
         assert config["model_type"] == kind and config["vocab_size"] == plain.shape.vocab_size
         assert [*folder.glob("*.safetensors")] == [folder / "model.safetensors"]
+
+
+def test_what_a_window_leaves_out_is_refused_with_the_option_that_drops_it(
+    models: dict[str, Session], tmp_path: Path
+) -> None:
+    """Where the exporter does not know windows, layers have several, or a prefix stays in sight."""
+    windowed = models["in a window"]
+    ids = windowed.tokenizer.encode("a text that is longer than the window of seven")
+    runner = PlainRunner(plain_model(windowed.model, holds={"window"}))
+    with torch.no_grad():
+        logits = windowed.model(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(runner.forward(ids)[0], logits, rtol=1e-4, atol=1e-5)
+    flex = {"model.attention_name": "flex", "model.num_layers": 2, "model.max_seq_len": 40}
+    mixed = {**flex, "model.attention_pattern": ["flex", "mha"], "model.flex.window": 7}
+    for settings, exporter, told in (
+        ({**flex, "model.flex.window": 7}, PlainWeightsExporter(), "a window of 7 tokens"),
+        (mixed, HFExporter(), "its window is None, that of blocks.0 is 7"),
+        ({**flex, "model.flex.window": 7, "model.flex.prefix": 2}, HFExporter(), "first 2 tokens"),
+    ):
+        session = tiny_session(overrides=settings)
+        with pytest.raises(ConfigError) as caught:
+            plain_form(session, exporter)
+        [problem] = caught.value.problems
+        assert told in str(problem)
+        name = "prefix" if "prefix" in str(problem) else "window"
+        assert f"--drop {name} leaves it out" in str(problem)
+        drop_beyond(session.model, [name])
+        whole = plain_form(session, exporter).shape
+        assert whole.window == (7 if name == "prefix" else None)
 
 
 class Shouting(ByteTokenizer):
