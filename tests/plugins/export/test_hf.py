@@ -67,12 +67,12 @@ def test_what_a_window_leaves_out_is_refused_with_the_option_that_drops_it(
 ) -> None:
     """Where the exporter does not know windows, layers have several, or a prefix stays in sight."""
     windowed = models["in a window"]
-    ids = windowed.tokenizer.encode("a text that is longer than the window of seven")
+    ids = windowed.tokenizer.encode("longer than its window of seven")
     runner = PlainRunner(plain_model(windowed.model, holds={"window"}))
     with torch.no_grad():
         logits = windowed.model(torch.tensor([ids])).logits[0]
     torch.testing.assert_close(runner.forward(ids)[0], logits, rtol=1e-4, atol=1e-5)
-    flex = {"model.attention_name": "flex", "model.num_layers": 2, "model.max_seq_len": 40}
+    flex = {"model.attention_pattern": ["flex"], "model.num_layers": 2, "model.max_seq_len": 40}
     mixed = {**flex, "model.attention_pattern": ["flex", "mha"], "model.flex.window": 7}
     for settings, exporter, told in (
         ({**flex, "model.flex.window": 7}, PlainWeightsExporter(), "a window of 7 tokens"),
