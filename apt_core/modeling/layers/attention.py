@@ -201,12 +201,12 @@ class SelfAttention(nn.Module, ABC):
         widths = [heads * self.width for heads in (self.num_heads, *[self.num_kv_heads] * 2)]
         q, k, v = qkv.split(widths)
         rope = plain_parts(rotary=(self.rotary, PlainRope))["rotary"]
-        norms = [
+        q_norm, k_norm = (
             None if norm is None else PlainNorm(norm.weight, self.qk_norm_eps)
             for norm in (self.q_norm, self.k_norm)
-        ]
+        )
         sizes = (self.num_heads, self.num_kv_heads, self.width)
-        return PlainAttention(q, k, v, out, *sizes, rope, *norms)
+        return PlainAttention(q, k, v, out, *sizes, rope, q_norm, k_norm)
 
     def _qk_scales(self) -> Tensor:
         """The scales of QK-norm [H+K, R]."""
