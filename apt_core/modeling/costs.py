@@ -115,7 +115,7 @@ def model_cost(kernel: Kernel, config: Config | None = None) -> ModelCost:
     parts = []
     heads = {"num_kv_heads": model.num_kv_heads}
     for name, layers in Counter(ModelBuilder(config, registry).attention_names()).items():
-        asking = _Asking(kernel, "attention", name, notes)
+        asking = _Asking(kernel, config, "attention", name, notes)
         flops = asking.number("flops", model.d_model, model.num_heads, seq_len, **heads)
         supports = supported(asking.provider)
         held = None
@@ -133,7 +133,7 @@ def model_cost(kernel: Kernel, config: Config | None = None) -> ModelCost:
                 supports=supports,
             )
         )
-    asking = _Asking(kernel, "ffn", model.ffn_name, notes)
+    asking = _Asking(kernel, config, "ffn", model.ffn_name, notes)
     flops = asking.number("flops", model.d_model, model.d_ff, seq_len)
     trained = _per_token(flops, model.num_layers * BACKWARD_AND_FORWARD, seq_len)
     parts.append(part("ffn", model.ffn_name, model.num_layers, trained))
@@ -151,11 +151,11 @@ def layer_flops(kernel: Kernel, model: ModelSection, seq_len: int) -> list[float
     unsaid: list[str] = []
     config = kernel.config.model_copy(update={"model": model})
     names = ModelBuilder(config, kernel.registry).attention_names()
-    asking = _Asking(kernel, "ffn", model.ffn_name, unsaid)
+    asking = _Asking(kernel, config, "ffn", model.ffn_name, unsaid)
     ffn = asking.number("flops", model.d_model, model.d_ff, seq_len)
     heads = {"num_kv_heads": model.num_kv_heads}
     by_name = {
-        name: _Asking(kernel, "attention", name, unsaid).number(
+        name: _Asking(kernel, config, "attention", name, unsaid).number(
             "flops", model.d_model, model.num_heads, seq_len, **heads
         )
         for name in dict.fromkeys(names)
@@ -251,11 +251,15 @@ class _NotingProvider:
 
 
 class _Asking:
-    """Asks the provider of ``kind`` and ``name`` for figures, and adds a note for each unknown
-    one."""
+    """Asks the provider of ``kind`` and ``name``, with the settings of ``config``, for figures, and
+    adds a note for each unknown one."""
 
-    def __init__(self, kernel: Kernel, kind: str, name: str, notes: list[str]) -> None:
-        self.provider: Any = kernel.registry.get(kind, name)
+    def __init__(
+        self, kernel: Kernel, config: Config, kind: str, name: str, notes: list[str]
+    ) -> None:
+        section = kernel.registry.spec(kind, name).section
+        settings = config.section(section) if section else None
+        self.provider: Any = kernel.registry.get(kind, name, settings)
         self._words = _words(_used(kernel, kind, name))
         self._notes = notes
 

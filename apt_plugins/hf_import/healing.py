@@ -16,6 +16,7 @@ from apt_core.kernel import Kernel
 from apt_core.modeling.calling import forward_batch
 from apt_core.modeling.costs import layers_of
 from apt_core.modeling.modes import eval_mode
+from apt_core.modeling.to_tva import MINIMISED, Heads
 from apt_core.training import Trainer
 from apt_plugins.hf_import.asked import Asked, Imported
 from apt_plugins.hf_import.filling import fill, named_as_ours
@@ -23,7 +24,7 @@ from apt_plugins.hf_import.hf_config import HFModel
 from apt_plugins.hf_import.hf_weights import HFWeights
 from apt_plugins.hf_import.making import made_run
 from apt_plugins.hf_import.profile import kernel_of
-from apt_plugins.hf_import.to_tva import MINIMISED, Heads, of_layers
+from apt_plugins.hf_import.to_tva import of_layers
 
 SAMPLE_TOKENS = 2**15
 """The tokens at least by which the inputs of attention are known, where there are so many."""

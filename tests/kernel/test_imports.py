@@ -125,6 +125,7 @@ def python(code: str, *arguments: str, folder: Path) -> Any:
         "apt_plugins.report.plugin",
         "apt_plugins.routing.plugin",
         "apt_plugins.serve.command",
+        "apt_plugins.to_tva.plugin",
         "apt_plugins.voter.plugin",
     ],
 )

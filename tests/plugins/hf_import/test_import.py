@@ -30,6 +30,7 @@ from apt_core.inference import Engine
 from apt_core.kernel import boot
 from apt_core.modeling.layers.rope import rotary_frequencies
 from apt_core.modeling.plain import plain_model
+from apt_core.modeling.to_tva import Heads, converted
 from apt_core.plugin_manager import PluginManager
 from apt_core.providers import ExportJob
 from apt_core.providers.position import RoPEScaling, RoPESettings
@@ -42,7 +43,6 @@ from apt_plugins.hf_import.asked import Asked
 from apt_plugins.hf_import.command import app
 from apt_plugins.hf_import.importing import import_folder
 from apt_plugins.hf_import.placing import require_free, staged
-from apt_plugins.hf_import.to_tva import Heads, converted
 
 CONTEXT, VOCAB = 48, 260
 SIZES: dict[str, Any] = {

@@ -1,0 +1,1 @@
+"""Turns multi-head attention into TVA of a rank in mid-run."""
