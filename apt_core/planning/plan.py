@@ -28,7 +28,7 @@ from apt_core.planning.footprint import Footprint
 from apt_core.planning.memory import MemoryEstimate, estimate, switch_memory
 from apt_core.planning.plan_text import print_plan
 from apt_core.planning.run_length import check_run_length
-from apt_core.planning.stages import Stage, check_trainable, stages
+from apt_core.planning.stages import Stage, checked_trainable, stages
 from apt_core.plugin_names import is_file_reference
 from apt_core.provider_keys import DATA_PATHS, data_files
 from apt_core.runs.manifest import plugin_rows
@@ -85,7 +85,7 @@ def make_plan(kernel: Kernel, world_size: int | None = None) -> dict[str, Any]:
         schedule = kernel.schedule.with_horizon(_planned_horizon(kernel.config, steps))
         lr_schedule = kernel.registry.get("lr_schedule", kernel.config.training.lr_schedule_name)
         check_run_length(kernel, schedule, lr_schedule)
-        check_trainable(kernel, schedule)
+        checked_trainable(kernel, schedule)
         planning = _Planning(kernel, batch, schedule, Calibration(kernel, device, cost))
         rows = planning.rows()
     return {

@@ -170,18 +170,18 @@ def stages(kernel: Kernel, schedule: Schedule) -> Iterator[Stage]:
     ConfigError and PluginError are raised, and after the last stage a ConfigError for what is wrong
     with the stages of the trainable set.
     """
-    for moment in _moments(kernel, schedule):
+    for moment in _moments(kernel, schedule, declared_stages(kernel, schedule)):
         costs = plugin_costs(kernel, moment.enabled)
         yield Stage(moment.name, moment.unit, moment.at, moment.structure, costs, moment.switches)
 
 
-def check_trainable(kernel: Kernel, schedule: Schedule) -> None:
-    """Check the stages of the trainable set against the structures of the run, and add inactive
+def checked_trainable(kernel: Kernel, schedule: Schedule) -> list[PlacedStage]:
+    """The stages of the trainable set, checked against the structures of the run; adds inactive
     keys for those that come after its end. Raises as :func:`stages` does."""
     placed = declared_stages(kernel, schedule)
     if not placed:
-        return
-    for _ in _moments(kernel, schedule):
+        return placed
+    for _ in _moments(kernel, schedule, placed):
         pass
     last = schedule.horizon.last("step")
     kernel.add_inactive(
@@ -192,11 +192,14 @@ def check_trainable(kernel: Kernel, schedule: Schedule) -> None:
         for each in placed
         if not _reached(each, schedule.horizon)
     )
+    return placed
 
 
-def _moments(kernel: Kernel, schedule: Schedule) -> Iterator[_Moment]:
+def _moments(
+    kernel: Kernel, schedule: Schedule, placed: Sequence[PlacedStage]
+) -> Iterator[_Moment]:
     found: list[Boundary | PlacedStage] = [*schedule.boundaries()]
-    found += declared_stages(kernel, schedule)
+    found += placed
     events = [
         event
         for event in schedule.in_order(found)

@@ -24,11 +24,12 @@ from apt_core.modeling.compose import ModelBuilder
 from apt_core.modeling.costs import support_notices
 from apt_core.modeling.lr_scale import undeclared_squares
 from apt_core.modeling.seeds import fp32_products
+from apt_core.modeling.trainable import PlacedStage
 from apt_core.optim.build import build_optimizer
 from apt_core.parallel.peak import measured_peak_flops
 from apt_core.parallel.world import ALONE, World, inactive_alone
 from apt_core.planning.run_length import check_run_length
-from apt_core.planning.stages import check_trainable
+from apt_core.planning.stages import checked_trainable
 from apt_core.profile_paths import READ, TASKS, paths_of
 from apt_core.providers.lr_schedule import LRScheduleProvider
 from apt_core.providers.optimizer import OptimizerProvider
@@ -59,7 +60,8 @@ class Built:
 @dataclass(frozen=True)
 class Parts:
     """The parts of a run that never change: its data with the tokenizer, the division into batches,
-    learning-rate schedule, device and precision, and the tasks that its model is scored on."""
+    learning-rate schedule, device and precision, the tasks that its model is scored on, and the
+    stages of its trainable set."""
 
     device: torch.device
     dtype: torch.dtype | None
@@ -67,6 +69,7 @@ class Parts:
     data: RunData
     lr_schedule: LRScheduleProvider
     tasks: Sequence[RunTask] = ()
+    trainable: Sequence[PlacedStage] = ()
 
     @property
     def tokenizer(self) -> TokenizerProvider:
@@ -138,7 +141,7 @@ def _prepare_on(
     check_run_length(kernel, schedule, lr_schedule)
     with fp32_products(device, tf32=False):
         rehearse(kernel, schedule)
-    check_trainable(kernel, schedule)
+    trainable = checked_trainable(kernel, schedule)
     model = ModelBuilder(config, registry).build_model(initialize=weights is None)
     if weights is not None:
         weights(model)
@@ -156,6 +159,7 @@ def _prepare_on(
         data=data,
         lr_schedule=lr_schedule,
         tasks=tasks,
+        trainable=trainable,
     )
     return parts, Built(model, optimizer, loop_forward(kernel, model, device, world))
 

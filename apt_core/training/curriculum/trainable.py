@@ -8,7 +8,7 @@ from torch import nn
 
 from apt_core.log import get_logger
 from apt_core.modeling.parameter_names import shortened
-from apt_core.modeling.trainable import Change, PlacedStage, declared_stages, listed
+from apt_core.modeling.trainable import Change, PlacedStage, listed
 from apt_core.runs.run_state import Trainable
 from apt_core.schedules import Schedule
 from apt_core.training.context import RunContext
@@ -29,8 +29,9 @@ class TrainableSet:
     def __init__(self, run: RunContext, schedule: Schedule, record: Callable[[], None]) -> None:
         self._run, self._schedule, self._record = run, schedule, record
         begun = [(each.plugin, each.number) for each in run.progress.trainable]
-        declared = declared_stages(run.kernel, schedule)
-        self._waiting = [each for each in declared if (each.plugin, each.number) not in begun]
+        self._waiting = [
+            each for each in run.parts.trainable if (each.plugin, each.number) not in begun
+        ]
         self._model: nn.Module | None = None
         self._parameters: list[nn.Parameter] = []
         self._learning: list[bool] = []

@@ -14,7 +14,7 @@ from apt_core.errors import ConfigError
 from apt_core.kernel import Kernel, boot
 from apt_core.modeling.trainable import Change
 from apt_core.planning.footprint import Footprint
-from apt_core.planning.stages import check_trainable, stages
+from apt_core.planning.stages import checked_trainable, stages
 from apt_core.testing import TINY_PROFILE
 from apt_plugins.trainable.settings import TrainableSettings
 
@@ -34,7 +34,7 @@ def kernel(*stages: dict[str, Any], model: Any = (), **options: Any) -> Kernel:
 def refused(*stages: dict[str, Any], **options: Any) -> str:
     with pytest.raises(ConfigError) as caught:
         made = kernel(*stages, **options)
-        check_trainable(made, made.schedule)
+        checked_trainable(made, made.schedule)
     return str(caught.value)
 
 
