@@ -43,7 +43,9 @@ class OptimizerProvider(Provider, ABC):
     of a parameter, by name, is of the size of its gradient (1) or of the gradient's square (2): so
     that it can be carried over when a plugin changes the structure of the model. ``states`` are the
     names of all state that a parameter has once it has learned, one set for each way of treating
-    it; a checkpoint is held to that. Without any, it is not.
+    it; a checkpoint is held to that. Without any, it is not. An optimizer that makes the state of a
+    parameter at its first gradient, and not before, holds none of frozen parameters; it has to make
+    it anew where it was dropped, as it is of what a stage of the trainable set freezes.
     """
 
     separates_matrices: ClassVar[bool] = False

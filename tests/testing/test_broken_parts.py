@@ -356,6 +356,25 @@ class DecaysWhatIsFrozen(AdamWProvider):
         return Decays(param_groups, lr=rates["learning_rate"])
 
 
+@breaks("optimizer", "no gradient")
+class MakesAStateOnce(AdamWProvider):
+    def create(self, param_groups, **rates):
+        class Once(torch.optim.SGD):
+            begun = frozenset()
+
+            def step(self, closure=None):
+                for group in self.param_groups:
+                    for weight in group["params"]:
+                        if weight.grad is not None:
+                            if weight not in self.begun | self.state.keys():
+                                self.state[weight]["mean"] = torch.zeros_like(weight)
+                                self.begun |= {weight}
+                            mean = self.state[weight]["mean"].lerp_(weight.grad, 0.1)
+                            weight.data.sub_(mean, alpha=group["lr"])
+
+        return Once(param_groups, lr=rates["learning_rate"])
+
+
 @breaks("optimizer", "state dict")
 class StateOfItsOwn(AdamWProvider):
     def create(self, param_groups, **rates):

@@ -89,9 +89,11 @@ def _step(provider: Any) -> None:
 
 
 def _no_gradient(provider: Any) -> None:
-    """Without a gradient a weight stays as it is, decay or not, and learns once it has one."""
+    """Without a gradient a weight stays as it is, decay or not, and learns once it has one. Its
+    state can be dropped, if none was made beforehand, and is made anew."""
     weights = _weights()
     optimizer = _optimizer(provider, weights)
+    makes_states = not optimizer.state
     for group in optimizer.param_groups:
         group["weight_decay"] = 0.1
     frozen, before = weights[0].requires_grad_(False), weights[0].clone()
@@ -101,6 +103,15 @@ def _no_gradient(provider: Any) -> None:
     frozen.requires_grad_(True)
     _take_step(optimizer, weights)
     assert not frozen.equal(before), "a weight that has a gradient for the first time stays"
+    if makes_states:
+        optimizer.state.pop(frozen, None)
+        frozen.requires_grad_(False)
+        _take_step(optimizer, weights)
+        assert not optimizer.state.get(frozen), "a weight without a gradient gets a state"
+        frozen.requires_grad_(True)
+        before = frozen.detach().clone()
+        _take_step(optimizer, weights)
+        assert not frozen.equal(before), "a weight whose state was dropped stays"
 
 
 def _state_dict(provider: Any) -> None:
