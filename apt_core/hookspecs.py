@@ -215,7 +215,9 @@ def apt_param_groups(model: nn.Module) -> Sequence[Mapping[str, Any]]:
     may_last=True,
     permanent=True,
 )
-def apt_transform_model(model: nn.Module, config: Config, registry: ProviderSource) -> Any:
+def apt_transform_model(
+    model: nn.Module, config: Config, registry: ProviderSource, trains: bool
+) -> Any:
     """Change the model's structure in mid-run.
 
     When: the plugin becomes enabled, for that plugin alone; at the start of the run as a rehearsal,
@@ -223,7 +225,8 @@ def apt_transform_model(model: nn.Module, config: Config, registry: ProviderSour
     loaded. It must give the same structure every time.
     ``model`` is the present structure on the meta device, built for this call: change it in place,
     or build another. ``config`` is the profile with the sizes that ``model`` has. ``registry`` has
-    the providers (``registry.get("router", name)``).
+    the providers (``registry.get("router", name)``). ``trains`` is False where the model is opened
+    to be used, by evaluation, generation or an export.
     Returns: a :class:`~apt_core.modeling.ModelTransform`, or None to leave the model as it is.
     The kernel builds the new structure, carries weights, optimizer state and averages over,
     compares the loss of a fixed batch before and after, and only then lets the run go on with it.

@@ -51,9 +51,13 @@ class Decoder:
         dtype: torch.dtype | None = None,
         int8: bool = False,
         compiled: bool = False,
+        exact: bool = False,
     ) -> None:
-        """``dtype`` is the type in which the model is computed by autocast, None for none."""
+        """``dtype`` is the type in which the model is computed by autocast, None for none.
+        ``exact``: weights that are kept as integers are computed with as forwards do."""
         self._compiler = Compiler() if compiled else None
+        self._exact = exact
+        self._rounds = False
         self._model, self._device, self._max_seq_len = model, device, max_seq_len
         self._dtype, self._casts, self._int8 = dtype, KeptCasts(model), int8
         self._readers: dict[Text, _Reader] = {}
@@ -77,10 +81,12 @@ class Decoder:
         computed = None
         # A model that makes no caches is not to be computed with any.
         if hasattr(self._model, "rows") and self._has_caches():
-            products = Int8Products(self._dtype) if self._int8 else Products(self._dtype)
+            kind = Int8Products if self._int8 else Products
+            products = kind(self._dtype, exact=self._exact)
             computed = self._model.rows(products)
             if isinstance(products, Int8Products):
                 log.info("int8 weights in %d of %d products", products.used, products.number)
+            self._rounds = products.rounded > 0
         if self._compiler is not None:
             self._compile(computed, self._compiler)
         if computed is not None:
@@ -132,8 +138,9 @@ class Decoder:
         return torch.stack(rows)
 
     def room(self, text: Text) -> int:
-        """How many guesses after ``text`` :meth:`verified` takes."""
-        return 0 if self._slots is None else self._slots.room(text)
+        """How many guesses after ``text`` :meth:`verified` takes: none where x is rounded for
+        products, since several tokens at once then differ from one by more than the last bits."""
+        return 0 if self._slots is None or self._rounds else self._slots.room(text)
 
     def verified(self, texts: Sequence[Text], guesses: Sequence[Sequence[int]]) -> list[Tensor]:
         """For each of ``texts``, which are all, the fp32 logits [1 + k, V] after it and after each

@@ -36,8 +36,10 @@ class Engine:
     With ``lookup``, texts whose tokens are the most likely ones are also continued by guesses from
     what they have said before, several tokens a step; ``auto`` does so where it is faster. It
     changes no token (:data:`apt_core.inference.lookup.TIE`). ``int8`` rounds weights to 8 bits
-    where that is faster on this CPU, which changes results a little; there is no look-up then.
-    ``compiled`` compiles what a single text is computed by on a CPU, when its first token is made.
+    where that is faster on this CPU, which changes results a little; there is no look-up then, nor
+    with weights that are kept as integers (apt-quantize), for which x is rounded to bf16 on a CPU
+    unless results are to be ``exact``: those of the model's forward. ``compiled`` compiles what a
+    single text is computed by on a CPU, when its first token is made.
 
     One thread computes with an engine at a time; another one is refused meanwhile. Engines may
     share a session, in one thread.
@@ -51,6 +53,7 @@ class Engine:
         lookup: Lookup = "auto",
         int8: bool = False,
         compiled: bool = False,
+        exact: bool = False,
     ) -> None:
         """Raises ConfigError for settings that are not valid."""
         if max_batch < 1:
@@ -66,6 +69,7 @@ class Engine:
             dtype=dtype_for(session),
             int8=int8,
             compiled=compiled,
+            exact=exact,
         )
         self._waiting: deque[Row] = deque()
         self._active: list[Row] = []

@@ -27,6 +27,11 @@ FIRST_LENGTH = 64
 
 Function = Callable[[Tensor], Tensor]
 
+Order = Callable[[Tensor], Tensor]
+"""Moves the rows of a tensor [F, ...]."""
+
+Copied = Callable[[Tensor], Function | None]
+
 
 class RowStep:
     """What every layer needs of a step: T new tokens for each of the rows in slots ``first`` to
@@ -281,6 +286,20 @@ def _pages(size: int) -> Tensor:
     return tensor[before : before + size // 4]
 
 
+class Stored(Protocol):
+    """What a weight is kept as in place of its elements: integers and scales, say. A weight
+    [F, D] that was made of it for a forward has it as its attribute ``stored``."""
+
+    def product(self, order: Order | None, copied: Copied) -> Function | None:
+        """x [N, D] to x Wᵀ [N, F], computed from what is kept; None where that cannot be done
+        here, or not faster. ``order`` moves the rows of W. ``copied`` makes the function that
+        multiplies by a copy of the elements of W, for many rows at once; None where there are
+        too many copies."""
+
+    def joined(self, other: Any) -> Stored | None:
+        """What [W, W'] is kept as, with ``other`` that of W'; None if they do not go together."""
+
+
 class Products:
     """Makes the functions that multiply by a weight, once for many steps. ``dtype`` is the type of
     autocast in which they will be called, None for none: weights are cast to it here.
@@ -291,10 +310,14 @@ class Products:
     weight of 96 columns takes 1.3 times as long; 4 and 16 tokens by oneDNN's layout, a copy, 0.3 to
     0.5. In large pages one token takes 0.91 of the time, with another copy. Up to MOST_COPIED bytes
     are copied in all. The way is a function of the shape, so that results are the same each time.
+
+    A weight that is :class:`Stored` is computed as that where it can be, unless products are to be
+    ``exact``; ``rounded`` of them are, and x is rounded for it.
     """
 
-    def __init__(self, dtype: torch.dtype | None = None) -> None:
-        self.dtype, self.copied = dtype, 0
+    def __init__(self, dtype: torch.dtype | None = None, *, exact: bool = False) -> None:
+        self.dtype, self.exact = dtype, exact
+        self.copied = self.rounded = 0
         self._large_pages = LargePages()
         self._shared: dict[Any, Tensor] = {}
 
@@ -307,6 +330,13 @@ class Products:
     def pair(self, one: Tensor, other: Tensor) -> Callable[[Tensor], Sequence[Tensor]]:
         """x [N, D] to its products with two weights [F, D] each, [N, F]. On a CPU in fp32 they are
         computed together, by a copy of both."""
+        first, second = self._stored(one), self._stored(other)
+        joined = None if first is None or second is None else first.joined(second)
+        if joined is not None:
+            found = joined.product(None, self._copied)
+            if found is not None:
+                self.rounded += 2
+                return lambda x: found(x).chunk(2, 1)
         size = one.nbytes + other.nbytes
         copies = self.dtype is None and all(
             weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in (one, other)
@@ -320,8 +350,33 @@ class Products:
         first, second = self.of(one), self.of(other)
         return lambda x: (first(x), second(x))
 
-    def of(self, weight: Tensor) -> Function:
-        """x [N, D] to x Wᵀ [N, F], for ``weight`` W [F, D]."""
+    def _stored(self, weight: Tensor) -> Stored | None:
+        """What ``weight`` is kept as, where products may be computed from that."""
+        if self.exact or self.dtype is not None or weight.device.type != "cpu":
+            return None
+        return getattr(weight, "stored", None)
+
+    def of(self, weight: Tensor, order: Order | None = None) -> Function:
+        """x [N, D] to x Wᵀ [N, F], for ``weight`` W [F, D], whose rows ``order`` moves."""
+        stored = self._stored(weight)
+        if stored is not None:
+            found = stored.product(order, self._copied)
+            if found is not None:
+                self.rounded += 1
+                return found
+        return self._of_elements(weight if order is None else order(weight))
+
+    def _copied(self, weight: Tensor) -> Function | None:
+        """x of many rows to its product with a copy of ``weight``, as long as there are few."""
+        if self.copied + weight.nbytes > MOST_COPIED:
+            return None
+        self.copied += weight.nbytes
+        if weight.numel() < LEAST_PACKED or not _has_packed_products():
+            return partial(torch.nn.functional.linear, weight=weight)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+    def _of_elements(self, weight: Tensor) -> Function:
         linear = torch.nn.functional.linear
         if self.dtype is not None:
             cast = weight.detach().to(self.dtype)
@@ -389,18 +444,21 @@ class Int8Products(Products):
     x is rounded to bf16 for it. ``used`` of ``number`` products are computed so.
     """
 
-    def __init__(self, dtype: torch.dtype | None = None) -> None:
-        super().__init__(dtype)
+    def __init__(self, dtype: torch.dtype | None = None, *, exact: bool = False) -> None:
+        super().__init__(dtype, exact=exact)
         self.used = self.number = 0
         self._faster: dict[torch.Size, bool] = {}
 
     def pair(self, one: Tensor, other: Tensor) -> Callable[[Tensor], Sequence[Tensor]]:
         return self._apart(one, other)
 
-    def of(self, weight: Tensor) -> Function:
-        """x [N, D] to about x Wᵀ [N, F], for ``weight`` W [F, D]."""
+    def of(self, weight: Tensor, order: Order | None = None) -> Function:
+        """x [N, D] to about x Wᵀ [N, F], for ``weight`` W [F, D], whose rows ``order`` moves."""
         self.number += 1
-        plain = super().of(weight)
+        plain = super().of(weight, order)
+        if self._stored(weight) is not None:
+            return plain
+        weight = weight if order is None else order(weight)
         on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
         # For other shapes the kernel reads beyond the weight.
         if self.dtype is not None or not on_cpu or weight.shape[1] % 32 or weight.shape[0] % 16:

@@ -34,10 +34,16 @@ def config_after(config: Config, transform: ModelTransform) -> Config:
 
 
 def transform_of(
-    kernel: Kernel, plugin: str, structure: nn.Module, config: Config | None = None
+    kernel: Kernel,
+    plugin: str,
+    structure: nn.Module,
+    config: Config | None = None,
+    *,
+    trains: bool = True,
 ) -> ModelTransform | None:
     """The transform that ``plugin`` makes of ``structure``, which it may change; None if it leaves
     the model unchanged. ``config`` has the settings of ``structure``, by default the profile's.
+    ``trains``: the model is built to be trained.
 
     A plugin that fails, or whose transform does not fit, is quarantined, and None is returned.
     Raises ConfigError if the plugin refuses the profile, and PluginError if its failure must end
@@ -47,7 +53,12 @@ def transform_of(
     manager = kernel.manager
     with torch.device("meta"):
         transform = manager.call_plugin(
-            plugin, HOOK, model=structure, config=config or kernel.config, registry=kernel.registry
+            plugin,
+            HOOK,
+            model=structure,
+            config=config or kernel.config,
+            registry=kernel.registry,
+            trains=trains,
         )
     if transform is None:
         return None
@@ -101,7 +112,7 @@ def require_plugins(kernel: Kernel, plugins: Iterable[str]) -> None:
 
 
 def replayed(
-    kernel: Kernel, switches: Iterable[AnySwitch]
+    kernel: Kernel, switches: Iterable[AnySwitch], *, trains: bool = True
 ) -> Iterator[tuple[AnySwitch, ModelTransform]]:
     """Yield each of a run's ``switches`` with the transform that its plugin, which is active, makes
     of the structure before it. Raises CheckpointError if a plugin returns no transform now."""
@@ -110,7 +121,7 @@ def replayed(
         for name in switch.quarantined:
             if manager.has_plugin(name):
                 manager.set_state(name, "quarantined", "as in the checkpoint")
-        transform = transform_of(kernel, switch.plugin, structure, config)
+        transform = transform_of(kernel, switch.plugin, structure, config, trains=trains)
         if transform is None:
             reason = manager.records[switch.plugin].reason
             raise CheckpointError(

@@ -287,7 +287,7 @@ def _built(kernel: Kernel, found: Checkpoint, device: torch.device) -> nn.Module
     """The model with the structure of the checkpoint's, before its weights are loaded."""
     config = kernel.config
     model = ModelBuilder(config, kernel.registry).build_model(initialize=False)
-    for _, transform in replayed(kernel, found.state.transforms):
+    for _, transform in replayed(kernel, found.state.transforms, trains=False):
         model = materialize(
             transform,
             model,

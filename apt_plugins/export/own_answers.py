@@ -72,7 +72,7 @@ class OwnAnswers:
             GenerationRequest(str(number), max_new_tokens=counts[number], temperature=0.0)
             for number in wanted
         ]
-        results = Engine(session, lookup="never").run(requests)
+        results = Engine(session, lookup="never", exact=True).run(requests)
         found: list[tuple[int, ...]] = [()] * len(prompts)
         for number, result in zip(wanted, results, strict=True):
             found[number] = result.token_ids

@@ -6,6 +6,7 @@ of an expert.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -14,8 +15,11 @@ from torch import Tensor, nn
 
 from apt_core.modeling import cast_weight, write_std
 from apt_core.modeling.growth import Larger, Sizes, resized
+from apt_core.modeling.row_decoding import Products
 from apt_plugins.moe.cpu_experts import assigned_on_cpu
 from apt_plugins.moe.device_experts import assigned_on_device
+
+Computed = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 Activation = Literal["swiglu", "gelu", "relu2"]
 
@@ -74,6 +78,11 @@ class Experts(nn.Module):
         std = write_std(self.d_ff, num_layers) if down else self.d_model**-0.5
         nn.init.normal_(tensor, 0.0, std, generator=generator)
         return True
+
+    def decoding(self, products: Products) -> Computed:
+        """The experts as a function of x [N, D], indices and weights [N, K], for many calls with
+        the same weights."""
+        return self
 
     def forward(
         self,

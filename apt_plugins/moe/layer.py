@@ -19,6 +19,13 @@ from torch import Tensor, nn
 from apt_core.modeling import Tokens
 from apt_core.modeling.growth import Larger, Sizes, grow_parts
 from apt_core.modeling.plain import plain_of
+from apt_core.modeling.row_decoding import (
+    CalledAsEver,
+    Function,
+    Products,
+    call_as_ever,
+    function_of,
+)
 from apt_core.providers import Beyond, PlainExperts, PlainRouter
 from apt_plugins.moe.experts import Experts
 
@@ -145,6 +152,10 @@ class MoELayer(nn.Module):
             return y + self.shared(x)
         return torch.lerp(y, self.shared(x), self.shared_weight)
 
+    def decoding(self, products: Products) -> Function:
+        """The layer as a function of x [N, D], for many calls with the same weights."""
+        return _Decoding(self, products)
+
     def _limit(self, num_tokens: int) -> int | None:
         """The most of ``num_tokens`` tokens that an expert takes; None for no limit."""
         if self.capacity is None or not (self.limited and self.training):
@@ -201,6 +212,25 @@ class MoELayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A copy does not include the tensors of the last forward.
         return {**self.__dict__, "marked_tokens": None, "indices": None, "kept": None}
+
+
+class _Decoding(CalledAsEver):
+    """A :class:`MoELayer` as a function of x [N, D]: which experts compute depends on values, so
+    that it is not compiled."""
+
+    def __init__(self, layer: MoELayer, products: Products) -> None:
+        super().__init__(layer)
+        self._router, self._share = layer.router, layer.shared_weight
+        self._experts = layer.experts.decoding(products)
+        self._shared = None if layer.shared is None else function_of(layer.shared, products)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        indices, weights = call_as_ever(self._router, x)
+        y = self._experts(x, indices, weights)
+        if self._shared is None:
+            return y
+        shared = self._shared(x)
+        return y + shared if self._share is None else torch.lerp(y, shared, self._share)
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:

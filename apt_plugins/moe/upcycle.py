@@ -93,6 +93,14 @@ def _dense_layers(model: nn.Module, ffn_name: str) -> Iterator[tuple[str, nn.Mod
             own = getattr(block, "ffn", block)
             raise _not_clonable(ffn_name, f"{place} has a {type(own).__name__}")
         for leaf in leaves:
+            dense = block.get_submodule(leaf)
+            if not all(isinstance(part.weight, nn.Parameter) for part in dense.children()):
+                raise ConfigError(
+                    f"the weights of {place}.{leaf} are computed (by model.quant?): copies of them "
+                    "would not be",
+                    key="schedules",
+                    hint="enable what computes them after moe",
+                )
             yield f"{place}.{leaf}", block, leaf
 
 

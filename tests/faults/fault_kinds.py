@@ -416,6 +416,7 @@ MUTATIONS: dict[str, Callable[[Any], None]] = {
     "trainer": _trainer,
     "session": _session,
     "registry": _unchangeable,
+    "trains": _unchangeable,
     "model": _unchangeable,
     "output": _unchangeable,
     "loss": _unchangeable,

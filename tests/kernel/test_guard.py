@@ -495,7 +495,7 @@ LIMIT_ONE = {
     "apt_costs": {"config": None},
     "apt_build_provider": {"spec": None, "config": None},
     "apt_param_groups": {"model": None},
-    "apt_transform_model": {"model": None, "config": None, "registry": None},
+    "apt_transform_model": {"model": None, "config": None, "registry": None, "trains": True},
     "apt_loss_terms": {"trainer": None, "batch": None, "output": None},
 }
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 DORMANT = """
     apt_register_providers() apt_register_config() apt_configure(config)
     apt_build_provider(spec, config) apt_param_groups(model)
-    apt_transform_model(model, config, registry) apt_trainable(config) apt_costs(config)
+    apt_transform_model(model, config, registry, trains) apt_trainable(config) apt_costs(config)
     apt_state_dict(trainer) apt_load_state_dict(trainer, state)
 """
 ENABLED = """

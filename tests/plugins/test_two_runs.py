@@ -24,8 +24,8 @@ from apt_core.testing import TinyRun, tiny_run
 from apt_core.testing.module_state import KeptInModules
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-OF_A_SOURCE = {"hlbd"}
-"""Plugins that nothing but a certain source of data has any use for."""
+OF_A_SOURCE = {"hlbd", "growth", "to_tva"}
+"""Plugins that nothing but a certain source of data, or another model, has any use for."""
 
 SHIPPED = [
     *(n for n, p in installed_plugins().items() if p.dist == "apt-kernel" and n not in OF_A_SOURCE),
@@ -55,6 +55,7 @@ def settings(number: int, folder: Path) -> dict[str, Any]:
         "retriever.overlap_chars": 0,
         "routing.exploration": (0.3, 0.1)[number],
         "schedules.enable_moe_at_step": (4, 3)[number],
+        "schedules.enable_quant_at_step": 5,
         "schedules.route_temp": {"start": 1.0, "end": 0.5, "by": "step", "until": 6 + number},
         "loss_logger.path": str(folder / "losses.csv"),
     }

@@ -7,7 +7,7 @@ which a head attends, N = H + 2K.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,8 @@ class SelfAttention(nn.Module, ABC):
 
     reads_stream = ("qkv_weight",)
     writes_stream: tuple[str, ...] = ("out_weight",)
+    projected: ClassVar[tuple[str, ...]] = ("qkv_weight", "out_weight")
+    """The parameters that :meth:`projections` makes its matrices of, and nothing else reads."""
 
     def __init__(
         self,

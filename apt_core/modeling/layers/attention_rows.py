@@ -7,13 +7,14 @@ heads, K key and value heads, R the width at which a head attends.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt_core.modeling.layers.rope import PairTurn, Turn, paired, turning
-from apt_core.modeling.row_decoding import Function, Products, RowCache, RowStep
+from apt_core.modeling.row_decoding import Function, Order, Products, RowCache, RowStep
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 AttendRows = Callable[[Tensor, Tensor, Tensor, RowStep], Tensor]
@@ -52,12 +53,13 @@ class AttentionRows:
         self._width, self._mixed_width = width, num_heads * width
         self._grouped = num_heads != num_kv_heads
         self._turn: Turn | None = None
+        order: Order | None = None
         if rotary is not None:
             # Scores do not depend on the order of the places of a head, if q and k have the same.
             pair = paired(rotary, products) if project is None else None
             if pair is not None:
-                qkv_weight = pair(qkv_weight, num_heads + num_kv_heads)
-                qk_scales = None if qk_scales is None else pair(qk_scales.flatten(), None)
+                order = partial(pair, heads=num_heads + num_kv_heads)
+                qk_scales = None if qk_scales is None else pair(qk_scales.flatten())
             self._turn = turning(
                 rotary, num_heads + num_kv_heads, products, paired=pair is not None
             )
@@ -65,7 +67,7 @@ class AttentionRows:
         self._qk_scales = None if qk_scales is None else qk_scales.view(-1, width)
         self._project: Function
         if project is None:
-            self._project = products.of(qkv_weight)
+            self._project = products.of(qkv_weight, order)
         else:
             self._project = lambda x: project(x, qkv_weight)
         self.read_out: Function

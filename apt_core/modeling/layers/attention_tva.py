@@ -7,7 +7,7 @@ its rank.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,7 @@ class TVAAttention(SelfAttention):
     # Muon: V and U, which start orthonormal, learn better by AdamW (1.815 nats per byte after 300
     # steps, against 1.835).
     elementwise = ("compress", "lift")
+    projected: ClassVar[tuple[str, ...]] = ("qkv_weight", "out_weight", "compress", "lift")
 
     def __init__(
         self,
@@ -166,6 +167,8 @@ class _CompensatedRows:
 
 class FactoredTVAAttention(TVAAttention):
     """TVA by its definition, step by step: slow, the reference for the fused layer."""
+
+    projected = ("qkv_weight", "out_weight")
 
     def plain(self) -> PlainAttention:
         return super().plain()

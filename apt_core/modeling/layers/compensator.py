@@ -34,6 +34,8 @@ class NormalCompensator(nn.Module):
     reads_stream = ("normal_weight", "gate_weight")
     # Muon: each direction is learned separately, by AdamW.
     elementwise = ("normal_weight", "gate_weight", "out_weight")
+    # It is made orthonormal: nothing is multiplied by it as it is.
+    full_precision = ("basis",)
 
     def __init__(self, d_model: int, s: int, tau: float) -> None:
         super().__init__()

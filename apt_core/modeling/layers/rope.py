@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +138,13 @@ def rotary_frequencies(
     return share * kept + (1 - share) * divided, gain
 
 
-def paired(rotary: nn.Module, products: Products) -> Callable[[Tensor, int | None], Tensor] | None:
+class Paired(Protocol):
+    """Moves the rows of a weight [heads*R, ...]: those of the first ``heads`` heads, or of all."""
+
+    def __call__(self, weight: Tensor, heads: int | None = None) -> Tensor: ...
+
+
+def paired(rotary: nn.Module, products: Products) -> Paired | None:
     """A function that brings the two places of each pair of a head next to each other, so that
     they may be turned as one complex number: of the first heads of a weight [heads*R, ...], all if
     it is None. None where that is not faster, or ``rotary`` is not a plain :class:`Rotary`."""
@@ -147,7 +153,7 @@ def paired(rotary: nn.Module, products: Products) -> Callable[[Tensor, int | Non
         return None
     half = rotary.head_dim // 2
 
-    def moved(weight: Tensor, heads: int | None) -> Tensor:
+    def moved(weight: Tensor, heads: int | None = None) -> Tensor:
         end = len(weight) if heads is None else 2 * half * heads
         pairs = weight[:end].unflatten(0, (-1, 2, half)).transpose(1, 2)
         return torch.cat([pairs.flatten(0, 2), weight[end:]])

@@ -158,6 +158,7 @@ class _Trial:
             "model": copy.deepcopy(self._structure),
             "config": self._config,
             "registry": self._kernel.registry,
+            "trains": True,
         }
         (call,) = (c for c in manager.order(HOOK, dormant=True) if c.plugin == plugin)
         with torch.device("meta"):
