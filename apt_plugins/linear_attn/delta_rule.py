@@ -81,27 +81,6 @@ def chunked(
     the documents that have begun, up to each token: the state begins anew with each, and where the
     count is 0 the text goes on from ``state``.
     """
-    out, last = _Chunked.apply(q, k, v, g, beta, state, documents, min(chunk, q.shape[1]))
-    return out, last
-
-
-def chunked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    *,
-    state: Tensor | None = None,
-    documents: Tensor | None = None,
-    chunk: int = 64,
-) -> tuple[Tensor, Tensor]:
-    """The rule in chunks of ``chunk`` tokens, with a backward of its own; as :func:`stepped`.
-
-    ``state`` is that before the first token, zeros without it. ``documents`` int64 [B, T] counts
-    the documents that have begun, up to each token: the state begins anew with each, and where the
-    count is 0 the text goes on from ``state``.
-    """
     chunk = min(chunk, q.shape[1])
     # The products would be computed in the type of autocast.
     with torch.autocast(q.device.type, enabled=False):
@@ -131,13 +110,11 @@ class _Layout(NamedTuple):
     chunk: int
 
     def view(self, x: Tensor) -> Tensor:
-        """x [B, T, ...], filled up with zeros, as [N, B, ..., C, ...]: a view [N, B, C] or
-        [N, B, H, C, ...]."""
+        """x [B, T, H, ...], filled up with zeros, as a view [N, B, H, C, ...]."""
         missing = -self.length % self.chunk
         if missing:
             x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
-        x = x.unflatten(1, (-1, self.chunk)).transpose(0, 1)
-        return x.transpose(2, 3) if x.ndim > 3 else x
+        return x.unflatten(1, (-1, self.chunk)).transpose(0, 1).transpose(2, 3)
 
     def inside(self, x: Tensor) -> Tensor:
         """x [B, T, H, ...] as [M, C, ...], copied."""
@@ -160,7 +137,7 @@ class _Layout(NamedTuple):
         hidden = places > places[:, None]
         to_token, to_end = total.exp(), (last - total).exp_()
         if documents is not None:
-            count = self.view(documents)
+            count = self.counts(documents)
             before = F.pad(count[:-1, :, -1:], (0, 0, 0, 0, 1, 0))
             hidden = self._of_heads(hidden | (count[..., None] != count[..., None, :]))
             to_token = to_token.masked_fill_(self._of_heads(count != before), 0.0)
@@ -170,6 +147,23 @@ class _Layout(NamedTuple):
         between = between.masked_fill_(hidden, float("-inf")).exp_()
         return _Decays(between, to_token[..., None], to_end[..., None], to_token[:, -1])
 
+    def counts(self, documents: Tensor) -> Tensor:
+        """The counts [N, B, C] of counted ``documents`` [B, T]; what fills up belongs to the last.
+        """
+        missing = -self.length % self.chunk
+        whole = torch.cat([documents, documents[:, -1:].expand(-1, missing)], 1)
+        return whole.unflatten(1, (-1, self.chunk)).transpose(0, 1)
+
+    def sums_to_end(self, x: Tensor, documents: Tensor | None) -> Tensor:
+        """For each token, the sum of x [M, C] from it to the end of the chunk, or of its document
+        in it."""
+        if documents is None:
+            return x.flip(-1).cumsum_(-1).flip(-1)
+        # Sums over other documents, which are 0, would be so up to rounding alone.
+        count = self.counts(documents)
+        of_same = (count[..., :, None] == count[..., None, :]).tril_().to(x.dtype)
+        return (x.unflatten(0, (-1, self.rows, self.heads)) @ of_same).flatten(0, 2)
+
     def _of_heads(self, x: Tensor) -> Tensor:
         """x [N, B, ...] as [M, ...], the same for all heads."""
         x = x[:, :, None]
@@ -177,9 +171,10 @@ class _Layout(NamedTuple):
 
 
 def _normed(x: Tensor, size: float) -> tuple[Tensor, Tensor]:
-    """x [..., K] with vectors of length ``size``, contiguous, and the factors [..., 1]."""
-    factor = (x.square().sum(-1, keepdim=True) + EPS).rsqrt_().mul_(size)
-    return torch.mul(x, factor, out=torch.empty(x.shape, dtype=x.dtype, device=x.device)), factor
+    """x [N, B, H, C, K] with vectors of length ``size`` [M, C, K], and the factors [M, C, 1]."""
+    y = x.clone(memory_format=torch.contiguous_format).flatten(0, 2)
+    factor = (y.square().sum(-1, keepdim=True) + EPS).rsqrt_().mul_(size)
+    return y.mul_(factor), factor
 
 
 def _normed_backward(grad: Tensor, y: Tensor, factor: Tensor, size: float) -> Tensor:
@@ -208,11 +203,7 @@ class _Chunked(torch.autograd.Function):
         ctx.at, ctx.dtypes = at, (q.dtype, k.dtype, v.dtype, g.dtype, beta.dtype)
         q, q_factor = _normed(at.view(q.to(dtype)), width**-0.5)
         k, k_factor = _normed(at.view(k.to(dtype)), 1.0)
-        q, k, q_factor, k_factor = (x.flatten(0, 2) for x in (q, k, q_factor, k_factor))
         v, g, beta = (at.inside(x.to(dtype)) for x in (v, g, beta))
-        if documents is not None and length % chunk:
-            more = documents[:, -1:].expand(-1, -length % chunk)
-            documents = torch.cat([documents, more], 1)
         decays = at.decays(g, documents)
         beta = beta[..., None]
         inverse = _inverse((k @ k.mT).mul_(decays.between).mul_(beta))
@@ -282,7 +273,7 @@ def _backward(ctx: Any, d_out: Tensor | None, d_last: Tensor | None) -> tuple[An
     d_total.sub_(left)
     d_total[:, -1] += left.sum(-1)
     d_total[:, -1].addcmul_((d_next * held).sum((1, 2)), decays.whole)
-    d_g = d_total.flip(-1).cumsum_(-1).flip(-1)
+    d_g = at.sums_to_end(d_total, documents)
 
     d_q = _normed_backward(d_q, q, q_factor, q.shape[-1] ** -0.5)
     d_k = _normed_backward(d_k, k, k_factor, 1.0)
