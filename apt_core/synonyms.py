@@ -114,6 +114,7 @@ _NAMES: Mapping[str, str] = {
 _VALUES: Mapping[str, Mapping[str, str]] = {
     "attention": {
         "flash_v2": "flash flash_attn flash_attention flash_attention_2 flash2",
+        "linear_causal": "linear linear_attention gated_deltanet deltanet gdn gated_delta_rule",
         "mha": "sdpa eager vanilla standard multihead multi_head gqa mqa grouped full",
         "tva_default": "tva default",
     },

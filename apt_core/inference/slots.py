@@ -49,6 +49,7 @@ class Slots:
         self, model: nn.Module, rows: Any, *, device: torch.device, max_seq_len: int
     ) -> None:
         self._model, self._computed, self._device = model, rows, device
+        self._cuts = all(getattr(cache, "cuts", True) for cache in rows.caches)
         self._max_seq_len = max_seq_len
         self._kept: dict[Any, Tensor] = {}
         self._rows: list[_Row] = []
@@ -72,8 +73,8 @@ class Slots:
         row, slot = _Row(text, start), len(self._rows)
         # The last token is computed in any case, for its logits.
         wanted = text.ids[start:-1]
-        known = {place: common_length(ids, wanted) for place, ids in self._finished.items()}
-        active = {place: common_length(r.held_ids, wanted) for place, r in enumerate(self._rows)}
+        known = {place: self._shared(ids, wanted) for place, ids in self._finished.items()}
+        active = {place: self._shared(r.held_ids, wanted) for place, r in enumerate(self._rows)}
         finished = max(known, key=lambda place: known[place], default=-1)
         other = max(active, key=lambda place: active[place], default=-1)
         shared, copied = known.get(finished, 0), active.get(other, 0)
@@ -94,7 +95,13 @@ class Slots:
     def _known_of(self, text: Text) -> int:
         """How many tokens of the beginning of ``text`` some cache holds."""
         held = [*self._finished.values(), *(row.held_ids for row in self._rows)]
-        return max((common_length(ids, text.ids) for ids in held), default=0)
+        return max((self._shared(ids, text.ids[:-1]) for ids in held), default=0)
+
+    def _shared(self, held: Sequence[int], wanted: Sequence[int]) -> int:
+        """How many tokens of the beginning of ``wanted`` are known by what is ``held``: where
+        caches cannot be cut, all that is held or nothing."""
+        shared = common_length(held, wanted)
+        return shared if self._cuts or shared == len(held) else 0
 
     def _make_room(self, slot: int) -> None:
         """Move the finished text in ``slot``, or forget it."""
@@ -166,7 +173,7 @@ class Slots:
         for text in texts:
             if text in self._slot_of:
                 continue
-            shared = max((common_length(text.ids, other.ids) for other in new), default=0)
+            shared = max((self._shared(other.ids, text.ids[:-1]) for other in new), default=0)
             if shared >= LEAST_SHARED and 2 * (shared - self._known_of(text)) >= len(text.ids):
                 similar.append(text)
             else:
@@ -202,9 +209,9 @@ class Slots:
 
     def room(self, text: Text) -> int:
         """How many guesses after ``text`` may be verified: 0 if more than its last token is
-        unread."""
+        unread, or if wrong guesses could not be cut off."""
         slot = self._slot_of.get(text)
-        if slot is None:
+        if slot is None or not self._cuts:
             return 0
         row = self._rows[slot]
         length = len(text.ids) - row.start

@@ -187,7 +187,19 @@ def support_notices(kernel: Kernel, device: torch.device) -> list[str]:
         ),
     }
     notices = []
-    for name in dict.fromkeys(ModelBuilder(kernel.config, kernel.registry).attention_names()):
+    names = dict.fromkeys(ModelBuilder(kernel.config, kernel.registry).attention_names())
+    without = [
+        name
+        for name in names
+        if (supported(kernel.registry.get("attention", name)) or {}).get("cache") is False
+    ]
+    if len(without) < len(names):
+        notices += [
+            f"model.attention_pattern: {_words(_used(kernel, 'attention', name))} has no cache: no "
+            "layer of the model decodes with one, and every token computes its whole text anew"
+            for name in without
+        ]
+    for name in names:
         supports = supported(kernel.registry.get("attention", name)) or {}
         spec = _used(kernel, "attention", name)
         for flag, (key, wanted, consequence) in asked.items():

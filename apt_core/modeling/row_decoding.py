@@ -146,8 +146,12 @@ class RowCache:
     """Keys and values of one layer for rows of texts.
 
     Keys and values stand in one tensor, so that a step writes once: the heads of a slot are first
-    those of the keys, then those of the values.
+    those of the keys, then those of the values. ``cuts`` says that what a slot holds of a text can
+    be cut to fewer tokens; a cache without it, which keeps a state, is copied for a whole text
+    alone, and holds nothing at a text's first token, at place 0.
     """
+
+    cuts = True
 
     def __init__(self) -> None:
         self._held: Tensor | None = None

@@ -35,7 +35,7 @@ class LinearCache:
                 f"a cache for {self.max_length} tokens cannot hold {end}: create a longer one"
             )
         before = len(inputs), layer.conv_size - 1, inputs.shape[2]
-        state = len(inputs), layer.num_heads, layer.key_width, layer.value_width
+        state = (len(inputs), *layer.sizes)
         if self._before is None or self._state is None:
             self._before = inputs.new_zeros(before)
             self._state = inputs.new_zeros(state, dtype=wide(inputs.dtype))

@@ -7,12 +7,14 @@ F = H (2K + V) channels of the convolution, W the width of its filters.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apt_core.log import get_logger
 from apt_core.modeling.init import normal_, reset_layer, write_std
 from apt_core.modeling.layers.attention import check_heads
 from apt_core.modeling.masks import are_documents, check_documents
@@ -22,11 +24,14 @@ from apt_core.providers.base import read_settings
 from apt_core.providers.position import PositionProvider
 from apt_plugins.linear_attn.cache import LinearCache
 from apt_plugins.linear_attn.convolution import convolved
-from apt_plugins.linear_attn.delta_rule import chunked, stepped
+from apt_plugins.linear_attn.delta_rule import Sizes, chunked, stepped
+from apt_plugins.linear_attn.fla_kernel import chunked_by_fla, missing, takes
+from apt_plugins.linear_attn.gated_norm import EPS as NORM_EPS
+from apt_plugins.linear_attn.gated_norm import gated_norm
 from apt_plugins.linear_attn.rows import LinearRows
 from apt_plugins.linear_attn.settings import ATTENTION, SECTION, LinearAttentionSettings
 
-NORM_EPS = 1e-5
+log = get_logger("apt.linear_attn")
 
 FEW = 4
 """Tokens up to which they are computed one after the other where a cache has the state."""
@@ -51,7 +56,7 @@ class LinearAttention(nn.Module):
 
     The state of a text, in fp32, has a size that does not depend on its length. Its order is all
     that a token's place means: ``positions`` are ignored. A mask is document ids; there is no
-    dropout of weights, since there are none.
+    dropout of weights, since there are none. ``by_fla`` lets fla's kernels compute what they can.
     """
 
     takes_documents = True
@@ -71,13 +76,15 @@ class LinearAttention(nn.Module):
         negative_eigenvalues: bool = False,
         chunk_size: int = 64,
         max_seq_len: int = 2048,
+        by_fla: bool = False,
     ) -> None:
         super().__init__()
+        self.by_fla = by_fla
         self.d_model, self.num_heads = d_model, num_heads
-        self.key_width, self.value_width = key_width, value_width
+        self.sizes = Sizes(num_heads, key_width, value_width)
         self.conv_size, self.chunk_size, self.max_seq_len = conv_size, chunk_size, max_seq_len
         self.largest_strength = 2.0 if negative_eigenvalues else 1.0
-        self.channels = num_heads * (2 * key_width + value_width)
+        self.channels = self.sizes.channels
         self.gate_channels = num_heads * value_width if gate else 0
         packed = self.channels + self.gate_channels
         self.in_weight = nn.Parameter(torch.empty(packed, d_model))
@@ -138,32 +145,38 @@ class LinearAttention(nn.Module):
                 f"{self.max_seq_len}: shorten it or raise the setting"
             )
         documents = None if mask is None else self._counted(mask, batch, start, length)
-        packed = F.linear(x, self.in_weight)
-        inputs, gate = packed.split([self.channels, self.gate_channels], -1)
+        # Two products: one's gradient would be copied together from two parts.
+        in_weights = self.in_weight.split([self.channels, self.gate_channels])
+        inputs, gate = (F.linear(x, weight) for weight in in_weights)
         before, state = (None, None) if cache is None else cache.held(self, inputs)
-        q, k, v = self.split(
-            convolved(inputs, self.conv_weight, before=before, documents=documents)
-        )
+        channels = convolved(inputs, self.conv_weight, before=before, documents=documents)
         g, beta = self.rates(F.linear(x, self.rate_weight))
         if state is not None and length <= FEW and documents is None:
-            out, last = stepped(q, k, v, g, beta, state)
+            out, last = stepped(channels, g, beta, self.sizes, state)
         else:
-            out, last = chunked(
-                q, k, v, g, beta, state=state, documents=documents, chunk=self.chunk_size
-            )
+            out, last = self.rule(channels, g, beta, state, documents)
         if cache is not None:
             cache.append(inputs, last, documents)
         return F.linear(self.gated(out, gate).to(x.dtype), self.out_weight)
 
+    def rule(
+        self,
+        channels: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        state: Tensor | None,
+        documents: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The rule in chunks, by the kernel that computes it here; see :func:`chunked`."""
+        if self.by_fla and takes(channels, self.sizes, documents):
+            return chunked_by_fla(channels, g, beta, self.sizes, state)
+        return chunked(
+            channels, g, beta, self.sizes, state=state, documents=documents, chunk=self.chunk_size
+        )
+
     def rows(self, products: Products) -> LinearRows:
         """The layer for decoding rows."""
         return LinearRows(self, products)
-
-    def split(self, channels: Tensor) -> list[Tensor]:
-        """The channels [..., F] as q, k [..., H, K] and v [..., H, V]."""
-        keys, values = self.num_heads * self.key_width, self.num_heads * self.value_width
-        parts = channels.split([keys, keys, values], -1)
-        return [part.unflatten(-1, (self.num_heads, -1)) for part in parts]
 
     def rates(self, rates: Tensor) -> tuple[Tensor, Tensor]:
         """g and β [..., H] of what ``rate_weight`` gives [..., 2H], at least in fp32."""
@@ -174,9 +187,10 @@ class LinearAttention(nn.Module):
 
     def gated(self, out: Tensor, gate: Tensor) -> Tensor:
         """What the heads read [..., H, V], normalised and gated, as [..., H*V]."""
-        out = F.rms_norm(out, (self.value_width,), eps=NORM_EPS) * self.norm_weight
-        out = out.flatten(-2)
-        return out * F.silu(gate) if self.gate_channels else out
+        if self.gate_channels:
+            return gated_norm(out, gate, self.norm_weight)
+        normed = F.rms_norm(out, (self.sizes.values,), eps=NORM_EPS) * self.norm_weight
+        return normed.flatten(-2)
 
     def _checked(self, cache: Any) -> LinearCache:
         if not isinstance(cache, LinearCache):
@@ -208,6 +222,13 @@ class LinearAttentionProvider(AttentionProvider):
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         self.settings = read_settings(LinearAttentionSettings, config, SECTION)
+        reason = "kernel is torch" if self.settings.kernel == "torch" else missing()
+        self._by_fla = not reason
+        if reason and torch.cuda.is_available():
+            log.info("attention:%s is computed by torch alone: %s", ATTENTION, reason)
+        if self._by_fla:
+            # torch.compile does not look into the package's kernels.
+            self.supports = replace(type(self).supports, compile=False)  # type: ignore[misc]
 
     def create_layer(
         self,
@@ -234,6 +255,7 @@ class LinearAttentionProvider(AttentionProvider):
             negative_eigenvalues=settings.negative_eigenvalues,
             chunk_size=settings.chunk_size,
             max_seq_len=max_seq_len,
+            by_fla=self._by_fla,
         )
 
     def kv_cache_bytes(

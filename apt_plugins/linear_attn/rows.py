@@ -14,7 +14,7 @@ from torch import Tensor
 
 from apt_core.modeling.row_decoding import Products, RowStep, doubled
 from apt_plugins.linear_attn.convolution import convolved
-from apt_plugins.linear_attn.delta_rule import EPS, chunked, wide
+from apt_plugins.linear_attn.delta_rule import EPS, wide
 
 if TYPE_CHECKING:
     from apt_plugins.linear_attn.layer import LinearAttention
@@ -32,7 +32,7 @@ class LinearRows:
         self._decay = -layer.decay_log.detach().exp()
         self.cache = StateCache(
             (layer.conv_size - 1, layer.channels),
-            (layer.num_heads, layer.key_width, layer.value_width),
+            layer.sizes,
         )
 
     def __call__(self, x: Tensor, step: RowStep) -> Tensor:
@@ -50,7 +50,7 @@ class LinearRows:
         layer = self._layer
         filters = self._filters.to(inputs.dtype)
         seen = torch.cat([before, inputs[:, None]], 1)
-        q, k, v = layer.split(F.silu((seen * filters).sum(1)).to(state.dtype))
+        q, k, v = layer.sizes.split(F.silu((seen * filters).sum(1)).to(state.dtype))
         if before.shape[1]:
             before.copy_(seen[:, 1:])
         qk = torch.stack([q, k], 2)
@@ -60,7 +60,7 @@ class LinearRows:
         state.mul_(g.exp()[..., None, None])
         written = (v - (k[..., None, :] @ state).squeeze(-2)) * beta[..., None]
         state.addcmul_(k[..., None], written[..., None, :])
-        return (q[..., None, :] @ state).squeeze(-2) * layer.key_width**-0.5
+        return (q[..., None, :] @ state).squeeze(-2) * layer.sizes.keys**-0.5
 
     def _several(
         self, inputs: Tensor, rates: Tensor, before: Tensor, state: Tensor, step: RowStep
@@ -69,7 +69,7 @@ class LinearRows:
         layer, reach = self._layer, before.shape[1]
         size = step.batch, step.length
         inputs = inputs.unflatten(0, size)
-        q, k, v = layer.split(convolved(inputs, self._filters.T, before=before))
+        channels = convolved(inputs, self._filters.T, before=before)
         g, beta = (rate.unflatten(0, size) for rate in layer.rates(rates))
         whole = torch.cat([before, inputs.to(before.dtype)], 1)
         if step.tokens is None:
@@ -79,7 +79,7 @@ class LinearRows:
             g, beta = (rate.masked_fill(~is_token[..., None], 0) for rate in (g, beta))
             places = is_token.sum(1, keepdim=True) + torch.arange(reach, device=whole.device)
             kept = whole.gather(1, places[..., None].expand(-1, -1, whole.shape[2]))
-        out, last = chunked(q, k, v, g, beta, state=state, chunk=layer.chunk_size)
+        out, last = layer.rule(channels, g, beta, state, None)
         before.copy_(kept)
         state.copy_(last)
         return out.flatten(0, 1)

@@ -43,10 +43,10 @@ class LinearAttentionSettings(Section):
     chunk_size: Annotated[int, Field(ge=8, le=256)] = Field(
         default=64, description="Tokens that are computed together; changes no result."
     )
-    kernel: Literal["auto", "torch", "fla"] = Field(
+    kernel: Literal["auto", "torch"] = Field(
         default="auto",
-        description="What computes the rule: auto is fla on a GPU where it is installed, else "
-        "torch.",
+        description="What computes the rule: auto is flash-linear-attention on a GPU where it is "
+        "installed, and torch elsewhere.",
     )
 
     def heads_of(self, num_heads: int) -> int:

@@ -16,6 +16,7 @@ from apt_core.testing import tiny_run
 from apt_core.testing.conformance import Check, checks, checks_of
 from apt_plugins.flash_attn.flex import FlexProvider
 from apt_plugins.flash_attn.layer import FlashTVAProvider
+from apt_plugins.linear_attn.layer import LinearAttentionProvider
 
 pytestmark = pytest.mark.gpu
 
@@ -106,6 +107,32 @@ def test_flex_attention_is_that_of_a_mask_of_all_pairs(
     for reference, own, others in zip(exact, kernel, eager, strict=True):
         bound = 2 * (others - reference).norm() + 1e-4 * reference.norm()
         assert (own - reference).norm() <= bound
+
+
+@pytest.mark.parametrize("check", checks_of("attention", LinearAttentionProvider(), GPU), ids=str)
+def test_linear_attention_does_what_every_attention_must(check: Check) -> None:
+    check.run()
+
+
+def test_linear_attention_by_the_packages_kernels_is_that_by_torch() -> None:
+    """The error beside fp32 is at most twice that of torch in bf16, as is that of the gradients."""
+    pytest.importorskip("fla")
+    torch.manual_seed(0)
+    layer = LinearAttentionProvider().create_layer(256, 4).to(GPU)
+    assert layer.by_fla
+    x = torch.randn(2, 500, 256, device=GPU, requires_grad=True)
+
+    def computed(by_fla: bool, dtype: torch.dtype | None) -> list[torch.Tensor]:
+        layer.by_fla = by_fla
+        with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
+            y = layer(x).float()
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
+
+    exact = computed(False, None)
+    for mine, its, true in zip(
+        computed(True, torch.bfloat16), computed(False, torch.bfloat16), exact, strict=True
+    ):
+        assert (mine - true).norm() <= 2 * (its - true).norm() + 1e-3 * true.norm()
 
 
 BACKENDS = [
