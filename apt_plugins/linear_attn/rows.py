@@ -6,7 +6,7 @@ N = B*T.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,11 @@ from apt_core.modeling.row_decoding import Products, RowStep, doubled
 from apt_plugins.linear_attn.convolution import convolved
 from apt_plugins.linear_attn.delta_rule import EPS, wide
 
-if TYPE_CHECKING:
-    from apt_plugins.linear_attn.layer import LinearAttention
-
 
 class LinearRows:
-    """A :class:`~apt_plugins.linear_attn.layer.LinearAttention` for decoding rows."""
+    """A ``layer``, of the class ``LinearAttention``, for decoding rows."""
 
-    def __init__(self, layer: LinearAttention, products: Products) -> None:
+    def __init__(self, layer: Any, products: Products) -> None:
         self._layer = layer
         self._project = products.of(torch.cat([layer.in_weight, layer.rate_weight]))
         self._read_out = products.of(layer.out_weight)
