@@ -215,7 +215,8 @@ def certified(
     assert proof is not None
     chosen = names
     if chosen is None:
-        chosen = [*MODELS, *(WINDOWED if "window" in exporter.holds else ())]
+        held = "window" in exporter.holds
+        chosen = [name for name in models if held or name not in WINDOWED]
     targets, owns = [], []
     for name in chosen:
         session = models[name]
