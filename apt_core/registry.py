@@ -239,13 +239,10 @@ class Registry:
         except ValidationError as error:
             raise ConfigError(
                 Problem(
-                    "unknown key" if item["type"] == "extra_forbidden" else item["msg"],
-                    key=".".join([spec.section or spec.key, *map(str, item["loc"])]),
-                    hint=did_you_mean(str(item["loc"][-1]), model.model_fields)
-                    if item["type"] == "extra_forbidden"
-                    else "",
+                    message, ".".join([spec.section or spec.key, *map(str, item["loc"])]), hint=hint
                 )
-                for item in error.errors()
+                for item in error.errors(include_url=False)
+                for message, hint in [_in_words(item, model)]
             ) from None
 
     def _build(self, spec: ProviderSpec, config: Any) -> tuple[Any, str]:
@@ -305,6 +302,15 @@ class _Itself:
 
     def __hash__(self) -> int:
         return id(self.value)
+
+
+def _in_words(error: Any, model: Any) -> tuple[str, str]:
+    """What is wrong with a setting of a section ``model``, and a hint or an empty text."""
+    if error["type"] == "extra_forbidden":
+        return "unknown key", did_you_mean(str(error["loc"][-1]), model.model_fields)
+    from apt_core.section_errors import in_words
+
+    return in_words(error)
 
 
 def _content(settings: Any) -> Any:

@@ -24,6 +24,8 @@ _KINDS = {
     "model_type": "a section with keys",
     "model_attributes_type": "a section with keys",
     "finite_number": "a finite number",
+    "byte_size": "a size such as 5GB",
+    "byte_size_unit": "a size such as 5GB",
 }
 _BOUNDS = {
     "greater_than": ("gt", "more than"),

@@ -109,6 +109,21 @@ def export(
     by more than the tolerance is not written.
     """
     if verify is not None:
+        beside = {
+            "--to": to,
+            "--output": output,
+            "--option": option,
+            "--drop": drop,
+            "--unproven": unproven,
+            "--force": force,
+            "--push": push,
+            "--public": public,
+            "--step": step,
+            "--weights": weights != "last",
+        }
+        if given := [name for name, value in beside.items() if value]:
+            message = "does not go with --verify: the certificate says it"
+            raise ConfigError(Problem(message, name) for name in given)
         with handling((signal.SIGTERM, signal.SIGHUP), stopped):
             return _verified(
                 user_path(verify), run, device, plugin, set_, as_json=json, debug=debug

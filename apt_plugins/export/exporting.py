@@ -76,6 +76,10 @@ def exporter_of(session: Session, target: str, options: Mapping[str, Any]) -> Ex
     if missing := unmet(spec.requires):
         brought = _brought_by(EXTRAS.get(target) if spec.plugin == "export" else None)
         raise ConfigError(f"{target} cannot be written here: {'; '.join(missing)}{brought}", "--to")
+    if options and spec.config is None:
+        raise ConfigError(
+            Problem(f"{target} has no settings", f"--option {name}") for name in sorted(options)
+        )
     prefix = f"exporter:{target}."
     try:
         found = session.registry.get("exporter", target, dict(options), fallback=False)

@@ -105,7 +105,8 @@ def _run(proof: Proof, requests: Sequence[Path], folder: Path, tell: Tell, threa
     options: dict[str, Any] = {
         "stdout": subprocess.PIPE,
         "cwd": folder,
-        "env": {**os.environ, "OMP_NUM_THREADS": str(threads)},
+        # Threads that wait for each other would keep the CPU from those that they wait for.
+        "env": {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"},
     }
     errors = folder / "stderr.txt"
     with (

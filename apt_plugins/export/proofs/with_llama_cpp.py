@@ -294,7 +294,5 @@ class LlamaCpp(Runtime):
 
 
 if __name__ == "__main__":
-    # Threads that wait for each other would keep the CPU from those that they wait for, and a
-    # debugger would be asked what happened.
-    os.environ.update(OMP_WAIT_POLICY="passive", GGML_NO_BACKTRACE="1")
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # a debugger would be asked what happened
     main(LlamaCpp)

@@ -27,7 +27,6 @@ class Transformers(Runtime):
         self.causal_lm = transformers.AutoModelForCausalLM.from_pretrained(
             target,
             dtype=torch.float32,
-            attn_implementation=settings.get("attention", "eager"),
             trust_remote_code=False,
             use_safetensors=True,
         ).eval()

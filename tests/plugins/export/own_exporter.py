@@ -123,4 +123,5 @@ def apt_register_providers():
         ProviderSpec(kind="attention", name="louder", factory=LouderProvider, section="model.mha"),
         ProviderSpec(kind="exporter", name="numpy", factory=NumpyExporter, config=Settings),
         ProviderSpec("exporter", "elsewhere", NumpyExporter, requires=["nothing-writes-it"]),
+        ProviderSpec("exporter", "bare", NumpyExporter),
     ]

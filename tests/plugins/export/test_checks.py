@@ -85,7 +85,8 @@ class Faulty(NumpyExporter):
         return replace(proof, tolerance=0.0) if self.fault == "tolerance" else proof
 
 
-def test_each_fault_is_found() -> None:
+def test_each_fault_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     assert failed(Faulty("none")) == {}
     for fault, check, told in (
         ("words", "refusals", "check gives a str"),

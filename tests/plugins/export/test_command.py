@@ -131,6 +131,14 @@ def test_mistakes_are_told_at_once(run: Path, export: Export) -> None:
     code, _, err = export(run, "--unproven", "--push", "a b/c", "--public", "-O", "dtype")
     assert code == 2 and "3 problems" in err
     assert all(text in err for text in ("--to: names no target", "--unproven", "no KEY=VALUE"))
+    code, _, err = export("--verify", "out", "--to", "numpy", "--force", "--step", 2)
+    assert code == 2 and "3 problems" in err and "--step: does not go with --verify" in err
+    code, _, err = export(run, "--to", "elsewhere", "-O", "type=Q8_0", *DROP)
+    assert code == 2 and "elsewhere cannot be written here" in err
+    code, _, err = export(run, "--to", "bare", "-O", "type=Q8_0", *DROP)
+    assert code == 2 and "--option type: bare has no settings" in err
+    code, _, err = export(run, "--to", "numpy", "-O", "fault=leak", *DROP)
+    assert code == 2 and "--option fault: must be 'none', 'heads'" in err
     code, _, err = export(run, "--to", "numpi")
     assert code == 2 and "did you mean 'numpy'?" in err
     code, _, err = export(run, "--to", "numpy", "-O", "folt=none", *DROP)
