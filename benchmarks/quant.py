@@ -218,7 +218,7 @@ def measure(report: Report, quick: bool) -> None:
         rows += speed(report, size, 2 if quick else 8, size.tokens // (4 if quick else 1))
     report.table("Tokens per second", ["model", "fp32", *KINDS], rows)
     with TemporaryDirectory() as folder:
-        quality(report, Path(folder), 12 if quick else 900)
+        quality(report, Path(folder), 12 if quick else 360)
 
 
 if __name__ == "__main__":
