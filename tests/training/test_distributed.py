@@ -404,13 +404,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory, forks: Any) -> Runs:
                     training__batch_size=2,
                     **keys,
                 )
-                for name, how in (("ddp", {}), ("fsdp", sharded))
-                for optimizer, keys in (("adamw", how), ("muon", {**how, **muon}))
+                for name, optimizer, keys in (
+                    ("ddp", "adamw", {}),
+                    ("fsdp", "adamw", sharded),
+                    ("fsdp", "muon", {**sharded, **muon}),
+                )
                 for part, options in (
                     ("", lambda _: {}),
                     ("_half", lambda _: half),
                     ("_on", lambda at: {"resume_from": str(runs.checkpoint(at, HALF))}),
                 )
+                if not part or optimizer == "adamw"
             ),
             runs.job(
                 "NeverFinite", plugin="NeverFinite", training__max_nonfinite_steps=2, **sharded
@@ -504,8 +508,9 @@ def test_parameters_without_a_gradient_in_a_process_or_in_all_learn_as_in_one(
         assert any("ffn.never" in tensor for tensor in expected) == (part != "optimizer")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("sharding", "optimizer"), [("ddp", "adamw"), ("fsdp", "adamw"), ("fsdp", "muon")]
+)
 def test_stages_of_the_trainable_set_are_those_of_one_process_and_are_resumed_to_the_bit(
     runs: Runs, sharding: str, optimizer: str
 ) -> None:
@@ -514,7 +519,10 @@ def test_stages_of_the_trainable_set_are_those_of_one_process_and_are_resumed_to
     for part in PARTS:
         found = runs.tensors(name, part)
         torch.testing.assert_close(found, runs.tensors(alone, part), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(runs.tensors(f"{name}_on", part), found, rtol=0, atol=0)
+        if optimizer == "adamw":
+            torch.testing.assert_close(runs.tensors(f"{name}_on", part), found, rtol=0, atol=0)
+    if optimizer == "muon":
+        return
     held = runs.tensors(f"{name}_half", "optimizer", HALF)
     frozen = runs.tensors(name).keys() - {key.partition("//")[0] for key in held}
     assert frozen == {"embedding.weight"}
