@@ -67,6 +67,8 @@ def transform_of(
         if not isinstance(transform, ModelTransform):
             raise TypeError(f"it returned a {type(transform).__name__}, not a ModelTransform")
         transform.check(before)
+        if unknown := transform.model_settings.keys() - type(kernel.config.model).model_fields:
+            raise ValueError(f"model_settings: there is no model.{min(unknown)}")
         return transform
 
     return manager.attempt(plugin, HOOK, checked)

@@ -112,6 +112,8 @@ class ModelTransform:
             ("dropped", self.dropped, "old", before),
         ):
             problems += [f"{what}: the {structure} model has no {n}" for n in {*names} - {*known}]
+        modules = {name for name, _ in self.model.named_modules()}
+        problems += [f"moved: the new model has no module {n}" for n in {*self.moved} - modules]
         used = set(self.dropped)
         for name, shape in after.items():
             origin = self.origin(name, before)
@@ -142,11 +144,18 @@ class ModelTransform:
             raise TypeError(f"its model is a {type(self.model).__name__}, not a module")
         if isinstance(self.dropped, str):
             raise TypeError("dropped is text, not a list of names")
+        for what, names in (("moved", self.moved), ("model_settings", self.model_settings)):
+            if not isinstance(names, Mapping) or not all(isinstance(name, str) for name in names):
+                raise TypeError(f"{what} is no mapping from names")
+        if not all(isinstance(name, str) for name in self.moved.values()):
+            raise TypeError("moved is no mapping to names")
         for name, carried in self.origins.items():
             if not isinstance(carried, Carried):
                 raise TypeError(f"the origin of {name} is a {type(carried).__name__}, not Carried")
-        if self.compared_ids is not None and self.compared_ids < 1:
-            raise ValueError(f"compared_ids is {self.compared_ids}: a loss needs an id")
+        if self.compared_ids is not None and not (
+            type(self.compared_ids) is int and self.compared_ids > 0
+        ):
+            raise ValueError(f"compared_ids is {self.compared_ids!r}, not a number of ids")
         for name, share in self.active_share.items():
             within(share, f"the active_share of {name}", 1.0)
         within(self.tolerance, "tolerance")
