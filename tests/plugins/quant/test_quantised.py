@@ -430,3 +430,11 @@ def test_plugins_of_the_run_go_with_it(tmp_path: Path) -> None:
     with pytest.raises(AptError):  # nobody could open it without the object
         quantise(Asked(session, "last", Rounding(8), tmp_path / "new", 0), lambda *_: None)
     assert not (tmp_path / "new").exists()
+
+
+def test_experts_are_not_made_of_rounded_weights() -> None:
+    """Copies would lose the rounding: what enables the two in this order is told."""
+    session = session_of("tva")
+    fake(choose(session.model, Rounding(8)).layers)
+    with pytest.raises(ConfigError, match="enable what computes them after moe"):
+        upcycled(session.model, session.config, MoeSettings(), session.registry)
