@@ -1,0 +1,141 @@
+"""What linear attention costs against multi-head attention on SDPA, from short texts to long ones.
+
+Layers of the registry at one width, in fp32. One process times them in turns: a forward with its
+backward, and one step of decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from _harness import Report, Series, Timings, interleave, run
+from apt_core.modeling.layers import MHAProvider, RoPEProvider
+from apt_plugins.linear_attn.layer import LinearAttentionProvider
+
+D_MODEL, HEADS = 256, 4
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+LONG = 8192
+"""The length of the figures."""
+
+SIDES = {
+    "mha": "MHA",
+    "linear": "linear, chunks of 64",
+    "linear_c32": "linear, chunks of 32",
+    "linear_h8": "linear, 8 heads of 32",
+}
+SETTINGS: Mapping[str, Mapping[str, int]] = {
+    "linear": {},
+    "linear_c32": {"chunk_size": 32},
+    "linear_h8": {"num_heads": 8, "chunk_size": 32},
+}
+
+
+def layer_of(name: str) -> nn.Module:
+    sizes = {"max_seq_len": max(LENGTHS) + 1, "position": RoPEProvider()}
+    provider = MHAProvider() if name == "mha" else LinearAttentionProvider(SETTINGS[name])
+    return provider.create_layer(D_MODEL, HEADS, **sizes)
+
+
+def train(layer: nn.Module, length: int) -> Callable[[], object]:
+    """A forward and a backward to every parameter and to the input."""
+    x = torch.randn(1, length, D_MODEL, requires_grad=True)
+    upstream = torch.randn(1, length, D_MODEL)
+    wanted = [x, *layer.parameters()]
+    return lambda: torch.autograd.grad(layer(x), wanted, upstream)
+
+
+def decode(layer: nn.Module, cached: int) -> Callable[[], object]:
+    """A forward of one token after ``cached`` others, as each call finds them."""
+    kept, token = layer.create_cache(cached + 1), torch.randn(1, 1, D_MODEL)
+    with torch.no_grad():
+        layer(torch.randn(1, cached, D_MODEL), cache=kept)
+
+    def call() -> None:
+        # A fork of a state is free, and so is cutting keys and values back.
+        cache = kept if hasattr(kept, "truncate") else kept.fork()
+        with torch.no_grad():
+            layer(token, cache=cache)
+        if cache is kept:
+            cache.truncate(cached)
+
+    return call
+
+
+def crossing(by_length: Mapping[int, Timings]) -> int:
+    """The first length at which linear attention is the faster one."""
+    for length, times in by_length.items():
+        if times.ratio("mha", over="linear").value > 1:
+            return length
+    return 0
+
+
+def add(report: Report, title: str, name: str, by_length: Mapping[int, Timings]) -> None:
+    others = [side for side in SIDES if side != "mha"]
+    report.table(
+        f"{title}: milliseconds of MHA, and how many times as fast the others are",
+        ["tokens", "MHA, ms", *(f"{SIDES[side]}, ×" for side in others)],
+        [
+            [
+                str(length),
+                times.median("mha") / 1e6,
+                *(times.ratio("mha", over=side).value for side in others),
+            ]
+            for length, times in by_length.items()
+        ],
+    )
+    report.plot(
+        name,
+        title,
+        x_label="tokens",
+        y_label="milliseconds",
+        x_scale="log",
+        series=[
+            Series(label, [*by_length], [t.median(side) / 1e6 for t in by_length.values()])
+            for side, label in SIDES.items()
+        ],
+    )
+
+
+def measure(report: Report, quick: bool) -> None:
+    torch.manual_seed(0)
+    report.machine["threads"] = torch.get_num_threads()
+    layers = {name: layer_of(name) for name in SIDES}
+    lengths = (512, 1024) if quick else LENGTHS
+    last = LONG if LONG in lengths else lengths[-1]
+    trained, decoded = {}, {}
+    for length in lengths:
+        calls = {name: train(layer, length) for name, layer in layers.items()}
+        rounds = 3 if quick or length > 4096 else 7
+        trained[length] = interleave(calls, baseline="mha", rounds=rounds, calls=1, warmup=1)
+        calls = {name: decode(layer, length) for name, layer in layers.items()}
+        decoded[length] = interleave(calls, baseline="mha", rounds=9, calls=10, warmup=1)
+    add(report, "Forward and backward, one layer", "train", trained)
+    add(report, "One step of decoding, one layer, batch 1", "decode", decoded)
+    for side in SETTINGS:
+        report.ratio(f"mha_over_{side}_train_T{last}", trained[last], "mha", over=side)
+    report.noise(f"mha_over_mha_train_T{last}", trained[last])
+    report.add("faster_from_T", crossing(trained))
+    first, end = lengths[0], lengths[-1]
+    for side in ("mha", "linear"):
+        value = decoded[end].median(side) / decoded[first].median(side)
+        report.add(f"decode_{side}_T{end}_over_T{first}", round(value, 3))
+    report.add("state_bytes", float(held_bytes(layers["linear"])))
+    report.note(
+        f"One layer {D_MODEL} wide with {HEADS} heads, a text at a time. `faster_from_T` is the "
+        "shortest of these lengths at which a forward and backward of `linear` takes less time "
+        "than that of MHA; 0: none."
+    )
+
+
+def held_bytes(layer: nn.Module) -> int:
+    cache = layer.create_cache(8)
+    with torch.no_grad():
+        layer(torch.randn(1, 8, D_MODEL), cache=cache)
+    return int(cache.nbytes)
+
+
+if __name__ == "__main__":
+    run("From what length on is linear attention faster than multi-head attention?", measure)
