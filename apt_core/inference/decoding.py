@@ -103,8 +103,10 @@ class Decoder:
         else:
             try:
                 number = rows.compile(compiler)
-                log.info("decoding of a token is compiled in %d blocks", number)
-                return
+                if number:
+                    log.info("decoding of a token is compiled in %d blocks", number)
+                    return
+                reason = "none of its layers has parts that can be compiled"
             except Exception as error:  # what the model raises, it raises again uncompiled
                 reason = one_line(error)
         log.warning("decoding is not compiled: %s", reason)

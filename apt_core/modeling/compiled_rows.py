@@ -9,9 +9,10 @@ layers of the same shape share what is compiled.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ log = get_logger("apt.modeling")
 
 Compiled = Callable[..., Tensor]
 
+NONE: Mapping[int, int] = MappingProxyType({})
+
 
 class Compiler:
     """Compiles functions of tensors on the CPU that give a tensor, and keeps what it has compiled:
@@ -32,20 +35,25 @@ class Compiler:
     def __init__(self) -> None:
         self._made: dict[Any, Any] = {}
 
-    def compiled(self, function: Compiled, *examples: Tensor) -> Compiled:
+    def compiled(
+        self, function: Compiled, *examples: Tensor, varying: Mapping[int, int] = NONE
+    ) -> Compiled:
         """``function`` for inputs like ``examples``. What it computes may depend on these and on
-        the tensors that it holds, but on their shapes alone whether and how.
+        the tensors that it holds, but on their shapes alone whether and how. Of the inputs that
+        ``varying`` has the numbers of, the dimension that it gives is of any length of at least 2,
+        the same for all.
 
         Raises what torch's compiler raises, which needs a C++ compiler.
         """
         graph, weights = _traced(function, examples)
         inputs = (*examples, *weights)
-        key = graph.code, torch.get_num_threads(), *((x.shape, x.stride()) for x in inputs)
+        shapes = ((x.shape, x.stride()) for x in inputs)
+        key = graph.code, torch.get_num_threads(), *varying.items(), *shapes
         if key not in self._made:
             if not self._made:
                 # What goes to a terminal are warnings, and it stands still for a while.
                 log.warning("compiling what a token is computed by, which takes about 20 seconds")
-            self._made[key] = _loaded(graph, inputs)
+            self._made[key] = _loaded(graph, inputs, varying)
         run = self._made[key].boxed_run
 
         def call(*given: Tensor) -> Tensor:
@@ -83,13 +91,15 @@ def _traced(function: Compiled, examples: Sequence[Tensor]) -> tuple[GraphModule
     return GraphModule(torch.nn.Module(), graph), weights
 
 
-def _loaded(graph: GraphModule, inputs: tuple[Tensor, ...]) -> Any:
+def _loaded(graph: GraphModule, inputs: tuple[Tensor, ...], varying: Mapping[int, int]) -> Any:
     """``graph`` compiled for ``inputs``."""
     from torch._inductor import aoti_compile_and_package, aoti_load_package
 
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own use of pytrees
         package = str(Path(folder, "decoding.pt2"))
-        exported = torch.export.export(graph, inputs)
+        length = torch.export.Dim("length", min=2, max=2**30)
+        shapes = tuple({varying[n]: length} if n in varying else None for n in range(len(inputs)))
+        exported = torch.export.export(graph, inputs, dynamic_shapes=shapes)
         aoti_compile_and_package(exported, package_path=package)
         return aoti_load_package(package).loader

@@ -103,6 +103,18 @@ class RowStep:
             self._added = zeros.masked_fill_(~mask, float("-inf"))
         return self._added
 
+    def taken(self, room: int) -> Tensor:
+        """What is added to the scores of ``room`` places by the one token of the step: 0 for those
+        of the span, -inf for the others [room]."""
+        found = self._tables.get(room)
+        if found is None:
+            both = self._kept.get(room)
+            if both is None:
+                zeros = torch.zeros(room, device=self.places.device)
+                both = self._kept[room] = torch.cat([zeros, zeros - float("inf")])
+            found = self._tables[room] = both[room - self.span : 2 * room - self.span]
+        return found
+
     def indices(self, heads: int, room: int) -> Tensor:
         """Where the new tokens stand among all places of a cache with ``room`` for each head
         of a slot, int64 [N*heads]."""
@@ -160,6 +172,22 @@ class RowCache:
     def update(self, step: RowStep, new: Tensor) -> tuple[Tensor, Tensor]:
         """Add the keys and values ``new`` [N, 2K, R]; return those of the step's rows, views
         [B, K, S, R]."""
+        held = self._add(step, new)
+        heads, width, room = self._heads, self._width, self._room
+        # As few operations as possible: each is a good part of a step of a small model.
+        shape = step.batch, heads // 2, step.span, width
+        slot = heads * room * width
+        strides = slot, room * width, width, 1
+        first = step.first * slot
+        keys = held.as_strided(shape, strides, first)
+        return keys, held.as_strided(shape, strides, first + slot // 2)
+
+    def update_one(self, step: RowStep, new: Tensor) -> Tensor:
+        """Add the keys and values ``new`` [1, 2K, R] of the one token of a step; return all of its
+        slot [2K, room, R], those of places that are not taken yet too."""
+        return self._add(step, new)[step.first]
+
+    def _add(self, step: RowStep, new: Tensor) -> Tensor:
         held = self._held
         if (
             held is None
@@ -170,13 +198,7 @@ class RowCache:
             held = self._with_room(step, new)
         heads, width, room = self._heads, self._width, self._room
         self._flat.index_copy_(0, step.indices(heads, room), new.reshape(-1, width))
-        # As few operations as possible: each is a good part of a step of a small model.
-        shape = step.batch, heads // 2, step.span, width
-        slot = heads * room * width
-        strides = slot, room * width, width, 1
-        first = step.first * slot
-        keys = held.as_strided(shape, strides, first)
-        return keys, held.as_strided(shape, strides, first + slot // 2)
+        return held
 
     def _with_room(self, step: RowStep, new: Tensor) -> Tensor:
         """Keys and values with room for the step, in the type of what is added."""

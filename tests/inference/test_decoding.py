@@ -87,7 +87,7 @@ def greedy(prompts, tokens):
 class Uncompiled:
     """What the compiler would have made of a graph."""
 
-    def __init__(self, graph, inputs):
+    def __init__(self, graph, inputs, varying):
         self._graph = graph
 
     def boxed_run(self, inputs):
@@ -112,8 +112,8 @@ def test_batches_caches_and_guesses_change_no_greedy_token(lively, name, monkeyp
         for _ in range(2):  # the second time from what caches still hold
             assert [result.token_ids for result in engine.run(requests)] == expected
         assert engine._decoder._slots is not None and len(engine._decoder) == 0
-    number = 0 if name in EAGER else 2
-    assert f"decoding of a token is compiled in {number} blocks" in caplog.text
+    said = "not compiled: none of its layers" if name in EAGER else "compiled in 2 blocks"
+    assert said in caplog.text
 
 
 class Stateful(nn.Module):
@@ -346,8 +346,14 @@ def test_layers_of_one_shape_share_what_is_compiled():
         for _ in range(2):
             weight = torch.randn(256, 256)
             product = row_decoding.Products().of(weight)
-            compiled = compiler.compiled(lambda x: product(x) + x, torch.zeros(1, 256))  # noqa: B023
-            torch.testing.assert_close(compiled(x), x @ weight.T + x)
+
+            def summed(x, some, product=product):
+                return product(x) + some.sum()
+
+            compiled = compiler.compiled(summed, x, torch.zeros(64), varying={1: 0})
+            for length in (64, 300):
+                some = torch.ones(length)
+                torch.testing.assert_close(compiled(x, some), x @ weight.T + length)
     assert len(compiler._made) == 1
 
 
@@ -359,6 +365,10 @@ def test_what_cannot_be_compiled_is_said_and_computed_as_ever(session, monkeypat
     assert [engine.run([request]), engine.run([request])] == [[plain], [plain]]
     (message,) = [r.getMessage() for r in caplog.records if r.name == "apt.inference"]
     assert message.startswith("decoding is not compiled: ") and "/no/compiler" in message
+    attention = session.model.blocks[0].attention.rows(row_decoding.Products())
+    assert attention.compilable
+    attention.attend_rows = lambda q, k, v, step: q  # a window
+    assert not attention.compilable
 
 
 def test_a_decoder_may_look_ahead_without_a_trace(lively):

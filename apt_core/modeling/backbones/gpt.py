@@ -155,19 +155,20 @@ class CompiledBlockRows:
         def before(x: Tensor, *turns: Tensor) -> Tensor:
             return attention.packed(block.attention_norm(x), *turns)
 
-        def after(x: Tensor, mixed: Tensor) -> Tensor:
-            x = x + attention.read_out(mixed)
+        def after(x: Tensor, packed: Tensor, held: Tensor, taken: Tensor) -> Tensor:
+            x = x + attention.read_out(attention.attended_by_one(packed, held, taken))
             return x + block.ffn(block.ffn_norm(x))
 
         x, step = attention.example, RowStep.example()
         turns = attention.turns(step)
-        mixed = attention.mixed(before(x, *turns), step)
+        packed = before(x, *turns)
+        held = attention.held(packed, step)
         self._before: Compiled = before
         if not isinstance(block.attention_norm, CalledAsEver):
             self._before = compiler.compiled(before, x, *turns)
-        self._after: Compiled = after
+        self._after: Compiled | None = None
         if not isinstance(block.ffn_norm, CalledAsEver) and not isinstance(block.ffn, CalledAsEver):
-            self._after = compiler.compiled(after, x, mixed)
+            self._after = compiler.compiled(after, x, packed, *held, varying={2: 1, 3: 0})
 
     def __call__(self, x: Tensor, step: RowStep) -> Tensor:
         """x [N, D] to [N, D]."""
@@ -175,7 +176,11 @@ class CompiledBlockRows:
             return self._block(x, step)
         attention = self._attention
         packed = self._before(x, *attention.turns(step))
-        return self._after(x, attention.mixed(packed, step))
+        if self._after is not None:
+            return self._after(x, packed, *attention.held(packed, step))
+        block = self._block
+        x = x + attention.read_out(attention.mixed(packed, step))
+        return x + block.ffn(block.ffn_norm(x))
 
 
 class GPTRows:

@@ -77,9 +77,7 @@ class AttentionRows:
         else:
             self.read_out = lambda x: read_out(x.view(len(x), -1, width), out_weight)
         self._attend = attend
-        own = project is None and read_out is None
-        self.compilable = own and (self._turn is None or isinstance(self._turn, PairTurn))
-        """Whether all but the cache is known to be operations of torch alone."""
+        self._own = project is None and read_out is None and attend is None
         self.example = out_weight.new_zeros(1, out_weight.shape[0])
         """An x of one token."""
 
@@ -89,6 +87,13 @@ class AttentionRows:
         if self._turn is not None:
             packed = self._turn(packed, step)
         return self.read_out(self.mixed(packed, step))
+
+    @property
+    def compilable(self) -> bool:
+        """Whether it is what :meth:`packed`, :meth:`attended_by_one` and ``read_out`` compute, of
+        operations of torch alone."""
+        turns = self._turn is None or isinstance(self._turn, PairTurn)
+        return self._own and turns and self.attend_rows is None
 
     def turns(self, step: RowStep) -> tuple[Tensor, ...]:
         """What :meth:`packed` needs of a step."""
@@ -107,6 +112,22 @@ class AttentionRows:
             qk = F.rms_norm(qk, (self._width,), eps=self._qk_eps) * self._qk_scales
             packed = torch.cat([qk.to(v.dtype), v], 1)
         return packed
+
+    def held(self, packed: Tensor, step: RowStep) -> tuple[Tensor, Tensor]:
+        """What :meth:`attended_by_one` needs beside ``packed``, whose keys and values are added to
+        the cache."""
+        held = self.cache.update_one(step, packed[:, self._heads[0] :])
+        return held, step.taken(held.shape[1])
+
+    def attended_by_one(self, packed: Tensor, held: Tensor, taken: Tensor) -> Tensor:
+        """What the queries of ``packed`` [1, H+2K, R] attend to [1, H*R] among keys and values
+        ``held`` [2K, room, R] of places ``taken`` [room], for the compiler: its loops take a part
+        of the time that torch's kernel takes for one query."""
+        heads, kv_heads, width = self._heads[0], self._qk_heads[1], self._width
+        q = packed[:, :heads].view(kv_heads, heads // kv_heads, 1, width)
+        k, v = held.unsqueeze(1).split_with_sizes((kv_heads, kv_heads))
+        scores = (k * q).sum(3) * width**-0.5 + taken
+        return (scores.softmax(2).unsqueeze(3) * v).sum(2).view(1, -1)
 
     def mixed(self, packed: Tensor, step: RowStep) -> Tensor:
         """Queries, keys and values [N, H+2K, R] of the new tokens to what they attend to [N, H*R];
