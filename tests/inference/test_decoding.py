@@ -339,18 +339,19 @@ def test_int8_weights_are_used_where_they_are_faster_and_change_little(lively, c
     assert (products.used, products.number) == (1, 4)
 
 
+def plus_sum(product):
+    return lambda x, some: product(x) + some.sum()
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_layers_of_one_shape_share_what_is_compiled():
     compiler, x = compiled_rows.Compiler(), torch.randn(1, 256)
     with torch.no_grad():
         for _ in range(2):
             weight = torch.randn(256, 256)
-            product = row_decoding.Products().of(weight)
-
-            def summed(x, some, product=product):
-                return product(x) + some.sum()
-
-            compiled = compiler.compiled(summed, x, torch.zeros(64), varying={1: 0})
+            compiled = compiler.compiled(
+                plus_sum(row_decoding.Products().of(weight)), x, torch.zeros(64), varying={1: 0}
+            )
             for length in (64, 300):
                 some = torch.ones(length)
                 torch.testing.assert_close(compiled(x, some), x @ weight.T + length)
