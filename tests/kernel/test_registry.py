@@ -236,7 +236,7 @@ def test_the_section_of_the_profile_is_the_default_config(
     ("config", "key", "text"),
     [
         ({"widht": 3}, "retrieval:bm25.widht", "did you mean 'width'?"),
-        ({"width": "wide"}, "retrieval:bm25.width", "integer"),
+        ({"width": "wide"}, "retrieval:bm25.width", "must be a whole number, not the text 'wide'"),
         ([1, 2], "retrieval:bm25", "settings are a mapping, not list"),
     ],
 )
