@@ -108,8 +108,11 @@ def measure(report: Report, quick: bool) -> None:
     trained, decoded = {}, {}
     for length in lengths:
         calls = {name: train(layer, length) for name, layer in layers.items()}
-        rounds = 3 if quick or length > 4096 else 7
-        trained[length] = interleave(calls, baseline="mha", rounds=rounds, calls=1, warmup=1)
+        long = length > LONG  # seconds a call
+        rounds = 2 if long else 3 if quick or length > 2048 else 7
+        trained[length] = interleave(
+            calls, baseline="mha", rounds=rounds, calls=1, warmup=0 if long else 1
+        )
         calls = {name: decode(layer, length) for name, layer in layers.items()}
         decoded[length] = interleave(calls, baseline="mha", rounds=9, calls=10, warmup=1)
     add(report, "Forward and backward, one layer", "train", trained)
