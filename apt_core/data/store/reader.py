@@ -13,7 +13,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +42,24 @@ Ids = npt.NDArray[Any]
 Offsets = npt.NDArray[np.uint64]
 
 
+class _OpenFile:
+    """The descriptor of a file, which is closed when nobody uses it any more."""
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        self.descriptor = os.open(path, flags)
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if hasattr(self, "descriptor"):
+            close(self.descriptor)
+
+
 class OpenFiles:
     """Files of a folder, of which those last used stay open. Threads may share it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._open: OrderedDict[str, FileIO] = OrderedDict()
+        self._open: OrderedDict[str, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
     def read_into(self, name: str, buffer: memoryview, offset: int) -> None:
@@ -56,9 +67,9 @@ class OpenFiles:
         a file that cannot be read, or ends before."""
         self.fill(self.opened(name), name, buffer, offset)
 
-    def fill(self, file: FileIO, name: str, buffer: memoryview, offset: int) -> None:
+    def fill(self, file: _OpenFile, name: str, buffer: memoryview, offset: int) -> None:
         """:meth:`read_into`, of a file that :meth:`opened` gave."""
-        descriptor = file.fileno()
+        descriptor = file.descriptor
         while len(buffer):
             try:
                 count = os.preadv(descriptor, [buffer], offset)
@@ -75,7 +86,7 @@ class OpenFiles:
         with self._lock:
             self._open.clear()
 
-    def opened(self, name: str) -> FileIO:
+    def opened(self, name: str) -> _OpenFile:
         """The open file. One that another thread drops from the open ones is closed when it is no
         longer used."""
         with self._lock:
@@ -87,13 +98,12 @@ class OpenFiles:
             self._open[name] = file
             return file
 
-    def _open_file(self, name: str) -> FileIO:
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    def _open_file(self, name: str) -> _OpenFile:
         try:
-            file = FileIO(os.open(self._folder / name, flags), "r")
+            file = _OpenFile(self._folder / name)
         except OSError as error:
             raise DamagedStoreError(f"{self._folder / name}: {error.strerror}") from None
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        if not stat.S_ISREG(os.fstat(file.descriptor).st_mode):
             raise DamagedStoreError(f"{self._folder / name} is not a file")
         return file
 
@@ -129,14 +139,14 @@ class ShardedArray:
         within = starts + length <= self._starts[shards + 1]
         offsets = ((starts - self._starts[shards]) * size).tolist()
         data, width = rows.reshape(-1).view(np.uint8).data, length * size
-        files: dict[int, tuple[FileIO, int]] = {}
+        files: dict[int, tuple[_OpenFile, int]] = {}
         for row, shard in enumerate(shards.tolist()):
             if not within[row]:
                 self.read_into(rows[row], int(starts[row]))
                 continue
             if shard not in files:
                 file = self._files.opened(self._names[shard])
-                files[shard] = file, file.fileno()
+                files[shard] = file, file.descriptor
             file, descriptor = files[shard]
             buffer, offset = data[row * width : (row + 1) * width], offsets[row]
             try:
