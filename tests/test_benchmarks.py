@@ -216,11 +216,11 @@ rows = [
     Row("good", 0.01, lambda report, bench: sleep(0.1)),
     Row("memory", 0.01, out_of_memory),
     Row("kernel", 0.01, not_here),
-    Row("long", 10, breaks),
+    Row("long", 1000, breaks),
     Row("breaks", 0.01, breaks),
     Row("after", 0.01, not_here),
 ]
-Progress(report, bench, 60, written).take(rows)
+Progress(report, bench, 6000, written).take(rows)
 assert written.exists() and not list(folder.iterdir())
 told = {row["row"]: (row["outcome"], row["reason"]) for row in report.raw["rows"]}
 assert list(told) == [row.name for row in rows]

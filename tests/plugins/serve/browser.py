@@ -58,7 +58,8 @@ class Page:
         if row.get("method") == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
         elif row.get("method") == "Log.entryAdded":
-            self.complaints.append(params["entry"]["text"])
+            if params["entry"]["level"] in ("warning", "error"):
+                self.complaints.append(params["entry"]["text"])
         elif row.get("method") == "Runtime.exceptionThrown":
             self.complaints.append(str(params["exceptionDetails"]))
 
