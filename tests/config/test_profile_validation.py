@@ -157,7 +157,7 @@ def test_the_table_of_other_names_leads_to_names_that_there_are() -> None:
             assert word == plain_word(word) and word not in known.places, (ours, word)
             assert key_meant(word) == ours, f"{word} stands for two keys"
     providers = {f"{spec.kind}:{spec.name}" for spec in core_providers("")}
-    providers |= {"attention:flash_v2", "position:none"}
+    providers |= {"attention:flash_v2", "attention:linear_causal", "position:none"}
     for of, known_values in values.items():
         words = [word for others in known_values.values() for word in others.split()]
         assert len(words) == len(set(words)), of

@@ -421,6 +421,7 @@ def test_no_field_of_a_declaration_is_lost() -> None:
         check=lambda config: [],
         names={"x": "norm"},
         without="as it is",
+        grows={"x": "d_ff"},
     )
     bare = {provider: ProviderSpec("", "", ""), section: SectionSpec()}
     assert provider_specs([provider], {}) == [provider]
