@@ -1,6 +1,7 @@
 """Generation on a CPU, against transformers' Llama and llama.cpp with the same weights.
 
-TVA is exactly multi-head attention with narrow heads, so the models of each size compute the same:
+TVA without QK-norm is exactly multi-head attention with narrow heads, so the models of each size
+compute the same:
 APT's engine, LlamaForCausalLM.generate with its default and its static cache, and llama.cpp,
 greedily, in fp32. All sides continue the same prompt and must give the same tokens. One process
 times them in turns.
@@ -88,6 +89,7 @@ def session_of(size: Size, threads: int, **options: Any) -> Session:
         "d_ff": size.d_ff,
         "max_seq_len": CONTEXT,
         "vocab_size": VOCABULARY,
+        "tva.qk_norm": False,
         **options,
     }
     overrides = {f"model.{key}": value for key, value in shape.items()}

@@ -87,7 +87,7 @@ VARIANTS = {
     "gqa": MHA.but("GQA, half the cache", num_kv_heads=HEADS // 2),
     "mqa": MHA.but("MQA", num_kv_heads=1),
     "default": DEFAULT,
-    "tva_qk_norm": tva("TVA, QK-norm", qk_norm=True),
+    "tva_without_qk_norm": tva("TVA, no QK-norm", qk_norm=False),
     "tva_r4": tva("TVA, r=4", r=4),
     "tva_s1": tva("TVA, compensator s=1", s=1),
     "vft": DEFAULT.but("TVA and VFT, r=2", ffn_name="vft", vft={"r": 2}),
@@ -206,6 +206,8 @@ def measure(report: Report, quick: bool) -> None:
         ("mha_equal_kv", losses["default", steps], losses["gqa", steps]),
         ("mha_qk_norm_equal_time", losses["default", in_time["default"]],
          losses["mha_qk_norm", in_time["mha_qk_norm"]]),
+        ("no_qk_norm_equal_time", losses["default", in_time["default"]],
+         losses["tva_without_qk_norm", in_time["tva_without_qk_norm"]]),
     ):  # fmt: skip
         compare(report, f"val_loss_default_minus_{comparison}", ours, peer)
     assert costs["gqa"].kv_bytes == costs["default"].kv_bytes, "not the same cache"

@@ -87,7 +87,7 @@ def inactive_core_settings(
     if model.attention_pattern is not None:
         pattern = "model.attention_pattern"
         yield Inactive("model.attention_name", f"{pattern} names every layer's", (pattern,))
-    yield from model.tva.inactive()
+    yield from model.tva.inactive(model.d_model // model.num_heads)
     yield from model.mha.inactive()
     yield from model.vft.inactive()
     yield from model.rope.inactive()

@@ -21,17 +21,21 @@ if TYPE_CHECKING:
     from apt_core.providers.position import PositionProvider
 
 
+LEAST_NORMALISED = 16
+"""The rank from which QK-norm lowers the loss; at 8 it raises it (docs/model.md has both)."""
+
+
 class QKNorm:
     """What settings with ``qk_norm`` share; ``SECTION`` is where a profile has them."""
 
     SECTION: ClassVar[str]
 
     if TYPE_CHECKING:
-        qk_norm: bool
+        qk_norm: bool | None
 
     def without_epsilon(self) -> Iterator[Inactive]:
         """The epsilon, where nothing is normalised."""
-        if not self.qk_norm:
+        if self.qk_norm is False:
             key = f"{self.SECTION}.qk_norm"
             yield Inactive(f"{self.SECTION}.qk_norm_eps", f"{key} is false", (key,))
 
@@ -53,16 +57,28 @@ class TVASettings(QKNorm, Ranked, Section):
         description="Shift of the compensator's threshold, in spreads of the residual.",
     )
     rank: Size | None = Field(default=None, description="The rank itself, in place of r.")
-    qk_norm: bool = Field(default=False, description="Normalise queries and keys, per head.")
+    qk_norm: bool | None = Field(
+        default=None,
+        description="Normalise queries and keys, per head; by default from a rank of "
+        f"{LEAST_NORMALISED} on.",
+    )
     qk_norm_eps: Epsilon = Field(default=NORM_EPS, description="The epsilon of qk_norm.")
     factored: bool = Field(
         default=False, description="Compute by the definition (slow; the reference for tests)."
     )
 
-    def inactive(self) -> Iterator[Inactive]:
-        """Settings that have no effect beside others."""
+    def normalises(self, rank: int) -> bool:
+        """Whether queries and keys of width ``rank`` are normalised."""
+        return rank >= LEAST_NORMALISED if self.qk_norm is None else self.qk_norm
+
+    def inactive(self, head: int) -> Iterator[Inactive]:
+        """Settings that have no effect beside others, or beside heads of the width ``head``."""
         yield from self.without_ratio()
         yield from self.without_epsilon()
+        if self.qk_norm is None and not self.normalises(self.rank_in(head)):
+            because = f"a rank below {LEAST_NORMALISED} is not normalised by itself"
+            keys = ("model.tva.qk_norm", "model.tva.r", "model.tva.rank")
+            yield Inactive("model.tva.qk_norm_eps", because, keys)
         if self.s == 0:
             because = "model.tva.s is 0: there is no compensator"
             yield Inactive("model.tva.tau", because, ("model.tva.s",))

@@ -73,7 +73,7 @@ def contradictions(config: Config) -> Iterator[Problem]:
         yield from _lossy(config, width, rank)
     if "tva_default" in names:
         now = model.tva.rank_in(model.d_model // model.num_heads)
-        if (now, model.tva.qk_norm) != (rank, model.mha.qk_norm):
+        if (now, model.tva.normalises(now)) != (rank, model.mha.qk_norm):
             yield Problem(
                 f"other layers are tva_default of rank {now} already, and all have one: "
                 f"{rank} would be another",

@@ -61,7 +61,7 @@ class TVAAttention(SelfAttention):
     ) -> None:
         kv_heads = check_heads(d_model, num_heads, num_kv_heads)
         rank = settings.rank_of(d_model // num_heads)
-        options |= {"num_kv_heads": kv_heads, "qk_norm": settings.qk_norm}
+        options |= {"num_kv_heads": kv_heads, "qk_norm": settings.normalises(rank)}
         options["qk_norm_eps"] = settings.qk_norm_eps
         super().__init__(d_model, num_heads, rank, **options)
         self.rank = rank
