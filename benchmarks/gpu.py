@@ -135,6 +135,7 @@ ATTENTIONS = {
     "tva": {"attention_name": "tva_default"},
     "flash_v2": {"attention_name": "flash_v2"},
     "flex": {"attention_name": "flex", "flex": {"window": 256}},
+    "linear_causal": {"attention_name": "linear_causal"},
 }
 LONG = 8192
 """Tokens of the rows in which a layer of attention is alone, against ``mha``."""
@@ -326,7 +327,11 @@ ROWS: Sequence[Row] = (
     attention("gqa"),
     attention("flash_v2"),
     attention("flex"),
-    *(Row(f"long_{name}", 8, partial(measure_long, name=name)) for name in ("flash_v2", "flex")),
+    attention("linear_causal"),
+    *(
+        Row(f"long_{name}", 8, partial(measure_long, name=name))
+        for name in ("flash_v2", "flex", "linear_causal")
+    ),
     against(
         "default",
         GPT2,

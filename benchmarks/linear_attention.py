@@ -1,12 +1,14 @@
 """What linear attention costs against multi-head attention on SDPA, from short texts to long ones.
 
 Layers of the registry at one width, in fp32. One process times them in turns: a forward with its
-backward, and one step of decoding.
+backward, and one step of decoding. Then whole models are trained, TVA and linear attention for the
+same time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +16,16 @@ from torch import nn
 from _harness import Report, Series, Timings, interleave, run
 from apt_core.modeling.layers import MHAProvider, RoPEProvider
 from apt_plugins.linear_attn.layer import LinearAttentionProvider
+from quality import (
+    DEFAULT,
+    Variant,
+    compare,
+    mean_and_spread,
+    one_thread,
+    train_all,
+    training_step,
+)
+from quality import SETTINGS as SETTINGS_OF_MODELS
 
 D_MODEL, HEADS = 256, 4
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -30,6 +42,19 @@ SETTINGS: Mapping[str, Mapping[str, int]] = {
     "linear": {},
     "linear_c32": {"chunk_size": 32},
     "linear_h8": {"num_heads": 8, "chunk_size": 32},
+}
+
+
+def linear(label: str, **model: Any) -> Variant:
+    return Variant(label, model, ("linear_attn",))
+
+
+MODELS = {
+    "tva": DEFAULT,
+    "linear": linear("linear", attention_name="linear_causal"),
+    "hybrid": linear(
+        "three linear layers, one of TVA", attention_pattern=[*3 * ["linear_causal"], "tva_default"]
+    ),
 }
 
 
@@ -99,6 +124,39 @@ def add(report: Report, title: str, name: str, by_length: Mapping[int, Timings])
     )
 
 
+def add_quality(report: Report, quick: bool) -> None:
+    """Train the models of one backbone for as long as TVA takes for some steps."""
+    steps, seeds = (10, 2) if quick else (500, 3)
+    threads = torch.get_num_threads()
+    one_thread()
+    times = interleave(
+        {name: training_step(variant) for name, variant in MODELS.items()},
+        baseline="tva",
+        rounds=3 if quick else 25,
+        calls=1,
+    )
+    in_time = {name: round(steps * times.ratio("tva", over=name).value) for name in MODELS}
+    losses = train_all([(name, MODELS[name], in_time[name]) for name in MODELS], seeds)
+    torch.set_num_threads(threads)
+    report.table(
+        f"Whole models, windows of {SETTINGS_OF_MODELS.max_seq_len} bytes: nats per byte held out "
+        f"after the time of {steps} steps of TVA, mean of {seeds} seeds ± the farthest",
+        ["attention", "time of a step over TVA's", "steps", "loss"],
+        [
+            [
+                variant.label,
+                times.ratio(name, over="tva").value,
+                in_time[name],
+                mean_and_spread(losses[name, in_time[name]]),
+            ]
+            for name, variant in MODELS.items()
+        ],
+    )
+    ours = losses["tva", in_time["tva"]]
+    for name in ("linear", "hybrid"):
+        compare(report, f"val_loss_{name}_minus_tva_equal_time", losses[name, in_time[name]], ours)
+
+
 def measure(report: Report, quick: bool) -> None:
     torch.manual_seed(0)
     report.machine["threads"] = torch.get_num_threads()
@@ -125,6 +183,7 @@ def measure(report: Report, quick: bool) -> None:
     for side in ("mha", "linear"):
         value = decoded[end].median(side) / decoded[first].median(side)
         report.add(f"decode_{side}_T{end}_over_T{first}", round(value, 3))
+    add_quality(report, quick)
     report.add("state_bytes", float(held_bytes(layers["linear"])))
     report.note(
         f"One layer {D_MODEL} wide with {HEADS} heads, a text at a time. `faster_from_T` is the "

@@ -31,17 +31,20 @@ Losses = Mapping[tuple[str, int], Sequence[float]]
 
 @dataclass(frozen=True)
 class Variant:
-    """A model: its label in tables, and the keys of ``model`` that differ from the defaults."""
+    """A model: its label in tables, the keys of ``model`` that differ from the defaults, and the
+    plugins that it needs."""
 
     label: str
     model: Mapping[str, Any] = field(default_factory=dict)
+    plugins: Sequence[str] = ()
 
     def but(self, label: str, **changes: Any) -> Variant:
-        return Variant(label, {**self.model, **changes})
+        return Variant(label, {**self.model, **changes}, self.plugins)
 
     def profile(self, steps: int, seed: int) -> dict[str, Any]:
         return {
             "name": "quality",
+            "plugins": [*self.plugins],
             "model": dict(self.model),
             "training": {
                 "batch_size": 4,
