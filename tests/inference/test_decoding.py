@@ -358,12 +358,12 @@ def test_layers_of_one_shape_share_what_is_compiled():
     assert len(compiler._made) == 1
 
 
-def test_what_cannot_be_compiled_is_said_and_computed_as_ever(session, monkeypatch, caplog):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/no/compiler"))
+def test_what_cannot_be_compiled_is_said_and_computed_as_ever(session, caplog):
     request = GenerationRequest("The ", max_new_tokens=6, temperature=0.0)
     (plain,) = Engine(session).run([request])
     engine = Engine(session, compiled=True)
-    assert [engine.run([request]), engine.run([request])] == [[plain], [plain]]
+    with torch._inductor.config.patch({"cpp.cxx": (None, "/no/compiler")}):
+        assert [engine.run([request]), engine.run([request])] == [[plain], [plain]]
     (message,) = [r.getMessage() for r in caplog.records if r.name == "apt.inference"]
     assert message.startswith("decoding is not compiled: ") and "/no/compiler" in message
     attention = session.model.blocks[0].attention.rows(row_decoding.Products())

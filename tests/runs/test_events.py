@@ -129,6 +129,7 @@ def test_only_listed_kinds_are_recorded_and_all_of_them_are():
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("events.record"):
                 kind = call.args[0]
-                # The schedule's two are a variable.
-                recorded |= {kind.value} if isinstance(kind, ast.Constant) else set(SCHEDULED)
+                # Those of the schedule and of the trainable set are variables.
+                several = {*SCHEDULED, "frozen", "thawed"}
+                recorded |= {kind.value} if isinstance(kind, ast.Constant) else several
     assert recorded == set(KINDS)

@@ -273,11 +273,14 @@ def test_what_is_advised_without_memory_fits_and_the_run_goes_on(
         one_arena()
         bytes_ = int(limit.read_text())
         resource.setrlimit(resource.RLIMIT_AS, (bytes_, bytes_))
-        ended(apt_train(*large, *found.groups(), "--resume"))
+        run = apt_train(*large, *found.groups(), "--resume", "--debug")
+        (tmp_path / "told").write_text(run.out + run.err)
+        ended(run)
 
     (code,) = in_children(goes_on)
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    assert (code, manifest["status"], manifest["step"]) == (0, "finished", 4), manifest.get("error")
+    told = (tmp_path / "told").read_text()
+    assert (code, manifest["status"], manifest["step"]) == (0, "finished", 4), told
 
 
 def one_arena() -> None:

@@ -391,15 +391,17 @@ def test_what_loggers_are_given_is_theirs_to_change():
 def test_a_stop_in_the_final_evaluation_leaves_the_rest_of_the_end():
     class EarlyStopping(Recorder):
         @hookimpl
-        def on_evaluation_end(self):
-            raise StopTraining("no better")
+        def on_evaluation_end(self, trainer):
+            if trainer.step:
+                raise StopTraining("no better")
 
     recorder = EarlyStopping(["on_training_end", "on_metrics", "on_generation_end"])
     run = tiny_run(recorder)
     assert run.manifest["status"] == "stopped"
     assert recorder.count("on_training_end") == recorder.count("on_generation_end") == 1
     rows = [row for row in run.metrics if "val_loss" in row]
-    assert recorder.count("on_metrics") == len(rows) == 2
+    assert [row["step"] for row in rows] == [0, 4, 4]
+    assert recorder.count("on_metrics") == len(run.metrics)
 
 
 def test_a_trainer_takes_strict_from_its_arguments_and_not_beside_a_kernel(tmp_path):
