@@ -11,6 +11,9 @@ from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import IO, Any
 
+PIECE = 2**20
+"""Bytes that are read at a time."""
+
 
 def read_file(path: str | Path, limit: int | None = None) -> bytes:
     """The bytes of a file.
@@ -19,10 +22,20 @@ def read_file(path: str | Path, limit: int | None = None) -> bytes:
     may never be written to, a device may never end), and for one of more than ``limit`` bytes.
     """
     with open_file(path) as file:
-        data = file.read() if limit is None else file.read(limit + 1)
+        data = file.read() if limit is None else read_at_most(file, limit + 1)
     if limit is not None and len(data) > limit:
         raise OSError(errno.EFBIG, f"it is larger than {limit / 1e6:g} MB", str(path))
     return data
+
+
+def read_at_most(file: IO[bytes], size: int) -> bytes:
+    """What ``file`` has, up to ``size`` bytes. Its ``read(size)`` would first take memory for as
+    many, however few there are."""
+    pieces = []
+    while piece := file.read(min(size, PIECE)):
+        pieces.append(piece)
+        size -= len(piece)
+    return b"".join(pieces)
 
 
 def read_lines(path: str | Path, longest: int) -> Iterator[bytes]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from apt_core.errors import ConfigError, Problem
-from apt_core.files import read_file
+from apt_core.files import read_at_most, read_file
 from apt_core.json_files import parse_json
 from apt_core.profile_paths import user_path
 from apt_core.runs.layout import RUNS
@@ -88,7 +88,8 @@ def read_prompts(texts: Sequence[str], files: Sequence[Path]) -> list[Prompt]:
 def _standard_input() -> str:
     """All of it, without its last line feed."""
     where = "standard input"
-    data = sys.stdin.buffer.read(MAX_FILE + 1) if hasattr(sys.stdin, "buffer") else None
+    stream = getattr(sys.stdin, "buffer", None)
+    data = None if stream is None else read_at_most(stream, MAX_FILE + 1)
     if data is None:
         return sys.stdin.read().removesuffix("\n")
     if len(data) > MAX_FILE:
@@ -101,7 +102,10 @@ def _prompts_in(path: Path) -> Iterator[Prompt]:
     Empty lines are none."""
     where = str(path)
     try:
-        data = sys.stdin.buffer.read(MAX_FILE + 1) if where == STDIN else read_file(path, MAX_FILE)
+        if where == STDIN:
+            data = read_at_most(sys.stdin.buffer, MAX_FILE + 1)
+        else:
+            data = read_file(path, MAX_FILE)
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", "--file", where) from error
     problems: list[Problem] = []
