@@ -31,8 +31,8 @@ TRAINED_WITH = ("attention", "ffn", "norm", "position", "backbone", "optimizer",
 """Kinds of providers with which a tiny run can be made for any settings."""
 
 
-WHOLE = {"model.tva.s": 1}
-"""What the tiny model has besides for a plugin: the compensator, whose vein one may look at."""
+COMPENSATOR = {"model.tva.s": 1}
+"""What the tiny model has besides for a plugin, if it has TVA: one may look at its vein."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,11 @@ def check_plugin(
     own = _of_sections(given, sections)
     beginnings = tuple(f"{path}." for path in sections)
     shared = {o.key: o.value for o in overrides if not f"{o.key}.".startswith(beginnings)}
-    plain = tiny_run(steps=6, overrides=WHOLE | shared)
+    of_tva = not any(key.startswith("model.attention_") for key in shared)
+    whole = {**(COMPENSATOR if of_tva else {}), **shared}
+    plain = tiny_run(steps=6, overrides=whole)
     try:
-        run = tiny_run(reference, steps=6, overrides=WHOLE | shared | own)
+        run = tiny_run(reference, steps=6, overrides=whole | own)
     except Exception as error:
         return [*findings, Finding("trains", False, _reason(error))]
     findings.append(Finding("trains", True, "6 steps, strictly"))
@@ -107,13 +109,14 @@ def check_plugin(
     # Weights that a plugin changes in secret would be told twice.
     if findings[-1].ok:
         kept = KeptInModules(lambda: modules_of(reference))
-        wrong = _resumed(reference, name, WHOLE | shared | own, kept)
+        wrong = _resumed(reference, name, whole | own, kept)
         if wrong or manager.implements(name, "apt_state_dict"):
             findings.append(Finding("resumes", not wrong, wrong))
         if kept.names:
             findings.append(Finding("state in modules", True, _kept(kept.names), warning=True))
     if processes > 1:
-        findings += _in_two_processes(reference, declared.record.name, registry, manager, shared)
+        settings = {**shared, **own}
+        findings += _in_two_processes(reference, name, registry, manager, settings, whole | own)
     return findings
 
 
@@ -157,20 +160,20 @@ def _in_two_processes(
     name: str,
     registry: Registry,
     manager: PluginManager,
-    overrides: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    whole: Mapping[str, Any],
 ) -> Iterator[Finding]:
-    """Findings in two processes, for each provider that trains or for a plugin with hooks."""
+    """Findings in two processes: for each provider that trains with ``settings``, or for a plugin
+    with hooks with those of the ``whole`` tiny model."""
     specs = [s for s in registry.known.specs() if s.plugin == name and s.kind in TRAINED_WITH]
     specs = [spec for spec in specs if usable(spec)[0] is not False]
     tried: dict[str, dict[str, Any]] = {
-        spec.key: {KINDS[spec.kind].keys[0]: spec.name} for spec in specs
+        spec.key: {**settings, KINDS[spec.kind].keys[0]: spec.name} for spec in specs
     }
     if not tried and manager.implements_where(name, lambda policy: policy.trains):
-        tried[""] = dict(WHOLE)
-    paths = {spec.section for spec in registry.known.specs() if spec.plugin == name} - {""}
-    for key, named in tried.items():
-        settings = {**overrides, **_of_sections(registry.profile, paths), **named}
-        for sharding, wrong in differences([reference], settings).items():
+        tried[""] = dict(whole)
+    for key, overrides in tried.items():
+        for sharding, wrong in differences([reference], overrides).items():
             what = f"two processes, {sharding}"
             yield Finding(f"{key}, {what}" if key else what, not wrong, wrong or "as one does")
 

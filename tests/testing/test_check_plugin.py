@@ -277,6 +277,28 @@ def test_settings_are_given_to_the_command(write: WritePlugin, capsys: Any) -> N
     assert run_command(app, "apt-hooks", ["check", plugin, "--set", "mine.chunk=x"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("plugin", "key", "value"),
+    [("growth", "growth.num_layers", 3), ("to_tva", "model.attention_name", "mha")],
+)
+def test_settings_that_a_plugin_cannot_do_without_are_given_to_every_run(
+    plugin: str, key: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, Any]] = []
+
+    def differences(plugins: Any, overrides: dict[str, Any]) -> dict[str, str]:
+        given.append(overrides)
+        return {"ddp": ""}
+
+    monkeypatch.setattr("apt_core.testing.check.differences", differences)
+    findings = check_plugin(plugin, overrides={key: value}, processes=2)
+    assert [f.result for f in findings] == ["ok"] * len(findings), findings
+    (overrides,) = given
+    section, _, last = key.rpartition(".")
+    assert overrides.get(key, overrides.get(section, {}).get(last)) == value
+    assert ("model.tva.s" in overrides) == (plugin == "growth")
+
+
 def test_what_cannot_be_built_is_one_failure_and_not_one_of_every_check(
     write: WritePlugin,
 ) -> None:
