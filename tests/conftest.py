@@ -38,6 +38,19 @@ for number, default in [
         signal.signal(number, default)
 
 
+class _NotImported:
+    """Leaves a module out of the search for doctests whose import takes seconds, and which is then
+    in each fork. A hook of this file is not asked about folders beside it."""
+
+    @staticmethod
+    def pytest_ignore_collect(collection_path: Path) -> bool | None:
+        return collection_path.name == "lm_eval_model.py" or None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_NotImported())
+
+
 # Collecting makes many objects and drops few: looking for those took a third of its time.
 gc.disable()
 

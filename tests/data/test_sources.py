@@ -29,10 +29,11 @@ from apt_core.data.sources.text_default import TextDataset
 from apt_core.errors import ConfigError
 from apt_core.providers.dataset import MixtureItem
 from apt_core.providers.documents import Document, Message
+from tests.optional import optional
 
-pyarrow = pytest.importorskip("pyarrow")
-zstandard = pytest.importorskip("zstandard")
-fsspec = pytest.importorskip("fsspec")
+pyarrow = optional("pyarrow", 'needs pip install "apt-kernel[data]"')
+zstandard = optional("zstandard", 'needs pip install "apt-kernel[data]"')
+fsspec = optional("fsspec", 'needs pip install "apt-kernel[data]"')
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,9 @@ from apt_core.evaluation.tasks.file import read_task
 from apt_core.inference import Engine
 from apt_core.testing import tiny_session
 from apt_core.types import GenerationRequest
+from tests.optional import optional
 
-pytest.importorskip("lm_eval", reason='needs pip install "apt-kernel[lm_eval]"')
+optional("lm_eval", 'needs pip install "apt-kernel[lm_eval]"')
 
 HARNESS = """
 task: {name}

@@ -18,14 +18,10 @@ from apt_core.errors import ConfigError
 from apt_core.kernel import boot
 from apt_core.providers.dataset import DataSection
 from apt_core.testing import TINY_PROFILE
+from apt_plugins.data_hf.settings import HfSettings
+from tests.optional import optional
 
-datasets = pytest.importorskip("datasets")
-
-from huggingface_hub.errors import HfHubHTTPError  # noqa: E402
-
-from apt_plugins.data_hf.loading import Opening  # noqa: E402
-from apt_plugins.data_hf.settings import HfSettings  # noqa: E402
-from apt_plugins.data_hf.source import HfSource  # noqa: E402
+datasets = optional("datasets", 'needs pip install "apt-kernel[data_hf]"')
 
 TEXTS = [f"text {number}" for number in range(300)]
 
@@ -33,12 +29,14 @@ TEXTS = [f"text {number}" for number in range(300)]
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("APT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path / "data")
 
 
 def hf(path, section=None, **settings):
+    from apt_plugins.data_hf.source import HfSource
+
     provider = HfSource(settings)
     provider.data_section = DataSection.model_validate({"train_path": path, **(section or {})})
     return provider
@@ -223,12 +221,14 @@ def test_a_dataset_on_the_hub_tells_why_it_cannot_be_read(monkeypatch):
             assert (path, config, revision) == ("owner/name", "en", "v1")
             raise error
 
-        monkeypatch.setattr(datasets, "load_dataset_builder", refuse)
+        monkeypatch.setattr("datasets.load_dataset_builder", refuse)
         assert said in message("owner/name", config="en", revision="v1")
 
 
 def test_no_network_is_said(monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    from apt_plugins.data_hf.loading import Opening
+
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     said = message("owner/name")
     assert said.startswith("owner/name: data.train_path: the hub cannot be reached")
@@ -242,6 +242,8 @@ def test_no_network_is_said(monkeypatch):
 
 def _client():
     """The module of the client that huggingface_hub raises errors of."""
+    from huggingface_hub.errors import HfHubHTTPError
+
     return HfHubHTTPError.__mro__[1].__module__.partition(".")[0]
 
 

@@ -18,8 +18,9 @@ from apt_core.providers.dataset import DataSection
 from apt_core.secrets import MASK
 from apt_core.testing import TINY_PROFILE, tiny_run
 from apt_plugins.data_sql.queries import fault_of
+from tests.optional import optional
 
-pytest.importorskip("sqlalchemy")
+optional("sqlalchemy", 'needs pip install "apt-kernel[data_sql]"')
 
 from apt_plugins.data_sql import source
 from apt_plugins.data_sql.database import Database

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("gguf", reason="what writes GGUF is not installed")
-pytest.importorskip("xllamacpp", reason="what runs the exports is not installed")
+from tests.optional import optional
+
+optional("gguf", "what writes GGUF is not installed")
+optional("xllamacpp", "what runs the exports is not installed")
 
 from apt_core.cli import generate, train
 from apt_core.cli.run_command import run_command

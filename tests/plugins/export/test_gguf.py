@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("gguf", reason="what writes GGUF is not installed")
-pytest.importorskip("xllamacpp", reason="what runs the exports is not installed")
+from tests.optional import optional
 
-import gguf
+gguf = optional("gguf", "what writes GGUF is not installed")
+optional("xllamacpp", "what runs the exports is not installed")
 
 from apt_core.modeling.plain import plain_model
 from apt_core.providers import ExportJob, PlainShape
@@ -89,7 +89,7 @@ def test_another_end_and_another_layout_of_a_rounded_file_are_caught(
     assert "block 0 is the first that differs" in faults(type="Q4_0")
 
 
-def written(session: Session, folder: Path, **options: Any) -> gguf.GGUFReader:
+def written(session: Session, folder: Path, **options: Any) -> Any:
     folder.mkdir()
     plain = plain_model(session.model, session.tokenizer.vocab_size)
     GGUFExporter(options).write(ExportJob(folder, plain, session.tokenizer, "tiny"))

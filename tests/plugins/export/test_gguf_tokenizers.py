@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("gguf", reason="what writes GGUF is not installed")
-pytest.importorskip("xllamacpp", reason="what runs the exports is not installed")
+from tests.optional import optional
+
+optional("gguf", "what writes GGUF is not installed")
+optional("xllamacpp", "what runs the exports is not installed")
 
 import tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="what runs the exports is not installed")
+from tests.optional import optional
+
+optional("transformers", "what runs the exports is not installed")
 
 from apt_core import AptError, ConfigError
 from apt_core.data.tokenizers.bpe import BPETokenizer

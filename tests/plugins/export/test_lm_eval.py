@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("lm_eval", reason='needs pip install "apt-kernel[lm_eval]"')
-pytest.importorskip("transformers", reason="what runs the exports is not installed")
+from tests.optional import optional
+
+optional("lm_eval", 'needs pip install "apt-kernel[lm_eval]"')
+optional("transformers", "what runs the exports is not installed")
 
 from apt_core.evaluation.found import Asking
 from apt_core.inference import Engine

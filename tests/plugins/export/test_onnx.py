@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("onnx", reason='needs pip install "apt-kernel[export]"')
-pytest.importorskip("onnxruntime", reason="what runs the exports is not installed")
+from tests.optional import optional
 
-import onnx
-import onnxruntime
+onnx = optional("onnx", 'needs pip install "apt-kernel[export]"')
+onnxruntime = optional("onnxruntime", "what runs the exports is not installed")
 
 from apt_core.modeling.plain import plain_model
 from apt_core.runs import Session

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 pytest.importorskip("torch", reason="weights are torch's")
-pytest.importorskip("transformers", reason="the models to import: pip install apt-kernel[test]")
-pytest.importorskip("tokenizers", reason="their tokenizer: pip install apt-kernel[data]")
+from tests.optional import optional
+
+transformers = optional("transformers", "the models to import: pip install apt-kernel[test]")
+optional("tokenizers", "their tokenizer: pip install apt-kernel[data]")
 
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from apt_core import GenerationRequest, hookimpl

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("openai", reason="the protocol's own client is not installed")
+from tests.optional import optional
 
-import openai
+openai = optional("openai", "the protocol's own client is not installed")
 
 from apt_core import GenerationRequest, Message
 from apt_core.data.tokenizers.byte import ByteTokenizer
@@ -30,14 +30,14 @@ from tests.inference.conftest import lively_session
 from tests.plugins.serve.conftest import Running, running_server
 
 
-def client_of(server: Running, **options: Any) -> openai.OpenAI:
+def client_of(server: Running, **options: Any) -> Any:
     return openai.OpenAI(
         base_url=f"{server.url}/v1", **{"api_key": "none", "max_retries": 0, **options}
     )
 
 
 @pytest.fixture(scope="module")
-def plain() -> Iterator[tuple[Running, openai.OpenAI]]:
+def plain() -> Iterator[tuple[Running, Any]]:
     """A server without a plugin, whose texts get as long as they may."""
     with running_server(endless_session()) as server:
         yield server, client_of(server)
@@ -74,7 +74,7 @@ def expected(session: Session, prompt: Any, settings: dict[str, Any], **more: An
 
 
 def test_eight_at_once_get_what_each_gets_alone(
-    plain: tuple[Running, openai.OpenAI], session: Session
+    plain: tuple[Running, Any], session: Session
 ) -> None:
     _, client = plain
     asked = [
@@ -119,7 +119,7 @@ def test_eight_at_once_get_what_each_gets_alone(
 
 
 def test_several_prompts_and_several_answers_of_each(
-    plain: tuple[Running, openai.OpenAI], session: Session
+    plain: tuple[Running, Any], session: Session
 ) -> None:
     _, client = plain
     options: Any = {"model": "tiny", "n": 2, "seed": 5, "max_tokens": 9, "logprobs": 2}
@@ -149,7 +149,7 @@ def test_several_prompts_and_several_answers_of_each(
     assert echoed.choices[0].text.startswith("é <")
 
 
-def test_a_conversation_has_logprobs_that_add_up(plain: tuple[Running, openai.OpenAI]) -> None:
+def test_a_conversation_has_logprobs_that_add_up(plain: tuple[Running, Any]) -> None:
     _, client = plain
     messages: Any = [{"role": "user", "content": [{"type": "text", "text": "Hé"}]}]
     options: Any = {"model": "tiny", "messages": messages, "seed": 2, "max_completion_tokens": 12}
@@ -171,7 +171,7 @@ def test_a_conversation_has_logprobs_that_add_up(plain: tuple[Running, openai.Op
     ]
 
 
-def test_models_are_listed(plain: tuple[Running, openai.OpenAI]) -> None:
+def test_models_are_listed(plain: tuple[Running, Any]) -> None:
     _, client = plain
     (model,) = client.models.list().data
     assert model.id == "tiny" and client.models.retrieve("tiny").id == "tiny"
