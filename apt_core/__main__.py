@@ -7,19 +7,8 @@ import os
 import sys
 from contextlib import suppress
 
+from apt_core.cli.verbs import PREFIX, VERBS
 from apt_core.errors import ConfigError, did_you_mean
-
-VERBS = {
-    "train": "apt_core.cli.train:main",
-    "hooks": "apt_core.cli.hooks:main",
-    "data": "apt_core.cli.data:main",
-    "eval": "apt_core.cli.eval:main",
-    "generate": "apt_core.cli.generate:main",
-    "chat": "apt_core.cli.chat:main",
-    "plugin-list": "apt_core.cli.plugin_info:main_list",
-    "plugin-info": "apt_core.cli.plugin_info:main_info",
-}
-PREFIX = "apt-"
 
 
 def main() -> None:

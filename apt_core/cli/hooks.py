@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from enum import Enum
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,6 +38,14 @@ Plugins = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+class References(Enum):
+    """What ``apt-hooks docs`` describes."""
+
+    HOOKS = "hooks"
+    PROVIDERS = "providers"
+    COMMANDS = "commands"
 
 
 def listed(profile: str = "", plugins: Sequence[str] = ()) -> Listing:
@@ -297,11 +306,35 @@ def schema(
 
 
 @app.command()
-def docs(debug: Debug = False) -> None:
-    """The reference of every hook, as Markdown."""
-    from apt_core.inspect.hook_reference import hook_reference
+def docs(
+    page: Annotated[
+        References, typer.Argument(help="What to describe; 'schema --markdown' has the keys.")
+    ] = References.HOOKS,
+    debug: Debug = False,
+) -> None:
+    """A reference as Markdown: of every hook, provider or command."""
+    say(reference(page), end="")
 
-    say(hook_reference(), end="")
+
+def reference(page: References) -> str:
+    """The Markdown of one reference: the core's part and that of every plugin that is listed."""
+    if page is References.HOOKS:
+        from apt_core.inspect.hook_reference import hook_reference
+
+        return hook_reference()
+    if page is References.PROVIDERS:
+        from apt_core.inspect.provider_reference import provider_reference
+
+        listing = listed()
+        return provider_reference(listing.providers, listing.sections)
+    from apt_core.cli.verbs import every_app
+    from apt_core.discovery import COMMAND_GROUP, installed_plugins
+    from apt_core.inspect.command_reference import command_reference
+
+    plugins = installed_plugins(COMMAND_GROUP)
+    with output_apart():
+        apps = every_app({name: each.offers[0].value for name, each in plugins.items()})
+    return command_reference(apps)
 
 
 def _implementation(row: dict[str, Any]) -> tuple[object, ...]:

@@ -11,7 +11,7 @@ from apt_core.config.json_schema import json_schema
 from apt_core.config.loader import core_text, list_profiles, read_profile
 from apt_core.config.messages import key_like
 from apt_core.config.overrides import Override, parse_override
-from apt_core.config.reference import profile_reference
+from apt_core.config.reference import profile_reference, settings_tables
 from apt_core.config.schema import Config, PluginRequest
 from apt_core.config.source import InactiveKey, Source
 from apt_core.config.validate import Validated, parse_config, validate
@@ -38,6 +38,7 @@ __all__ = [
     "profile_reference",
     "read_profile",
     "refusal",
+    "settings_tables",
     "validate",
     "written_inactive",
 ]

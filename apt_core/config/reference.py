@@ -24,9 +24,15 @@ SHOWN_BOUND = 1000
 
 def profile_reference(sections: Sequence[SectionSpec] = ()) -> str:
     """One table a section, those of plugins included; keys at the top of the profile first."""
-    schema = json_schema(sections)
-    definitions: dict[str, Any] = schema["$defs"]
-    tables = []
+    return "\n".join(
+        f"### {path or 'Top of the profile'}\n\n{table}"
+        for path, table in settings_tables(json_schema(sections))
+    )
+
+
+def settings_tables(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """A table of keys for a section and for each that stands in it, by their dotted paths."""
+    definitions: dict[str, Any] = schema.get("$defs", {})
     for path, section in _sections("", schema, definitions):
         required = section.get("required", ())
         rows = [
@@ -35,8 +41,7 @@ def profile_reference(sections: Sequence[SectionSpec] = ()) -> str:
             if _section_of(entry, definitions) is None
         ]
         if rows:
-            tables.append(f"### {path or 'Top of the profile'}\n\n{HEAD}{''.join(rows)}")
-    return "\n".join(tables)
+            yield path, f"{HEAD}{''.join(rows)}"
 
 
 def _sections(
@@ -49,10 +54,10 @@ def _sections(
         inner = _section_of(entry, definitions)
         if inner is not None:
             yield from _sections(below, inner, definitions)
-        elif "items" in entry or "additionalProperties" in entry:
-            values = entry.get("items", entry.get("additionalProperties"))
-            for option in values.get("anyOf", [values]) if isinstance(values, dict) else ():
-                inner = _section_of(option, definitions)
+        for option in [entry, *entry.get("anyOf", ())] if inner is None else ():
+            values = option.get("items", option.get("additionalProperties"))
+            for value in values.get("anyOf", [values]) if isinstance(values, dict) else ():
+                inner = _section_of(value, definitions)
                 if inner is not None:
                     yield from _sections(f"an entry of {below}", inner, definitions)
 

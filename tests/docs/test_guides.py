@@ -28,10 +28,7 @@ import apt_core.cli.train
 import apt_plugins.export.command
 import apt_plugins.report.command
 from apt_core.cli.run_command import run_command
-from apt_core.config import profile_reference
-from apt_core.declarations import declared_by
 from apt_core.defaults import core_providers
-from apt_core.discovery import installed_plugins
 from apt_core.plugin_records import NOT_IN_EFFECT, STATES
 
 ROOT = Path(__file__).parents[2]
@@ -250,14 +247,6 @@ def test_bad_data_is_refused_in_the_words_of_the_guide(
         assert code == 2 and "error: " in printed, f"{what}: {printed}"
         assert told[what].strip("`") in printed, f"{what}: {printed}"
     assert not [*tmp_path.glob("cache/stores/*.building-*")]
-
-
-def test_the_tables_of_keys_are_those_of_the_schema() -> None:
-    page = (ROOT / "docs" / "profiles.md").read_text(encoding="utf-8")
-    tables = page[page.index("### Top of the profile") :]
-    shipped = [name for name, entry in installed_plugins().items() if entry.dist == "apt-kernel"]
-    sections = [s for name in shipped for s in declared_by(name, installed_plugins()).sections]
-    assert tables == profile_reference(sections), "apt-hooks schema --markdown prints them"
 
 
 def test_five_words_name_what_is_not_in_effect() -> None:

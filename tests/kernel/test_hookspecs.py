@@ -133,11 +133,6 @@ def test_the_example_of_a_hook_is_a_whole_plugin(
     assert manager.implements("example", hook)
 
 
-def test_the_reference_is_up_to_date() -> None:
-    """Written by ``apt-hooks docs > docs/hooks.md``."""
-    assert (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8") == hook_reference()
-
-
 @pytest.mark.parametrize("hook", HOOKS)
 def test_the_reference_has_signature_and_example(hook: str) -> None:
     reference = hook_reference()

@@ -30,6 +30,8 @@ COMMANDS = [
     "hooks info attention flash_v2",
     "hooks schema",
     "hooks docs",
+    "hooks docs providers",
+    "hooks docs commands",
     "plugin-list",
     "plugin-list --kind attention",
     "plugin-info attention tva_default",
