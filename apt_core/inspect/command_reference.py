@@ -79,7 +79,7 @@ class _Parameter:
         self._several, self._type = _inner(annotation)
         # In an Annotated type the first name stands where the default was once given.
         first = (info.default,) if isinstance(info.default, str) else ()
-        self.names = (*first, *(info.param_decls or ()))
+        self.names: tuple[str, ...] = (*first, *(info.param_decls or ()))
         if not self.is_option:
             self.names = (info.metavar or name.rstrip("_").upper(),)
         elif not self.names:

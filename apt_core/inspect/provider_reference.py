@@ -21,8 +21,8 @@ profile chooses a provider by its name; naming one of a plugin activates the plu
 def provider_reference(catalogue: Catalogue, sections: list[SectionSpec]) -> str:
     """One section a kind, one part a provider; ``sections`` are those of the plugins."""
     keys: dict[str, list[str]] = {}
-    for kind, named in naming_keys(sections):
-        keys.setdefault(kind, []).extend(named)
+    for named, its_keys in naming_keys(sections):
+        keys.setdefault(named, []).extend(its_keys)
     parts = [HEADER]
     for kind in KINDS.values():
         specs = catalogue.specs(kind.name)

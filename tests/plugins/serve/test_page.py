@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.plugins.serve.browser import opened_page, program
+from tests.plugins.browser import opened_page, program
 from tests.plugins.serve.conftest import Running, running_server
 
 FOLDER = Path(__file__).parents[3] / "apt_plugins" / "serve"
