@@ -283,14 +283,22 @@ class LlamaCpp(Runtime):
             parameters.warmup = parameters.fit_params = False
             parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads()
             self.server = xllamacpp.Server(parameters)
+            # A server that is closed before its loop of tasks has begun waits for ever. An answer
+            # to a task shows that it has.
+            self._asked("/completion", {"prompt": [0], "n_predict": 1})
+        return str(self._asked("/apply-template", {"messages": messages})["prompt"])
+
+    def _asked(self, path: str, body: dict[str, Any]) -> Any:
+        """What the server answers. Raises RuntimeError where it refuses."""
         address = urllib.parse.urlsplit(self.server.listening_address)
         connection = http.client.HTTPConnection(address.hostname, address.port, timeout=TIMEOUT)
         with contextlib.closing(connection):
-            connection.request("POST", "/apply-template", json.dumps({"messages": messages}))
-            answer = json.load(connection.getresponse())
-        if "prompt" not in answer:
-            raise RuntimeError(f"llama.cpp does not render a conversation: {answer}")
-        return str(answer["prompt"])
+            connection.request("POST", path, json.dumps(body))
+            response = connection.getresponse()
+            answer = json.load(response)
+        if response.status != http.HTTPStatus.OK:
+            raise RuntimeError(f"llama.cpp's server refuses {path}: {answer}")
+        return answer
 
 
 if __name__ == "__main__":
