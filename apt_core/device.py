@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -189,6 +189,11 @@ def available_memory(device: torch.device) -> int:
         free, total = torch.cuda.mem_get_info(device)
         share = torch.cuda.get_per_process_memory_fraction(device)
         return int(min(free + torch.cuda.memory_reserved(device), share * total))
+    return available_host_memory()
+
+
+def available_host_memory() -> int:
+    """The bytes that this process may use on a CPU (:func:`available_memory`), without torch."""
     reserved, held = _own_memory()
     if not held:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -227,21 +232,45 @@ def _control_group_limits(
     root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> Iterator[int]:
     """The memory limits in bytes of the process's control group and its parents (v1 and v2)."""
+    files = {"": "memory.max", "memory": "memory.limit_in_bytes"}
+    for _, text in _control_group_files(files, root, membership):
+        if text != "max":
+            yield int(text)
+
+
+def control_group_cores(
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> float | None:
+    """How many cores' time the process's control group and its parents allow (v1 and v2); None
+    without a limit."""
+    files = {"": "cpu.max", "cpu": "cpu.cfs_quota_us"}
+    shares = []
+    for file, text in _control_group_files(files, root, membership):
+        quota, _, period = text.partition(" ")
+        period = period or file.with_name("cpu.cfs_period_us").read_text()
+        if quota != "max" and int(quota) > 0:
+            shares.append(int(quota) / int(period))
+    return min(shares, default=None)
+
+
+def _control_group_files(
+    files: Mapping[str, str], root: Path, membership: Path
+) -> Iterator[tuple[Path, str]]:
+    """The files of the process's control group and its parents, with their text. ``files`` are
+    their names by controller; that of version 2 is empty."""
     if not membership.exists():
         return
     for line in membership.read_text().splitlines():
         _, controllers, name = line.split(":", 2)
-        if not controllers:
-            top, file = root, "memory.max"
-        elif "memory" in controllers.split(","):
-            top, file = root / "memory", "memory.limit_in_bytes"
-        else:
+        controller = next((c for c in controllers.split(",") if c in files), None)
+        if controller is None:
             continue
+        top = root / controller if controller else root
         own = top / name.lstrip("/")
         for folder in (own, *own.parents):
-            limit = folder / file
-            if limit.exists() and (text := limit.read_text().strip()) != "max":
-                yield int(text)
+            file = folder / files[controller]
+            if file.exists():
+                yield file, file.read_text().strip()
             if folder == top:
                 break
 

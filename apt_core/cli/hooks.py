@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from enum import Enum
 from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,8 +21,12 @@ from apt_core.inspect.listing import (
     implementation_rows,
     plugin_rows,
     provider_rows,
+    provider_settings,
     survey,
 )
+
+if TYPE_CHECKING:
+    from apt_core.config import Override
 
 app = typer.Typer(
     add_completion=False,
@@ -150,7 +154,18 @@ def show_providers(listing: Listing, kind: str, *, as_json: bool) -> Json | None
     default, usable = {True: "default", False: ""}, {True: "yes", False: "no", None: "?"}
     for row in rows:
         row.update(default=default[row["default"]], usable=usable[row["usable"]])
-    columns = ("kind", "name", "default", "plugin", "version", "usable", "reason")
+        row["settings"] = " ".join(f"{key}={_shown(d)}" for key, d in row["settings"].items())
+    columns = (
+        "kind",
+        "name",
+        "default",
+        "plugin",
+        "version",
+        "usable",
+        "reason",
+        "section",
+        "settings",
+    )
     print_table(columns, list(map(itemgetter(*columns), rows)))
     _warn(listing)
     return None
@@ -177,12 +192,73 @@ def show_info(listing: Listing, kind: str, name: str, *, as_json: bool) -> Json 
     for key, value in facts.items():
         if key == "config":
             say(f"config: {value['section'] or '-'}")
-            for option, schema in value["schema"].get("properties", {}).items():
-                default = schema.get("default", "-")
-                say(f"  {option} (default {default}): {schema.get('description', '')}")
+            for each in provider_settings(listing.providers.spec(kind, name)):
+                option, words = each.path.rpartition(".")[2], each.value.replace("`", "")
+                default = "needed" if each.required else f"default {_shown(each.default)}"
+                say(f"  {option} ({words}; {default}): {each.meaning}")
         else:
             say(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
     return None
+
+
+def show_explained(
+    key: str,
+    profile: str,
+    plugins: Sequence[str],
+    overrides: Sequence[Override],
+    *,
+    as_json: bool,
+) -> Json | None:
+    """Print what is known of one key of the profile, or of a section and its keys."""
+    from apt_core.inspect.explain import explain as explained_key
+
+    with output_apart():
+        explained = explained_key(key, profile, plugins, overrides)
+    if as_json:
+        return Json(explained.row())
+    facts = explained.facts
+    say(facts.path)
+    say(f"  {' '.join(facts.meaning.partition(chr(10) * 2)[0].replace('``', '`').split())}")
+    if facts.value != "mapping":
+        say(f"  value: {facts.value.replace('`', '')}")
+        say(f"  default: {'needed' if facts.required else _shown(facts.default)}")
+    for reader in explained.readers:
+        say(f"  read by {reader}")
+    if profile and (explained.where or facts.value != "mapping"):
+        where = f" ({explained.where})" if explained.where else ""
+        say(f"  in {profile}: {_shown(explained.value)}{where}")
+    if explained.inactive:
+        say(f"  inactive there: {explained.inactive}")
+    for line in explained.over_the_run:
+        say(f"  {line}")
+    for problem in explained.problems:
+        complain(f"warning: {problem}")
+    if facts.keys:
+        say()
+        rows = [
+            (
+                k.path,
+                k.value.replace("`", ""),
+                "needed" if k.required else _shown(k.default),
+                k.meaning,
+            )
+            for k in facts.keys
+        ]
+        print_table(("key", "value", "default", "meaning"), rows)
+    return None
+
+
+def _shown(value: Any) -> str:
+    """A value as a profile has it.
+
+    >>> _shown(None), _shown(True), _shown([1, 2]), _shown("a"), _shown(1e-4)
+    ('none', 'true', '[1, 2]', 'a', '0.0001')
+    """
+    import json
+
+    if value is None or value == "":
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 @app.command()
@@ -264,6 +340,60 @@ def check(
     if json:
         return Json(rows, code)
     print_table(("result", "check", "detail"), [(f.result, f.check, f.detail) for f in findings])
+    return code
+
+
+@app.command()
+def explain(
+    key: Annotated[str, typer.Argument(help="A key or a section: training.learning_rate.")],
+    profile: Annotated[
+        str, typer.Option("--profile", "-p", help="Show the key's value in this profile, and why.")
+    ] = "",
+    plugin: Plugins = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Another value of a key, on top of it.")
+    ] = None,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> Json | None:
+    """What a key of the profile means, who reads it, its value and what schedules do to it."""
+    from apt_core.cli.train import collect_overrides
+
+    overrides = collect_overrides(set_ or (), ())
+    return show_explained(key, profile, plugin or (), overrides, as_json=json)
+
+
+@app.command()
+def doctor(
+    profile: Annotated[
+        str, typer.Option("--profile", "-p", help="Examine what this profile needs.")
+    ] = "",
+    plugin: Plugins = None,
+    imports: Annotated[
+        bool,
+        typer.Option(
+            "--import", help="Import torch and the optional libraries too, which takes a while."
+        ),
+    ] = False,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> Json | int:
+    """Does APT work here? What is broken, what works in another way, and how to mend each."""
+    from apt_core.inspect.doctor import BROKEN, OK, examine
+
+    with output_apart():
+        checks = examine(profile, plugin or (), imports=imports)
+    code = int(any(check.state == BROKEN for check in checks))
+    if json:
+        return Json({"ok": not code, "checks": [check.row() for check in checks]}, code)
+    print_table(("check", "state", "found"), [(c.name, c.state, c.detail) for c in checks])
+    wanting = [check for check in checks if check.state != OK and check.remedy]
+    if wanting:
+        say("\nto mend:")
+    for check in wanting:
+        say(f"  {check.name}: {check.remedy}")
+    broken = sum(check.state == BROKEN for check in checks)
+    say(f"\n{broken} broken" if broken else "\nnothing is broken")
     return code
 
 

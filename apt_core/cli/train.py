@@ -101,17 +101,29 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and train nothing.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="The dry run's plan as JSON.")] = False,
+    explain: Annotated[
+        str,
+        typer.Option(
+            metavar="KEY", help="Say what a key means, its value here and why, and train nothing."
+        ),
+    ] = "",
+    json: Annotated[
+        bool, typer.Option("--json", help="The dry run's plan, or what is explained, as JSON.")
+    ] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show tracebacks and debug messages.")
     ] = False,
-) -> Json | int:
+) -> Json | int | None:
     """Train a language model as a profile says.
 
     Keys of the profile are options too: --model.attention_name flash_v2
     """
     options = [name for parameter in context.command.params for name in parameter.opts]
     overrides = collect_overrides(set_ or (), context.args, options)
+    if explain:
+        from apt_core.cli.hooks import show_explained
+
+        return show_explained(explain, profile, plugin or (), overrides, as_json=json)
     inside, rank = place_among_processes()
     going_on = resume or resume_from is not None
     mistakes = (
@@ -126,7 +138,7 @@ def train(
             "--allow-change goes with --resume or --resume-from",
             "",
         ),
-        (json and not dry_run, "--json goes with --dry-run", ""),
+        (json and not dry_run, "--json goes with --dry-run or --explain", ""),
         (
             verify_resume and (going_on or dry_run),
             "--verify-resume goes without --resume and --dry-run",

@@ -11,7 +11,13 @@ from apt_core.config.json_schema import json_schema
 from apt_core.config.loader import core_text, list_profiles, read_profile
 from apt_core.config.messages import key_like
 from apt_core.config.overrides import Override, parse_override
-from apt_core.config.reference import profile_reference, settings_tables
+from apt_core.config.reference import (
+    KeyFacts,
+    describe_key,
+    describe_settings,
+    profile_reference,
+    settings_tables,
+)
 from apt_core.config.schema import Config, PluginRequest
 from apt_core.config.source import InactiveKey, Source
 from apt_core.config.validate import Validated, parse_config, validate
@@ -20,6 +26,7 @@ from apt_core.sections import Ramp, Section
 __all__ = [
     "Config",
     "InactiveKey",
+    "KeyFacts",
     "Override",
     "PluginRequest",
     "Ramp",
@@ -29,6 +36,8 @@ __all__ = [
     "check_files",
     "check_task_files",
     "core_text",
+    "describe_key",
+    "describe_settings",
     "inactive_core_settings",
     "json_schema",
     "key_like",

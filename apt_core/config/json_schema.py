@@ -27,15 +27,15 @@ def json_schema(sections: Sequence[SectionSpec] = ()) -> dict[str, Any]:
         "type": "string",
         "description": "Name or path of a profile that this one builds on.",
     }
-    _mask_defaults([root, definitions])
+    mask_defaults([root, definitions])
     return {"$schema": DIALECT, **root, "title": "APT profile", "$defs": definitions}
 
 
-def _mask_defaults(schema: Any) -> None:
-    """A default may be taken from the environment."""
+def mask_defaults(schema: Any) -> None:
+    """Mask the defaults that are secrets: one may be taken from the environment."""
     for part in schema.values() if isinstance(schema, dict) else schema:
         if isinstance(part, dict | list):
-            _mask_defaults(part)
+            mask_defaults(part)
     properties = schema.get("properties") if isinstance(schema, dict) else None
     for key, entry in properties.items() if isinstance(properties, dict) else ():
         if isinstance(entry, dict) and "default" in entry:

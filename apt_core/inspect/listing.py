@@ -7,19 +7,23 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apt_core import hookspecs
-from apt_core.catalogue import Catalogue, usable
+from apt_core.catalogue import Catalogue, resolve, usable
 from apt_core.code_source import short_path, source_of
 from apt_core.declarations import Declared, declared_by
 from apt_core.discovery import installed_plugins
+from apt_core.error_text import one_line
 from apt_core.errors import ConfigError, Problem
 from apt_core.hookspecs import POLICIES
 from apt_core.plugin_manager import PluginManager
 from apt_core.plugin_records import PluginRecord
 from apt_core.selection import select
 from apt_core.types import ProviderSpec, SectionSpec
+
+if TYPE_CHECKING:
+    from apt_core.config import KeyFacts
 
 
 @dataclass
@@ -177,10 +181,16 @@ def plugin_rows(listing: Listing) -> list[dict[str, Any]]:
 
 
 def provider_rows(listing: Listing, kind: str | None = None) -> list[dict[str, Any]]:
-    """``{kind, name, plugin, version, default, requires, usable, reason}``."""
+    """``{kind, name, plugin, version, default, requires, usable, reason, section, settings}``;
+    ``settings`` maps the keys of the section to their defaults."""
     rows = []
     for spec in listing.providers.specs(kind):
         can_be_used, reason = usable(spec)
+        try:
+            settings = _defaults(spec)
+        except Exception as error:  # foreign code
+            settings = {}
+            reason = reason or f"its settings cannot be read: {one_line(error)}"
         rows.append(
             {
                 "kind": spec.kind,
@@ -191,6 +201,35 @@ def provider_rows(listing: Listing, kind: str | None = None) -> list[dict[str, A
                 "requires": list(spec.requires),
                 "usable": can_be_used,
                 "reason": reason,
+                "section": spec.section,
+                "settings": settings,
             }
         )
     return rows
+
+
+def _defaults(spec: ProviderSpec) -> dict[str, Any]:
+    """The defaults of a provider's settings, with masks for secrets; None where there is none."""
+    if not spec.config:
+        return {}
+    from pydantic_core import to_jsonable_python
+
+    from apt_core.secrets import without_secrets
+
+    fields = resolve(spec.config).model_fields.items()
+    defaults = {
+        field.alias or name: None
+        if field.is_required()
+        else to_jsonable_python(field.get_default(call_default_factory=True), fallback=str)
+        for name, field in fields
+    }
+    masked: dict[str, Any] = without_secrets(defaults)
+    return masked
+
+
+def provider_settings(spec: ProviderSpec) -> Sequence[KeyFacts]:
+    """The settings of a provider, with their defaults. Raises what resolving their model does."""
+    from apt_core.config import describe_settings
+
+    model = resolve(spec.config) if spec.config else None
+    return describe_settings(model, spec.section) if model else ()

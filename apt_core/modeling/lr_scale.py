@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-BASE_WIDTH = 1536
+from apt_core.providers.optimizer import BASE_WIDTH
 
 
 def learning_rate_scales(model: nn.Module, d_model: int | None) -> dict[str, float]:

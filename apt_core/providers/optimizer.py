@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 ADAM_BETAS, ADAM_EPS = (0.9, 0.95), 1e-8
 """Defaults of ``training.betas`` and ``training.eps``."""
 
+BASE_WIDTH = 1536
+"""The d_model for which ``training.learning_rate`` is meant (``training.scale_lr_by_width``)."""
+
 
 class MuonSettings(Section):
     """``training.muon``: the optimizer of hidden matrices; AdamW takes the other parameters."""

@@ -45,6 +45,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "requires": list,
         "usable": bool | None,
         "reason": str,
+        "section": str,
+        "settings": dict,
     },
 }
 INFO = {
@@ -122,6 +124,20 @@ def test_providers_tells_what_is_usable_and_why_not(command: Command, plugin: st
     assert (core["name"], core["default"], core["usable"]) == ("rmsnorm", True, True)
     assert (sample["name"], sample["default"], sample["usable"]) == ("sample_norm", False, False)
     assert "no-such-package is not installed" in sample["reason"]
+    assert (sample["section"], sample["settings"]) == ("sample", {"strength": 0.5})
+    shown = command(app, "providers", "norm", "--plugin", plugin).out
+    assert "  sample      strength=0.5\n" in shown and "  model.norm  eps=1e-08\n" in shown
+
+
+def test_providers_survives_settings_that_cannot_be_read(command: Command, folder: Path) -> None:
+    (folder / "offer.py").write_text(
+        "from apt_core import ProviderSpec, hookimpl\n\n"
+        "@hookimpl\ndef apt_register_providers():\n"
+        "    return [ProviderSpec('ffn', 'mine', 'x:y', config='no_such_module:Settings')]\n"
+    )
+    rows = command(app, "providers", "ffn", "--plugin", "offer.py", "--json").json
+    (row,) = [row for row in rows if row["name"] == "mine"]
+    assert row["settings"] == {} and "settings cannot be read" in row["reason"]
 
 
 def test_usable_is_null_where_only_torch_could_tell(command: Command, folder: Path) -> None:
@@ -206,7 +222,7 @@ def test_tables_are_whole_in_a_pipe(command: Command, folder: Path, plugin: str,
 def test_info_reads_as_lines(command: Command, plugin: str) -> None:
     printed = command(app, "info", "norm", "sample_norm", "--plugin", plugin).out
     assert "dependencies: no-such-package>=2\n" in printed
-    assert "config: sample\n  strength (default 0.5): How strong.\n" in printed
+    assert "config: sample\n  strength (number; default 0.5): How strong.\n" in printed
 
 
 def test_list_says_so_when_nobody_implements_anything(command: Command) -> None:
