@@ -22,6 +22,15 @@ from apt_core.task_names import is_task_file
 
 Key = tuple[str, ...]
 
+SUFFIXES = (".yaml", ".yml")
+LOCAL_FOLDER = Path("profiles")
+INSTALLED_FOLDER = Path(__file__).resolve().parents[1] / "profiles"
+"""Beside the package. On the import path another folder of this name may come first, such as
+LOCAL_FOLDER."""
+
+RUNS = Path("runs")
+"""Where runs are that were given no folder: ``runs/PROFILE/TIME``."""
+
 READ: tuple[Key, ...] = (
     ("data", "train_path"),
     ("data", "val_path"),
@@ -44,6 +53,15 @@ FOUND_BESIDE = (*READ, PLUGINS, TASKS)
 """Keys whose paths depend on where the profile lies that says them."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::|://)")
+
+
+def list_profiles() -> list[str]:
+    """The names that ``--profile`` takes without a path, sorted."""
+    names: set[str] = set()
+    for folder in (LOCAL_FOLDER, INSTALLED_FOLDER):
+        if folder.is_dir():
+            names.update(file.stem for file in folder.iterdir() if file.suffix in SUFFIXES)
+    return sorted(names)
 
 
 def resolve_paths(data: dict[str, Any], folder_of: Callable[[Key], Path | None]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
+from apt_core.cli import completion
 from apt_core.cli.output import Json, make_console, output_apart, say
 from apt_core.cli.run_command import run_command
 from apt_core.cli.train import collect_overrides
@@ -35,22 +36,33 @@ EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 Profile = Annotated[
     str,
     typer.Option(
-        "--profile", "-p", help="A path, or a name in ./profiles or among the installed ones."
+        "--profile",
+        "-p",
+        help="A path, or a name in ./profiles or among the installed ones.",
+        autocompletion=completion.profiles,
     ),
 ]
 Plugins = Annotated[
     list[str] | None,
-    typer.Option("--plugin", help="Activate a plugin, as apt-train does; no:NAME leaves one out."),
+    typer.Option(
+        "--plugin",
+        help="Activate a plugin, as apt-train does; no:NAME leaves one out.",
+        autocompletion=completion.plugins,
+    ),
 ]
 Assignments = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override a key: data.packing=pad. Also --section.key V."),
+    typer.Option(
+        "--set",
+        help="Override a key: data.packing=pad. Also --section.key V.",
+        autocompletion=completion.assignments,
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug messages.")]
 
 
-@app.command(context_settings=EXTRA)
+@app.command(cls=completion.KeysAreOptions, context_settings=EXTRA)
 def build(
     context: typer.Context,
     profile: Profile = "",
@@ -96,7 +108,7 @@ def build(
     return None
 
 
-@app.command(context_settings=EXTRA)
+@app.command(cls=completion.KeysAreOptions, context_settings=EXTRA)
 def inspect(
     context: typer.Context,
     profile: Profile = "",
@@ -147,7 +159,7 @@ def inspect(
     return None
 
 
-@app.command(context_settings=EXTRA)
+@app.command(cls=completion.KeysAreOptions, context_settings=EXTRA)
 def stats(
     context: typer.Context,
     profile: Profile = "",

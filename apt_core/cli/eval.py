@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
+from apt_core.cli import completion
 from apt_core.cli.output import Json, complain, make_console, print_table, say
 from apt_core.cli.run_command import run_command
 from apt_core.cli.run_options import Debug, Device, Plugins, Set, Step, Weights, chosen_run
@@ -39,6 +40,7 @@ def evaluate(
             help="Folders of runs, checkpoints, or names of profiles, of which the newest run "
             "below runs/ is taken. Without any: the newest run of all.",
             show_default=False,
+            autocompletion=completion.runs,
         ),
     ] = None,
     tasks: Annotated[

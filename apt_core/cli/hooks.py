@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from apt_core.cli import completion
 from apt_core.cli.output import Json, complain, output_apart, print_table, say
 from apt_core.cli.run_command import run_command
 from apt_core.errors import ConfigError, did_you_mean
@@ -35,10 +36,22 @@ app = typer.Typer(
     "installed is listed.",
 )
 
-Profile = Annotated[str, typer.Option("--profile", "-p", help="List what this profile activates.")]
+Profile = Annotated[
+    str,
+    typer.Option(
+        "--profile",
+        "-p",
+        help="List what this profile activates.",
+        autocompletion=completion.profiles,
+    ),
+]
 Plugins = Annotated[
     list[str] | None,
-    typer.Option("--plugin", help="Activate a plugin, as apt-train does; no:NAME leaves one out."),
+    typer.Option(
+        "--plugin",
+        help="Activate a plugin, as apt-train does; no:NAME leaves one out.",
+        autocompletion=completion.plugins,
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
@@ -87,7 +100,7 @@ def list_(
 
 @app.command()
 def show(
-    hook: Annotated[str, typer.Argument(help="The hook's name.")],
+    hook: Annotated[str, typer.Argument(help="The hook's name.", autocompletion=completion.hooks)],
     profile: Profile = "",
     plugin: Plugins = None,
     json: AsJson = False,
@@ -130,7 +143,9 @@ def plugins(
 
 @app.command()
 def providers(
-    kind: Annotated[str, typer.Argument(help="Only this kind.")] = "",
+    kind: Annotated[
+        str, typer.Argument(help="Only this kind.", autocompletion=completion.kinds)
+    ] = "",
     profile: Profile = "",
     plugin: Plugins = None,
     json: AsJson = False,
@@ -173,7 +188,9 @@ def show_providers(listing: Listing, kind: str, *, as_json: bool) -> Json | None
 
 @app.command()
 def info(
-    kind: Annotated[str, typer.Argument(help="The kind: attention, ffn, …")],
+    kind: Annotated[
+        str, typer.Argument(help="The kind: attention, ffn, …", autocompletion=completion.kinds)
+    ],
     name: Annotated[str, typer.Argument(help="The provider's name.")],
     profile: Profile = "",
     plugin: Plugins = None,
@@ -263,8 +280,18 @@ def _shown(value: Any) -> str:
 
 @app.command()
 def enable(
-    plugin: Annotated[str, typer.Argument(help="The plugin: a name, a module or a .py file.")],
-    profile: Annotated[Path, typer.Option("--profile", "-p", help="The file to edit.")],
+    plugin: Annotated[
+        str,
+        typer.Argument(
+            help="The plugin: a name, a module or a .py file.", autocompletion=completion.plugins
+        ),
+    ],
+    profile: Annotated[
+        Path,
+        typer.Option(
+            "--profile", "-p", help="The file to edit.", autocompletion=completion.profiles
+        ),
+    ],
     debug: Debug = False,
 ) -> None:
     """Add a plugin to a profile's 'plugins:' list; everything else in the file stays."""
@@ -273,8 +300,13 @@ def enable(
 
 @app.command()
 def disable(
-    plugin: Annotated[str, typer.Argument(help="The plugin.")],
-    profile: Annotated[Path, typer.Option("--profile", "-p", help="The file to edit.")],
+    plugin: Annotated[str, typer.Argument(help="The plugin.", autocompletion=completion.plugins)],
+    profile: Annotated[
+        Path,
+        typer.Option(
+            "--profile", "-p", help="The file to edit.", autocompletion=completion.profiles
+        ),
+    ],
     debug: Debug = False,
 ) -> None:
     """Remove a plugin from a profile's 'plugins:' list; everything else in the file stays."""
@@ -308,15 +340,26 @@ def check(
     plugin: Annotated[
         str,
         typer.Argument(
-            help="The plugin: a name, a module or a .py file; or 'core', or a provider of it."
+            help="The plugin: a name, a module or a .py file; or 'core', or a provider of it.",
+            autocompletion=completion.plugins,
         ),
     ],
     profile: Annotated[
-        str, typer.Option("--profile", "-p", help="Check with this profile's settings.")
+        str,
+        typer.Option(
+            "--profile",
+            "-p",
+            help="Check with this profile's settings.",
+            autocompletion=completion.profiles,
+        ),
     ] = "",
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Check with another value of a key: my_plugin.window=4."),
+        typer.Option(
+            "--set",
+            help="Check with another value of a key: my_plugin.window=4.",
+            autocompletion=completion.assignments,
+        ),
     ] = None,
     nproc: Annotated[
         int, typer.Option("--nproc", min=1, max=2, help="1 leaves out runs of two processes.")
@@ -345,13 +388,29 @@ def check(
 
 @app.command()
 def explain(
-    key: Annotated[str, typer.Argument(help="A key or a section: training.learning_rate.")],
+    key: Annotated[
+        str,
+        typer.Argument(
+            help="A key or a section: training.learning_rate.", autocompletion=completion.keys
+        ),
+    ],
     profile: Annotated[
-        str, typer.Option("--profile", "-p", help="Show the key's value in this profile, and why.")
+        str,
+        typer.Option(
+            "--profile",
+            "-p",
+            help="Show the key's value in this profile, and why.",
+            autocompletion=completion.profiles,
+        ),
     ] = "",
     plugin: Plugins = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Another value of a key, on top of it.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Another value of a key, on top of it.",
+            autocompletion=completion.assignments,
+        ),
     ] = None,
     json: AsJson = False,
     debug: Debug = False,
@@ -366,7 +425,13 @@ def explain(
 @app.command()
 def doctor(
     profile: Annotated[
-        str, typer.Option("--profile", "-p", help="Examine what this profile needs.")
+        str,
+        typer.Option(
+            "--profile",
+            "-p",
+            help="Examine what this profile needs.",
+            autocompletion=completion.profiles,
+        ),
     ] = "",
     plugin: Plugins = None,
     imports: Annotated[

@@ -10,8 +10,7 @@ from pathlib import Path
 from apt_core.errors import ConfigError, Problem
 from apt_core.files import read_at_most, read_file
 from apt_core.json_files import parse_json
-from apt_core.profile_paths import user_path
-from apt_core.runs.layout import RUNS
+from apt_core.profile_paths import RUNS, user_path
 from apt_core.types import Message
 
 Prompt = str | tuple[Message, ...]

@@ -36,14 +36,23 @@ def run_command(app: typer.Typer, prog: str, args: Sequence[str] | None = None) 
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     import typer.main
 
-    args = list(sys.argv[1:] if args is None else args)
+    from apt_core.cli.completion import INSTALL, SHOW, asked_of, complete, install_or_show
+
+    arguments = list(sys.argv[1:] if args is None else args)
     command = typer.main.get_command(app)
-    command.epilog = "--version shows the versions of APT and of its libraries."
-    if not args and hasattr(command, "commands"):
-        args = ["--help"]
-    if args == ["--version"]:
-        return end_of(show_versions, prog, args)
-    return end_of(lambda: _invoke(command, prog, args), prog, args)
+    command.epilog = (
+        "--version shows the versions of APT and of its libraries; --install-completion [SHELL] "
+        "lets a shell complete all commands, --show-completion [SHELL] prints how."
+    )
+    if instruction := asked_of(prog, os.environ):
+        return end_of(lambda: complete(command, prog, instruction), prog, arguments)
+    if arguments and arguments[0] in (INSTALL, SHOW):
+        return end_of(lambda: install_or_show(arguments), prog, arguments)
+    if not arguments and hasattr(command, "commands"):
+        arguments = ["--help"]
+    if arguments == ["--version"]:
+        return end_of(show_versions, prog, arguments)
+    return end_of(lambda: _invoke(command, prog, arguments), prog, arguments)
 
 
 def show_versions() -> int:

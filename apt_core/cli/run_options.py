@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO, cast
 
 import typer
 
+from apt_core.cli import completion
 from apt_core.cli.output import complain, make_console
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ Run = Annotated[
         help="A run's folder, one of its checkpoints, or the name of a profile, of which the "
         "newest run below runs/ is taken. Without it: the newest run of all.",
         show_default=False,
+        autocompletion=completion.runs,
     ),
 ]
 Step = Annotated[
@@ -37,12 +39,18 @@ Weights = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")]
 Plugins = Annotated[
     list[str] | None,
-    typer.Option("--plugin", help="Add a plugin to those of the run; no:NAME leaves one out."),
+    typer.Option(
+        "--plugin",
+        help="Add a plugin to those of the run; no:NAME leaves one out.",
+        autocompletion=completion.plugins,
+    ),
 ]
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", help="Set a key of a plugin's section, as in model.voting.k=5; repeatable."
+        "--set",
+        help="Set a key of a plugin's section, as in model.voting.k=5; repeatable.",
+        autocompletion=completion.assignments,
     ),
 ]
 Compile = Annotated[

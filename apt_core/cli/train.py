@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
+from apt_core.cli import completion
 from apt_core.cli.output import Json, complain, make_console
 from apt_core.cli.run_command import ignore_termination, place_among_processes, run_command
 from apt_core.errors import ConfigError, Problem, TrainingError, did_you_mean
@@ -31,20 +32,27 @@ MAX_ARGUMENTS = 2_000
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    cls=completion.KeysAreOptions,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
 def train(
     context: typer.Context,
     profile: Annotated[
         str,
         typer.Option(
-            "--profile", "-p", help="A path, or a name in ./profiles or among the installed ones."
+            "--profile",
+            "-p",
+            help="A path, or a name in ./profiles or among the installed ones.",
+            autocompletion=completion.profiles,
         ),
     ] = "",
     plugin: Annotated[
         list[str] | None,
         typer.Option(
             help="Activate a plugin: a name, a dotted module or a .py file; repeatable, comma "
-            "lists allowed. no:NAME leaves one out."
+            "lists allowed. no:NAME leaves one out.",
+            autocompletion=completion.plugins,
         ),
     ] = None,
     output: Annotated[
@@ -55,7 +63,10 @@ def train(
         bool, typer.Option("--resume", help="Go on with the newest checkpoint in the run's folder.")
     ] = False,
     resume_from: Annotated[
-        Path | None, typer.Option(help="Go on from this checkpoint or run folder.")
+        Path | None,
+        typer.Option(
+            help="Go on from this checkpoint or run folder.", autocompletion=completion.runs
+        ),
     ] = None,
     strict: Annotated[
         bool,
@@ -63,7 +74,11 @@ def train(
     ] = False,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Override a key: training.max_epochs=5. Also --section.key V."),
+        typer.Option(
+            "--set",
+            help="Override a key: training.max_epochs=5. Also --section.key V.",
+            autocompletion=completion.assignments,
+        ),
     ] = None,
     nproc: Annotated[
         int | None,
@@ -104,7 +119,9 @@ def train(
     explain: Annotated[
         str,
         typer.Option(
-            metavar="KEY", help="Say what a key means, its value here and why, and train nothing."
+            metavar="KEY",
+            help="Say what a key means, its value here and why, and train nothing.",
+            autocompletion=completion.keys,
         ),
     ] = "",
     json: Annotated[

@@ -15,12 +15,8 @@ from apt_core.config.source import Source, from_document
 from apt_core.config.yaml_text import LARGER, MAX_CHARACTERS, parse_yaml
 from apt_core.errors import ConfigError, did_you_mean
 from apt_core.files import read_file
+from apt_core.profile_paths import INSTALLED_FOLDER, LOCAL_FOLDER, SUFFIXES, list_profiles
 
-SUFFIXES = (".yaml", ".yml")
-LOCAL_FOLDER = Path("profiles")
-INSTALLED_FOLDER = Path(__file__).resolve().parents[2] / "profiles"
-"""Beside the package. On the import path another folder of this name may come first, such as
-LOCAL_FOLDER."""
 MAX_PARENTS = 20
 
 
@@ -56,15 +52,6 @@ def core_text(source: Source) -> Source:
     """The source with the text of the core's own sections as it was written. That of plugins'
     comes when it is checked: until then it is not known what they are."""
     return source.with_text(Config, skip=PLACEHOLDERS)
-
-
-def list_profiles() -> list[str]:
-    """The names that ``--profile`` takes without a path, sorted."""
-    names: set[str] = set()
-    for folder in (LOCAL_FOLDER, INSTALLED_FOLDER):
-        if folder.is_dir():
-            names.update(file.stem for file in folder.iterdir() if file.suffix in SUFFIXES)
-    return sorted(names)
 
 
 def _read(found: _File, chain: tuple[_File, ...]) -> Source:

@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from apt_core.config.loader import LOCAL_FOLDER, SUFFIXES, read_profile
+from apt_core.config.loader import read_profile
 from apt_core.config.yaml_text import KeyPath, ParsedYaml, ProfileDumper, parse_yaml
 from apt_core.errors import ConfigError, Problem
 from apt_core.plugin_names import name_of
-from apt_core.profile_paths import unrecordable, user_path
+from apt_core.profile_paths import LOCAL_FOLDER, SUFFIXES, unrecordable, user_path
 
 Name = Callable[[str], str]
 

@@ -26,6 +26,9 @@ SHOWN_BOUND, EXPLAINED_BOUND = 1000, 2**25
 shown up to the second."""
 
 
+ITEM = "an entry of "
+
+
 @dataclass(frozen=True)
 class KeyFacts:
     """What the schema says of one key: ``value`` is what may be written, in words, ``default`` as
@@ -145,6 +148,19 @@ def settings_tables(schema: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield path, f"{HEAD}{''.join(rows)}"
 
 
+def all_keys(sections: Sequence[SectionSpec] = ()) -> list[str]:
+    """The dotted names of all keys, those of plugins included; without those of items of lists."""
+    schema = json_schema(sections)
+    definitions: dict[str, Any] = schema["$defs"]
+    return [
+        f"{path}.{key}".lstrip(".")
+        for path, section in _sections("", schema, definitions)
+        if not path.startswith(ITEM)
+        for key, entry in section["properties"].items()
+        if _section_of(entry, definitions) is None
+    ]
+
+
 def _sections(
     path: str, section: dict[str, Any], definitions: dict[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -160,7 +176,7 @@ def _sections(
             for value in values.get("anyOf", [values]) if isinstance(values, dict) else ():
                 inner = _section_of(value, definitions)
                 if inner is not None:
-                    yield from _sections(f"an entry of {below}", inner, definitions)
+                    yield from _sections(f"{ITEM}{below}", inner, definitions)
 
 
 def _section_of(entry: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any] | None:

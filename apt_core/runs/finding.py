@@ -9,10 +9,10 @@ from typing import Any
 from apt_core.errors import CheckpointError, ConfigError, did_you_mean
 from apt_core.files import read_file
 from apt_core.json_files import MAX_BYTES, read_json
-from apt_core.profile_paths import user_path
+from apt_core.profile_paths import RUNS, user_path
 from apt_core.runs import checkpoint
 from apt_core.runs.checkpoint import Checkpoint
-from apt_core.runs.layout import CHECKPOINTS, IS_STEP, RUNS, checkpoints_folder, named_folder
+from apt_core.runs.layout import CHECKPOINTS, IS_STEP, checkpoints_folder, named_folder
 from apt_core.runs.resume_check import saved_profile
 from apt_core.runs.scores import best_by_evaluation
 

@@ -22,9 +22,10 @@ from apt_core.errors import ConfigError
 from apt_core.files import write_atomically
 from apt_core.json_files import json_rows, read_json, without_nan
 from apt_core.log import get_logger
+from apt_core.profile_paths import RUNS
 from apt_core.runs.events import EVENTS, as_row
 from apt_core.runs.folder_lock import FolderLock, process_row
-from apt_core.runs.layout import CHECKPOINTS, RUNS, checkpoints_folder, named_folder
+from apt_core.runs.layout import CHECKPOINTS, checkpoints_folder, named_folder
 from apt_core.runs.metrics import METRICS
 from apt_core.runs.rows import RowFile, is_step
 from apt_core.secrets import without_secrets

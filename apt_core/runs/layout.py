@@ -8,9 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-RUNS = Path("runs")
-"""Where runs are that were given no folder: ``runs/PROFILE/TIME``."""
-
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 PREFIX = "step-"

@@ -10,9 +10,7 @@ from pathlib import Path
 
 from apt_core.cache import cache_dir
 from apt_core.inspect.doctor.checks import BROKEN, NOTE, OK, Check, in_gib
-
-RUNS = Path("runs")
-"""Where a run that is given no folder makes its own."""
+from apt_core.profile_paths import RUNS
 
 LITTLE_ROOM = 2**30
 
