@@ -13,6 +13,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -101,7 +102,9 @@ class _Fork(subprocess.Popen[Any]):
         options = words and words[0].startswith("-") and words[0] not in ("-c", "-m")
         # pip starts interpreters for builds, which need a fresh one.
         builds = words[:2] == ["-m", "pip"]
-        if program != sys.executable or not words or options or builds or call["shell"]:
+        # A fork of another thread crashes where torch has compiled in this process.
+        thread = threading.current_thread() is not threading.main_thread()
+        if program != sys.executable or not words or options or builds or call["shell"] or thread:
             return execute(*arguments)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -7,8 +7,8 @@ import json
 import math
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,14 @@ def differences(plugins: Sequence[str], overrides: Mapping[str, Any]) -> dict[st
         options = [word for plugin in plugins for word in ("--plugin", plugin)]
         options += ["-p", str(profile), "--strict"]
 
-        def run(name: str) -> str:
-            return _run([*options, "--output", str(folder / name), *runs[name]])
-
-        with ThreadPoolExecutor(len(runs)) as pool:
-            told = dict(zip(runs, pool.map(run, runs), strict=True))
+        with ExitStack() as stack:
+            ends = {
+                name: stack.enter_context(
+                    _running([*options, "--output", str(folder / name), *words])
+                )
+                for name, words in runs.items()
+            }
+            told = {name: end() for name, end in ends.items()}
         if told["one"]:
             return dict.fromkeys(SHARDINGS, f"a run of one process fails: {told['one']}")
         return {
@@ -69,29 +72,39 @@ def _profile(folder: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     return data
 
 
-def _run(arguments: Sequence[str]) -> str:
-    """Run apt-train. Returns its error, or an empty string."""
+@contextmanager
+def _running(arguments: Sequence[str]) -> Iterator[Callable[[], str]]:
+    """Runs apt-train meanwhile. What is yielded waits for its end, and returns its error or an
+    empty string."""
     from apt_core.parallel.child_process import apt_train_command
 
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
-        process = subprocess.Popen(
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as output,
+        subprocess.Popen(
             apt_train_command(arguments), stdout=output, stderr=subprocess.STDOUT
-        )
+        ) as process,
+    ):
+
+        def end() -> str:
+            try:
+                code = process.wait(SECONDS)
+            except subprocess.TimeoutExpired:
+                return f"it has not ended after {SECONDS:.0f} seconds"
+            if code == 0:
+                return ""
+            output.seek(0)
+            lines = output.read().splitlines()
+            errors = [line for line in lines if line.startswith("error: ")]
+            return (errors or lines or [f"exit code {code}"])[-1].removeprefix("error: ")
+
         try:
-            code = process.wait(SECONDS)
-        except subprocess.TimeoutExpired:
+            yield end
+        finally:
             process.terminate()
             try:
                 process.wait(30)
             except subprocess.TimeoutExpired:
                 process.kill()
-            return f"it has not ended after {SECONDS:.0f} seconds"
-        if code == 0:
-            return ""
-        output.seek(0)
-        lines = output.read().splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]
-    return (errors or lines or [f"exit code {code}"])[-1].removeprefix("error: ")
 
 
 def _compared(one: Path, two: Path) -> Iterator[str]:
