@@ -71,6 +71,10 @@ def _tva_rank(config: Config) -> int:
     return config.model.tva.rank_in(config.model.d_model // config.model.num_heads)
 
 
+def _tva_is_normalised(config: Config) -> bool:
+    return config.model.tva.normalises(_tva_rank(config))
+
+
 def _vft_rank(config: Config) -> int:
     return config.model.vft.rank_in(config.model.d_model)
 
@@ -92,6 +96,7 @@ EFFECTS: Mapping[str, Callable[[Config], Any]] = {
     ),
     "model.tva.r": _tva_rank,
     "model.tva.rank": _tva_rank,
+    "model.tva.qk_norm": _tva_is_normalised,
     "model.vft.r": _vft_rank,
     "model.vft.rank": _vft_rank,
     "training.amp_level": _nothing,
@@ -179,7 +184,10 @@ def check_resume(
         if not reason:
             changed.append(key)
             continue
-        hint = f"put it back, or start a new run: leave --resume out (was {old!r})"
+        hint = (
+            f"put it back (was {old!r}), resume with the run's own profile.yaml, or start a new "
+            "run: leave --resume out"
+        )
         if key in RATE_KEYS:
             hint += f", or take it from here on: --allow-change {key}"
         message = f"is {new!r}, the checkpoint was made with {old!r}: {reason}"

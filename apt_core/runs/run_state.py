@@ -201,8 +201,7 @@ class RunState(Progress):
     def from_json(cls, state: Mapping[str, Any]) -> RunState:
         """The state that :meth:`to_json` gave. Raises ValueError, which says what is wrong by key,
         for anything else: a key that is missing, unknown, or of another form."""
-        required = cls.model_fields.keys() - LATER
-        if missing := sorted(required - state.keys()):
+        if missing := sorted(ALWAYS - state.keys()):
             raise ValueError(f"it has no {', '.join(missing)}")
         try:
             return cls.model_validate(state)
@@ -230,7 +229,28 @@ class RunState(Progress):
         return Progress(**{name: getattr(self, name) for name in Progress.model_fields})
 
 
-LATER = {"spent", "tokens_sha256", "windows", "changes", "looks", "tensors"}
-"""Keys that checkpoints of earlier versions do not have."""
+ALWAYS = {
+    "step",
+    "epoch",
+    "ended_epochs",
+    "tokens",
+    "start_scores",
+    "scores",
+    "metrics",
+    "timeline",
+    "transforms",
+    "windows_per_step",
+    "nonfinite_steps",
+    "modes",
+    "stopping",
+    "precision",
+    "data_sha256",
+    "plugins",
+    "plugin_records",
+    "optimizer_groups",
+    "averages",
+}
+"""Keys that every checkpoint has, of earlier versions too. A key that came later needs a default,
+which says what runs without it did."""
 
 MOST_TOLD = 3

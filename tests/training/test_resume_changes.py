@@ -165,6 +165,7 @@ def test_a_key_may_differ_where_what_it_comes_to_does_not(train):
         "data.max_length": 16,
         "model.num_kv_heads": 2,
         "model.tva.rank": 4,
+        "model.tva.qk_norm": False,  # as it is by itself at this rank, and was at any one
         "training.decay_ratio": 0.7,
         "training.muon.momentum": 0.5,
         "hardware.device": "auto",
@@ -174,6 +175,7 @@ def test_a_key_may_differ_where_what_it_comes_to_does_not(train):
     for key, value in {
         "data.max_length": 8,
         "model.num_kv_heads": 1,
+        "model.tva.qk_norm": True,
         "training.weight_decay": 0.02,
     }.items():
         with pytest.raises(ConfigError, match=rf"{key}.*it changes how the weights train"):
