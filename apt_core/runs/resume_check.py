@@ -126,7 +126,8 @@ def saved_config(
     ``sections`` are those of the active plugins. Of ``available``, those of others that were not
     active then either had no effect, and are left out.
     """
-    source = Source.from_dict(profile)
+    # It was accepted when the run began: what was refused since then is no reason to know it less.
+    source = Source.from_dict(profile, recorded=True)
     listed = dict(plugin_items(source.data.get("plugins")))
     available = [section for section in available if section.plugin not in listed]
     checked = validate(source, sections, available=available)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -161,10 +162,11 @@ def export(
         from apt_plugins.export import exporting
         from apt_plugins.export.held_out import HeldOutText
         from apt_plugins.export.origin import check_finished, folder_of, origin_of
+        from apt_plugins.export.staging import EXPORTS
 
         if step is None and weights == "last" and not force:
             check_finished(session)
-        place = folder_of(session) / "exports" / to if output is None else user_path(output)
+        place = folder_of(session) / EXPORTS / to if output is None else user_path(output)
         order = exporting.Order(
             to,
             place,
@@ -242,15 +244,27 @@ def parsed_options(options: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+EVERY = 15.0
+"""Seconds between two lines of progress where there is no terminal."""
+
+
 @contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
-    """What to tell what is being done; shown on a terminal."""
+def progress(clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[str], None]]:
+    """What to tell what is being done; shown on a terminal, and elsewhere a line now and then."""
     console = make_console(sys.stderr)
-    if not console.is_terminal:
-        yield lambda what: None
+    if console.is_terminal:
+        with console.status("opening") as status:
+            yield lambda what: status.update(printable(what).replace("[", "\\["))
         return
-    with console.status("opening") as status:
-        yield lambda what: status.update(printable(what).replace("[", "\\["))
+    said = clock()
+
+    def tell(what: str) -> None:
+        nonlocal said
+        if clock() - said >= EVERY:
+            said = clock()
+            complain(what)
+
+    yield tell
 
 
 def main(args: Sequence[str] | None = None) -> None:

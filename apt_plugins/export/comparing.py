@@ -108,12 +108,12 @@ def compare(
     of_logits, of_blocks = Differences(share), dict[int, Differences]()
     for number, ids in enumerate(questions.prompts):
         tell(f"comparing prompt {number + 1} of {len(questions.prompts)}")
-        logits, streams = own.forward(ids)
+        logits, streams = own.forward(ids, whole=number in questions.whole)
         for way in foreign.ways():
             theirs = foreign.logits(number, way)
             of_logits.add(logits[-len(theirs) :].numpy(), theirs, least=1.0)
             found.places += len(theirs)
-            for block, values in enumerate(streams if number in questions.whole else ()):
+            for block, values in enumerate(streams):
                 after = foreign.stream(number, block, way)
                 if after is not None:
                     tell(f"comparing block {block + 1} of {len(streams)} at prompt {number + 1}")
@@ -159,7 +159,7 @@ def _compare_texts(
                 continue
             prompt = questions.prompts[number]
             if same < min(len(mine), len(theirs)):
-                logits = own.forward([*prompt, *mine[:same]])[0][-1]
+                logits = own.forward([*prompt, *mine[:same]], whole=False)[0][-1]
                 scale = max(1.0, float(torch.abs(logits).max()))
                 if gap(logits, (mine[same], theirs[same])) <= 2 * found.tolerance * scale:
                     found.ties += 1

@@ -24,8 +24,9 @@ class PlainRunner:
         self._turn = Rotary(shape.head_dim, shape.max_seq_len, shape.rope.theta, shape.rope.scaling)
 
     @torch.no_grad()
-    def forward(self, ids: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """The logits [T, V] of ``ids``, and the stream [T, D] after each block."""
+    def forward(self, ids: Sequence[int], *, whole: bool = True) -> tuple[Tensor, list[Tensor]]:
+        """The logits [T, V] of ``ids``, and the stream [T, D] after each block; without ``whole``
+        no streams, and the logits [1, V] of the last place."""
         model = self._model
         x = model.embedding[torch.tensor(ids)]
         streams = []
@@ -36,7 +37,9 @@ class PlainRunner:
                 x = x + _experts(ffn, normed)
             else:
                 x = x + _gated(normed, ffn.gate, ffn.up, ffn.down)
-            streams.append(x)
+            if whole:
+                streams.append(x)
+        x = x if whole else x[-1:]
         head = model.embedding if model.head is None else model.head
         return _normed(model.final_norm, x) @ head.T, streams
 

@@ -26,12 +26,13 @@ from apt_plugins.export.certificate import (
     hashes_of,
 )
 from apt_plugins.export.comparing import Comparison, compare
+from apt_plugins.export.origin import folder_of
 from apt_plugins.export.own_answers import OwnAnswers, RoundedAnswers
 from apt_plugins.export.questions import Questions, questions_for
 from apt_plugins.export.rounding import cost_of_rounding
 from apt_plugins.export.runtimes import answered
 from apt_plugins.export.settings import EXTRAS
-from apt_plugins.export.staging import check_target, staged
+from apt_plugins.export.staging import check_outside, check_target, staged
 
 Tell = Callable[[str], None]
 
@@ -144,6 +145,8 @@ def export(
     written or does not compute what the run's model does: nothing is left of it then.
     """
     check_target(order.output, force=order.force)
+    if session.checkpoint is not None:
+        check_outside(order.output, folder_of(session))
     exporter = exporter_of(session, order.target, order.options)
     reason = why_unproven(exporter)
     if reason and not order.unproven:

@@ -26,6 +26,7 @@ from apt_core.providers import (
 from apt_core.providers.base import read_settings
 from apt_plugins.export.folders import rounded, write_tensors
 from apt_plugins.export.hf_names import (
+    ARCHITECTURES,
     ATTENTION,
     ATTENTION_NORM,
     EMBEDDING,
@@ -39,15 +40,6 @@ from apt_plugins.export.hf_names import (
 )
 from apt_plugins.export.settings import EXTRAS, FolderSettings
 from apt_plugins.export.tokenizers import ExpressedTokenizer, expressed
-
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-}
-"""By the type of a model."""
 
 TOLERANCE = 1e-5
 

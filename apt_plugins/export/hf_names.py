@@ -1,7 +1,16 @@
-"""The names of the tensors of Llama-like models in files of Hugging Face: those that are exported
-and imported."""
+"""The names of Llama-like models and of their tensors in files of Hugging Face: those that are
+exported and imported."""
 
 from __future__ import annotations
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+"""By the type of a model."""
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"

@@ -39,22 +39,23 @@ class OwnAnswers:
         self._session = replace(session, config=config)
         self._size = session.tokenizer.vocab_size
 
-    def forward(self, ids: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, ids: Sequence[int], *, whole: bool = True) -> tuple[Tensor, list[Tensor]]:
         """The logits [T, V] of ``ids``, and the stream [T, D] after each block, where the model has
-        a list of them."""
+        a list of them; without ``whole`` no streams, and the logits may be [1, V], of the last
+        place."""
         session, streams = self._session, []
 
         def keep(module: Any, inputs: Any, output: Any) -> None:
             streams.append((output[0] if isinstance(output, tuple) else output)[0].float().cpu())
 
         with ExitStack() as stack:
-            for block in block_stack(session.model)[1]:
+            for block in block_stack(session.model)[1] if whole else ():
                 stack.callback(block.register_forward_hook(keep).remove)
             stack.enter_context(session.computing())
             text = session.tensor(ids)
             batch = Batch(text, text, text.numel())
             logits = forward_batch(session.model, session.model, batch).logits
-        return logits[0, :, : self._size].float().cpu(), streams
+        return logits[0, 0 if whole else -1 :, : self._size].float().cpu(), streams
 
     def greedy(
         self, prompts: Sequence[Sequence[int]], counts: Sequence[int]
@@ -109,8 +110,8 @@ class RoundedAnswers(OwnAnswers):
         super().__init__(session)
         self._runner = PlainRunner(model)
 
-    def forward(self, ids: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        return self._runner.forward(ids)
+    def forward(self, ids: Sequence[int], *, whole: bool = True) -> tuple[Tensor, list[Tensor]]:
+        return self._runner.forward(ids, whole=whole)
 
 
 class _Ids(TokenizerProvider):

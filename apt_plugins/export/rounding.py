@@ -10,6 +10,9 @@ from apt_plugins.export.comparing import Differences
 from apt_plugins.export.own_answers import OwnAnswers
 from apt_plugins.export.questions import RANDOM_PROMPTS, Questions
 
+PLACES = 128
+"""Places of a text whose probabilities are computed at once, in fp64."""
+
 
 def cost_of_rounding(own: OwnAnswers, rounded: OwnAnswers, questions: Questions) -> Rounding:
     """How ``rounded`` answers differ from ``own`` at the prompts that are texts."""
@@ -20,16 +23,18 @@ def cost_of_rounding(own: OwnAnswers, rounded: OwnAnswers, questions: Questions)
             continue
         exact, held = (answers.forward(ids)[0] for answers in (own, rounded))
         found.add(exact.numpy(), held.numpy(), least=1.0)
-        before, after = (logits[:-1].double().log_softmax(-1) for logits in (exact, held))
         targets = torch.tensor(ids[1:], dtype=torch.int64)
         tokens += len(targets)
-        sums += torch.stack(
-            [
-                F.kl_div(after, before, reduction="sum", log_target=True),
-                F.nll_loss(before, targets, reduction="sum"),
-                F.nll_loss(after, targets, reduction="sum"),
-            ]
-        )
+        parts = (each.split(PLACES) for each in (exact[:-1], held[:-1], targets))
+        for mine, theirs, wanted in zip(*parts, strict=True):
+            before, after = (logits.double().log_softmax(-1) for logits in (mine, theirs))
+            sums += torch.stack(
+                [
+                    F.kl_div(after, before, reduction="sum", log_target=True),
+                    F.nll_loss(before, wanted, reduction="sum"),
+                    F.nll_loss(after, wanted, reduction="sum"),
+                ]
+            )
     divergence, before_sum, after_sum = (sums / max(1, tokens)).tolist()
     return Rounding(
         logits=Measured(absolute=found.found.absolute, relative=found.found.relative),

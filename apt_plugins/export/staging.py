@@ -17,6 +17,9 @@ from apt_plugins.export.certificate import CERTIFICATE
 
 _KEY = "--output"
 
+EXPORTS = "exports"
+"""The folder in that of a run that holds what was exported of it."""
+
 PROBE = ".mode"
 STAGING, REPLACED = ".exporting", ".replaced"
 
@@ -42,6 +45,16 @@ def check_target(target: Path, *, force: bool) -> None:
     if not os.access(parent, os.W_OK | os.X_OK):
         message = f"cannot be written: {parent} is not yours to write to"
         raise ConfigError(message, _KEY, str(target), "name another folder")
+
+
+def check_outside(target: Path, run: Path) -> None:
+    """Raise ConfigError for a ``target`` among the files of the folder of ``run``, where only
+    EXPORTS has room for exports."""
+    run, place = run.resolve(), target.resolve()
+    if place == run or (run in place.parents and run / EXPORTS not in place.parents):
+        message = f"is inside the run's own folder, which holds exports in {EXPORTS}/ alone"
+        hint = f"name {run / EXPORTS / target.name}, or a folder elsewhere"
+        raise ConfigError(message, _KEY, str(target), hint)
 
 
 @contextmanager

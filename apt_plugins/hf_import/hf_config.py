@@ -16,6 +16,7 @@ from apt_core.providers.norm import Epsilon
 from apt_core.providers.position import RoPEScaling
 from apt_core.section_errors import in_words
 from apt_core.sections import Size
+from apt_plugins.export.hf_names import ARCHITECTURES
 
 CONFIG = "config.json"
 SILU = ("silu", "swish")
@@ -37,12 +38,14 @@ class Family:
 
 
 FAMILIES = {
-    "LlamaForCausalLM": Family("llama", False, {}, ("self_attn", "mlp")),
-    "MistralForCausalLM": Family("mistral", False, {"num_key_value_heads": 8}, ()),
-    "Qwen3ForCausalLM": Family(
-        "qwen3", True, {"head_dim": 128, "num_key_value_heads": 32}, ("self_attn",)
-    ),
+    ARCHITECTURES[family.model_type]: family
+    for family in (
+        Family("llama", False, {}, ("self_attn", "mlp")),
+        Family("mistral", False, {"num_key_value_heads": 8}, ()),
+        Family("qwen3", True, {"head_dim": 128, "num_key_value_heads": 32}, ("self_attn",)),
+    )
 }
+"""Those that can be imported, by their names."""
 
 
 class _Read(BaseModel):

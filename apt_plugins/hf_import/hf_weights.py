@@ -86,6 +86,7 @@ class HFWeights:
         self.folder, self.notes = folder, list[str]()
         self._problems: list[Problem] = []
         self._files: dict[str, str] = {}  # of each tensor
+        self._listed: set[str] = set()
         self._shapes: dict[str, tuple[tuple[int, ...], str]] = {}
         self.files = self._find()
         for file in self.files:
@@ -119,7 +120,7 @@ class HFWeights:
     # Files -----------------------------------------------------------------------------------
 
     def _problem(self, message: str, key: str, file: str = "", hint: str = "") -> None:
-        where = str(self.folder / file) if file else str(self.folder)
+        where = str(self.folder / shortened(file, 200)) if file else str(self.folder)
         self._problems.append(Problem(message, shortened(key, 300), where, hint))
 
     def _find(self) -> list[str]:
@@ -192,10 +193,11 @@ class HFWeights:
                     self._problem(f"is in {self._files[name]} too", name, file)
                 self._files[name] = file
                 self._shapes[name] = tuple(part.get_shape()), str(part.get_dtype())
+            self._listed.add(file)
 
     def _check_index(self) -> None:
         for name, file in self._index.items():
-            if self._files.get(name) != file and file in self.files:
+            if self._files.get(name) != file and file in self._listed:
                 self._problem(f"{INDEX} says that it is there, and it is not", name, str(file))
 
     # Tensors ---------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from apt_core import ProviderSpec, SectionSpec, hookimpl
 from apt_core.errors import CheckpointError, ConfigError, ProviderError
 from apt_core.providers.lr_schedule import LRScheduleProvider
 from apt_core.providers.optimizer import OptimizerProvider
+from apt_core.runs.resume_check import saved_config
 from apt_core.testing import TINY_PROFILE, tiny_run
 from apt_core.testing.tiny import TEXT
 
@@ -180,6 +181,12 @@ def test_a_key_may_differ_where_what_it_comes_to_does_not(train):
     }.items():
         with pytest.raises(ConfigError, match=rf"{key}.*it changes how the weights train"):
             train(4, {}, {key: value})
+
+
+def test_a_profile_that_was_accepted_then_is_known_though_it_would_be_refused_today() -> None:
+    """A warm-up that the run does not reach the end of has been taken."""
+    config = saved_config({"training": {"warmup_steps": 50, "max_steps": 12}})
+    assert config is not None and config.training.warmup_steps == 50
 
 
 class Grouping:

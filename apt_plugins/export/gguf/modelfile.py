@@ -20,9 +20,22 @@ def modelfile(file: str, tokenizer: TokenizerProvider, max_seq_len: int) -> str:
     lines = [f"FROM ./{file}", f"PARAMETER num_ctx {max_seq_len}"]
     ends = (special.eos, special.end, *(special.roles.get(role) for role in ROLES))
     texts = [special.names.get(token) for token in ends if token is not None]
-    # A tokenizer may name its tokens as it likes, also so that a line of its own begins.
-    fine = [text for text in texts if text and text.isprintable() and '"' not in text]
-    lines += [f'PARAMETER stop "{text}"' for text in dict.fromkeys(fine)]
+    stops = [quoted(text) for text in dict.fromkeys(texts) if text]
+    lines += [f"PARAMETER stop {stop}" for stop in stops if stop is not None]
     if tokenizer.chat_template == CHAT_TEMPLATE:
-        lines.append(f'TEMPLATE """{GO_TEMPLATE}"""')
+        lines.append(f"TEMPLATE {quoted(GO_TEMPLATE)}")
     return "\n".join(lines) + "\n"
+
+
+def quoted(text: str) -> str | None:
+    """``text`` as a value of a Modelfile. None where Ollama would read another one: it leaves out
+    what is not printable, and a line within quotes may end them. (A tokenizer may name its tokens
+    as it likes, also so that a command of its own would begin.)
+
+    Its reader ends a value with the line, and takes off the quotes, single or triple, at both ends
+    of it; nothing is escaped. Text that has quotes of its own stands between triple ones.
+    """
+    if not text.isprintable():
+        return None
+    mark = '"""' if '"' in text else '"'
+    return f"{mark}{text}{mark}"

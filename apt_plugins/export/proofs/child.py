@@ -40,7 +40,8 @@ class Runtime:
 
     def forward(self, ids: list[int], stream: bool) -> tuple[Any, Sequence[Any] | None]:
         """The logits float32 [T, V] of token ids, and with ``stream`` the stream [T, D] after each
-        block, where the runtime shows it (else None)."""
+        block, where the runtime shows it (else None). Without ``stream`` the logits of the last
+        place are enough."""
         raise NotImplementedError
 
     def greedy(self, ids: list[int], count: int) -> Sequence[int]:
@@ -55,6 +56,11 @@ class Runtime:
     def encode(self, text: str) -> list[int] | None:
         """The ids of a prompt, as the runtime encodes it without being told anything else."""
         return None
+
+    def encode_all(self, texts: list[str]) -> list[list[int] | None]:
+        """:meth:`encode` of each text, of which there may be as many as token ids; a runtime that
+        is faster on many at once overrides it."""
+        return [self.encode(text) for text in texts]
 
     def encode_conversation(self, messages: list[dict[str, str]]) -> list[int] | None:
         """The ids after which the assistant is to answer, as the runtime's template has them."""
@@ -122,7 +128,7 @@ def _answer(runtime: Runtime, request: dict[str, Any], tell: Callable[[str], Non
     tell("tokenizer")
     encoded = said = None
     if type(runtime).encode is not Runtime.encode:
-        encoded = [runtime.encode(text) for text in request["texts"]]
+        encoded = runtime.encode_all(request["texts"])
     if type(runtime).encode_conversation is not Runtime.encode_conversation:
         said = [runtime.encode_conversation(each) for each in request["conversations"]]
     np.savez(os.path.join(request["output"], "outputs.npz"), **arrays)

@@ -120,12 +120,16 @@ class Plain(Runtime):
                 to += share * (down[expert] @ hidden)
         return y
 
-    def forward(self, ids: list[int], stream: bool) -> tuple[Any, list[Any]]:
-        logits, streams = self.after(Texts(self.torch, [[1] * len(ids)]), [ids])
-        return logits[0], [each[0] for each in streams]
+    def forward(self, ids: list[int], stream: bool) -> tuple[Any, list[Any] | None]:
+        texts = Texts(self.torch, [[1] * len(ids)])
+        logits, streams = self.after(texts, [ids], last=not stream)
+        return logits[0], [each[0] for each in streams] if stream else None
 
-    def after(self, texts: "Texts", ids: list[list[int]]) -> tuple[Any, list[Any]]:
-        """The logits [B, T, V] and streams [B, T, D] of ``ids``, with which ``texts`` go on."""
+    def after(
+        self, texts: "Texts", ids: list[list[int]], *, last: bool = False
+    ) -> tuple[Any, list[Any]]:
+        """The logits [B, T, V], or those of the ``last`` place [B, 1, V], and streams [B, T, D] of
+        ``ids``, with which ``texts`` go on."""
         texts.go_on(len(ids[0]))
         x, streams = self.weights["embedding"][self.torch.tensor(ids)], []
         for number in range(self.shape["num_layers"]):
@@ -134,6 +138,8 @@ class Plain(Runtime):
             x = x + self.attention(normed, f"{place}.attention", texts)
             x = x + self.ffn(self.norm(x, f"{place}.ffn_norm"), f"{place}.ffn")
             streams.append(x.numpy())
+        if last:
+            x = x[:, -1:]
         head = self.weights["embedding" if self.shape["tied"] else "head"]
         return (self.norm(x, "final_norm") @ head.T).numpy(), streams
 
@@ -141,7 +147,7 @@ class Plain(Runtime):
         new, mask = padded(prompts)
         texts, found = Texts(self.torch, mask), [list[int]() for _ in prompts]
         for _ in range(count):
-            new = self.after(texts, new)[0][:, -1:].argmax(-1).tolist()
+            new = self.after(texts, new, last=True)[0].argmax(-1).tolist()
             for tokens, token in zip(found, new, strict=True):
                 tokens += token
         return found
@@ -149,6 +155,9 @@ class Plain(Runtime):
     def encode(self, text: str) -> list[int]:
         found: list[int] = self.tokenizer.encode(text).ids
         return found
+
+    def encode_all(self, texts: list[str]) -> list[list[int] | None]:
+        return [list(each.ids) for each in self.tokenizer.encode_batch(texts)]
 
 
 if __name__ == "__main__":

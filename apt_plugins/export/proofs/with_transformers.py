@@ -40,7 +40,9 @@ class Transformers(Runtime):
                 for layer in self.causal_lm.model.layers
             ]
         with self.torch.no_grad():
-            logits = self.causal_lm(self.torch.tensor([ids]), use_cache=False).logits[0]
+            # Of a long text, logits of all places are most of what is computed and held.
+            text, kept = self.torch.tensor([ids]), 0 if stream else 1
+            logits = self.causal_lm(text, use_cache=False, logits_to_keep=kept).logits[0]
         for hook in hooks:
             hook.remove()
         values = [found[0] if isinstance(found, tuple) else found for found in streams]
@@ -62,6 +64,10 @@ class Transformers(Runtime):
 
     def encode(self, text: str) -> list[int]:
         found: list[int] = self.tokenizer(text)["input_ids"]
+        return found
+
+    def encode_all(self, texts: list[str]) -> list[list[int] | None]:
+        found: list[list[int] | None] = self.tokenizer(texts)["input_ids"]
         return found
 
     def encode_conversation(self, messages: list[dict[str, str]]) -> list[int] | None:

@@ -20,7 +20,7 @@ from apt_core.cli.run_command import run_command
 from apt_core.errors import ConfigError
 from apt_core.runs import open_run
 from apt_core.testing import tiny_run
-from apt_plugins.export.command import app
+from apt_plugins.export.command import app, progress
 from apt_plugins.export.exporting import Order
 from apt_plugins.export.exporting import export as export_session
 from apt_plugins.export.held_out import HeldOutText
@@ -145,6 +145,14 @@ def test_mistakes_are_told_at_once(run: Path, export: Export) -> None:
     assert code == 2 and "--option folt: unknown key (did you mean 'fault'?)" in err
 
 
+def test_progress_is_told_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    with progress(lambda: now[0]) as tell:
+        for now[0] in (1.0, 14.0, 15.0, 16.0, 29.0, 31.0):
+            tell(f"at {now[0]:g} s")
+    assert capsys.readouterr().err.splitlines() == ["at 15 s", "at 31 s"]
+
+
 def test_a_folder_that_is_not_empty_is_replaced_by_force_if_it_is_an_export(
     run: Path, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +172,12 @@ def test_a_folder_that_is_not_empty_is_replaced_by_force_if_it_is_an_export(
     (tmp_path / "out" / "certificate.json").unlink()
     code, _, err = export(*arguments, *where, "--force")
     assert code == 2 and "replaces nothing but exports" in err
+    for inside in (".", "checkpoints", "tokenizer", "exports", "../run/new"):
+        before = sorted(run.rglob("*"))
+        code, _, err = export(*arguments, "-o", run / inside, "--force")
+        assert (code == 2 and "inside the run's own folder" in err) or "replaces nothing" in err
+        assert sorted(run.rglob("*")) == before
+    assert export(*arguments, "-o", run / "exports" / "mine")[0] == 0
     (tmp_path / "file").touch()
     code, _, err = export(*arguments, "-o", "file", "--force")
     assert code == 2 and "is no folder" in err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from apt_plugins.export.comparing import Comparison
 from apt_plugins.export.gguf import exporter as exporter_module
 from apt_plugins.export.gguf.exporter import FILE, GGUFExporter
 from apt_plugins.export.gguf.header import write_vocabulary
-from apt_plugins.export.gguf.modelfile import modelfile
 from tests.plugins.export.conftest import MODELS, Certify, Model, certified, session_of
 
 REFUSED = "tva factored, embedding norm, hf"
@@ -125,14 +123,7 @@ def test_a_modelfile_says_what_ollama_cannot_read_from_the_file(
     lines = (tmp_path / "export" / "Modelfile").read_text().splitlines()
     assert lines[:2] == [f"FROM ./{FILE}", "PARAMETER num_ctx 260"]
     assert 'PARAMETER stop "<|end|>"' in lines
-    assert lines[-1].startswith('TEMPLATE """{{ range .Messages }}<|{{ .Role }}|>')
-
-
-def test_no_name_of_a_token_adds_a_line_to_the_modelfile(models: dict[str, Session]) -> None:
-    tokenizer = models["tva"].tokenizer
-    hostile = replace(tokenizer.special, names={255: 'x"\nFROM elsewhere', 249: "<|end|>"})
-    lines = modelfile(FILE, SimpleNamespace(special=hostile, chat_template=None), 64).splitlines()
-    assert lines == [f"FROM ./{FILE}", "PARAMETER num_ctx 64", 'PARAMETER stop "<|end|>"']
+    assert lines[-1].startswith('TEMPLATE "{{ range .Messages }}<|{{ .Role }}|>')
 
 
 def test_what_llama_cpp_has_not_is_refused(models: dict[str, Session]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -363,6 +364,29 @@ def more_ids(folder: Path) -> None:
     path.write_text(json.dumps(found), encoding="utf-8")
 
 
+def headed(**changes: Any) -> Any:
+    """The header of the one file with other values for the final norm."""
+
+    def change(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        data = path.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])
+        header["model.norm.weight"] |= changes
+        made = json.dumps(header).encode()
+        path.write_bytes(len(made).to_bytes(8, "little") + made + data[8 + size :])
+
+    return change
+
+
+def in_place_of(name: str, make: Any) -> Any:
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        make(folder / name)
+
+    return change
+
+
 Q, DOWN = "model__layers__1__self_attn__q_proj", "model__layers__0__mlp__down_proj"
 BAD: dict[str, tuple[Any, list[str]]] = {
     "another architecture": (
@@ -411,11 +435,29 @@ BAD: dict[str, tuple[Any, list[str]]] = {
     "a hostile header": (
         written("model.safetensors", b"\xff" * 8 + b"{}"), ["model.safetensors: cannot be read"]
     ),
+    "tensors beyond the file": (headed(data_offsets=[0, 2**40]), ["cannot be read", "offset"]),
+    "tensors one upon another": (headed(data_offsets=[0, 128]), ["cannot be read", "offset"]),
+    "a shape without end": (headed(shape=[2**32, 2**32]), ["model.safetensors: cannot be read"]),
+    "a shape below zero": (headed(shape=[-32]), ["model.safetensors: cannot be read"]),
+    "an unknown type": (headed(dtype="F4"), ["model.safetensors: cannot be read"]),
+    "a pipe": (in_place_of("model.safetensors", os.mkfifo), ["it is a pipe, not a file"]),
+    "a folder": (in_place_of("model.safetensors", os.mkdir), ["it is a folder, not a file"]),
+    "a pipe of settings": (in_place_of("config.json", os.mkfifo), ["config.json", "is a pipe"]),
+    "no text": (written("config.json", "{}".encode("utf-16")), ["config.json: cannot be read"]),
+    "ends that are none": (
+        written("generation_config.json", '{"eos_token_id": [1e99, -1]}'), ["is no id and no list"]
+    ),
     "a pickle": (pickled, ["pytorch_model.bin is a pickle, which could run code"]),
     "a link out of the folder": (linked, ["a link that leads out of its folder"]),
     "files outside the folder": (
         indexed(a="../one.safetensors", b="/etc/passwd", c="x.bin"),
         ["3 problems", "'../one.safetensors' is no file", "'/etc/passwd'", "'x.bin' is no safet"],
+    ),
+    "names that are none": (
+        indexed(
+            a="a\0.safetensors", b="model.safetensors.index.json", c=f"{'x' * 5000}.safetensors"
+        ),
+        ["3 problems", "'a\\x00.safetensors' is no file", "is no safetensors file", "(5,012 char"],
     ),
     "a file that is not there": (indexed(a="two.safetensors"), ["two.safetensors: cannot be read"]),
     "an index that is wrong": (
