@@ -46,7 +46,9 @@ class Plan(NamedTuple):
 class HookPlans:
     """Makes plans of the plugins in ``records``, and keeps them in ``known``, by hook.
 
-    While ``timing``, the calls of :data:`~apt_core.hookspecs.STEP_HOOKS` are timed.
+    While ``timing``, the calls of :data:`~apt_core.hookspecs.STEP_HOOKS` are timed. ``deferred``
+    makes of a call that is marked ``background=True`` the function that puts it off; without it,
+    such a call is made like any other.
     """
 
     shared_timings: ClassVar[dict[tuple[str, str], list[float]] | None] = None
@@ -55,6 +57,7 @@ class HookPlans:
     def __init__(self, records: Mapping[str, PluginRecord]) -> None:
         self.known: dict[str, Plan] = {}
         self.timing = False
+        self.deferred: Callable[[Call], Callable[..., Any]] | None = None
         self._records = records
         self._former: list[Plan] = []
         self._seconds: dict[tuple[str, str], float] = {}
@@ -99,16 +102,20 @@ class HookPlans:
         function = method.function
         argnames = tuple(inspect.signature(function).parameters)
         policy = policy_of(hook_name)
-        places = [place for place, name in enumerate(argnames) if name in policy.copies]
-        if places:
-            function = on_copies(function, places)
         key = (hook_name, method.plugin_name)
         timing = timed_wrapper if method.wrapper else timed
         if self.shared_timings is not None:
             function = timing(function, self.shared_timings.setdefault(key, []).append)
+        call = Call(function, argnames, method.plugin_name, hook_name, priority, method.wrapper)
+        if self.deferred is not None and method.opts.get("background"):
+            function = self.deferred(call)
+        # Around what puts a call off: it is to see what there was when the hook was called.
+        places = [place for place, name in enumerate(argnames) if name in policy.copies]
+        if places:
+            function = on_copies(function, places)
         if method.wrapper and policy.in_step:
             function = timed_wrapper(function, partial(self._add_timed, key))
-        return Call(function, argnames, method.plugin_name, hook_name, priority, method.wrapper)
+        return call._replace(function=function)
 
     def _may_run(self, call: Call, dormant: bool) -> bool:
         record = self._records.get(call.plugin)

@@ -9,7 +9,9 @@ is quarantined at its third failure; the profile's
 accepts. One that takes longer than ``training.hook_timeout`` is told of with its stack while it
 does, and is quarantined once it returns, unless its hook may last; it cannot be interrupted. All
 policy of a hook (who judges input, what is part of the training, what is fatal among processes,
-what is accepted as a result) stands on its ``@hookspec``. Trainer hooks never fire per layer or per
+what is accepted as a result) stands on its ``@hookspec``. Where that
+says so, an implementation may be marked ``background=True``: a run then calls it on a thread beside
+the loop, where it costs no step. Trainer hooks never fire per layer or per
 token. StopTraining ends the run, in a run of several processes once the step is done in all of
 them. ``step`` counts optimizer steps of the whole run from 1, epochs count from 1.
 
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
         ProviderSource,
         ProviderSpec,
         RewrittenPrompt,
+        RunFacts,
         SectionSpec,
         TrainableStage,
     )
@@ -333,7 +336,7 @@ def apt_costs(config: Config) -> PluginCosts:
 # Training ------------------------------------------------------------------------------------
 
 
-@hookspec(stage=Stage.RUN, sets_modes=True, may_last=True)
+@hookspec(stage=Stage.RUN, sets_modes=True, may_last=True, background=("plugin",))
 def on_plugin_enabled(plugin: str, trainer: Any) -> None:
     """A plugin has become enabled, at load or at its schedule's moment, before ``on_epoch_start``.
 
@@ -354,9 +357,33 @@ def on_plugin_enabled(plugin: str, trainer: Any) -> None:
     """
 
 
-@hookspec(stage=Stage.RUN, sets_modes=True, may_last=True)
-def on_training_start(trainer: Any) -> None:
+@hookspec(stage=Stage.RUN, may_last=True, background=("step", "from_step", "run"), copies=("run",))
+def on_resume(step: int, from_step: int, run: RunFacts) -> None:
+    """The run goes on from an earlier part of it, or from a checkpoint of another run.
+
+    When: once, before ``on_training_start``; the state of the plugin is loaded.
+    ``step`` is that of the checkpoint; 0 where the run begins anew in its folder, because it was
+    killed before the first one. ``from_step`` is the last step of which the earlier part had left a
+    row or a checkpoint: what was reported of the steps after ``step`` up to it is taken back, and
+    these steps are taken again. It equals ``step`` where nothing is. In a folder other than the
+    checkpoint's, ``run.folder`` is new and has no earlier rows.
+
+    Example::
+
+        from apt_core import hookimpl
+
+        @hookimpl
+        def on_resume(step, from_step):
+            if from_step > step:
+                print(f"steps {step + 1} to {from_step} are taken again")
+    """
+
+
+@hookspec(stage=Stage.RUN, sets_modes=True, may_last=True, background=("run",), copies=("run",))
+def on_training_start(trainer: Any, run: RunFacts) -> None:
     """Model, optimizer and data are ready; a resumed state is loaded; no step was taken yet.
+
+    ``run`` is what those need that only report: the folder, the settings, this process.
 
     Example::
 
@@ -488,7 +515,7 @@ def apt_metrics(trainer: Any) -> Mapping[str, float]:
     """
 
 
-@hookspec(stage=Stage.RUN, copies=("metrics",))
+@hookspec(stage=Stage.RUN, copies=("metrics",), background=("metrics", "step"))
 def on_metrics(metrics: Mapping[str, float], step: int) -> None:
     """A row of metrics was written: what loggers implement. On the first rank only.
 
@@ -526,7 +553,7 @@ def on_evaluation_start(trainer: Any) -> None:
     """
 
 
-@hookspec(stage=Stage.RUN, copies=("metrics",), may_last=True)
+@hookspec(stage=Stage.RUN, copies=("metrics",), may_last=True, background=("metrics",))
 def on_evaluation_end(trainer: Any, metrics: Mapping[str, float]) -> None:
     """The held-out text was scored: ``val_loss`` (nats per token), ``val_ppl``, ``val_bpb``, and on
     how many targets (``val_tokens``); and the profile's tasks: ``task/<task>/<metric>``.
@@ -543,7 +570,7 @@ def on_evaluation_end(trainer: Any, metrics: Mapping[str, float]) -> None:
     """
 
 
-@hookspec(stage=Stage.RUN, may_last=True)
+@hookspec(stage=Stage.RUN, may_last=True, background=("epoch",))
 def on_epoch_end(epoch: int, trainer: Any) -> None:
     """An epoch is over and evaluated; the checkpoint, where the profile asks for one, comes next.
 
@@ -561,9 +588,12 @@ def on_epoch_end(epoch: int, trainer: Any) -> None:
     """
 
 
-@hookspec(stage=Stage.ENDING, may_last=True)
-def on_training_end(trainer: Any) -> None:
+@hookspec(stage=Stage.ENDING, may_last=True, background=("run",), copies=("run",))
+def on_training_end(trainer: Any, run: RunFacts) -> None:
     """The last step is done and the last checkpoint is on disk.
+
+    ``run`` is what ``on_training_start`` was given; in its folder, the manifest says how the run
+    ended. It is the last call of an implementation in the background.
 
     Example::
 
@@ -633,9 +663,10 @@ def apt_load_state_dict(trainer: Any, state: Mapping[str, Any]) -> None:
     """
 
 
-@hookspec(stage=Stage.RUN, may_last=True)
+@hookspec(stage=Stage.RUN, may_last=True, background=("path",))
 def on_checkpoint_saved(path: Path, trainer: Any) -> None:
-    """A checkpoint is complete on disk in the folder ``path``. On the first rank only.
+    """A checkpoint is complete on disk in the folder ``path``. On the first rank only. In the
+    background, it may have been deleted for newer ones meanwhile.
 
     Example::
 
@@ -650,7 +681,7 @@ def on_checkpoint_saved(path: Path, trainer: Any) -> None:
 # Trouble -------------------------------------------------------------------------------------
 
 
-@hookspec(stage=Stage.RUN)
+@hookspec(stage=Stage.RUN, background=("event",))
 def on_provider_fallback(event: FallbackEvent) -> None:
     """A provider was asked for and another is used; ``event.reason`` says why.
 
@@ -664,7 +695,7 @@ def on_provider_fallback(event: FallbackEvent) -> None:
     """
 
 
-@hookspec(stage=Stage.RUN)
+@hookspec(stage=Stage.RUN, background=("failure",))
 def on_plugin_failure(failure: PluginFailure) -> None:
     """A plugin has failed. A failure in here is logged and counted, never told again.
 
@@ -681,9 +712,12 @@ def on_plugin_failure(failure: PluginFailure) -> None:
     """
 
 
-@hookspec(stage=Stage.RUN, may_last=True)
-def on_exception(error: BaseException, trainer: Any) -> None:
+@hookspec(stage=Stage.RUN, may_last=True, background=("run",), copies=("run",))
+def on_exception(error: BaseException, trainer: Any, run: RunFacts) -> None:
     """The run is about to die of ``error``; the last checkpoint was attempted already.
+
+    ``run`` is what ``on_training_start`` was given; in its folder, the manifest has the text of the
+    error.
 
     Ranks: each that dies; those that lose another one get a ProcessLostError. Do not communicate.
 
@@ -792,7 +826,7 @@ def apt_decoder(request: GenerationRequest, session: Any) -> Any:
     """
 
 
-@hookspec(stage=Stage.ENDING)
+@hookspec(stage=Stage.ENDING, background=("request", "result"))
 def on_generation_end(request: GenerationRequest, result: GenerationResult, session: Any) -> None:
     """A generation is done; ``result.text`` is the continuation.
 

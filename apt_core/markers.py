@@ -38,7 +38,12 @@ class Priority(IntEnum):
 def hookimpl(function: F) -> F: ...
 @overload
 def hookimpl(
-    *, priority: int = ..., wrapper: bool = ..., specname: str | None = ..., collective: bool = ...
+    *,
+    priority: int = ...,
+    wrapper: bool = ...,
+    specname: str | None = ...,
+    collective: bool = ...,
+    background: bool = ...,
 ) -> Callable[[F], F]: ...
 def hookimpl(
     function: F | None = None,
@@ -47,6 +52,7 @@ def hookimpl(
     wrapper: bool = False,
     specname: str | None = None,
     collective: bool = False,
+    background: bool = False,
 ) -> F | Callable[[F], F]:
     """Mark a function as the implementation of the hook that it is named after.
 
@@ -55,7 +61,9 @@ def hookimpl(
     result to pass on (returning nothing passes the inner one on). ``specname`` implements a hook
     of another name than the function's. A ``collective`` implementation has a part to do in every
     process of a run: it communicates with the others, or changes what must stay the same in all.
-    Where there are several, its failure in one ends the run.
+    Where there are several, its failure in one ends the run. One in the ``background`` only
+    reports: it runs beside the loop, on a thread of the plugin's own, after the call has returned.
+    A plugin's calls keep their order; the hook's policy says which take that, and which parameters.
 
     >>> @hookimpl(priority=Priority.EARLY)
     ... def on_step_end(step, loss):
@@ -72,6 +80,7 @@ def hookimpl(
             "specname": specname,
             "priority": int(priority),
             "collective": collective,
+            "background": background,
         }
         # Under @staticmethod and @classmethod it is the function that the manager looks at.
         setattr(getattr(func, "__func__", func), f"{PROJECT}_impl", options)
@@ -123,6 +132,10 @@ class HookPolicy:
 
     dormant: bool = False
     """Whether it is called for a dormant plugin too."""
+
+    background: tuple[str, ...] = ()
+    """Parameters that an implementation in the background may take: nothing changes in them after
+    the call. Empty: there are none of this hook."""
 
     alone: bool = _told("It is called for one plugin at a time: there are no wrappers of it.")
     """Whether it is called for one plugin at a time, so that a wrapper has nothing to wrap."""

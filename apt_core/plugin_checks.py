@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
+from apt_core import hookspecs
 from apt_core.code_source import short_path, source_of
 from apt_core.error_text import one_line
 from apt_core.errors import Problem, did_you_mean
@@ -159,10 +160,38 @@ def _check_implementation(
         problems.append(
             problem("it is called for one plugin at a time, so a wrapper is around nothing", "")
         )
+    if options.get("background"):
+        problems += [problem(*found) for found in _check_background(hook, function, options)]
     return problems + [
         problem(message, hint)
         for message, hint in _check_parameters(plugin, attribute, function, specs[hook].argnames)
     ]
+
+
+def _check_background(
+    hook: str, function: Callable[..., Any], options: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """Why the implementation cannot be called in the background, each with a hint."""
+    allowed = POLICIES[hook].background
+    drop = "leave out background=True"
+    if not allowed:
+        yield "it cannot run in the background: what it does is part of the loop", drop
+        return
+    for option in ("wrapper", "collective"):
+        if options.get(option):
+            yield f"it cannot be a {option} and run in the background", drop
+    live = [name for name in _offered(hook) if name not in allowed]
+    for name in inspect.signature(function).parameters:
+        if name in live:
+            yield (
+                f"parameter {name!r} changes while the run goes on: there is none in the "
+                "background",
+                f"take {', '.join(allowed)}",
+            )
+
+
+def _offered(hook: str) -> list[str]:
+    return list(inspect.signature(getattr(hookspecs, hook)).parameters)
 
 
 def _where(function: Callable[..., Any]) -> str:

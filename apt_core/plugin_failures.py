@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from logging import DEBUG, WARNING
 from typing import Any, Protocol
 from weakref import WeakSet
 
+from apt_core.background_hooks import Dropped
 from apt_core.code_source import is_code_of, source_of
 from apt_core.error_text import frames_of, one_line, where_raised
 from apt_core.errors import ConfigError, PluginError, Problem, StopTraining
@@ -43,6 +45,7 @@ class Plugins(Protocol):
     def hook(self) -> Any: ...
     def list_name_plugin(self) -> list[tuple[str, Any]]: ...
     def get_plugin(self, name: str) -> Any: ...
+    def in_background(self) -> Sequence[Call]: ...
     def set_state(self, name: str, state: str, reason: str = "") -> None: ...
     def is_quarantined(self, plugin: str) -> bool: ...
     def order(self, hook_name: str) -> list[Call]: ...
@@ -65,15 +68,16 @@ class PluginFailures:
 
     # What is raised --------------------------------------------------------------------------
 
-    def raise_or_count(self, call: Call, error: BaseException) -> None:
+    def raise_or_count(self, call: Call, error: BaseException, step: int | None = None) -> None:
         """Handle the ``error`` of an implementation: raise what the guard lets through, unless the
-        other processes have to stop too, and count the rest."""
+        other processes have to stop too, and count the rest. ``step`` is that of the call, if not
+        the present one."""
         if isinstance(error, StopTraining) and self._plugins.stop_together is not None:
             self._plugins.stop_together(error.reason)
         elif self.lets_through(error):
             raise error
         else:
-            self._failed(call, error)
+            self._failed(call, error, step)
 
     def lets_through(self, error: BaseException) -> bool:
         """Whether the guard must raise ``error``: a stop by a plugin or a person, or this manager's
@@ -85,7 +89,7 @@ class PluginFailures:
         plugin raises itself is an ordinary failure.)"""
         return type(error) is PluginError and error in self._raised_here
 
-    def _failed(self, call: Call, error: BaseException) -> None:
+    def _failed(self, call: Call, error: BaseException, step: int | None = None) -> None:
         policy = policy_of(call.hook)
         if policy.judges_input and isinstance(error, ConfigError):
             known = [p for p in getattr(error, "problems", ()) if isinstance(p, Problem)]
@@ -98,7 +102,7 @@ class PluginFailures:
             error,
             hook=call.hook,
             limit=1 if isinstance(error, HookTimeoutError) else policy.failure_limit,
-            step=self._plugins.step,
+            step=self._plugins.step if step is None else step,
             code=call.function,
         )
         at = f"plugin {failure.plugin} failed in {failure.hook} at step {failure.step}"
@@ -185,6 +189,23 @@ class PluginFailures:
         if stop is not None:
             raise stop from error
 
+    @property
+    def telling(self) -> bool:
+        """Whether on_plugin_failure is being called."""
+        return self._telling
+
+    @contextmanager
+    def told_no_more(self) -> Iterator[None]:
+        """Do not call on_plugin_failure for failures in the context, which are its own."""
+        self._telling = True
+        try:
+            yield
+        finally:
+            self._telling = False
+            pending, self._pending = self._pending, None
+        if pending is not None:
+            raise pending
+
     # What is raised elsewhere -----------------------------------------------------------------
 
     def fail(self, plugin: str, hook_name: str, error: BaseException, *, code: Any = None) -> None:
@@ -246,7 +267,9 @@ class PluginFailures:
         )
 
     def report_leftovers_of_one(self, calls: Sequence[Call], changes: Sequence[str]) -> None:
-        """Report changes left by one of the ``calls``, or, without calls, by any plugin."""
+        """Report changes left by one of the ``calls``, or, without calls, by any plugin. Calls in
+        the background may have made them, too."""
+        calls = [*calls, *self._plugins.in_background()] if calls else calls
         called = {call.plugin: call for call in calls}
         if len(called) == 1:
             (call,) = called.values()
@@ -260,10 +283,13 @@ class PluginFailures:
             raise self._mark_own(PluginError(stop, plugin=names, hook=where))
         self._warn_once((tuple(called), _names_of(changes)), text)
 
-    def report_leftovers_of(self, call: Call, changes: Sequence[str]) -> None:
-        """Report changes left by this ``call``."""
+    def report_leftovers_of(
+        self, call: Call, changes: Sequence[str], step: int | None = None
+    ) -> None:
+        """Report changes left by this ``call``, which was made in ``step``, by default now."""
+        step = self._plugins.step if step is None else step
         where = where_raised(Exception(), *source_of(call.function))
-        at = f"plugin {call.plugin} left changed in {call.hook} at step {self._plugins.step}"
+        at = f"plugin {call.plugin} left changed in {call.hook} at step {step}"
         text = f"{at} ({where}): {'; '.join(changes)}"
         record = self._record_of(call)
         because = self._fatal_because(call, record, to_others=False)
@@ -282,7 +308,7 @@ class PluginFailures:
             left = PluginFailure(
                 plugin=call.plugin,
                 hook=call.hook,
-                step=self._plugins.step,
+                step=step,
                 error=error,
                 where=where,
                 count=len(record.failures) + len(record.leftovers) + 1,
@@ -291,6 +317,42 @@ class PluginFailures:
             )
             record.leftovers.append(left)
             self._announce(left, None, None)
+
+    def report_dropped(self, dropped: Dropped) -> None:
+        """Count calls in the background that were not made, and report the first of a hook. Raises
+        PluginError where a failure of the plugin ends the run."""
+        call, record = dropped.call, self._record_of(dropped.call)
+        before = record.dropped.get(call.hook, 0)
+        record.dropped[call.hook] = before + dropped.count
+        because = self._fatal_because(call, record, to_others=False)
+        text = _lost(call.plugin, call.hook, dropped.count, dropped.reason)
+        if not before:
+            self._record_dropped(call.plugin, call.hook, dropped.count, dropped.reason, text)
+        if because:
+            stop = f"{text}; the run stops because {because}"
+            raise self._mark_own(PluginError(stop, plugin=call.plugin, hook=call.hook))
+
+    def report_all_dropped(self) -> None:
+        """Report how many calls in the background were not made in the whole run."""
+        for record in self._plugins.records.values():
+            for hook, count in record.dropped.items():
+                reason = "in the whole run"
+                self._record_dropped(
+                    record.name, hook, count, reason, _lost(record.name, hook, count, reason)
+                )
+
+    def _record_dropped(self, plugin: str, hook: str, count: int, reason: str, text: str) -> None:
+        self._plugins.events.record(
+            "dropped",
+            text,
+            step=self._plugins.step,
+            log=log,
+            level=WARNING,
+            plugin=plugin,
+            hook=hook,
+            count=count,
+            reason=reason,
+        )
 
     def _warn_once(self, what: Hashable, text: str, **data: str) -> bool:
         if what in self._told:
@@ -355,6 +417,11 @@ class PluginFailures:
             if is_code_of(filename, source_of(plugin)[0]):
                 return name
         return None
+
+
+def _lost(plugin: str, hook: str, count: int, reason: str) -> str:
+    times = "a call" if count == 1 else f"{count:,} calls"
+    return f"plugin {plugin} has lost {times} of {hook} in the background: {reason}"
 
 
 def _names_of(changes: Sequence[str]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ a record. The plan is rebuilt when the implementations, a priority or a plugin's
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from time import monotonic
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import pluggy
 
 from apt_core import hookspecs
+from apt_core.background_hooks import BackgroundHooks, Trouble
 from apt_core.errors import ConfigError, Problem
 from apt_core.event_log import EventLog
 from apt_core.hook_deadline import HookDeadline, on_time
@@ -63,6 +64,7 @@ class PluginManager(pluggy.PluginManager):
         self.stop_together: Callable[[str], None] | None = None
         self.watch: Watch | None = None
         self.deadline: HookDeadline | None = None
+        self.background: BackgroundHooks | None = None
         self.records: dict[str, PluginRecord] = {}
         self.events = EventLog()
         self.plans = HookPlans(self.records)
@@ -363,6 +365,67 @@ class PluginManager(pluggy.PluginManager):
         finally:
             self.deadline = before
             deadline.stop()
+
+    # Calls in the background -----------------------------------------------------------------
+
+    @contextmanager
+    def background_hooks(self, size: int, report_after: float) -> Iterator[None]:
+        """Make calls of implementations that are marked ``background=True`` on threads of their own
+        while the context lasts. At most ``size`` calls of a plugin wait; one that takes longer than
+        ``report_after`` seconds is reported. In a context within, they are called like others."""
+        self.background = BackgroundHooks(
+            size, report_after, step=lambda: self.step, telling=lambda: self.failures.telling
+        )
+        self.plans.deferred = self.background.deferred
+        self.plans.forget()
+        try:
+            yield
+        finally:
+            self.background.end(0.0)
+            self.background = self.plans.deferred = None
+            self.plans.forget()
+
+    def settle_background(self) -> None:
+        """Handle what went wrong in the background since the last time: failures, changes of the
+        process, calls that were dropped. Raises as a call of a hook does."""
+        background = self.background
+        if background is None:
+            return
+        background.report_late()
+        for trouble in background.take_troubles():
+            self._handle(trouble)
+        for name in self.records:
+            if self.is_quarantined(name):
+                background.forget(name)
+        for dropped in background.take_dropped():
+            self.failures.report_dropped(dropped)
+
+    def finish_background(self, seconds: float) -> None:
+        """Make the calls that wait in the background, for at most so many ``seconds``, and end its
+        threads; nothing waits for a call that is not over then. Raises as a call of a hook does."""
+        background = self.background
+        if background is None:
+            return
+        until = monotonic() + seconds
+        while not background.drained(until):
+            self.settle_background()
+        left = background.end(seconds)
+        self.settle_background()
+        self.failures.report_all_dropped()
+        for trouble in left:
+            self._handle(trouble)
+
+    def _handle(self, trouble: Trouble) -> None:
+        call, _, step, telling = trouble.task
+        with self.failures.told_no_more() if telling else nullcontext():
+            if trouble.error is not None and not self.is_quarantined(call.plugin):
+                self.failures.raise_or_count(call, trouble.error, step)
+            if trouble.changes:
+                self.failures.report_leftovers_of(call, trouble.changes, step)
+
+    def in_background(self) -> Sequence[Call]:
+        """The calls in the background that were made since the last time that this was asked."""
+        return () if self.background is None else self.background.running()
 
     @contextmanager
     def _watching(

@@ -34,7 +34,8 @@ class PluginRecord:
     ``state`` is one of STATES; ``reason`` says why for those of NOT_IN_EFFECT. ``priority`` is the
     profile's override, ``source_sha256`` the hash of the plugin's code as loaded by the run.
     ``leftovers`` records changes of the process that a call of the plugin left behind and that were
-    put back; they are reported and do not count towards a quarantine.
+    put back; they are reported and do not count towards a quarantine. ``dropped`` counts, by hook,
+    calls in the background that were not made.
     """
 
     name: str
@@ -49,6 +50,7 @@ class PluginRecord:
     on_failure: str = "isolate"
     source_sha256: str = ""
     leftovers: list[PluginFailure] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)
 
     def add_failure(
         self, error: BaseException, *, hook: str, limit: int, step: int, code: Any

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -102,3 +104,20 @@ class _BeforeTorch(MetaPathFinder):
 
             loader.exec_module = exec_module
         return spec
+
+
+@contextmanager
+def watching_thread(changes: list[str]) -> Iterator[None]:
+    """Put back what a thread beside the loop changes in the process, and add it to ``changes`` as
+    texts."""
+    if "torch" in sys.modules:
+        from apt_core.torch_state import watching_thread as watching
+
+        with watching(changes):
+            yield
+        return
+    before = [state.get() for state in PYTHON_STATES]
+    try:
+        yield
+    finally:
+        changes += put_back(PYTHON_STATES, before)

@@ -8,8 +8,8 @@ what changed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from operator import attrgetter, call
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils import _device
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from apt_core.python_state import PYTHON_STATES, State, put_back
 
@@ -366,3 +367,94 @@ class TorchWatch:
         if sets_modes and self.stepping and before is not None:
             self.accept_modes()
         return found
+
+
+# Threads beside the loop ------------------------------------------------------------------------
+
+PROCESS_WIDE = tuple(
+    state
+    for state in STATES
+    if state.name in ("default dtype", "number of threads", "fp32 precision",
+                      "deterministic algorithms", "order of attention kernels", *SWITCHES,
+                      *(f"{name} attention kernel" for name in SDPA),
+                      *(state.name for state in PYTHON_STATES))
+)  # fmt: skip
+"""The states that all threads share; a thread has the others to itself."""
+
+
+class OwnRandomNumbers(TorchDispatchMode):
+    """Draws of this thread that name no generator come from one of its own. Torch's global
+    generator is seeded for each micro-batch: a draw from it on another thread, in the middle of a
+    forward, would move the dropout.
+
+    Raises RuntimeError for an operation that draws and takes no generator.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """To let torch's compiler skip the mode would import it, which takes seconds."""
+        return False
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        given = dict(zip((each.name for each in func._schema.arguments), args, strict=False))
+        given |= kwargs
+        drawing = _with_generator(func)
+        if drawing is None:
+            if any(given.get(name) for name in ("dropout_p", "dropout", "p")):
+                raise RuntimeError(
+                    f"{func} draws from the random numbers of the training and takes no generator: "
+                    "it cannot be used in the background"
+                )
+            return func(*args, **kwargs)
+        if given.get("generator") is None:
+            kwargs["generator"] = self._generator(_device_of(given))
+        return drawing(*args, **kwargs)
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        return self._generators.setdefault(device, torch.Generator(device))
+
+
+def _with_generator(func: Any) -> Any:
+    """The overload of the operation ``func`` that takes a generator; None if there is none."""
+    if any(argument.name == "generator" for argument in func._schema.arguments):
+        return func
+    name = func._overloadname
+    names = {"default": "generator", "out": "generator_out", "low_out": "low_generator_out",
+             "low_dtype": "low_generator_dtype"}  # fmt: skip
+    return getattr(func._overloadpacket, names.get(name, f"{name}_generator"), None)
+
+
+def _device_of(arguments: Mapping[str, Any]) -> torch.device:
+    """Where an operation draws."""
+    if arguments.get("device") is not None:
+        return torch.device(arguments["device"])
+    tensors = (value.device for value in arguments.values() if isinstance(value, torch.Tensor))
+    return next(tensors, torch.device("cpu"))
+
+
+@contextmanager
+def watching_thread(changes: list[str]) -> Iterator[None]:
+    """Put back what the context changes of the state that all threads share, and add it to
+    ``changes`` as texts. What the context draws does not reach the training."""
+    before = _read(state.get for state in PROCESS_WIDE)
+    modes = _dispatch_modes()
+    # Not by entering the mode: that sets flags of all threads, by which torch.compile goes.
+    _set_dispatch_modes([*modes, OwnRandomNumbers()])
+    try:
+        yield
+    finally:
+        _set_dispatch_modes(modes)
+        changes += put_back(PROCESS_WIDE, before)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pydantic import BaseModel
     from torch import Tensor
 
@@ -147,6 +150,30 @@ class TrainableStage:
     unit: Unit = "step"
     at: int = 1
     key: str = ""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run is, for those that report on it: nothing in it changes, or leads to the model.
+
+    ``folder`` is the run's, ``name`` that of the profile. ``settings`` is the resolved profile as
+    plain data, with masks in the place of its secrets. ``rank`` is that of this process, from 0,
+    among ``world_size``; ``device`` is where it computes. ``parameters`` are the number of the
+    model's at the start of this part of the run, ``step`` the steps that were taken before it.
+    """
+
+    folder: Path
+    name: str
+    settings: Mapping[str, Any] = field(repr=False)
+    rank: int = 0
+    world_size: int = 1
+    device: str = ""
+    parameters: int = 0
+    step: int = 0
+
+    def __copy__(self) -> RunFacts:
+        """With settings of its own: each implementation of a hook is given a copy."""
+        return replace(self, settings=deepcopy(self.settings))
 
 
 @dataclass(frozen=True)

@@ -533,7 +533,8 @@ def reference(page: References) -> str:
 
 
 def _implementation(row: dict[str, Any]) -> tuple[object, ...]:
-    plugin = f"{row['plugin']} (wrapper)" if row["wrapper"] else row["plugin"]
+    form = next((f" ({name})" for name in ("wrapper", "background") if row[name]), "")
+    plugin = f"{row['plugin']}{form}"
     place = f"{row['file']}:{row['line']}"
     return row["hook"], row["position"], plugin, row["priority"], place
 

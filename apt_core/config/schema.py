@@ -252,6 +252,16 @@ class TrainingSection(Section):
         "with its stack; it is quarantined when it does, except from hooks that may last. 0 "
         "watches none.",
     )
+    background_queue: Count = Field(
+        default=1000,
+        description="Calls of hooks in the background that may wait, of each plugin. A further one "
+        "is dropped, which is told.",
+    )
+    background_timeout: Annotated[float, Field(ge=0, le=1e7)] = Field(
+        default=60.0,
+        description="Seconds that the end of a run waits for hooks in the background. What is not "
+        "done then is left behind, which is told.",
+    )
 
 
 class EvaluationSection(Section):

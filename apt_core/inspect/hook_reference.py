@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import fields
 
 from apt_core.hookspecs import POLICIES
 from apt_core.inspect.listing import hook_facts
+from apt_core.markers import HookPolicy
 
 HEADER = """# Hooks
 
@@ -35,6 +37,7 @@ def hook_reference() -> str:
             f"Fires for dormant plugins: {'yes' if policy.dormant else 'no'}.",
             f"Quarantine after {after}.",
             f"Accepts {facts['returns'].replace('``', '`')}.",
+            *_background(policy),
             *(f.metadata["told"] for f in fields(policy) if f.metadata and getattr(policy, f.name)),
         ]
         parts.append(
@@ -42,6 +45,12 @@ def hook_reference() -> str:
             f"{_markdown(facts['doc'])}\n"
         )
     return "\n".join(parts)
+
+
+def _background(policy: HookPolicy) -> Iterator[str]:
+    if policy.background:
+        names = ", ".join(f"`{name}`" for name in policy.background)
+        yield f"It may run in the background (`background=True`), with {names}."
 
 
 def _markdown(doc: str) -> str:

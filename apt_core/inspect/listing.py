@@ -18,6 +18,7 @@ from apt_core.error_text import one_line
 from apt_core.errors import ConfigError, Problem
 from apt_core.hookspecs import POLICIES
 from apt_core.plugin_manager import PluginManager
+from apt_core.plugin_objects import options_of
 from apt_core.plugin_records import PluginRecord
 from apt_core.selection import select
 from apt_core.types import ProviderSpec, SectionSpec
@@ -140,7 +141,8 @@ def _read(profile: str) -> tuple[Any, Path | None, set[str]]:
 
 
 def implementation_rows(listing: Listing, hook: str | None = None) -> list[dict[str, Any]]:
-    """``{hook, plugin, priority, position, wrapper, file, line}`` in effective order."""
+    """``{hook, plugin, priority, position, wrapper, background, file, line}`` in effective
+    order."""
     rows = []
     for name in [hook] if hook else POLICIES:
         for position, call in enumerate(listing.manager.order(name, dormant=True), start=1):
@@ -152,6 +154,7 @@ def implementation_rows(listing: Listing, hook: str | None = None) -> list[dict[
                     "priority": call.priority,
                     "position": position,
                     "wrapper": call.wrapper,
+                    "background": bool((options_of(call.function) or {}).get("background")),
                     "file": short_path(file),
                     "line": line,
                 }

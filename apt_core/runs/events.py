@@ -33,6 +33,7 @@ KINDS = {
     "thawed": "`parts` learn from this step on; the rest as of `frozen`",
     "failed": "`plugin` failed in `hook`, at the line `where`, or left something changed: `error`; "
     "in `process`, if not the first",
+    "dropped": "`plugin` has lost `count` calls of `hook` in the background: `reason`",
     "quarantined": "`plugin` is not called any more: `reason`",
     "skipped": "`count` steps since the last row, the first of them `steps`, were not finite and "
     "changed nothing; `total` so far",

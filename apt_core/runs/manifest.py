@@ -55,5 +55,5 @@ def run_manifest(
 
 def plugin_rows(kernel: Kernel) -> list[dict[str, Any]]:
     """The plugins that were asked for, as manifests show them."""
-    names = ("name", "dist", "version", "source_sha256", "state", "reason", "failures")
+    names = ("name", "dist", "version", "source_sha256", "state", "reason", "failures", "dropped")
     return [record.row(*names) for record in kernel.manager.records.values()]

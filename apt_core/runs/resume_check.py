@@ -38,6 +38,8 @@ FREE_KEYS = (
     "training.log_every_steps",
     "training.max_nonfinite_steps",
     "training.hook_timeout",
+    "training.background_queue",
+    "training.background_timeout",
     # With auto the machine decides.
     "hardware.device",
     "hardware.num_gpus",

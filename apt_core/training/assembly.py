@@ -133,4 +133,11 @@ class Assembly:
             ),
             looking=looking,
         )
-        return Run(loop, self._switching, manifest, held=held, found=found)
+        return Run(
+            loop,
+            self._switching,
+            manifest,
+            held=held,
+            found=found,
+            taken_back=opening.taken_back,
+        )

@@ -238,6 +238,7 @@ class Loop:
                     row = self.step_log.write(*self.row_due)
                     self.display.update(step, epoch, row)
                     self.manager.failures.count_log_errors()
+                    self.manager.settle_background()
                     self.enabling.share_quarantines()
                     self.saving.poll()
                 if due.ends():

@@ -42,6 +42,9 @@ class Opening:
         self._resume_from = user_path(resume_from) if resume_from is not None else None
         self._folder: RunFolder | None = None
         self._found: Checkpoint | None = None
+        self.taken_back: int | None = None
+        """The last step that an earlier part of the run in this folder has reported; None where the
+        folder is new."""
 
     def kept_tokenizer(self, config: Config) -> Path | None:
         """The folder in which the run that this one continues has kept its tokenizer; None where
@@ -87,7 +90,8 @@ class Opening:
         metrics are dropped, with ``evaluation`` also the scores at ``step``, which is evaluated
         again; checkpoints are set aside. Raises ConfigError."""
 
-        def make() -> tuple[Path, Path]:
+        def make() -> tuple[Path, Path, int | None]:
+            last = None
             if self._folder is None:
                 self._folder = RunFolder.create(
                     self._output, config.name, config.training.checkpoint_dir
@@ -105,10 +109,10 @@ class Opening:
                         log=log,
                         from_step=last,
                     )
-            return self._folder.path, self._folder.checkpoints
+            return self._folder.path, self._folder.checkpoints, last
 
-        places = world.from_first(make)
-        return self._folder or RunFolder(*places, writes=False)
+        path, checkpoints, self.taken_back = world.from_first(make)
+        return self._folder or RunFolder(path, checkpoints, writes=False)
 
     def close(self) -> None:
         """Release the lock of the folder."""

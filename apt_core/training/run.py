@@ -24,8 +24,12 @@ from apt_core.training.diverging import diverged, void_steps
 from apt_core.training.loop import Loop
 from apt_core.training.manifest_writer import ManifestWriter
 from apt_core.training.opening import log_start
+from apt_core.types import RunFacts
 
 log = get_logger("apt.training")
+
+INTERRUPTED_SECONDS = 2.0
+"""How long a run that was interrupted twice waits for hooks in the background."""
 
 
 @dataclass
@@ -50,7 +54,8 @@ class Run:
     """One run, from its first hook to its last.
 
     ``held`` is the number of bytes that the process holds beside the run; ``found`` is the
-    checkpoint that the run continues from.
+    checkpoint that the run continues from, and ``taken_back`` the last step that an earlier part in
+    its folder had reported; None where there is none.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class Run:
         *,
         held: int,
         found: Checkpoint | None,
+        taken_back: int | None,
     ) -> None:
         self.loop, self._switching, self._manifest = loop, switching, manifest
         self._kernel, self._config, self._manager = loop.kernel, loop.config, loop.manager
@@ -69,6 +75,17 @@ class Run:
         self._held, self._first_step = held, loop.progress.step
         self._resumed_step = self._first_step if found is not None else None
         self._found, self._events = found, loop.manager.events
+        self._taken_back = taken_back
+        self.facts = RunFacts(
+            folder=loop.folder.path,
+            name=self._config.name,
+            settings=self._config.to_dict(),
+            rank=self._world.rank,
+            world_size=self._world.size,
+            device=str(loop.parts.device),
+            parameters=self._trained.num_parameters,
+            step=loop.progress.step,
+        )
 
     def run(self) -> RunResult:
         """Start, train, end. An error that ends the run is raised after a checkpoint of the last
@@ -84,7 +101,8 @@ class Run:
         try:
             try:
                 loop.enabling.start()
-                self._manager.hook.on_training_start(trainer=loop.trainer)
+                self._tell_of_the_resume()
+                self._manager.hook.on_training_start(trainer=loop.trainer, run=self.facts)
                 self._manager.failures.count_log_errors()
                 trained.modes.started(trained.model)
                 loop.trainable.log_frozen()
@@ -125,6 +143,12 @@ class Run:
             if known is error:
                 raise
             raise known from error
+
+    def _tell_of_the_resume(self) -> None:
+        step = self._progress.step
+        if self._found is not None or self._taken_back is not None:
+            last = max(step, self._taken_back or 0)
+            self._manager.hook.on_resume(step=step, from_step=last, run=self.facts)
 
     def _finish(self) -> RunResult:
         """Save, evaluate and sample what is missing, call the last hooks, and make the result.
@@ -177,7 +201,9 @@ class Run:
         self._manifest.write(status, figures=result.figures, sample=sample, reason=reason)
         self._record_end(status, reason, reason=reason)
         with suppress(StopTraining):
-            self._manager.hook.on_training_end(trainer=loop.trainer)
+            self._manager.hook.on_training_end(trainer=loop.trainer, run=self.facts)
+        with suppress(StopTraining):
+            self._manager.finish_background(self._config.training.background_timeout)
         with suppress(StopTraining):
             self._manager.failures.count_log_errors()
         # Reports failures of on_training_end in other processes; under --strict they end this one.
@@ -238,7 +264,11 @@ class Run:
         self._record_end(status, text_of(error), error=text_of(error))
         try:
             self._manager.failures.count_log_errors()
-            self._manager.hook.on_exception(error=error, trainer=loop.trainer)
+            self._manager.hook.on_exception(error=error, trainer=loop.trainer, run=self.facts)
+            patience = self._config.training.background_timeout
+            if isinstance(error, KeyboardInterrupt):
+                patience = min(patience, INTERRUPTED_SECONDS)
+            self._manager.finish_background(patience)
         except BaseException as failure:
             log.error("%s", one_line(failure))
         self._manifest.write(status)

@@ -89,7 +89,7 @@ def summary_lines(result: RunResult, kernel: Kernel) -> list[str]:
         for row in kernel.registry.resolutions.values()
     ]
     lines.append(f"providers: {', '.join(used)}")
-    lines += [f"plugin {line}" for r in kernel.manager.records.values() for line in _plugin(r)]
+    lines += [f"plugin {line}" for r in kernel.manager.records.values() for line in of_plugin(r)]
     if result.sample:
         sample = kernel.config.evaluation.sample_prompt + result.sample
         lines += ["sample:", f"  {printable(sample)}"]
@@ -111,11 +111,15 @@ def _task_lines(figures: Mapping[str, float]) -> list[str]:
     return lines
 
 
-def _plugin(record: PluginRecord) -> list[str]:
+def of_plugin(record: PluginRecord) -> list[str]:
     """One line for the plugin's state, or one for each failed hook with the number of failures."""
     lines = [
         f"{record.name}: {record.state}; in {left.hook} at {left.where} it {left.error} (put back)"
         for left in record.leftovers
+    ]
+    lines += [
+        f"{record.name}: {record.state}; {count:,} calls of {hook} in the background were dropped"
+        for hook, count in record.dropped.items()
     ]
     if not (record.failures or lines):
         why = f" ({record.reason})" if record.reason else ""

@@ -299,6 +299,7 @@ class Trainer:
         with (
             of_one_run(self.manager.failures.keep_log_error),
             self.manager.hook_deadline(timeout if plugins else 0.0, process),
+            self.manager.background_hooks(training.background_queue, timeout),
             self.stopping.interrupts.listening(),
             threads,
             keeping_backlog() as backlog,

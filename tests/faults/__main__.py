@@ -39,6 +39,7 @@ GROUPS = {
     "later": "handing over what fails when it is called",
     "mutate": "changing what it was handed",
     "state": "changing global state",
+    "hang": "hanging in the background",
     "wrong": "a wrapper that does not yield, or twice",
 }
 """By the beginning of a kind's name, what is tried."""

@@ -86,7 +86,9 @@ def due(hook: str, arguments: Arguments) -> bool:
 
 def act(hook: str, arguments: Arguments) -> Any:
     """Commit the planned fault where it is due."""
-    return kinds_of(hook)[planned.kind](hook, arguments) if due(hook, arguments) else None
+    if not due(hook, arguments):
+        return None
+    return (HANGING | kinds_of(hook))[planned.kind](hook, arguments)
 
 
 def observe(hook: str, arguments: Arguments) -> None:
@@ -424,6 +426,8 @@ MUTATIONS: dict[str, Callable[[Any], None]] = {
     "plugin": _unchangeable,
     "path": _unchangeable,
     "epoch": _unchangeable,
+    "from_step": _unchangeable,
+    "run": lambda run: (_frozen("folder", "settings")(run), run.settings["training"].clear()),
     "step": _unchangeable,
 }
 """By parameter of a hook, how it is changed where the contract says that this has no effect."""
@@ -622,6 +626,10 @@ STATE: dict[str, Fault] = {
 
 
 MUTATING: dict[str, Fault] = {"mutate": _mutate}
+
+
+HANGING: dict[str, Fault] = {"hang": lambda hook, arguments: time.sleep(1000)}
+"""Tried in the background alone: elsewhere a run waits for it."""
 
 
 def groups_of(hook: str) -> dict[str, dict[str, Fault]]:

@@ -38,6 +38,7 @@ SCENES: dict[str, Scene] = {
     "on_plugin_failure": Scene("stumbling", stumbles=(1, 5), strict=False),
     "on_exception": Scene("dying", stumbles=(5,), stumbles_as="required"),
     "apt_load_state_dict": Scene("resume", resumes=True),
+    "on_resume": Scene("resume", resumes=True),
     "apt_costs": Scene("plan", ("--dry-run", "--json")),
 }
 """Of hooks that are not called in every run."""
@@ -98,6 +99,8 @@ def severity_of(case: Case) -> str:
     """What the fault of a case is to the guard: a key of EXPECTED."""
     group, _, name = case.kind.partition("-")
     if case.form in ("wrapper-none", "wrapper-twice"):
+        return "failure"
+    if group == "hang":
         return "failure"
     if group == "raise":
         if name.startswith("StopTraining"):
@@ -162,6 +165,9 @@ IN_FORMS = ("raise-ValueError", "raise-SystemExit", "raise-GeneratorExit", "rais
             "raise-StopTraining", "raise-KeyboardInterrupt")  # fmt: skip
 """What is tried in every form."""
 
+IN_BACKGROUND = ("raise-ValueError", "raise-SystemExit", "hang")
+"""What is tried in the background."""
+
 Positions = Mapping[str, int]
 """By name, which call of a hook it is, from 1."""
 
@@ -216,6 +222,8 @@ def cases_of(hook: str, places: Positions) -> list[Case]:
     for policy in () if HOOKS[hook].alone else POLICIES:
         add("wrong-none", policy, names[0], "wrapper-none")
         add("wrong-twice", policy, names[0], "wrapper-twice")
+    for number, kind in enumerate(IN_BACKGROUND if HOOKS[hook].background else ()):
+        add(kind, "isolate", names[number % len(names)], "background")
     scene = scene_of(hook)
     return [case for case in found if scene.strict or case.policy != "strict"]
 

@@ -61,7 +61,8 @@ PROFILE: dict[str, Any] = {
               "max_seq_len": 16, "dropout": 0.1},
     "training": {"batch_size": 2, "grad_accum_steps": 2, "max_epochs": 2, "max_steps": STEPS,
                  "learning_rate": 1e-3, "warmup_steps": 0, "log_every_steps": 2,
-                 "save_every_steps": 3, "keep_last": 0, "mixed_precision": False},
+                 "save_every_steps": 3, "keep_last": 0, "mixed_precision": False,
+                 "background_timeout": 0.2},
     "evaluation": {"eval_freq": 3, "eval_batches": 2, "sample_tokens": 3},
     "hardware": {"device": "cpu"},
 }  # fmt: skip
@@ -78,6 +79,8 @@ CLOCKED = ("tokens_per_s", "mfu", "memory_mb", "time/", "seconds", "training_sec
 # What plugins are written like -----------------------------------------------------------------
 
 HEAD = "import fault_kinds\nfrom apt_core import hookimpl\n\n\n"
+
+IN_BACKGROUND = "@hookimpl(background=True)"
 
 FORM_SOURCES = {
     "plain": "@hookimpl\ndef {hook}({names}):\n    return fault_kinds.act('{hook}', {given})\n",
@@ -113,6 +116,7 @@ def {hook}({names}):
         yield
 """,
 }
+FORM_SOURCES["background"] = FORM_SOURCES["plain"].replace("@hookimpl", IN_BACKGROUND)
 FORM_SOURCES["alone"] = FORM_SOURCES["plain"]
 FORM_SOURCES["first"] = FORM_SOURCES["plain"].replace("@hookimpl", "@hookimpl(priority=0)")
 FORM_SOURCES["last"] = FORM_SOURCES["plain"].replace("@hookimpl", "@hookimpl(priority=100)")
@@ -137,6 +141,8 @@ def parameters_of(hook: str) -> list[str]:
 
 def source_of(template: str, hook: str) -> str:
     names = parameters_of(hook)
+    if IN_BACKGROUND in template:
+        names = list(HOOKS[hook].background)
     given = "{" + ", ".join(f"'{name}': {name}" for name in names) + "}"
     return template.format(
         hook=hook, names=", ".join(names), comma=", " if names else "", given=given

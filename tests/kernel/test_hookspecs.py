@@ -31,12 +31,13 @@ ENABLED = """
     apt_loss_terms(trainer, batch, output) apt_metrics(trainer) apt_rewrite_prompt(request, session)
     apt_logits_processors(request, session) apt_decoder(request, session)
     on_plugin_enabled(plugin, trainer)
-    on_training_start(trainer) on_training_end(trainer) on_epoch_start(epoch, trainer)
+    on_resume(step, from_step, run) on_training_start(trainer, run)
+    on_training_end(trainer, run) on_epoch_start(epoch, trainer)
     on_epoch_end(epoch, trainer) on_step_start(step, batch, trainer) on_backward_end(step, trainer)
     on_step_end(step, loss, trainer) on_evaluation_start(trainer)
     on_evaluation_end(trainer, metrics) on_metrics(metrics, step)
     on_checkpoint_saved(path, trainer) on_provider_fallback(event) on_plugin_failure(failure)
-    on_exception(error, trainer) on_generation_start(request, session)
+    on_exception(error, trainer, run) on_generation_start(request, session)
     on_generation_end(request, result, session)
 """
 STAGES = {
@@ -65,6 +66,9 @@ APPLIES = {
     "apt_load_state_dict",
     "permanent": "apt_transform_model",
     "replayed": "on_epoch_start on_step_start apt_loss_terms on_backward_end on_step_end",
+    "background": "on_plugin_enabled on_resume on_training_start on_metrics on_evaluation_end "
+    "on_epoch_end on_training_end on_checkpoint_saved on_provider_fallback on_plugin_failure "
+    "on_exception on_generation_end",
     "in_step": "on_step_start apt_loss_terms on_backward_end on_step_end",
 }
 HOOKS = list(POLICIES)
