@@ -23,6 +23,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "priority": int,
         "position": int,
         "wrapper": bool,
+        "background": bool,
         "file": str,
         "line": int,
     },

@@ -162,6 +162,7 @@ def test_rows_name_the_line_of_the_implementation(
         "priority": 50,
         "position": 1,
         "wrapper": False,
+        "background": False,
         "file": "mine.py",
         "line": 3,
     }
