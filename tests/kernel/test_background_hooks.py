@@ -172,7 +172,7 @@ def test_strict_makes_an_error_of_each(plugin_of: type, how: str) -> None:
         manager.register(gate, "bad")
     messages = {
         "fails": "failed in on_metrics at step 0 .*: ValueError: no 0; the run stops because",
-        "drops": "has lost 2 calls of on_metrics in the background: 1 calls .* the run stops because",
+        "drops": "has lost 2 calls of on_metrics in the background: 1 calls .* the run stops",
         "hangs": "AbandonedCallError: it has not returned 0.01 seconds after",
         "leaves": "left changed in on_metrics .*: recursion limit .*; the run stops because",
     }

@@ -350,7 +350,7 @@ def test_the_first_of_two_endings_stands(manager: PluginManager, plugin_of: type
     manager.register(plugin_of(on_training_start=stops_too), "outer")
     manager.register(plugin_of(on_training_start=raising(KeyboardInterrupt())), "ends")
     with pytest.raises(KeyboardInterrupt):
-        manager.hook.on_training_start(trainer=None)
+        manager.hook.on_training_start(trainer=None, run=None)
 
 
 def test_an_ending_in_a_wrappers_setup_is_seen_by_the_wrappers_around_it(
@@ -472,11 +472,11 @@ def test_the_third_failure_quarantines_wherever_it_happens(
 ) -> None:
     manager.register(plugin_of(apt_metrics=fail, on_training_start=fail), "bad")
     metrics(manager)
-    manager.hook.on_training_start(trainer=None)
+    manager.hook.on_training_start(trainer=None, run=None)
     assert manager.records["bad"].state == "active"
     metrics(manager)
     metrics(manager)
-    manager.hook.on_training_start(trainer=None)
+    manager.hook.on_training_start(trainer=None, run=None)
     record = manager.records["bad"]
     assert (record.state, [f.count for f in record.failures]) == ("quarantined", [1, 2, 3])
     assert [f.quarantined for f in record.failures] == [False, False, True]
@@ -534,7 +534,7 @@ def test_the_state_survives_a_checkpoint(manager: PluginManager, plugin_of: type
     before.step = 4
     for _ in range(3):
         metrics(before)
-    before.hook.on_training_start(trainer=None)
+    before.hook.on_training_start(trainer=None, run=None)
     after = fresh()
     after.failures.load_state_dict(json.loads(json.dumps(before.failures.state_dict())))
     assert "only_before" not in after.records
@@ -542,7 +542,7 @@ def test_the_state_survives_a_checkpoint(manager: PluginManager, plugin_of: type
         old, new = before.records[name], after.records[name]
         assert (new.state, new.reason, new.failures) == (old.state, old.reason, old.failures)
     assert after.order("apt_metrics") == []
-    after.hook.on_training_start(trainer=None)
+    after.hook.on_training_start(trainer=None, run=None)
     assert [f.count for f in failures(after, "once")] == [1, 2]
 
 
@@ -567,7 +567,7 @@ def test_strict_and_required_stop_the_run_and_say_where(
     manager.records["bad"].on_failure = on_failure
     manager.step = 12
     with pytest.raises(PluginError) as caught:
-        manager.hook.on_training_start(trainer=None)
+        manager.hook.on_training_start(trainer=None, run=None)
     error = caught.value
     assert (error.plugin, error.hook, error.exit_code) == ("bad", "on_training_start", 1)
     assert error.where == failures(manager)[0].where
@@ -755,8 +755,8 @@ def test_where_is_the_line_in_the_plugins_own_file(
 ) -> None:
     manager.register(load_source("mine", SINGLE), "mine")
     record = manager.records["mine"]
-    manager.hook.on_training_start(trainer=None)  # fails inside json
-    manager.hook.on_training_end(trainer=None)  # a syntax error in another text
+    manager.hook.on_training_start(trainer=None, run=None)  # fails inside json
+    manager.hook.on_training_end(trainer=None, run=None)  # a syntax error in another text
     manager.hook.on_epoch_end(epoch=1, trainer=None)
     record.state, record.failures = "active", [*record.failures]
     manager.set_state("mine", "active")
@@ -784,7 +784,7 @@ def test_where_is_any_file_of_a_plugin_that_is_a_package(
     monkeypatch.syspath_prepend(".")
     plugin, record = load("whole_package.plugin", {})
     manager.register(plugin, "whole", record=record)
-    manager.hook.on_training_start(trainer=None)
+    manager.hook.on_training_start(trainer=None, run=None)
     assert record.failures[0].where == "whole_package/parts.py:5"
 
 

@@ -146,7 +146,7 @@ def test_a_hook_that_may_last_is_told_of_only(
     manager = PluginManager(strict=True)
     manager.register(plugin_of(on_training_end=lambda: hangs(reports)), "uploads")
     with manager.hook_deadline(SECONDS):
-        manager.hook.on_training_end(trainer=None)
+        manager.hook.on_training_end(trainer=None, run=None)
     assert len(reports.texts) == 1
     assert "plugin uploads: on_training_end has returned after" in caplog.text
     assert not manager.records["uploads"].failures

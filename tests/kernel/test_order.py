@@ -146,7 +146,7 @@ def test_two_implementations_of_one_plugin_run_by_function_name(
 
     both = {f.__name__: hookimpl(specname="on_training_start")(f) for f in (second, first)}
     manager.register(plugin_of(**both), "mine")
-    manager.hook.on_training_start(trainer=None)
+    manager.hook.on_training_start(trainer=None, run=None)
     assert seen == ["first", "second"]
 
 
