@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import Distribution, EntryPoint, EntryPoints, distributions
-from pathlib import PurePath
+from importlib.metadata import (
+    Distribution,
+    EntryPoint,
+    EntryPoints,
+    PackageNotFoundError,
+    distribution,
+    distributions,
+    version,
+)
+from pathlib import Path, PurePath
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from apt_core.error_text import one_line
 from apt_core.errors import Problem
 from apt_core.plugin_names import normalized_name
 
 _read_entry_points = Distribution.entry_points.fget  # type: ignore[attr-defined]
+
+OWN = "apt-kernel"
+"""The name of APT's own distribution."""
 
 HINT = "reinstall it, or remove what is left of it"
 
@@ -57,6 +71,49 @@ def offers(group: str, problems: list[Problem]) -> Iterator[Offer]:
             shown, version = _name_and_version(dist, folder, problems)
             for point in points:
                 yield Offer(point, shown, version)
+
+
+def source_folder() -> Path | None:
+    """The folder of APT's sources where they are installed in place, or used without being
+    installed; None for an installed copy."""
+    here = Path(__file__).resolve().parent.parent
+    try:
+        told = _direct_url()
+    except PackageNotFoundError:
+        return here
+    url = urlsplit(told.get("url", ""))
+    editable = isinstance(told.get("dir_info"), dict) and told["dir_info"].get("editable")
+    return Path(unquote(url.path)) if editable and url.scheme == "file" else None
+
+
+def apt_requirement() -> str:
+    """What to give to pip for the APT that runs here: its sources in place, the URL that it was
+    installed from, or its name with a version."""
+    folder = source_folder()
+    if folder is not None:
+        return f"-e {folder.as_uri()}"
+    told = _direct_url()
+    url, of_vcs = told.get("url"), told.get("vcs_info")
+    if isinstance(url, str) and isinstance(of_vcs, dict):
+        return f"{OWN} @ {of_vcs.get('vcs')}+{url}@{of_vcs.get('commit_id')}"
+    if isinstance(url, str) and not (url.startswith("file:") and not _is_there(url)):
+        return f"{OWN} @ {url}"
+    return f"{OWN}=={version(OWN)}"
+
+
+def _is_there(url: str) -> bool:
+    return os.path.exists(unquote(urlsplit(url).path))
+
+
+def _direct_url() -> dict[str, Any]:
+    """Where APT was installed from (PEP 610); empty if from an index. Raises PackageNotFoundError
+    if it is not installed."""
+    text = distribution(OWN).read_text("direct_url.json") or "{}"
+    try:
+        told = json.loads(text)
+    except ValueError:
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
 def _hide_unreadable_entry_points() -> None:

@@ -112,6 +112,14 @@ def kinds(incomplete: str) -> Iterable[str]:
 
 
 @completing
+def package_kinds(incomplete: str) -> Iterable[str]:
+    """Kinds of packages that ``apt-new plugin`` writes."""
+    from apt_core.starting.plugin_package import PACKAGE_KINDS
+
+    return PACKAGE_KINDS
+
+
+@completing
 def hooks(incomplete: str) -> Iterable[str]:
     """Names of hooks."""
     from apt_core.hookspecs import POLICIES

@@ -16,6 +16,7 @@ VERBS = {
     "eval": "apt_core.cli.eval:main",
     "generate": "apt_core.cli.generate:main",
     "chat": "apt_core.cli.chat:main",
+    "new": "apt_core.cli.new:main",
     "plugin-list": "apt_core.cli.plugin_info:main_list",
     "plugin-info": "apt_core.cli.plugin_info:main_info",
 }

@@ -19,6 +19,7 @@ import apt_core.cli.data
 import apt_core.cli.eval
 import apt_core.cli.generate
 import apt_core.cli.hooks
+import apt_core.cli.new
 import apt_core.cli.train
 from apt_core.cache import cache_dir
 from apt_core.cli import completion
@@ -34,6 +35,7 @@ TRAIN, HOOKS, CHAT = apt_core.cli.train.app, apt_core.cli.hooks.app, apt_core.cl
 APPS = {
     "apt-train": TRAIN, "apt-hooks": HOOKS, "apt-chat": CHAT, "apt-data": apt_core.cli.data.app,
     "apt-eval": apt_core.cli.eval.app, "apt-generate": apt_core.cli.generate.app,
+    "apt-new": apt_core.cli.new.app,
 }  # fmt: skip
 
 Complete = Callable[..., list[str]]

@@ -24,6 +24,7 @@ import apt_core.cli.data
 import apt_core.cli.eval
 import apt_core.cli.generate
 import apt_core.cli.hooks
+import apt_core.cli.new
 import apt_core.cli.train
 import apt_plugins.export.command
 import apt_plugins.report.command
@@ -38,6 +39,7 @@ BLOCK = re.compile(
 APPS = {
     "apt-train": apt_core.cli.train.app,
     "apt-hooks": apt_core.cli.hooks.app,
+    "apt-new": apt_core.cli.new.app,
     "apt-data": apt_core.cli.data.app,
     "apt-eval": apt_core.cli.eval.app,
     "apt-generate": apt_core.cli.generate.app,
@@ -93,7 +95,15 @@ def is_shown(expected: str, printed: str) -> bool:
 
 
 PAGES = (
-    *("plugins.md", "profiles.md", "data.md", "model.md", "training.md", "curriculum.md"),
+    *(
+        "starting.md",
+        "plugins.md",
+        "profiles.md",
+        "data.md",
+        "model.md",
+        "training.md",
+        "curriculum.md",
+    ),
     *("scaling.md", "generation.md", "evaluation.md", "export.md"),
 )
 OWN_DATA = {"letters", "answers", "mixture"}

@@ -13,16 +13,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from apt_core import __version__
+from apt_core.distributions import OWN as DISTRIBUTION
+from apt_core.distributions import source_folder
 from apt_core.error_text import one_line
 from apt_core.files import read_file
 from apt_core.inspect.doctor.checks import BROKEN, NOTE, OK, Check, in_gib
 from apt_core.plugin_names import normalized_name
 from apt_core.requirements import unmet
-
-DISTRIBUTION = "apt-kernel"
 
 FOR_DEVELOPMENT = {"all", "bench", "dev", "test"}
 """Extras that no feature needs."""
@@ -232,17 +231,6 @@ _OWN = normalized_name(DISTRIBUTION)
 def requirements() -> list[str]:
     """What APT itself requires, without its extras."""
     return [line.partition(";")[0].strip() for line in _required() if not _extra_of(line)]
-
-
-def source_folder() -> Path | None:
-    """The folder of the sources that are installed in place; None for an installed copy."""
-    try:
-        text = metadata.distribution(DISTRIBUTION).read_text("direct_url.json")
-        told = json.loads(text or "{}")
-        editable, url = told.get("dir_info", {}).get("editable"), urlsplit(told.get("url", ""))
-    except (metadata.PackageNotFoundError, AttributeError, ValueError):
-        return None
-    return Path(unquote(url.path)) if editable and url.scheme == "file" else None
 
 
 def install_command(extra: str = "") -> str:

@@ -1,0 +1,1 @@
+"""Attention in which every head has a temperature of its own."""

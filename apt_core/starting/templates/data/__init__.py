@@ -1,0 +1,1 @@
+"""Texts from a CSV file."""

@@ -1,0 +1,1 @@
+"""A feed-forward of two products with a squashed square between them."""

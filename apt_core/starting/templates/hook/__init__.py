@@ -1,0 +1,1 @@
+"""Counts the evaluations at which the loss was better than before."""

@@ -1,0 +1,1 @@
+"""A loss term that keeps predictions from being too sure."""
