@@ -250,9 +250,11 @@ class LlamaCpp(Runtime):
 
     def _look(self, tensor: Any, ask: bool, _: Any) -> bool:
         """Keep the stream after each block, which llama.cpp calls ``l_out-N``."""
+        if not self.wanted:  # asked of every value of every token
+            return not ask
         try:
             name, _, block = self.llama.name(tensor).decode().partition("-")
-            if not self.wanted or name != "l_out":
+            if name != "l_out":
                 return not ask
             if not ask:
                 values = self.np.empty(self.llama.count(tensor), self.np.float32)

@@ -67,6 +67,8 @@ class Graph(Runtime):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads()
+        # Threads that wait for each other would keep the CPU from those that they wait for.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # What a long text takes is given back after it, and not doubled in advance.
         options.enable_cpu_mem_arena = False
         if isinstance(source, bytes):
