@@ -52,9 +52,7 @@ def picture(page: Any, path: Path, *, height: int | None = None) -> None:
 
     width, whole = page.js("[innerWidth, document.documentElement.scrollHeight]")
     clip = {"x": 0, "y": 0, "width": width, "height": min(whole, height or whole), "scale": 1}
-    found = page.call(
-        "Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True
-    )
+    found = page.call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
     path.write_bytes(base64.b64decode(found["data"]))
 
 

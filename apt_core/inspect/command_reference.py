@@ -46,12 +46,21 @@ def _app(name: str, app: typer.Typer) -> Iterator[str]:
     if len(commands) == 1 and app.registered_callback is None:
         yield _section(f"## {name}", name, commands[0])
         return
-    told = _prose(app.info.help) if isinstance(app.info.help, str) else ""
-    yield "\n".join(line for line in (f"## {name}\n", f"{told}\n" if told else "") if line)
+    own = app.registered_callback
+    if own is not None and own.invoke_without_command is True:
+        yield _section(f"## {name}", name, own)
+    else:
+        yield _told_of(name, app)
     for command in commands:
         if not command.hidden:
             verb = command.name or command.callback.__name__.replace("_", "-")  # type: ignore[union-attr]
             yield _section(f"### {name} {verb}", f"{name} {verb}", command)
+
+
+def _told_of(name: str, app: typer.Typer) -> str:
+    """The section of a command that does nothing without a verb."""
+    told = _prose(app.info.help) if isinstance(app.info.help, str) else ""
+    return "\n".join(line for line in (f"## {name}\n", f"{told}\n" if told else "") if line)
 
 
 def _section(heading: str, name: str, command: Any) -> str:

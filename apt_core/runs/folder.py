@@ -343,4 +343,6 @@ def _known_entries(manifest: Any) -> dict[str, Any]:
         known["figures"] = {k: v for k, v in figures.items() if isinstance(v, int | float)}
     if isinstance(failed, list) and all(isinstance(text, str) for text in failed):
         known["failed_checkpoints"] = failed
+    if isinstance(manifest.get("trial"), dict):  # of a study: it stays one, whoever goes on with it
+        known["trial"] = manifest["trial"]
     return known

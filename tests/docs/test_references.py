@@ -105,8 +105,10 @@ def test_every_command_and_every_option_has_its_row() -> None:
     assert sorted(headings("commands.md", 2)) == sorted(apps)
     for name, app in apps.items():
         command = typer.main.get_command(app)
-        verbs_of = getattr(command, "commands", None)
-        for verb, each in ({"": command} if verbs_of is None else verbs_of).items():
+        verbs_of = dict(getattr(command, "commands", {}))
+        if not verbs_of or getattr(command, "invoke_without_command", False):
+            verbs_of[""] = command
+        for verb, each in verbs_of.items():
             heading = f"### {name} {verb}" if verb else f"## {name}"
             part = part_of("commands.md", heading)
             for parameter in each.params:
