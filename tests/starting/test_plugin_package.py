@@ -80,11 +80,12 @@ def test_every_kind_is_a_package_that_declares_what_it_should(
     assert bool(declared.providers) == (kind in ("attention", "ffn", "data"))
 
 
+@pytest.mark.parametrize("kind", PACKAGE_KINDS)
 def test_its_tests_pass(
-    command: Command, folder: Path, install: Callable[[Path, str], None], forked: None
+    command: Command, folder: Path, install: Callable[[Path, str], None], forked: None, kind: str
 ) -> None:
     """The first of them, what every plugin promises, is that of ``apt-hooks check``."""
-    assert command(app, "plugin", "entropy", "--kind", "loss", prog="apt-new").code == 0
+    assert command(app, "plugin", "entropy", "--kind", kind, prog="apt-new").code == 0
     install(folder / "entropy", "entropy")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not promises"],
@@ -93,7 +94,7 @@ def test_its_tests_pass(
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 passed" in done.stdout
+    assert " passed" in done.stdout
 
 
 def test_every_template_is_a_kind() -> None:

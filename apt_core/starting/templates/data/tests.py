@@ -28,6 +28,6 @@ def test_it_trains_on_the_column(tmp_path: Path) -> None:
     rows = "".join(f"{n},line {n} of a small file\n" for n in range(60))
     path.write_text(f"number,said\n{rows}", encoding="utf-8")
     run = tiny_run(steps=2, overrides=chosen(path, "said"))
-    assert run.manager.has_plugin("my_plugin") and run.metrics[-1]["loss"] > 0
+    assert run.manager.has_plugin("my_plugin") and any("loss" in row for row in run.metrics)
     with pytest.raises(ConfigError, match="has no column 'text'"):
         tiny_run(steps=2, overrides=chosen(path, "text"))

@@ -6,26 +6,24 @@ import csv
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from apt_core import hookimpl
 from apt_core.testing import check_plugin, tiny_run
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def test_it_keeps_what_every_plugin_promises() -> None:
     assert [finding for finding in check_plugin("my_plugin") if not finding.ok] == []
 
 
+def losses(run: Path, name: str = "my_plugin.csv") -> list[tuple[int, float]]:
+    """The steps and losses that the file has."""
+    with (run / name).open(newline="", encoding="utf-8") as file:
+        return [(int(step), float(value)) for step, key, value in csv.reader(file) if key == "loss"]
+
+
 def test_the_file_has_the_figures_of_the_run(tmp_path: Path) -> None:
-    run = tiny_run("my_plugin", overrides={"my_plugin.path": "figures.csv"})
-    rows = list(csv.DictReader((tmp_path / "figures.csv").open(encoding="utf-8")))
-    losses = [float(row["value"]) for row in rows if row["name"] == "loss"]
-    assert losses == [row["loss"] for row in run.metrics if "loss" in row]
+    run = tiny_run("my_plugin", overrides={"my_plugin.file": "own.csv"}, output=tmp_path / "run")
+    expected = [(row["step"], row["loss"]) for row in run.metrics if "loss" in row]
+    assert losses(tmp_path / "run", "own.csv") == expected != []
 
 
 class StopAt:
@@ -40,13 +38,8 @@ class StopAt:
             trainer.request_stop("half of it is done")
 
 
-def test_the_file_of_a_resumed_run_has_all_of_it(tmp_path: Path) -> None:
-    tiny_run("my_plugin", steps=16, overrides={"my_plugin.path": "whole.csv"})
-    half = {"my_plugin.path": "half.csv"}
-    tiny_run("my_plugin", StopAt(8), steps=16, overrides=half, output=tmp_path / "run")
-    tiny_run("my_plugin", steps=16, overrides=half, output=tmp_path / "run", resume=True)
-    whole, resumed = (
-        [row for row in csv.reader((tmp_path / name).open(encoding="utf-8")) if row[1] == "loss"]
-        for name in ("whole.csv", "half.csv")
-    )
-    assert whole == resumed
+def test_the_file_of_a_resumed_run_has_all_of_it_once(tmp_path: Path) -> None:
+    tiny_run("my_plugin", steps=16, output=tmp_path / "whole")
+    tiny_run("my_plugin", StopAt(8), steps=16, output=tmp_path / "half")
+    tiny_run("my_plugin", steps=16, output=tmp_path / "half", resume=True)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "half")
