@@ -1,7 +1,9 @@
-"""Take the pictures of reports in docs/figures/ anew, in a headless Chromium: the page of a run at
-the width of a phone, of a tablet and of a desk, light and dark, side by side.
+"""Take the pictures of reports in docs/figures/ anew, in a headless Chromium.
 
-apt-train -p gpt5_moe_mini --plugin report --output run && python docs/pictures.py run
+report.png has the top of a page; report-light.png and report-dark.png have it at the widths of a
+phone, a tablet and a desk.
+
+apt-report RUN --output run.html && python docs/pictures.py run.html
 """
 
 from __future__ import annotations
@@ -9,8 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,60 +20,48 @@ sys.path.insert(0, str(ROOT))
 
 WIDTHS = (390, 820, 1440)
 THEMES = ("light", "dark")
-
-
-@contextmanager
-def opened(page: Path) -> Iterator[Any]:
-    """A page of a file in a browser."""
-    from tests.plugins.browser import opened_page
-
-    with tempfile.TemporaryDirectory() as folder, opened_page(page.as_uri(), Path(folder)) as found:
-        yield found
-
-
-def show(page: Any, width: int, theme: str, *, height: int = 900, scale: float = 1.0) -> None:
-    """Give the window a width in CSS pixels, and the theme that its user prefers."""
-    page.call(
-        "Emulation.setDeviceMetricsOverride",
-        width=width,
-        height=height,
-        deviceScaleFactor=scale,
-        mobile=width < 500,
-    )
-    page.call(
-        "Emulation.setEmulatedMedia",
-        features=[{"name": "prefers-color-scheme", "value": theme}],
-    )
-    page.js("scrollTo(0, 0)")
-
-
-def picture(page: Any, path: Path, *, height: int | None = None) -> None:
-    """Write what the page shows, down to ``height`` or to its end, as PNG."""
-    import base64
-
-    width, whole = page.js("[innerWidth, document.documentElement.scrollHeight]")
-    clip = {"x": 0, "y": 0, "width": width, "height": min(whole, height or whole), "scale": 1}
-    found = page.call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
-    path.write_bytes(base64.b64decode(found["data"]))
+HEIGHT, GAP = 1500, 8
+"""CSS pixels of each page from its top on, and pixels between two."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    """1 where the page asks for anything from elsewhere."""
+    from PIL import Image
+
+    from tests.plugins.browser import opened_page
+
+    parser = argparse.ArgumentParser(description="Take the pictures of reports anew.")
     parser.add_argument("page", type=Path, help="the page of a report")
-    parser.add_argument("folder", type=Path, help="where to write the pictures")
-    parser.add_argument("--height", type=int, help="pixels of the page from its top on; all")
+    parser.add_argument("--folder", type=Path, default=ROOT / "docs" / "figures")
     given = parser.parse_args(args)
-    given.folder.mkdir(parents=True, exist_ok=True)
-    with opened(given.page.resolve()) as page:
+    url = given.page.resolve().as_uri()
+    with tempfile.TemporaryDirectory() as name, opened_page(url, Path(name)) as page:
         for theme in THEMES:
+            parts = []
             for width in WIDTHS:
-                show(page, width, theme)
-                name = f"{given.page.stem}-{theme}-{width}.png"
-                picture(page, given.folder / name, height=given.height)
-        requests = [url for url in page.requests if not url.startswith(("file:", "data:"))]
-        for url in requests:
+                page.show(width, theme)
+                parts.append(Path(name) / f"{width}.png")
+                page.picture(parts[-1], height=HEIGHT, scale=0.5)
+            pictures = [Image.open(part) for part in parts]
+            whole = Image.new("RGB", (sum(p.width + GAP for p in pictures) - GAP, HEIGHT // 2))
+            at = 0
+            for each in pictures:
+                whole.paste(each, (at, 0))
+                at += each.width + GAP
+            _save(whole, given.folder / f"report-{theme}.png")
+        page.show(1200, "light")
+        page.picture(parts[0], height=860)
+        _save(Image.open(parts[0]), given.folder / "report.png")
+        foreign = [url for url in page.requests if not url.startswith(("file:", "data:"))]
+        for url in foreign:
             print(f"it asks for {url}", file=sys.stderr)
-    return int(bool(requests))
+    return int(bool(foreign))
+
+
+def _save(picture: Any, path: Path) -> None:
+    """Save with few colours, which such a page has: a small file."""
+    picture.convert("RGB").quantize(128).save(path, optimize=True)
+    print(f"{path}: {path.stat().st_size / 1024:.0f} KiB")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,9 @@ class Axis:
         high = max(float(v.max()) for v in values)
         if log:
             low, high = log10(low), log10(high)
-        # The least margin keeps ticks apart where all values are equal or almost so.
-        least = 1e-6 * max(abs(low), abs(high)) or 1.0
+        # The least margin keeps the labels of ticks apart where values are equal or almost so.
+        size = max(abs(low), abs(high)) or 2.0
+        least = 0.5 * size if low == high else 5e-4 * size
         margin = max(0.05 * (high - low), least)
         low, high = (0.0 if zero and low >= 0 else low - margin), high + margin
         return cls(10**low, 10**high, True) if log else cls(low, high)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -48,6 +48,8 @@ class Frame:
 
 SMALL = Frame(350, 190, left=52)
 WIDE = Frame(960, 330)
+NARROW = Frame(350, 260, left=44, right=10)
+"""What a phone shows in place of a wide chart."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class Chart:
     gaps: list[tuple[float, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
+    narrow: Chart | None = None
+    """The same chart for a phone, of a wide one."""
 
     @property
     def legend(self) -> list[Path]:
@@ -108,6 +112,12 @@ class Chart:
 def step_axis(last: float, *, log: bool = False) -> Axis:
     """The axis of steps that every chart of a run shares."""
     return Axis(1.0, max(last, 2.0), True) if log else Axis(0.0, max(last, 1.0))
+
+
+def for_any_width(draw: Callable[[Frame], Chart | None]) -> Chart | None:
+    """The wide chart that ``draw`` makes, with the one for a phone."""
+    chart = draw(WIDE)
+    return None if chart is None else replace(chart, narrow=draw(NARROW))
 
 
 def line_chart(
@@ -169,10 +179,15 @@ def line_chart(
 
 
 def area_chart(
-    title: str, x: Array, values: Array, labels: Sequence[str], steps: Axis, unit: str
+    title: str,
+    x: Array,
+    values: Array,
+    labels: Sequence[str],
+    steps: Axis,
+    unit: str,
+    frame: Frame = WIDE,
 ) -> Chart:
     """The K parts ``values`` [N, K] of a whole, stacked, at steps ``x`` [N]."""
-    frame = WIDE
     tops = np.cumsum(values, axis=1)
     axis = Axis.around([tops], zero=True)
     across = steps.share(x)
@@ -192,7 +207,7 @@ def area_chart(
         title=title,
         summary=f"mean {unit}: {means}",
         frame=frame,
-        x_ticks=[(frame.x(s), text) for s, text in steps.ticks(8)],
+        x_ticks=[(frame.x(s), text) for s, text in steps.ticks(8 if frame is WIDE else 4)],
         y_ticks=[(frame.y(s), text) for s, text in axis.ticks(5)],
         areas=areas,
         data=_scales(frame, steps, axis) | {"series": data, "stacked": True},

@@ -1,4 +1,4 @@
-"""``apt-report``: write the page of a run, whether it has ended or not."""
+"""``apt-report``: write the page of a run, whether it has ended or not, or of several."""
 
 from __future__ import annotations
 
@@ -9,50 +9,82 @@ from typing import Annotated
 
 import typer
 
-from apt_core import ConfigError
+from apt_core import ConfigError, Problem
 from apt_core.cli.output import say
 from apt_core.cli.run_command import run_command
 from apt_core.profile_paths import user_path
+
+MAX_RUNS = 8
+"""A page compares as many as it has colours."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="The run's folder: runs/PROFILE/TIME.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="FOLDER...", help="The folders of runs: runs/PROFILE/TIME."),
+    ],
     output: Annotated[
-        Path | None, typer.Option(help="The page to write. Default: report.html in the folder.")
+        Path | None,
+        typer.Option(
+            help="The page to write. Default: report.html in the folder; of several runs "
+            "comparison.html here."
+        ),
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    """Write a page on a run: curves, timeline, throughput, samples.
+    """Write a page on a run: curves, timeline, throughput, samples; or one that compares runs.
 
-    The run may be running, finished, failed or killed: the page shows what its folder holds. It is
+    A run may be running, finished, failed or killed: the page shows what its folder holds. It is
     one file that loads nothing from elsewhere.
     """
-    folder, output = user_path(folder), output and user_path(output)
-    if not any((folder / name).is_file() for name in ("manifest.json", "metrics.jsonl")):
-        raise ConfigError(
-            "there is no run in this folder: neither manifest.json nor metrics.jsonl",
-            where=str(folder),
-            hint="give the folder that apt-train named at its end, such as runs/PROFILE/TIME",
-        )
+    folders, output = [user_path(folder) for folder in folders], output and user_path(output)
+    _check_folders(folders)
     if output is not None and output.is_dir():
         hint = f"name the page: --output {output / 'report.html'}"
         raise ConfigError("is a folder", "--output", str(output), hint)
     try:
+        from apt_plugins.report.comparison import write_comparison
         from apt_plugins.report.page import write_report
     except ModuleNotFoundError as error:
         hint = 'pip install "apt-kernel[report]"'
         raise ConfigError(f"{error.name} is not installed", hint=hint) from error
     try:
-        say(write_report(folder, output))
+        if len(folders) > 1:
+            say(write_comparison(folders, output or Path("comparison.html")))
+        else:
+            say(write_report(folders[0], output))
     except OSError as error:
         raise ConfigError(
             f"the page cannot be written: {error.strerror}",
             key="--output",
-            where=str(output or folder),
+            where=str(output or folders[0]),
         ) from error
+
+
+def _check_folders(folders: Sequence[Path]) -> None:
+    """Raise a ConfigError with what is wrong with the folders that were named."""
+    problems = [
+        Problem(
+            "there is no run in this folder: neither manifest.json nor metrics.jsonl",
+            where=str(folder),
+            hint="give the folder that apt-train named at its end, such as runs/PROFILE/TIME",
+        )
+        for folder in folders
+        if not any((folder / name).is_file() for name in ("manifest.json", "metrics.jsonl"))
+    ]
+    known: dict[Path, Path] = {}
+    for folder in folders:
+        if (same := known.setdefault(folder.resolve(), folder)) is not folder:
+            problems.append(Problem("the run is named twice", where=f"{same} and {folder}"))
+    if len(folders) > MAX_RUNS:
+        problems.append(
+            Problem(f"{len(folders)} runs are named, and a page compares at most {MAX_RUNS}")
+        )
+    if problems:
+        raise ConfigError(problems)
 
 
 def main(args: Sequence[str] | None = None) -> None:

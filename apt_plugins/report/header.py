@@ -12,7 +12,7 @@ from apt_core.runs.metrics import NOT_FINITE, as_float
 from apt_plugins.report.metrics import Series, training_loss
 from apt_plugins.report.panels import last, lowest, median
 from apt_plugins.report.run_data import Run
-from apt_plugins.report.wording import cut, number, size
+from apt_plugins.report.wording import cut, number, plain, size
 
 TONES = {
     "finished": "good",
@@ -54,7 +54,7 @@ def header(run: Run) -> Header:
         rows = f"the last row was written at {run.last_row_at}" if run.last_row_at else "no row yet"
         why = f"No end is recorded: it is running, or was killed; {rows}."
     facts = [
-        f"{label} {manifest[key]}"
+        f"{label} {plain(manifest[key])}"
         for key, label in (
             ("started", "started"),
             ("ended", "ended"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -14,12 +14,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from apt_core.files import write_atomically
-from apt_plugins.report.charts import WIDE, Mark, step_axis
+from apt_plugins.report.charts import NARROW, WIDE, Chart, Frame, Mark, step_axis
 from apt_plugins.report.header import header
 from apt_plugins.report.panels import panels
 from apt_plugins.report.run_data import Run, mappings, read_run
 from apt_plugins.report.timeline import MAX_FAILURES, WORDS, Event, events_of, lanes_of
-from apt_plugins.report.wording import cut, number, size, visible
+from apt_plugins.report.wording import cut, number, plain, size, visible
 
 CHANGES = ("enabled", "disabled", "quarantined", WORDS["switched"], "resumed", "changed")
 """Kinds of events that change a run: each is a line on the charts of the loss."""
@@ -38,15 +38,22 @@ def build_report(folder: str | Path) -> str:
     The page leaves out what is missing from the folder or cut off, and says so. Raises OSError
     where the folder cannot be read.
     """
-    run = read_run(Path(folder))
-    environment = _environment()
+    return render("report.html.j2", _context(read_run(Path(folder))))
+
+
+def render(template: str, context: Mapping[str, Any]) -> str:
+    """A page of this template, with its style and its script in it."""
     css, script = _asset("report.css"), _asset("report.js")
-    return environment.get_template("report.html.j2").render(
-        _context(run),
-        css=Markup(css),  # noqa: S704, our own file
-        script=Markup(script),  # noqa: S704, our own file
-        css_hash=_hash(css),
-        script_hash=_hash(script),
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            context,
+            css=Markup(css),  # noqa: S704, our own file
+            script=Markup(script),  # noqa: S704, our own file
+            css_hash=_hash(css),
+            script_hash=_hash(script),
+        )
     )
 
 
@@ -71,7 +78,7 @@ def _environment() -> Environment:
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    environment.filters |= {"number": number, "size": size, "cut": cut}
+    environment.filters |= {"number": number, "size": size, "cut": cut, "plain": plain}
     return environment
 
 
@@ -88,7 +95,6 @@ def _hash(text: str) -> str:
 def _context(run: Run) -> dict[str, Any]:
     events = events_of(run)
     drawn = panels(run.metrics, run.series, _marks(run, events))
-    numbers = {id(chart): index for index, chart in enumerate(drawn.charts)}
     listed = [event for event in events if event.kind != "checkpoint"]
     notes = list(run.notes)
     if drawn.left_out:
@@ -96,9 +102,8 @@ def _context(run: Run) -> dict[str, Any]:
     return {
         "header": header(run),
         "panels": drawn,
-        "chart_number": lambda chart: numbers[id(chart)],
-        "chart_data": [chart.data for chart in drawn.charts],
-        "timeline": _timeline(run, events),
+        **numbered(drawn.charts),
+        "timelines": [_timeline(run, events, frame) for frame in (WIDE, NARROW)],
         "events": listed[:MAX_EVENTS],
         "more_events": max(0, len(listed) - MAX_EVENTS),
         "samples": _samples(run),
@@ -117,21 +122,38 @@ def _context(run: Run) -> dict[str, Any]:
     }
 
 
+def numbered(charts: Sequence[Chart]) -> dict[str, Any]:
+    """What the template needs to give each chart its values: ``chart_number`` of a chart in
+    ``chart_data``. A chart for a phone has its own scales, and the values of the wide one."""
+    numbers = {id(chart): index for index, chart in enumerate(charts)}
+    data = [chart.data for chart in charts]
+    for index, chart in enumerate(charts):
+        if chart.narrow is not None:
+            numbers[id(chart.narrow)] = len(data)
+            data.append(chart.narrow.data | {"series": index})
+    return {"chart_number": lambda chart: numbers[id(chart)], "chart_data": data}
+
+
 def _marks(run: Run, events: Iterable[Event]) -> list[Mark]:
     """The vertical lines of the loss charts: epochs, and events that change the run."""
     epochs = [Mark(step, f"epoch {epoch}", faint=True) for epoch, step in run.metrics.epochs[1:]]
+    events = list(events)
+    switched = {(event.step, event.plugin) for event in events if event.kind == WORDS["switched"]}
     changes = [
         Mark(event.step, cut(f"{event.plugin} {event.kind}".strip(), 40))
         for event in events
         if event.kind in CHANGES
+        # A plugin that transforms the model does so where it is enabled.
+        and not (event.kind == "enabled" and (event.step, event.plugin) in switched)
     ]
     return [*(epochs if len(epochs) <= 30 else []), *changes[:40]]
 
 
-def _timeline(run: Run, events: list[Event]) -> dict[str, Any]:
+def _timeline(run: Run, events: list[Event], frame: Frame) -> dict[str, Any]:
     """The lanes of the timeline in pixels: spans in which a plugin was enabled, and its events."""
     axis = step_axis(run.metrics.last_step)
-    left, right = 150, WIDE.width - 14
+    wide = frame is WIDE
+    left, right = 150 if wide else 92, frame.width - frame.right
 
     def x(step: float) -> float:
         share = min(1.0, (step - axis.low) / (axis.high - axis.low))
@@ -155,15 +177,22 @@ def _timeline(run: Run, events: list[Event]) -> dict[str, Any]:
     all_lanes = lanes_of(run, events)
     for lane in all_lanes[:MAX_LANES]:
         spans = [(x(start), x(end)) for start, end in lane.spans]
-        lanes.append((cut(lane.name, 20), spans, points(lane.events)))
+        lanes.append((_short(lane.name, 20 if wide else 13), spans, points(lane.events)))
     return {
         "lanes": lanes,
         "more": max(0, len(all_lanes) - MAX_LANES),
-        "ticks": [(round(left + s * (right - left), 1), text) for s, text in axis.ticks(8)],
-        "epochs": [(x(step), epoch) for epoch, step in run.metrics.epochs][:60],
+        "ticks": [
+            (round(left + s * (right - left), 1), text) for s, text in axis.ticks(8 if wide else 4)
+        ],
+        "epochs": [(x(step), epoch) for epoch, step in run.metrics.epochs][: 60 if wide else 20],
         "left": left,
-        "width": WIDE.width,
+        "right": right,
+        "width": frame.width,
     }
+
+
+def _short(name: str, limit: int) -> str:
+    return name if len(name) <= limit else f"{name[: limit - 1]}…"
 
 
 def _sign(kind: str) -> str:

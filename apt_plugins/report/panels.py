@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -13,11 +14,12 @@ from apt_core.runs.metrics import Metrics
 from apt_plugins.report.axes import Axis
 from apt_plugins.report.charts import (
     SMALL,
-    WIDE,
     Chart,
     Curve,
+    Frame,
     Mark,
     area_chart,
+    for_any_width,
     is_noisy,
     line_chart,
     step_axis,
@@ -187,23 +189,25 @@ def _loss_charts(
 ) -> list[Chart]:
     """Training and held-out loss over linear and over logarithmic steps."""
     curves = [
-        Curve(drawn, label, color, noisy=is_noisy(drawn))
+        # Evaluations predict the same text each time: their differences are no noise.
+        Curve(drawn, label, color, noisy=not color and is_noisy(drawn))
         for color, (drawn, label) in enumerate(
             ((training_loss(series), "training"), (series.get("val_loss"), "held out"))
         )
         if drawn is not None
     ]
-    charts = [
-        line_chart(
+
+    def draw(frame: Frame, log: bool) -> Chart | None:
+        return line_chart(
             "Loss in nats per token" + (", log scale of steps" if log else ""),
             curves,
             step_axis(last_step, log=log),
             buckets=buckets,
-            frame=WIDE,
+            frame=frame,
             marks=marks,
         )
-        for log in (False, True)
-    ]
+
+    charts = [for_any_width(partial(draw, log=log)) for log in (False, True)]
     return [chart for chart in charts if chart is not None]
 
 
@@ -226,8 +230,13 @@ def _time_split(series: Mapping[str, Series], steps: Axis, buckets: int) -> Time
         Share(label, index % 8, float(ms), float(ms) / whole)
         for index, (label, ms) in enumerate(zip(labels, mean, strict=True))
     ]
+    draw = partial(
+        area_chart, "Milliseconds a step", thin_x, thin_values, labels, steps, "ms a step"
+    )
+    chart = for_any_width(draw)
+    assert chart is not None
     return TimeSplit(
-        area_chart("Milliseconds a step", thin_x, thin_values, labels, steps, "ms a step"),
+        chart,
         [(s, _split(s, within[name], whole)) for name, s in zip(parts, shares, strict=True)],
     )
 

@@ -26,7 +26,8 @@
   };
 
   for (const svg of document.querySelectorAll("svg[data-chart]")) {
-    const chart = charts[svg.dataset.chart];
+    const chart = { ...charts[svg.dataset.chart] };
+    if (typeof chart.series === "number") chart.series = charts[chart.series].series;
     if (!chart.series.length) continue;
     const cursor = make("path"), dots = make("g");
     cursor.setAttribute("class", "cursor");
@@ -41,7 +42,8 @@
       cursor.setAttribute("d", `M${pixel} ${top}V${bottom}`);
       dots.replaceChildren();
       const head = document.createElement("div");
-      head.textContent = `step ${step.toLocaleString("en")}`;
+      const unit = chart.unit ?? "step";
+      head.textContent = `${unit} ${step.toLocaleString("en")}`;
       tip.replaceChildren(head);
       for (const series of chart.series) {
         const at = nearest(series.x, step), value = series.y[at];
@@ -55,7 +57,7 @@
         const name = document.createElement("span"), number = document.createElement("b");
         key.className = `c${series.color}`;
         name.textContent = series.x[at] === step ? series.name
-          : `${series.name} (step ${series.x[at].toLocaleString("en")})`;
+          : `${series.name} (${unit} ${series.x[at].toLocaleString("en")})`;
         number.textContent = format(value);
         row.append(key, name, number);
         tip.append(row);

@@ -10,6 +10,10 @@ HIDDEN = re.compile(
 )
 
 
+TIME = re.compile(r"^(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)Z$")
+"""A moment as a manifest has it."""
+
+
 def number(value: float) -> str:
     """A number in at most five significant digits, with commas between thousands.
 
@@ -33,6 +37,23 @@ def size(count: float) -> str:
         if count >= scale:
             return f"{count / scale:.3g}{unit}"
     return f"{count:,.0f}"
+
+
+def plain(value: object, *, depth: int = 3) -> str:
+    """A value of the manifest in words.
+
+    >>> [plain(v) for v in (12345, {"train": 70, "val": 7}, [1, 2], True, "2026-11-30T08:04:52Z")]
+    ['12,345', 'train 70, val 7', '1, 2', 'yes', '2026-11-30 08:04:52 UTC']
+    """
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return f"{value:,}" if isinstance(value, int) else number(value)
+    if isinstance(value, dict) and depth:
+        return ", ".join(f"{key} {plain(each, depth=depth - 1)}" for key, each in value.items())
+    if isinstance(value, list) and depth:
+        return ", ".join(plain(each, depth=depth - 1) for each in value)
+    return TIME.sub(r"\1 \2 UTC", str(value))
 
 
 def cut(text: str, limit: int) -> str:

@@ -77,6 +77,16 @@ class Page:
             time.sleep(0.05)
         return found
 
+    def show(self, width: int, theme: str) -> None:
+        """Give the window a width in CSS pixels, and the theme that its user prefers."""
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width, height=900, deviceScaleFactor=1, mobile=width < 500,
+        )  # fmt: skip
+        feature = {"name": "prefers-color-scheme", "value": theme}
+        self.call("Emulation.setEmulatedMedia", features=[feature])
+        self.js("scrollTo(0, 0)")
+
     def type(self, text: str) -> None:
         self.call("Input.insertText", text=text)
 
@@ -89,9 +99,15 @@ class Page:
                 windowsVirtualKeyCode=code,
             )  # fmt: skip
 
-    def picture(self, path: Path) -> None:
-        data = self.call("Page.captureScreenshot", format="png")["data"]
-        path.write_bytes(base64.b64decode(data))
+    def picture(self, path: Path, *, height: int | None = None, scale: float = 1) -> None:
+        """Write the page as PNG, from its top down to ``height``, by default all of it."""
+        width, whole = self.js("[innerWidth, document.documentElement.scrollHeight]")
+        clip = {"x": 0, "y": 0, "width": width, "height": min(whole, height or whole)}
+        clip["scale"] = scale
+        found = self.call(
+            "Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True
+        )
+        path.write_bytes(base64.b64decode(found["data"]))
 
 
 @contextmanager

@@ -63,9 +63,10 @@ class Page(HTMLParser):
 
     @property
     def charts(self) -> list[dict[str, Any]]:
-        """What the page's script shows under the pointer."""
+        """What the page's script shows under the pointer; charts for a phone, which have the values
+        of others, left out."""
         charts: list[dict[str, Any]] = json.loads(self.scripts[0])
-        return charts
+        return [chart for chart in charts if type(chart["series"]) is list]
 
     @property
     def titles(self) -> list[str]:

@@ -275,8 +275,9 @@ def test_what_is_told_by_events_and_manifest_is_told_once(make_run, page):
         (20, "moe", "enabled"),
         (20, "moe", "transformed the model"),
     ]
-    assert shown.text.count("in on_step_end: ValueError: x") == 2
-    assert shown.text.count("loss 1 before, 1.25 after") == 2  # in the table and the timeline
+    # In the table, and in the timeline of either width.
+    assert shown.text.count("in on_step_end: ValueError: x") == 3
+    assert shown.text.count("loss 1 before, 1.25 after") == 3  # in the table and the timeline
 
 
 def test_nothing_is_shown_of_other_folders(make_run, page, tmp_path):
