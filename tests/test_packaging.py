@@ -14,6 +14,7 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
+import yaml
 
 import apt_core
 
@@ -99,6 +100,12 @@ def test_the_version_is_stated_once(wheel: zipfile.ZipFile) -> None:
     places = [ROOT / "setup.cfg", ROOT / "pyproject.toml", ROOT / "docs" / "conf.py"]
     places += (ROOT / "apt_core").rglob("*.py")
     assert [path.name for path in places if stated.search(path.read_text())] == ["__init__.py"]
+
+
+def test_the_citation_names_this_version_and_no_person() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["version"] == apt_core.__version__ and cited["license"] == "MIT"
+    assert cited["authors"] == [{"name": "The APT developers"}]
 
 
 def test_all_extras_of_optional_plugins_install_without_cuda(wheel: zipfile.ZipFile) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from apt_core.errors import CheckpointError
 from apt_core.runs import checkpoint
 from apt_core.runs.checkpoint import Checkpoint
+from apt_core.runs.display import html_rows
 from apt_core.runs.layout import CHECKPOINTS, folder_name, list_checkpoints
 from apt_core.runs.metrics import METRICS
 from apt_core.runs.rows import read_rows
@@ -29,6 +30,10 @@ TIME = "spent"
 OWN = ("loss/", "schedule/", "task/")
 """Beginnings of the names of metrics with a slash that are of the training; others are of plugins,
 and need not be functions of it."""
+
+
+MAX_SHOWN = 50
+"""Differences that a comparison shows of itself."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,18 @@ class Comparison:
 
     compared: list[str] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return "\n".join([self._title(), *map(str, self.differences[:MAX_SHOWN])])
+
+    def _repr_html_(self) -> str:
+        rows = [(each.step, each.what, each.detail) for each in self.differences[:MAX_SHOWN]]
+        return html_rows(self._title(), ("step", "what", "difference"), rows)
+
+    def _title(self) -> str:
+        count = len(self.differences)
+        found = f"{count:,} differences" if count else "equal, bit for bit"
+        return f"{found}: {'; '.join(self.compared) or 'nothing was compared'}"
 
 
 def compare_runs(

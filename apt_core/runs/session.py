@@ -19,6 +19,7 @@ from apt_core.modeling.seeds import deterministic_kernels, fp32_products
 from apt_core.plugin_manager import PluginManager
 from apt_core.providers.tokenizer import TokenizerProvider
 from apt_core.registry import Registry
+from apt_core.runs.display import html_facts
 from apt_core.schedules import Schedule
 
 
@@ -32,7 +33,7 @@ class Position:
     tokens: int = 0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Session:
     """A run's model at a ``position``, and what belongs to it: a run that is going on makes one for
     its sample, :func:`~apt_core.runs.open_run` makes one of a run's folder.
@@ -55,6 +56,29 @@ class Session:
     checkpoint: Path | None = None
     kept: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     """What users of the session make of it once and keep with it."""
+
+    def __repr__(self) -> str:
+        facts = ", ".join(f"{name} {value}" for name, value in self._facts().items())
+        return f"<Session: {facts}>"
+
+    def _repr_html_(self) -> str:
+        return html_facts("Session", self._facts())
+
+    def _facts(self) -> dict[str, object]:
+        """What tells this session from others, in words."""
+        at = self.position
+        active = [r.name for r in self.manager.records.values() if r.state in ("active", "dormant")]
+        facts = {
+            "profile": self.config.name,
+            "position": f"step {at.step:,} in epoch {at.epoch}, {at.tokens:,} tokens",
+            "parameters": f"{sum(p.numel() for p in self.model.parameters()):,}",
+            "device": self.device,
+            "precision": str(self.dtype or torch.float32).removeprefix("torch."),
+            "tokenizer": f"{type(self.tokenizer).__name__}, {self.tokenizer.vocab_size:,} ids",
+            "plugins": ", ".join(active),
+            "checkpoint": self.checkpoint or "",
+        }
+        return {name: value for name, value in facts.items() if value not in ("", None)}
 
     def param(self, name: str, default: Any = None) -> Any:
         """The value of a scheduled parameter in the last step that was taken (the first, where none

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import logging.config
 import os
 import re
 from collections.abc import Callable
@@ -103,6 +104,50 @@ def test_nobody_silences_the_kernels_log_of_a_run(what: str) -> None:
         ROOT.handlers[:] = handlers
         logging.root.manager.loggerDict.pop("apt.silenced")
     assert out.getvalue() == "heard\n"
+
+
+SETTINGS: dict[str, Callable[[StringIO], object]] = {
+    "basicConfig": lambda out: logging.basicConfig(stream=out, level=logging.DEBUG),
+    "basicConfig by force": lambda out: logging.basicConfig(stream=out, force=True, level=10),
+    "dictConfig": lambda out: logging.config.dictConfig(
+        {
+            "version": 1,
+            "disable_existing_loggers": True,
+            "handlers": {"all": {"class": "logging.StreamHandler", "stream": out}},
+            "root": {"handlers": ["all"], "level": "DEBUG"},
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "while"])
+@pytest.mark.parametrize("how", SETTINGS)
+def test_settings_of_other_libraries_neither_double_nor_silence_a_line(how: str, when: str) -> None:
+    out, root = StringIO(), logging.root
+    kept = root.handlers[:], root.level, [logger.disabled for logger in _loggers()]
+    root.handlers[:] = []
+    try:
+        if when == "before":
+            SETTINGS[how](out)
+        with logging_to(Console(file=out)):
+            if when == "while":
+                SETTINGS[how](out)
+            get_logger("apt.told").info("once")
+            logging.getLogger(f"foreign.{how}.{when}").warning("of others")
+        assert out.getvalue().splitlines() == ["once", "of others"] or [
+            line.rpartition(":")[2] for line in out.getvalue().splitlines()
+        ] == ["once", "of others"]
+    finally:
+        for logger, disabled in zip(_loggers(), kept[2], strict=False):
+            logger.disabled = disabled
+        root.handlers[:], root.level = kept[0], kept[1]
+
+
+def _loggers() -> list[logging.Logger]:
+    known = [
+        logging.root.manager.loggerDict[name] for name in sorted(logging.root.manager.loggerDict)
+    ]
+    return [logger for logger in known if isinstance(logger, logging.Logger)]
 
 
 def test_runs_in_turns_have_each_its_own_log(tmp_path: Path) -> None:
