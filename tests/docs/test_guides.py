@@ -11,6 +11,7 @@ import gzip
 import importlib
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+import apt_core.cli.chat
 import apt_core.cli.data
 import apt_core.cli.eval
 import apt_core.cli.generate
@@ -31,11 +33,11 @@ import apt_plugins.report.command
 from apt_core.cli.run_command import run_command
 from apt_core.defaults import core_providers
 from apt_core.plugin_records import NOT_IN_EFFECT, STATES
+from tests.optional import optional
 
 ROOT = Path(__file__).parents[2]
-BLOCK = re.compile(
-    r"(?:<!-- file: (?P<file>\S+) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S
-)
+TUTORIAL = runpy.run_path(str(ROOT / "docs" / "run_tutorial.py"))
+BLOCK, is_shown = TUTORIAL["BLOCK"], TUTORIAL["is_shown"]
 APPS = {
     "apt-train": apt_core.cli.train.app,
     "apt-hooks": apt_core.cli.hooks.app,
@@ -43,6 +45,7 @@ APPS = {
     "apt-data": apt_core.cli.data.app,
     "apt-eval": apt_core.cli.eval.app,
     "apt-generate": apt_core.cli.generate.app,
+    "apt-chat": apt_core.cli.chat.app,
     "apt-export": apt_plugins.export.command.app,
     "apt-report": apt_plugins.report.command.app,
 }
@@ -88,12 +91,6 @@ def commands(console: str) -> Iterator[tuple[str, list[str]]]:
         yield command, shown
 
 
-def is_shown(expected: str, printed: str) -> bool:
-    parts = [re.escape(" ".join(part.split())) for part in expected.split("…")]
-    pattern = re.compile(".*".join(parts))
-    return any(pattern.search(" ".join(line.split())) for line in printed.splitlines())
-
-
 PAGES = (
     *(
         "starting.md",
@@ -106,7 +103,7 @@ PAGES = (
     ),
     *("scaling.md", "generation.md", "evaluation.md", "export.md"),
 )
-OWN_DATA = {"letters", "answers", "mixture"}
+OWN_DATA = {"letters", "answers", "mixture", "helper"}
 """Profiles that are trained on the data that they name."""
 GUIDES = {name: read_guide(name) for name in PAGES}
 SECTIONS = [(name, section) for name, guide in GUIDES.items() for section in guide.consoles]
@@ -130,7 +127,10 @@ def shell(
     (tmp_path / "small_text.txt").write_text(TEXT)
 
     def run(command: str) -> tuple[int, str]:
+        command, _, file = command.partition(" < ")
         program, *arguments = shlex.split(command)
+        if file:
+            monkeypatch.setattr("sys.stdin", (tmp_path / file).open())
         capfd.readouterr()
         if program in APPS:
             if program == "apt-train":
@@ -172,6 +172,32 @@ def test_the_commands_of_a_section_print_what_it_shows(
             assert (code != 0) == fails, f"$ {command}\n{printed}"
             for line in shown:
                 assert is_shown(line, printed), f"$ {command}\n{line}\nis not in\n{printed}"
+
+
+@pytest.mark.usefixtures("forked")
+def test_the_tutorial_runs_from_top_to_bottom(
+    shell: Callable[[str], tuple[int, str]], tmp_path: Path
+) -> None:
+    """On a smaller model, and without the installation: docs/run_tutorial.py runs all of it."""
+    optional("xllamacpp", "what the tutorial ends with is not installed")
+    steps = [step for step in TUTORIAL["steps"]() if step.section != "Install"]
+    assert [step.file for step in steps if step.file] == [
+        *("questions.py", "helper.yaml", "asked.txt", "ask.py")
+    ]
+    small = "model:\n  d_model: 32\n  max_seq_len: 96\n"
+    answers = {}
+    for step in steps:
+        if step.file:
+            text = step.text.replace("model:\n", small).replace("max_epochs: 150", "max_epochs: 1")
+            (tmp_path / step.file).write_text(text)
+            continue
+        code, printed = shell(step.command)
+        assert code == 0, f"$ {step.command}\n{printed}"
+        for line in step.shown:
+            assert is_shown(line, printed), f"$ {step.command}\n{line}\nis not in\n{printed}"
+        answers[step.command] = printed
+    (generated,) = [out for said, out in answers.items() if said.startswith("apt-generate")]
+    assert generated.splitlines()[0] in answers["python ask.py"]
 
 
 def write_files(guide: Guide, folder: Path) -> None:

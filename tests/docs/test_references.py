@@ -118,7 +118,7 @@ def test_every_command_and_every_option_has_its_row() -> None:
                 assert (parameter.help or "")[:20] in part.replace("\\", ""), heading
 
 
-@pytest.mark.parametrize("text", ["README.md"])
+@pytest.mark.parametrize("text", ["README.md", "README.zh-CN.md"])
 def test_the_readme_names_every_command(text: str) -> None:
     page = (ROOT / text).read_text(encoding="utf-8")
     commands = [name for name in headings("commands.md", 2) if name.startswith("apt-")]
