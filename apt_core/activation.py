@@ -1,7 +1,8 @@
 """Activates the plugins of a run and collects their declarations.
 
 Those that the profile and the command line ask for are loaded and asked for their sections and
-providers; then installed ones whose providers the profile names join them.
+providers; then installed ones whose providers the profile names join them, and trackers that it
+turns on.
 """
 
 from __future__ import annotations
@@ -106,6 +107,17 @@ def activate(
             wanted = Wanted(name, name, where=missing[spec.kind, spec.name])
             reason = f"plugin {name} activated: the profile names {spec.key}"
             loaded.append(replace(_load(wanted, manager, available.installed), reason=reason))
+    for name, where in _trackers(source).items():
+        if name in selection.blocked:
+            needless.discard(name)
+        elif name in available.installed and not (
+            name in selection.wanted or manager.has_plugin(name)
+        ):
+            # A run is not refused for the sake of a tracker: it is broken, and the key inactive.
+            wanted = Wanted(name, name, on_failure="isolate", where=where)
+            reason = f"plugin {name} activated: the profile says monitoring.{name}.enabled"
+            found = _load(wanted, manager, available.installed)
+            loaded.append(replace(found, reason=reason if found.declared.problem is None else ""))
     active = [each for each in loaded if each.declared.problem is None]
     sections = _sections(active)
     return Activated(
@@ -130,6 +142,16 @@ def activate(
         ],
         notices=[notice for each in loaded for notice in _notices(each, manager)],
     )
+
+
+def _trackers(source: Source) -> dict[str, str]:
+    """The plugins that the profile turns on by ``monitoring.NAME.enabled``, with the place."""
+    monitoring = source.data.get("monitoring")
+    return {
+        name: source.where(f"monitoring.{name}.enabled")
+        for name, settings in (monitoring.items() if isinstance(monitoring, Mapping) else ())
+        if isinstance(settings, Mapping) and settings.get("enabled") is True
+    }
 
 
 def _sections(loaded: Iterable[Loaded]) -> list[SectionSpec]:

@@ -49,10 +49,11 @@ def json_rows(path: Path, longest: int = MAX_LINE) -> Iterator[tuple[bytes, dict
     than ``longest`` bytes, or is something else. Empty lines are left out. Raises OSError."""
     for line in read_lines(path, longest):
         if line.strip():
-            yield line, _row(line)
+            yield line, row_of(line)
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def row_of(line: bytes) -> dict[str, Any] | None:
+    """The mapping in a line of a file of rows; None for anything else."""
     try:
         row = parse_json(line.decode("utf-8"))
     except ValueError:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from apt_core.error_text import text_of
-from apt_core.runs.rows import read_rows
+from apt_core.json_files import row_of
+from apt_core.runs.rows import is_step, read_rows
 from apt_core.secrets import redact, without_secrets
 
 EVENTS = "events.jsonl"
@@ -62,6 +63,9 @@ MAX_ITEMS = 100
 
 MAX_LINE = 2**20
 """The most bytes of an event that is read."""
+
+MAX_READ = 2**24
+"""The most bytes that :meth:`EventTail.new` reads at a time."""
 
 MAX_EVENTS = 200_000
 """The most events of a run that are read."""
@@ -138,3 +142,27 @@ def _event(row: dict[str, Any]) -> Event:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else ""
+
+
+class EventTail:
+    """The events of a run that goes on, as they come: those of its present part alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / EVENTS
+        self._offset = 0
+        self._begun = False
+
+    def new(self) -> list[Event]:
+        """The events since the last call. Raises OSError where the file cannot be read."""
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            lines = file.read(MAX_READ).splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")]
+        self._offset += sum(map(len, whole))
+        rows = (row_of(line) for line in whole if len(line) <= MAX_LINE)
+        events = [_event(row) for row in rows if row is not None and is_step(row.get("step"))]
+        if not self._begun:
+            starts = [n for n, event in enumerate(events) if event.kind in ("started", "resumed")]
+            events = events[starts[-1] if starts else 0 :]
+            self._begun = True
+        return events

@@ -134,8 +134,11 @@ def python(code: str, *arguments: str, folder: Path) -> Any:
         "apt_plugins.report.plugin",
         "apt_plugins.routing.plugin",
         "apt_plugins.serve.command",
+        "apt_plugins.tensorboard.plugin",
         "apt_plugins.to_tva.plugin",
+        "apt_plugins.trackio.plugin",
         "apt_plugins.voter.plugin",
+        "apt_plugins.wandb.plugin",
     ],
 )
 def test_importing_imports_no_torch(module: str, folder: Path) -> None:

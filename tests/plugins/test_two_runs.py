@@ -24,11 +24,12 @@ from apt_core.testing import TinyRun, tiny_run
 from apt_core.testing.module_state import KeptInModules
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-OF_A_SOURCE = {"hlbd", "growth", "to_tva"}
-"""Plugins that nothing but a certain source of data, or another model, has any use for."""
+LEFT_OUT = {"hlbd", "growth", "to_tva", "trackio", "wandb"}
+"""Plugins that nothing but a certain source of data, or another model, has any use for, and
+trackers whose library keeps something outside of the run's folder."""
 
 SHIPPED = [
-    *(n for n, p in installed_plugins().items() if p.dist == "apt-kernel" and n not in OF_A_SOURCE),
+    *(n for n, p in installed_plugins().items() if p.dist == "apt-kernel" and n not in LEFT_OUT),
     *(str(path) for path in sorted(EXAMPLES.glob("*.py"))),
 ]
 TIMED = re.compile(r"time/.*|tokens_per_s|mfu|memory_mb|peak_memory_mb")

@@ -1,0 +1,1 @@
+"""What trackers share: figures of rows, events as text, histograms, and what they keep of a run."""

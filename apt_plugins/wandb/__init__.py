@@ -1,0 +1,1 @@
+"""Runs on Weights & Biases, online or offline."""
