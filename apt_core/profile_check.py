@@ -123,7 +123,7 @@ def check_profile(
         chosen = ("plugins",) if plugins.blocked else ()
         reported = {item.key for item in inactive}
         vain = written_inactive(config, source, inactive_settings, chosen)
-        inactive += [item for item in vain if item.key not in reported]
+        inactive += [item for item in vain if not _is_within(item.key, reported)]
         inactive += unread_paths(config, plugins.providers)
         problems += _problems_of_mixture(config, source, names)
         problems += _problems_of_sources(config, source, sections, plugins.providers)
