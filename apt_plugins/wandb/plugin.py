@@ -95,9 +95,12 @@ class Plugin:
             return
         self._run.log({STEP: step, **figures_of(metrics)})
         for at, histograms in self._histograms.take():
+            import numpy as np
             from wandb import Histogram
 
-            pairs = {each.name: (each.counts, each.edges) for each in histograms}
+            pairs = {
+                each.name: (np.array(each.counts), np.array(each.edges)) for each in histograms
+            }
             shown = {key: Histogram(np_histogram=pair) for key, pair in pairs.items()}
             self._run.log({STEP: at, **shown})
         self._tell_events()
