@@ -24,9 +24,9 @@ from apt_core.testing import TinyRun, tiny_run
 from apt_core.testing.module_state import KeptInModules
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-LEFT_OUT = {"hlbd", "growth", "to_tva", "trackio", "wandb"}
+LEFT_OUT = {"hlbd", "growth", "to_tva", "tensorboard", "trackio", "wandb"}
 """Plugins that nothing but a certain source of data, or another model, has any use for, and
-trackers whose library keeps something outside of the run's folder."""
+trackers, whose libraries keep something outside of a run's folder."""
 
 SHIPPED = [
     *(n for n, p in installed_plugins().items() if p.dist == "apt-kernel" and n not in LEFT_OUT),
