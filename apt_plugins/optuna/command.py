@@ -398,7 +398,7 @@ class _Running:
         from apt_plugins.optuna.workers import environments, run_workers
 
         if self._workers == 1:
-            return self._worker(tick=progress.tick).run()
+            return self._worker(tick=progress.tick, look=progress.look).run()
         places = environments(self._workers, self._kernel.config.hardware.device)
         return run_workers(sys.argv[1:], places, progress.tick)
 

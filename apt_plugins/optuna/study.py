@@ -468,15 +468,15 @@ def open_study(
         # A folder may have been renamed: the journal in it has one study.
         names = optuna.get_all_study_names(storage) if url is None else []
         name = names[0] if names else folder.absolute().name
-        try:
-            made = optuna.create_study(
-                storage=storage, study_name=name, direction=settings.direction
-            )
-            made.set_user_attr(FACTS, facts)
-            opened, known = made, dict(facts)
-        except DuplicatedStudyError:
-            opened = optuna.load_study(study_name=name, storage=storage)
-            known = _facts(opened, folder)
+        # Looked for first: even a failed creation is a line of the journal.
+        if name not in (names or optuna.get_all_study_names(storage)):
+            with suppress(DuplicatedStudyError):  # another process was faster
+                made = optuna.create_study(
+                    storage=storage, study_name=name, direction=settings.direction
+                )
+                made.set_user_attr(FACTS, facts)
+        opened = optuna.load_study(study_name=name, storage=storage)
+        known = _facts(opened, folder)
     study = Study(folder, url, settings, space, opened, storage)
     if known is None:  # its maker has died before it could say more
         with reaching(url):

@@ -19,7 +19,7 @@ POLL_SECONDS = 0.3
 class Worker:
     """``count`` trials are to end. ``own`` are the profile's own values, None where the space does
     not hold them; ``threads`` and ``parent`` as :func:`~apt_plugins.optuna.trial_runs.train` takes
-    them; ``tick`` is called now and then."""
+    them; ``tick`` is called now and then, ``look`` where a trial begins, pauses or ends."""
 
     tuned: Tuned
     study: Study
@@ -28,6 +28,7 @@ class Worker:
     threads: int | None = None
     parent: int = 0
     tick: Callable[[], None] = lambda: None
+    look: Callable[[], None] = lambda: None
 
     def run(self) -> int:
         """Work until nothing is left. Returns 0, or the exit code of the signal that ended it.
@@ -42,7 +43,7 @@ class Worker:
                 self.tick()
                 time.sleep(POLL_SECONDS)
                 continue
-            self.tick()
+            self.look()
             try:
                 outcome = train(
                     self.tuned,
@@ -55,7 +56,7 @@ class Worker:
                 record(self.study, work, outcome)
             finally:
                 work.lock.close()
-            self.tick()
+            self.look()
             if outcome.kind == "interrupted":
                 return outcome.exit_code
 
