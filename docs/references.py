@@ -15,6 +15,7 @@ from apt_core.cli.verbs import every_app
 from apt_core.config import profile_reference
 from apt_core.declarations import Declared, declared_by
 from apt_core.discovery import installed_plugins
+from apt_core.errors import ConfigError
 from apt_core.inspect.command_reference import command_reference
 from apt_core.inspect.hook_reference import hook_reference
 from apt_core.inspect.provider_reference import provider_reference
@@ -45,21 +46,31 @@ def references() -> dict[str, str]:
 
 
 def shipped() -> dict[str, Declared]:
-    """What each plugin that comes with APT declares."""
+    """What each plugin that comes with APT declares. Raises ConfigError for one that declares
+    nothing here, which would be missing from the pages."""
     installed = installed_plugins()
-    return {
+    found = {
         name: declared_by(name, installed)
         for name, entry in installed.items()
         if entry.dist == "apt-kernel"
     }
+    problems = [each.problem for each in found.values() if each.problem is not None]
+    if problems:
+        raise ConfigError(problems)
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only compare")
     check = parser.parse_args().check
+    try:
+        pages = references()
+    except ConfigError as error:
+        print(f"the references need every extra: {error}", file=sys.stderr)
+        return 2
     stale = []
-    for name, text in references().items():
+    for name, text in pages.items():
         path = DOCS / name
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             stale.append(name)

@@ -1,4 +1,4 @@
-"""A tracker: every figure of a run as a row of a SQLite database, also while the run goes on.
+"""A tracker: every figure of a run as a row of a SQLite database, written beside the run.
 
 apt-train -p tiny_debug --plugin examples/sqlite_tracker.py
 sqlite3 metrics.db "SELECT step, value FROM metrics WHERE name = 'val_loss'"
@@ -40,7 +40,7 @@ class Plugin:
                 "DELETE FROM metrics WHERE run = ? AND step > ?", (self.run, trainer.step)
             )
 
-    @hookimpl
+    @hookimpl(background=True)
     def on_metrics(self, metrics, step):
         rows = [(self.run, step, name, value) for name, value in metrics.items()]
         with closing(sqlite3.connect(self.path)) as database, database:

@@ -16,13 +16,17 @@ from pydantic import BaseModel
 from apt_core.catalogue import Catalogue
 from apt_core.cli.verbs import VERBS, WITHOUT_COMMAND, every_app
 from apt_core.config import Config
+from apt_core.errors import ConfigError
 from apt_core.hookspecs import POLICIES
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 SCRIPT = runpy.run_path(str(DOCS / "references.py"))
-PAGES: dict[str, str] = SCRIPT["references"]()
-SHIPPED: dict[str, Any] = SCRIPT["shipped"]()
+try:
+    PAGES: dict[str, str] = SCRIPT["references"]()
+    SHIPPED: dict[str, Any] = SCRIPT["shipped"]()
+except ConfigError as error:
+    pytest.skip(f"the references need every extra: {error}", allow_module_level=True)
 GENERATED = ("hooks.md", "providers.md", "commands.md")
 
 
