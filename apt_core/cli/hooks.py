@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from apt_core.cli import completion
+from apt_core.cli.explained import show_explained, shown
 from apt_core.cli.output import Json, complain, output_apart, print_table, say
 from apt_core.cli.run_command import run_command
 from apt_core.errors import ConfigError, did_you_mean
@@ -27,7 +28,7 @@ from apt_core.inspect.listing import (
 )
 
 if TYPE_CHECKING:
-    from apt_core.config import Override
+    pass
 
 app = typer.Typer(
     add_completion=False,
@@ -169,7 +170,7 @@ def show_providers(listing: Listing, kind: str, *, as_json: bool) -> Json | None
     default, usable = {True: "default", False: ""}, {True: "yes", False: "no", None: "?"}
     for row in rows:
         row.update(default=default[row["default"]], usable=usable[row["usable"]])
-        row["settings"] = " ".join(f"{key}={_shown(d)}" for key, d in row["settings"].items())
+        row["settings"] = " ".join(f"{key}={shown(d)}" for key, d in row["settings"].items())
     columns = (
         "kind",
         "name",
@@ -211,71 +212,11 @@ def show_info(listing: Listing, kind: str, name: str, *, as_json: bool) -> Json 
             say(f"config: {value['section'] or '-'}")
             for each in provider_settings(listing.providers.spec(kind, name)):
                 option, words = each.path.rpartition(".")[2], each.value.replace("`", "")
-                default = "needed" if each.required else f"default {_shown(each.default)}"
+                default = "needed" if each.required else f"default {shown(each.default)}"
                 say(f"  {option} ({words}; {default}): {each.meaning}")
         else:
             say(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
     return None
-
-
-def show_explained(
-    key: str,
-    profile: str,
-    plugins: Sequence[str],
-    overrides: Sequence[Override],
-    *,
-    as_json: bool,
-) -> Json | None:
-    """Print what is known of one key of the profile, or of a section and its keys."""
-    from apt_core.inspect.explain import explain as explained_key
-
-    with output_apart():
-        explained = explained_key(key, profile, plugins, overrides)
-    if as_json:
-        return Json(explained.row())
-    facts = explained.facts
-    say(facts.path)
-    say(f"  {' '.join(facts.meaning.partition(chr(10) * 2)[0].replace('``', '`').split())}")
-    if facts.value != "mapping":
-        say(f"  value: {facts.value.replace('`', '')}")
-        say(f"  default: {'needed' if facts.required else _shown(facts.default)}")
-    for reader in explained.readers:
-        say(f"  read by {reader}")
-    if profile and (explained.where or facts.value != "mapping"):
-        where = f" ({explained.where})" if explained.where else ""
-        say(f"  in {profile}: {_shown(explained.value)}{where}")
-    if explained.inactive:
-        say(f"  inactive there: {explained.inactive}")
-    for line in explained.over_the_run:
-        say(f"  {line}")
-    for problem in explained.problems:
-        complain(f"warning: {problem}")
-    if facts.keys:
-        say()
-        rows = [
-            (
-                k.path,
-                k.value.replace("`", ""),
-                "needed" if k.required else _shown(k.default),
-                k.meaning,
-            )
-            for k in facts.keys
-        ]
-        print_table(("key", "value", "default", "meaning"), rows)
-    return None
-
-
-def _shown(value: Any) -> str:
-    """A value as a profile has it.
-
-    >>> _shown(None), _shown(True), _shown([1, 2]), _shown("a"), _shown(1e-4)
-    ('none', 'true', '[1, 2]', 'a', '0.0001')
-    """
-    import json
-
-    if value is None or value == "":
-        return "none"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 @app.command()

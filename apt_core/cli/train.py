@@ -138,7 +138,7 @@ def train(
     options = [name for parameter in context.command.params for name in parameter.opts]
     overrides = collect_overrides(set_ or (), context.args, options)
     if explain:
-        from apt_core.cli.hooks import show_explained
+        from apt_core.cli.explained import show_explained
 
         return show_explained(explain, profile, plugin or (), overrides, as_json=json)
     inside, rank = place_among_processes()

@@ -403,6 +403,7 @@ class _Running:
         return run_workers(sys.argv[1:], places, progress.tick)
 
     def _worker(self, **options: Any) -> Any:
+        from apt_plugins.optuna.space import own_values
         from apt_plugins.optuna.worker import Worker
         from apt_plugins.optuna.workers import thread_share
 
@@ -417,6 +418,8 @@ class _Running:
 
     def _say_first(self, as_json: bool) -> None:
         """Say what is begun, or gone on with."""
+        from apt_plugins.optuna.space import own_values
+
         console = make_console(sys.stderr if as_json else sys.stdout)
         rows = self._study.rows()
         ended = sum(row.state in ("complete", "pruned", "failed") for row in rows)
@@ -508,24 +511,6 @@ class _Running:
         except (ConfigError, OSError) as error:
             complain(f"warning: the profile of the best trial was not written: {error}")
             return None
-
-
-def own_values(space: Any, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The profile's own values of the dimensions, as a study records them; None where the space
-    does not hold them."""
-    from apt_plugins.optuna.space import label
-
-    values: dict[str, Any] = {}
-    for dimension in space:
-        if not dimension.is_searched(values):
-            continue
-        value: Any = config
-        for key in dimension.key.split("."):
-            value = value.get(key) if isinstance(value, Mapping) else None
-        values[dimension.key] = label(value)
-        if not dimension.contains(values[dimension.key]):
-            return None
-    return values
 
 
 def _direction(asked: str | None, metric: str) -> Direction:

@@ -9,7 +9,7 @@ from apt_core.errors import AptError, ConfigError
 from apt_core.kernel import Kernel
 from apt_plugins.optuna.sampling import choose
 from apt_plugins.optuna.settings import Settings
-from apt_plugins.optuna.space import Space
+from apt_plugins.optuna.space import Space, own_values
 from apt_plugins.optuna.tuned import Tuned
 
 
@@ -24,7 +24,6 @@ def estimate(
 ) -> dict[str, Any]:
     """The ``samples`` of the first trials, the ``seconds_per_trial`` that the plan of the first one
     says of a whole trial, and the ``seconds`` of the study; null where the plan does not know."""
-    from apt_plugins.optuna.command import own_values
 
     def refusal(values: Mapping[str, Any]) -> ConfigError | None:
         try:

@@ -377,3 +377,19 @@ def middle(dimension: Dimension) -> Any:
     else:
         value = (low + high) / 2
     return round(value) if dimension.kind == "int" else float(f"{value:.12g}")
+
+
+def own_values(space: Space, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The profile's own values of the dimensions, as a study records them; None where the space
+    does not hold them."""
+    values: dict[str, Any] = {}
+    for dimension in space:
+        if not dimension.is_searched(values):
+            continue
+        value: Any = config
+        for key in dimension.key.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        values[dimension.key] = label(value)
+        if not dimension.contains(values[dimension.key]):
+            return None
+    return values

@@ -14,9 +14,6 @@ from apt_core.cli.output import say
 from apt_core.cli.run_command import run_command
 from apt_core.profile_paths import user_path
 
-MAX_RUNS = 8
-"""A page compares as many as it has colours."""
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -66,6 +63,8 @@ def report(
 
 def _check_folders(folders: Sequence[Path]) -> None:
     """Raise a ConfigError with what is wrong with the folders that were named."""
+    from apt_plugins.report.run_data import MAX_RUNS
+
     problems = [
         Problem(
             "there is no run in this folder: neither manifest.json nor metrics.jsonl",

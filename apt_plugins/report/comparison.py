@@ -15,12 +15,11 @@ from apt_core.metric_names import CROSS_ENTROPY
 from apt_core.secrets import SecretValues, named_secrets, redact
 from apt_plugins.report.axes import Axis
 from apt_plugins.report.charts import Chart, Curve, Frame, for_any_width, line_chart, step_axis
-from apt_plugins.report.command import MAX_RUNS
 from apt_plugins.report.header import Header, header
 from apt_plugins.report.metrics import Series, training_loss
 from apt_plugins.report.page import SAMPLE_CHARACTERS, numbered, render
 from apt_plugins.report.panels import ALL_BUCKETS, FROM_ZERO, OPTIMISATION, SPEED, TITLES, Group
-from apt_plugins.report.run_data import Run, read_run
+from apt_plugins.report.run_data import MAX_RUNS, Run, read_run
 from apt_plugins.report.thinning import smoothed
 from apt_plugins.report.wording import cut, plain
 

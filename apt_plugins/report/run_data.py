@@ -19,6 +19,9 @@ from apt_core.runs.metrics import METRICS, Metrics, read_metrics
 from apt_core.secrets import SecretValues, named_secrets, redact
 from apt_plugins.report.metrics import Series
 
+MAX_RUNS = 8
+"""A page compares as many as it has colours."""
+
 MAX_FILE = 100_000_000
 """Most bytes of a manifest or a profile that are read."""
 

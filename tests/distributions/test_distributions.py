@@ -10,6 +10,8 @@ import pytest
 if TYPE_CHECKING:
     from tests.distributions.conftest import Environment
 
+pytestmark = pytest.mark.long
+
 MISSING = "no_such_package_for_apt"
 BROKEN = {
     "import_error": (f"ModuleNotFoundError: No module named {MISSING!r}", "apt_import_error.py:5"),

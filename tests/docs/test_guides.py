@@ -35,6 +35,8 @@ from apt_core.defaults import core_providers
 from apt_core.plugin_records import NOT_IN_EFFECT, STATES
 from tests.optional import optional
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 TUTORIAL = runpy.run_path(str(ROOT / "docs" / "run_tutorial.py"))
 BLOCK, is_shown = TUTORIAL["BLOCK"], TUTORIAL["is_shown"]

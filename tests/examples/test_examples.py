@@ -50,6 +50,7 @@ def train(*options: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.long
 def test_every_example_passes_the_checks_of_a_plugin(example: Path) -> None:
     # The lengths that are tried go beyond the window, whatever that is.
     narrow = {"window_attention.window": 4} if example.stem == "window_attention" else {}

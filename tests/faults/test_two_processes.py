@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from fault_pairs import FEW, KNOWN, PAIRS
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.usefixtures("forked")
 def test_both_processes_go_on_or_end_together_when_a_plugin_fails_in_one(tmp_path: Path) -> None:

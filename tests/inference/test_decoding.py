@@ -344,6 +344,7 @@ def plus_sum(product):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.long
 def test_layers_of_one_shape_share_what_is_compiled():
     compiler, x = compiled_rows.Compiler(), torch.randn(1, 256)
     with torch.no_grad():

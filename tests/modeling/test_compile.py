@@ -143,6 +143,7 @@ def test_the_whole_model_compiles_to_one_graph(attention_of, packed, position):
     not (shutil.which("g++") or shutil.which("clang++")),
     reason="torch.compile's default backend needs a C++ compiler",
 )
+@pytest.mark.long
 def test_the_block_compiled_for_this_machine_gives_the_same(attention_of):
     block = attention_of("tva_default").block(dtype=torch.float32)
     x = torch.randn(2, 9, 32)

@@ -30,7 +30,8 @@ trackers, whose libraries keep something outside of a run's folder."""
 
 SHIPPED = [
     *(n for n, p in installed_plugins().items() if p.dist == "apt-kernel" and n not in LEFT_OUT),
-    *(str(path) for path in sorted(EXAMPLES.glob("*.py"))),
+    # What scales the output of a feed-forward is none that experts can be made of.
+    *(str(p) for p in sorted(EXAMPLES.glob("*.py")) if p.stem != "layer_scale"),
 ]
 TIMED = re.compile(r"time/.*|tokens_per_s|mfu|memory_mb|peak_memory_mb")
 
@@ -228,6 +229,7 @@ CACHES = {
     "apt_plugins.moe.cpu_threads._pool": "threads, which keep nothing from job to job",
     "apt_plugins.report.page._asset": "a file of the package",
     "apt_plugins.report.page._environment": "templates of the package",
+    "apt_plugins.optuna.page._environment": "templates of the package",
 }
 
 

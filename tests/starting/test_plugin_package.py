@@ -24,6 +24,8 @@ from apt_core.starting.plugin_package import PACKAGE_KINDS, TEMPLATES, plugin_pa
 if TYPE_CHECKING:
     from tests.cli.conftest import Command
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(apt_core.__file__).parents[1]
 
 

@@ -16,6 +16,8 @@ from apt_core.testing import check_plugin
 if TYPE_CHECKING:
     from tests.testing.conftest import WritePlugin
 
+pytestmark = pytest.mark.long
+
 OBSERVER = "@hookimpl\ndef on_step_end(step, loss, trainer):\n    {body}\n"
 ATTENTION = """\
 class Layer(nn.Module):

@@ -75,6 +75,7 @@ class Tells:
         return {}
 
 
+@pytest.mark.long
 def test_runs_are_killed_while_saving_and_every_restart_goes_on_from_an_intact_checkpoint(tmp_path):
     folder, root = tmp_path / "run", tmp_path / "run" / "checkpoints"
     delays = random.Random(4)

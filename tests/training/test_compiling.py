@@ -37,6 +37,8 @@ from apt_core.training.curriculum import switching
 from apt_core.training.step import forward as compiling
 from apt_core.types import ModelOutput
 
+pytestmark = pytest.mark.long
+
 GPU = torch.device("cuda", 0)
 EPOCH = 5
 """Steps: the last one has fewer windows, one of them shorter."""

@@ -24,6 +24,8 @@ from apt_core.runs import open_run
 from apt_core.testing import TINY_PROFILE, TinyRun, tiny_run
 from apt_plugins.report.command import app as report
 
+pytestmark = pytest.mark.long
+
 WORDS = ["apples", "pears", "make", "pieces", "of", "fruit", "and", "some", "more", "nuts"]
 
 SETTINGS = {

@@ -547,6 +547,7 @@ def test_a_run_on_a_full_disk_says_so_and_does_not_break(apt_train, tmp_path, sm
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.long
 def test_a_compiled_model_evaluates_saves_and_resumes(apt_train):
     """Under the names that it has without being compiled."""
     plain = apt_train("--training.max_steps", "6", name="plain")

@@ -253,6 +253,7 @@ LEFT_OUT = ("apt_metrics", "apt_state_dict", "apt_rewrite_prompt", "apt_logits_p
 """Hooks without whose results a run is what it is without the plugin."""
 
 
+@pytest.mark.long
 def test_wrong_results_leave_the_run_as_it_is_without_them(tmp_path: Path) -> None:
     quiet = tiny(output=tmp_path / "quiet")
     wrong = [

@@ -350,6 +350,7 @@ def test_bad_input_that_every_process_finds_is_reported_once(
 
 
 @pytest.mark.usefixtures("forked")
+@pytest.mark.long
 def test_torchrun_starts_the_processes_too(
     arguments: Callable[..., list[str]], tmp_path: Path
 ) -> None:

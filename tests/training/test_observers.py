@@ -10,7 +10,7 @@ import pytest
 from apt_core.hookspecs import POLICIES
 
 ON_HOOKS = sorted(name for name in POLICIES if name.startswith("on_"))
-NEEDS_TROUBLE = {"on_provider_fallback", "on_plugin_failure", "on_exception"}
+NEEDS_TROUBLE = {"on_provider_fallback", "on_plugin_failure", "on_exception", "on_resume"}
 
 DRAWS = """
 import random

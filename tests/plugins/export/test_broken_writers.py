@@ -32,6 +32,8 @@ from apt_plugins.export.questions import questions_for
 from apt_plugins.export.runtimes import answered
 from tests.plugins.export.conftest import Model, session_of
 
+pytestmark = pytest.mark.long
+
 MODEL = Model(
     {
         "model.attention_name": "mha",

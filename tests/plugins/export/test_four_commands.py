@@ -21,6 +21,8 @@ from apt_core.cli.run_command import run_command
 from apt_core.testing.tiny import TEXT
 from apt_plugins.export import command
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[3]
 SCRIPT = (ROOT / "examples" / "text_to_gguf.sh").read_text("utf-8")
 COMMANDS = [line for line in SCRIPT.splitlines() if line and not line.startswith(("#", "set "))]

@@ -59,6 +59,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Session]:
 
 
 @pytest.mark.parametrize("number_format", ["bf16", "Q8_0", "Q4_0"])
+@pytest.mark.long
 def test_a_rounded_file_holds_the_rounded_model(
     wide: dict[str, Session], tmp_path_factory: pytest.TempPathFactory, number_format: str
 ) -> None:
@@ -68,6 +69,7 @@ def test_a_rounded_file_holds_the_rounded_model(
     assert found.equal_tokens > 0.9 * found.tokens
 
 
+@pytest.mark.long
 def test_another_end_and_another_layout_of_a_rounded_file_are_caught(
     wide: dict[str, Session],
     tmp_path_factory: pytest.TempPathFactory,

@@ -127,7 +127,7 @@ def test_a_key_that_nothing_reads_is_no_dimension():
 
 def test_sections_and_switches_of_plugins_are_dimensions():
     text = (
-        "schedules.enable_moe_at_epoch: [1, 2]\nmoe.num_experts: [2, 4]\n"
+        "schedules.enable_moe_at_epoch: [1, 2]\nmodel.moe.experts: [2, 4]\n"
         "training.seed: {low: 0, high: 3}\ndata.val_fraction: {low: 0.05, high: 0.2}"
     )
     told = checked(text, plugins=["moe"])

@@ -17,6 +17,8 @@ from apt_core.json_files import read_json
 from apt_core.parallel.child_process import command_of
 from tests.optional import optional
 
+pytestmark = pytest.mark.long
+
 optuna = optional("optuna", 'needs pip install "apt-kernel[optuna]"')
 
 STEPS = 9

@@ -13,7 +13,10 @@ import pytest
 from tests.plugins.browser import Page, opened_page, program
 from tests.plugins.report.conftest import MANIFEST, rows
 
-pytestmark = pytest.mark.skipif(program() is None, reason="no Chromium is installed")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(program() is None, reason="no Chromium is installed"),
+]
 WIDTHS = (390, 820, 1440)
 LONG = "a_name_that_goes_on_and_on_" * 3
 

@@ -11,6 +11,8 @@ import yaml
 if TYPE_CHECKING:
     from tests.training.curriculum.conftest import Curriculum
 
+pytestmark = pytest.mark.long
+
 THIRD = """
 from apt_core import ProviderSpec, hookimpl
 

@@ -25,6 +25,8 @@ from apt_core.runs.opened import open_run
 from apt_core.testing import TINY_PROFILE, TinyRun, tiny_run
 from apt_core.testing.tiny import TEXT
 
+pytestmark = pytest.mark.long
+
 SETTINGS: dict[str, Any] = {
     "model.num_layers": 2,
     "model.dropout": 0.1,

@@ -12,6 +12,8 @@ import pytest
 if TYPE_CHECKING:
     from tests.training.curriculum.conftest import Curriculum
 
+pytestmark = pytest.mark.long
+
 IN_TWO = {"training.batch_size": 2}
 KILLS = {"ddp": (6, 8, 11), "fsdp": (5, 9, 10)}
 """After these steps; experts come before 6, alignment before 9, the vote before 11: on either side
