@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from enum import Enum
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -58,12 +57,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
-class References(Enum):
-    """What ``apt-hooks docs`` describes."""
-
-    HOOKS = "hooks"
-    PROVIDERS = "providers"
-    COMMANDS = "commands"
+REFERENCES = ("hooks", "providers", "commands")
+"""What ``apt-hooks docs`` describes."""
 
 
 def listed(profile: str = "", plugins: Sequence[str] = ()) -> Listing:
@@ -444,21 +439,29 @@ def schema(
 @app.command()
 def docs(
     page: Annotated[
-        References, typer.Argument(help="What to describe; 'schema --markdown' has the keys.")
-    ] = References.HOOKS,
+        str,
+        typer.Argument(
+            metavar="[hooks|providers|commands]",
+            help="What to describe; 'schema --markdown' has the keys.",
+        ),
+    ] = "hooks",
     debug: Debug = False,
 ) -> None:
     """A reference as Markdown: of every hook, provider or command."""
     say(reference(page), end="")
 
 
-def reference(page: References) -> str:
-    """The Markdown of one reference: the core's part and that of every plugin that is listed."""
-    if page is References.HOOKS:
+def reference(page: str) -> str:
+    """The Markdown of one reference: the core's part and that of every plugin that is listed.
+    Raises ConfigError for a page that there is not."""
+    if page not in REFERENCES:
+        hint = did_you_mean(page, REFERENCES) or f"one of {', '.join(REFERENCES)}"
+        raise ConfigError(f"there is no reference {page!r}", hint=hint)
+    if page == "hooks":
         from apt_core.inspect.hook_reference import hook_reference
 
         return hook_reference()
-    if page is References.PROVIDERS:
+    if page == "providers":
         from apt_core.inspect.provider_reference import provider_reference
 
         listing = listed()

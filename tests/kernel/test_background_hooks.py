@@ -252,7 +252,7 @@ def test_a_failure_in_the_telling_of_one_is_counted_and_not_told_again(
 def test_draws_on_a_thread_move_no_global_generator(
     manager: PluginManager, plugin_of: type
 ) -> None:
-    import torch
+    torch = pytest.importorskip("torch")
     from torch.nn import functional
 
     def draw(step: int) -> None:
@@ -286,7 +286,7 @@ def test_what_a_thread_changes_in_the_process_is_put_back_and_told(
 ) -> None:
     import os
 
-    import torch
+    torch = pytest.importorskip("torch")
 
     def change() -> None:
         torch.set_default_dtype(torch.float64)
