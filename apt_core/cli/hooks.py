@@ -441,8 +441,7 @@ def docs(
     page: Annotated[
         str,
         typer.Argument(
-            metavar="[hooks|providers|commands]",
-            help="What to describe; 'schema --markdown' has the keys.",
+            help="hooks, providers or commands; 'schema --markdown' has the keys of profiles."
         ),
     ] = "hooks",
     debug: Debug = False,

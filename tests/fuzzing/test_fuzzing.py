@@ -22,6 +22,7 @@ FUZZING = Path(__file__).resolve().parent
 
 
 @pytest.mark.usefixtures("forked")
+@pytest.mark.long
 def test_only_declared_errors_come_of_a_few_inputs_of_each_target(tmp_path: Path) -> None:
     """In a process of its own: it forks, which threads of other tests would not survive."""
     result = tmp_path / "fuzz.json"

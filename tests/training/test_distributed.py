@@ -32,6 +32,8 @@ from apt_core.testing import TINY_PROFILE
 from apt_core.testing.tiny import TEXT
 from apt_core.training import Trainer
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 STEPS = 8
 HALF = 4

@@ -209,6 +209,7 @@ def test_the_comparison_notices_a_state_item_that_is_not_restored(
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+@pytest.mark.long
 def test_two_processes_that_are_killed_resume_exactly(
     tmp_path, in_children, differences, killer, ranks, sharding
 ):

@@ -282,6 +282,7 @@ def test_a_switch_at_a_border_that_a_resume_meets_is_in_one_go(
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+@pytest.mark.long
 def test_two_processes_switch_together_and_resume_exactly(
     wider: Experiment, in_children, differences, killer, ranks, sharding: str
 ) -> None:

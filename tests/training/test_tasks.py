@@ -259,6 +259,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_built(tmp_path):
     assert "task/chat/exact_match" in tiny_run(steps=1, overrides=chat).result.figures
 
 
+@pytest.mark.long
 def test_two_processes_score_what_one_does(tmp_path, ranks, in_children):
     changes = {**TASKS, "training.batch_size": 2, "model.dropout": 0.0}
     one = {"training.batch_size": 4}

@@ -122,6 +122,7 @@ def test_a_plugin_that_is_not_enabled_yet_is_said_not_to_be_compared(verify):
     assert "note: nothing was compared of counting, not enabled after 8 steps" in out
 
 
+@pytest.mark.long
 def test_two_processes_with_a_sharded_model_are_verified(verify):
     code, out, err = verify(
         PLUGIN + KEEPS_ITS_STATE, "--nproc", "2", "--hardware.distributed", "fsdp",

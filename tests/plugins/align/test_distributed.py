@@ -14,6 +14,8 @@ from apt_core.testing import TINY_PROFILE
 from apt_core.testing.tiny import TEXT
 from apt_core.training import Trainer
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[3]
 WORKER = """
 import json, sys
