@@ -346,6 +346,7 @@ def plus_sum(product):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.long
 def test_layers_of_one_shape_share_what_is_compiled():
+    torch.manual_seed(0)
     compiler, x = compiled_rows.Compiler(), torch.randn(1, 256)
     with torch.no_grad():
         for _ in range(2):
@@ -355,7 +356,8 @@ def test_layers_of_one_shape_share_what_is_compiled():
             )
             for length in (64, 300):
                 some = torch.ones(length)
-                torch.testing.assert_close(compiled(x, some), x @ weight.T + length)
+                found, expected = compiled(x, some), x @ weight.T + length
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
     assert len(compiler._made) == 1
 
 
