@@ -47,6 +47,9 @@ EACH_ALONE = {
     "model.moe.balance_loss": 0.0,
     "model.moe.z_loss": 0.0,
     "model.bistate.beta": 0.0,
+    # While experts are alike, the gradient of a router is rounding, which Adam would scale up: on
+    # some processors a token then goes to another expert.
+    "training.eps": 1e-4,
 }
 """No token depends on others beside it."""
 
@@ -106,7 +109,6 @@ def test_padding_changes_nothing(pairs: Curriculum) -> None:
             assert switch[side] == pytest.approx(short_switch[side], rel=1e-6)
 
 
-# Experts begin alike: to which one a token goes is rounding, on some processors another one.
 SAME = {"loss", "loss/align.kl", "val_loss", "val_reasoning_quality"}
 
 
@@ -118,18 +120,17 @@ def test_a_step_is_the_same_however_it_is_divided(pairs: Curriculum, in_children
         shape = {"training.batch_size": 8, "training.grad_accum_steps": 1}
         whole = pairs.train(f"{name}-whole", changes={**packing, **shape})
         shape = {"training.batch_size": 2, "training.grad_accum_steps": 4}
-        pairs.train(f"{name}-parts", changes={**packing, **shape})
+        require_alike(pairs.train(f"{name}-parts", changes={**packing, **shape}), whole)
         shape |= {"training.grad_accum_steps": 2, "hardware.distributed": "ddp"}
         two = ranks(lambda s=shape, n=name, p=packing: pairs.train(f"{n}-two", changes={**p, **s}))
         assert in_children(*two) == [0, 0]
-        for divided in ("parts", "two"):
-            lines = (pairs.folder / f"{name}-{divided}" / "metrics.jsonl").read_text("utf-8")
-            rows = [json.loads(line) for line in lines.splitlines()]
-            assert len(rows) == len(whole.metrics)
-            for row, expected in zip(rows, whole.metrics, strict=True):
-                assert row.keys() == expected.keys()
-                own, others = ({k: r[k] for k in SAME & r.keys()} for r in (row, expected))
-                assert own == pytest.approx(others, rel=1e-4, abs=1e-5), divided
+        lines = (pairs.folder / f"{name}-two" / "metrics.jsonl").read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in lines.splitlines()]
+        assert len(rows) == len(whole.metrics)
+        for row, expected in zip(rows, whole.metrics, strict=True):
+            assert row.keys() == expected.keys()
+            for figure in SAME & row.keys():
+                assert row[figure] == pytest.approx(expected[figure], rel=5e-6, abs=1e-6), figure
 
 
 KILLS = {"pad": (5, 8, 10), "documents": (3, 6, 8)}
