@@ -347,7 +347,8 @@ def plus_sum(product):
 @pytest.mark.long
 def test_layers_of_one_shape_share_what_is_compiled():
     torch.manual_seed(0)
-    compiler, x = compiled_rows.Compiler(), torch.randn(1, 256)
+    # Small sums, which rounding in another order changes by less than the tolerance.
+    compiler, x = compiled_rows.Compiler(), torch.randn(1, 256) / 16
     with torch.no_grad():
         for _ in range(2):
             weight = torch.randn(256, 256)
@@ -355,9 +356,8 @@ def test_layers_of_one_shape_share_what_is_compiled():
                 plus_sum(row_decoding.Products().of(weight)), x, torch.zeros(64), varying={1: 0}
             )
             for length in (64, 300):
-                some = torch.ones(length)
-                found, expected = compiled(x, some), x @ weight.T + length
-                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
+                some = torch.full((length,), 1 / 64)
+                torch.testing.assert_close(compiled(x, some), x @ weight.T + length / 64)
     assert len(compiler._made) == 1
 
 

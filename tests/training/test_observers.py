@@ -184,3 +184,18 @@ def test_a_failure_in_on_exception_does_not_hide_the_error(apt_train, tmp_path):
     assert "on_failure: required" in run.err
     assert [path.name for path in run.checkpoints] == ["step-00000003"]
     assert "--resume" in run.err
+
+
+def test_a_failure_in_on_resume_changes_no_weight_of_the_rest(apt_train, tmp_path):
+    steps = ("--training.max_steps", "4", "--model.dropout", "0.1")
+    plugin = observer(tmp_path, "on_resume", raises=True)
+    for name in ("base", "noisy", "strict"):
+        assert apt_train(*steps, "--stop-at-step", "2", name=name).code == 0
+    base = apt_train(*steps, "--resume", name="base")
+    run = apt_train(*steps, "--resume", "--plugin", plugin, name="noisy")
+    assert (base.code, run.code) == (0, 0) and base.same_weights(run)
+    row = next(row for row in run.manifest["plugins"] if row["name"] == "noisy")
+    assert [failure["hook"] for failure in row["failures"]] == ["on_resume"]
+    assert f"noisy.py:{line_of_raise(plugin)}" in run.out.replace("\n", "")
+    strict = apt_train(*steps, "--resume", "--strict", "--plugin", plugin, name="strict")
+    assert strict.code == 1 and "noisy" in strict.err and "on_resume" in strict.err
