@@ -206,7 +206,15 @@ def train(
         if verify_resume:
             from apt_core.device import resolve_device
 
-            arguments += _options(nproc=nproc)
+            trackers = sorted(
+                {s.plugin for s in kernel.sections if s.path.startswith("monitoring.")}
+            )
+            if trackers:
+                console.print(
+                    f"left out: {', '.join(trackers)}, so that no tracker is told of these runs",
+                    markup=False,
+                )
+            arguments += _options(nproc=nproc, plugin=[f"no:{name}" for name in trackers])
             device, _ = resolve_device(kernel.config.hardware.device)
             if kernel.config.data.begin_early:
                 from apt_core.data.loading import load_data

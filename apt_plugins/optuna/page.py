@@ -7,14 +7,12 @@ import base64
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from apt_core.files import write_atomically
@@ -24,7 +22,8 @@ from apt_plugins.optuna.results import counted, table
 from apt_plugins.optuna.study import Study
 from apt_plugins.report.axes import Axis
 from apt_plugins.report.charts import Frame
-from apt_plugins.report.wording import cut, number, visible
+from apt_plugins.report.page import templates
+from apt_plugins.report.wording import cut, number
 
 PAGE = "report.html"
 STYLE = ".trials td:nth-child(-n+4) { white-space: nowrap; }"
@@ -55,7 +54,7 @@ def build_page(study: Study, facts: Mapping[str, Any]) -> str:
     drawn = rows[-MAX_TRIALS:]
     space = facts.get("space", {})
     return (
-        _environment()
+        templates("apt_plugins.optuna")
         .get_template("study.html.j2")
         .render(
             css=Markup(css),  # noqa: S704, our own file
@@ -75,20 +74,6 @@ def build_page(study: Study, facts: Mapping[str, Any]) -> str:
             space={key: _range(row) for key, row in space.items()},
         )
     )
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("apt_plugins.optuna", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: visible(value) if type(value) is str else value,
-    )
-    environment.filters |= {"cut": cut, "number": number}
-    return environment
 
 
 def _tiles(

@@ -45,7 +45,7 @@ def render(template: str, context: Mapping[str, Any]) -> str:
     """A page of this template, with its style and its script in it."""
     css, script = _asset("report.css"), _asset("report.js")
     return (
-        _environment()
+        templates("apt_plugins.report")
         .get_template(template)
         .render(
             context,
@@ -68,9 +68,10 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
 
 
 @cache
-def _environment() -> Environment:
+def templates(package: str) -> Environment:
+    """The templates in the folder of ``package``, for pages as the report's."""
     environment = Environment(
-        loader=PackageLoader("apt_plugins.report", ""),
+        loader=PackageLoader(package, ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -228,8 +228,7 @@ CACHES = {
     "apt_core.plugin_state._can_be_saved": "a fact of safetensors",
     "apt_plugins.moe.cpu_threads._pool": "threads, which keep nothing from job to job",
     "apt_plugins.report.page._asset": "a file of the package",
-    "apt_plugins.report.page._environment": "templates of the package",
-    "apt_plugins.optuna.page._environment": "templates of the package",
+    "apt_plugins.report.page.templates": "templates of a package",
 }
 
 

@@ -78,9 +78,31 @@ def verify(profile, tmp_path, capsys, monkeypatch, forked) -> Callable[..., tupl
     return call
 
 
-def test_a_profile_that_resumes_exactly_passes(verify, tmp_path):
-    code, out, err = verify(PLUGIN + KEEPS_ITS_STATE, "--output", str(tmp_path / "verified"))
+TRACKER = """
+from pathlib import Path
+from apt_core import SectionSpec, hookimpl
+from apt_core.config import Section
+
+class Settings(Section):
+    pass
+
+@hookimpl
+def apt_register_config():
+    return [SectionSpec("monitoring.tracker", Settings)]
+
+@hookimpl
+def on_metrics():
+    Path(__file__).with_name("told").touch()
+"""
+
+
+def test_a_profile_that_resumes_exactly_passes_and_no_tracker_is_told(verify, tmp_path):
+    tracker = tmp_path / "tracker.py"
+    tracker.write_text(TRACKER)
+    words = ("--output", str(tmp_path / "verified"), "--plugin", str(tracker))
+    code, out, err = verify(PLUGIN + KEEPS_ITS_STATE, *words)
     assert code == 0, out + err
+    assert "left out: tracker" in out and not (tmp_path / "told").exists()
     assert "bit-equal: " in out
     for part in ("of model", "of optimizer", "of ema", "1 tensors of plugins", "rows of metrics"):
         assert part in out
