@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from apt_core import PluginInfo, RunFacts, SectionSpec, hookimpl
+from apt_core import PluginInfo, RunFacts, hookimpl
 from apt_core.runs.events import EventTail
 from apt_plugins.tensorboard.settings import SECTION, TensorboardSettings
 from apt_plugins.tracking.figures import ended, figures_of, flat, line_of
-from apt_plugins.tracking.histograms import Histograms
 from apt_plugins.tracking.kept import Kept
-from apt_plugins.tracking.settings import inactive_of
+from apt_plugins.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
-    from apt_core.config import Config
     from apt_plugins.tensorboard.events import EventFile
 
 PLUGIN = PluginInfo(
@@ -26,32 +24,17 @@ PLUGIN = PluginInfo(
 )
 
 
-class Plugin:
+class Plugin(Tracker):
     """The event files of one run."""
 
+    section, model = SECTION, TensorboardSettings
+    _settings: TensorboardSettings
+
     def __init__(self) -> None:
-        self._settings = TensorboardSettings()
-        self._histograms = Histograms(0)
+        super().__init__()
         self._file: EventFile | None = None
-        self._events: EventTail | None = None
         self._resumed: int | None = None
         self._last = 0
-
-    @hookimpl
-    def apt_register_config(self) -> list[SectionSpec]:
-        return [SectionSpec(SECTION, TensorboardSettings, inactive=inactive_of(SECTION))]
-
-    @hookimpl
-    def apt_configure(self, config: Config) -> None:
-        settings = config.section(SECTION)
-        assert isinstance(settings, TensorboardSettings)
-        self._settings = settings
-        self._histograms = Histograms(settings.histograms_every_steps)
-
-    @hookimpl
-    def on_step_end(self, step: int, trainer: Any) -> None:
-        if self._settings.histograms_every_steps and trainer.rank == 0:
-            self._histograms.make(step, trainer.model)
 
     @hookimpl(background=True)
     def on_resume(self, step: int) -> None:
@@ -104,7 +87,7 @@ class Plugin:
             self._tell_events_to(self._file)
 
     def _tell_events_to(self, file: EventFile) -> None:
-        for event in self._events.new() if self._events is not None else ():
+        for event in self._new_events():
             file.text(event.step, "events", line_of(event))
 
     def _folder(self, run: RunFacts) -> Path:

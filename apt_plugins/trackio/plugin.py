@@ -8,16 +8,15 @@ from collections.abc import Mapping
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from apt_core import PluginInfo, RunFacts, SectionSpec, hookimpl
+from apt_core import PluginInfo, RunFacts, hookimpl
 from apt_core.runs.events import EventTail
 from apt_plugins.tracking.figures import ended, figures_of, flat, line_of
-from apt_plugins.tracking.histograms import Histograms
 from apt_plugins.tracking.kept import Kept
-from apt_plugins.tracking.settings import inactive_of
+from apt_plugins.tracking.tracker import Tracker
 from apt_plugins.trackio.settings import SECTION, TrackioSettings
 
 if TYPE_CHECKING:
-    from apt_core.config import Config
+    pass
 
 PLUGIN = PluginInfo(
     observer=True,
@@ -30,33 +29,18 @@ BUSY_SECONDS = 30.0
 """How long to wait for another process that writes to the database."""
 
 
-class Plugin:
+class Plugin(Tracker):
     """One run in the database."""
 
+    section, model = SECTION, TrackioSettings
+    _settings: TrackioSettings
+
     def __init__(self) -> None:
-        self._settings = TrackioSettings()
-        self._histograms = Histograms(0)
+        super().__init__()
         self._storage: Any = None
         self._row: dict[str, Any] = {}
-        self._events: EventTail | None = None
         self._resumed: int | None = None
         self._last = 0
-
-    @hookimpl
-    def apt_register_config(self) -> list[SectionSpec]:
-        return [SectionSpec(SECTION, TrackioSettings, inactive=inactive_of(SECTION))]
-
-    @hookimpl
-    def apt_configure(self, config: Config) -> None:
-        settings = config.section(SECTION)
-        assert isinstance(settings, TrackioSettings)
-        self._settings = settings
-        self._histograms = Histograms(settings.histograms_every_steps)
-
-    @hookimpl
-    def on_step_end(self, step: int, trainer: Any) -> None:
-        if self._settings.histograms_every_steps and trainer.rank == 0:
-            self._histograms.make(step, trainer.model)
 
     @hookimpl(background=True)
     def on_resume(self, step: int) -> None:
@@ -109,7 +93,7 @@ class Plugin:
         )
 
     def _tell_events(self) -> None:
-        for event in self._events.new() if self._events is not None else ():
+        for event in self._new_events():
             self._log(event.step, {"event": line_of(event)})
 
     def _take_back(self, project: str, name: str, step: int) -> None:

@@ -11,13 +11,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from apt_core import ConfigError, PluginInfo, RunFacts, SectionSpec, hookimpl
+from apt_core import ConfigError, PluginInfo, RunFacts, hookimpl
 from apt_core.error_text import one_line
 from apt_core.runs.events import EventTail
 from apt_plugins.tracking.figures import ended, figures_of, flat, line_of, report_of
-from apt_plugins.tracking.histograms import Histograms
 from apt_plugins.tracking.kept import Kept
-from apt_plugins.tracking.settings import inactive_of
+from apt_plugins.tracking.tracker import Tracker
 from apt_plugins.wandb.settings import SECTION, WandbSettings
 
 if TYPE_CHECKING:
@@ -37,37 +36,26 @@ back."""
 log = logging.getLogger("apt.wandb")
 
 
-class Plugin:
+class Plugin(Tracker):
     """One run's part in a run of Weights & Biases."""
 
+    section, model = SECTION, WandbSettings
+    _settings: WandbSettings
+
     def __init__(self) -> None:
-        self._settings = WandbSettings()
-        self._histograms = Histograms(0)
+        super().__init__()
         self._patience = 0.0
         self._run: Any = None
-        self._events: EventTail | None = None
         self._resumed: tuple[int, int] | None = None
 
     @hookimpl
-    def apt_register_config(self) -> list[SectionSpec]:
-        return [SectionSpec(SECTION, WandbSettings, inactive=inactive_of(SECTION))]
-
-    @hookimpl
     def apt_configure(self, config: Config) -> None:
-        settings = config.section(SECTION)
-        assert isinstance(settings, WandbSettings)
-        self._settings = settings
-        self._histograms = Histograms(settings.histograms_every_steps)
+        super().apt_configure(config)
         self._patience = config.training.background_timeout
-        if settings.mode == "online" and not has_key():
+        if self._settings.mode == "online" and not has_key():
             raise ConfigError(
                 "online needs a key, and there is none", key=f"{SECTION}.mode", hint="wandb login"
             )
-
-    @hookimpl
-    def on_step_end(self, step: int, trainer: Any) -> None:
-        if self._settings.histograms_every_steps and trainer.rank == 0:
-            self._histograms.make(step, trainer.model)
 
     @hookimpl(background=True)
     def on_resume(self, step: int, from_step: int) -> None:
@@ -170,7 +158,7 @@ class Plugin:
         self._run.log({STEP: step, "part": int(part), "event": f"resumed: {text}"})
 
     def _tell_events(self) -> None:
-        for event in self._events.new() if self._events is not None else ():
+        for event in self._new_events():
             self._run.log({STEP: event.step, "event": line_of(event)})
 
     def _end(self, run: RunFacts, *, failed: bool) -> None:
