@@ -406,10 +406,13 @@ class PluginManager(pluggy.PluginManager):
         background = self.background
         if background is None:
             return
-        until = monotonic() + seconds
+        watch, until = self.watch, monotonic() + seconds
+        before = None if watch is None else watch.before()
         while not background.drained(until):
             self.settle_background()
         left = background.end(seconds)
+        if watch is not None and (changes := watch.put_back(before)):
+            self.failures.report_leftovers_of_one(self.in_background(), changes)
         self.settle_background()
         self.failures.report_all_dropped()
         for trouble in left:

@@ -108,16 +108,12 @@ class _BeforeTorch(MetaPathFinder):
 
 @contextmanager
 def watching_thread(changes: list[str]) -> Iterator[None]:
-    """Put back what a thread beside the loop changes in the process, and add it to ``changes`` as
-    texts."""
-    if "torch" in sys.modules:
-        from apt_core.torch_state import watching_thread as watching
-
-        with watching(changes):
-            yield
-        return
-    before = [state.get() for state in PYTHON_STATES]
-    try:
+    """Put back what a thread beside the loop, which has imported torch, changes in the process, and
+    add it to ``changes`` as texts."""
+    if "torch" not in sys.modules:
         yield
-    finally:
-        changes += put_back(PYTHON_STATES, before)
+        return
+    from apt_core.torch_state import watching_thread as watching
+
+    with watching(changes):
+        yield

@@ -371,15 +371,20 @@ class TorchWatch:
 
 # Threads beside the loop ------------------------------------------------------------------------
 
+OF_THE_LOOP = ("number of threads", "fp32 precision", "deterministic algorithms",
+               "cudnn_benchmark", "recursion limit")  # fmt: skip
+"""The states that all threads share and that the loop sets: a thread beside it cannot tell a change
+of its own from the loop's. The loop finds them once a step."""
+
 PROCESS_WIDE = tuple(
     state
     for state in STATES
-    if state.name in ("default dtype", "number of threads", "fp32 precision",
-                      "deterministic algorithms", "order of attention kernels", *SWITCHES,
+    if state.name in ("default dtype", "order of attention kernels", *SWITCHES,
                       *(f"{name} attention kernel" for name in SDPA),
                       *(state.name for state in PYTHON_STATES))
+    and state.name not in OF_THE_LOOP
 )  # fmt: skip
-"""The states that all threads share; a thread has the others to itself."""
+"""The other states that all threads share; a thread has the rest to itself."""
 
 
 class OwnRandomNumbers(TorchDispatchMode):
@@ -447,8 +452,8 @@ def _device_of(arguments: Mapping[str, Any]) -> torch.device:
 
 @contextmanager
 def watching_thread(changes: list[str]) -> Iterator[None]:
-    """Put back what the context changes of the state that all threads share, and add it to
-    ``changes`` as texts. What the context draws does not reach the training."""
+    """Put back what the context changes of the states PROCESS_WIDE, and add it to ``changes`` as
+    texts. What the context draws does not reach the training."""
     before = _read(state.get for state in PROCESS_WIDE)
     modes = _dispatch_modes()
     # Not by entering the mode: that sets flags of all threads, by which torch.compile goes.

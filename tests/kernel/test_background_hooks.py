@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 
 from apt_core import ConfigError, StopTraining, hookimpl
+from apt_core.background_hooks import BackgroundHooks
 from apt_core.errors import PluginError
 from apt_core.hookspecs import POLICIES, hooks_where
 from apt_core.plugin_manager import PluginManager
+from apt_core.process_watch import EarlyWatch
 
 SECONDS = 60.0
 
@@ -156,13 +159,22 @@ def test_a_failure_is_named_counted_and_quarantined(
 
 
 @pytest.mark.parametrize("how", ["fails", "drops", "hangs", "leaves"])
-def test_strict_makes_an_error_of_each(plugin_of: type, how: str) -> None:
+def test_strict_makes_an_error_of_each(
+    plugin_of: type, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manager = PluginManager(strict=True)
-    gate = Gate()
+    manager.watch = EarlyWatch()
+    gate, waits = Gate(), threading.Event()
+    drain = BackgroundHooks.drained
+
+    def drained(self: BackgroundHooks, until: float) -> bool:
+        waits.set()
+        return drain(self, until)
+
+    monkeypatch.setattr(BackgroundHooks, "drained", drained)
 
     def leaves() -> None:
-        import sys
-
+        assert waits.wait(SECONDS)
         sys.setrecursionlimit(sys.getrecursionlimit() + 1)
 
     functions = {"fails": background(fails), "leaves": background(leaves)}
@@ -291,17 +303,16 @@ def test_what_a_thread_changes_in_the_process_is_put_back_and_told(
     def change() -> None:
         torch.set_default_dtype(torch.float64)
         torch.set_grad_enabled(False)  # of this thread alone
-        torch.set_num_threads(torch.get_num_threads() + 1)
         os.chdir("/")
         raise ValueError("and more")
 
-    folder, threads = os.getcwd(), torch.get_num_threads()
+    folder = os.getcwd()
     manager.register(plugin_of(on_metrics=background(change)), "messy")
     with manager.background_hooks(100, 0.0):
         manager.hook.on_metrics(metrics={}, step=1)
         manager.finish_background(SECONDS)
     assert torch.get_default_dtype() is torch.float32
-    assert (os.getcwd(), torch.get_num_threads()) == (folder, threads)
+    assert os.getcwd() == folder
     assert torch.is_grad_enabled()
     record = manager.records["messy"]
     (left,) = record.leftovers
@@ -309,3 +320,27 @@ def test_what_a_thread_changes_in_the_process_is_put_back_and_told(
     assert "default dtype from torch.float32 to torch.float64" in left.error
     assert "working directory" in left.error
     assert [failure.error for failure in record.failures] == ["ValueError: and more"]
+
+
+def test_what_the_loop_changes_meanwhile_stays_and_is_no_plugins_change(
+    manager: PluginManager, plugin_of: type
+) -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def report() -> None:
+        begun.set()
+        assert goes_on.wait(SECONDS)
+
+    before = sys.getrecursionlimit()
+    manager.register(plugin_of(on_metrics=background(report)), "innocent")
+    try:
+        with manager.background_hooks(100, 0.0):
+            manager.hook.on_metrics(metrics={}, step=1)
+            assert begun.wait(SECONDS)
+            sys.setrecursionlimit(before + 7)
+            goes_on.set()
+            manager.finish_background(SECONDS)
+            assert sys.getrecursionlimit() == before + 7
+    finally:
+        sys.setrecursionlimit(before)
+    assert manager.records["innocent"].leftovers == []
