@@ -27,7 +27,7 @@ PLUGIN = PluginInfo(
 class Plugin(Tracker):
     """The event files of one run."""
 
-    section, model = SECTION, TensorboardSettings
+    section, settings_model = SECTION, TensorboardSettings
     _settings: TensorboardSettings
 
     def __init__(self) -> None:

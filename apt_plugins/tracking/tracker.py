@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 
 class Tracker:
-    """One run's tracker. A subclass names its ``section`` and the ``model`` of it, sets
+    """One run's tracker. A subclass names its ``section`` and the ``settings_model`` of it, sets
     ``_events`` when training starts, and reports in the background."""
 
     section: ClassVar[str]
-    model: ClassVar[type[TrackerSettings]]
+    settings_model: ClassVar[type[TrackerSettings]]
 
     def __init__(self) -> None:
-        self._settings: Any = self.model()
+        self._settings: Any = self.settings_model()
         self._histograms = Histograms(0)
         self._events: EventTail | None = None
 
     @hookimpl
     def apt_register_config(self) -> list[SectionSpec]:
-        return [SectionSpec(self.section, self.model, inactive=inactive_of(self.section))]
+        return [SectionSpec(self.section, self.settings_model, inactive=inactive_of(self.section))]
 
     @hookimpl
     def apt_configure(self, config: Config) -> None:

@@ -32,7 +32,7 @@ BUSY_SECONDS = 30.0
 class Plugin(Tracker):
     """One run in the database."""
 
-    section, model = SECTION, TrackioSettings
+    section, settings_model = SECTION, TrackioSettings
     _settings: TrackioSettings
 
     def __init__(self) -> None:

@@ -39,7 +39,7 @@ log = logging.getLogger("apt.wandb")
 class Plugin(Tracker):
     """One run's part in a run of Weights & Biases."""
 
-    section, model = SECTION, WandbSettings
+    section, settings_model = SECTION, WandbSettings
     _settings: WandbSettings
 
     def __init__(self) -> None:
