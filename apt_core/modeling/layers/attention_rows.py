@@ -147,13 +147,17 @@ class AttentionRows:
         if self.attend_rows is not None:
             return self.attend_rows(q, k, v, step)
         if attend is None:
-            causal = step.whole and step.length > 1
+            if step.length == 1:
+                # The heads of a group are queries of one place, so keys are read once for them all.
+                grouped = q.view(*k.shape[:2], -1, self._width)
+                mask = step.added_mask(q.dtype)
+                return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view_as(q)
             return F.scaled_dot_product_attention(
                 q,
                 k,
                 v,
-                attn_mask=None if causal else step.added_mask(q.dtype),
-                is_causal=causal,
+                attn_mask=None if step.whole else step.added_mask(q.dtype),
+                is_causal=step.whole,
                 enable_gqa=self._grouped,
             )
         if not step.masked:
