@@ -268,11 +268,13 @@ class Loop:
         if not scores:
             return
         training, metrics, step = self.config.training, self.progress.metrics, self.progress.step
-        of_step = "" if metrics.get("step") == step else f" (step {metrics.get('step')})"
+        trained = ""
+        if CROSS_ENTROPY in metrics:  # else the run has logged no step yet
+            of_step = "" if metrics["step"] == step else f" (step {metrics['step']})"
+            trained = f"loss={metrics[CROSS_ENTROPY]:.3f}{of_step}  "
         self.manager.events.record(
             "epoch_ended",
-            f"Epoch {epoch}/{self.config.max_epochs}: "
-            f"loss={metrics.get(CROSS_ENTROPY, float('nan')):.3f}{of_step}  held out: "
+            f"Epoch {epoch}/{self.config.max_epochs}: {trained}held out: "
             f"loss={scores['val_loss']:.3f} ppl={scores['val_ppl']:.2f} "
             f"bits/byte={scores['val_bpb']:.3f}"
             + "".join(f", {t}" for t in told_shares(scores))
