@@ -16,6 +16,19 @@ of plugins but without tensors."""
 
 MAX_LINE = 2**24
 MAX_DEPTH = 200
+MAX_DIGITS = 1000
+
+
+class LongNumberError(ValueError):
+    """A number that takes long to read, and that nothing which is read here has."""
+
+
+def whole_number(digits: str) -> int:
+    """``parse_int`` of a decoder, which without it tells how to lift Python's own limit. Raises
+    LongNumberError."""
+    if len(digits) > MAX_DIGITS:
+        raise LongNumberError(f"holds a number of more than {MAX_DIGITS:,} digits")
+    return int(digits)
 
 
 def read_json(path: Path) -> Any:
@@ -26,9 +39,11 @@ def read_json(path: Path) -> Any:
 def parse_json(text: str) -> Any:
     """The value of a text. Raises ValueError as :func:`read_json` does."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_int=whole_number)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+    except LongNumberError as error:
+        raise ValueError(f"it {error}") from None
     level, depth = [value], 0
     while level := [child for item in level for child in _children(item)]:
         depth += 1

@@ -118,6 +118,7 @@ def test_every_sample_that_is_wrong_is_named(tmp_path):
         ("[]", "holds no text", ""),
         ('[{"concept": "a", "concept": "b"}]', "has 'concept' twice", ""),
         ("[" * 100_000, "is nested too deep", ""),
+        ("9" * 5_000, "holds a number of more than 1,000 digits", ""),
     ],
 )
 def test_a_file_that_has_no_samples_is_refused(tmp_path, content, message, line):

@@ -12,6 +12,7 @@ from typing import Any
 from apt_core.data.sources.base import FileSource, Reader
 from apt_core.data.sources.jsonl import object_of
 from apt_core.data.sources.reading import Reading
+from apt_core.json_files import whole_number
 from apt_core.providers.dataset import SourceSection
 from apt_core.providers.documents import Document
 
@@ -95,7 +96,9 @@ def read_hlbd(reading: Reading) -> Iterator[Document]:
 def _samples(reading: Reading) -> list[Any]:
     """The samples of the file. Raises ConfigError where there are none."""
     try:
-        found = json.loads("".join(reading.text()), object_pairs_hook=object_of)
+        found = json.loads(
+            "".join(reading.text()), object_pairs_hook=object_of, parse_int=whole_number
+        )
     except json.JSONDecodeError as error:
         reading.fail(f"is not JSON: {error.msg} at column {error.colno:,}", error.lineno)
     except RecursionError:

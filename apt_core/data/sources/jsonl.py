@@ -10,6 +10,7 @@ from typing import Any
 from apt_core.data.sources.base import FileSource, Reader
 from apt_core.data.sources.reading import MAX_RECORD, Reading
 from apt_core.data.sources.records import HINT, document_of, missing_key
+from apt_core.json_files import whole_number
 from apt_core.providers.documents import Document
 
 JSON_LINES = (".jsonl", ".ndjson")
@@ -171,17 +172,7 @@ _NAMES = {list: "list", str: "string", bool: "truth value", type(None): "null"}
 
 
 def _decoder() -> json.JSONDecoder:
-    return json.JSONDecoder(object_pairs_hook=object_of, parse_int=_number)
-
-
-class _LongNumberError(ValueError):
-    """A number that takes long to read, and that no document has."""
-
-
-def _number(digits: str) -> int:
-    if len(digits) > 1000:
-        raise _LongNumberError("holds a number of more than 1,000 digits")
-    return int(digits)
+    return json.JSONDecoder(object_pairs_hook=object_of, parse_int=whole_number)
 
 
 def _unread(error: Exception) -> str:

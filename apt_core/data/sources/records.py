@@ -8,6 +8,7 @@ from typing import Any
 
 from apt_core.data.sources.faults import Faults
 from apt_core.errors import did_you_mean
+from apt_core.json_files import whole_number
 from apt_core.providers.dataset import Columns
 from apt_core.providers.documents import Document
 
@@ -53,7 +54,7 @@ def read_record(record: dict[str, Any], faults: Faults, number: int) -> Document
     columns = faults.columns
     try:
         if isinstance(messages := record.get(columns.messages), str):
-            record[columns.messages] = json.loads(messages or "null")
+            record[columns.messages] = json.loads(messages or "null", parse_int=whole_number)
         return document_of(record, columns, faults.place(number))
     except (ValueError, RecursionError) as error:
         faults.fault(str(error), number)

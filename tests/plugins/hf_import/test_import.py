@@ -429,6 +429,7 @@ BAD: dict[str, tuple[Any, list[str]]] = {
     "biases": (changed_config(attention_bias=True), ["attention_bias, and there is no bias"]),
     "no JSON": (written("config.json", "{"), ["config.json: cannot be read"]),
     "deep JSON": (written("config.json", "[" * 10**5), ["nested too deep"]),
+    "a long number": (written("config.json", "[" + "9" * 5000), ["more than 1,000 digits"]),
     "a list": (written("config.json", "[]"), ["is no JSON object"]),
     "no configuration": (lambda folder: (folder / "config.json").unlink(), ["no config.json"]),
     "a truncated file": (truncated, ["model.safetensors: cannot be read"]),
