@@ -16,7 +16,7 @@ from apt_core.secrets import SecretValues, named_secrets, redact
 from apt_plugins.report.axes import Axis
 from apt_plugins.report.charts import Chart, Curve, Frame, for_any_width, line_chart, step_axis
 from apt_plugins.report.header import Header, header
-from apt_plugins.report.metrics import Series, training_loss
+from apt_plugins.report.metrics import Series, by_extent, training_loss
 from apt_plugins.report.page import SAMPLE_CHARACTERS, numbered, render
 from apt_plugins.report.panels import ALL_BUCKETS, FROM_ZERO, OPTIMISATION, SPEED, TITLES, Group
 from apt_plugins.report.run_data import MAX_RUNS, Run, read_run
@@ -113,7 +113,7 @@ def _charts(sides: Sequence[Side]) -> tuple[list[Chart], list[Group]]:
     ]
     buckets = max(20, min(350, ALL_BUCKETS // (len(sides) * (len(small) + 6))))
     trained = {side.name: training_loss(side.run.series) for side in sides}
-    held_out = {side.name: side.run.series.get("val_loss") for side in sides}
+    held_out = {side.name: _held_out(side.run.series) for side in sides}
     loss = [
         *_wide("Training loss, running mean", _curves(sides, trained, smooth=True), steps, buckets),
         *_wide("Held-out loss", _curves(sides, held_out), steps, buckets),
@@ -164,6 +164,12 @@ def _curves(
         for side in sides
         if (found := series[side.name]) is not None and found.x.size
     ]
+
+
+def _held_out(series: Mapping[str, Series]) -> Series | None:
+    """The held-out loss on as much text as most evaluations have scored."""
+    scores = series.get("val_loss")
+    return None if scores is None else by_extent(scores, series.get("val_tokens"))[0][0]
 
 
 def _over_tokens(sides: Sequence[Side], series: Mapping[str, Series | None]) -> list[Curve]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from apt_core.monitor import duration
 from apt_core.runs.metrics import NOT_FINITE, as_float
-from apt_plugins.report.metrics import Series, training_loss
+from apt_plugins.report.metrics import Series, by_extent, training_loss
 from apt_plugins.report.panels import last, lowest, median
 from apt_plugins.report.run_data import Run
 from apt_plugins.report.wording import cut, number, plain, size
@@ -139,6 +139,9 @@ def _detail(run: Run, name: str, series: Series | None, value: float, steps: flo
     if step not in (None, steps):
         parts.append(f"at step {step:,.0f}")
     start = _number(run.entries("figures").get(f"{name}_start"))
+    if series is not None and series.x.size and name.startswith("val_"):
+        parts_of_text = [part for part, _ in by_extent(series, run.series.get("val_tokens"))]
+        series = max(parts_of_text, key=lambda part: part.x[-1])
     least = lowest(series)
     if start is not None:
         parts.append(f"{number(round(start, 4))} at the start")

@@ -58,3 +58,19 @@ def training_loss(series: Mapping[str, Series]) -> Series | None:
         _, at, of = np.intersect1d(loss.x, entropy.x, return_indices=True)
         rest[at] = entropy.raw[of]
     return Series("loss", loss.x, rest)
+
+
+MAX_EXTENTS = 3
+
+
+def by_extent(scores: Series, tokens: Series | None) -> list[tuple[Series, str]]:
+    """``scores`` of held-out text apart by how many ``tokens`` of it were scored, each with that as
+    text: a score of a part of it is no point of the curve of the whole. Those of most evaluations
+    come first; all together where no two sets of them could be compared."""
+    if tokens is None or not np.array_equal(scores.x, tokens.x):
+        return [(scores, "")]
+    extents, first, times = np.unique(tokens.raw, return_index=True, return_counts=True)
+    if not 1 < extents.size <= MAX_EXTENTS:
+        return [(scores, "")]
+    order = np.lexsort((first, -times))
+    return [(scores.where(tokens.raw == n), f"{int(n):,} tokens") for n in extents[order]]

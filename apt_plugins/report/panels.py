@@ -24,7 +24,7 @@ from apt_plugins.report.charts import (
     line_chart,
     step_axis,
 )
-from apt_plugins.report.metrics import Array, Series, training_loss
+from apt_plugins.report.metrics import Array, Series, by_extent, training_loss
 from apt_plugins.report.thinning import means
 
 TITLES = {
@@ -122,7 +122,7 @@ def panels(metrics: Metrics, series: Mapping[str, Series], marks: Sequence[Mark]
     groups = []
     for title, names in named.items():
         charts = [
-            _chart([series[name] for name in together], title, steps, buckets)
+            _chart([series[name] for name in together], title, steps, buckets, series)
             for together in _together(names)
         ]
         groups.append(Group(title, [chart for chart in charts if chart is not None]))
@@ -162,17 +162,20 @@ def _together(names: Sequence[str]) -> list[list[str]]:
     return list(charts.values())
 
 
-def _chart(series: Sequence[Series], group: str, steps: Axis, buckets: int) -> Chart | None:
-    """One chart of one series, or of the quantiles of one figure."""
+def _chart(
+    series: Sequence[Series], group: str, steps: Axis, buckets: int, all_of: Mapping[str, Series]
+) -> Chart | None:
+    """One chart of one series of ``all_of`` the run's, or of the quantiles of one figure."""
     name = series[0].name
     quantile = QUANTILE.fullmatch(name) if len(series) > 1 else None
     label = quantile[1] if quantile else name
     label = label.partition("/")[2] if group.startswith("Metrics of") else label
     if quantile:
         curves = [Curve(s, s.name.rpartition("_")[2], i) for i, s in enumerate(series)]
+    elif name.startswith("val_"):
+        curves = _held_out(all_of, name, label)
     else:
-        color = int(name.startswith("val_"))
-        curves = [Curve(series[0], label, color, noisy=is_noisy(series[0]))]
+        curves = [Curve(series[0], label, noisy=is_noisy(series[0]))]
     return line_chart(
         TITLES.get(name, f"{label}, quantiles" if quantile else label),
         curves,
@@ -188,14 +191,11 @@ def _loss_charts(
     series: Mapping[str, Series], last_step: int, marks: Sequence[Mark], buckets: int
 ) -> list[Chart]:
     """Training and held-out loss over linear and over logarithmic steps."""
-    curves = [
-        # Evaluations predict the same text each time: their differences are no noise.
-        Curve(drawn, label, color, noisy=not color and is_noisy(drawn))
-        for color, (drawn, label) in enumerate(
-            ((training_loss(series), "training"), (series.get("val_loss"), "held out"))
-        )
-        if drawn is not None
-    ]
+    curves = []
+    if (trained := training_loss(series)) is not None:
+        curves.append(Curve(trained, "training", noisy=is_noisy(trained)))
+    # Evaluations predict the same text each time: their differences are no noise.
+    curves += _held_out(series, "val_loss", "held out")
 
     def draw(frame: Frame, log: bool) -> Chart | None:
         return line_chart(
@@ -209,6 +209,16 @@ def _loss_charts(
 
     charts = [for_any_width(partial(draw, log=log)) for log in (False, True)]
     return [chart for chart in charts if chart is not None]
+
+
+def _held_out(series: Mapping[str, Series], name: str, label: str) -> list[Curve]:
+    """A curve of the scores ``name`` for each amount of held-out text that was scored."""
+    if (scores := series.get(name)) is None:
+        return []
+    return [
+        Curve(part, f"{label}, {extent}" if extent else label, color)
+        for color, (part, extent) in enumerate(by_extent(scores, series.get("val_tokens")), 1)
+    ]
 
 
 def _time_split(series: Mapping[str, Series], steps: Axis, buckets: int) -> TimeSplit | None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import shutil
 
 import pytest
 
@@ -110,6 +111,25 @@ def test_figures_of_another_step_than_the_last_say_so(make_run, make_rows, page,
     )
     assert tiles["held-out loss"] == "at step 20, lowest 2.5"
     assert tiles["training loss"] == "at step 30, lowest 2"
+
+
+def test_scores_of_a_part_of_the_held_out_text_are_no_points_of_the_curve_of_the_whole(
+    tmp_path, make_run, make_rows, page
+):
+    scored = [(10, 3.0, 500), (20, 2.5, 500), (30, 2.75, 9000)]
+    metrics = [
+        *make_rows(30),
+        *({"step": n, "val_loss": loss, "val_ppl": 9.0, "val_tokens": t} for n, loss, t in scored),
+    ]
+    shown = page(make_run(metrics, step=30, figures={"val_loss": 2.75, "val_step": 30}))
+    named = {series["name"]: (series["x"], series["y"]) for series in shown.charts[0]["series"]}
+    assert named["held out, 500 tokens"] == ([10, 20], [3.0, 2.5])
+    assert named["held out, 9,000 tokens"] == ([30], [2.75])
+    assert ">lowest 2.75<" in shown.html
+    shutil.rmtree(tmp_path / "run")
+    one = [{**row, "val_tokens": 500} if "val_tokens" in row else row for row in metrics]
+    names = [series["name"] for series in page(make_run(one)).charts[0]["series"]]
+    assert names == ["training", "held out"]
 
 
 def test_the_values_under_the_pointer_are_those_of_the_rows(make_run, page):
