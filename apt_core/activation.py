@@ -22,7 +22,7 @@ from apt_core.plugin_checks import misplaced_hooks
 from apt_core.plugin_manager import PluginManager
 from apt_core.plugin_records import PluginRecord
 from apt_core.process_watch import EarlyWatch
-from apt_core.selection import COMMAND_LINE, Wanted, select
+from apt_core.selection import COMMAND_LINE, Wanted, select, turned_on
 from apt_core.types import ProviderSpec, SectionSpec
 
 log = get_logger("apt")
@@ -107,15 +107,16 @@ def activate(
             wanted = Wanted(name, name, where=missing[spec.kind, spec.name])
             reason = f"plugin {name} activated: the profile names {spec.key}"
             loaded.append(replace(_load(wanted, manager, available.installed), reason=reason))
-    for name, where in _trackers(source).items():
+    for name in turned_on(source.data):
         if name in selection.blocked:
             needless.discard(name)
         elif name in available.installed and not (
             name in selection.wanted or manager.has_plugin(name)
         ):
             # A run is not refused for the sake of a tracker: it is broken, and the key inactive.
-            wanted = Wanted(name, name, on_failure="isolate", where=where)
-            reason = f"plugin {name} activated: the profile says monitoring.{name}.enabled"
+            key = f"monitoring.{name}.enabled"
+            wanted = Wanted(name, name, on_failure="isolate", where=source.where(key))
+            reason = f"plugin {name} activated: the profile says {key}"
             found = _load(wanted, manager, available.installed)
             loaded.append(replace(found, reason=reason if found.declared.problem is None else ""))
     active = [each for each in loaded if each.declared.problem is None]
@@ -142,16 +143,6 @@ def activate(
         ],
         notices=[notice for each in loaded for notice in _notices(each, manager)],
     )
-
-
-def _trackers(source: Source) -> dict[str, str]:
-    """The plugins that the profile turns on by ``monitoring.NAME.enabled``, with the place."""
-    monitoring = source.data.get("monitoring")
-    return {
-        name: source.where(f"monitoring.{name}.enabled")
-        for name, settings in (monitoring.items() if isinstance(monitoring, Mapping) else ())
-        if isinstance(settings, Mapping) and settings.get("enabled") is True
-    }
 
 
 def _sections(loaded: Iterable[Loaded]) -> list[SectionSpec]:

@@ -1,4 +1,4 @@
-"""Selects the plugins of a run: the profile's ``plugins:`` and ``--plugin``, minus ``no:NAME``."""
+"""Selects a run's plugins: ``plugins:`` of the profile, ``--plugin``, trackers; minus ``no:NAME``."""
 
 from __future__ import annotations
 
@@ -181,3 +181,13 @@ def _shown(wanted: Wanted) -> str:
     options = {"priority": wanted.priority, "on_failure": wanted.on_failure}
     given = [f"{key}: {value}" for key, value in options.items() if value is not None]
     return f"{wanted.reference!r} ({', '.join(given) or 'without options'})"
+
+
+def turned_on(data: Mapping[str, Any]) -> list[str]:
+    """The plugins of trackers that a profile turns on by ``monitoring.NAME.enabled``."""
+    monitoring = data.get("monitoring")
+    return [
+        name
+        for name, settings in (monitoring.items() if isinstance(monitoring, Mapping) else ())
+        if isinstance(settings, Mapping) and settings.get("enabled") is True
+    ]

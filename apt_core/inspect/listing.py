@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,14 +13,15 @@ from apt_core import hookspecs
 from apt_core.catalogue import Catalogue, resolve, usable
 from apt_core.code_source import short_path, source_of
 from apt_core.declarations import Declared, declared_by
-from apt_core.discovery import installed_plugins
+from apt_core.discovery import Installed, installed_plugins
 from apt_core.error_text import one_line
 from apt_core.errors import ConfigError, Problem
 from apt_core.hookspecs import POLICIES
+from apt_core.kinds import named_providers
 from apt_core.plugin_manager import PluginManager
 from apt_core.plugin_objects import options_of
 from apt_core.plugin_records import PluginRecord
-from apt_core.selection import select
+from apt_core.selection import Wanted, select, turned_on
 from apt_core.types import ProviderSpec, SectionSpec
 
 if TYPE_CHECKING:
@@ -51,15 +52,16 @@ def survey(profile: str = "", plugins: Sequence[str] = ()) -> Listing:
     is available; with neither, all installed plugins are listed. A plugin that cannot be loaded is
     broken, and never an error here.
     """
-    listed, folder, waiting = _read(profile) if profile else (None, None, set[str]())
+    data, folder, waiting = _read(profile) if profile else ({}, None, set[str]())
     damaged: list[Problem] = []
     installed = installed_plugins(problems=damaged)
-    selection = select(listed, plugins, installed, folder=folder)
+    selection = select(data.get("plugins"), plugins, installed, folder=folder)
     chosen = PluginManager()
     everything = PluginManager(listing=True)
     listing = Listing(chosen, Catalogue(), {}, problems=[*damaged, *selection.problems])
     providers: dict[str, Sequence[ProviderSpec]] = {}
-    for wanted in selection.wanted.values():
+
+    def take(wanted: Wanted) -> None:
         declared = declared_by(wanted.reference, installed, chosen)
         record = declared.record
         record.name, record.priority = wanted.name, wanted.priority
@@ -70,6 +72,9 @@ def survey(profile: str = "", plugins: Sequence[str] = ()) -> Listing:
             providers[wanted.name] = declared.providers
             everything.register(chosen.get_plugin(wanted.name), wanted.name)
         listing.records[wanted.name] = record
+
+    for wanted in selection.wanted.values():
+        take(wanted)
     for name in selection.blocked:
         entry = installed.get(name)
         listing.records[name] = PluginRecord(
@@ -79,6 +84,11 @@ def survey(profile: str = "", plugins: Sequence[str] = ()) -> Listing:
             state="blocked",
             reason=f"no:{name}",
         )
+    if data:
+        known = Catalogue(providers.items())
+        named = {pair for pair in named_providers(data, listing.sections) if pair not in known}
+        for name in _activated(data, named, set(installed) - set(listing.records), installed):
+            take(Wanted(name, name))
     for name in installed:
         if name not in listing.records:
             declared = declared_by(name, installed, everything)
@@ -96,6 +106,22 @@ def survey(profile: str = "", plugins: Sequence[str] = ()) -> Listing:
             profile, listing, lambda: [declared_by(reference, installed) for reference in blocked]
         )
     return listing
+
+
+def _activated(
+    data: Mapping[str, Any],
+    named: Collection[tuple[str, str]],
+    names: Collection[str],
+    installed: Mapping[str, Installed],
+) -> list[str]:
+    """Those of the plugins ``names`` that a run of this profile activates though it does not list
+    them: trackers that it turns on, and what offers the providers ``named`` by it."""
+    offering = [
+        name
+        for name in sorted(names if named else ())
+        if any((s.kind, s.name) in named for s in declared_by(name, installed).providers)
+    ]
+    return sorted({*offering, *(name for name in turned_on(data) if name in names)})
 
 
 def _profile_problems(
@@ -122,8 +148,8 @@ def _profile_problems(
     return found.problems
 
 
-def _read(profile: str) -> tuple[Any, Path | None, set[str]]:
-    """A profile's list of plugins, its folder, and the plugins that its schedule enables later."""
+def _read(profile: str) -> tuple[Mapping[str, Any], Path | None, set[str]]:
+    """A profile, the folder of its plugins, and those that its schedule enables later."""
     # Reading profiles takes pydantic, which takes as long to import as all of a plain listing.
     from apt_core.config import read_profile
     from apt_core.schedules import Schedule
@@ -137,7 +163,7 @@ def _read(profile: str) -> tuple[Any, Path | None, set[str]]:
             for boundary in schedule.boundaries()
             if not schedule.should_enable_plugin(boundary.plugin, epoch=1, step=1, tokens=0)
         }
-    return source.data.get("plugins"), source.folder_of(("plugins",)), later
+    return source.data, source.folder_of(("plugins",)), later
 
 
 def implementation_rows(listing: Listing, hook: str | None = None) -> list[dict[str, Any]]:

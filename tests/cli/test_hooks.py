@@ -104,6 +104,26 @@ def test_list_marks_wrappers_and_follows_the_priorities_of_the_profile(
     assert "sample (wrapper)" in shown
 
 
+def test_what_a_key_activates_is_listed_as_active(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("APT_DISABLE_PLUGIN_AUTOLOAD")
+    Path("mine.yaml").write_text(
+        "model: {attention_name: linear_causal}\nmonitoring: {tensorboard: {enabled: true}}\n"
+    )
+    states = {
+        row["name"]: row["state"] for row in command(app, "plugins", "-p", "mine", "--json").json
+    }
+    assert {name for name, state in states.items() if state == "active"} == {
+        "linear_attn",
+        "tensorboard",
+    }
+    rows = command(app, "list", "-p", "mine", "--json").json
+    assert {row["plugin"] for row in rows} == {"linear_attn", "tensorboard"}
+    left = command(app, "plugins", "-p", "mine", "--plugin", "no:tensorboard", "--json").json
+    assert {row["state"] for row in left if row["name"] == "tensorboard"} == {"blocked"}
+
+
 def test_plugins_tells_the_state_of_each(command: Command, plugin: str) -> None:
     Path("bad.py").write_text("import no_such_thing\n")
     Path("mine.yaml").write_text(
