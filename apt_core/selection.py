@@ -1,4 +1,4 @@
-"""Selects a run's plugins: ``plugins:`` of the profile, ``--plugin``, trackers; minus ``no:NAME``."""
+"""Selects a run's plugins: ``plugins:`` of the profile, ``--plugin``, trackers; not ``no:NAME``."""
 
 from __future__ import annotations
 
