@@ -34,6 +34,15 @@ LEFT_OUT = {
 }
 """What says nothing about a provider of the core; everything else is done."""
 
+COMPILED_LONG = {
+    "attention:tva_default",
+    "attention:tva_default-r=1-s=0",
+    "attention:tva_default-rank=6-factored=True",
+    "attention:mha-qk_norm=True-qk_norm_eps=1e-05-head_dim=6",
+    "ffn:vft",
+}
+"""Settings of providers that are compiled with other settings too."""
+
 WITHOUT_CHECKS = {"dataset"}
 
 
@@ -43,7 +52,9 @@ def every_check() -> list[Any]:
         kind = CORE[key].kind
         shown = "".join(f"-{name}={value}" for name, value in settings.items())
         for check in checks_of(kind, resolve_name(str(CORE[key].factory))(settings or None)):
-            found.append(pytest.param(key, check, id=f"{key}{shown}-{check}"))
+            long = str(check) == "compile" and key + shown in COMPILED_LONG
+            marks = [pytest.mark.long] if long else []
+            found.append(pytest.param(key, check, id=f"{key}{shown}-{check}", marks=marks))
     return found
 
 
