@@ -127,7 +127,7 @@ def packed():
     return {"mask": document_mask(documents), "positions": document_positions(documents)}
 
 
-@pytest.mark.parametrize("position", ["rope", "learned"])
+@pytest.mark.parametrize("position", ["rope", pytest.param("learned", marks=pytest.mark.long)])
 def test_the_whole_model_compiles_to_one_graph(attention_of, packed, position):
     model = attention_of("tva_default", {"s": 2}).model(
         attention_pattern=["tva_default", "mha"],
