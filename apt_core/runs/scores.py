@@ -72,11 +72,12 @@ def read_evaluation(path: Path) -> Evaluated | None:
 
 
 def _number(value: Any) -> float:
-    """A score of a file, in which one that is not finite is a text. Raises TypeError, ValueError,
-    OverflowError."""
+    """A score of a file, in which one that is not finite is a text; a count stays whole. Raises
+    TypeError, ValueError, OverflowError."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise TypeError(f"{value!r} is no number")
-    return float(value)
+    number = float(value)
+    return value if isinstance(value, int) else number
 
 
 def best_by_evaluation(root: Path, watched: str = "") -> tuple[Path, float] | None:

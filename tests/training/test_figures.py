@@ -137,7 +137,7 @@ def test_a_resume_of_what_is_finished_keeps_its_figures(tmp_path: Path, ends: in
     for more in again:
         run = tiny_run(overrides={**changes, **more}, output=tmp_path / "run", resume=True)
         figures = run.manifest["figures"]
-        assert {n: figures[n] for n in before} == before
+        assert str({n: figures[n] for n in before}) == str(before)  # a count stays whole
         assert (figures["part_steps"], figures["part_tokens"]) == (0, 0)
         assert run.manifest["sample"] == first.result.sample
         assert run.metrics == first.metrics
