@@ -118,7 +118,8 @@ def of_plugin(record: PluginRecord) -> list[str]:
         for left in record.leftovers
     ]
     lines += [
-        f"{record.name}: {record.state}; {count:,} calls of {hook} in the background were dropped"
+        f"{record.name}: {record.state}; calls of {hook} in the background that were dropped: "
+        f"{count:,}"
         for hook, count in record.dropped.items()
     ]
     if not (record.failures or lines):

@@ -132,7 +132,7 @@ def test_one_that_hangs_is_left_behind_and_what_it_lost_is_told(
     told = [event.data for event in read_events(tmp_path).events if event.kind == "dropped"]
     assert {"hook": "on_metrics", "count": rows, "reason": "in the whole run"} in told
     assert {"hook": "on_metrics", "count": 1, "reason": "2 calls wait already"} in told
-    assert f"tracker: active; {rows} calls of on_metrics in the background were dropped" in (
+    assert f"tracker: active; calls of on_metrics in the background that were dropped: {rows}" in (
         of_plugin(run.manager.records["tracker"])
     )
 
