@@ -7,6 +7,7 @@ import torch
 
 from apt_core.parallel import peak
 from apt_core.parallel.peak import measured_peak_flops
+from apt_core.testing import tiny_run
 
 CPU = torch.device("cpu")
 
@@ -62,3 +63,11 @@ def test_the_products_grow_as_long_as_there_is_time(monkeypatch) -> None:
     monkeypatch.setattr(peak, "_shortest_product", lambda size, *_: tried.append(size) or 1e-9)
     measured_peak_flops(CPU, torch.float32)
     assert tried[-1] == peak.LARGEST
+
+
+def test_no_share_of_a_peak_above_the_whole_is_told(monkeypatch) -> None:
+    for seconds, told in ((1e-9, True), (1e9, False)):
+        peak._peak.cache_clear()
+        monkeypatch.setattr(peak, "_shortest_product", lambda *_, seconds=seconds: seconds)
+        rows = tiny_run(steps=2, overrides={"training.log_every_steps": 1}).metrics
+        assert {"mfu" in row for row in rows if "tokens_per_s" in row} == {told}

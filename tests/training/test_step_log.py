@@ -96,8 +96,8 @@ def test_a_model_that_computes_most_of_the_time_uses_much_of_the_peak():
             "evaluation.eval_freq": 0, "hardware.num_threads": 1, "training.log_every_steps": 1,
         },
     )  # fmt: skip
-    # More than 1 only as far as other programs have disturbed the measurement of the peak.
-    assert 0.02 < of_steps(run)[-1]["mfu"] < 1.5
+    # It is left out where other programs have disturbed the measurement of the peak.
+    assert 0.02 < of_steps(run)[-1].get("mfu", 1.0) <= 1
 
 
 def test_what_comes_before_the_first_step_is_no_training_time():

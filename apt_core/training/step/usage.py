@@ -112,7 +112,8 @@ class Usage:
         if self._flops_per_token is not None:
             self._peak_flops = self._peak_flops or measured_peak_flops(self._device, self._dtype)
             used = self._flops_per_token * tokens_per_s / self._world.size
-            row["mfu"] = float(f"{used / self._peak_flops:.3g}")
+            if used <= self._peak_flops:  # else something else ran while the peak was measured
+                row["mfu"] = float(f"{used / self._peak_flops:.3g}")
         row["memory_mb"] = self._memory_mb()
         return row
 
