@@ -50,12 +50,12 @@ class Plan:
 
 @dataclass
 class Seen:
-    """What came of it: of every call of the hook the steps that were taken before it, and the one
-    at hand (None: the run has no folder yet), how often the fault was committed, and of an innocent
+    """What came of it: by hook, of every call the steps that were taken before it, and the one at
+    hand (None: the run has no folder yet), how often the fault was committed, and of an innocent
     plugin how often each hook was called and what it was shown. ``trainer`` is that of the run once
     it has its folder."""
 
-    calls: list[tuple[int | None, int | None]] = field(default_factory=list)
+    calls: dict[str, list[tuple[int | None, int | None]]] = field(default_factory=dict)
     committed: int = 0
     innocent: dict[str, int] = field(default_factory=dict)
     shown: dict[str, list[str]] = field(default_factory=dict)
@@ -75,8 +75,9 @@ def plan(given: Plan) -> None:
 def due(hook: str, arguments: Arguments) -> bool:
     """Note a call of the hook: is the planned fault due in it?"""
     trainer = seen.trainer
-    seen.calls.append((None, None) if trainer is None else (trainer.step, trainer.manager.step))
-    number = len(seen.calls)
+    calls = seen.calls.setdefault(hook, [])
+    calls.append((None, None) if trainer is None else (trainer.step, trainer.manager.step))
+    number = len(calls)
     committed = bool(planned.kind) and (
         number >= planned.first if planned.always else number == planned.first
     )

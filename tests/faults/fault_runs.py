@@ -399,19 +399,29 @@ class Laboratory:
         return self._references[key]
 
     def reconnoitre(self, hook: str) -> Left:
-        """The run of a hook's cases without a fault: how often the hook is called, and when."""
-        if hook not in self._reconnaissance:
-            plugins = [{"name": str(self.faulty(hook, "plain"))}, {"name": str(self._innocent)}]
-            left = self._run(scene_of(hook), f"{hook}-quiet", plugins, fault_kinds.Plan())
-            self._reconnaissance[hook] = left
-        return self._reconnaissance[hook]
+        """The run of a hook's cases without a fault: how often the hook is called, and when. The
+        faulty plugin of it has every hook of the scene."""
+        scene = scene_of(hook)
+        if scene.name not in self._reconnaissance:
+            hooks = [each for each in HOOKS if scene_of(each) == scene]
+            sources = [source_of(FORM_SOURCES["plain"], each) for each in hooks]
+            extra = KEEPS if "apt_load_state_dict" in hooks else ""
+            path = self._plugin(f"{scene.name}/faulty.py", HEAD + "\n\n".join(sources) + extra)
+            plugins = [{"name": str(path)}, {"name": str(self._innocent)}]
+            left = self._run(scene, f"{scene.name}-recon", plugins, fault_kinds.Plan())
+            self._reconnaissance[scene.name] = left
+        return self._reconnaissance[scene.name]
+
+    def _calls(self, hook: str) -> list[tuple[int | None, int | None]]:
+        """The calls of a hook in a run without a fault."""
+        calls = self.reconnoitre(hook).seen.get("calls", {}).get(hook, [])
+        return [(taken, at) for taken, at in calls]
 
     def cases_of(self, hook: str) -> list[Case]:
         return cases_of(hook, self._places(hook))
 
     def _places(self, hook: str) -> dict[str, int]:
-        calls = [tuple(call) for call in self.reconnoitre(hook).seen.get("calls", [])]
-        places = positions(calls, SAVES_AT)
+        places = positions(self._calls(hook), SAVES_AT)
         if not places:
             raise LookupError(
                 f"{hook} is called in none of the scenes: add one to fault_matrix.SCENES in which "
@@ -424,7 +434,7 @@ class Laboratory:
     def run(self, case: Case, *, keep: bool = False) -> Verdict:
         """Run a case and say what came of it."""
         began = time.perf_counter()
-        scene, quiet = scene_of(case.hook), self.reconnoitre(case.hook)
+        scene = scene_of(case.hook)
         places = self._places(case.hook)
         always = case.position == "always"
         number = 1 if always else places[case.position]
@@ -437,7 +447,7 @@ class Laboratory:
         more = ["--strict"] * (case.policy == "strict")
         left = self._run(scene, name, plugins, plan, *more)
         # A checkpoint is told of when it is written, which is no matter of steps alone.
-        calls = left.seen.get("calls", quiet.seen["calls"])
+        calls = left.seen.get("calls", {}).get(case.hook) or self._calls(case.hook)
         taken = calls[number - 1][0] if len(calls) >= number else None
         expected = expected_of(case, number, taken)
         found = described(left)
@@ -548,7 +558,8 @@ class Laboratory:
         own, others = dict(left.seen["innocent"]), dict(quiet["innocent"])
         failures = len(_row(left).get("failures", []))
         lost = _row(left).get("state") != "active"
-        before = quiet["calls"][number - 1][0] is None or case.hook == "apt_transform_model"
+        before = self._calls(case.hook)[number - 1][0] is None
+        before = before or case.hook == "apt_transform_model"
         if lost and before:
             others["on_plugin_enabled"] -= 1
         if failures and not loading(case, number):
@@ -604,14 +615,14 @@ class Laboratory:
         lines = source_of(FORM_SOURCES[case.form], case.hook).count("\n") + HEAD.count("\n")
         if not any(f"faulty.py:{line}" in flat for line in range(1, lines + 1)):
             yield "the line of the plugin is not named"
-        if ends and self.reconnoitre(case.hook).seen["calls"][number - 1][0] is None:
+        if ends and self._calls(case.hook)[number - 1][0] is None:
             return  # before there is a manifest of this run
         if scene_of(case.hook).name == "plan":
             return
         row = _row(left)
         failures = [failure["hook"] for failure in row.get("failures", [])]
         limit = min(HOOKS[case.hook].failure_limit, FAILURES_IN_ALL)
-        due = len(self.reconnoitre(case.hook).seen["calls"]) - number + 1
+        due = len(self._calls(case.hook)) - number + 1
         count = min(limit, due) if case.position == "always" and not ends else 1
         if failures != [case.hook] * count:
             yield f"failures of {failures} are counted, not {count} of {case.hook}"

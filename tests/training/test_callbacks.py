@@ -125,8 +125,10 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     return run_with(output=tmp_path_factory.mktemp("quiet") / "run")
 
 
-@pytest.mark.parametrize("at", [0, 3])
-@pytest.mark.parametrize("kind", ISOLATED)
+TURNS = [(kind, 3 * (number % 2)) for number, kind in enumerate(ISOLATED)]
+
+
+@pytest.mark.parametrize(("kind", "at"), [*TURNS, ("forward", 3), ("gradients", 3), ("handler", 3)])
 def test_a_callback_that_fails_costs_its_plugin_and_not_the_run(
     kind: str, at: int, quiet: TinyRun, tmp_path: Path
 ) -> None:

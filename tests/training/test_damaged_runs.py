@@ -116,13 +116,14 @@ def a_socket(path: Path) -> None:
         os.chdir(here)
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "metrics.jsonl", "log.txt", "profile.yaml"])
+@pytest.mark.parametrize("names", [("manifest.json", "log.txt"), ("metrics.jsonl", "profile.yaml")])
 @pytest.mark.parametrize("put", [pipe, folder, dangling, outside, a_socket])
 def test_what_is_no_file_is_neither_waited_for_nor_followed(
-    run: Path, whole: TinyRun, name: str, put: Callable[[Path], None]
+    run: Path, whole: TinyRun, names: tuple[str, str], put: Callable[[Path], None]
 ) -> None:
-    (run / name).unlink()
-    put(run / name)
+    for name in names:
+        (run / name).unlink()
+        put(run / name)
     again = resume(run)
     assert again.result.status == "finished" and again.same_weights(whole)
     target = run.parent / "outside.txt"
@@ -130,16 +131,18 @@ def test_what_is_no_file_is_neither_waited_for_nor_followed(
     assert not (run / "nothing").exists()
 
 
-@pytest.mark.parametrize(
-    "name", ["state.json", "manifest.json", "profile.yaml", "model.safetensors"]
-)
 @pytest.mark.parametrize("put", [pipe, folder, dangling, a_socket])
 def test_the_checkpoint_before_one_that_lacks_a_file_is_used(
-    run: Path, whole: TinyRun, name: str, put: Callable[[Path], None]
+    run: Path, whole: TinyRun, put: Callable[[Path], None]
 ) -> None:
     newest = run / "checkpoints" / "step-00000004"
-    (newest / name).unlink()
-    put(newest / name)
+    for name in ("state.json", "manifest.json", "profile.yaml", "model.safetensors"):
+        kept = (newest / name).rename(run / "kept")
+        put(newest / name)
+        assert loaded_step(run / "checkpoints") == 2, name
+        if name != "model.safetensors":
+            (newest / name).rename(run / f"put-{name}")
+            kept.rename(newest / name)
     assert resume(run).same_weights(whole)
 
 

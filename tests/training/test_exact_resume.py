@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,18 +121,23 @@ def experiment(request, tmp_path_factory) -> Experiment:
     return made
 
 
-@pytest.mark.parametrize("n", [2, EPOCH - 1, EPOCH, EPOCH + 1, 2 * EPOCH - 1])
+KILLS = (2, EPOCH - 1, EPOCH, EPOCH + 1, 2 * EPOCH - 1)
+
+
 def test_killed_inside_an_accumulation_window_and_resumed_is_in_one_go(
-    experiment, in_children, differences, killer, n
+    experiment, in_children, differences, killer
 ):
-    name = f"killed-{n}"
+    """After each of these steps, one after another."""
     saving = {"training.save_every_steps": 1}
-    codes = in_children(lambda: experiment.train(name, killer(n), changes=saving))
-    assert codes == [-signal.SIGKILL]
-    resumed = experiment.train(name, resume=True)
-    assert f"(step {n})" in (experiment.folder / name / "log.txt").read_text(encoding="utf-8")
+    for n in KILLS:
+        kill, again = killer(n), n > KILLS[0]
+        part = partial(experiment.train, "killed", kill, changes=saving, resume=again)
+        assert in_children(part) == [-signal.SIGKILL]
+    resumed = experiment.train("killed", resume=True)
+    log = (experiment.folder / "killed" / "log.txt").read_text(encoding="utf-8")
+    assert all(f"(step {n})" in log for n in KILLS)
     assert resumed.result.step == 2 * EPOCH
-    assert differences(experiment.folder / "whole", experiment.folder / name) == []
+    assert differences(experiment.folder / "whole", experiment.folder / "killed") == []
 
 
 def test_killed_long_after_its_checkpoint_and_twice(experiment, in_children, differences, killer):
@@ -189,7 +195,11 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("item", BROKEN)
+@pytest.mark.parametrize(
+    ("experiment", "item"),
+    [*(("adamw", item) for item in BROKEN), ("muon", "optimizer")],
+    indirect=["experiment"],
+)
 def test_the_comparison_notices_a_state_item_that_is_not_restored(
     experiment, in_children, differences, killer, monkeypatch, item
 ):

@@ -233,7 +233,7 @@ from apt_core import hookimpl
 
 @hookimpl
 def on_step_start(step):
-    if step == 3:
+    if step == 2:
         pages = int(open("/proc/self/statm").read().split()[0])
         limit = pages * resource.getpagesize() + 400 * 2**20
         open({limit!r}, "w").write(str(limit))
@@ -245,12 +245,12 @@ def on_step_start(step):
 def test_what_is_advised_without_memory_fits_and_the_run_goes_on(
     apt_train, profile, tmp_path, in_children
 ):
-    """The address space becomes small in step 3, of a model whose logits take nearly a GiB."""
+    """The address space becomes small in step 2, of a model whose logits take nearly a GiB."""
     (tmp_path / "text.txt").write_text(TEXT * 20)
     plugin, limit = tmp_path / "large.py", tmp_path / "limit"
     plugin.write_text(LARGE.format(limit=str(limit)))
     large = ("--model.vocab_size", "8192", "--data.max_length", "128", "--model.max_seq_len", "128",
-             "--training.max_steps", "4", "--evaluation.eval_freq", "0",
+             "--training.max_steps", "3", "--evaluation.eval_freq", "0",
              "--evaluation.eval_batches", "1", "--evaluation.sample_tokens", "0",
              "--hardware.num_threads", "1")  # fmt: skip
 
@@ -261,13 +261,13 @@ def test_what_is_advised_without_memory_fits_and_the_run_goes_on(
     assert in_children(runs_out, lambda: None) == [1, 0]
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     advice = manifest["error"]
-    assert advice.startswith("out of memory in step 3: about ")
+    assert advice.startswith("out of memory in step 2: about ")
     there = re.search(r"(\d+) MiB are there", advice)
     assert there and int(there[1]) < 400, "what libraries hold is not there for the run"
     found = re.search(r"(--training.batch_size) (\d+) (--training.grad_accum_steps) (\d+)$", advice)
     assert found and int(found[2]) * int(found[4]) == 64
     (kept,) = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
-    assert checkpoint.load(kept).state.step == 2
+    assert checkpoint.load(kept).state.step == 1
 
     def goes_on() -> None:
         one_arena()
@@ -280,7 +280,7 @@ def test_what_is_advised_without_memory_fits_and_the_run_goes_on(
     (code,) = in_children(goes_on)
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     told = (tmp_path / "told").read_text()
-    assert (code, manifest["status"], manifest["step"]) == (0, "finished", 4), told
+    assert (code, manifest["status"], manifest["step"]) == (0, "finished", 3), told
 
 
 def one_arena() -> None:

@@ -219,22 +219,22 @@ class Grouping:
         average.decay += 0.01
 
 
-@pytest.mark.parametrize(
-    ("changed", "words"),
-    [
-        ({"weight_decay": 0.1}, "weight_decay of embedding.weight is 0.1 and was 0.0"),
-        ({"lr_scale": 0.25}, "lr of embedding.weight is 0.00025 and was 0.0005"),
-        ({"momentum": 0.9}, "momentum of embedding.weight is 0.9 and was 0.0"),
-        ({"lr_scale": 1.0, "weight_decay": 0.01}, "other parameter groups"),
-    ],
+GROUPS: tuple[tuple[dict[str, float], str], ...] = (
+    ({"weight_decay": 0.1}, "weight_decay of embedding.weight is 0.1 and was 0.0"),
+    ({"lr_scale": 0.25}, "lr of embedding.weight is 0.00025 and was 0.0005"),
+    ({"momentum": 0.9}, "momentum of embedding.weight is 0.9 and was 0.0"),
+    ({"lr_scale": 1.0, "weight_decay": 0.01}, "other parameter groups"),
 )
-def test_what_a_group_is_made_with_changes_whole_or_not_at_all(tmp_path, changed, words):
+
+
+def test_what_a_group_is_made_with_changes_whole_or_not_at_all(tmp_path):
     profile = {**PROFILE, "training": {**PROFILE["training"], "optimizer_name": "descent"}}
     profile["training"]["scale_lr_by_width"] = False
     output = tmp_path / "run"
     tiny_run(Grouping(), profile=profile, output=output, stop_at_step=3)
-    with pytest.raises(ConfigError, match=rf"plugins: .*{words}.*\(.*grouping\)"):
-        tiny_run(Grouping(**changed), profile=profile, output=output, resume=True)
+    for changed, words in GROUPS:
+        with pytest.raises(ConfigError, match=rf"plugins: .*{words}.*\(.*grouping\)"):
+            tiny_run(Grouping(**changed), profile=profile, output=output, resume=True)
     whole = tiny_run(Grouping(), profile=profile)
     assert tiny_run(Grouping(), profile=profile, output=output, resume=True).same_weights(whole)
 

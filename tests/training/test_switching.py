@@ -7,6 +7,7 @@ import itertools
 import json
 import signal
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +159,13 @@ class Experiment:
         return (self.folder / name / "log.txt").read_text(encoding="utf-8")
 
 
+def wider_in(folder: Path) -> Experiment:
+    return Experiment(folder, {"schedules.enable_wider_at_epoch": 2}).plugin("wider", WIDER)
+
+
 @pytest.fixture
 def wider(tmp_path: Path) -> Experiment:
-    return Experiment(tmp_path, {"schedules.enable_wider_at_epoch": 2}).plugin("wider", WIDER)
+    return wider_in(tmp_path)
 
 
 class Looks:
@@ -203,10 +208,11 @@ def test_a_switch_changes_no_output_and_is_recorded(wider: Experiment) -> None:
     assert state["transforms"] == [switch]
 
 
-@pytest.fixture
-def dense(wider: Experiment) -> TinyRun:
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, TinyRun]:
     """The same run without the plugin."""
-    return wider.train("dense", "no:wider")
+    experiment = wider_in(tmp_path_factory.mktemp("dense"))
+    return experiment, experiment.train("run", "no:wider")
 
 
 def test_the_steps_before_are_those_of_a_run_without_it(wider: Experiment) -> None:
@@ -240,12 +246,12 @@ def test_the_optimizer_state_is_carried_by_the_rules(wider: Experiment, optimize
                 assert value.equal(saved[f"{name}//{key}"]), (name, key)
 
 
-@pytest.mark.parametrize("n", [EPOCH - 1, EPOCH, EPOCH + 1])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_killed_on_either_side_of_the_switch_and_resumed_is_in_one_go(
-    wider: Experiment, in_children, differences, killer, optimizer: str, n: int
+    wider: Experiment, in_children, differences, killer, optimizer: str
 ) -> None:
-    """With averages of the weights, the profile's and a plugin's, that go through the switch."""
+    """One kill after another, with averages of the weights, the profile's and a plugin's, that go
+    through the switch."""
     wider.plugin("teacher", TEACHER)
     wider.settings |= {
         "training.optimizer_name": optimizer,
@@ -255,11 +261,13 @@ def test_killed_on_either_side_of_the_switch_and_resumed_is_in_one_go(
     whole = wider.train("whole", strict=True)
     assert (whole.result.step, len(whole.manifest["switches"])) == (2 * EPOCH, 1)
     saving = {"training.save_every_steps": 1}
-    codes = in_children(lambda: wider.train("killed", killer(n), changes=saving))
-    assert codes == [-signal.SIGKILL]
+    for n in (EPOCH - 1, EPOCH, EPOCH + 1):
+        again = n >= EPOCH
+        part = partial(wider.train, "killed", killer(n), changes=saving, resume=again)
+        assert in_children(part) == [-signal.SIGKILL]
     resumed = wider.train("killed", resume=True)
     assert resumed.manifest["switches"] == whole.manifest["switches"]
-    assert f"(step {n})" in wider.log("killed")
+    assert all(f"(step {n})" in wider.log("killed") for n in (EPOCH - 1, EPOCH, EPOCH + 1))
     assert differences(wider.folder / "whole", wider.folder / "killed") == []
 
 
@@ -356,7 +364,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_transform_that_fails_leaves_the_run_as_it_would_be_without(
-    wider: Experiment, dense: TinyRun, fault: str
+    wider: Experiment, dense: tuple[Experiment, TinyRun], fault: str
 ) -> None:
     right, wrong = FAULTS[fault]
     assert right in WIDER
@@ -364,11 +372,11 @@ def test_a_transform_that_fails_leaves_the_run_as_it_would_be_without(
     # Of another size: Python tells sources of one second apart by nothing else.
     wider.plugin("wider", WIDER.replace(right, wrong) + "# changed")
     run = wider.train("run")
-    assert losses(run) == losses(dense)
-    assert run.same_weights(dense)
+    assert losses(run) == losses(dense[1])
+    assert run.same_weights(dense[1])
     optimizers = [
-        load_file(wider.checkpoints(name)[-1] / "optimizer.safetensors")
-        for name in ("run", "dense")
+        load_file(experiment.checkpoints()[-1] / "optimizer.safetensors")
+        for experiment in (wider, dense[0])
     ]
     assert optimizers[0].keys() == optimizers[1].keys()
     assert all(tensor.equal(optimizers[1][name]) for name, tensor in optimizers[0].items())

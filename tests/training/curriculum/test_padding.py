@@ -109,35 +109,35 @@ def test_padding_changes_nothing(pairs: Curriculum) -> None:
             assert switch[side] == pytest.approx(short_switch[side], rel=1e-6)
 
 
-SAME = {"loss", "loss/align.kl", "val_loss", "val_reasoning_quality"}
-
-
-def test_a_step_is_the_same_however_it_is_divided(pairs: Curriculum, in_children, ranks) -> None:
-    """Into micro-batches, or between two processes, of which one gets none in the last step; each
-    micro-batch has another number of targets."""
-    pairs.settings |= EACH_ALONE
-    for name, packing in {"pad": PAD, "documents": PACKED}.items():
-        shape = {"training.batch_size": 8, "training.grad_accum_steps": 1}
-        whole = pairs.train(f"{name}-whole", changes={**packing, **shape})
-        shape = {"training.batch_size": 2, "training.grad_accum_steps": 4}
-        require_alike(pairs.train(f"{name}-parts", changes={**packing, **shape}), whole)
-        shape |= {"training.grad_accum_steps": 2, "hardware.distributed": "ddp"}
-        two = ranks(lambda s=shape, n=name, p=packing: pairs.train(f"{n}-two", changes={**p, **s}))
-        assert in_children(*two) == [0, 0]
-        lines = (pairs.folder / f"{name}-two" / "metrics.jsonl").read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in lines.splitlines()]
-        assert len(rows) == len(whole.metrics)
-        for row, expected in zip(rows, whole.metrics, strict=True):
-            assert row.keys() == expected.keys()
-            for figure in SAME & row.keys():
-                assert row[figure] == pytest.approx(expected[figure], rel=5e-6, abs=1e-6), figure
-
-
 KILLS = {"pad": (5, 8, 10), "documents": (3, 6, 8)}
 """Before the switch to experts, alignment and the vote, in the order of steps."""
 
+SAME = {"loss", "loss/align.kl", "val_loss", "val_reasoning_quality"}
 
-@pytest.mark.parametrize("packing", [PAD, PACKED], ids=KILLS)
+
+@pytest.mark.parametrize("packing", [pytest.param(PAD, marks=pytest.mark.long), PACKED], ids=KILLS)
+def test_a_step_is_the_same_however_it_is_divided(
+    pairs: Curriculum, in_children, ranks, packing: dict[str, Any]
+) -> None:
+    """Into micro-batches, or between two processes, of which one gets none in the last step; each
+    micro-batch has another number of targets."""
+    pairs.settings |= {**EACH_ALONE, **packing}
+    shape = {"training.batch_size": 8, "training.grad_accum_steps": 1}
+    whole = pairs.train("whole", changes=shape)
+    shape = {"training.batch_size": 2, "training.grad_accum_steps": 4}
+    require_alike(pairs.train("parts", changes=shape), whole)
+    shape |= {"training.grad_accum_steps": 2, "hardware.distributed": "ddp"}
+    assert in_children(*ranks(lambda: pairs.train("two", changes=shape))) == [0, 0]
+    lines = (pairs.folder / "two" / "metrics.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in lines.splitlines()]
+    assert len(rows) == len(whole.metrics)
+    for row, expected in zip(rows, whole.metrics, strict=True):
+        assert row.keys() == expected.keys()
+        for figure in SAME & row.keys():
+            assert row[figure] == pytest.approx(expected[figure], rel=5e-6, abs=1e-6), figure
+
+
+@pytest.mark.parametrize("packing", [pytest.param(PAD, marks=pytest.mark.long), PACKED], ids=KILLS)
 def test_a_run_that_is_killed_before_each_switch_is_one_in_one_go(
     pairs: Curriculum, in_children, differences, killer, packing: dict[str, Any]
 ) -> None:

@@ -140,6 +140,7 @@ def require_answers_alone(file: Path, rows: list[dict[str, str]]) -> None:
     assert of_epoch == learned
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("forked")
 def test_a_resume_is_bit_exact(problems, apt_train) -> None:
     """With a SIGKILL right before the vote begins; here an epoch has one step."""

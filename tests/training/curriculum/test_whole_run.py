@@ -138,6 +138,8 @@ def test_the_hooks_command_knows_the_plugins(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.usefixtures("forked")
-@pytest.mark.parametrize("plugin", ["align", "moe", "routing", "voter"])
+@pytest.mark.parametrize(
+    "plugin", [pytest.param("align", marks=pytest.mark.long), "moe", "routing", "voter"]
+)
 def test_the_plugins_pass_their_check(plugin: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(hooks, "apt-hooks", ["check", plugin]) == 0, capsys.readouterr().out
