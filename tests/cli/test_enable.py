@@ -147,7 +147,7 @@ def read(profile: Path) -> list[str]:
 
 
 anything = settings(
-    max_examples=300,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     database=None,

@@ -232,6 +232,15 @@ CACHES = {
 }
 
 
+class Watching(KeptInModules):
+    """Looks in one step, with all plugins enabled, and after each generation and the run."""
+
+    @hookimpl
+    def on_step_end(self, step: int) -> None:
+        if step == 5:
+            self.look()
+
+
 def test_modules_keep_nothing_of_a_run(alone: list[TinyRun], tmp_path: Path) -> None:
     """Neither a shipped plugin, nor an example, nor the core."""
     packages = ("apt_core", "apt_plugins", "apt_plugin_")
@@ -243,7 +252,7 @@ def test_modules_keep_nothing_of_a_run(alone: list[TinyRun], tmp_path: Path) -> 
     def modules() -> list[Any]:
         return [module for name, module in sys.modules.items() if name.startswith(packages)]
 
-    watching = KeptInModules(modules)
+    watching = Watching(modules)
     for number in range(2):
         run(number, tmp_path / str(number), watching)
         watching.look()

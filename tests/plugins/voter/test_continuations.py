@@ -82,8 +82,7 @@ def test_the_accuracy_of_a_majority_is_that_of_the_binomial(answered):
     for k, voting in (
         (1, {}),
         (3, {"winner": "majority"}),
-        (5, {"winner": "majority"}),
-        (9, {"winner": "majority"}),
+        (7, {"winner": "majority"}),
     ):
         settings = {"threshold": 0.0, "k": k, "length": 8, **voting} if voting else {}
         results, manager, _ = answered(number, **settings)
