@@ -396,8 +396,10 @@ def test_who_asks_whether_a_store_is_being_built_does_not_build_it(tmp_path):
         assert not is_locked(lock)
 
 
-@pytest.mark.parametrize("deduplicate", ["none", "near"])
-def test_workers_and_chunks_change_no_byte(home, code, deduplicate, monkeypatch):
+@pytest.mark.parametrize(
+    ("deduplicate", "several"), [("none", (2, 700, 50)), ("near", (3, 900, 7))]
+)
+def test_workers_and_chunks_change_no_byte(home, code, deduplicate, several, monkeypatch):
     """Nor do they import torch, which takes each of them seconds."""
     records = [*mixed(), "x" * 5000, *mixed(40), "said again", *mixed(5)]
     found, started = [], []
@@ -406,7 +408,7 @@ def test_workers_and_chunks_change_no_byte(home, code, deduplicate, monkeypatch)
         local.Worker, "start", lambda self, first: (started.append(self), start(self, first))
     )
     settings = section(deduplicate=deduplicate)
-    for workers, chars, documents in [(1, 1 << 20, 4096), (1, 100, 3), (2, 700, 50), (3, 900, 7)]:
+    for workers, chars, documents in [(1, 1 << 20, 4096), (1, 100, 3), several]:
         monkeypatch.setattr("apt_core.data.store.input.CHUNK_CHARS", chars)
         monkeypatch.setattr("apt_core.data.store.input.CHUNK_DOCUMENTS", documents)
         monkeypatch.setenv("APT_CACHE", str(home / f"{workers}-{chars}"))
@@ -699,7 +701,7 @@ def test_a_disk_that_fills_up_while_building_leaves_nothing(
             while True:
                 file.write(bytes(4096))
         os.truncate(ballast, ballast.stat().st_size - free * 4096)
-        for workers in (1, 2):
+        for workers in (1, 2) if free in (0, 8, 64) else (1,):
             with pytest.raises(StoreError, match=r"No space|is full|no room"):
                 build_store(source, code.Letters(), settings, workers=workers)
             assert not any(path.is_dir() for path in stores.iterdir())

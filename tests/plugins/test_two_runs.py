@@ -60,6 +60,7 @@ def settings(number: int, folder: Path) -> dict[str, Any]:
         "schedules.enable_quant_at_step": 5,
         "schedules.route_temp": {"start": 1.0, "end": 0.5, "by": "step", "until": 6 + number},
         "loss_logger.path": str(folder / "losses.csv"),
+        "sqlite_tracker.path": str(folder / "metrics.db"),
     }
 
 

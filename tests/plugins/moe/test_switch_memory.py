@@ -94,7 +94,7 @@ def test_a_switch_that_runs_out_of_memory_is_answered_with_what_it_fits_in(count
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(switching, "materialize", fails)
-    sizes = {**SIZES, "model.moe.experts": 32, "training.batch_size": 8}
+    sizes = {**SIZES, "model.moe.experts": 8, "model.d_ff": 1024, "training.batch_size": 8}
     with pytest.raises(TrainingError) as caught:
         tiny_run(MOE, steps=2, overrides=sizes)
     kernel = counted["kernel"]
