@@ -19,6 +19,8 @@ from apt_core.markers import PROJECT
 from apt_core.plugin_names import short_name
 from apt_core.types import PluginInfo
 
+_MARK = f"{PROJECT}_impl"
+
 CLASS = "Plugin"
 """The name by which a module names its class, of which every manager makes an object of its own."""
 
@@ -37,15 +39,21 @@ def implementation_options(plugin: Any, name: str) -> dict[str, Any] | None:
 def function_in(attribute: Any) -> Callable[..., Any] | None:
     """The function that an attribute is, or that a method of either kind wraps; else None."""
     # By its type: an object may say of itself that it is of another, or fail when asked.
-    if issubclass(type(attribute), staticmethod | classmethod):
+    if issubclass(type(attribute), _WRAPPERS):
         attribute = attribute.__func__
-    return attribute if issubclass(type(attribute), FunctionType | MethodType) else None
+    return attribute if issubclass(type(attribute), _FUNCTIONS) else None
+
+
+_WRAPPERS, _FUNCTIONS = (staticmethod, classmethod), (FunctionType, MethodType)
 
 
 def options_of(attribute: Any) -> dict[str, Any] | None:
     """The options that ``@hookimpl`` left on a function or method, or None."""
     attribute = attribute.__func__ if isinstance(attribute, MethodType) else attribute
-    options = inspect.getattr_static(attribute, f"{PROJECT}_impl", None)
+    if type(attribute) is FunctionType:  # as most are, and looking at its type takes longer
+        options = vars(attribute).get(_MARK)
+    else:
+        options = inspect.getattr_static(attribute, _MARK, None)
     return options if isinstance(options, dict) else None
 
 

@@ -284,13 +284,15 @@ def test_documents_of_one_key_are_on_one_side_and_few_are_split_inside(code):
     sides = [{text[0] for text in texts(store, tokenizer, part)} for part in ("train", "val")]
     assert not sides[0] & sides[1] and sides[0] | sides[1] == set("abcdefgh")
     # One text: its end is held out.
-    lone = build_store(Given("a" * 90 + "\n\n" + "b" * 10, fingerprint="l"), tokenizer, section())
+    lone = build_store(
+        Given("a" * 90 + "\n\n" + "b" * 10, fingerprint="l"), tokenizer, section(), workers=1
+    )
     assert texts(lone, tokenizer) == ["a" * 90 + "\n\n"]
     assert texts(lone, tokenizer, "val") == ["b" * 10]
     assert lone.manifest.counts["read"] == 1
     # Two prompts: one of them is.
     pairs = [{"prompt": "p", "response": str(number)} for number in range(2)]
-    store = build_store(Given(*pairs, fingerprint="p"), tokenizer, section())
+    store = build_store(Given(*pairs, fingerprint="p"), tokenizer, section(), workers=1)
     assert [store.part(part).num_documents for part in ("train", "val")] == [1, 1]
 
 
@@ -310,12 +312,12 @@ def test_a_piece_of_a_text_has_an_end_only_where_the_text_ends(home, code):
     store = build_store(source, tokenizer, section(), workers=1)
     assert ids(store, "train") == [[*b"ab"], [*b"cd"], [*b"ef", eos]]
     assert ids(store, "val") == [[*b"ab"]]
-    lone = build_store(Given("a" * 90 + "b" * 10, fingerprint="l"), tokenizer, section())
+    lone = build_store(Given("a" * 90 + "b" * 10, fingerprint="l"), tokenizer, section(), workers=1)
     assert ids(lone, "train") == [[*b"a" * 90]]
     assert ids(lone, "val") == [[*b"b" * 10, eos]]
     # Sources that are known by their documents alone are told apart by it.
     folders = {
-        build_store(Given(each, fingerprint=None), tokenizer, section()).folder
+        build_store(Given(each, fingerprint=None), tokenizer, section(), workers=1).folder
         for each in (Document("a" * 99), Document("a" * 99, ends=False))
     }
     assert len(folders) == 2

@@ -239,9 +239,18 @@ def test_runs_in_bf16(align_run):
     assert 0 < rows[3]["loss/align.kl"] < 0.1
 
 
-@pytest.mark.parametrize("stop", [3, 4, 5, 6])
+@pytest.fixture(scope="module")
+def wholes():
+    """The runs that were not interrupted, by mode."""
+    return {}
+
+
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize("stop", [pytest.param(3, marks=LONG), 4, 5, pytest.param(6, marks=LONG)])
 @pytest.mark.parametrize("mode", ["ema", "rdrop"])
-def test_a_run_resumes_bit_exactly_around_the_switch(align_run, tmp_path, mode, stop):
+def test_a_run_resumes_bit_exactly_around_the_switch(align_run, wholes, tmp_path, mode, stop):
     """The plugin is enabled for step 5."""
     ramp = {"start": 0.2, "end": 2.0, "by": "step", "warmup": 3}
     options = {
@@ -253,7 +262,8 @@ def test_a_run_resumes_bit_exactly_around_the_switch(align_run, tmp_path, mode, 
             "schedules.align_weight": ramp,
         },
     }
-    whole = align_run(output=tmp_path / "whole", **options)
+    whole = wholes.get(mode) or align_run(output=tmp_path / "whole", **options)
+    wholes[mode] = whole
     align_run(output=tmp_path / "parts", stop_at_step=stop, **options)
     resumed = align_run(output=tmp_path / "parts", resume=True, **options)
     assert resumed.same_weights(whole)
