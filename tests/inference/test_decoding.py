@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -361,11 +362,22 @@ def test_layers_of_one_shape_share_what_is_compiled():
     assert len(compiler._made) == 1
 
 
-def test_what_cannot_be_compiled_is_said_and_computed_as_ever(session, caplog):
+def refused(*given):
+    raise RuntimeError("there is no /no/compiler")
+
+
+@pytest.mark.parametrize("tried", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_what_cannot_be_compiled_is_said_and_computed_as_ever(session, caplog, tried, monkeypatch):
+    """With the compiler of this machine, whose import takes seconds, and without."""
+    if not tried:
+        monkeypatch.setattr(compiled_rows, "_loaded", refused)
     request = GenerationRequest("The ", max_new_tokens=6, temperature=0.0)
     (plain,) = Engine(session).run([request])
     engine = Engine(session, compiled=True)
-    with torch._inductor.config.patch({"cpp.cxx": (None, "/no/compiler")}):
+    missing = nullcontext()
+    if tried:
+        missing = torch._inductor.config.patch({"cpp.cxx": (None, "/no/compiler")})
+    with missing:
         assert [engine.run([request]), engine.run([request])] == [[plain], [plain]]
     (message,) = [r.getMessage() for r in caplog.records if r.name == "apt.inference"]
     assert message.startswith("decoding is not compiled: ") and "/no/compiler" in message

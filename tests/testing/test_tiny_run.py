@@ -141,15 +141,25 @@ def plugin_in(folder: Path, kind: str, hooks: str) -> str:
     return f"{name}.py" if kind.startswith("file") else name
 
 
-@pytest.mark.parametrize("beside", ["", "_beside"])
-@pytest.mark.parametrize("kind", ["file", "module", "package"])
-@pytest.mark.parametrize("hooks", [COUNTS, LOADS], ids=["forgets", "loads"])
+KINDS = [f"{kind}{beside}" for kind in ("file", "module", "package") for beside in ("", "_beside")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "hooks"),
+    [
+        *((kind, LOADS) for kind in KINDS),
+        # What it has not loaded is missing wherever its state is.
+        ("file", COUNTS),
+        ("package_beside", COUNTS),
+    ],
+    ids=lambda value: None if value in KINDS else "forgets" if value is COUNTS else "loads",
+)
 def test_a_run_that_resumes_has_what_its_checkpoint_gives_it(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str, beside: str, hooks: str
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str, hooks: str
 ) -> None:
     """And not what an earlier run of this process has left in a module."""
     monkeypatch.syspath_prepend(folder)
-    reference = plugin_in(folder, kind + beside, hooks)
+    reference = plugin_in(folder, kind, hooks)
     options = {"steps": 6, "output": folder / "run"}
     tiny_run(reference, stop_at_step=4, **options)
     name = reference.partition(".")[0]
