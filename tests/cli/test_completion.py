@@ -25,7 +25,7 @@ from apt_core.cache import cache_dir
 from apt_core.cli import completion
 from apt_core.cli.run_command import run_command
 from apt_core.cli.verbs import VERBS
-from apt_core.config import describe_key
+from apt_core.config import describe_key, json_schema
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Command
@@ -103,7 +103,9 @@ def test_runs_are_completed_the_newest_first(complete: Complete, folder: Path) -
     assert complete(TRAIN, "apt-train", "--resume-from", "runs/na") == ["runs/named", "runs/named/"]
 
 
-def test_keys_are_completed_and_kept_in_the_cache(complete: Complete, own_cache: Path) -> None:
+def test_keys_are_completed_and_kept_in_the_cache(
+    complete: Complete, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = ["--model.d_model", "--model.d_ff", "--model.dropout"]
     assert complete(TRAIN, "apt-train", "--model.d") == expected
     assert complete(TRAIN, "apt-train", "--set", "hardware.n") == [
@@ -114,7 +116,10 @@ def test_keys_are_completed_and_kept_in_the_cache(complete: Complete, own_cache:
     ]  # fmt: skip
     file = cache_dir() / "completion.json"
     kept = json.loads(file.read_text())
-    assert all(describe_key((), key.split(".")) for key in kept["keys"])
+    schema = json_schema()
+    with monkeypatch.context() as patch:  # which would be made for each key
+        patch.setattr("apt_core.config.reference.json_schema", lambda sections: schema)
+        assert all(describe_key((), key.split(".")) for key in kept["keys"])
     kept["keys"] = ["model.dust"]
     file.write_text(json.dumps(kept))
     assert complete(TRAIN, "apt-train", "--model.d") == ["--model.dust"]
