@@ -99,6 +99,13 @@ def test_stop_at_step_leaves_the_schedule_as_it_is(tmp_path):
     assert [row["loss"] for row in trained(run)] == [row["loss"] for row in rows]
 
 
+@pytest.fixture(scope="module")
+def five(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyRun, Path]:
+    """A run that was stopped after five steps, and its folder."""
+    folder = tmp_path_factory.mktemp("five") / "run"
+    return tiny_run(output=folder, overrides=CONSTANT, stop_at_step=5), folder
+
+
 @pytest.mark.parametrize(
     ("changes", "options"),
     [
@@ -110,8 +117,12 @@ def test_stop_at_step_leaves_the_schedule_as_it_is(tmp_path):
         ({"training.max_steps": 4}, {}),
     ],
 )
-def test_a_limit_that_is_reached_already_lets_a_resume_take_no_step(tmp_path, changes, options):
-    first = tiny_run(output=tmp_path / "run", overrides=CONSTANT, stop_at_step=5)
+def test_a_limit_that_is_reached_already_lets_a_resume_take_no_step(
+    five, tmp_path, changes, options
+):
+    first, folder = five
+    shutil.copy(folder.with_name("run.txt"), tmp_path / "run.txt")
+    shutil.copytree(folder, tmp_path / "run")
     again = tiny_run(
         output=tmp_path / "run", overrides={**CONSTANT, **changes}, resume=True, **options
     )

@@ -88,8 +88,14 @@ def profiled_peak(work: Any) -> int:
 # Against real memory
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize(
+    ("model", "mixed"),
+    [
+        *((model, False) for model in MODELS),
+        (MODELS[0], True),
+        *(pytest.param(model, True, marks=pytest.mark.long) for model in MODELS[1:]),
+    ],
+)
 def test_activations_are_those_of_the_whole_model_in_real_memory(model, mixed) -> None:
     kernel = kernel_of(model, mixed_precision=mixed)
     real = real_model(kernel)
@@ -98,7 +104,10 @@ def test_activations_are_those_of_the_whole_model_in_real_memory(model, mixed) -
     assert Footprint(kernel).activations(4) == counted.peak
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model",
+    [MODELS[0], *(pytest.param(model, marks=pytest.mark.long) for model in MODELS[1:])],
+)
 def test_activations_are_what_the_profiler_of_torch_sees(model) -> None:
     kernel = kernel_of(model)
     real = real_model(kernel)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from apt_core.hookspecs import POLICIES
+
+if TYPE_CHECKING:
+    from tests.training.conftest import CliRun
 
 ON_HOOKS = sorted(name for name in POLICIES if name.startswith("on_"))
 NEEDS_TROUBLE = {"on_provider_fallback", "on_plugin_failure", "on_exception", "on_resume"}
@@ -40,10 +44,18 @@ def line_of_raise(plugin: str) -> int:
     return next(number for number, line in enumerate(lines, 1) if "raise" in line)
 
 
+@pytest.fixture(scope="module")
+def made() -> dict[str, CliRun]:
+    """Runs that several tests compare with."""
+    return {}
+
+
 @pytest.mark.parametrize("hook", [hook for hook in ON_HOOKS if hook not in NEEDS_TROUBLE])
-def test_an_observer_that_draws_and_raises_changes_no_weight(apt_train, tmp_path, hook):
+def test_an_observer_that_draws_and_raises_changes_no_weight(apt_train, made, tmp_path, hook):
     epoch = ("--training.max_epochs", "1", "--model.dropout", "0.1")
-    base = apt_train(*epoch, name="base")
+    if "base" not in made:
+        made["base"] = apt_train(*epoch, name="base")
+    base = made["base"]
     plugin = observer(tmp_path, hook, raises=True)
     run = apt_train(*epoch, "--plugin", plugin, name="noisy")
     assert (base.code, run.code) == (0, 0)

@@ -52,6 +52,8 @@ def on_step_start():
     globals()["since"] += 1
 """
 FAILS = """
+from apt_core import hookimpl
+
 @hookimpl
 def on_metrics():
     raise ValueError("broken")
@@ -97,11 +99,17 @@ def on_metrics():
 
 
 def test_a_profile_that_resumes_exactly_passes_and_no_tracker_is_told(verify, tmp_path):
-    tracker = tmp_path / "tracker.py"
-    tracker.write_text(TRACKER)
-    words = ("--output", str(tmp_path / "verified"), "--plugin", str(tracker))
+    """Beside the verdict it is said which plugin has failed, and which was not enabled yet."""
+    words = ["--output", str(tmp_path / "verified"), "--set", "schedules.enable_late_at_step=9"]
+    for name, source in {"tracker": TRACKER, "failing": FAILS, "late": PLUGIN}.items():
+        (tmp_path / f"{name}.py").write_text(source)
+        words += ["--plugin", str(tmp_path / f"{name}.py")]
     code, out, err = verify(PLUGIN + KEEPS_ITS_STATE, *words)
     assert code == 0, out + err
+    assert "note: plugin failing is " in out
+    assert "failed in on_metrics at " in out
+    assert "ValueError: broken (in one go and resumed); what it did not do was not compared" in out
+    assert "note: nothing was compared of late, not enabled after 8 steps" in out
     assert "left out: tracker" in out and not (tmp_path / "told").exists()
     assert "bit-equal: " in out
     for part in ("of model", "of optimizer", "of ema", "1 tensors of plugins", "rows of metrics"):
@@ -126,22 +134,6 @@ def test_a_part_of_a_plugins_state_that_is_not_restored_is_found(verify):
     assert "differs: plugins: counting.seen#0" in out
     assert "differs: the state of plugin counting" in out
     assert "2 differences" in err
-
-
-def test_a_plugin_that_fails_is_told_beside_the_verdict(verify):
-    code, out, err = verify(PLUGIN + KEEPS_ITS_STATE + FAILS)
-    assert code == 0, out + err
-    assert "bit-equal: " in out
-    assert "note: plugin counting is " in out
-    assert "failed in on_metrics at " in out
-    assert "ValueError: broken (in one go and resumed); what it did not do was not compared" in out
-
-
-def test_a_plugin_that_is_not_enabled_yet_is_said_not_to_be_compared(verify):
-    schedule = ("--set", "schedules.enable_counting_at_step=9")
-    code, out, err = verify(PLUGIN + KEEPS_ITS_STATE, *schedule)
-    assert code == 0, out + err
-    assert "note: nothing was compared of counting, not enabled after 8 steps" in out
 
 
 @pytest.mark.long
