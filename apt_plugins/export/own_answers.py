@@ -73,7 +73,8 @@ class OwnAnswers:
             GenerationRequest(str(number), max_new_tokens=counts[number], temperature=0.0)
             for number in wanted
         ]
-        results = Engine(session, lookup="never", exact=True).run(requests)
+        engine = Engine(session, max_batch=max(1, len(requests)), lookup="never", exact=True)
+        results = engine.run(requests)
         found: list[tuple[int, ...]] = [()] * len(prompts)
         for number, result in zip(wanted, results, strict=True):
             found[number] = result.token_ids
