@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -111,15 +112,12 @@ def test_what_a_key_activates_is_listed_as_active(
     Path("mine.yaml").write_text(
         "model: {attention_name: linear_causal}\nmonitoring: {tensorboard: {enabled: true}}\n"
     )
-    states = {
-        row["name"]: row["state"] for row in command(app, "plugins", "-p", "mine", "--json").json
-    }
-    assert {name for name, state in states.items() if state == "active"} == {
-        "linear_attn",
-        "tensorboard",
-    }
-    rows = command(app, "list", "-p", "mine", "--json").json
-    assert {row["plugin"] for row in rows} == {"linear_attn", "tensorboard"}
+    rows = command(app, "plugins", "-p", "mine", "--json").json
+    active = {row["name"] for row in rows if row["state"] == "active"}
+    # Without its library the plugin is broken, as it is in a run.
+    tracker = {"tensorboard"} if importlib.util.find_spec("tensorboard") else set()
+    assert active == {"linear_attn", *tracker}
+    assert {row["plugin"] for row in command(app, "list", "-p", "mine", "--json").json} == active
     left = command(app, "plugins", "-p", "mine", "--plugin", "no:tensorboard", "--json").json
     assert {row["state"] for row in left if row["name"] == "tensorboard"} == {"blocked"}
 

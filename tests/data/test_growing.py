@@ -145,6 +145,7 @@ def apt_register_providers():
 """
 
 
+@pytest.mark.long
 def test_the_builder_s_process_tidies_up_when_it_is_ended_and_says_why_it_failed(
     tmp_path, monkeypatch
 ):

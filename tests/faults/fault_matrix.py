@@ -249,7 +249,7 @@ FOUND = {
 """Hook, kind and policy of cases that were not as expected once: the small part has them."""
 
 
-ONE_OF = 10
+ONE_OF = 16
 """Of so many kinds of raising, and of global state, the small part has one."""
 
 

@@ -208,6 +208,7 @@ def test_a_factor_of_a_module_meets_that_of_its_width():
     assert learning_rate_scales(model, None) == {"0.weight": 3.0}
 
 
+@pytest.mark.long
 def test_compiled_sharded_and_narrow_models_agree(small, tmp_path):
     model, ids = small(embedding_norm=True).float(), torch.randint(256, (2, 10))
     documents = torch.tensor([[0] * 4 + [1] * 6] * 2)

@@ -241,6 +241,7 @@ def on_step_start(step):
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="there is no /proc")
 def test_what_is_advised_without_memory_fits_and_the_run_goes_on(
     apt_train, profile, tmp_path, in_children

@@ -254,7 +254,7 @@ def test_a_process_that_is_killed_ends_the_run_with_a_checkpoint(
     assert "another process of the run has ended" in manifest["error"]
 
 
-@pytest.mark.parametrize("mode", ["deaf", "stop"])
+@pytest.mark.parametrize("mode", ["deaf", pytest.param("stop", marks=pytest.mark.long)])
 @pytest.mark.usefixtures("forked")
 def test_processes_that_notice_nothing_themselves_end_with_the_last_whole_step(
     arguments: Callable[..., list[str]], apt_train: Callable[..., Any], tmp_path: Path, mode: str
@@ -283,6 +283,7 @@ def test_processes_that_notice_nothing_themselves_end_with_the_last_whole_step(
     assert all(tensor.equal(expected[name]) for name, tensor in weights(checkpoint.path).items())
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("forked")
 def test_a_layer_that_fails_in_one_process_leaves_the_last_sharded_checkpoint(
     arguments: Callable[..., list[str]], apt_train: Callable[..., Any], dies: str, tmp_path: Path

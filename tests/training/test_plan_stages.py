@@ -226,7 +226,9 @@ def real_activations(kernel: Kernel, model: nn.Module, teacher: bool) -> int:
     return counted.peak
 
 
-@pytest.mark.parametrize(("costs", "teacher"), [((), False), ((0, 1), True)])
+@pytest.mark.parametrize(
+    ("costs", "teacher"), [((), False), pytest.param((0, 1), True, marks=pytest.mark.long)]
+)
 def test_activations_of_a_changed_structure_are_those_of_it_in_real_memory(
     kernel_of, costs, teacher
 ) -> None:

@@ -185,7 +185,11 @@ CHECKED = {
 }
 
 
-@pytest.mark.parametrize(("settings", "left_out"), CHECKED.values(), ids=CHECKED)
+@pytest.mark.parametrize(
+    ("settings", "left_out"),
+    [CHECKED["window of 5"], pytest.param(*CHECKED["prefix"], marks=pytest.mark.long)],
+    ids=CHECKED,
+)
 def test_it_does_what_every_attention_must(settings: dict[str, Any], left_out: set[str]) -> None:
     for check in checks_of("attention", FlexProvider(settings)):
         if check.name not in left_out:

@@ -41,8 +41,11 @@ def profile(**model):
     "settings",
     [
         {},
-        {"num_heads": 2, "head_dim": 4, "value_dim": 8, "chunk_size": 8, "conv_size": 1,
-         "gate": False, "negative_eigenvalues": True},
+        pytest.param(
+            {"num_heads": 2, "head_dim": 4, "value_dim": 8, "chunk_size": 8, "conv_size": 1,
+             "gate": False, "negative_eigenvalues": True},
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["default", "others"],
 )  # fmt: skip

@@ -89,6 +89,7 @@ def test_a_switch_takes_at_most_what_is_planned(settings, counted):
     assert planned == pytest.approx(counted["lasting"] + counted["peak"], rel=0.03)
 
 
+@pytest.mark.long
 def test_a_switch_that_runs_out_of_memory_is_answered_with_what_it_fits_in(counted, monkeypatch):
     def fails(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
