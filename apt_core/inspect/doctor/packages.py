@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 from apt_core import __version__
@@ -133,11 +134,13 @@ def extras() -> Iterator[Check]:
     for line in _required():
         if _extra_of(line):
             found.setdefault(_extra_of(line), []).append(line.partition(";")[0].strip())
-    for extra in sorted(found):
-        if extra in FOR_DEVELOPMENT:
-            continue
-        texts = list(dict.fromkeys(_flattened(extra, found)))
-        reasons, damaged = unmet(texts), damages(texts)
+    shown = [extra for extra in sorted(found) if extra not in FOR_DEVELOPMENT]
+    needed = {extra: list(dict.fromkeys(_flattened(extra, found))) for extra in shown}
+    # Extras share most of what they need, which is looked at once.
+    judged = {text: (unmet([text]), damages([text])) for text in set(chain(*needed.values()))}
+    for extra, texts in needed.items():
+        reasons = [reason for text in texts for reason in judged[text][0]]
+        damaged = [reason for text in texts for reason in judged[text][1]]
         name = f"extra {extra}"
         if damaged:
             yield from (Check(name, BROKEN, _without_hint(each), _hint(each)) for each in damaged)
