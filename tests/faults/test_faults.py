@@ -27,7 +27,7 @@ def test_a_small_part_of_the_matrix_is_as_expected(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(result.read_text(encoding="utf-8"))
     assert told["hooks"].keys() == HOOKS.keys()
-    assert sum(row["tried"] for row in told["rows"]) == told["cases"] > 50
+    assert sum(row["tried"] for row in told["rows"]) == told["cases"] >= len(HOOKS)
 
 
 def test_a_case_that_is_not_as_expected_is_told(
