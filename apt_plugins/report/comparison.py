@@ -113,7 +113,7 @@ def _charts(sides: Sequence[Side]) -> tuple[list[Chart], list[Group]]:
     ]
     buckets = max(20, min(350, ALL_BUCKETS // (len(sides) * (len(small) + 6))))
     trained = {side.name: training_loss(side.run.series) for side in sides}
-    held_out = {side.name: _held_out(side.run.series) for side in sides}
+    held_out = {side.name: _comparable(side.run.series, "val_loss") for side in sides}
     loss = [
         *_wide("Training loss, running mean", _curves(sides, trained, smooth=True), steps, buckets),
         *_wide("Held-out loss", _curves(sides, held_out), steps, buckets),
@@ -126,7 +126,7 @@ def _charts(sides: Sequence[Side]) -> tuple[list[Chart], list[Group]]:
     drawn = [
         line_chart(
             TITLES.get(name, name),
-            _curves(sides, {side.name: side.run.series.get(name) for side in sides}),
+            _curves(sides, {side.name: _comparable(side.run.series, name) for side in sides}),
             steps,
             buckets=buckets,
             log=False if name == "lr" or name in FROM_ZERO else None,
@@ -166,10 +166,13 @@ def _curves(
     ]
 
 
-def _held_out(series: Mapping[str, Series]) -> Series | None:
-    """The held-out loss on as much text as most evaluations have scored."""
-    scores = series.get("val_loss")
-    return None if scores is None else by_extent(scores, series.get("val_tokens"))[0][0]
+def _comparable(series: Mapping[str, Series], name: str) -> Series | None:
+    """The series ``name``; of scores of held-out text those on as much of it as most evaluations
+    have scored."""
+    found = series.get(name)
+    if found is None or not name.startswith("val_"):
+        return found
+    return by_extent(found, series.get("val_tokens"))[0][0]
 
 
 def _over_tokens(sides: Sequence[Side], series: Mapping[str, Series | None]) -> list[Curve]:

@@ -61,13 +61,15 @@ def training_loss(series: Mapping[str, Series]) -> Series | None:
 
 
 MAX_EXTENTS = 3
+"""Evaluations of more amounts of text than this are drawn as one curve."""
 
 
 def by_extent(scores: Series, tokens: Series | None) -> list[tuple[Series, str]]:
     """``scores`` of held-out text apart by how many ``tokens`` of it were scored, each with that as
     text: a score of a part of it is no point of the curve of the whole. Those of most evaluations
     come first; all together where no two sets of them could be compared."""
-    if tokens is None or not np.array_equal(scores.x, tokens.x):
+    told = tokens is not None and np.array_equal(scores.x, tokens.x)
+    if tokens is None or not told or not np.isfinite(tokens.raw).all():
         return [(scores, "")]
     extents, first, times = np.unique(tokens.raw, return_index=True, return_counts=True)
     if not 1 < extents.size <= MAX_EXTENTS:

@@ -130,6 +130,11 @@ def test_scores_of_a_part_of_the_held_out_text_are_no_points_of_the_curve_of_the
     one = [{**row, "val_tokens": 500} if "val_tokens" in row else row for row in metrics]
     names = [series["name"] for series in page(make_run(one)).charts[0]["series"]]
     assert names == ["training", "held out"]
+    shutil.rmtree(tmp_path / "run")
+    odd = [
+        {**row, "val_tokens": "nan"} if row.get("val_tokens") == 9000 else row for row in metrics
+    ]
+    assert "held out" in [s["name"] for s in page(make_run(odd)).charts[0]["series"]]
 
 
 def test_the_values_under_the_pointer_are_those_of_the_rows(make_run, page):
