@@ -32,6 +32,7 @@ from apt_core.data.store.lock import waiting_for
 from apt_core.data.store.reader import OpenFiles
 from apt_core.errors import ConfigError
 from apt_core.files import read_file
+from apt_core.json_files import parse_json
 from apt_core.log import get_logger
 from apt_plugins.retriever.chunks import chunks_of
 from apt_plugins.retriever.embedders import Embedder
@@ -64,7 +65,7 @@ class Passages:
     raises DamagedStoreError where the file was cut off since."""
 
     def __init__(self, folder: Path) -> None:
-        listed = json.loads(read_file(folder / "files.json", MAX_LIST))
+        listed = parse_json(read_file(folder / "files.json", MAX_LIST).decode("utf-8"))
         self.files: list[list[Any]] = listed["files"]
         self._bounds: NDArray[np.int64] = np.load(folder / "bounds.npy", allow_pickle=False)
         self._lines: NDArray[np.int64] = np.load(folder / "lines.npy", allow_pickle=False)

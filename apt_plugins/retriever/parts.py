@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from apt_core.files import flush, open_file, read_file
+from apt_core.json_files import parse_json
 from apt_core.log import get_logger
 
 log = get_logger("apt.retriever")
@@ -52,7 +53,7 @@ def made(folder: Path, build: Callable[[Path], None]) -> Path:
 def fault_of(folder: Path) -> str | None:
     """What is wrong with a folder that :func:`made` made; None if it is as it was."""
     try:
-        sums = json.loads(read_file(folder / CHECKSUMS, MAX_CHECKSUMS))
+        sums = parse_json(read_file(folder / CHECKSUMS, MAX_CHECKSUMS).decode("utf-8"))
         if not isinstance(sums, dict) or not sums:
             return f"{CHECKSUMS} holds no checksums"
         for name, expected in sums.items():

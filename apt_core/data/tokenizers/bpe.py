@@ -17,7 +17,8 @@ import numpy.typing as npt
 from apt_core.data.tokenizers.base import CoreTokenizer, without_derived
 from apt_core.data.tokenizers.words import PATTERN, WordEncoder
 from apt_core.errors import ConfigError
-from apt_core.files import read_file, write_atomically
+from apt_core.files import write_atomically
+from apt_core.json_files import read_json
 from apt_core.providers.tokenizer import SPECIAL_NAMES, SpecialTokens, special_tokens, token_dtype
 
 SMALLEST = 256 + len(SPECIAL_NAMES) + 1
@@ -141,7 +142,7 @@ class BPETokenizer(CoreTokenizer):
     def load(self, folder: Path) -> None:
         path = folder / FILE
         try:
-            self._take(json.loads(read_file(path).decode("utf-8"))["model"])
+            self._take(read_json(path)["model"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} has no byte-pair model: {error}") from error
         super().load(folder)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from apt_core.data.tokenizers.base import CoreTokenizer
-from apt_core.files import read_file, write_atomically
+from apt_core.files import write_atomically
+from apt_core.json_files import read_json
 from apt_core.providers.tokenizer import SPECIAL_NAMES, SpecialTokens, special_tokens
 
 NUM_BYTES = 256
@@ -82,7 +83,7 @@ class CharTokenizer(CoreTokenizer):
 
     def load(self, folder: Path) -> None:
         path = folder / "characters.json"
-        kept = json.loads(read_file(path).decode("utf-8"))
+        kept = read_json(path)
         characters = kept.get("characters") if isinstance(kept, dict) else None
         if not isinstance(characters, str) or len(set(characters)) != len(characters):
             raise ValueError(f"{path} is no list of characters")
