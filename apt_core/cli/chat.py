@@ -91,8 +91,7 @@ def chat(
     check_settings(request)
     from apt_core.cli.chat_session import Chat
     from apt_core.inference import Engine
-    from apt_core.inference.chat import Conversation, format_called, format_for
-    from apt_core.runs.trained_on import data_row, forms_of
+    from apt_core.inference.chat import Conversation, format_called, format_of
 
     chosen = None if format_ == "auto" else format_called(format_)
     conversation = Conversation() if load is None else Conversation.load(user_path(load))
@@ -108,8 +107,7 @@ def chat(
     ) as session:
         notice = ""
         if chosen is None:
-            data = {} if session.checkpoint is None else data_row(session.checkpoint)
-            chosen = format_for(session.tokenizer, forms_of(data))
+            chosen = format_of(session)
             notice = chosen.notice
         engine = Engine(session, max_batch=1, compiled=compile_)
         Chat(engine, request, chosen, conversation).run(notice)

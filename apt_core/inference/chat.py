@@ -21,6 +21,8 @@ from apt_core.providers.documents import (
     Message,
 )
 from apt_core.providers.tokenizer import BETWEEN, TokenizerProvider
+from apt_core.runs.session import Session
+from apt_core.runs.trained_on import data_row, forms_of
 
 MAX_FILE = 64 << 20
 """The most bytes of a kept conversation."""
@@ -144,12 +146,15 @@ class Conversation:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a conversation becomes a prompt. ``notice`` tells the user what to expect, where that is
-    not a chat. An answer ends before one of ``stop``; the model ``ends`` it by itself, or could go
-    on for ever; of one that is ``stripped`` the white space around it is no part."""
+    """How a conversation becomes a prompt, and in ``jinja`` the same for other programs, after what
+    begins a text (empty where it is the tokenizer's template). ``notice`` tells the user what to
+    expect, where that is not a chat. An answer ends before one of ``stop``; the model ``ends`` it
+    by itself, or could go on for ever; of one that is ``stripped`` the white space around it is no
+    part."""
 
     name: str
     render: Callable[[Sequence[Message]], Prompt]
+    jinja: str = ""
     notice: str = ""
     stop: tuple[str, ...] = ()
     ends: bool = True
@@ -181,6 +186,33 @@ def _text(messages: Sequence[Message]) -> str:
     return text
 
 
+_BETWEEN = f"{{{{ {BETWEEN!r} }}}}"
+_ANSWERED = "messages[-1].role == 'assistant' and not add_generation_prompt"
+_ANSWER = "{% generation %}{{ messages[-1].content }}{{ eos_token }}{% endgeneration %}"
+
+DIALOGUE_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role != 'system' %}{{ message.role | capitalize }}: {% endif %}"
+    "{{ message.content }}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+PAIRS_TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'system' %}"
+    f"{{{{ message.content }}}}{_BETWEEN}"
+    "{% endif %}{% endfor %}"
+    "{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}"
+    f"{{% if asked %}}{{{{ asked[-1].content }}}}{_BETWEEN}{{% endif %}}"
+    f"{{% if {_ANSWERED} %}}{_ANSWER}{{% endif %}}"
+)
+
+TEXT_TEMPLATE = (
+    "{% set said = namespace(end='\\n') %}{% for message in messages %}"
+    "{% if message.role != 'assistant' and said.end != '\\n' %}{{ '\\n' }}{% endif %}"
+    "{{ message.content }}"
+    "{% if message.content %}{% set said.end = message.content[-1] %}{% endif %}{% endfor %}"
+)
+
 FORMATS = {
     each.name: each
     for each in (
@@ -188,6 +220,7 @@ FORMATS = {
         ChatFormat(
             "dialogue",
             _dialogue,
+            DIALOGUE_TEMPLATE,
             "the tokenizer has no chat template: the model sees lines of User: and Assistant:",
             ("\nUser:", "\nSystem:"),
             stripped=True,
@@ -195,12 +228,14 @@ FORMATS = {
         ChatFormat(
             "pairs",
             _pair,
+            PAIRS_TEMPLATE,
             "this model was trained on single prompts with a response: it sees your last message "
             "alone, not the conversation",
         ),
         ChatFormat(
             "text",
             _text,
+            TEXT_TEMPLATE,
             "this model was trained on plain text: it continues what you write rather than "
             "answering it",
             ends=False,
@@ -218,6 +253,12 @@ def format_for(tokenizer: TokenizerProvider, forms: Mapping[str, int]) -> ChatFo
     if forms.get(CONVERSATION) or not (forms.get(PAIR) or forms.get(TEXT)):
         return FORMATS["template" if has_template(tokenizer) else "dialogue"]
     return FORMATS["pairs" if forms.get(PAIR) else "text"]
+
+
+def format_of(session: Session) -> ChatFormat:
+    """The format for the model of ``session``, by what its run records of its data."""
+    data = {} if session.checkpoint is None else data_row(session.checkpoint)
+    return format_for(session.tokenizer, forms_of(data))
 
 
 def format_called(name: str) -> ChatFormat:
@@ -239,11 +280,10 @@ def has_template(tokenizer: TokenizerProvider) -> bool:
     return True
 
 
-def num_tokens(tokenizer: TokenizerProvider, prompt: Prompt) -> int:
-    """The tokens of a prompt. Raises ValueError where the tokenizer refuses it."""
-    if isinstance(prompt, str):
-        return len(tokenizer.encode_prompt(Document(text=prompt)))
-    return len(tokenizer.encode_prompt(Document(messages=prompt)))
+def encoded(tokenizer: TokenizerProvider, prompt: Prompt) -> list[int]:
+    """The ids of a prompt. Raises ValueError where the tokenizer refuses it."""
+    text = isinstance(prompt, str)
+    return tokenizer.encode_prompt(Document(text=prompt) if text else Document(messages=prompt))
 
 
 def fitting(
@@ -263,7 +303,7 @@ def fitting(
 
     def prompt_from(turn: int) -> tuple[Prompt, bool]:
         prompt = chat_format.render(conversation.messages(turn))
-        return prompt, num_tokens(tokenizer, prompt) <= most
+        return prompt, len(encoded(tokenizer, prompt)) <= most
 
     try:
         if first_turn >= last:

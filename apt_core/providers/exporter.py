@@ -40,13 +40,15 @@ class Proof:
 @dataclass(frozen=True, eq=False)
 class ExportJob:
     """What :meth:`ExporterProvider.write` gets: an empty ``folder`` to write to, the ``model`` and
-    its ``tokenizer``, the ``name`` of the run, and ``advance``, to be told what is being
-    written."""
+    its ``tokenizer``, the ``name`` of the run, and ``advance``, to be told what is being written.
+    ``chat_template`` is the Jinja source of what conversations become for this model, which may
+    have learned another form than that of its tokenizer's template; None where it has none."""
 
     folder: Path
     model: PlainModel
     tokenizer: TokenizerProvider
     name: str
+    chat_template: str | None
     advance: Callable[[str], None] = lambda what: None
 
 

@@ -68,8 +68,9 @@ class Rounding(_Row):
 
 
 class Certificate(_Row):
-    """The content of the file. ``options`` are those of the exporter. Without ``proven`` nothing
-    was run, and ``unproven`` says why; the figures are then None.
+    """The content of the file. ``options`` are those of the exporter, ``chat_format`` is what
+    conversations become there, as of ``apt-chat --format``. Without ``proven`` nothing was run, and
+    ``unproven`` says why; the figures are then None.
 
     The tolerance is one of relative differences, at ``share`` of the places. Where the export
     rounds the weights, it is compared with the rounded model, and ``rounding`` tells the rest.
@@ -83,6 +84,7 @@ class Certificate(_Row):
     time: str
     proven: bool
     unproven: str = ""
+    chat_format: str = "template"
     runtime: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
     tolerance: float | None = None

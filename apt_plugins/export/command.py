@@ -63,6 +63,15 @@ def export(
             "What that costs on held-out text is measured.",
         ),
     ] = None,
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="What the target's chat template makes of a conversation: template (the "
+            "tokenizer's), dialogue, pairs or text, as of apt-chat. auto: what the model was "
+            "trained on.",
+        ),
+    ] = "auto",
     unproven: Annotated[
         bool,
         typer.Option("--unproven", help="Export also where the target's program is not installed."),
@@ -115,6 +124,7 @@ def export(
             "--output": output,
             "--option": option,
             "--drop": drop,
+            "--format": format_ != "auto",
             "--unproven": unproven,
             "--force": force,
             "--push": push,
@@ -173,6 +183,7 @@ def export(
             origin_of(session, place, weights, plugin or ()),
             options,
             drop or (),
+            format_,
             unproven=unproven,
             force=force,
         )

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from apt_core import AptError, ConfigError, Problem, __version__
 from apt_core.files import write_atomically
+from apt_core.inference.chat import FORMATS, ChatFormat, format_called, format_of
 from apt_core.modeling.placement import num_threads
 from apt_core.modeling.plain import drop_beyond, plain_model
 from apt_core.providers import ExporterProvider, ExportJob, PlainModel, Proof
@@ -33,6 +34,7 @@ from apt_plugins.export.rounding import cost_of_rounding
 from apt_plugins.export.runtimes import answered
 from apt_plugins.export.settings import EXTRAS
 from apt_plugins.export.staging import check_outside, check_target, staged
+from apt_plugins.export.tokenizers import chat_template_of
 
 Tell = Callable[[str], None]
 
@@ -55,14 +57,15 @@ class HeldOut(Protocol):
 class Order:
     """What is to be exported where: the exporter called ``target`` with its ``options``, into
     ``output``, which ``force`` lets replace an earlier export; without the parts that ``drop``
-    names. ``unproven``: also where the target's runtime is not installed. ``origin`` is what the
-    certificate says of the run."""
+    names. ``unproven``: also where the target's runtime is not installed. ``chat_format`` names
+    what conversations become. ``origin`` is what the certificate says of the run."""
 
     target: str
     output: Path
     origin: Origin
     options: Mapping[str, Any] = field(default_factory=dict)
     drop: Sequence[str] = ()
+    chat_format: str = "auto"
     unproven: bool = False
     force: bool = False
 
@@ -115,6 +118,19 @@ def plain_form(session: Session, exporter: ExporterProvider) -> PlainModel:
     return plain
 
 
+def chat_format_for(session: Session, name: str) -> ChatFormat:
+    """The format of this name; ``auto`` is the one in which ``apt-chat`` talks with the model, but
+    no dialogue, which no model was trained on. Raises ConfigError for an unknown one."""
+    if name == "auto":
+        found = format_of(session)
+        return FORMATS["template"] if found is FORMATS["dialogue"] else found
+    try:
+        return format_called(name)
+    except ConfigError as error:
+        problems = [Problem(each.message, "--format", hint=each.hint) for each in error.problems]
+        raise ConfigError(problems) from None
+
+
 def why_unproven(exporter: ExporterProvider) -> str:
     """Why an export cannot be proven here; empty where it can."""
     proof = exporter.proof
@@ -148,6 +164,7 @@ def export(
     if session.checkpoint is not None:
         check_outside(order.output, folder_of(session))
     exporter = exporter_of(session, order.target, order.options)
+    chat_format = chat_format_for(session, order.chat_format)
     reason = why_unproven(exporter)
     if reason and not order.unproven:
         hint = "--unproven exports it without a proof"
@@ -158,7 +175,9 @@ def export(
     dropped = _dropped(session, order.drop, held_out, tell)
     plain = plain_form(session, exporter)
     with staged(order.output, force=order.force) as (folder, publish):
-        job = ExportJob(folder, plain, session.tokenizer, session.config.name, tell)
+        tokenizer, name = session.tokenizer, session.config.name
+        template = chat_template_of(chat_format, tokenizer)
+        job = ExportJob(folder, plain, tokenizer, name, template, tell)
         exporter.write(job)
         certificate = Certificate(
             target=order.target,
@@ -168,6 +187,7 @@ def export(
             time=now(),
             proven=not reason,
             unproven=reason,
+            chat_format=chat_format.name,
             dropped=dropped,
             files=hashes_of(folder),
         )
@@ -176,8 +196,8 @@ def export(
             assert proof is not None
             held_out = held_out or (_opened(text, tell) if text is not None else None)
             prompts = () if held_out is None else held_out.prompts()
-            questions = questions_for(plain.shape, session.tokenizer, prompts)
-            proven = prove(session, exporter, plain, folder, questions, tell)
+            questions = questions_for(plain.shape, tokenizer, prompts, chat_format)
+            proven = prove(session, exporter, plain, folder, questions, tell, chat_format)
             comparison = proven.comparison
             certificate = certified(certificate, proof, proven, questions)
             if comparison.faults:
@@ -206,6 +226,7 @@ def prove(
     folder: Path,
     questions: Questions,
     tell: Tell = _nobody,
+    chat_format: ChatFormat = FORMATS["template"],
 ) -> Proven:
     """Run the export in ``folder`` of the session's model, in ``plain`` form, by its program.
     Raises RuntimeFailed where that fails."""
@@ -215,11 +236,11 @@ def prove(
         questions = questions.normalized(proof.normal_form)
     threads = num_threads(session.config)
     with answered(proof, [(folder, questions)], tell, threads=threads) as [foreign]:
-        own, rounding = OwnAnswers(session), None
+        own, rounding = OwnAnswers(session, chat_format), None
         stored = exporter.stored(plain)
         if stored is not None:
             tell("comparing the model with what the export rounds it to")
-            rounded = RoundedAnswers(session, stored)
+            rounded = RoundedAnswers(session, stored, chat_format)
             own, rounding = rounded, cost_of_rounding(own, rounded, questions)
         found = compare(own, foreign, questions, proof.tolerance, tell, share=proof.share)
         return Proven(found, foreign.versions, rounding)

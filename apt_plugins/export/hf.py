@@ -106,7 +106,7 @@ def write_configuration(job: ExportJob, dtype: str) -> None:
     OSError."""
     job.advance("tokenizer")
     tokenizer, shape = expressed(job.tokenizer), job.model.shape
-    tokenizer.write(job.folder, shape.max_seq_len)
+    tokenizer.write(job.folder, shape.max_seq_len, job.chat_template)
     for name, value in (
         ("config.json", config_of(shape, tokenizer, dtype)),
         ("generation_config.json", _token_ids(tokenizer)),

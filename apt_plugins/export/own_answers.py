@@ -15,6 +15,7 @@ from torch import Tensor
 
 from apt_core.data.batches import Batch
 from apt_core.inference import Engine
+from apt_core.inference.chat import FORMATS, ChatFormat, encoded
 from apt_core.modeling import forward_batch
 from apt_core.modeling.blocks import block_stack
 from apt_core.plugin_manager import PluginManager
@@ -28,16 +29,18 @@ from apt_plugins.export.tokenizers import expressed
 
 class OwnAnswers:
     """Answers with the model of ``session``, computed in fp32 without a cache, and with its
-    tokenizer; plugins that change logits or texts take no part."""
+    tokenizer, to which ``chat_format`` gives conversations; plugins that change logits or texts
+    take no part."""
 
     generates = True
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, chat_format: ChatFormat = FORMATS["template"]) -> None:
         # Products in TF32, which a run may take on a GPU, would be further off than the tolerance.
         hardware = session.config.hardware.model_copy(update={"tf32": False})
         config = session.config.model_copy(update={"hardware": hardware})
         self._session = replace(session, config=config)
         self._size = session.tokenizer.vocab_size
+        self._chat_format = chat_format
 
     def forward(self, ids: Sequence[int], *, whole: bool = True) -> tuple[Tensor, list[Tensor]]:
         """The logits [T, V] of ``ids``, and the stream [T, D] after each block, where the model has
@@ -86,7 +89,7 @@ class OwnAnswers:
 
     def encode_conversation(self, messages: tuple[Message, ...]) -> list[int]:
         """The ids after which the assistant is to answer."""
-        return self._session.tokenizer.encode_prompt(Document(messages=messages))
+        return encoded(self._session.tokenizer, self._chat_format.render(messages))
 
     def ends(self) -> list[int]:
         """The ids that end a text."""
@@ -107,8 +110,10 @@ class RoundedAnswers(OwnAnswers):
 
     generates = False
 
-    def __init__(self, session: Session, model: PlainModel) -> None:
-        super().__init__(session)
+    def __init__(
+        self, session: Session, model: PlainModel, chat_format: ChatFormat = FORMATS["template"]
+    ) -> None:
+        super().__init__(session, chat_format)
         self._runner = PlainRunner(model)
 
     def forward(self, ids: Sequence[int], *, whole: bool = True) -> tuple[Tensor, list[Tensor]]:

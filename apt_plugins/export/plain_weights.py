@@ -50,7 +50,7 @@ class PlainWeightsExporter(ExporterProvider):
 
     def write(self, job: ExportJob) -> None:
         tokenizer = expressed(job.tokenizer)
-        tokenizer.write(job.folder, job.model.shape.max_seq_len)
+        tokenizer.write(job.folder, job.model.shape.max_seq_len, job.chat_template)
         text = json.dumps(description(job.model.shape), indent=2)
         write_atomically(job.folder / "model.json", text + "\n")
         write_tensors(job.folder, named_tensors(job), self.settings)

@@ -9,8 +9,9 @@ from itertools import cycle, islice
 from typing import Literal
 from unicodedata import normalize
 
+from apt_core.inference.chat import FORMATS, ChatFormat, encoded
 from apt_core.providers import PlainShape, TokenizerProvider
-from apt_core.providers.documents import Document, Message
+from apt_core.providers.documents import Message
 
 NUM_PROMPTS = 20
 NEW_TOKENS = 200
@@ -103,12 +104,14 @@ def questions_for(
     shape: PlainShape,
     tokenizer: TokenizerProvider,
     held_out: Sequence[Sequence[int]] = (),
+    chat_format: ChatFormat = FORMATS["template"],
     *,
     num_prompts: int = NUM_PROMPTS,
     new_tokens: int = NEW_TOKENS,
 ) -> Questions:
     """The questions for a model of this shape: prompts of ``held_out`` texts, given as ids, of
-    texts of our own where there are none, and of random ids; the same ones each time."""
+    texts of our own where there are none, and of random ids; the same ones each time. Of the
+    conversations those that ``chat_format`` has a prompt for."""
     context = shape.max_seq_len
     longest = max(1, context - new_tokens if context > 2 * new_tokens else context // 2)
     lengths = [min(length, longest) for length in islice(cycle(LENGTHS), num_prompts)]
@@ -132,7 +135,7 @@ def questions_for(
         _whole([len(prompt) for prompt in prompts], shape),
         (*counts, 0),
         (*TEXTS, *_pieces(tokenizer)),
-        tuple(each for each in CONVERSATIONS if _is_encoded(tokenizer, each)),
+        tuple(each for each in CONVERSATIONS if _is_encoded(tokenizer, chat_format, each)),
         of_held_out,
     )
 
@@ -170,10 +173,12 @@ def _whole(lengths: Sequence[int], shape: PlainShape) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def _is_encoded(tokenizer: TokenizerProvider, messages: tuple[Message, ...]) -> bool:
+def _is_encoded(
+    tokenizer: TokenizerProvider, chat_format: ChatFormat, messages: tuple[Message, ...]
+) -> bool:
     """Whether the tokenizer encodes this conversation; a template may refuse a system message."""
     try:
-        tokenizer.encode_prompt(Document(messages=messages))
+        encoded(tokenizer, chat_format.render(messages))
     except ValueError:
         return False
     return True

@@ -15,6 +15,7 @@ from apt_core.data.tokenizers.char import CharTokenizer
 from apt_core.data.tokenizers.hf import HFTokenizer
 from apt_core.error_text import one_line
 from apt_core.files import write_atomically
+from apt_core.inference.chat import ChatFormat
 from apt_core.providers.documents import Document
 from apt_core.providers.tokenizer import TokenizerProvider
 
@@ -23,18 +24,16 @@ SAMPLE = "a b"
 
 @dataclass(frozen=True)
 class ExpressedTokenizer:
-    """A tokenizer as other programs know it: the content of ``tokenizer.json``, the chat template
-    in Jinja (None: there is none), and the texts of its special tokens by what they do
-    (``bos_token``, ``eos_token``, ``pad_token``). ``ends`` are the ids that end a text, ``ids``
-    those of the named special tokens."""
+    """A tokenizer as other programs know it: the content of ``tokenizer.json``, and the texts of its
+    special tokens by what they do (``bos_token``, ``eos_token``, ``pad_token``). ``ends`` are the
+    ids that end a text, ``ids`` those of the named special tokens."""
 
     data: dict[str, Any]
-    chat_template: str | None
     tokens: dict[str, str]
     ids: dict[str, int]
     ends: tuple[int, ...]
 
-    def write(self, folder: Path, max_seq_len: int) -> None:
+    def write(self, folder: Path, max_seq_len: int, chat_template: str | None) -> None:
         """Write the files of a Hugging Face folder. Raises OSError."""
         text = json.dumps(self.data, ensure_ascii=False, indent=1)
         write_atomically(folder / "tokenizer.json", text + "\n")
@@ -46,8 +45,31 @@ class ExpressedTokenizer:
         }
         text = json.dumps(config, ensure_ascii=False, indent=1)
         write_atomically(folder / "tokenizer_config.json", text + "\n")
-        if self.chat_template is not None:
-            write_atomically(folder / "chat_template.jinja", self.chat_template)
+        if chat_template is not None:
+            write_atomically(folder / "chat_template.jinja", chat_template)
+
+
+BEGINNINGS = ("{{ bos_token }}", "{{ bos_token }}{{ ' ' }}")
+"""What may begin a text in Jinja: some tokenizers put a space before the first word of a text, and
+not before what follows a special token."""
+
+
+def chat_template_of(chat_format: ChatFormat, tokenizer: TokenizerProvider) -> str | None:
+    """The Jinja source that gives other programs the prompts of ``chat_format``; None where that is
+    the tokenizer's template and it has none. Raises what :func:`expressed` does."""
+    if not chat_format.jinja:
+        return tokenizer.chat_template
+    if tokenizer.special.bos is None:
+        return chat_format.jinja
+    import tokenizers
+
+    found = expressed(tokenizer)
+    made = tokenizers.Tokenizer.from_str(json.dumps(found.data))
+    wanted, bos = tokenizer.encode_prompt(Document(text=SAMPLE)), found.tokens["bos_token"]
+    for beginning, between in zip(BEGINNINGS, ("", " "), strict=True):
+        if made.encode(f"{bos}{between}{SAMPLE}", add_special_tokens=False).ids == wanted:
+            return beginning + chat_format.jinja
+    return BEGINNINGS[0] + chat_format.jinja
 
 
 def expressed(tokenizer: TokenizerProvider) -> ExpressedTokenizer:
@@ -72,7 +94,6 @@ def expressed(tokenizer: TokenizerProvider) -> ExpressedTokenizer:
     ends = {special.eos, special.end, *special.roles.values(), *special.ends}
     return ExpressedTokenizer(
         data,
-        tokenizer.chat_template,
         tokens,
         found,
         tuple(sorted(t for t in ends if t is not None)),

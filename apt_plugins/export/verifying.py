@@ -16,6 +16,7 @@ from apt_plugins.export.exporting import (
     HeldOut,
     Tell,
     certified,
+    chat_format_for,
     exporter_of,
     plain_form,
     prove,
@@ -84,10 +85,11 @@ def verify(
         drop_beyond(session.model, list(certificate.dropped.parts))
     plain = plain_form(session, exporter)
     prompts = () if text is None else text().prompts()
-    questions = questions_for(plain.shape, session.tokenizer, prompts)
+    chat_format = chat_format_for(session, certificate.chat_format)
+    questions = questions_for(plain.shape, session.tokenizer, prompts, chat_format)
     proof = exporter.proof
     assert proof is not None
-    proven = prove(session, exporter, plain, folder, questions, tell)
+    proven = prove(session, exporter, plain, folder, questions, tell, chat_format)
     if proven.comparison.faults:
         raise AptError(f"{folder}: {refusal(proven.comparison)}")
     found = certified(certificate, proof, proven, questions)

@@ -9,10 +9,9 @@ from collections.abc import Callable
 from apt_core.error_text import one_line
 from apt_core.errors import AptError
 from apt_core.inference import Engine
-from apt_core.inference.chat import ChatFormat, format_for
+from apt_core.inference.chat import ChatFormat, format_of
 from apt_core.parallel.signals import Interrupts
 from apt_core.runs import Session
-from apt_core.runs.trained_on import data_row, forms_of
 from apt_plugins.serve.access import Access
 from apt_plugins.serve.application import Application, Later, by_the_loop
 from apt_plugins.serve.http_server import Server
@@ -44,8 +43,7 @@ def serve_session(
     Raises AptError where the thread of the engine ended.
     """
     if chat_format is None:
-        data = {} if session.checkpoint is None else data_row(session.checkpoint)
-        chat_format = format_for(session.tokenizer, forms_of(data))
+        chat_format = format_of(session)
     worker = Worker(
         lambda: Engine(session, max_batch=limits.max_batch, int8=int8, compiled=compiled),
         max_answers=limits.max_answers,

@@ -198,8 +198,10 @@ def test_the_tutorial_runs_from_top_to_bottom(
         for line in step.shown:
             assert is_shown(line, printed), f"$ {step.command}\n{line}\nis not in\n{printed}"
         answers[step.command] = printed
-    (generated,) = [out for said, out in answers.items() if said.startswith("apt-generate")]
-    assert generated.splitlines()[0] in answers["python ask.py"]
+    (said,) = [out for command, out in answers.items() if command.startswith("apt-chat")]
+    answer = said.partition("not the conversation\n")[0].splitlines()[0]
+    # llama.cpp ends at the context, where apt-chat forgets what was first.
+    assert len(answer) > 60 and answer[:60] in answers["python ask.py"]
 
 
 def write_files(guide: Guide, folder: Path) -> None:

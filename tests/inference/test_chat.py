@@ -11,16 +11,17 @@ import pytest
 pytest.importorskip("torch", reason="the package of the engine is imported with torch")
 
 from apt_core.data.tokenizers.byte import ByteTokenizer
+from apt_core.data.tokenizers.chat import ChatTemplate
 from apt_core.errors import ConfigError
 from apt_core.inference.chat import (
     FORMATS,
     Conversation,
     Said,
+    encoded,
     fitting,
     format_called,
     format_for,
     has_template,
-    num_tokens,
 )
 from apt_core.providers.documents import Document
 from apt_core.providers.tokenizer import TokenizerProvider
@@ -136,6 +137,28 @@ def test_each_format_shows_the_model_what_it_knows() -> None:
     assert isinstance(pair, str) and ByteTokenizer().encode(pair) == ids
 
 
+@pytest.mark.parametrize("name", ["dialogue", "pairs", "text"])
+def test_other_programs_are_told_the_same_form(name: str) -> None:
+    pytest.importorskip("jinja2", reason="what renders templates is not installed")
+    template = ChatTemplate(FORMATS[name].jinja, {"eos_token": "<eos>"})
+    talks = [
+        talk(),
+        talk(system="be kind"),
+        talk(("one", " two"), ("lines\n", "end\n"), system="{{ braces }}\n"),
+        talk(("", ""), ("é 字 😀", "\n\n")),
+    ]
+    for found in talks:
+        for question in ("three", "", "ends\n", "two\n\nlines"):
+            found.ask(question)
+            messages = found.messages()
+            assert template.prompt(messages) == FORMATS[name].render(messages)
+            found.undo()
+    # As data to learn from, the answer and the end of it are what is learned.
+    answered = template.pieces(talk(("three", "four")).messages())
+    if name == "pairs":
+        assert answered == [("three\n", False), ("four<eos>", True)]
+
+
 @pytest.mark.parametrize("name", ["template", "dialogue", "text"])
 def test_a_prompt_goes_on_from_the_one_before_and_its_answer(name: str) -> None:
     """So that the caches of the turns before serve again."""
@@ -143,16 +166,11 @@ def test_a_prompt_goes_on_from_the_one_before_and_its_answer(name: str) -> None:
     before: list[int] = []
     for turn in range(3):
         found.ask(f"frage {turn} é")
-        ids = ids_of(tokenizer, FORMATS[name].render(found.messages()))
+        ids = encoded(tokenizer, FORMATS[name].render(found.messages()))
         assert ids[: len(before)] == before
         answer = f" antwort {turn}"
         before = [*ids, *tokenizer.encode(answer)]
         found.answer(answer.strip() if FORMATS[name].stripped else answer)
-
-
-def ids_of(tokenizer: TokenizerProvider, prompt: Any) -> list[int]:
-    text = isinstance(prompt, str)
-    return tokenizer.encode_prompt(Document(text=prompt) if text else Document(messages=prompt))
 
 
 def test_the_first_turns_are_left_out_until_the_rest_fits() -> None:
@@ -161,12 +179,12 @@ def test_the_first_turns_are_left_out_until_the_rest_fits() -> None:
     found.ask("the last")
     whole, first = fitting(found, FORMATS["template"], tokenizer, 10_000)
     assert (whole, first) == (found.messages(), 0)
-    for most in range(30, num_tokens(tokenizer, whole), 7):
+    for most in range(30, len(encoded(tokenizer, whole)), 7):
         prompt, first = fitting(found, FORMATS["template"], tokenizer, most)
         assert prompt == found.messages(first) and prompt[0] == Message("system", "always here")
         assert prompt[-1] == Message("user", "the last") and prompt[1].role == "user"
-        assert num_tokens(tokenizer, prompt) <= most or first == 9
-        assert num_tokens(tokenizer, found.messages(first - 1)) > most
+        assert len(encoded(tokenizer, prompt)) <= most or first == 9
+        assert len(encoded(tokenizer, found.messages(first - 1))) > most
         # Turns that were left out do not come back by themselves.
         assert fitting(found, FORMATS["template"], tokenizer, 10_000, first)[1] == first
     alone, first = fitting(found, FORMATS["template"], tokenizer, 1)
@@ -192,7 +210,7 @@ def test_what_fits_of_a_long_conversation_is_found_from_its_end() -> None:
             fits = (
                 turn
                 for turn in range(first, len(found.turns))
-                if num_tokens(Plain(), form.render(found.messages(turn))) <= most
+                if len(encoded(Plain(), form.render(found.messages(turn)))) <= most
             )
             turn = next(fits, len(found.turns) - 1)
             looked.clear()

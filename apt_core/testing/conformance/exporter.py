@@ -83,8 +83,10 @@ def _written(provider: Any) -> Iterator[tuple[PlainModel, Callable[[Path], None]
 
 
 def _writer(provider: Any, model: PlainModel) -> Callable[[Path], None]:
+    tokenizer = ByteTokenizer()
+
     def write(folder: Path) -> None:
-        provider.write(ExportJob(folder, model, ByteTokenizer(), "naïve 名"))
+        provider.write(ExportJob(folder, model, tokenizer, "naïve 名", tokenizer.chat_template))
 
     return write
 

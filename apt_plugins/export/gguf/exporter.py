@@ -91,9 +91,9 @@ class GGUFExporter(ExporterProvider):
         writer.add_name(job.name)
         write_shape(writer, shape)
         write_file_type(writer, self._settings.type)
-        write_vocabulary(writer, vocabulary, tokenizer.special, tokenizer.chat_template)
+        write_vocabulary(writer, vocabulary, tokenizer.special, job.chat_template)
         self._write_weights(writer, job, Layout(job.model, pairs=turns_neighbours(arch)))
-        text = modelfile(FILE, tokenizer, shape.max_seq_len)
+        text = modelfile(FILE, tokenizer.special, job.chat_template, shape.max_seq_len)
         write_atomically(job.folder / "Modelfile", text)
 
     def _vocabulary(

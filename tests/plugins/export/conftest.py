@@ -223,7 +223,7 @@ def certified(
         plain = plain_model(session.model, session.tokenizer.vocab_size, exporter.holds)
         assert not [*exporter.check(plain.shape, session.tokenizer)]
         folder = factory.mktemp("export")
-        exporter.write(ExportJob(folder, plain, session.tokenizer, "tiny"))
+        exporter.write(ExportJob(folder, plain, session.tokenizer, "tiny", session.tokenizer.chat_template))
         if spoil is not None:
             spoil(folder)
         # One has all 200 tokens; they take most of the time.

@@ -215,7 +215,7 @@ def comparisons(
     for name, (model, written) in writers.items():
         target = folder / name
         target.mkdir()
-        exporter.write(ExportJob(target, model, written, "tiny"))
+        exporter.write(ExportJob(target, model, written, "tiny", written.chat_template))
         targets.append((target, questions))
     own = OwnAnswers(session)
     with answered(proof, targets) as answers:

@@ -48,10 +48,11 @@ import xllamacpp
 parameters = xllamacpp.CommonParams()
 parameters.model.path, prompt, tokens = sys.argv[1:]
 parameters.warmup = False
-found = xllamacpp.Server(parameters).handle_completions(
-    {"prompt": prompt, "n_predict": int(tokens), "temperature": 0}
-)
-json.dump(found["choices"][0]["text"], open("answer.json", "w"))
+server, settings = xllamacpp.Server(parameters), {"n_predict": int(tokens), "temperature": 0}
+text = server.handle_completions({"prompt": prompt, **settings})["choices"][0]["text"]
+messages = [{"role": "user", "content": prompt}]
+said = server.handle_chat_completions({"messages": messages, **settings})["choices"][0]["message"]
+json.dump([text, said["content"]], open("answer.json", "w"))
 """
 """llama.cpp's own server, with its own settings."""
 
@@ -90,8 +91,9 @@ def test_llama_cpp_says_what_apt_generate_says(
     # Threads that spin keep a busy machine's CPU from each other.
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     subprocess.run([sys.executable, "-c", ANSWER, *arguments], check=True)
-    answer = json.loads((tmp_path / "answer.json").read_text())
+    answer, in_chat = json.loads((tmp_path / "answer.json").read_text())
     assert answer == json.loads(said)["text"] and len(answer) > TOKENS
+    assert in_chat == answer
     certificate = json.loads((modelfile.parent / "certificate.json").read_text())
     assert certificate["proven"] and certificate["prompts_of_held_out_text"] == 16
 

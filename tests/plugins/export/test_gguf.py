@@ -92,7 +92,7 @@ def test_another_end_and_another_layout_of_a_rounded_file_are_caught(
 def written(session: Session, folder: Path, **options: Any) -> Any:
     folder.mkdir()
     plain = plain_model(session.model, session.tokenizer.vocab_size)
-    GGUFExporter(options).write(ExportJob(folder, plain, session.tokenizer, "tiny"))
+    GGUFExporter(options).write(ExportJob(folder, plain, session.tokenizer, "tiny", session.tokenizer.chat_template))
     return gguf.GGUFReader(folder / FILE)
 
 

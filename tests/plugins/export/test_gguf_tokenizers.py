@@ -104,7 +104,7 @@ def test_llama_cpp_gives_the_ids(session: Session, tmp_path: Path) -> None:
         end = "</s>" if "piece" in name else "<|end|>"
         (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
         made[name] = HFTokenizer({"path": str(folder)})
-        job = ExportJob(folder, plain_model(session.model), made[name], name)
+        job = ExportJob(folder, plain_model(session.model), made[name], name, made[name].chat_template)
         assert not [*exporter.check(job.model.shape, made[name])], name
         exporter.write(job)
         targets.append((folder, questions))
@@ -137,7 +137,7 @@ def test_conversations_begin_and_end_as_the_tokenizer_of_the_run_has_it(
     session = replace(session, tokenizer=HFTokenizer({"path": str(tmp_path)}))
     assert session.tokenizer.special.bos == 1
     plain, exporter = plain_model(session.model, session.tokenizer.vocab_size), GGUFExporter()
-    exporter.write(ExportJob(tmp_path / "export", plain, session.tokenizer, "tiny"))
+    exporter.write(ExportJob(tmp_path / "export", plain, session.tokenizer, "tiny", session.tokenizer.chat_template))
     questions = questions_for(plain.shape, session.tokenizer, num_prompts=2, new_tokens=4)
     found = prove(session, exporter, plain, tmp_path / "export", questions).comparison
     assert found.faults == [] and found.ends_equal and len(questions.conversations) == 2
@@ -153,7 +153,7 @@ def test_the_name_of_another_pattern_is_caught(
     session = replace(session, tokenizer=HFTokenizer({"path": str(tmp_path)}))
     plain, exporter = plain_model(session.model, session.tokenizer.vocab_size), GGUFExporter()
     monkeypatch.setitem(PRE_TOKENIZERS, (patterns, False), "gpt-2")
-    exporter.write(ExportJob(tmp_path / "export", plain, session.tokenizer, "tiny"))
+    exporter.write(ExportJob(tmp_path / "export", plain, session.tokenizer, "tiny", session.tokenizer.chat_template))
     questions = questions_for(plain.shape, session.tokenizer, num_prompts=1, new_tokens=1)
     found = prove(session, exporter, plain, tmp_path / "export", questions).comparison
     assert "its tokenizer encodes" in "".join(found.faults)
@@ -171,7 +171,7 @@ def test_a_tokenizer_that_composes_characters_is_compared_on_composed_texts(
     plain = plain_model(session.model, session.tokenizer.vocab_size)
     exporter = GGUFExporter({"assume_nfc": True})
     assert [*GGUFExporter().check(plain.shape, session.tokenizer)]
-    exporter.write(ExportJob(tmp_path / "export", plain, session.tokenizer, "tiny"))
+    exporter.write(ExportJob(tmp_path / "export", plain, session.tokenizer, "tiny", session.tokenizer.chat_template))
     questions = Questions(((1,),), (), (0,), ("e\u0301", "plain"))
     found = prove(session, exporter, plain, tmp_path / "export", questions).comparison
     assert found.faults == [] and found.encoded == 2

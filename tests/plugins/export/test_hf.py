@@ -58,7 +58,7 @@ def test_the_type_of_model_follows_the_shape(models: dict[str, Session], tmp_pat
         folder.mkdir()
         session = models[name]
         plain = plain_model(session.model, session.tokenizer.vocab_size, {"window"})
-        HFExporter().write(ExportJob(folder, plain, session.tokenizer, "tiny"))
+        HFExporter().write(ExportJob(folder, plain, session.tokenizer, "tiny", session.tokenizer.chat_template))
         config = json.loads((folder / "config.json").read_text())
         assert config["model_type"] == kind and config["vocab_size"] == plain.shape.vocab_size
         assert [*folder.glob("*.safetensors")] == [folder / "model.safetensors"]

@@ -76,7 +76,7 @@ def test_an_export_gets_the_scores_of_the_run(
     folder = tmp_path / "export"
     folder.mkdir()
     plain = plain_model(session.model, session.tokenizer.vocab_size)
-    HFExporter().write(ExportJob(folder, plain, session.tokenizer, "tiny"))
+    HFExporter().write(ExportJob(folder, plain, session.tokenizer, "tiny", session.tokenizer.chat_template))
     theirs = HFLM(str(folder), device="cpu", dtype="float32", batch_size=4, max_length=context)
     own = SessionModel(session, Asking(batch_size=4, stride=context))
     tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)

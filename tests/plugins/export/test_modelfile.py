@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from apt_core.data.tokenizers.chat import CHAT_TEMPLATE
+from apt_core.inference.chat import FORMATS
 from apt_core.providers import SpecialTokens
-from apt_plugins.export.gguf.modelfile import GO_TEMPLATE, modelfile, quoted
+from apt_plugins.export.gguf.modelfile import GO_TEMPLATES, modelfile, quoted
+from apt_plugins.export.tokenizers import BEGINNINGS
 
 COMMANDS = {"FROM", "TEMPLATE", "PARAMETER"}
 
@@ -51,8 +52,7 @@ def read(text: str) -> list[tuple[str, str]]:
 def commands(names: dict[int, str], template: str | None = None) -> list[tuple[str, str]]:
     ends: Any = dict(zip(("eos", "end"), names, strict=False))
     special = SpecialTokens(**ends, names=names)
-    tokenizer: Any = SimpleNamespace(special=special, chat_template=template)
-    return read(modelfile("model.gguf", tokenizer, 64))
+    return read(modelfile("model.gguf", special, template, 64))
 
 
 BEGIN = [("FROM", "./model.gguf"), ("num_ctx", "64")]
@@ -79,8 +79,12 @@ def test_what_ollama_would_read_as_another_text_is_left_out(text: str) -> None:
     assert commands({0: text, 1: "<|end|>"}) == [*BEGIN, ("stop", "<|end|>")]
 
 
-def test_the_template_of_the_core_is_translated() -> None:
-    found = commands({0: "<|eos|>"}, CHAT_TEMPLATE)
-    assert found == [*BEGIN, ("stop", "<|eos|>"), ("TEMPLATE", GO_TEMPLATE)]
-    assert commands({0: "<|eos|>"}, "{{ messages }}") == [*BEGIN, ("stop", "<|eos|>")]
-    assert quoted(GO_TEMPLATE) is not None
+@pytest.mark.parametrize("begin", ["", BEGINNINGS[0]])
+def test_templates_of_the_core_are_translated(begin: str) -> None:
+    for each in FORMATS.values():
+        template = each.jinja or CHAT_TEMPLATE
+        found = commands({0: "<|eos|>"}, begin + template)
+        assert found == [*BEGIN, ("stop", "<|eos|>"), ("TEMPLATE", GO_TEMPLATES[template])]
+        assert quoted(GO_TEMPLATES[template]) is not None
+    for foreign in ("{{ messages }}", None):
+        assert commands({0: "<|eos|>"}, foreign) == [*BEGIN, ("stop", "<|eos|>")]

@@ -678,7 +678,7 @@ def test_a_model_becomes_tva_and_heals(asked: Asked, tmp_path: Path) -> None:
 def exported(session: Session, folder: Path) -> dict[str, bytes]:
     folder.mkdir()
     plain = plain_model(session.model, session.tokenizer.vocab_size)
-    HFExporter().write(ExportJob(folder, plain, session.tokenizer, "x", lambda what: None))
+    HFExporter().write(ExportJob(folder, plain, session.tokenizer, "x", session.tokenizer.chat_template))
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
