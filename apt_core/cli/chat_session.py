@@ -298,7 +298,7 @@ class Chat:
             for name in [key] if key else shown:
                 say(f"{name} {json.dumps(shown[name], ensure_ascii=False)}")
         elif key == FORMAT:
-            self.format = format_called(value)
+            self.format = format_called(value, "format")
             self._first_turn = 0
         else:
             self.request = with_setting(self.request, key, value)

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
+Made = Callable[[GenerationRequest], GenerationRequest]
+
 BETWEEN = "---\n"
 """Stands between the texts, where there are several."""
 
@@ -70,10 +72,17 @@ def generate(
         list[Path] | None,
         typer.Option(
             help="A file with a prompt in each line; one that ends in .jsonl has objects with "
-            "'prompt', or with 'messages' that the chat template takes. - is standard input. "
-            "Repeatable."
+            "'prompt' or with 'messages'. - is standard input. Repeatable."
         ),
     ] = None,
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="How the model sees messages, as for apt-chat: template, dialogue, pairs, text. "
+            "auto: what the model was trained on.",
+        ),
+    ] = "auto",
     num_samples: Annotated[
         int,
         typer.Option(
@@ -152,6 +161,13 @@ def generate(
         logprobs=logprobs,
     )
     prompts: list[Prompt] = []
+    from apt_core.inference.chat import format_called, format_of, in_format
+
+    chosen = None
+    try:
+        chosen = None if format_ == "auto" else format_called(format_)
+    except ConfigError as error:
+        problems += error.problems
     try:
         check_settings(request)
     except ConfigError as error:
@@ -180,6 +196,7 @@ def generate(
         ) as session:
             from apt_core.inference import Engine
 
+            chat_format = chosen or format_of(session)
             requests = [
                 replace(request, prompt=each, seed=seed + number)
                 for each in prompts
@@ -188,6 +205,7 @@ def generate(
             return write_all(
                 Engine(session, compiled=compile_),
                 requests,
+                lambda asked: in_format(chat_format, asked),
                 writer,
                 num_samples,
                 stream=stream,
@@ -258,6 +276,7 @@ def result_row(request: GenerationRequest, result: GenerationResult, sample: int
 def write_all(
     engine: Engine,
     requests: Sequence[GenerationRequest],
+    made: Made,
     writer: Writer,
     num_samples: int,
     *,
@@ -265,7 +284,8 @@ def write_all(
     cite: bool,
 ) -> int:
     """Write the texts of ``requests`` in their order, and their sources on stderr where these are
-    to be cited; returns the exit code. A signal ends it with what there is by then.
+    to be cited; returns the exit code. The engine is given what ``made`` makes of a request. A
+    signal ends it with what there is by then.
 
     Raises AptError where the model's logits were not finite.
     """
@@ -275,7 +295,7 @@ def write_all(
     count = Count(engine.session.config.model.max_seq_len, cite=cite)
     with interrupts.listening():
         make = streamed if stream else together
-        results = make(engine, requests, writer, lambda: bool(interrupts))
+        results = make(engine, requests, made, writer, lambda: bool(interrupts))
         for number, result in enumerate(results):
             if result is None:
                 continue
@@ -295,6 +315,7 @@ def write_all(
 def streamed(
     engine: Engine,
     requests: Sequence[GenerationRequest],
+    made: Made,
     writer: Writer,
     interrupted: Callable[[], bool],
 ) -> Iterator[GenerationResult | None]:
@@ -303,7 +324,7 @@ def streamed(
         if interrupted():
             return
         writer.begin(request)
-        for delta in engine.stream(request, interrupted=interrupted):
+        for delta in engine.stream(made(request), interrupted=interrupted):
             writer.add(delta.text)
             if delta.result is not None:
                 writer.end()
@@ -313,6 +334,7 @@ def streamed(
 def together(
     engine: Engine,
     requests: Sequence[GenerationRequest],
+    made: Made,
     writer: Writer,
     interrupted: Callable[[], bool],
 ) -> Iterator[GenerationResult | None]:
@@ -325,7 +347,7 @@ def together(
         while waiting and len(submitted) < 4 * engine.max_batch:
             number, request = waiting.popleft()
             try:
-                submitted.append(engine.submit(request))
+                submitted.append(engine.submit(made(request)))
             except ConfigError as error:
                 raise ConfigError(str(error), where=f"text {number}") from error
         if interrupted():

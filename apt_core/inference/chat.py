@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from apt_core.providers.documents import (
 from apt_core.providers.tokenizer import BETWEEN, TokenizerProvider
 from apt_core.runs.session import Session
 from apt_core.runs.trained_on import data_row, forms_of
+from apt_core.types import GenerationRequest
 
 MAX_FILE = 64 << 20
 """The most bytes of a kept conversation."""
@@ -261,11 +262,19 @@ def format_of(session: Session) -> ChatFormat:
     return format_for(session.tokenizer, forms_of(data))
 
 
-def format_called(name: str) -> ChatFormat:
-    """The format of this name. Raises ConfigError if there is none."""
+def in_format(chat_format: ChatFormat, request: GenerationRequest) -> GenerationRequest:
+    """``request`` with the prompt of its conversation; a text stays."""
+    if isinstance(request.prompt, str):
+        return request
+    prompt = chat_format.render(request.prompt)
+    return replace(request, prompt=prompt, stop=(*request.stop, *chat_format.stop))
+
+
+def format_called(name: str, key: str = "--format") -> ChatFormat:
+    """The format of this name. Raises ConfigError, of ``key``, if there is none."""
     if name not in FORMATS:
         hint = did_you_mean(name, FORMATS) or f"there are {', '.join(FORMATS)}"
-        raise ConfigError(f"there is no format {name!r}", key="format", hint=hint)
+        raise ConfigError(f"there is no format {name!r}", key=key, hint=hint)
     return FORMATS[name]
 
 
@@ -282,8 +291,9 @@ def has_template(tokenizer: TokenizerProvider) -> bool:
 
 def encoded(tokenizer: TokenizerProvider, prompt: Prompt) -> list[int]:
     """The ids of a prompt. Raises ValueError where the tokenizer refuses it."""
-    text = isinstance(prompt, str)
-    return tokenizer.encode_prompt(Document(text=prompt) if text else Document(messages=prompt))
+    if isinstance(prompt, str):
+        return tokenizer.encode_prompt(Document(text=prompt))
+    return tokenizer.encode_prompt(Document(messages=prompt))
 
 
 def fitting(

@@ -121,14 +121,10 @@ def plain_form(session: Session, exporter: ExporterProvider) -> PlainModel:
 def chat_format_for(session: Session, name: str) -> ChatFormat:
     """The format of this name; ``auto`` is the one in which ``apt-chat`` talks with the model, but
     no dialogue, which no model was trained on. Raises ConfigError for an unknown one."""
-    if name == "auto":
-        found = format_of(session)
-        return FORMATS["template"] if found is FORMATS["dialogue"] else found
-    try:
+    if name != "auto":
         return format_called(name)
-    except ConfigError as error:
-        problems = [Problem(each.message, "--format", hint=each.hint) for each in error.problems]
-        raise ConfigError(problems) from None
+    found = format_of(session)
+    return FORMATS["template"] if found is FORMATS["dialogue"] else found
 
 
 def why_unproven(exporter: ExporterProvider) -> str:

@@ -24,9 +24,9 @@ SAMPLE = "a b"
 
 @dataclass(frozen=True)
 class ExpressedTokenizer:
-    """A tokenizer as other programs know it: the content of ``tokenizer.json``, and the texts of its
-    special tokens by what they do (``bos_token``, ``eos_token``, ``pad_token``). ``ends`` are the
-    ids that end a text, ``ids`` those of the named special tokens."""
+    """A tokenizer as other programs know it: the content of ``tokenizer.json``, and the texts of
+    its special tokens by what they do (``bos_token``, ``eos_token``, ``pad_token``). ``ends`` are
+    the ids that end a text, ``ids`` those of the named special tokens."""
 
     data: dict[str, Any]
     tokens: dict[str, str]

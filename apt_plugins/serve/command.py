@@ -143,7 +143,7 @@ def serve(
     try:
         chosen = None if format_ == "auto" else format_called(format_)
     except ConfigError as error:
-        problems += [Problem(each.message, "--format", hint=each.hint) for each in error.problems]
+        problems += error.problems
     if problems:
         raise ConfigError(problems)
     with bound_socket(family, address) as sock:

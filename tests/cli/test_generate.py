@@ -125,6 +125,13 @@ def test_it_says_what_generate_gives(run: Path, said: Generate) -> None:
         assert all(len(token["top"]) == 2 for token in row["logprobs"])
     one = said(run, "The é", "--seed", "3", *words, "--repetition-penalty", "1.2", "--stop", "zz")
     assert one.out == found[0]["text"].removesuffix("\n") + "\n"
+    # A message is what this model was trained on, a text, unless another format is asked for.
+    Path("asked.jsonl").write_text('{"messages": [{"role": "user", "content": "The é"}]}')
+    asked = ("--file", "asked.jsonl", "--json", "--seed", "3", *words, *more[:-2])
+    [row] = rows(said(run, *asked))
+    assert row["text"] == found[0]["text"] and row["prompt"][0]["content"] == "The é"
+    [row] = rows(said(run, *asked, "--format", "template"))
+    assert row["prompt_tokens"] > found[0]["prompt_tokens"]
     # Step by step, and of another step.
     first = rows(said(run, "The é", "--json", "--temperature", "0", "--step", "1"))
     with_one = generate(open_run(run, step=1), GenerationRequest("The é", 256, temperature=0))

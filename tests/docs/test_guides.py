@@ -184,7 +184,7 @@ def test_the_tutorial_runs_from_top_to_bottom(
     optional("xllamacpp", "what the tutorial ends with is not installed")
     steps = [step for step in TUTORIAL["steps"]() if step.section != "Install"]
     assert [step.file for step in steps if step.file] == [
-        *("questions.py", "helper.yaml", "asked.txt", "ask.py")
+        *("questions.py", "helper.yaml", "asked.txt", "asked.jsonl", "ask.py")
     ]
     small = "model:\n  d_model: 32\n  max_seq_len: 96\n"
     answers = {}

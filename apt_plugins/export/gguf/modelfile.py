@@ -12,13 +12,14 @@ from apt_core.providers.tokenizer import BETWEEN
 from apt_plugins.export.tokenizers import BEGINNINGS
 
 GO_TEMPLATES = {
-    CHAT_TEMPLATE: "{{ range .Messages }}<|{{ .Role }}|>{{ .Content }}<|end|>{{ end }}<|assistant|>",
+    CHAT_TEMPLATE: "{{ range .Messages }}<|{{ .Role }}|>{{ .Content }}<|end|>{{ end }}"
+    "<|assistant|>",
     DIALOGUE_TEMPLATE: '{{ range .Messages }}{{ if eq .Role "user" }}User: '
     '{{ else if eq .Role "assistant" }}Assistant: {{ end }}{{ .Content }}{{ "\\n" }}{{ end }}'
     "Assistant:",
     PAIRS_TEMPLATE: "{{ range $at, $_ := .Messages }}"
     '{{ if or (eq .Role "system") (eq (len (slice $.Messages $at)) 1) }}'
-    f'{{{{ .Content }}}}{{{{ {json.dumps(BETWEEN)} }}}}{{{{ end }}}}{{{{ end }}}}',
+    f"{{{{ .Content }}}}{{{{ {json.dumps(BETWEEN)} }}}}{{{{ end }}}}{{{{ end }}}}",
     TEXT_TEMPLATE: "{{ range $at, $_ := .Messages }}"
     '{{ if and (gt $at 0) (ne .Role "assistant") }}{{ "\\n" }}{{ end }}{{ .Content }}{{ end }}',
 }

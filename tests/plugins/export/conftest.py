@@ -17,7 +17,7 @@ from apt_core.data.tokenizers.char import CharTokenizer
 from apt_core.data.tokenizers.hf import HFTokenizer
 from apt_core.modeling.carry import materialize
 from apt_core.modeling.plain import plain_model
-from apt_core.providers import ExporterProvider, ExportJob, TokenizerProvider
+from apt_core.providers import ExporterProvider, ExportJob, PlainModel, TokenizerProvider
 from apt_core.runs import Session
 from apt_core.testing import tiny_session
 from apt_core.testing.tiny import TEXT
@@ -175,6 +175,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Session]:
     }
 
 
+def job_of(folder: Path, plain: PlainModel, tokenizer: TokenizerProvider) -> ExportJob:
+    """A job whose conversations are those of the tokenizer."""
+    return ExportJob(folder, plain, tokenizer, "tiny", tokenizer.chat_template)
+
+
 class KeptAnswers(OwnAnswers):
     """Generates once what every exporter is compared with."""
 
@@ -223,7 +228,7 @@ def certified(
         plain = plain_model(session.model, session.tokenizer.vocab_size, exporter.holds)
         assert not [*exporter.check(plain.shape, session.tokenizer)]
         folder = factory.mktemp("export")
-        exporter.write(ExportJob(folder, plain, session.tokenizer, "tiny", session.tokenizer.chat_template))
+        exporter.write(job_of(folder, plain, session.tokenizer))
         if spoil is not None:
             spoil(folder)
         # One has all 200 tokens; they take most of the time.

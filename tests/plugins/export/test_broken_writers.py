@@ -18,7 +18,6 @@ from apt_core.data.tokenizers.hf import HFTokenizer
 from apt_core.modeling.plain import plain_model
 from apt_core.providers import (
     ExporterProvider,
-    ExportJob,
     PlainBlock,
     PlainExperts,
     PlainModel,
@@ -30,7 +29,7 @@ from apt_plugins.export.comparing import Comparison, compare
 from apt_plugins.export.own_answers import OwnAnswers
 from apt_plugins.export.questions import questions_for
 from apt_plugins.export.runtimes import answered
-from tests.plugins.export.conftest import Model, session_of
+from tests.plugins.export.conftest import Model, job_of, session_of
 
 pytestmark = pytest.mark.long
 
@@ -215,7 +214,7 @@ def comparisons(
     for name, (model, written) in writers.items():
         target = folder / name
         target.mkdir()
-        exporter.write(ExportJob(target, model, written, "tiny", written.chat_template))
+        exporter.write(job_of(target, model, written))
         targets.append((target, questions))
     own = OwnAnswers(session)
     with answered(proof, targets) as answers:

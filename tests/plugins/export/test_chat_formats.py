@@ -49,7 +49,7 @@ between special tokens."""
 
 @pytest.fixture(scope="module")
 def sessions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Session]:
-    """One model with tokenizers of several kinds; those of Hugging Face begin texts with a token."""
+    """A model with tokenizers of several kinds; those of Hugging Face begin texts with a token."""
     session = session_of(Model(SETTINGS), tmp_path_factory.mktemp("model"))
     folder = tmp_path_factory.mktemp("tokenizers")
     made = {name: tokenizer_of(name, folder / name) for name in ("char", "bpe", "hf")}

@@ -14,13 +14,13 @@ gguf = optional("gguf", "what writes GGUF is not installed")
 optional("xllamacpp", "what runs the exports is not installed")
 
 from apt_core.modeling.plain import plain_model
-from apt_core.providers import ExportJob, PlainShape
+from apt_core.providers import PlainShape
 from apt_core.runs import Session
 from apt_plugins.export.comparing import Comparison
 from apt_plugins.export.gguf import exporter as exporter_module
 from apt_plugins.export.gguf.exporter import FILE, GGUFExporter
 from apt_plugins.export.gguf.header import write_vocabulary
-from tests.plugins.export.conftest import MODELS, Certify, Model, certified, session_of
+from tests.plugins.export.conftest import MODELS, Certify, Model, certified, job_of, session_of
 
 REFUSED = "tva factored, embedding norm, hf"
 HELD = [name for name in MODELS if name != REFUSED]
@@ -92,7 +92,7 @@ def test_another_end_and_another_layout_of_a_rounded_file_are_caught(
 def written(session: Session, folder: Path, **options: Any) -> Any:
     folder.mkdir()
     plain = plain_model(session.model, session.tokenizer.vocab_size)
-    GGUFExporter(options).write(ExportJob(folder, plain, session.tokenizer, "tiny", session.tokenizer.chat_template))
+    GGUFExporter(options).write(job_of(folder, plain, session.tokenizer))
     return gguf.GGUFReader(folder / FILE)
 
 

@@ -21,7 +21,6 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from apt_core.data.tokenizers.bpe import SYMBOLS
 from apt_core.data.tokenizers.hf import HFTokenizer
 from apt_core.modeling.plain import plain_model
-from apt_core.providers import ExportJob
 from apt_core.runs import Session
 from apt_core.testing.tiny import TEXT
 from apt_plugins.export.exporting import prove
@@ -30,7 +29,7 @@ from apt_plugins.export.gguf.exporter import GGUFExporter
 from apt_plugins.export.gguf.reading import read_vocabulary
 from apt_plugins.export.questions import TEXTS, Questions, questions_for
 from apt_plugins.export.runtimes import answered
-from tests.plugins.export.conftest import TEMPLATE, Model, session_of
+from tests.plugins.export.conftest import TEMPLATE, Model, job_of, session_of
 
 MORE = (
     "I'LL we'Re it's 'tis O'Neil",
@@ -104,7 +103,7 @@ def test_llama_cpp_gives_the_ids(session: Session, tmp_path: Path) -> None:
         end = "</s>" if "piece" in name else "<|end|>"
         (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
         made[name] = HFTokenizer({"path": str(folder)})
-        job = ExportJob(folder, plain_model(session.model), made[name], name, made[name].chat_template)
+        job = job_of(folder, plain_model(session.model), made[name])
         assert not [*exporter.check(job.model.shape, made[name])], name
         exporter.write(job)
         targets.append((folder, questions))
@@ -137,7 +136,7 @@ def test_conversations_begin_and_end_as_the_tokenizer_of_the_run_has_it(
     session = replace(session, tokenizer=HFTokenizer({"path": str(tmp_path)}))
     assert session.tokenizer.special.bos == 1
     plain, exporter = plain_model(session.model, session.tokenizer.vocab_size), GGUFExporter()
-    exporter.write(ExportJob(tmp_path / "export", plain, session.tokenizer, "tiny", session.tokenizer.chat_template))
+    exporter.write(job_of(tmp_path / "export", plain, session.tokenizer))
     questions = questions_for(plain.shape, session.tokenizer, num_prompts=2, new_tokens=4)
     found = prove(session, exporter, plain, tmp_path / "export", questions).comparison
     assert found.faults == [] and found.ends_equal and len(questions.conversations) == 2
@@ -153,7 +152,7 @@ def test_the_name_of_another_pattern_is_caught(
     session = replace(session, tokenizer=HFTokenizer({"path": str(tmp_path)}))
     plain, exporter = plain_model(session.model, session.tokenizer.vocab_size), GGUFExporter()
     monkeypatch.setitem(PRE_TOKENIZERS, (patterns, False), "gpt-2")
-    exporter.write(ExportJob(tmp_path / "export", plain, session.tokenizer, "tiny", session.tokenizer.chat_template))
+    exporter.write(job_of(tmp_path / "export", plain, session.tokenizer))
     questions = questions_for(plain.shape, session.tokenizer, num_prompts=1, new_tokens=1)
     found = prove(session, exporter, plain, tmp_path / "export", questions).comparison
     assert "its tokenizer encodes" in "".join(found.faults)
@@ -171,7 +170,7 @@ def test_a_tokenizer_that_composes_characters_is_compared_on_composed_texts(
     plain = plain_model(session.model, session.tokenizer.vocab_size)
     exporter = GGUFExporter({"assume_nfc": True})
     assert [*GGUFExporter().check(plain.shape, session.tokenizer)]
-    exporter.write(ExportJob(tmp_path / "export", plain, session.tokenizer, "tiny", session.tokenizer.chat_template))
+    exporter.write(job_of(tmp_path / "export", plain, session.tokenizer))
     questions = Questions(((1,),), (), (0,), ("e\u0301", "plain"))
     found = prove(session, exporter, plain, tmp_path / "export", questions).comparison
     assert found.faults == [] and found.encoded == 2

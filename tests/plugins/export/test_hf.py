@@ -17,7 +17,7 @@ from apt_core import AptError, ConfigError
 from apt_core.data.tokenizers.bpe import BPETokenizer
 from apt_core.data.tokenizers.byte import ByteTokenizer
 from apt_core.modeling.plain import drop_beyond, plain_model
-from apt_core.providers import ExportJob, SpecialTokens, TokenizerProvider
+from apt_core.providers import SpecialTokens, TokenizerProvider
 from apt_core.runs import Session
 from apt_core.testing import tiny_session
 from apt_plugins.export.certificate import Origin
@@ -26,7 +26,7 @@ from apt_plugins.export.computing import PlainRunner
 from apt_plugins.export.exporting import Order, export, plain_form
 from apt_plugins.export.hf import HFExporter
 from apt_plugins.export.plain_weights import PlainWeightsExporter
-from tests.plugins.export.conftest import MODELS, WINDOWED, Certify
+from tests.plugins.export.conftest import MODELS, WINDOWED, Certify, job_of
 
 KINDS = {"tva": "llama", "experts, yarn": "mixtral", "experts, QK-norm, untied": "qwen3_moe"}
 KINDS["tva rank 6, gqa, QK-norm, vft"] = "qwen3"
@@ -58,7 +58,7 @@ def test_the_type_of_model_follows_the_shape(models: dict[str, Session], tmp_pat
         folder.mkdir()
         session = models[name]
         plain = plain_model(session.model, session.tokenizer.vocab_size, {"window"})
-        HFExporter().write(ExportJob(folder, plain, session.tokenizer, "tiny", session.tokenizer.chat_template))
+        HFExporter().write(job_of(folder, plain, session.tokenizer))
         config = json.loads((folder / "config.json").read_text())
         assert config["model_type"] == kind and config["vocab_size"] == plain.shape.vocab_size
         assert [*folder.glob("*.safetensors")] == [folder / "model.safetensors"]

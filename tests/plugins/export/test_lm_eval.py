@@ -17,11 +17,10 @@ optional("transformers", "what runs the exports is not installed")
 from apt_core.evaluation.found import Asking
 from apt_core.inference import Engine
 from apt_core.modeling.plain import plain_model
-from apt_core.providers import ExportJob
 from apt_core.types import GenerationRequest
 from apt_plugins.export.hf import HFExporter
 from tests.evaluation.test_lm_eval import CHOICES, HARNESS, QUESTIONS, TEXTS
-from tests.plugins.export.conftest import Model, session_of
+from tests.plugins.export.conftest import Model, job_of, session_of
 
 SPECS = {
     "bytes": Model({"model.tva.s": 0, "model.max_seq_len": 80}),
@@ -76,7 +75,7 @@ def test_an_export_gets_the_scores_of_the_run(
     folder = tmp_path / "export"
     folder.mkdir()
     plain = plain_model(session.model, session.tokenizer.vocab_size)
-    HFExporter().write(ExportJob(folder, plain, session.tokenizer, "tiny", session.tokenizer.chat_template))
+    HFExporter().write(job_of(folder, plain, session.tokenizer))
     theirs = HFLM(str(folder), device="cpu", dtype="float32", batch_size=4, max_length=context)
     own = SessionModel(session, Asking(batch_size=4, stride=context))
     tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)

@@ -34,7 +34,6 @@ from apt_core.modeling.layers.rope import rotary_frequencies
 from apt_core.modeling.plain import plain_model
 from apt_core.modeling.to_tva import Heads, converted
 from apt_core.plugin_manager import PluginManager
-from apt_core.providers import ExportJob
 from apt_core.providers.position import RoPEScaling, RoPESettings
 from apt_core.runs import Session, open_run
 from apt_core.runs.metrics import read_metrics
@@ -45,6 +44,7 @@ from apt_plugins.hf_import.asked import Asked
 from apt_plugins.hf_import.command import app
 from apt_plugins.hf_import.importing import import_folder
 from apt_plugins.hf_import.placing import require_free, staged
+from tests.plugins.export.conftest import job_of
 
 CONTEXT, VOCAB = 48, 260
 SIZES: dict[str, Any] = {
@@ -678,7 +678,7 @@ def test_a_model_becomes_tva_and_heals(asked: Asked, tmp_path: Path) -> None:
 def exported(session: Session, folder: Path) -> dict[str, bytes]:
     folder.mkdir()
     plain = plain_model(session.model, session.tokenizer.vocab_size)
-    HFExporter().write(ExportJob(folder, plain, session.tokenizer, "x", session.tokenizer.chat_template))
+    HFExporter().write(job_of(folder, plain, session.tokenizer))
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
