@@ -14,10 +14,10 @@ from _turns import TurnTimings, take_turns
 from apt_core.training import Trainer
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
-TURN = 20
+TURN = 10
 LOG_EVERY = 10
 BATCH_SIZE, LENGTH = 8, 256
-ROUNDS, WARMUP = 6, 2
+ROUNDS, WARMUP = 16, 2
 MODEL = {
     "num_layers": 4,
     "num_heads": 4,
