@@ -77,7 +77,7 @@ def measure(report: Report, quick: bool) -> None:
                 "completion": process(COMPLETED, folder, **ASKED),
             },
             baseline="imports",
-            rounds=5 if quick else 40,
+            rounds=5 if quick else 20,
             calls=1,
         )
     for name in (*COMMANDS, "completion"):
