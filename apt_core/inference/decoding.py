@@ -82,7 +82,8 @@ class Decoder:
         # A model that makes no caches is not to be computed with any.
         if hasattr(self._model, "rows") and self._has_caches():
             kind = Int8Products if self._int8 else Products
-            products = kind(self._dtype, exact=self._exact)
+            compiled = self._compiler is not None
+            products = kind(self._dtype, exact=self._exact, compiled=compiled)
             computed = self._model.rows(products)
             if isinstance(products, Int8Products):
                 log.info("int8 weights in %d of %d products", products.used, products.number)

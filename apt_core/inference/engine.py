@@ -326,14 +326,14 @@ class Engine:
     ) -> tuple[list[int], list[Logprobs | None]]:
         """The ``tokens`` as numbers, -1 where ``sums`` of the logits are not finite, with the
         log-probabilities of rows that ask for them. Here the host waits for the device."""
-        wide = torch.float32 if logits.device.type == "mps" else torch.float64
-        parts = [sums[:, None], tokens[:, None]]
         asked = [row.request.logprobs for row in rows]
         most = max((count for count in asked if count is not None), default=None)
+        # All in one tensor, of fp32, which holds ids exactly.
+        read = torch.stack([sums, tokens.float()], 1)
         if most is not None:
             own, values, ids = log_probabilities(logits, tokens, most)
-            parts += [own[:, None], values, ids]
-        packed = torch.cat([part.to(wide) for part in parts], 1).tolist()
+            read = torch.cat([read, own[:, None], values, ids.float()], 1)
+        packed = read.tolist()
         found = [int(token) if math.isfinite(total) else -1 for total, token, *_ in packed]
         if most is None:
             return found, [None] * len(rows)

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from apt_core.log import get_logger
+from apt_core.modeling.row_decoding import MOST_COPIED, LargePages
 
 log = get_logger("apt.modeling")
 
@@ -34,6 +35,7 @@ class Compiler:
 
     def __init__(self) -> None:
         self._made: dict[Any, Any] = {}
+        self._blocks = Blocks()
 
     def compiled(
         self, function: Compiled, *examples: Tensor, varying: Mapping[int, int] = NONE
@@ -45,7 +47,7 @@ class Compiler:
 
         Raises what torch's compiler raises, which needs a C++ compiler.
         """
-        graph, weights = _traced(function, examples)
+        graph, weights = _traced(function, examples, self._blocks)
         inputs = (*examples, *weights)
         shapes = ((x.shape, x.stride()) for x in inputs)
         key = graph.code, torch.get_num_threads(), *varying.items(), *shapes
@@ -63,17 +65,20 @@ class Compiler:
         return call
 
 
-def _traced(function: Compiled, examples: Sequence[Tensor]) -> tuple[GraphModule, list[Tensor]]:
+def _traced(
+    function: Compiled, examples: Sequence[Tensor], blocks: Blocks
+) -> tuple[GraphModule, list[Tensor]]:
     """The operations of ``function``, and the tensors that it holds, which are inputs too."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     # Without values: a function that looks at them fails.
     trace = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)
     traced: GraphModule = trace(*examples)
-    graph, weights = traced.graph, [torch.zeros(1, 1, 1)]
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    with graph.inserting_after(inputs[-1]):
-        zero = last = graph.placeholder("zero")
+    graph, weights = traced.graph, list[Tensor]()
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten.bmm.default:
+            blocks.read_by(traced, node)
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     names: dict[str, Any] = {}
     for node in list(graph.nodes):
         if node.op == "get_attr":
@@ -83,12 +88,40 @@ def _traced(function: Compiled, examples: Sequence[Tensor]) -> tuple[GraphModule
                     last = names[node.target] = graph.placeholder(f"weight_{len(names)}")
             node.replace_all_uses_with(names[node.target])
             graph.erase_node(node)
-        elif node.target is torch.ops.aten.bmm.default:
-            # Inductor makes loops of its own of a product with a vector, which read at .8 of the
-            # speed; this one it leaves as it is.
-            node.target = torch.ops.aten.baddbmm.default
-            node.args, node.kwargs = (zero, *node.args), {"beta": 0}
+    graph.eliminate_dead_code()
     return GraphModule(torch.nn.Module(), graph), weights
+
+
+class Blocks:
+    """Copies of weights [F, D] in blocks of rows whose elements are neighbours, [F/L, D, L] for L
+    numbers in a register. Loops of the compiler over these read a weight from its beginning to its
+    end, a register at a time; of a product as torch has it, it makes loops that read at .7 of that
+    speed, and torch's own read at .9 of it. Up to MOST_COPIED bytes are copied in all."""
+
+    def __init__(self) -> None:
+        self._pages, self._room = LargePages(), MOST_COPIED
+        self._lanes = 16 if "512" in torch.backends.cpu.get_cpu_capability() else 8
+
+    def read_by(self, traced: GraphModule, node: Node) -> None:
+        """Have ``node``, the product of a held weight [2, F/2, D] with two equal columns [2, D, 1],
+        read a copy in blocks, if there is room for it and F is a multiple of L."""
+        aten, graph = torch.ops.aten, traced.graph
+        weight, columns = node.args
+        assert isinstance(weight, Node) and isinstance(columns, Node)
+        held = getattr(traced, str(weight.target)) if weight.op == "get_attr" else None
+        if held is None or held.shape[:2].numel() % self._lanes or held.nbytes > self._room:
+            return
+        self._room -= held.nbytes
+        copy = self._pages.copy(held.flatten(0, 1).unflatten(0, (-1, self._lanes)).transpose(1, 2))
+        traced.register_buffer(f"{weight.target}_blocks", copy, persistent=False)
+        with graph.inserting_before(node):
+            blocks = graph.get_attr(f"{weight.target}_blocks")
+            x = graph.call_function(aten.select.int, (columns, 0, 0))
+            products = graph.call_function(aten.mul.Tensor, (blocks, x))
+            sums = graph.call_function(aten.sum.dim_IntList, (products, [1]))
+            found = graph.call_function(aten.view.default, (sums, [*held.shape[:2], 1]))
+        node.replace_all_uses_with(found)
+        graph.erase_node(node)
 
 
 def _loaded(graph: GraphModule, inputs: tuple[Tensor, ...], varying: Mapping[int, int]) -> Any:

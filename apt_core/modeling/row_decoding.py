@@ -66,6 +66,7 @@ class RowStep:
         self.places, self.first, self.span, self.masked = places, first, span, mask
         self.context, self.tokens = context, tokens
         self.positions = places if span <= last + 1 else places.clamp_max(last)
+        self.place = places.view(-1)
         self._mask: Tensor | None = None
         self._added: Tensor | None = None
         self.size, self.end = self.batch * self.length, first + self.batch
@@ -182,12 +183,17 @@ class RowCache:
         keys = held.as_strided(shape, strides, first)
         return keys, held.as_strided(shape, strides, first + slot // 2)
 
-    def update_one(self, step: RowStep, new: Tensor) -> Tensor:
-        """Add the keys and values ``new`` [1, 2K, R] of the one token of a step; return all of its
-        slot [2K, room, R], those of places that are not taken yet too."""
-        return self._add(step, new)[step.first]
+    def slot(self, step: RowStep, like: Tensor) -> Tensor:
+        """All of the slot [2K, room, R] of the one row of a step, with room for its new keys and
+        values, which are as ``like`` [N, 2K, R]; those of places that are not taken yet too."""
+        held = self._ready(step, like)
+        view = self._slots.get(step.first)
+        if view is None:
+            view = self._slots[step.first] = held[step.first]
+        return view
 
-    def _add(self, step: RowStep, new: Tensor) -> Tensor:
+    def _ready(self, step: RowStep, new: Tensor) -> Tensor:
+        """What is held, with room for the keys and values ``new`` of a step."""
         held = self._held
         if (
             held is None
@@ -196,6 +202,10 @@ class RowCache:
             or held.dtype != new.dtype
         ):
             held = self._with_room(step, new)
+        return held
+
+    def _add(self, step: RowStep, new: Tensor) -> Tensor:
+        held = self._ready(step, new)
         heads, width, room = self._heads, self._width, self._room
         self._flat.index_copy_(0, step.indices(heads, room), new.reshape(-1, width))
         return held
@@ -213,6 +223,7 @@ class RowCache:
 
     def _hold(self, held: Tensor) -> Tensor:
         self._held = held
+        self._slots: dict[int, Tensor] = {}
         self._rows, self._heads, self._room, self._width = held.shape
         self._flat = held.view(-1, self._width)
         return held
@@ -338,11 +349,14 @@ class Products:
     are copied in all. The way is a function of the shape, so that results are the same each time.
 
     A weight that is :class:`Stored` is computed as that where it can be, unless products are to be
-    ``exact``; ``rounded`` of them are, and x is rounded for it.
+    ``exact``; ``rounded`` of them are, and x is rounded for it. Those that are ``compiled`` for one
+    token, which takes copies of its own, are not copied for it here.
     """
 
-    def __init__(self, dtype: torch.dtype | None = None, *, exact: bool = False) -> None:
-        self.dtype, self.exact = dtype, exact
+    def __init__(
+        self, dtype: torch.dtype | None = None, *, exact: bool = False, compiled: bool = False
+    ) -> None:
+        self.dtype, self.exact, self._compiled = dtype, exact, compiled
         self.copied = self.rounded = 0
         self._large_pages = LargePages()
         self._shared: dict[Any, Tensor] = {}
@@ -417,7 +431,7 @@ class Products:
         if not (packs or halves):
             return lambda x: linear(x, own)
         self.copied += own.nbytes * packs
-        if halves and self.copied + own.nbytes <= MOST_COPIED:
+        if halves and not self._compiled and self.copied + own.nbytes <= MOST_COPIED:
             self.copied += own.nbytes
             own = self._large_pages.copy(own)
         one = _halved(own) if halves else partial(linear, weight=own)
@@ -470,8 +484,10 @@ class Int8Products(Products):
     x is rounded to bf16 for it. ``used`` of ``number`` products are computed so.
     """
 
-    def __init__(self, dtype: torch.dtype | None = None, *, exact: bool = False) -> None:
-        super().__init__(dtype, exact=exact)
+    def __init__(
+        self, dtype: torch.dtype | None = None, *, exact: bool = False, compiled: bool = False
+    ) -> None:
+        super().__init__(dtype, exact=exact, compiled=compiled)
         self.used = self.number = 0
         self._faster: dict[torch.Size, bool] = {}
 

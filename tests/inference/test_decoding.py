@@ -344,6 +344,25 @@ def plus_sum(product):
     return lambda x, some: product(x) + some.sum()
 
 
+def test_a_compiled_product_reads_its_weight_in_blocks(monkeypatch):
+    graphs = []
+
+    def loaded(graph, inputs, varying):
+        graphs.append(graph.code)
+        return Uncompiled(graph, inputs, varying)
+
+    monkeypatch.setattr(compiled_rows, "_loaded", loaded)
+    torch.manual_seed(0)
+    x, compiler = torch.randn(1, 256) / 16, compiled_rows.Compiler()
+    # A multiple of what a register holds, with a row beside, and with a part of a register.
+    for rows, blocked in ((272, True), (273, True), (262, False)):
+        weight = torch.randn(rows, 256)
+        product = row_decoding.Products(compiled=True).of(weight)
+        compiled = compiler.compiled(plus_sum(product), x, torch.zeros(2))
+        torch.testing.assert_close(compiled(x, torch.zeros(2)), x @ weight.T)
+        assert ("bmm" not in graphs[-1]) == blocked
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.long
 def test_layers_of_one_shape_share_what_is_compiled():

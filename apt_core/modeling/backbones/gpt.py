@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt_core.log import get_logger
-from apt_core.modeling.compiled_rows import Compiled, Compiler
+from apt_core.modeling.compiled_rows import Compiler
 from apt_core.modeling.growth import (
     CannotGrow,
     Larger,
@@ -146,41 +146,27 @@ class BlockRows:
 
 
 class CompiledBlockRows:
-    """A :class:`BlockRows` whose functions of one token are compiled: what is before the cache, and
-    what is after it."""
+    """A :class:`BlockRows` of which one token is computed by a compiled function: the block, or its
+    attention where the feed-forward cannot be compiled."""
 
     def __init__(self, block: BlockRows, attention: AttentionRows, compiler: Compiler) -> None:
         self._block, self._attention = block, attention
+        self._whole = not any(isinstance(f, CalledAsEver) for f in (block.ffn_norm, block.ffn))
 
-        def before(x: Tensor, *turns: Tensor) -> Tensor:
-            return attention.packed(block.attention_norm(x), *turns)
+        def by_one(x: Tensor, *needed: Tensor) -> Tensor:
+            x = x + attention.by_one(block.attention_norm(x), *needed)
+            return x + block.ffn(block.ffn_norm(x)) if self._whole else x
 
-        def after(x: Tensor, packed: Tensor, held: Tensor, taken: Tensor) -> Tensor:
-            x = x + attention.read_out(attention.attended_by_one(packed, held, taken))
-            return x + block.ffn(block.ffn_norm(x))
-
-        x, step = attention.example, RowStep.example()
-        turns = attention.turns(step)
-        packed = before(x, *turns)
-        held = attention.held(packed, step)
-        self._before: Compiled = before
-        if not isinstance(block.attention_norm, CalledAsEver):
-            self._before = compiler.compiled(before, x, *turns)
-        self._after: Compiled | None = None
-        if not isinstance(block.ffn_norm, CalledAsEver) and not isinstance(block.ffn, CalledAsEver):
-            self._after = compiler.compiled(after, x, packed, *held, varying={2: 1, 3: 0})
+        # Of what is needed, the places that a cache has room for vary.
+        needed = attention.needed_by_one(RowStep.example())
+        self._by_one = compiler.compiled(by_one, attention.example, *needed, varying={1: 1, 2: 0})
 
     def __call__(self, x: Tensor, step: RowStep) -> Tensor:
         """x [N, D] to [N, D]."""
         if step.size > 1:
             return self._block(x, step)
-        attention = self._attention
-        packed = self._before(x, *attention.turns(step))
-        if self._after is not None:
-            return self._after(x, packed, *attention.held(packed, step))
-        block = self._block
-        x = x + attention.read_out(attention.mixed(packed, step))
-        return x + block.ffn(block.ffn_norm(x))
+        x = self._by_one(x, *self._attention.needed_by_one(step))
+        return x if self._whole else x + self._block.ffn(self._block.ffn_norm(x))
 
 
 class GPTRows:
@@ -196,6 +182,7 @@ class GPTRows:
         if model.embedding_norm is not None:
             self._embedding_norm = function_of(model.embedding_norm, products)
         self._project = products.of(model.output_weight)
+        self._logits_of_one: Function | None = None
 
     def hidden(self, input_ids: Tensor, step: RowStep) -> Tensor:
         """The states [N, D] before the final norm of the new tokens int64 [B, T] of a step."""
@@ -214,6 +201,11 @@ class GPTRows:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits [n, V] of states [n, D] of :meth:`hidden`."""
+        if self._logits_of_one is not None and len(hidden) == 1:
+            return self._logits_of_one(hidden)
+        return self._logits(hidden)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
         return self._model.capped(self._project(self._final_norm(hidden)))
 
     def compile(self, compiler: Compiler) -> int:
@@ -222,12 +214,21 @@ class GPTRows:
         blocks: list[Callable[[Tensor, RowStep], Tensor]] = []
         for block in self._blocks:
             attention = block.attention
-            if isinstance(attention, AttentionRows) and attention.compilable:
+            if (
+                isinstance(attention, AttentionRows)
+                and attention.compilable
+                and not isinstance(block.attention_norm, CalledAsEver)
+            ):
                 blocks.append(CompiledBlockRows(block, attention, compiler))
             else:
                 blocks.append(block)
+        number = sum(isinstance(block, CompiledBlockRows) for block in blocks)
+        if number and not isinstance(self._final_norm, CalledAsEver):
+            width = self._model.d_model
+            example = self._model.output_weight.new_zeros(1, width)
+            self._logits_of_one = compiler.compiled(lambda x: self._logits(x), example)
         self._steps = blocks
-        return sum(isinstance(block, CompiledBlockRows) for block in blocks)
+        return number
 
 
 class _Context:

@@ -80,6 +80,7 @@ class AttentionRows:
         self._own = project is None and read_out is None and attend is None
         self.example = out_weight.new_zeros(1, out_weight.shape[0])
         """An x of one token."""
+        self._example_new = out_weight.new_zeros(1, 2 * num_kv_heads, width)
 
     def __call__(self, x: Tensor, step: RowStep) -> Tensor:
         """x [N, D] of the new tokens of a step's rows to [N, D]."""
@@ -90,44 +91,41 @@ class AttentionRows:
 
     @property
     def compilable(self) -> bool:
-        """Whether it is what :meth:`packed`, :meth:`attended_by_one` and ``read_out`` compute, of
-        operations of torch alone."""
+        """Whether it is what :meth:`by_one` computes, of operations of torch alone."""
         turns = self._turn is None or isinstance(self._turn, PairTurn)
         return self._own and turns and self.attend_rows is None
 
-    def turns(self, step: RowStep) -> tuple[Tensor, ...]:
-        """What :meth:`packed` needs of a step."""
-        return (self._turn.turns(step),) if isinstance(self._turn, PairTurn) else ()
+    def needed_by_one(self, step: RowStep) -> tuple[Tensor, ...]:
+        """What :meth:`by_one` needs of a step of one token."""
+        held = self.cache.slot(step, self._example_new)
+        turns = (self._turn.turns(step),) if isinstance(self._turn, PairTurn) else ()
+        return held, step.taken(held.shape[1]), step.place, *turns
 
-    def packed(self, x: Tensor, *turns: Tensor) -> Tensor:
-        """x [N, D] to the queries, keys and values [N, H+2K, R], for the compiler."""
+    def by_one(
+        self, x: Tensor, held: Tensor, taken: Tensor, place: Tensor, *turns: Tensor
+    ) -> Tensor:
+        """x [1, D] of one token to [1, D], for the compiler: its keys and values are written into
+        those that are ``held`` [2K, room, R], at ``place`` int64 [1], and its queries attend to
+        those of places ``taken`` [room]. The compiler's loops take a part of the time that torch's
+        kernel takes for one query."""
+        heads, kv_heads, width = self._heads[0], self._qk_heads[1], self._width
         packed = self._packed(x)
-        return self._turn.by(packed, *turns) if isinstance(self._turn, PairTurn) else packed
+        if isinstance(self._turn, PairTurn):
+            packed = self._turn.by(packed, *turns)
+        held.index_copy_(1, place, packed[0, heads:].unsqueeze(1))
+        q = packed[:, :heads].view(kv_heads, heads // kv_heads, 1, width)
+        k, v = held.unsqueeze(1).split_with_sizes((kv_heads, kv_heads))
+        scores = (k * q).sum(3) * width**-0.5 + taken
+        return self.read_out((scores.softmax(2).unsqueeze(3) * v).sum(2).view(1, -1))
 
     def _packed(self, x: Tensor) -> Tensor:
-        """:meth:`packed`, not turned yet."""
+        """x [N, D] to the queries, keys and values [N, H+2K, R], not turned yet."""
         packed = self._project(x).view(len(x), -1, self._width)
         if self._qk_scales is not None:
             qk, v = packed.split_with_sizes(self._qk_heads, 1)
             qk = F.rms_norm(qk, (self._width,), eps=self._qk_eps) * self._qk_scales
             packed = torch.cat([qk.to(v.dtype), v], 1)
         return packed
-
-    def held(self, packed: Tensor, step: RowStep) -> tuple[Tensor, Tensor]:
-        """What :meth:`attended_by_one` needs beside ``packed``, whose keys and values are added to
-        the cache."""
-        held = self.cache.update_one(step, packed[:, self._heads[0] :])
-        return held, step.taken(held.shape[1])
-
-    def attended_by_one(self, packed: Tensor, held: Tensor, taken: Tensor) -> Tensor:
-        """What the queries of ``packed`` [1, H+2K, R] attend to [1, H*R] among keys and values
-        ``held`` [2K, room, R] of places ``taken`` [room], for the compiler: its loops take a part
-        of the time that torch's kernel takes for one query."""
-        heads, kv_heads, width = self._heads[0], self._qk_heads[1], self._width
-        q = packed[:, :heads].view(kv_heads, heads // kv_heads, 1, width)
-        k, v = held.unsqueeze(1).split_with_sizes((kv_heads, kv_heads))
-        scores = (k * q).sum(3) * width**-0.5 + taken
-        return (scores.softmax(2).unsqueeze(3) * v).sum(2).view(1, -1)
 
     def mixed(self, packed: Tensor, step: RowStep) -> Tensor:
         """Queries, keys and values [N, H+2K, R] of the new tokens to what they attend to [N, H*R];
