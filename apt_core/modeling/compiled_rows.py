@@ -81,14 +81,15 @@ def _traced(
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     names: dict[str, Any] = {}
     for node in list(graph.nodes):
-        if node.op == "get_attr":
-            if node.target not in names:
-                weights.append(getattr(traced, node.target))
-                with graph.inserting_after(last):
-                    last = names[node.target] = graph.placeholder(f"weight_{len(names)}")
+        if node.op != "get_attr":
+            continue
+        if node.users and node.target not in names:
+            weights.append(getattr(traced, node.target))
+            with graph.inserting_after(last):
+                last = names[node.target] = graph.placeholder(f"weight_{len(names)}")
+        if node.users:
             node.replace_all_uses_with(names[node.target])
-            graph.erase_node(node)
-    graph.eliminate_dead_code()
+        graph.erase_node(node)
     return GraphModule(torch.nn.Module(), graph), weights
 
 

@@ -15,7 +15,7 @@ import mmap
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from apt_core.modeling.masks import Tokens
 
 FIRST_LENGTH = 64
 """The places that a cache has at first; it grows by doubling."""
+
+Made = TypeVar("Made")
 
 Function = Callable[[Tensor], Tensor]
 
@@ -66,14 +68,13 @@ class RowStep:
         self.places, self.first, self.span, self.masked = places, first, span, mask
         self.context, self.tokens = context, tokens
         self.positions = places if span <= last + 1 else places.clamp_max(last)
-        self.place = places.view(-1)
         self._mask: Tensor | None = None
         self._added: Tensor | None = None
         self.size, self.end = self.batch * self.length, first + self.batch
         # Whether each row's tokens are all that it has: causal attention needs no mask then.
         self.whole = self.length == span and not mask
         self._indices: dict[tuple[int, int], Tensor] = {}
-        self._tables: dict[Any, Tensor] = {}
+        self._tables: dict[Any, Any] = {}
 
     @classmethod
     def example(cls) -> RowStep:
@@ -107,7 +108,7 @@ class RowStep:
     def taken(self, room: int) -> Tensor:
         """What is added to the scores of ``room`` places by the one token of the step: 0 for those
         of the span, -inf for the others [room]."""
-        found = self._tables.get(room)
+        found: Tensor | None = self._tables.get(room)
         if found is None:
             both = self._kept.get(room)
             if both is None:
@@ -137,9 +138,9 @@ class RowStep:
         once for all layers with the same ``key``."""
         return self.once(key, lambda: whole.index_select(0, self.positions.flatten()))
 
-    def once(self, key: Any, made: Callable[[], Tensor]) -> Tensor:
+    def once(self, key: Any, made: Callable[[], Made]) -> Made:
         """What ``made`` gives, made once for all layers with the same ``key``."""
-        found = self._tables.get(key)
+        found: Made | None = self._tables.get(key)
         if found is None:
             found = self._tables[key] = made()
         return found

@@ -98,8 +98,15 @@ class AttentionRows:
     def needed_by_one(self, step: RowStep) -> tuple[Tensor, ...]:
         """What :meth:`by_one` needs of a step of one token."""
         held = self.cache.slot(step, self._example_new)
-        turns = (self._turn.turns(step),) if isinstance(self._turn, PairTurn) else ()
-        return held, step.taken(held.shape[1]), step.place, *turns
+        room = held.shape[1]
+
+        def others() -> tuple[Tensor, ...]:
+            turns = (self._turn.turns(step),) if isinstance(self._turn, PairTurn) else ()
+            return step.taken(room), step.places.view(1), *turns
+
+        # Once for all layers: what a layer's Python touches has left the CPU's caches.
+        key = self._turn.key if isinstance(self._turn, PairTurn) else None
+        return held, *step.once((key, room), others)
 
     def by_one(
         self, x: Tensor, held: Tensor, taken: Tensor, place: Tensor, *turns: Tensor

@@ -179,19 +179,19 @@ class PairTurn:
     def __init__(self, rotary: nn.Module, turned: int, products: Products) -> None:
         self._turned, self._width, self._half = turned, rotary.head_dim, rotary.head_dim // 2
         cos, sin = rotary.cos[..., self._half :], rotary.sin[..., self._half :]
-        self._key = rotary.head_dim, rotary.theta, rotary.scaling
-        self._turns = products.shared(self._key, lambda: torch.complex(cos, sin))
+        self.key = rotary.head_dim, rotary.theta, rotary.scaling
+        self._turns = products.shared(self.key, lambda: torch.complex(cos, sin))
         self._pairs = torch.view_as_real(self._turns)
 
     def __call__(self, x: Tensor, step: RowStep) -> Tensor:
         shape, strides = (step.size, self._turned, self._half, 2), (x.stride(0), self._width, 2, 1)
         pairs = x.as_strided(shape, strides)
-        torch.view_as_complex(pairs).mul_(step.table(self._key, self._turns))
+        torch.view_as_complex(pairs).mul_(step.table(self.key, self._turns))
         return x
 
     def turns(self, step: RowStep) -> Tensor:
         """The cosines and sines of the new tokens [N, 1, R/2, 2]."""
-        return step.table((*self._key, "pairs"), self._pairs)
+        return step.table((*self.key, "pairs"), self._pairs)
 
     def by(self, x: Tensor, turns: Tensor) -> Tensor:
         """x [N, heads, R] turned by :meth:`turns`, for the compiler, which knows no complex
