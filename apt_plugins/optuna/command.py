@@ -224,10 +224,11 @@ def _write_page(study: Study, facts: Mapping[str, Any], output: Path | None = No
 def _require_optuna() -> None:
     """Raise ConfigError where Optuna is not installed."""
     try:
-        import optuna  # noqa: F401
+        from apt_plugins.optuna.storage import quiet
     except ModuleNotFoundError as error:
         hint = 'pip install "apt-kernel[optuna]"'
         raise ConfigError(f"{error.name} is not installed", hint=hint) from error
+    quiet()
 
 
 def _wrong_options(profile: str, space: Path | None, settings: Settings) -> list[Problem]:

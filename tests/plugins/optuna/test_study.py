@@ -274,7 +274,9 @@ def test_bad_input_is_told_at_once(tune, here):
 
 
 def test_a_dry_run_shows_and_makes_nothing(tune, here, monkeypatch):
-    code, out, _ = tune("--dry-run", "--json")
+    optuna.logging.set_verbosity(optuna.logging.INFO)  # as a new process has it
+    code, out, err = tune("--dry-run", "--json")
+    assert optuna.logging.get_verbosity() == optuna.logging.ERROR and "study created" not in err
     planned = json.loads(out)
     assert planned["samples"][0] == {"training.learning_rate": 0.001, "model.dropout": 0.0}
     assert len(planned["samples"]) == 5 and planned["seconds"] > 0
