@@ -161,13 +161,14 @@ def generate(
         logprobs=logprobs,
     )
     prompts: list[Prompt] = []
-    from apt_core.inference.chat import format_called, format_of, in_format
-
     chosen = None
-    try:
-        chosen = None if format_ == "auto" else format_called(format_)
-    except ConfigError as error:
-        problems += error.problems
+    if format_ != "auto":
+        from apt_core.inference.chat import format_called
+
+        try:
+            chosen = format_called(format_)
+        except ConfigError as error:
+            problems += error.problems
     try:
         check_settings(request)
     except ConfigError as error:
@@ -195,6 +196,7 @@ def generate(
             debug=debug,
         ) as session:
             from apt_core.inference import Engine
+            from apt_core.inference.chat import format_of, in_format
 
             chat_format = chosen or format_of(session)
             requests = [

@@ -328,7 +328,7 @@ class Engine:
         log-probabilities of rows that ask for them. Here the host waits for the device."""
         asked = [row.request.logprobs for row in rows]
         most = max((count for count in asked if count is not None), default=None)
-        # All in one tensor, of fp32, which holds ids exactly.
+        # All in one tensor, of fp32, which holds ids below 2**24 exactly.
         read = torch.stack([sums, tokens.float()], 1)
         if most is not None:
             own, values, ids = log_probabilities(logits, tokens, most)
