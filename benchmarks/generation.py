@@ -384,9 +384,9 @@ def measure(report: Report, quick: bool) -> None:
         "At times the memory of this shared machine gives 60 GB/s: a token then takes 5.7 ms, the "
         "same 0.8 weigh more, and the shares are about 0.72 and 0.84. Tried without gain: "
         "torch.compile of the step, whose guards cost what the fusion saves; loops of the compiler "
-        "over weights as they are, at 0.7 of the speed of those over blocks of rows; several layers "
-        "in one function (all 13: 5.87 ms, one: 5.78); threads that wait for each other without "
-        "spinning."
+        "over weights as they are, at 0.7 of the speed of those over blocks of rows; several "
+        "layers in one function (all 13: 5.87 ms, one: 5.78); threads that wait for each other "
+        "without spinning."
     )
     report.note(
         f"Greedy, fp32, a prompt of {PROMPT} tokens, {VOCABULARY:,} ids; the first token after "
