@@ -56,14 +56,19 @@ not before what follows a special token."""
 
 def chat_template_of(chat_format: ChatFormat, tokenizer: TokenizerProvider) -> str | None:
     """The Jinja source that gives other programs the prompts of ``chat_format``; None where that is
-    the tokenizer's template and it has none. Raises what :func:`expressed` does."""
+    the tokenizer's template and it has none."""
     if not chat_format.jinja:
         return tokenizer.chat_template
     if tokenizer.special.bos is None:
         return chat_format.jinja
+    try:
+        found = expressed(tokenizer)
+    except ValueError:  # an exporter that cannot do without says so
+        return BEGINNINGS[0] + chat_format.jinja
+    if "bos_token" not in found.tokens:
+        return chat_format.jinja
     import tokenizers
 
-    found = expressed(tokenizer)
     made = tokenizers.Tokenizer.from_str(json.dumps(found.data))
     wanted, bos = tokenizer.encode_prompt(Document(text=SAMPLE)), found.tokens["bos_token"]
     for beginning, between in zip(BEGINNINGS, ("", " "), strict=True):

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from apt_core.cli.run_command import run_command
+from apt_core.data.tokenizers.byte import ByteTokenizer
+from apt_core.data.tokenizers.chat import CHAT_TEMPLATE
 from apt_core.data.tokenizers.hf import HFTokenizer
 from apt_core.inference.chat import FORMATS
 from apt_core.modeling.plain import plain_model
-from apt_core.providers import ExporterProvider, ExportJob
+from apt_core.providers import ExporterProvider, ExportJob, SpecialTokens
 from apt_core.requirements import unmet
 from apt_core.runs import Session
 from apt_core.testing import tiny_run
@@ -24,7 +26,7 @@ from apt_plugins.export.comparing import compare
 from apt_plugins.export.own_answers import OwnAnswers
 from apt_plugins.export.questions import CONVERSATIONS, questions_for
 from apt_plugins.export.runtimes import answered
-from apt_plugins.export.tokenizers import chat_template_of
+from apt_plugins.export.tokenizers import BEGINNINGS, chat_template_of
 from tests.plugins.export.conftest import Model, session_of, tokenizer_of
 from tests.plugins.export.test_broken_writers import EXPORTERS
 
@@ -100,6 +102,19 @@ def test_programs_see_what_apt_chat_shows_the_model(
             other = FORMATS["pairs" if form.name == "template" else "template"]
             faults = compare(OwnAnswers(session, other), foreign, questions, 1e-3).faults
             assert "the conversation that begins" in "".join(faults), folder
+
+
+class Unsaved(ByteTokenizer):
+    """A tokenizer that other programs cannot read, whose texts begin with a token."""
+
+    name = "unsaved"
+    special = SpecialTokens(bos=1, names={1: "<s>"})
+
+
+def test_a_tokenizer_that_only_its_own_exporter_reads_has_a_template() -> None:
+    for form in FORMATS.values():
+        found = chat_template_of(form, Unsaved())
+        assert found == (BEGINNINGS[0] + form.jinja if form.jinja else CHAT_TEMPLATE)
 
 
 def test_a_run_on_prompts_with_responses_is_exported_as_such(
