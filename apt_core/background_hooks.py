@@ -310,7 +310,7 @@ class _Worker:
     def _make(self, task: Task) -> None:
         changes: list[str] = []
         try:
-            with watching_thread(changes):
+            with watching_thread(changes, lambda: not self._ended):
                 task.call.function(*task.arguments)
         except BaseException as error:  # handled by the thread of the run
             self.troubles.append(Trouble(task, error))

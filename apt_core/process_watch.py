@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from typing import TYPE_CHECKING, Any, Protocol
@@ -107,13 +107,13 @@ class _BeforeTorch(MetaPathFinder):
 
 
 @contextmanager
-def watching_thread(changes: list[str]) -> Iterator[None]:
+def watching_thread(changes: list[str], lasts: Callable[[], bool]) -> Iterator[None]:
     """Put back what a thread beside the loop, which has imported torch, changes in the process, and
-    add it to ``changes`` as texts."""
+    add it to ``changes`` as texts, if the run ``lasts`` until the end of the context."""
     if "torch" not in sys.modules:
         yield
         return
     from apt_core.torch_state import watching_thread as watching
 
-    with watching(changes):
+    with watching(changes, lasts):
         yield

@@ -451,9 +451,10 @@ def _device_of(arguments: Mapping[str, Any]) -> torch.device:
 
 
 @contextmanager
-def watching_thread(changes: list[str]) -> Iterator[None]:
+def watching_thread(changes: list[str], lasts: Callable[[], bool]) -> Iterator[None]:
     """Put back what the context changes of the states PROCESS_WIDE, and add it to ``changes`` as
-    texts. What the context draws does not reach the training."""
+    texts, if the run ``lasts`` until its end: after that, others may have changed them. What the
+    context draws does not reach the training."""
     before = _read(state.get for state in PROCESS_WIDE)
     modes = _dispatch_modes()
     # Not by entering the mode: that sets flags of all threads, by which torch.compile goes.
@@ -462,4 +463,5 @@ def watching_thread(changes: list[str]) -> Iterator[None]:
         yield
     finally:
         _set_dispatch_modes(modes)
-        changes += put_back(PROCESS_WIDE, before)
+        if lasts():
+            changes += put_back(PROCESS_WIDE, before)

@@ -229,6 +229,23 @@ def test_what_hangs_is_told_of_and_left_behind(
     gate.opened.set()
 
 
+def test_what_is_left_behind_leaves_the_process_to_those_after_the_run(
+    manager: PluginManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    gate = Gate()
+    manager.register(gate, "late")
+    with manager.background_hooks(100, 0.0):
+        manager.hook.on_metrics(metrics={}, step=1)
+        assert gate.entered.wait(SECONDS)
+        manager.finish_background(0.0)
+    (thread,) = [each for each in threading.enumerate() if each.name == "apt-background-late"]
+    monkeypatch.chdir(tmp_path)
+    gate.opened.set()
+    thread.join(SECONDS)
+    assert not thread.is_alive() and Path.cwd() == tmp_path
+
+
 @pytest.mark.parametrize("error", [StopTraining("enough"), KeyboardInterrupt()])
 def test_a_stop_reaches_the_loop_when_it_next_looks(
     manager: PluginManager, plugin_of: type, error: BaseException
