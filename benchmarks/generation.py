@@ -185,14 +185,14 @@ def theirs(
     return generated
 
 
-def weights_of(llama: LlamaForCausalLM) -> list[Tensor]:
-    """The matrices that a token reads, one after the other in one piece of memory, in pages as the
-    engine has them; the embedding only where it is the projection too."""
+def weights_of(llama: LlamaForCausalLM) -> tuple[Tensor, Sequence[Tensor]]:
+    """The matrices that a token reads, as one tensor, in pages as the engine has them, and one by
+    one; the embedding only where it is the projection too."""
     tied = llama.config.tie_word_embeddings
     unread = None if tied else llama.model.embed_tokens.weight
     read = [each.detach() for each in llama.parameters() if each.ndim == 2 and each is not unread]
     whole = LargePages().copy(torch.cat([each.flatten() for each in read]))
-    return [*whole.split([each.numel() for each in read])]
+    return whole, whole.split([each.numel() for each in read])
 
 
 def reading(weights: Sequence[Tensor], tokens: int, threads: int) -> Callable[[], None]:
@@ -283,14 +283,13 @@ def share_of_bandwidth(
     report: Report, size: Size, session: Session, llama: LlamaForCausalLM, threads: int, rounds: int
 ) -> None:
     """Tokens after a prompt of one, plain and compiled."""
-    tokens, weights = 3 * size.tokens, weights_of(llama)
+    tokens = 3 * size.tokens
+    whole, weights = weights_of(llama)
     plain, compiled = (
         ours(Engine(session, max_batch=1, lookup="never", compiled=each), prompts(1, 1), tokens)
         for each in (False, True)
     )
     agreement(plain(), compiled())
-    size_of_all = sum(weight.numel() for weight in weights)
-    whole = weights[0].as_strided((size_of_all,), (1,))
     sides = {
         "plain": plain,
         "compiled": compiled,
@@ -298,7 +297,7 @@ def share_of_bandwidth(
         "read_in_turn": reading(weights, tokens, threads),
     }
     times = interleave(sides, baseline="read", rounds=4 * rounds, calls=1, warmup=1)
-    report.add("bandwidth_GB_per_s", round(4 * size_of_all * tokens / times.median("read"), 2))
+    report.add("bandwidth_GB_per_s", round(whole.nbytes * tokens / times.median("read"), 2))
     for name in ("plain", "compiled"):
         report.ratio(f"share_of_bandwidth_{size.name}_{name}", times, "read", over=name)
         report.ratio(f"share_of_reads_in_turn_{size.name}_{name}", times, "read_in_turn", over=name)

@@ -94,10 +94,9 @@ def _traced(
 
 
 class Blocks:
-    """Copies of weights [F, D] in blocks of rows whose elements are neighbours, [F/L, D, L] for L
-    numbers in a register. Loops of the compiler over these read a weight from its beginning to its
-    end, a register at a time; of a product as torch has it, it makes loops that read at .7 of that
-    speed, and torch's own read at .9 of it. Up to MOST_COPIED bytes are copied in all."""
+    """Copies of weights [F, D] as [F/L, D, L], for L numbers in a register, up to MOST_COPIED bytes
+    in all. The compiler's loops over a copy read it from beginning to end, a register at a time.
+    torch's own products reach .9 of that speed, and the compiler's loops over [F, D] .7."""
 
     def __init__(self) -> None:
         self._pages, self._room = LargePages(), MOST_COPIED

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import importlib
+import json
 import os
 import re
 import runpy
@@ -202,6 +203,9 @@ def test_the_tutorial_runs_from_top_to_bottom(
     answer = said.partition("not the conversation\n")[0].splitlines()[0]
     # llama.cpp ends at the context, where apt-chat forgets what was first.
     assert len(answer) > 60 and answer[:60] in answers["python ask.py"]
+    # So small a model says the same whatever it is asked: the certificate tells in which form.
+    certificate = json.loads((tmp_path / "helper-gguf" / "certificate.json").read_text())
+    assert certificate["chat_format"] == "pairs" and certificate["proven"]
 
 
 def write_files(guide: Guide, folder: Path) -> None:

@@ -23,8 +23,9 @@ GO_TEMPLATES = {
     TEXT_TEMPLATE: "{{ range $at, $_ := .Messages }}"
     '{{ if and (gt $at 0) (ne .Role "assistant") }}{{ "\\n" }}{{ end }}{{ .Content }}{{ end }}',
 }
-"""By chat template, the same in the language of Ollama's templates. (That of plain text begins a
-line where the answer before has ended one, too: the language cannot tell.)"""
+"""By chat template, the same in the language of Ollama's templates. The one of plain text puts a
+line break before a message even if the answer before it ends in one: the language cannot look at
+the end of a text."""
 
 
 def modelfile(
