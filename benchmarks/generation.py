@@ -233,6 +233,10 @@ def measure_size(report: Report, size: Size, rounds: int, folder: Path) -> list[
             "llama_static": theirs(llama, texts, tokens, threads, cache_implementation="static"),
             "llama_cpp": by_llama_cpp(path, texts, tokens, threads),
         }
+        if batch == 1:
+            engine = Engine(session, max_batch=1, lookup="never", compiled=True)
+            sides["apt_compiled"] = ours(engine, texts, tokens)
+            agreement(sides["apt"](), sides["apt_compiled"]())
         equal = agreement(sides["apt"](), sides["llama"]())
         agreement(sides["apt"](), sides["llama_cpp"]())
         times = interleave(sides, baseline="apt", rounds=rounds, calls=1, warmup=1)
@@ -240,7 +244,13 @@ def measure_size(report: Report, size: Size, rounds: int, folder: Path) -> list[
             report.ratio(f"{peer}_over_apt_{size.name}_batch{batch}", times, peer, over="apt")
         if batch == 1:
             report.noise(f"apt_over_apt_{size.name}", times)
-        speeds = [batch * tokens / times.median(side) * 1e9 for side in sides]
+            report.ratio(f"compiled_over_plain_{size.name}", times, "apt_compiled", over="apt")
+            for peer in ("llama", "llama_cpp"):
+                report.ratio(f"{peer}_over_compiled_{size.name}", times, peer, over="apt_compiled")
+        speeds = [
+            batch * tokens / times.median(side) * 1e9 if side in sides else "–"
+            for side in ("apt", "apt_compiled", "llama", "llama_static", "llama_cpp")
+        ]
         rows.append([f"{size.name}, batch {batch}", *speeds, f"{equal:.1%}"])
         if batch == 1:
             first_token(report, size, session, llama, threads, rounds)
@@ -373,7 +383,15 @@ def measure(report: Report, quick: bool) -> None:
     cache_bytes(report)
     report.table(
         "Tokens per second",
-        ["model", "APT", "Llama", "Llama, static cache", "llama.cpp", "texts equal to Llama's"],
+        [
+            "model",
+            "APT",
+            "APT, compiled",
+            "Llama",
+            "Llama, static cache",
+            "llama.cpp",
+            "texts equal to Llama's",
+        ],
         rows,
     )
     report.note(

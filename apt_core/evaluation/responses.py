@@ -81,7 +81,7 @@ def answers(
     modules are restored at the end.
     """
     found: list[list[int]] = [[] for _ in pairs]
-    decoder = Decoder(model, device=device, max_seq_len=max_seq_len)
+    decoder = Decoder(model, device=device, max_seq_len=max_seq_len, vocab_size=vocab_size)
     with eval_mode(model):
         decoder.refresh()
         # Those of one length together, so that little is padding.
@@ -97,10 +97,9 @@ def answers(
             if not active:
                 continue
             with precision():
-                logits = decoder.logits([*active.values()])
-            likely = logits[:, :vocab_size].argmax(-1).tolist()
-            for (index, text), token in zip([*active.items()], likely, strict=True):
-                text.ids.append(token)
+                likely = decoder.likeliest([*active.values()]).tolist()
+            for (index, text), (_, token) in zip([*active.items()], likely, strict=True):
+                text.ids.append(int(token))
                 if len(text.ids) == text.most:
                     found[index] = text.ids[text.start :]
                     decoder.release(active.pop(index), keep=False)

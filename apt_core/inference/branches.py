@@ -40,11 +40,9 @@ class Branches:
         text: Text,
         sampling: Sampling,
         ends: Collection[int],
-        vocab_size: int,
     ) -> None:
         self._decoder, self._text, self._sampling = decoder, text, sampling
-        self._ends, self._vocab_size = ends, vocab_size
-        self.tokens = 0
+        self._ends, self.tokens = ends, 0
 
     def __call__(self, logits: Tensor, length: int, seeds: Sequence[int]) -> list[Branch]:
         """A continuation of up to ``length`` tokens for each of ``seeds``. The first token is drawn
@@ -69,7 +67,7 @@ class Branches:
                     branch.text.ids.append(branch.token_ids[-1])
                 given = self._decoder.logits([b.text for b in alive if b.text is not None])
                 self.tokens += len(alive)
-                self._extend(alive, given[:, : self._vocab_size])
+                self._extend(alive, given)
                 for branch in alive:
                     if branch.ended and branch.text is not None:
                         self._decoder.release(branch.text, keep=False)

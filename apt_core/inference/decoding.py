@@ -1,6 +1,6 @@
 """Computes the logits after growing texts, with caches where the model has them.
 
-Shapes: B rows, S tokens of a window, V token ids.
+Shapes: B rows, S tokens of a window, V token ids that texts may have.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from apt_core.inference.slots import Slots
 from apt_core.inference.texts import Text, window_start
 from apt_core.log import get_logger
 from apt_core.modeling.casts import KeptCasts
-from apt_core.modeling.compiled_rows import Compiler
-from apt_core.modeling.row_decoding import CALLED, Int8Products, Products
+from apt_core.modeling.compiled_rows import CompiledToken, Compiler
+from apt_core.modeling.row_decoding import CALLED, Int8Products, Products, likeliest
 from apt_core.parallel.world import local_part
 from apt_core.runs.session import Session
 
@@ -48,17 +48,20 @@ class Decoder:
         *,
         device: torch.device,
         max_seq_len: int,
+        vocab_size: int,
         dtype: torch.dtype | None = None,
         int8: bool = False,
         compiled: bool = False,
         exact: bool = False,
     ) -> None:
-        """``dtype`` is the type in which the model is computed by autocast, None for none.
+        """``vocab_size`` is the number V of ids that texts may have, of whatever the model has
+        logits for. ``dtype`` is the type in which the model is computed by autocast, None for none.
         ``exact``: weights that are kept as integers are computed with as forwards do."""
         self._compiler = Compiler() if compiled else None
         self._exact = exact
         self._rounds = False
         self._model, self._device, self._max_seq_len = model, device, max_seq_len
+        self._vocab_size = vocab_size
         self._dtype, self._casts, self._int8 = dtype, KeptCasts(model), int8
         self._readers: dict[Text, _Reader] = {}
         self._slots: Slots | None = None
@@ -88,29 +91,35 @@ class Decoder:
             if isinstance(products, Int8Products):
                 log.info("int8 weights in %d of %d products", products.used, products.number)
             self._rounds = products.rounded > 0
+        token = None
         if self._compiler is not None:
-            self._compile(computed, self._compiler)
+            token = self._compiled(computed, self._compiler)
         if computed is not None:
             self._slots = Slots(
-                self._model, computed, device=self._device, max_seq_len=self._max_seq_len
+                self._model,
+                computed,
+                device=self._device,
+                max_seq_len=self._max_seq_len,
+                compiled=token,
             )
 
-    def _compile(self, rows: Any, compiler: Compiler) -> None:
-        """Compile what one token is computed by, or say why not."""
+    def _compiled(self, rows: Any, compiler: Compiler) -> CompiledToken | None:
+        """What one token is computed by, compiled; or None, and why is said."""
         if self._device.type != "cpu" or self._dtype is not None:
             reason = "only decoding in fp32 on a CPU is compiled"
-        elif not hasattr(rows, "compile"):
+        elif not hasattr(rows, "compiled"):
             reason = f"{type(self._model).__name__} has nothing to compile"
         else:
             try:
-                number = rows.compile(compiler)
-                if number:
-                    log.info("decoding of a token is compiled in %d blocks", number)
-                    return
+                token: CompiledToken | None = rows.compiled(compiler, self._vocab_size)
+                if token is not None:
+                    log.info("decoding of a token is compiled in %d blocks", token.number)
+                    return token
                 reason = "none of its layers has parts that can be compiled"
             except Exception as error:  # what the model raises, it raises again uncompiled
                 reason = one_line(error)
         log.warning("decoding is not compiled: %s", reason)
+        return None
 
     def kept_casts(self) -> AbstractContextManager[object]:
         """A context in which torch keeps the casts of weights from one autocast context to the
@@ -131,14 +140,28 @@ class Decoder:
         """The fp32 logits [B, V] after each of ``texts``."""
         if self._slots is not None:
             with self._rows_computing():
-                return self._slots.logits(texts).float()
+                found = self._slots.compiled(texts)
+                return self._slots_logits(texts) if found is None else found[0]
         rows = []
         for text in texts:
             reader = self._readers.get(text)
             if reader is None:
                 reader = self._readers[text] = self._reader(text)
             rows.append(reader.read())
-        return torch.stack(rows)
+        return torch.stack(rows)[:, : self._vocab_size]
+
+    def likeliest(self, texts: Sequence[Text]) -> Tensor:
+        """What :func:`~apt_core.modeling.row_decoding.likeliest` gives of the logits [B, V] after
+        each of ``texts``."""
+        if self._slots is not None:
+            with self._rows_computing():
+                found = self._slots.compiled(texts)
+                return likeliest(self._slots_logits(texts)) if found is None else found[1]
+        return likeliest(self.logits(texts))
+
+    def _slots_logits(self, texts: Sequence[Text]) -> Tensor:
+        assert self._slots is not None
+        return self._slots.logits(texts)[:, : self._vocab_size].float()
 
     def room(self, text: Text) -> int:
         """How many guesses after ``text`` :meth:`verified` takes: none where x is rounded for
@@ -150,7 +173,8 @@ class Decoder:
         of its k tokens of ``guesses``; then :meth:`truncate` it."""
         assert self._slots is not None
         with self._rows_computing():
-            return [logits.float() for logits in self._slots.verified(texts, guesses)]
+            verified = self._slots.verified(texts, guesses)
+            return [logits[:, : self._vocab_size].float() for logits in verified]
 
     def truncate(self, text: Text) -> None:
         """Forget guesses that were not appended to ``text``."""

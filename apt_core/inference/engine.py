@@ -66,6 +66,7 @@ class Engine:
             session.model,
             device=session.device,
             max_seq_len=session.config.model.max_seq_len,
+            vocab_size=session.tokenizer.vocab_size,
             dtype=dtype_for(session),
             int8=int8,
             compiled=compiled,
@@ -214,8 +215,12 @@ class Engine:
             self.lookup.guessed_step(seconds, added, guessed=guessed, kept=kept)
             return
         one_each = all(row.begun for row in rows)
-        logits = self._decoder.logits([row.text for row in rows])
-        self._add_tokens(rows, logits[:, : self.session.tokenizer.vocab_size])
+        texts = [row.text for row in rows]
+        if all(row.takes_likeliest for row in rows):
+            read = self._decoder.likeliest(texts).tolist()
+            self._add(rows, [_token(*each) for each in read], [None] * len(rows))
+        else:
+            self._add_tokens(rows, self._decoder.logits(texts))
         if one_each:
             self.lookup.plain_step(time.perf_counter() - start, len(rows))
 
@@ -228,13 +233,10 @@ class Engine:
 
     def _add_guessed(self, rows: Sequence[Row], guesses: Sequence[list[int]]) -> int:
         """Verify ``guesses`` and add tokens to ``rows``; how many guesses were right."""
-        size = self.session.tokenizer.vocab_size
         verified = self._decoder.verified([row.text for row in rows], guesses)
         others = [row for row, guess in zip(rows, guesses, strict=True) if not guess]
-        firsts = [logits[0, :size] for logits, guess in zip(verified, guesses, strict=True)
-                  if not guess]  # fmt: skip
-        likely = [_likely(logits[:, :size])
-                  for logits, guess in zip(verified, guesses, strict=True) if guess]  # fmt: skip
+        firsts = [logits[0] for logits, guess in zip(verified, guesses, strict=True) if not guess]
+        likely = [_likely(logits) for logits, guess in zip(verified, guesses, strict=True) if guess]
         known = torch.cat(likely).tolist()
         kept = 0
         for row in others:
@@ -278,8 +280,12 @@ class Engine:
         sums, given = logits.sum(-1), logits
         if any(row.changes_logits for row in rows):
             given = self._changed(rows, logits, sums.isfinite().tolist())
-        found, logprobs = self._read(rows, logits, sums, self._chosen(rows, given))
-        for row, token, known in zip([*rows], found, logprobs, strict=True):
+        self._add(rows, *self._read(rows, logits, sums, self._chosen(rows, given)))
+
+    def _add(
+        self, rows: Sequence[Row], tokens: Sequence[int], logprobs: Sequence[Logprobs | None]
+    ) -> None:
+        for row, token, known in zip([*rows], tokens, logprobs, strict=True):
             reason = row.add(token, known)
             if reason is not None:
                 self._leave(row, spoiled=reason == "not_finite")
@@ -334,7 +340,7 @@ class Engine:
             own, values, ids = log_probabilities(logits, tokens, most)
             read = torch.cat([read, own[:, None], values, ids.float()], 1)
         packed = read.tolist()
-        found = [int(token) if math.isfinite(total) else -1 for total, token, *_ in packed]
+        found = [_token(total, token) for total, token, *_ in packed]
         if most is None:
             return found, [None] * len(rows)
         logprobs: list[Logprobs | None] = []
@@ -344,6 +350,11 @@ class Engine:
             top = tuple((int(i), v) for i, v in pairs)[:count]
             logprobs.append(None if count is None else (logprob, top))
         return found, logprobs
+
+
+def _token(total: float, token: float) -> int:
+    """The id ``token``, -1 if the sum ``total`` of the logits is not finite."""
+    return int(token) if math.isfinite(total) else -1
 
 
 def _likely(logits: Tensor) -> Tensor:

@@ -110,14 +110,18 @@ class Row:
     def guessed(self, room: int) -> list[int]:
         """A guess of its next tokens, at most ``room``; empty unless the most likely token is taken
         whatever comes."""
-        plain = self.sampling.greedy and not self.changes_logits and self.request.logprobs is None
-        if not plain or len(self.text.ids) < self._guess_from:
+        if not self.takes_likeliest or len(self.text.ids) < self._guess_from:
             return []
         return self._guesses.of(self.text.ids, min(room, self.text.most - len(self.text.ids) - 1))
 
     def guess_less(self) -> None:
         """Guess nothing for the next token, whose logits are to be computed alone."""
         self._guess_from = len(self.text.ids) + 1
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether it takes the most likely token, and asks for nothing else of the logits."""
+        return self.sampling.greedy and not self.changes_logits and self.request.logprobs is None
 
     @property
     def changes_logits(self) -> bool:
@@ -136,8 +140,7 @@ class Row:
             seen = torch.zeros_like(logits, dtype=torch.bool).index_fill_(0, held, True)
             logits = penalized(logits, seen, self.request.repetition_penalty)
         if self._hooks is not None and window is not None:
-            size = self._session.tokenizer.vocab_size
-            branches = Branches(decoder, self.text, self.sampling, self._ends, size)
+            branches = Branches(decoder, self.text, self.sampling, self._ends)
             self.decided = self._hooks.chosen(window, logits, branches)
             self._extra += branches.tokens
         return logits

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from apt_core.inference.texts import Text, common_length, window_start
+from apt_core.modeling.compiled_rows import CompiledToken
 from apt_core.modeling.masks import Tokens, padding_marked
 from apt_core.modeling.row_decoding import RowStep
 
@@ -42,13 +43,21 @@ class _Row:
 class Slots:
     """Texts in slots 0, 1, … without a gap, so that a step's rows are a slice of every cache.
 
-    ``rows`` is what ``model.rows()`` has made: functions and caches of all layers.
+    ``rows`` is what ``model.rows()`` has made: functions and caches of all layers. ``compiled`` is
+    what ``rows.compiled()`` has made, by which one token of a text that is alone is computed.
     """
 
     def __init__(
-        self, model: nn.Module, rows: Any, *, device: torch.device, max_seq_len: int
+        self,
+        model: nn.Module,
+        rows: Any,
+        *,
+        device: torch.device,
+        max_seq_len: int,
+        compiled: CompiledToken | None = None,
     ) -> None:
         self._model, self._computed, self._device = model, rows, device
+        self._compiled = compiled
         self._cuts = all(getattr(cache, "cuts", True) for cache in rows.caches)
         self._max_seq_len = max_seq_len
         self._kept: dict[Any, Tensor] = {}
@@ -164,6 +173,30 @@ class Slots:
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)
         order = [self._slot_of[text] - first for text in texts]
         return logits if order == list(range(len(order))) else logits[order]
+
+    def compiled(self, texts: Sequence[Text]) -> tuple[Tensor, Tensor] | None:
+        """The logits [1, V] after ``texts``, and what
+        :func:`~apt_core.modeling.row_decoding.likeliest` gives of them; None where that is not
+        compiled."""
+        if self._compiled is None or len(self._rows) != 1 or len(texts) != 1:
+            return None
+        (row,) = self._rows
+        unread = self._unread(row) if texts[0] is row.text else ()
+        if len(unread) != 1:
+            return None
+        # One tensor: each operation here waits for code that the weights have driven from caches.
+        numbers = torch.tensor([unread, [row.held]])
+        step = RowStep(
+            numbers[1:],
+            first=0,
+            span=row.held + 1,
+            mask=False,
+            last=self._max_seq_len - 1,
+            context=self._context([row], numbers[:1]) if self._computed.reach else None,
+            kept=self._kept,
+        )
+        row.held += 1
+        return self._compiled(numbers, step)
 
     def _add_new(self, texts: Sequence[Text]) -> list[Text]:
         """Add the new ones of ``texts``, but for those of which another new one will have computed

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -20,18 +21,23 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from apt_core.log import get_logger
-from apt_core.modeling.row_decoding import MOST_COPIED, LargePages
+from apt_core.modeling.row_decoding import MOST_COPIED, LargePages, RowStep
 
 log = get_logger("apt.modeling")
 
-Compiled = Callable[..., Tensor]
+Compiled = Callable[..., Sequence[Tensor]]
 
 NONE: Mapping[int, int] = MappingProxyType({})
 
 
+CONFIG = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+"""What calls the loops is not worth optimising: with 13 blocks it is compiled in 5 seconds, not in
+9, and a token takes the same time."""
+
+
 class Compiler:
-    """Compiles functions of tensors on the CPU that give a tensor, and keeps what it has compiled:
-    a function that differs from an earlier one in its weights alone takes no time."""
+    """Compiles functions of tensors on the CPU that give tensors, and keeps what it has compiled: a
+    function that differs from an earlier one in its weights alone takes no time."""
 
     def __init__(self) -> None:
         self._made: dict[Any, Any] = {}
@@ -54,15 +60,39 @@ class Compiler:
         if key not in self._made:
             if not self._made:
                 # What goes to a terminal are warnings, and it stands still for a while.
-                log.warning("compiling what a token is computed by, which takes about 20 seconds")
+                log.warning("compiling what a token is computed by, which takes half a minute")
             self._made[key] = _loaded(graph, inputs, varying)
         run = self._made[key].boxed_run
 
-        def call(*given: Tensor) -> Tensor:
-            found: Tensor = run([*given, *weights])[0]
+        def call(*given: Tensor) -> Sequence[Tensor]:
+            found: Sequence[Tensor] = run([*given, *weights])
             return found
 
         return call
+
+
+Part = Callable[[Tensor, Tensor, RowStep], Sequence[Tensor]]
+"""A part of what computes a token: what the part before it gives first, the token's numbers and the
+step, to what it gives. The numbers int64 [2, 1] are the token's id and its place; the first part
+gets them for what a part before it gives."""
+
+
+@dataclass(frozen=True)
+class CompiledToken:
+    """Computes the one token of a step, with ``number`` compiled blocks."""
+
+    parts: Sequence[Part]
+    number: int
+
+    def __call__(self, numbers: Tensor, step: RowStep) -> tuple[Tensor, Tensor]:
+        """The logits [1, V] after the token, of which ``numbers`` int64 [2, 1] are the id and the
+        place, and what :func:`~apt_core.modeling.row_decoding.likeliest` gives
+        of them."""
+        found: Sequence[Tensor] = (numbers,)
+        for part in self.parts:
+            found = part(found[0], numbers, step)
+        logits, likely = found
+        return logits, likely
 
 
 def _traced(
@@ -134,5 +164,5 @@ def _loaded(graph: GraphModule, inputs: tuple[Tensor, ...], varying: Mapping[int
         length = torch.export.Dim("length", min=2, max=2**30)
         shapes = tuple({varying[n]: length} if n in varying else None for n in range(len(inputs)))
         exported = torch.export.export(graph, inputs, dynamic_shapes=shapes)
-        aoti_compile_and_package(exported, package_path=package)
+        aoti_compile_and_package(exported, package_path=package, inductor_configs=CONFIG)
         return aoti_load_package(package).loader

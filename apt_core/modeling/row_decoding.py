@@ -105,16 +105,11 @@ class RowStep:
             self._added = zeros.masked_fill_(~mask, float("-inf"))
         return self._added
 
-    def taken(self, room: int) -> Tensor:
-        """What is added to the scores of ``room`` places by the one token of the step: 0 for those
-        of the span, -inf for the others [room]."""
-        found: Tensor | None = self._tables.get(room)
+    def all_places(self, room: int) -> Tensor:
+        """The numbers of the places of a cache with ``room``, int64 [room]."""
+        found = self._kept.get(room)
         if found is None:
-            both = self._kept.get(room)
-            if both is None:
-                zeros = torch.zeros(room, device=self.places.device)
-                both = self._kept[room] = torch.cat([zeros, zeros - float("inf")])
-            found = self._tables[room] = both[room - self.span : 2 * room - self.span]
+            found = self._kept[room] = torch.arange(room, device=self.places.device)
         return found
 
     def indices(self, heads: int, room: int) -> Tensor:
@@ -256,6 +251,13 @@ class RowCache:
     def nbytes(self) -> int:
         """The bytes of keys and values."""
         return 0 if self._held is None else self._held.nbytes
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """What is read of fp32 ``logits`` [B, V] where the most likely token is taken: their sum, which
+    is not finite if one of its terms is not, and the token's id; fp32 [B, 2], which holds ids below
+    2**24 exactly."""
+    return torch.stack([logits.sum(-1), logits.argmax(-1).float()], 1)
 
 
 def doubled(size: int, least: int) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt_core.log import get_logger
-from apt_core.modeling.compiled_rows import Compiler
+from apt_core.modeling.backbones.gpt_rows import BlockRows, GPTRows
 from apt_core.modeling.growth import (
     CannotGrow,
     Larger,
@@ -22,20 +21,10 @@ from apt_core.modeling.growth import (
     resized,
 )
 from apt_core.modeling.init import embedding_std, normal_
-from apt_core.modeling.layers.attention_rows import AttentionRows
 from apt_core.modeling.layers.ngram import NgramEmbedding
 from apt_core.modeling.masks import are_documents, check_documents, document_mask, takes_documents
 from apt_core.modeling.plain import NotPlain, PlainParts, plain_parts, without_form
-from apt_core.modeling.row_decoding import (
-    CalledAsEver,
-    Function,
-    Products,
-    Rows,
-    RowStep,
-    call_as_ever,
-    function_of,
-    takes_part,
-)
+from apt_core.modeling.row_decoding import Products, function_of, takes_part
 from apt_core.providers.attention import DecodingCache
 from apt_core.providers.backbone import BackboneProvider
 from apt_core.providers.plain import (
@@ -128,119 +117,6 @@ class Block(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
-
-
-@dataclass(frozen=True)
-class BlockRows:
-    """A :class:`Block` for decoding rows: the functions of its parts."""
-
-    attention_norm: Function
-    attention: Rows
-    ffn_norm: Function
-    ffn: Function
-
-    def __call__(self, x: Tensor, step: RowStep) -> Tensor:
-        """x [N, D] to [N, D]."""
-        x = x + self.attention(self.attention_norm(x), step)
-        return x + self.ffn(self.ffn_norm(x))
-
-
-class CompiledBlockRows:
-    """A :class:`BlockRows` of which one token is computed by a compiled function: the block, or its
-    attention where the feed-forward cannot be compiled."""
-
-    def __init__(self, block: BlockRows, attention: AttentionRows, compiler: Compiler) -> None:
-        self._block, self._attention = block, attention
-        self._whole = not any(isinstance(f, CalledAsEver) for f in (block.ffn_norm, block.ffn))
-
-        def by_one(x: Tensor, *needed: Tensor) -> Tensor:
-            x = x + attention.by_one(block.attention_norm(x), *needed)
-            return x + block.ffn(block.ffn_norm(x)) if self._whole else x
-
-        # Of what is needed, the places that a cache has room for vary.
-        needed = attention.needed_by_one(RowStep.example())
-        self._by_one = compiler.compiled(by_one, attention.example, *needed, varying={1: 1, 2: 0})
-
-    def __call__(self, x: Tensor, step: RowStep) -> Tensor:
-        """x [N, D] to [N, D]."""
-        if step.size > 1:
-            return self._block(x, step)
-        x = self._by_one(x, *self._attention.needed_by_one(step))
-        return x if self._whole else x + self._block.ffn(self._block.ffn_norm(x))
-
-
-class GPTRows:
-    """A :class:`GPT` for decoding rows; ``reach`` is how many ids before a token it asks for."""
-
-    def __init__(self, model: GPT, blocks: Sequence[BlockRows], products: Products) -> None:
-        self._model, self._blocks = model, blocks
-        self._steps: Sequence[Callable[[Tensor, RowStep], Tensor]] = blocks
-        self.caches = [block.attention.cache for block in blocks]
-        self.reach = 0 if model.ngram is None else model.ngram.reach
-        self._final_norm = function_of(model.final_norm, products)
-        self._embedding_norm: Function | None = None
-        if model.embedding_norm is not None:
-            self._embedding_norm = function_of(model.embedding_norm, products)
-        self._project = products.of(model.output_weight)
-        self._logits_of_one: Function | None = None
-
-    def hidden(self, input_ids: Tensor, step: RowStep) -> Tensor:
-        """The states [N, D] before the final norm of the new tokens int64 [B, T] of a step."""
-        model = self._model
-        x = F.embedding(input_ids, model.embedding.weight)
-        if model.ngram is not None:
-            x = x + model.ngram(input_ids, positions=step.positions, cache=_Context(step))
-        if model.position is not None:
-            x = x + call_as_ever(model.position, step.positions)
-        x = x.flatten(0, 1)
-        if self._embedding_norm is not None:
-            x = self._embedding_norm(x)
-        for block in self._steps:
-            x = block(x, step)
-        return x
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The logits [n, V] of states [n, D] of :meth:`hidden`."""
-        if self._logits_of_one is not None and len(hidden) == 1:
-            return self._logits_of_one(hidden)
-        return self._logits(hidden)
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self._model.capped(self._project(self._final_norm(hidden)))
-
-    def compile(self, compiler: Compiler) -> int:
-        """Compile what one token is computed by, in as many blocks as are returned. Raises what
-        ``compiler`` raises, and nothing is compiled then."""
-        blocks: list[Callable[[Tensor, RowStep], Tensor]] = []
-        for block in self._blocks:
-            attention = block.attention
-            if (
-                isinstance(attention, AttentionRows)
-                and attention.compilable
-                and not isinstance(block.attention_norm, CalledAsEver)
-            ):
-                blocks.append(CompiledBlockRows(block, attention, compiler))
-            else:
-                blocks.append(block)
-        number = sum(isinstance(block, CompiledBlockRows) for block in blocks)
-        if number and not isinstance(self._final_norm, CalledAsEver):
-            width = self._model.d_model
-            example = self._model.output_weight.new_zeros(1, width)
-            self._logits_of_one = compiler.compiled(lambda x: self._logits(x), example)
-        self._steps = blocks
-        return number
-
-
-class _Context:
-    """The ids before those of a step, in the place of a cache of n-grams."""
-
-    def __init__(self, step: RowStep) -> None:
-        self._step = step
-
-    def append(self, symbols: Tensor) -> Tensor:
-        """The ids [B, reach + T], of which ``symbols`` are the last T, as symbols."""
-        assert self._step.context is not None
-        return self._step.context
 
 
 class Head(nn.Linear):
@@ -451,7 +327,17 @@ class GPT(nn.Module):
             if made is None:
                 return None
             blocks.append(made)
-        return GPTRows(self, blocks, products)
+        return GPTRows(
+            blocks,
+            embedding=self.embedding.weight,
+            ngram=self.ngram,
+            position=self.position,
+            embedding_norm=self.embedding_norm,
+            final_norm=self.final_norm,
+            output_weight=self.output_weight,
+            capped=self.capped,
+            products=products,
+        )
 
 
 def is_look_up(module: nn.Module) -> bool:

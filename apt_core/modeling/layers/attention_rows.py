@@ -95,34 +95,23 @@ class AttentionRows:
         turns = self._turn is None or isinstance(self._turn, PairTurn)
         return self._own and turns and self.attend_rows is None
 
-    def needed_by_one(self, step: RowStep) -> tuple[Tensor, ...]:
-        """What :meth:`by_one` needs of a step of one token."""
-        held = self.cache.slot(step, self._example_new)
-        room = held.shape[1]
+    def slot(self, step: RowStep) -> Tensor:
+        """The keys and values [2K, room, R] of the one row of a step, with room for its token."""
+        return self.cache.slot(step, self._example_new)
 
-        def others() -> tuple[Tensor, ...]:
-            turns = (self._turn.turns(step),) if isinstance(self._turn, PairTurn) else ()
-            return step.taken(room), step.places.view(1), *turns
-
-        # Once for all layers: what a layer's Python touches has left the CPU's caches.
-        key = self._turn.key if isinstance(self._turn, PairTurn) else None
-        return held, *step.once((key, room), others)
-
-    def by_one(
-        self, x: Tensor, held: Tensor, taken: Tensor, place: Tensor, *turns: Tensor
-    ) -> Tensor:
-        """x [1, D] of one token to [1, D], for the compiler: its keys and values are written into
-        those that are ``held`` [2K, room, R], at ``place`` int64 [1], and its queries attend to
-        those of places ``taken`` [room]. The compiler's loops take a part of the time that torch's
-        kernel takes for one query."""
+    def by_one(self, x: Tensor, step: RowStep, held: Tensor, unseen: Tensor) -> Tensor:
+        """x [1, D] of a step's one token to [1, D], for the compiler: its keys and values are
+        written into those that are ``held`` in :meth:`slot`, and its queries attend to the places
+        whose scores ``unseen`` [room] adds 0 to, and not -inf. The compiler's loops take a part of
+        the time that torch's kernel takes for one query."""
         heads, kv_heads, width = self._heads[0], self._qk_heads[1], self._width
         packed = self._packed(x)
         if isinstance(self._turn, PairTurn):
-            packed = self._turn.by(packed, *turns)
-        held.index_copy_(1, place, packed[0, heads:].unsqueeze(1))
+            packed = self._turn.by_one(packed, step)
+        held.index_copy_(1, step.places.view(1), packed[0, heads:].unsqueeze(1))
         q = packed[:, :heads].view(kv_heads, heads // kv_heads, 1, width)
         k, v = held.unsqueeze(1).split_with_sizes((kv_heads, kv_heads))
-        scores = (k * q).sum(3) * width**-0.5 + taken
+        scores = (k * q).sum(3) * width**-0.5 + unseen
         return self.read_out((scores.softmax(2).unsqueeze(3) * v).sum(2).view(1, -1))
 
     def _packed(self, x: Tensor) -> Tensor:

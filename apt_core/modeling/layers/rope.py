@@ -189,13 +189,9 @@ class PairTurn:
         torch.view_as_complex(pairs).mul_(step.table(self.key, self._turns))
         return x
 
-    def turns(self, step: RowStep) -> Tensor:
-        """The cosines and sines of the new tokens [N, 1, R/2, 2]."""
-        return step.table((*self.key, "pairs"), self._pairs)
-
-    def by(self, x: Tensor, turns: Tensor) -> Tensor:
-        """x [N, heads, R] turned by :meth:`turns`, for the compiler, which knows no complex
-        numbers."""
+    def by_one(self, x: Tensor, step: RowStep) -> Tensor:
+        """x [N, heads, R] to the same, for the compiler, which knows no complex numbers."""
+        turns = step.table((*self.key, "pairs"), self._pairs)
         pairs = x[:, : self._turned].unflatten(2, (self._half, 2))
         (a, b), (cos, sin) = pairs.unbind(3), turns.unbind(3)
         found = torch.stack([a * cos - b * sin, a * sin + b * cos], 3).flatten(2)
