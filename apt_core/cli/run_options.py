@@ -57,8 +57,8 @@ Compile = Annotated[
     bool,
     typer.Option(
         "--compile",
-        help="Compile what a single text is computed by on a CPU: it takes about 20 seconds at the "
-        "first token, and a C++ compiler; tokens are faster then.",
+        help="Compile what a single text is computed by on a CPU: it takes 10 to 30 seconds at "
+        "the first token, and a C++ compiler; tokens are faster then.",
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug messages.")]

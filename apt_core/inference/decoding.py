@@ -139,9 +139,11 @@ class Decoder:
     def logits(self, texts: Sequence[Text]) -> Tensor:
         """The fp32 logits [B, V] after each of ``texts``."""
         if self._slots is not None:
+            found = self._slots.compiled(texts)
+            if found is not None:
+                return found[0]
             with self._rows_computing():
-                found = self._slots.compiled(texts)
-                return self._slots_logits(texts) if found is None else found[0]
+                return self._logits_of_slots(texts)
         rows = []
         for text in texts:
             reader = self._readers.get(text)
@@ -153,13 +155,15 @@ class Decoder:
     def likeliest(self, texts: Sequence[Text]) -> Tensor:
         """What :func:`~apt_core.modeling.row_decoding.likeliest` gives of the logits [B, V] after
         each of ``texts``."""
-        if self._slots is not None:
-            with self._rows_computing():
-                found = self._slots.compiled(texts)
-                return likeliest(self._slots_logits(texts)) if found is None else found[1]
-        return likeliest(self.logits(texts))
+        if self._slots is None:
+            return likeliest(self.logits(texts))
+        found = self._slots.compiled(texts)
+        if found is not None:
+            return found[1]
+        with self._rows_computing():
+            return likeliest(self._logits_of_slots(texts))
 
-    def _slots_logits(self, texts: Sequence[Text]) -> Tensor:
+    def _logits_of_slots(self, texts: Sequence[Text]) -> Tensor:
         assert self._slots is not None
         return self._slots.logits(texts)[:, : self._vocab_size].float()
 

@@ -58,6 +58,8 @@ class Slots:
     ) -> None:
         self._model, self._computed, self._device = model, rows, device
         self._compiled = compiled
+        numbers = torch.zeros(2, 1, dtype=torch.int64)
+        self._numbers = numbers, numbers[1:], numbers[:, 0].numpy()
         self._cuts = all(getattr(cache, "cuts", True) for cache in rows.caches)
         self._max_seq_len = max_seq_len
         self._kept: dict[Any, Tensor] = {}
@@ -184,10 +186,11 @@ class Slots:
         unread = self._unread(row) if texts[0] is row.text else ()
         if len(unread) != 1:
             return None
-        # One tensor: each operation here waits for code that the weights have driven from caches.
-        numbers = torch.tensor([unread, [row.held]])
+        numbers, places, written = self._numbers
+        # As few operations as possible: the weights have driven their code from the CPU's caches.
+        written[:] = unread[0], row.held
         step = RowStep(
-            numbers[1:],
+            places,
             first=0,
             span=row.held + 1,
             mask=False,
@@ -195,8 +198,9 @@ class Slots:
             context=self._context([row], numbers[:1]) if self._computed.reach else None,
             kept=self._kept,
         )
+        found = self._compiled(numbers, step)
         row.held += 1
-        return self._compiled(numbers, step)
+        return found
 
     def _add_new(self, texts: Sequence[Text]) -> list[Text]:
         """Add the new ones of ``texts``, but for those of which another new one will have computed

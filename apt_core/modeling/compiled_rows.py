@@ -60,7 +60,7 @@ class Compiler:
         if key not in self._made:
             if not self._made:
                 # What goes to a terminal are warnings, and it stands still for a while.
-                log.warning("compiling what a token is computed by, which takes half a minute")
+                log.warning("compiling what a token is computed by, which takes 10 to 30 seconds")
             self._made[key] = _loaded(graph, inputs, varying)
         run = self._made[key].boxed_run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,6 +16,7 @@ from apt_core.inference import Engine
 from apt_core.inference.lookup import TRIAL, Guesses, Payoff
 from apt_core.inference.texts import window_start
 from apt_core.modeling import compiled_rows, row_decoding
+from apt_core.modeling.backbones import gpt_rows
 from apt_core.modeling.layers import TVAAttention
 from apt_plugins.moe.experts import Experts
 from apt_plugins.moe.layer import MoELayer
@@ -92,7 +94,8 @@ class Uncompiled:
         self._graph = graph
 
     def boxed_run(self, inputs):
-        return self._graph(*inputs)
+        with torch.inference_mode():  # it knows nothing of gradients
+            return self._graph(*inputs)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -104,17 +107,44 @@ def test_batches_caches_and_guesses_change_no_greedy_token(lively, name, monkeyp
     requests = greedy(PROMPTS, (24, 5, 14))
     expected = [anew(session, r.prompt, r.max_new_tokens) for r in requests]
     assert len({token for tokens in expected for token in tokens}) > 10
-    for engine in (
-        Engine(session, max_batch=4, lookup="never"),
-        Engine(session, max_batch=1, lookup="never"),
-        Engine(session, max_batch=3, lookup="always"),
-        Engine(session, max_batch=1, lookup="never", compiled=True),
+    for together, options in (
+        (16, {"max_batch": 4}),
+        (16, {"max_batch": 1}),
+        (16, {"max_batch": 3, "lookup": "always"}),
+        (16, {"max_batch": 1, "compiled": True}),
+        (1, {"max_batch": 1, "compiled": True}),
     ):
+        monkeypatch.setattr(gpt_rows, "MOST_TOGETHER", together)
+        engine = Engine(session, **{"lookup": "never", **options})
         for _ in range(2):  # the second time from what caches still hold
             assert [result.token_ids for result in engine.run(requests)] == expected
         assert engine._decoder._slots is not None and len(engine._decoder) == 0
     said = "not compiled: none of its layers" if name in EAGER else "compiled in 2 blocks"
     assert said in caplog.text
+
+
+def test_parts_of_a_model_are_compiled_around_those_that_are_not(lively, monkeypatch, caplog):
+    monkeypatch.setattr(compiled_rows, "_loaded", Uncompiled)
+    caplog.set_level("INFO", "apt.inference")
+    session = lively(overrides={**SHAPE, "model.num_layers": 3, "model.embedding_norm": True})
+    model = session.model
+    request = GenerationRequest("The ", max_new_tokens=8, temperature=0.0)
+    (plain,) = Engine(session, lookup="never").run([request])
+    for case, compiled in enumerate(itertools.product(("whole", "attention", "none"), repeat=3)):
+        # What the compiler knows nothing of.
+        unknown = [(model, "embedding_norm"), (model, "final_norm")] if case % 2 else []
+        for block, part in zip(model.blocks, compiled, strict=True):
+            if part != "whole":
+                unknown.append((block, "ffn" if part == "attention" else "attention_norm"))
+        caplog.clear()
+        with pytest.MonkeyPatch.context() as changed:
+            for module, name in unknown:
+                changed.setitem(module._modules, name, nn.Sequential(getattr(module, name)))
+            engine = Engine(session, max_batch=1, lookup="never", compiled=True)
+            assert engine.run([request]) == [plain]
+        number = 3 - compiled.count("none")
+        said = f"compiled in {number} blocks" if number else "not compiled: none of its layers"
+        assert said in caplog.text
 
 
 class Stateful(nn.Module):
@@ -379,6 +409,29 @@ def test_layers_of_one_shape_share_what_is_compiled():
                 some = torch.full((length,), 1 / 64)
                 torch.testing.assert_close(compiled(x, some)[0], x @ weight.T + length / 64)
     assert len(compiler._made) == 1
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "together"),
+    [("tva with qk_norm, of grouped queries", 16), ("gelu", 1), ("experts", 16)],
+)
+def test_what_the_compiler_makes_gives_the_same_texts(lively, name, together, monkeypatch, caplog):
+    """Texts for which caches grow, and one that begins with what they still hold."""
+    caplog.set_level("INFO", "apt.inference")
+    monkeypatch.setattr(gpt_rows, "MOST_TOGETHER", together)
+    session = made(lively, name, **{"model.max_seq_len": 160})
+    requests = greedy(PROMPTS[2:5], (150, 5, 70))
+    requests.append(replace(requests[0], logprobs=2))
+    plain = Engine(session, max_batch=1, lookup="never").run(requests)
+    engine = Engine(session, max_batch=1, lookup="never", compiled=True)
+    for _ in range(2):
+        found = engine.run(requests)
+        assert [result.token_ids for result in found] == [result.token_ids for result in plain]
+        for one, other in zip(found[-1].logprobs, plain[-1].logprobs, strict=True):
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+    assert "compiled in 2 blocks" in caplog.text
 
 
 def refused(*given):

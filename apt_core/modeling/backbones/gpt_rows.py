@@ -210,6 +210,7 @@ class GPTRows:
         return x if self._embedding_norm is None else self._embedding_norm(x)
 
 
+@torch.inference_mode()
 def _uncompiled(block: BlockRows, x: Tensor, numbers: Tensor, step: RowStep) -> tuple[Tensor]:
     return (block(x, step),)
 
