@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from apt_core.code_source import short_path, source_of
 from apt_core.hook_plans import Call
 from apt_core.hookspecs import policy_of
 from apt_core.log import get_logger
-from apt_core.process_watch import watching_thread
+from apt_core.process_watch import SharedState, watching_thread
 
 log = get_logger("apt.plugins")
 
@@ -49,11 +49,10 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class Trouble:
-    """What went wrong in a task: an ``error``, or ``changes`` of the process that were put back."""
+    """What went wrong in a task."""
 
     task: Task
-    error: BaseException | None = None
-    changes: tuple[str, ...] = ()
+    error: BaseException
 
 
 @dataclass(frozen=True)
@@ -74,12 +73,14 @@ class BackgroundHooks:
     At most ``size`` calls of a plugin wait, twice as many where the hook may last, which is seldom
     called. ``step`` returns the step of the run, ``telling`` whether a failure is being told; a
     call that takes longer than ``report_after`` seconds is reported with its stack (0: never).
+    ``state`` is the state of the process that all threads share, as it is to be.
     """
 
     size: int
     report_after: float
     step: Callable[[], int]
     telling: Callable[[], bool]
+    state: SharedState = field(default_factory=SharedState)
     _workers: dict[str, _Worker] = field(default_factory=dict, init=False)
     _ended: bool = field(default=False, init=False)
     _waits_since: float | None = field(default=None, init=False)
@@ -109,6 +110,15 @@ class BackgroundHooks:
         for worker in list(self._workers.values()):
             while worker.troubles:
                 yield worker.troubles.popleft()
+
+    def take_changes(self) -> Iterator[tuple[Task, list[str]]]:
+        """What calls since the last time have left changed in the process, as texts, put back. To
+        be asked where the loop itself has changed nothing."""
+        for worker in list(self._workers.values()):
+            while worker.suspected:
+                task, states = worker.suspected.popleft()
+                if changes := self.state.put_back(states):
+                    yield task, changes
 
     def take_dropped(self) -> list[Dropped]:
         """The calls that were dropped since the last time, by plugin and hook."""
@@ -190,6 +200,7 @@ class _Worker:
     def __init__(self, plugin: str) -> None:
         self.plugin = plugin
         self.troubles: deque[Trouble] = deque()
+        self.suspected: deque[tuple[Task, Sequence[str]]] = deque()
         self.idle = threading.Event()
         self._waiting: deque[Task] = deque()
         self._changed = threading.Condition()
@@ -308,11 +319,12 @@ class _Worker:
             del task
 
     def _make(self, task: Task) -> None:
-        changes: list[str] = []
+        states: list[str] = []
         try:
-            with watching_thread(changes, lambda: not self._ended):
+            with watching_thread(states):
                 task.call.function(*task.arguments)
         except BaseException as error:  # handled by the thread of the run
             self.troubles.append(Trouble(task, error))
-        if changes:
-            self.troubles.append(Trouble(task, changes=tuple(changes)))
+        # A hook of the loop, or a forward, may have changed them for a moment: the loop looks.
+        if states:
+            self.suspected.append((task, states))

@@ -391,6 +391,7 @@ class PluginManager(pluggy.PluginManager):
         background = self.background
         if background is None:
             return
+        self.put_back_of_background()
         background.report_late()
         for trouble in background.take_troubles():
             self._handle(trouble)
@@ -399,6 +400,15 @@ class PluginManager(pluggy.PluginManager):
                 background.forget(name)
         for dropped in background.take_dropped():
             self.failures.report_dropped(dropped)
+
+    def put_back_of_background(self) -> None:
+        """Put back what calls in the background have left changed in the process. To be called in
+        no hook, which may have changed it for a moment. Raises as a call of a hook does."""
+        if self.background is None:
+            return
+        for task, changes in self.background.take_changes():
+            with self.failures.told_no_more() if task.telling else nullcontext():
+                self.failures.report_leftovers_of(task.call, changes, task.step)
 
     def finish_background(self, seconds: float) -> None:
         """Make the calls that wait in the background, for at most so many ``seconds``, and end its
@@ -421,10 +431,8 @@ class PluginManager(pluggy.PluginManager):
     def _handle(self, trouble: Trouble) -> None:
         call, _, step, telling = trouble.task
         with self.failures.told_no_more() if telling else nullcontext():
-            if trouble.error is not None and not self.is_quarantined(call.plugin):
+            if not self.is_quarantined(call.plugin):
                 self.failures.raise_or_count(call, trouble.error, step)
-            if trouble.changes:
-                self.failures.report_leftovers_of(call, trouble.changes, step)
 
     def in_background(self) -> Sequence[Call]:
         """The calls in the background that were made since the last time that this was asked."""

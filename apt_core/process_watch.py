@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from typing import TYPE_CHECKING, Any, Protocol
@@ -106,14 +106,34 @@ class _BeforeTorch(MetaPathFinder):
         return spec
 
 
+class SharedState:
+    """The present state of the process that all threads share and the loop does not set, if torch
+    is imported."""
+
+    def __init__(self) -> None:
+        self._values: list[Any] | None = None
+        if "torch" in sys.modules:
+            from apt_core.torch_state import shared_values
+
+            self._values = shared_values()
+
+    def put_back(self, names: Sequence[str]) -> list[str]:
+        """Set the states of these ``names`` to what they were; what differed, as texts."""
+        if self._values is None:
+            return []
+        from apt_core.torch_state import put_shared_back
+
+        return put_shared_back(self._values, names)
+
+
 @contextmanager
-def watching_thread(changes: list[str], lasts: Callable[[], bool]) -> Iterator[None]:
-    """Put back what a thread beside the loop, which has imported torch, changes in the process, and
-    add it to ``changes`` as texts, if the run ``lasts`` until the end of the context."""
+def watching_thread(changed: list[str]) -> Iterator[None]:
+    """Add to ``changed`` the names of the states that all threads share and that differ at the end
+    of the context, which a thread beside the loop is in, from those at its begin."""
     if "torch" not in sys.modules:
         yield
         return
     from apt_core.torch_state import watching_thread as watching
 
-    with watching(changes, lasts):
+    with watching(changed):
         yield

@@ -8,7 +8,7 @@ what changed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from operator import attrgetter, call
@@ -384,7 +384,8 @@ PROCESS_WIDE = tuple(
                       *(state.name for state in PYTHON_STATES))
     and state.name not in OF_THE_LOOP
 )  # fmt: skip
-"""The other states that all threads share; a thread has the rest to itself."""
+"""The other states that all threads share, which hold for the whole of a run; a thread has the rest
+to itself."""
 
 
 class OwnRandomNumbers(TorchDispatchMode):
@@ -450,12 +451,23 @@ def _device_of(arguments: Mapping[str, Any]) -> torch.device:
     return next(tensors, torch.device("cpu"))
 
 
+def shared_values() -> list[Any]:
+    """The present values of the states PROCESS_WIDE."""
+    return _read(state.get for state in PROCESS_WIDE)
+
+
+def put_shared_back(values: Sequence[Any], names: Collection[str]) -> list[str]:
+    """Set those of the states PROCESS_WIDE that ``names`` has to their ``values``; what differed,
+    as texts."""
+    pairs = [pair for pair in zip(PROCESS_WIDE, values, strict=True) if pair[0].name in names]
+    return put_back([state for state, _ in pairs], [value for _, value in pairs])
+
+
 @contextmanager
-def watching_thread(changes: list[str], lasts: Callable[[], bool]) -> Iterator[None]:
-    """Put back what the context changes of the states PROCESS_WIDE, and add it to ``changes`` as
-    texts, if the run ``lasts`` until its end: after that, others may have changed them. What the
-    context draws does not reach the training."""
-    before = _read(state.get for state in PROCESS_WIDE)
+def watching_thread(changed: list[str]) -> Iterator[None]:
+    """Add to ``changed`` the names of the states PROCESS_WIDE that differ at the end of the context
+    from those at its begin. What the context draws does not reach the training."""
+    before = shared_values()
     modes = _dispatch_modes()
     # Not by entering the mode: that sets flags of all threads, by which torch.compile goes.
     _set_dispatch_modes([*modes, OwnRandomNumbers()])
@@ -463,5 +475,5 @@ def watching_thread(changes: list[str], lasts: Callable[[], bool]) -> Iterator[N
         yield
     finally:
         _set_dispatch_modes(modes)
-        if lasts():
-            changes += put_back(PROCESS_WIDE, before)
+        now = zip(PROCESS_WIDE, before, shared_values(), strict=True)
+        changed += [state.name for state, value, other in now if value != other]

@@ -7,8 +7,8 @@ greedily, in fp32. All sides continue the same prompt and must give the same tok
 times them in turns.
 
 The share of the memory's bandwidth is the time that torch takes to sum all weights that a token
-needs, in one tensor, over that of the token, measured in turns. A token needs one weight after the
-other: the share of that is of the time to sum them so.
+needs, in one tensor, over that of the token, measured in turns: a median and quartiles of rounds. A
+token needs one weight after the other: the share of that is of the time to sum them so.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median, quantiles
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -40,6 +41,9 @@ LONG_PROMPT = 256
 
 PERIOD = 32
 """Tokens after which the text that look-up is tried on repeats itself."""
+
+STEADY = 0.1
+"""How far two reads of a round may differ for its bandwidth to count as one."""
 
 
 @dataclass(frozen=True)
@@ -292,25 +296,47 @@ def first_token(
 def share_of_bandwidth(
     report: Report, size: Size, session: Session, llama: LlamaForCausalLM, threads: int, rounds: int
 ) -> None:
-    """Tokens after a prompt of one, plain and compiled."""
-    tokens = 3 * size.tokens
+    """Tokens after a prompt of one, plain and compiled. Each round has a share of its own, since
+    the bandwidth of a shared machine may change from one second to the next; a round counts in
+    which it has not."""
     whole, weights = weights_of(llama)
     plain, compiled = (
-        ours(Engine(session, max_batch=1, lookup="never", compiled=each), prompts(1, 1), tokens)
+        ours(
+            Engine(session, max_batch=1, lookup="never", compiled=each), prompts(1, 1), size.tokens
+        )
         for each in (False, True)
     )
     agreement(plain(), compiled())
     sides = {
         "plain": plain,
         "compiled": compiled,
-        "read": reading([whole], tokens, threads),
-        "read_in_turn": reading(weights, tokens, threads),
+        "read": reading([whole], size.tokens, threads),
+        "read_in_turn": reading(weights, size.tokens, threads),
     }
-    times = interleave(sides, baseline="read", rounds=4 * rounds, calls=1, warmup=1)
-    report.add("bandwidth_GB_per_s", round(whole.nbytes * tokens / times.median("read"), 2))
-    for name in ("plain", "compiled"):
-        report.ratio(f"share_of_bandwidth_{size.name}_{name}", times, "read", over=name)
-        report.ratio(f"share_of_reads_in_turn_{size.name}_{name}", times, "read_in_turn", over=name)
+    times = interleave(sides, baseline="read", rounds=16 * rounds, calls=1, warmup=1)
+    read, again = times.samples["read"], times.again
+    settled = [n for n in range(len(read)) if abs(read[n] / again[n] - 1) < STEADY]
+    bandwidths = {n: whole.nbytes * size.tokens * 2 / (read[n] + again[n]) for n in settled}
+    report.add("bandwidth_GB_per_s", round(median(bandwidths.values()), 2))
+    report.add("rounds_of_one_bandwidth", len(settled) / len(read))
+    shares = {
+        f"{name}_{side}": {n: times.samples[of][n] / times.samples[side][n] for n in settled}
+        for name, of in (("share_of_bandwidth", "read"), ("share_of_reads_in_turn", "read_in_turn"))
+        for side in ("plain", "compiled")
+    }
+    for name, found in shares.items():
+        low, middle, high = quantiles(found.values(), n=4)
+        report.add(f"{name}_{size.name}", round(middle, 4), spread=(low, high))
+    near = {n: 5 * round(bandwidths[n] / 5) for n in settled}
+    report.table(
+        f"Shares of a token of {size.name}, by the bandwidth of its round",
+        ["GB/s", "rounds", *(name.replace("_", " ") for name in shares)],
+        [
+            [about, len(rounds), *(median(found[n] for n in rounds) for found in shares.values())]
+            for about in sorted({*near.values()})
+            for rounds in ([n for n in settled if near[n] == about],)
+        ],
+    )
 
 
 @torch.no_grad()
@@ -395,15 +421,15 @@ def measure(report: Report, quick: bool) -> None:
         rows,
     )
     report.note(
-        "What keeps a compiled token of 60 M from the memory's bandwidth: of 8.3 ms at 34 GB/s the "
-        "blocks take 7.3 and the projection 0.3. The rest is Python, which takes 0.12 ms where its "
-        "code and data are in the CPU's caches, and 0.8 where 250 MB of weights have just passed. "
-        "At times the memory of this shared machine gives 60 GB/s: a token then takes 5.7 ms, the "
-        "same 0.8 weigh more, and the shares are about 0.72 and 0.84. Tried without gain: "
-        "torch.compile of the step, whose guards cost what the fusion saves; loops of the compiler "
-        "over weights as they are, at 0.7 of the speed of those over blocks of rows; several "
-        "layers in one function (all 13: 5.87 ms, one: 5.78); threads that wait for each other "
-        "without spinning."
+        "What keeps a compiled token of 60 M from the memory's bandwidth: at 35 GB/s it takes 8.4 ms, "
+        "of which one long read of the weights takes 7.2, one matrix after the other 7.75, and "
+        "what is not compiled 0.2, since its code and data have left the CPU's caches. At times "
+        "the memory of this shared machine gives 60 GB/s, and changes within a run: the same three "
+        "are then 5.7, 4.2 and 5.2 ms, so that the matrices one by one leave 0.82 at most. Tried "
+        "without gain: torch.compile of the step, whose guards cost what the fusion saves; loops "
+        "of the compiler over weights as they are, at 0.7 of the speed of those over blocks of "
+        "rows; all blocks in one function without what is around them; threads that wait for each "
+        "other without spinning."
     )
     report.note(
         f"Greedy, fp32, a prompt of {PROMPT} tokens, {VOCABULARY:,} ids; the first token after "

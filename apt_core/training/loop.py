@@ -115,6 +115,7 @@ class Loop:
         scaled = -1  # the number of targets that ``scale`` is for
         torch.set_grad_enabled(True)
         if watch is not None:
+            self.manager.put_back_of_background()
             watch.start_steps(trained.model)
         for epoch in range(first_epoch + 1, self.config.max_epochs + 1):
             if due.ends():
@@ -255,6 +256,7 @@ class Loop:
     def settle_process(self, *, whole: bool = False) -> None:
         """Put back process state that hooks left changed: what is checked once a step, or, before
         an evaluation or a sample, the ``whole`` of it."""
+        self.manager.put_back_of_background()
         watch = self.watch
         if watch is None or not watch.stepping or (not whole and watch.all_unchanged()):
             return

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -337,6 +338,44 @@ def test_what_a_thread_changes_in_the_process_is_put_back_and_told(
     assert "default dtype from torch.float32 to torch.float64" in left.error
     assert "working directory" in left.error
     assert [failure.error for failure in record.failures] == ["ValueError: and more"]
+
+
+@pytest.mark.parametrize("within", ["begins", "ends"])
+def test_what_a_hook_changes_for_a_moment_is_no_change_of_a_call_beside_it(
+    manager: PluginManager, plugin_of: type, within: str
+) -> None:
+    """The call begins, or ends, while the hook computes in another type."""
+    torch = pytest.importorskip("torch")
+    gate = Gate()
+
+    def compute() -> None:
+        torch.set_default_dtype(torch.float64)
+        try:
+            if within == "begins":
+                manager.hook.on_metrics(metrics={}, step=1)
+                assert gate.entered.wait(SECONDS)
+            else:
+                gate.opened.set()
+                assert manager.background is not None
+                assert manager.background.drained(monotonic() + SECONDS)
+            assert torch.zeros(1).dtype is torch.float64
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    manager.register(plugin_of(on_step_end=hookimpl(compute)), "computes")
+    manager.register(gate, "innocent")
+    with manager.background_hooks(100, 0.0):
+        if within == "ends":
+            manager.hook.on_metrics(metrics={}, step=1)
+            assert gate.entered.wait(SECONDS)
+        manager.hook.on_step_end(step=1, loss=torch.zeros(()), trainer=None)
+        gate.opened.set()
+        manager.finish_background(SECONDS)
+    assert torch.get_default_dtype() is torch.float32
+    assert [step for step, _, _ in gate.rows] == [1]
+    records = manager.records.values()
+    assert [record.leftovers for record in records] == [[], []]
+    assert [record.failures for record in records] == [[], []]
 
 
 def test_what_the_loop_changes_meanwhile_stays_and_is_no_plugins_change(
