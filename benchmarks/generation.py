@@ -300,37 +300,38 @@ def share_of_bandwidth(
     the bandwidth of a shared machine may change from one second to the next; a round counts in
     which it has not."""
     whole, weights = weights_of(llama)
+    text, tokens = prompts(1, 1), size.tokens
     plain, compiled = (
-        ours(
-            Engine(session, max_batch=1, lookup="never", compiled=each), prompts(1, 1), size.tokens
-        )
+        ours(Engine(session, max_batch=1, lookup="never", compiled=each), text, tokens)
         for each in (False, True)
     )
     agreement(plain(), compiled())
     sides = {
         "plain": plain,
         "compiled": compiled,
-        "read": reading([whole], size.tokens, threads),
-        "read_in_turn": reading(weights, size.tokens, threads),
+        "read": reading([whole], tokens, threads),
+        "read_in_turn": reading(weights, tokens, threads),
     }
     times = interleave(sides, baseline="read", rounds=16 * rounds, calls=1, warmup=1)
     read, again = times.samples["read"], times.again
     settled = [n for n in range(len(read)) if abs(read[n] / again[n] - 1) < STEADY]
-    bandwidths = {n: whole.nbytes * size.tokens * 2 / (read[n] + again[n]) for n in settled}
+    bandwidths = {n: whole.nbytes * tokens * 2 / (read[n] + again[n]) for n in settled}
     report.add("bandwidth_GB_per_s", round(median(bandwidths.values()), 2))
     report.add("rounds_of_one_bandwidth", len(settled) / len(read))
     shares = {
-        f"{name}_{side}": {n: times.samples[of][n] / times.samples[side][n] for n in settled}
+        f"{name}_{size.name}_{side}": {
+            n: times.samples[of][n] / times.samples[side][n] for n in settled
+        }
         for name, of in (("share_of_bandwidth", "read"), ("share_of_reads_in_turn", "read_in_turn"))
         for side in ("plain", "compiled")
     }
     for name, found in shares.items():
         low, middle, high = quantiles(found.values(), n=4)
-        report.add(f"{name}_{size.name}", round(middle, 4), spread=(low, high))
+        report.add(name, round(middle, 4), spread=(low, high))
     near = {n: 5 * round(bandwidths[n] / 5) for n in settled}
     report.table(
         f"Shares of a token of {size.name}, by the bandwidth of its round",
-        ["GB/s", "rounds", *(name.replace("_", " ") for name in shares)],
+        ["GB/s", "rounds", *shares],
         [
             [about, len(rounds), *(median(found[n] for n in rounds) for found in shares.values())]
             for about in sorted({*near.values()})
@@ -421,8 +422,8 @@ def measure(report: Report, quick: bool) -> None:
         rows,
     )
     report.note(
-        "What keeps a compiled token of 60 M from the memory's bandwidth: at 35 GB/s it takes 8.4 ms, "
-        "of which one long read of the weights takes 7.2, one matrix after the other 7.75, and "
+        "What keeps a compiled token of 60 M from the memory's bandwidth: at 35 GB/s it takes 8.4 "
+        "ms, of which one long read of the weights takes 7.2, one matrix after the other 7.75, and "
         "what is not compiled 0.2, since its code and data have left the CPU's caches. At times "
         "the memory of this shared machine gives 60 GB/s, and changes within a run: the same three "
         "are then 5.7, 4.2 and 5.2 ms, so that the matrices one by one leave 0.82 at most. Tried "
