@@ -300,7 +300,7 @@ def share_of_bandwidth(
     the bandwidth of a shared machine may change from one second to the next; a round counts in
     which it has not."""
     whole, weights = weights_of(llama)
-    text, tokens = prompts(1, 1), size.tokens
+    text, tokens = prompts(1, 1), 3 * size.tokens
     plain, compiled = (
         ours(Engine(session, max_batch=1, lookup="never", compiled=each), text, tokens)
         for each in (False, True)
@@ -312,7 +312,7 @@ def share_of_bandwidth(
         "read": reading([whole], tokens, threads),
         "read_in_turn": reading(weights, tokens, threads),
     }
-    times = interleave(sides, baseline="read", rounds=16 * rounds, calls=1, warmup=1)
+    times = interleave(sides, baseline="read", rounds=8 * rounds, calls=1, warmup=1)
     read, again = times.samples["read"], times.again
     settled = [n for n in range(len(read)) if abs(read[n] / again[n] - 1) < STEADY]
     bandwidths = {n: whole.nbytes * tokens * 2 / (read[n] + again[n]) for n in settled}

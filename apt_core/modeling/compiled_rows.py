@@ -30,11 +30,6 @@ Compiled = Callable[..., Sequence[Tensor]]
 NONE: Mapping[int, int] = MappingProxyType({})
 
 
-CONFIG = {"aot_inductor.compile_wrapper_opt_level": "O0"}
-"""What calls the loops is not worth optimising: with 13 blocks it is compiled in 5 seconds, not in
-9, and a token takes the same time."""
-
-
 class Compiler:
     """Compiles functions of tensors on the CPU that give tensors, and keeps what it has compiled: a
     function that differs from an earlier one in its weights alone takes no time."""
@@ -164,5 +159,5 @@ def _loaded(graph: GraphModule, inputs: tuple[Tensor, ...], varying: Mapping[int
         length = torch.export.Dim("length", min=2, max=2**30)
         shapes = tuple({varying[n]: length} if n in varying else None for n in range(len(inputs)))
         exported = torch.export.export(graph, inputs, dynamic_shapes=shapes)
-        aoti_compile_and_package(exported, package_path=package, inductor_configs=CONFIG)
+        aoti_compile_and_package(exported, package_path=package)
         return aoti_load_package(package).loader
