@@ -110,6 +110,7 @@ class Decoder:
         elif not hasattr(rows, "compiled"):
             reason = f"{type(self._model).__name__} has nothing to compile"
         else:
+            compiler.forget_weights()
             try:
                 token: CompiledToken | None = rows.compiled(compiler, self._vocab_size)
                 if token is not None:

@@ -38,6 +38,11 @@ class Compiler:
         self._made: dict[Any, Any] = {}
         self._blocks = Blocks()
 
+    def forget_weights(self) -> None:
+        """Make room for copies of other weights: functions with the former ones are not called any
+        more."""
+        self._blocks = Blocks()
+
     def compiled(
         self, function: Compiled, *examples: Tensor, varying: Mapping[int, int] = NONE
     ) -> Compiled:

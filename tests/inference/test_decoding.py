@@ -393,6 +393,28 @@ def test_a_compiled_product_reads_its_weight_in_blocks(monkeypatch):
         assert ("bmm" not in graphs[-1]) == blocked
 
 
+def test_other_weights_take_the_room_of_former_ones(lively, monkeypatch):
+    graphs = []
+
+    def loaded(graph, inputs, varying):
+        graphs.append(graph.code)
+        return Uncompiled(graph, inputs, varying)
+
+    session = lively(overrides={"model.d_model": 256, "model.d_ff": 256, "model.num_layers": 1})
+    weights = [parameter for parameter in session.model.parameters() if parameter.dim() == 2]
+    monkeypatch.setattr(compiled_rows, "_loaded", loaded)
+    monkeypatch.setattr(compiled_rows, "MOST_COPIED", 2 * sum(each.nbytes for each in weights) - 1)
+    engine = Engine(session, max_batch=1, lookup="never", compiled=True)
+    found = []
+    for _ in range(3):
+        found += engine.run(greedy(PROMPTS[:1], (8,)))
+        with torch.no_grad():
+            for weight in weights:
+                weight.mul_(1.5)
+    assert len({result.token_ids for result in found}) > 1
+    assert len(graphs) == 1 and "bmm" not in graphs[0]
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.long
 def test_layers_of_one_shape_share_what_is_compiled():
