@@ -422,15 +422,16 @@ def measure(report: Report, quick: bool) -> None:
         rows,
     )
     report.note(
-        "What keeps a compiled token of 60 M from the memory's bandwidth: at 35 GB/s it takes 8.4 "
-        "ms, of which one long read of the weights takes 7.2, one matrix after the other 7.75, and "
-        "what is not compiled 0.2, since its code and data have left the CPU's caches. At times "
-        "the memory of this shared machine gives 60 GB/s, and changes within a run: the same three "
-        "are then 5.7, 4.2 and 5.2 ms, so that the matrices one by one leave 0.82 at most. Tried "
-        "without gain: torch.compile of the step, whose guards cost what the fusion saves; loops "
-        "of the compiler over weights as they are, at 0.7 of the speed of those over blocks of "
-        "rows; all blocks in one function without what is around them; threads that wait for each "
-        "other without spinning."
+        "What keeps a compiled token of 60 M from the memory's bandwidth: at 35 GB/s it takes "
+        "8.1 ms, of which one long read of the weights takes 7.2, one matrix after the other "
+        "7.7, and what is not compiled 0.2, since its code and data have left the CPU's caches;"
+        " its share was 0.86 to 0.90 in several runs. At times the memory of this shared "
+        "machine gives 65 GB/s, and changes within a run: the same three are then 5.4, 4.0 and "
+        "4.9 ms. Tried without gain: torch.compile of the step, whose guards cost what the "
+        "fusion saves; loops of the compiler over weights as they are, at 0.7 of the speed of "
+        "those over blocks of rows; all blocks in one function without what is around them; "
+        "intermediate results on the stack (0.99 of the time at 60 M, 0.94 at 1 M, and up to 8 "
+        "seconds more of compiling); threads that wait for each other without spinning."
     )
     report.note(
         f"Greedy, fp32, a prompt of {PROMPT} tokens, {VOCABULARY:,} ids; the first token after "
