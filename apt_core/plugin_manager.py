@@ -417,10 +417,12 @@ class PluginManager(pluggy.PluginManager):
         if background is None:
             return
         watch, until = self.watch, monotonic() + seconds
+        self.put_back_of_background()
         before = None if watch is None else watch.before()
         while not background.drained(until):
             self.settle_background()
         left = background.end(seconds)
+        self.put_back_of_background()
         if watch is not None and (changes := watch.put_back(before)):
             self.failures.report_leftovers_of_one(self.in_background(), changes)
         self.settle_background()

@@ -311,23 +311,33 @@ def test_draws_on_a_thread_move_no_global_generator(
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("over", [False, True])
 def test_what_a_thread_changes_in_the_process_is_put_back_and_told(
-    manager: PluginManager, plugin_of: type, monkeypatch: pytest.MonkeyPatch
+    manager: PluginManager, plugin_of: type, watched: bool, over: bool
 ) -> None:
+    """By a call that is ``over`` when the run ends, or is made then."""
     import os
 
     torch = pytest.importorskip("torch")
+    called = threading.Event()
 
     def change() -> None:
+        assert called.wait(SECONDS)
         torch.set_default_dtype(torch.float64)
         torch.set_grad_enabled(False)  # of this thread alone
         os.chdir("/")
         raise ValueError("and more")
 
     folder = os.getcwd()
+    manager.watch = EarlyWatch() if watched else None
     manager.register(plugin_of(on_metrics=background(change)), "messy")
     with manager.background_hooks(100, 0.0):
         manager.hook.on_metrics(metrics={}, step=1)
+        called.set()
+        if over:
+            assert manager.background is not None
+            manager.background.drained(monotonic() + SECONDS)
         manager.finish_background(SECONDS)
     assert torch.get_default_dtype() is torch.float32
     assert os.getcwd() == folder
