@@ -40,8 +40,10 @@ def number(value: Any, what: str) -> float:
     """``value`` as a ``float``. Raises TypeError, and OverflowError for one that is too large."""
     if not (hasattr(type(value), "__float__") or hasattr(type(value), "__index__")):
         raise TypeError(f"{what} is a {type_name(value)}, not a number")
+    # A tensor that requires a gradient would warn that its number has none, as it is to.
+    detach = getattr(value, "detach", None)
     try:
-        return float(value)
+        return float(detach() if callable(detach) else value)
     except OverflowError:
         raise OverflowError(f"{what} is larger than any float") from None
 

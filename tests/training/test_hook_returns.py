@@ -163,6 +163,7 @@ def test_a_wrong_result_is_a_failure_where_the_hook_is_called(
 RIGHT_CASES = [(hook, *case) for hook, cases in RIGHT.items() for case in cases]
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("hook", "value", "made"), RIGHT_CASES,
                          ids=[f"{case[0]}-{n}" for n, case in enumerate(RIGHT_CASES)])  # fmt: skip
 def test_a_result_is_taken_as_plain_types(hook: str, value: Any, made: Any) -> None:
