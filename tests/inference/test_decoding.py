@@ -47,7 +47,7 @@ LAYERS = {
     "gelu": {"model.ffn_name": "gelu", "model.tie_embeddings": False},
     "experts": {},
 }
-EAGER = ("tva with a compensator", "factored tva")
+EAGER = ("factored tva",)
 """Those whose attentions compute their projections themselves."""
 
 SHAPE = {"model.num_heads": 4, "model.num_layers": 2, "model.max_seq_len": 32}
@@ -437,7 +437,7 @@ def test_layers_of_one_shape_share_what_is_compiled():
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "together"),
-    [("tva with qk_norm, of grouped queries", 16), ("gelu", 1), ("experts", 16)],
+    [("tva with a compensator", 16), ("gelu", 1), ("experts", 16)],
 )
 def test_what_the_compiler_makes_gives_the_same_texts(lively, name, together, monkeypatch, caplog):
     """Texts for which caches grow, and one that begins with what they still hold."""

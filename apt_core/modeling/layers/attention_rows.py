@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt_core.modeling.layers.rope import PairTurn, Turn, paired, turning
-from apt_core.modeling.row_decoding import Function, Order, Products, RowCache, RowStep
+from apt_core.modeling.row_decoding import (
+    CalledAsEver,
+    Function,
+    Order,
+    Products,
+    RowCache,
+    RowStep,
+)
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 AttendRows = Callable[[Tensor, Tensor, Tensor, RowStep], Tensor]
@@ -26,10 +33,12 @@ class AttentionRows:
     ``qkv_weight`` [(H+2K)*R, D] and ``out_weight`` [D, H*R] are its projections, ``qk_scales``
     [H+K, R] the scales of QK-norm. ``project``, ``read_out`` and ``attend`` are the methods of a
     layer that computes these otherwise, with weights as it needs them. ``attend_rows`` may be set
-    to a kernel for all rows of a step, of their keys and values as the cache gives them.
+    to a kernel for all rows of a step, of their keys and values as the cache gives them, ``added``
+    to a function of x whose result is added.
     """
 
     attend_rows: AttendRows | None = None
+    added: Function | None = None
 
     def __init__(
         self,
@@ -87,13 +96,14 @@ class AttentionRows:
         packed = self._packed(x)
         if self._turn is not None:
             packed = self._turn(packed, step)
-        return self.read_out(self.mixed(packed, step))
+        return self._with_added(self.read_out(self.mixed(packed, step)), x)
 
     @property
     def compilable(self) -> bool:
         """Whether it is what :meth:`by_one` computes, of operations of torch alone."""
         turns = self._turn is None or isinstance(self._turn, PairTurn)
-        return self._own and turns and self.attend_rows is None
+        own = self._own and self.attend_rows is None and not isinstance(self.added, CalledAsEver)
+        return own and turns
 
     def slot(self, step: RowStep) -> Tensor:
         """The keys and values [2K, room, R] of the one row of a step, with room for its token."""
@@ -112,7 +122,11 @@ class AttentionRows:
         q = packed[:, :heads].view(kv_heads, heads // kv_heads, 1, width)
         k, v = held.unsqueeze(1).split_with_sizes((kv_heads, kv_heads))
         scores = (k * q).sum(3) * width**-0.5 + unseen
-        return self.read_out((scores.softmax(2).unsqueeze(3) * v).sum(2).view(1, -1))
+        mixed = (scores.softmax(2).unsqueeze(3) * v).sum(2).view(1, -1)
+        return self._with_added(self.read_out(mixed), x)
+
+    def _with_added(self, y: Tensor, x: Tensor) -> Tensor:
+        return y if self.added is None else y + self.added(x)
 
     def _packed(self, x: Tensor) -> Tensor:
         """x [N, D] to the queries, keys and values [N, H+2K, R], not turned yet."""

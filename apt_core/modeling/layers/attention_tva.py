@@ -17,8 +17,9 @@ from apt_core.modeling.growth import Larger, Sizes
 from apt_core.modeling.init import orthonormal_, reset_layer
 from apt_core.modeling.kv_cache import KeyValueCache
 from apt_core.modeling.layers.attention import SelfAttention, check_heads, visible
+from apt_core.modeling.layers.attention_rows import AttentionRows
 from apt_core.modeling.layers.compensator import NormalCompensator
-from apt_core.modeling.row_decoding import Products, Rows, RowStep
+from apt_core.modeling.row_decoding import Products, Rows, function_of
 from apt_core.providers.attention import AttentionProvider, AttentionSupport, TVASettings
 from apt_core.providers.base import read_settings
 from apt_core.providers.plain import Beyond, PlainAttention
@@ -149,20 +150,10 @@ class TVAAttention(SelfAttention):
 
     def rows(self, products: Products) -> Rows:
         attention = super().rows(products)
-        if self.compensator is None:
-            return attention
-        return _CompensatedRows(attention, self.compensator)
-
-
-class _CompensatedRows:
-    """What ``attention`` gives, and what the compensator adds."""
-
-    def __init__(self, attention: Rows, compensator: NormalCompensator) -> None:
-        self._attention, self._compensator = attention, compensator
-        self.cache, self._reads = attention.cache, compensator.reads()
-
-    def __call__(self, x: Tensor, step: RowStep) -> Tensor:
-        return self._attention(x, step) + self._compensator(x, self._reads)
+        assert isinstance(attention, AttentionRows)
+        if self.compensator is not None:
+            attention.added = function_of(self.compensator, products)
+        return attention
 
 
 class FactoredTVAAttention(TVAAttention):

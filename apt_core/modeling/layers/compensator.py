@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apt_core.modeling.init import normal_, orthonormal_
+from apt_core.modeling.row_decoding import Function, Products
 
 
 class NormalCompensator(nn.Module):
@@ -77,6 +78,11 @@ class NormalCompensator(nn.Module):
         q = self.orthonormal_basis()
         normal = self.normal_weight.to(q.dtype)
         return torch.cat([q.T, self.gate_weight.to(q.dtype), normal - (normal @ q) @ q.T])
+
+    def decoding(self, products: Products) -> Function:
+        """A function of x [N, D] to the correction [N, D], with :meth:`reads` computed once."""
+        reads = self.reads()
+        return lambda x: self.forward(x, reads)
 
     def forward(self, x: Tensor, reads: Tensor | None = None) -> Tensor:
         """x [B, T, D] to the correction [B, T, D] that is added to the attention's output;
