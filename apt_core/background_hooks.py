@@ -325,6 +325,6 @@ class _Worker:
                 task.call.function(*task.arguments)
         except BaseException as error:  # handled by the thread of the run
             self.troubles.append(Trouble(task, error))
-        # A hook of the loop, or a forward, may have changed them for a moment: the loop looks.
+        # A hook or a forward may have changed them for a moment, so the loop decides later.
         if states:
             self.suspected.append((task, states))

@@ -72,9 +72,9 @@ class Compiler:
 
 
 Part = Callable[[Tensor, Tensor, RowStep], Sequence[Tensor]]
-"""A part of what computes a token: what the part before it gives first, the token's numbers and the
-step, to what it gives. The numbers int64 [2, 1] are the token's id and its place; the first part
-gets them for what a part before it gives."""
+"""A part of what computes one token. It takes the state x [1, D], the token's numbers int64 [2, 1],
+which are its id and its place, and the step. It returns x, or the last part the logits and what is
+read of them. The first part gets the numbers in the place of x."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,8 @@ class CompiledToken:
     number: int
 
     def __call__(self, numbers: Tensor, step: RowStep) -> tuple[Tensor, Tensor]:
-        """The logits [1, V] after the token, of which ``numbers`` int64 [2, 1] are the id and the
-        place, and what :func:`~apt_core.modeling.row_decoding.likeliest` gives
-        of them."""
+        """The logits [1, V] after the token whose id and place are ``numbers`` int64 [2, 1], and
+        what :func:`~apt_core.modeling.row_decoding.likeliest` gives of them."""
         found: Sequence[Tensor] = (numbers,)
         for part in self.parts:
             found = part(found[0], numbers, step)

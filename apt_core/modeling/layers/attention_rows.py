@@ -110,10 +110,10 @@ class AttentionRows:
         return self.cache.slot(step, self._example_new)
 
     def by_one(self, x: Tensor, step: RowStep, held: Tensor, unseen: Tensor) -> Tensor:
-        """x [1, D] of a step's one token to [1, D], for the compiler: its keys and values are
-        written into those that are ``held`` in :meth:`slot`, and its queries attend to the places
-        whose scores ``unseen`` [room] adds 0 to, and not -inf. The compiler's loops take a part of
-        the time that torch's kernel takes for one query."""
+        """x [1, D] of a step's one token to [1, D], for the compiler. Writes the token's keys and
+        values into what is ``held`` in :meth:`slot`. ``unseen`` [room] is added to the scores: 0
+        for the places of the text, -inf for those after it. The compiler's loops take less time
+        than torch's kernel for one query."""
         heads, kv_heads, width = self._heads[0], self._qk_heads[1], self._width
         packed = self._packed(x)
         if isinstance(self._turn, PairTurn):

@@ -12,7 +12,7 @@ from apt_core import ConfigError, GenerationRequest, hookimpl
 from apt_core.inference import Engine
 from apt_core.inference.texts import Text, window_start
 from apt_core.kernel import boot
-from apt_core.modeling import KeyValueCache, ModelBuilder, probe_layer
+from apt_core.modeling import KeyValueCache, ModelBuilder, compiled_rows, probe_layer
 from apt_core.modeling.costs import model_cost
 from apt_core.modeling.plain import plain_model
 from apt_core.optim.parameter_groups import hidden_matrices
@@ -134,9 +134,21 @@ def hybrid_session():
     return replace(session, tokenizer=endless)
 
 
-def test_batches_copies_and_guesses_change_no_token_of_a_hybrid():
+class Uncompiled:
+    """What the compiler would have made of a graph."""
+
+    def __init__(self, graph, inputs, varying):
+        self._graph = graph
+
+    def boxed_run(self, inputs):
+        with torch.inference_mode():
+            return self._graph(*inputs)
+
+
+def test_batches_copies_and_guesses_change_no_token_of_a_hybrid(monkeypatch):
     """Slots change owners, windows move on, prompts go on where others ended, and look-up, which
-    would have to take guesses back, does not guess."""
+    would have to take guesses back, does not guess. Its other layers are compiled."""
+    monkeypatch.setattr(compiled_rows, "_loaded", Uncompiled)
     session = hybrid_session()
     prompts = ("", "the the the the the", "a b", "the the the the the and more of it")
     requests = [
@@ -145,10 +157,16 @@ def test_batches_copies_and_guesses_change_no_token_of_a_hybrid():
     ]
     expected = [anew(session, r.prompt, r.max_new_tokens) for r in requests]
     assert len({token for tokens in expected for token in tokens}) > 10
-    for engine in (Engine(session, max_batch=3, lookup="always"), Engine(session, max_batch=1)):
+    compiled = Engine(session, max_batch=1, lookup="never", compiled=True)
+    for engine in (
+        compiled,
+        Engine(session, max_batch=3, lookup="always"),
+        Engine(session, max_batch=1),
+    ):
         for _ in range(2):
             assert [result.token_ids for result in engine.run(requests)] == expected
         assert engine.lookup.guessed_tokens == 0
+    assert compiled._decoder._slots._compiled.number == 1
     # What is held of a text serves one that goes on from its end, and no other.
     decoder = engine._decoder
     slots, read = decoder._slots, []
